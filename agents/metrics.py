@@ -1,0 +1,36 @@
+"""What TensorBoard shows, whichever library trains: one writer, environment steps on the x-axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class TrainingLog:
+    """Writes scalars of one training run into `folder`, for TensorBoard.
+
+    Tags: `reward`, `accuracy`, `macs_fraction`, `price`, `routes/distinct` (few of them: the policy has collapsed),
+    `rate/<point>` (share of rows that did not take choice 0 there), `loss/...`, `entropy`, `throughput/steps_per_s`.
+
+    Args:
+        resumed_at: the step training goes on from; what a killed run wrote after it is hidden.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_at)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the finite ones of `scalars` at environment step `step`."""
+        for tag, value in scalars.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, step)
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._writer.close()

@@ -1,0 +1,336 @@
+"""RLlib's PPO on a routing environment: the router as RLModule, a runner without episode objects, and its GAE.
+
+RLlib's training step, learners, checkpoints, evaluation and Tune stay stock. Its own runner costs 40 to 150
+microseconds of Python a step and knows next-step autoreset only; `SlabRunner` steps the environment in torch and
+returns one time-major slab, which `SlabGAE` turns into the learner's batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+# Before ray is imported: it reads them once. No telemetry; no warnings about machines without accelerators.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+import numpy as np
+import torch
+from gymnasium.spaces import Discrete
+from gymnasium.vector import AutoresetMode
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.utils.metrics import (
+    EPISODE_LEN_MEAN,
+    EPISODE_RETURN_MAX,
+    EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
+    SAMPLE_TIMER,
+    WEIGHTS_SEQ_NO,
+)
+from torch import Tensor, nn
+
+from dynrl.envs.core import RoutingVectorEnv
+from dynrl.policies import Router
+
+logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
+    """A `Router` (in `net`, what is deployed) beside a value network of its own. `model_config["router"]`: its arguments."""
+
+    def setup(self) -> None:
+        """Build both networks."""
+        if not isinstance(self.action_space, Discrete):
+            raise ValueError(f"RouterModule takes Discrete actions, got {self.action_space}")
+        self.action_dist_cls = TorchCategorical
+        self.net = Router(**self.model_config["router"])  # PPO adds keys of its own beside it
+        width, hidden = self.net.hidden.in_features, 64
+        self.value = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """Runners act; they need no values."""
+        return ["value"]
+
+    def get_initial_state(self) -> dict[str, Any]:
+        """None: policies are stateless."""
+        return {}
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {Columns.ACTION_DIST_INPUTS: self.net(batch[Columns.OBS])}
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
+        """[n], the return expected from each observation."""
+        return self.value(self.net.trunk(batch[Columns.OBS])).squeeze(-1)
+
+
+class Slab:
+    """T steps of N sub-environments, time first. Stands where RLlib expects a list of episodes.
+
+    A plain class: RLlib takes dicts and tuples apart when it gathers samples.
+
+    Attributes:
+        obs [T, N, D], actions [T, N], rewards [T, N], terminateds [T, N] bool, logp [T, N], logits [T, N, A];
+        last_obs [N, D]: what the next slab begins with.
+    """
+
+    def __init__(self, steps: list[tuple[Tensor, ...]], last_obs: Tensor) -> None:
+        stacked = [torch.stack(column) for column in zip(*steps, strict=True)]
+        self.obs, self.actions, self.rewards, self.terminateds, self.logp, self.logits = stacked
+        self.last_obs = last_obs
+
+    def __len__(self) -> int:
+        return self.rewards.numel()
+
+
+class SlabRunner(SingleAgentEnvRunner):
+    """Steps a same-step autoreset `RoutingVectorEnv` in torch; returns one `Slab` a sample."""
+
+    env: Any
+
+    def make_env(self) -> None:
+        """As RLlib makes it, without the wrapper that turns infos into Python lists."""
+        super().make_env()
+        self.env = self.env.env
+        mode = self.env.metadata["autoreset_mode"]
+        # Anything else would lose the first transition of every episode, or train on reset steps.
+        if not isinstance(self.env.unwrapped, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
+            raise ValueError(f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}")
+        self._obs: Tensor | None = None
+
+    def sample(  # type: ignore[override]
+        self,
+        *,
+        num_timesteps: int | None = None,
+        num_episodes: int | None = None,
+        explore: bool | None = None,
+        random_actions: bool = False,
+        force_reset: bool = False,
+    ) -> list[Slab]:
+        """Collect at least `num_timesteps` steps, or `num_episodes` episodes from fresh ones on."""
+        explore = self.config.explore if explore is None else explore
+        env: RoutingVectorEnv = self.env.unwrapped
+        count = env.num_envs
+        self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
+        with self.metrics.log_time(SAMPLE_TIMER), torch.no_grad():
+            if num_timesteps is None and num_episodes is None:
+                num_timesteps = self.config.get_rollout_fragment_length(self.worker_index) * count
+            if self._obs is None or force_reset or num_episodes is not None or self._needs_initial_reset:
+                seed = self._seed if self._needs_initial_reset else None
+                # Each worker's sub-environments draw by seeds of their own: RLlib's are one apart, ours count on.
+                self._obs = env.reset_tensors(None if seed is None else seed * 100_003)
+                self._needs_initial_reset = False
+                self._returns, self._lengths = torch.zeros(count), torch.zeros(count)
+            steps: list[tuple[Tensor, ...]] = []
+            ended: list[dict[str, Tensor]] = []
+            obs, done = self._obs, 0
+            while len(steps) * count < num_timesteps if num_timesteps is not None else done < num_episodes:  # type: ignore[operator]
+                logits = self.module.net(obs)  # type: ignore[union-attr]
+                log_probs = torch.log_softmax(logits, 1)
+                if random_actions:
+                    actions = torch.randint(env.backbone.num_choices, (count,))
+                elif explore:
+                    # The largest of log-probability plus Gumbel noise is a draw from the distribution.
+                    actions = (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
+                else:
+                    actions = logits.argmax(1)
+                logp = log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
+                following, rewards, terminated, info = env.step_tensors(actions)
+                steps.append((obs, actions, rewards, terminated, logp, logits))
+                self._returns += rewards
+                self._lengths += 1
+                if "route" in info:
+                    over = {name: info[name][terminated] for name in ("correct", "macs_fraction", "price", "route")}
+                    over |= {"return": self._returns[terminated], "length": self._lengths[terminated]}
+                    ended.append(over)
+                    done += len(over["return"])
+                    self._returns[terminated], self._lengths[terminated] = 0, 0
+                obs = following
+            self._obs = obs
+        self._report(len(steps) * count, done, ended)
+        return [Slab(steps, obs)]
+
+    def _report(self, steps: int, episodes: int, ended: list[dict[str, Tensor]]) -> None:
+        """Log once a sample; the stock runner's counters are what PPO's training step reads."""
+        self._increase_sampled_metrics(steps, episodes)
+        self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
+        if not ended:
+            return
+        over = {name: torch.cat([part[name] for part in ended]) for name in ended[0]}
+        log = self.metrics.log_value
+        log(EPISODE_RETURN_MEAN, float(over["return"].mean()), window=1)
+        log(EPISODE_RETURN_MIN, float(over["return"].min()), reduce="min", window=1)
+        log(EPISODE_RETURN_MAX, float(over["return"].max()), reduce="max", window=1)
+        log(EPISODE_LEN_MEAN, float(over["length"].mean()), window=1)
+        for name, key in (("correct", "accuracy"), ("macs_fraction", "macs_fraction"), ("price", "price")):
+            log(("route", key), float(over[name].mean()), window=1)
+        route = over["route"]
+        log(("route", "distinct"), float(len(route.unique(dim=0))), window=1)
+        for step in range(route.shape[1]):
+            taken = route[:, step]
+            for choice in range(1, self.env.unwrapped.backbone.num_choices):
+                share = (taken == choice).sum() / (taken >= 0).sum().clamp_min(1)
+                log(("route", "rate", f"step{step:02d}_choice{choice}"), float(share), window=1)
+
+    def get_metrics(self) -> Any:
+        """What was logged since the last call."""
+        return self.metrics.reduce()
+
+    def get_spaces(self) -> dict[str, Any]:
+        """The environment's spaces; without one (a driver with remote runners) those handed in."""
+        if self.env is None:
+            return self.spaces
+        spaces = super().get_spaces()
+        spaces[DEFAULT_MODULE_ID] = (self.env.single_observation_space, self.env.single_action_space)
+        return spaces
+
+
+class SlabGAE(ConnectorV2):
+    """The whole learner pipeline: slabs to one flat, shuffled batch with advantages (Schulman et al. 2016)."""
+
+    def __init__(self, *args: Any, gamma: float, lambda_: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gamma, self.lambda_ = gamma, lambda_
+
+    @torch.no_grad()
+    def __call__(self, *, rl_module: Any, batch: Any, episodes: list[Slab], **kwargs: Any) -> dict[str, Any]:
+        """Values, advantages (standardised over the batch), and value targets for every step of every slab."""
+        module = rl_module[DEFAULT_MODULE_ID]
+        device = next(module.parameters()).device
+        columns: dict[str, list[Tensor]] = {}
+        for slab in episodes:
+            length, count = slab.rewards.shape
+            obs, rewards, ended = slab.obs.to(device), slab.rewards.to(device), slab.terminateds.to(device)
+            flat = obs.flatten(0, 1)
+            values = module.compute_values({Columns.OBS: torch.cat([flat, slab.last_obs.to(device)])})
+            values = values.view(length + 1, count)
+            advantages = gae(rewards, values, ended, self.gamma, self.lambda_)
+            for name, column in (
+                (Columns.OBS, flat),
+                (Columns.ACTIONS, slab.actions.to(device).flatten()),
+                (Columns.ACTION_LOGP, slab.logp.to(device).flatten()),
+                (Columns.ACTION_DIST_INPUTS, slab.logits.to(device).flatten(0, 1)),
+                (Postprocessing.ADVANTAGES, advantages.flatten()),
+                (Postprocessing.VALUE_TARGETS, (advantages + values[:-1]).flatten()),
+            ):
+                columns.setdefault(name, []).append(column)
+        # Neighbours in a slab stand at the same point; minibatches should not.
+        order = torch.randperm(sum(map(len, episodes)), device=device)
+        flat_batch = {name: torch.cat(parts)[order] for name, parts in columns.items()}
+        raw = flat_batch[Postprocessing.ADVANTAGES]
+        flat_batch[Postprocessing.ADVANTAGES] = (raw - raw.mean()) / raw.std().clamp_min(1e-4)
+        return {DEFAULT_MODULE_ID: flat_batch}
+
+
+def gae(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, lambda_: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, equation 16), episodes cut where `ended`.
+
+    Args:
+        rewards, ended: [T, N]; `ended` where the episode ended with that step.
+        values: [T + 1, N], of each observation and of the one after the last.
+
+    Returns:
+        [T, N].
+    """
+    alive = (~ended).float()
+    delta = rewards + gamma * values[1:] * alive - values[:-1]
+    advantages = torch.zeros_like(delta)
+    running = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        running = delta[t] + gamma * lambda_ * alive[t] * running
+        advantages[t] = running
+    return advantages
+
+
+def ppo_config(
+    env_id: str,
+    env_config: dict[str, Any],
+    router: dict[str, Any],
+    *,
+    seed: int = 0,
+    num_envs: int = 64,
+    rollout: int = 72,
+    num_env_runners: int = 0,
+    num_learners: int = 0,
+    total_steps: int = 500_000,
+    learning_rate: float = 2e-3,
+    entropy: float = 0.01,
+) -> PPOConfig:
+    """PPO with our runner and connector; any further RLlib setting can be changed on what is returned.
+
+    Args:
+        env_id: a registered dynrl environment; remote workers find it by `dynrl:` before the id.
+        env_config: its arguments, without `autoreset_mode`.
+        router: `Router`'s arguments.
+        rollout: steps of each sub-environment a training iteration.
+        total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
+
+    Raises:
+        ValueError: more than one learner: a slab is not split between learners.
+    """
+    if num_learners > 1:
+        raise ValueError(f"expected at most one learner, got {num_learners}: a slab is not split between learners")
+    per_runner = num_envs * rollout
+    config = (
+        PPOConfig()
+        .environment(f"dynrl:{env_id}", env_config={**env_config, "autoreset_mode": AutoresetMode.SAME_STEP.value})
+        .env_runners(
+            env_runner_cls=SlabRunner,
+            num_env_runners=num_env_runners,
+            num_envs_per_env_runner=num_envs,
+            gym_env_vectorize_mode="vector_entry_point",
+            rollout_fragment_length=rollout,
+            sample_timeout_s=600,
+        )
+        .learners(num_learners=num_learners)
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config={"router": router}))
+        .training(
+            train_batch_size_per_learner=per_runner * max(1, num_env_runners),
+            minibatch_size=per_runner * max(1, num_env_runners) // 8,
+            num_epochs=4,
+            lr=[[0, learning_rate], [total_steps, learning_rate / 10]],
+            entropy_coeff=[[0, entropy], [total_steps, entropy / 10]],
+            gamma=1.0,
+            lambda_=0.95,
+            clip_param=0.2,
+            grad_clip=0.5,
+            vf_loss_coeff=0.5,
+            use_kl_loss=False,
+            add_default_connectors_to_learner_pipeline=False,
+        )
+        .debugging(seed=seed, log_level="ERROR")
+    )
+    gamma, lambda_ = config.gamma, config.lambda_
+    return config.training(learner_connector=lambda *spaces: SlabGAE(gamma=gamma, lambda_=lambda_))
+
+
+def start_ray(num_cpus: int | None = None, address: str | None = None) -> None:
+    """Start a quiet local ray, or join the cluster at `address`; nothing where ray runs already."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        quiet |= {"include_dashboard": False, "num_cpus": num_cpus or max(2, os.cpu_count() or 2)}
+    ray.init(address=address, **quiet)
+
+
+def router_of(algorithm: Any) -> Router:
+    """The router inside an algorithm, with its newest weights; a copy."""
+    module = algorithm.get_module(DEFAULT_MODULE_ID)
+    assert module is not None
+    twin = Router(**module.net.config)
+    weights = {name: torch.as_tensor(np.asarray(value)) for name, value in module.net.state_dict().items()}
+    twin.load_state_dict(weights)
+    return twin.eval()

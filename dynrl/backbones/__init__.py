@@ -1,0 +1,35 @@
+"""Backbones: dynamic networks as walks through decision points; one file a family."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from dynrl.backbones.base import END, Backbone, Point, State, Walk, merge, read_backbone_file
+from dynrl.backbones.skip import GatedResNet
+
+FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (GatedResNet,)}
+
+__all__ = ["END", "FAMILIES", "Backbone", "GatedResNet", "Point", "State", "Walk", "load_backbone", "merge"]
+
+
+def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
+    """Load a backbone file: the backbone in eval mode, and the notes it was saved with.
+
+    Raises:
+        ValueError: the file is missing, damaged, altered, of another kind, or of an unknown family.
+    """
+    tensors, metadata = read_backbone_file(path)
+    family = FAMILIES.get(metadata.get("family"))
+    if family is None:
+        raise ValueError(f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}")
+    backbone = family(**metadata["config"])
+    backbone.load_state_dict(tensors)
+    return backbone.eval(), metadata["notes"]
+
+
+@functools.lru_cache(maxsize=4)
+def shared_backbone(path: str, modified_ns: int) -> Backbone:
+    """A frozen, inference-ready backbone, loaded once a process. `modified_ns` renews it when the file changes."""
+    return load_backbone(path)[0].for_inference()

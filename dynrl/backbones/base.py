@@ -1,0 +1,329 @@
+"""The walk: the one contract between a dynamic network and whoever decides its routes.
+
+A backbone is a walk through decision points. An environment walks it with an agent's actions, a plugged
+model walks it with a policy's; both run this code, so what is trained is what is deployed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.files import fingerprint, load_tensors, save_tensors
+
+END = -1  # the point at which finished rows stand
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where one of `n` choices is made. `kind` is *one*, *subset* or *continuous*."""
+
+    name: str
+    n: int
+    kind: str = "one"
+
+
+class Walk:
+    """B slots: what belongs to a row for good, addressed by `State.rows`. It never moves while features are compacted.
+
+    Attributes:
+        inputs: [B, ...], what each row was given.
+        steps: [B] int64, decisions taken so far.
+        macs: [B] int64, MACs spent so far, router excluded.
+        route: [B, T] int64, what was run at each step, -1 where nothing has been decided (yet).
+        outputs: [B, ...] once some row has an output, else None.
+        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order.
+    """
+
+    def __init__(self, inputs: Tensor, max_steps: int) -> None:
+        size, device = len(inputs), inputs.device
+        self.inputs = inputs
+        self.all_rows = torch.arange(size, device=device)
+        self.steps = torch.zeros(size, dtype=torch.int64, device=device)
+        self.macs = torch.zeros(size, dtype=torch.int64, device=device)
+        self.route = torch.full((size, max_steps), -1, dtype=torch.int64, device=device)
+        self.outputs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.all_rows)
+
+    def copy(self) -> Walk:
+        """A walk of its own, sharing nothing that changes."""
+        twin = copy.copy(self)
+        twin.steps, twin.macs, twin.route = self.steps.clone(), self.macs.clone(), self.route.clone()
+        twin.inputs = self.inputs.clone()
+        twin.outputs = None if self.outputs is None else self.outputs.clone()
+        return twin
+
+    def refill(self, rows: Tensor, inputs: Tensor) -> None:
+        """Give the slots `rows` new inputs, as if they had never walked."""
+        self.inputs[rows] = inputs
+        self.steps[rows] = 0
+        self.macs[rows] = 0
+        self.route[rows] = -1
+
+    def at(self, field: Tensor, rows: Tensor) -> Tensor:
+        """`field[rows]`, without the copy where `rows` is every slot in order."""
+        return field if rows is self.all_rows else field[rows]
+
+    def charge(self, rows: Tensor, macs: Tensor | int) -> None:
+        """Add `macs` (one number, or [n]) to the bill of `rows`."""
+        if rows is self.all_rows:
+            self.macs += macs
+        else:
+            self.macs[rows] += macs
+
+    def decided(self, rows: Tensor, action: Tensor) -> None:
+        """Write down that `rows` took `action` [n], and count the step."""
+        if rows is self.all_rows:
+            self.route.scatter_(1, self.steps.unsqueeze(1), action.unsqueeze(1))
+            self.steps += 1
+        else:
+            self.route[rows, self.steps[rows]] = action
+            self.steps[rows] += 1
+
+    def put_output(self, rows: Tensor, value: Tensor) -> None:
+        """Set the output of `rows` to `value` [n, ...]; differentiable."""
+        if rows is self.all_rows:
+            self.outputs = value
+            return
+        if self.outputs is None:
+            self.outputs = value.new_zeros(len(self), *value.shape[1:])
+        # Writing in place would break the graph of outputs written before, or change a tensor handed out already.
+        self.outputs = self.outputs.index_copy(0, rows, value.to(self.outputs.dtype))
+
+
+@dataclass
+class State:
+    """Rows of a walk that stand at one point. `features` [n, ...] is the backbone's own, None at END."""
+
+    walk: Walk
+    point: int
+    rows: Tensor
+    features: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """How many rows stand here."""
+        return len(self.rows)
+
+    def copy(self) -> State:
+        """Branch off: a state on a walk of its own. The only way to advance from one state twice."""
+        walk = self.walk.copy()
+        rows = walk.all_rows if self.rows is self.walk.all_rows else self.rows.clone()
+        return State(walk, self.point, rows, None if self.features is None else self.features.clone())
+
+    def where(self, chosen: Tensor, point: int) -> State:
+        """The rows for which `chosen` [n] bool holds, standing at `point`."""
+        features = None if self.features is None else self.features[chosen]
+        return State(self.walk, point, self.rows[chosen], features)
+
+
+def merge(states: list[State]) -> dict[int, State]:
+    """Join states of one walk that stand at the same point; empty ones vanish. The result is keyed by point."""
+    merged: dict[int, State] = {}
+    for state in states:
+        if state.count == 0:
+            continue
+        if state.point not in merged:
+            merged[state.point] = state
+            continue
+        other = merged[state.point]
+        assert other.walk is state.walk, "states of different walks cannot merge"
+        features = None if state.features is None else torch.cat([other.features, state.features])  # type: ignore[list-item]
+        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features)
+    return merged
+
+
+class Backbone(nn.Module):
+    """A network with decision points. A family fills in the hooks of the first part.
+
+    A family sets, in `__init__`: `config` (JSON-able keyword arguments that rebuild it), `input_shape` (of one
+    input), `points`, `feature_width` (of the widest point), `max_steps` (decisions of the longest walk) and
+    `full_route` ([max_steps], the actions of the dense network).
+    """
+
+    family: ClassVar[str]  # its name in files and in the registry
+    decision: ClassVar[str]  # the decision it poses, a name in the registry of decisions
+    config: dict[str, Any]
+    input_shape: tuple[int, ...]
+    points: tuple[Point, ...]
+    feature_width: int
+    max_steps: int
+    full_route: tuple[int, ...]
+    dense_macs: int  # of one row on the full route
+
+    # for the family to write -------------------------------------------------------------------------------
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        """Run what comes before the first decision on `inputs` [n, ...], charge it, stand at the first point."""
+        raise NotImplementedError
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        """Run each row's chosen branch, on the rows that need it only; charge it; one state per point reached."""
+        raise NotImplementedError
+
+    def observe(self, state: State) -> Tensor:
+        """[n, f] float32, f <= feature_width: a cheap summary of where each row stands. Changes nothing."""
+        raise NotImplementedError
+
+    def _gated(self, inputs: Tensor, gates: Tensor) -> Tensor:
+        """The masked, differentiable walk; see `forward`."""
+        raise NotImplementedError
+
+    def open_choices(self, state: State) -> Tensor | None:
+        """[n, point's n] bool: the choices that are open; None where all are."""
+        return None
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
+        """What walking `route` would cost at best: a function that runs the same layers on as many rows.
+
+        The decisions are known and the rows already lie together: no router, no gather, no scatter. What it computes
+        is meaningless; only the time it takes is.
+        """
+        raise NotImplementedError
+
+    def for_inference(self) -> Backbone:
+        """A frozen copy that computes the same faster (batch norm folded, say)."""
+        return copy.deepcopy(self).eval().requires_grad_(False)
+
+    # the walk ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of the point that has most."""
+        return max(point.n for point in self.points)
+
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Refuse, with a ValueError, what would fail later or pass on NaN in silence."""
+        if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != self.input_shape:
+            got = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise ValueError(f"expected inputs of shape [batch, {', '.join(map(str, self.input_shape))}], got {got}")
+        if len(inputs) == 0:
+            raise ValueError("expected at least one input, got an empty batch")
+        # A sum is NaN or infinite if any element is, at a tenth of the time of isfinite().all().
+        if inputs.is_floating_point() and not torch.isfinite(inputs.sum(dtype=torch.float32)):
+            raise ValueError("the inputs hold NaN or infinity; clean them first")
+
+    def begin(self, inputs: Tensor, walk: Walk | None = None, rows: Tensor | None = None) -> State:
+        """Put inputs at the first decision point.
+
+        Args:
+            inputs: [n, *input_shape].
+            walk: refill slots of this walk instead of starting a new one of n slots.
+            rows: [n], which slots to refill.
+        """
+        if walk is None:
+            walk = Walk(inputs, self.max_steps)
+            rows = walk.all_rows
+        else:
+            assert rows is not None
+            walk.refill(rows, inputs)
+        return self._start(walk, rows, inputs)
+
+    def advance(self, state: State, action: Tensor) -> list[State]:
+        """Run the chosen branches and return one state per point reached; `state` is used up.
+
+        Args:
+            state: rows at one point.
+            action: [n] int64 in 0 ... n_choices-1. A closed choice is run, charged and written down as the
+                nearest open one (the lower of two equally near).
+        """
+        mask = self.open_choices(state)
+        if mask is not None:
+            choices = torch.arange(mask.shape[1], device=mask.device)
+            distance = (choices - action.unsqueeze(1)).abs().masked_fill(~mask, mask.shape[1])
+            action = distance.argmin(1)
+        state.walk.decided(state.rows, action)
+        return self._run(state, action)
+
+    def output(self, state: State) -> Tensor:
+        """[n, ...]: what the network says of the state's rows; defined at END."""
+        outputs = state.walk.outputs
+        assert outputs is not None, "no row of this walk has an output yet"
+        return state.walk.at(outputs, state.rows)
+
+    def run(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> Walk:
+        """Walk all rows from begin to END, asking `choose(state) -> [n] int64` at every point."""
+        state = self.begin(inputs)
+        walk = state.walk
+        pending = {state.point: state}
+        while pending:
+            # The earliest point first: rows that reach a later point by different branches then merge there.
+            state = pending.pop(min(pending))
+            reached = self.advance(state, choose(state))
+            if pending or len(reached) > 1:
+                pending = merge([*pending.values(), *reached])
+            else:
+                pending = {reached[0].point: reached[0]}
+            pending.pop(END, None)
+        return walk
+
+    def forward(self, inputs: Tensor, route: Tensor | None = None) -> Tensor:
+        """The whole walk at once.
+
+        Args:
+            inputs: [B, *input_shape].
+            route: None for the dense network; integer actions [B, max_steps], computed on the rows that need it
+                only; or float gates [B, max_steps, num_choices], each choice's weight at each step: everything is
+                computed and weighted, differentiable in the gates, equal to the actions at one-hot gates.
+
+        Returns:
+            [B, ...], the outputs.
+        """
+        if route is None:
+            route = self.dense_actions(len(inputs), inputs.device)
+        if route.is_floating_point():
+            expected = (len(inputs), self.max_steps, self.num_choices)
+            if tuple(route.shape) != expected:
+                raise ValueError(f"expected gates of shape {expected}, got {tuple(route.shape)}")
+            return self._gated(inputs, route)
+        return self.run_route(inputs, route).outputs  # type: ignore[return-value]
+
+    def run_route(self, inputs: Tensor, route: Tensor) -> Walk:
+        """`forward` with integer actions, returning the whole walk (outputs, MACs, what ran)."""
+        expected = (len(inputs), self.max_steps)
+        if tuple(route.shape) != expected or route.is_floating_point():
+            raise ValueError(f"expected integer actions of shape {expected}, got {route.dtype} {tuple(route.shape)}")
+        if len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
+            raise ValueError(f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}")
+        route = route.long()
+
+        def choose(state: State) -> Tensor:
+            walk, rows = state.walk, state.rows
+            return route[rows, walk.at(walk.steps, rows)]
+
+        return self.run(inputs, choose)
+
+    def dense_actions(self, size: int, device: torch.device | str = "cpu") -> Tensor:
+        """[size, max_steps]: the full route, for every row."""
+        return torch.tensor(self.full_route, device=device).expand(size, -1)
+
+    def random_routes(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B, max_steps] actions: the full network's choice with probability `rate` [B], else another at random."""
+        full = self.dense_actions(len(rate))
+        other = torch.randint(1, self.num_choices, full.shape, generator=generator)
+        leave = torch.rand(full.shape, generator=generator) >= rate.unsqueeze(1)
+        return torch.where(leave, (full + other) % self.num_choices, full)
+
+    # files -------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """Identifies weights and shape; a policy file carries that of the backbone it was trained for."""
+        return fingerprint(self.state_dict(), [self.family, self.config])
+
+    def save(self, path: str | Path, **notes: Any) -> None:
+        """Write weights, config and `notes` (JSON-able: data, accuracies ...) to a safetensors file."""
+        metadata = {"family": self.family, "config": self.config, "notes": notes}
+        save_tensors(path, "backbone", self.state_dict(), metadata)
+
+
+def read_backbone_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and metadata of a file written by `Backbone.save`."""
+    return load_tensors(path, "backbone")

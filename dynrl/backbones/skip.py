@@ -1,0 +1,243 @@
+"""Layer skipping: a residual network whose identity blocks may be left out, row by row (SkipNet, BlockDrop)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from dynrl.backbones.base import END, Backbone, Point, State, Walk
+from dynrl.cost import count_macs
+from dynrl.ops.gated_residual import gated_residual
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class _Block(nn.Module):
+    """What basic blocks and bottlenecks share: a branch of convolutions beside an identity or a projection."""
+
+    expansion: ClassVar[int]
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        width_out = width * self.expansion
+        self.downsample: nn.Module | None = None
+        if stride != 1 or width_in != width_out:
+            self.downsample = nn.Sequential(_conv(width_in, width_out, 1, stride), nn.BatchNorm2d(width_out))
+
+    def branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.branch(x).add_(identity), inplace=True)
+
+
+class BasicBlock(_Block):
+    """Two 3x3 convolutions (He et al. 2016, CVPR, figure 5 left), under torchvision's parameter names."""
+
+    expansion = 1
+
+    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
+        super().__init__(width_in, width, stride)
+        self.conv1, self.bn1 = _conv(width_in, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.bn2(self.conv2(x))
+
+
+class Bottleneck(_Block):
+    """1x1, 3x3 (with the stride, as torchvision has it), 1x1 (He et al. 2016, figure 5 right)."""
+
+    expansion = 4
+
+    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
+        super().__init__(width_in, width, stride)
+        self.conv1, self.bn1 = _conv(width_in, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return self.bn3(self.conv3(x))
+
+
+BLOCKS: dict[str, type[_Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class GatedResNet(Backbone):
+    """A ResNet whose identity blocks are decision points: action 1 runs the block, 0 hands the row through.
+
+    Blocks that change the shape have no identity to fall back on: they always run and are the floor of the cost.
+    Parameters carry torchvision's names, so the state_dict of a torchvision ResNet of the same shape loads
+    unchanged, and the full route is that network.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        classes: outputs of the last layer.
+        block: "basic" or "bottleneck".
+        layers: blocks a stage; every stage but the first halves height and width.
+        widths: channels a stage (before a bottleneck's expansion by 4).
+        stem: "cifar" (3x3) or "imagenet" (7x7 of stride 2, then max pooling of stride 2).
+        stem_stride: stride of the "cifar" stem.
+
+    Example: torchvision's ResNet-50 is `GatedResNet((3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3),
+    (64, 128, 256, 512), stem="imagenet")`.
+    """
+
+    family = "gated_resnet"
+    decision = "skip"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        block: str = "basic",
+        layers: tuple[int, ...] = (3, 4, 4),
+        widths: tuple[int, ...] = (16, 32, 64),
+        stem: str = "cifar",
+        stem_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(f"unknown block {block!r}; expected one of {sorted(BLOCKS)}")
+        if stem not in ("cifar", "imagenet"):
+            raise ValueError(f"unknown stem {stem!r}; expected 'cifar' or 'imagenet'")
+        if len(layers) != len(widths):
+            raise ValueError(f"expected one width a stage, got {len(layers)} stages and {len(widths)} widths")
+        self.input_shape = tuple(input_shape)  # type: ignore[assignment]
+        self.config = {
+            "input_shape": list(input_shape), "classes": classes, "block": block, "layers": list(layers),
+            "widths": list(widths), "stem": stem, "stem_stride": stem_stride,
+        }  # fmt: skip
+        kernel, stride = (3, stem_stride) if stem == "cifar" else (7, 2)
+        self.conv1 = _conv(input_shape[0], widths[0], kernel, stride)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        make, width = BLOCKS[block], widths[0]
+        for stage, (depth, planes) in enumerate(zip(layers, widths, strict=True), start=1):
+            blocks = nn.Sequential()
+            for i in range(depth):
+                blocks.append(make(width, planes, stride=2 if stage > 1 and i == 0 else 1))
+                width = planes * make.expansion
+            self.add_module(f"layer{stage}", blocks)
+        self.fc = nn.Linear(width, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self._measure()
+
+    def _stages(self) -> list[tuple[str, _Block]]:
+        """All blocks with their names, in order."""
+        count = len(self.config["layers"])
+        return [(f"layer{s}.{i}", b) for s in range(1, count + 1) for i, b in enumerate(self.get_submodule(f"layer{s}"))]  # type: ignore[arg-type]
+
+    def _measure(self) -> None:
+        """Split the blocks into gated ones and the fixed ones after each, and count what each costs."""
+        cost, shape = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
+        self._lead: list[_Block] = []  # the fixed blocks before the first point
+        self._gates: list[_Block] = []
+        self._fixed: list[list[_Block]] = []  # the fixed blocks after each point
+        names, gate_macs, fixed_macs = [], [], [cost]
+        self.feature_width = 1
+        for name, block in self._stages():
+            macs, shape_out = count_macs(block, shape)
+            if block.downsample is None:
+                names.append(name)
+                self._gates.append(block)
+                self._fixed.append([])
+                gate_macs.append(macs)
+                fixed_macs.append(0)
+                self.feature_width = max(self.feature_width, shape[0])
+            else:
+                (self._fixed[-1] if self._fixed else self._lead).append(block)
+                fixed_macs[-1] += macs
+            shape = shape_out
+        if not names:
+            raise ValueError("no block of this network has an identity to fall back on; add blocks to a stage")
+        fixed_macs[-1] += count_macs(self.fc, (shape[0],))[0]
+        self.points = tuple(Point(name, 2) for name in names)
+        self.max_steps = len(names)
+        self.full_route = (1,) * len(names)
+        self.dense_macs = sum(gate_macs) + sum(fixed_macs)
+        self._start_macs = fixed_macs[0]
+        # [points, 2]: what a row pays at a point, the fixed blocks it then passes included.
+        table = [[fixed, gate + fixed] for gate, fixed in zip(gate_macs, fixed_macs[1:], strict=True)]
+        self.register_buffer("_cost", torch.tensor(table), persistent=False)
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        walk.charge(rows, self._start_macs)
+        return State(walk, 0, rows, self._stem(inputs))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        for block in self._lead:
+            x = block(x)
+        return x
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        walk, point, rows = state.walk, state.point, state.rows
+        assert state.features is not None
+        walk.charge(rows, self._cost[point][action])
+        x = gated_residual(state.features, action, self._gates[point])
+        for block in self._fixed[point]:
+            x = block(x)
+        if point + 1 < len(self.points):
+            return [State(walk, point + 1, rows, x)]
+        walk.put_output(rows, self._head(x))
+        return [State(walk, END, rows, None)]
+
+    def _head(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)))
+
+    def observe(self, state: State) -> Tensor:
+        """Each channel's mean over the map."""
+        assert state.features is not None
+        return state.features.mean((2, 3)).float()
+
+    def _gated(self, inputs: Tensor, gates: Tensor) -> Tensor:
+        x = self._stem(inputs)
+        for step, (block, fixed) in enumerate(zip(self._gates, self._fixed, strict=True)):
+            keep, run = (gates[:, step, choice].view(-1, 1, 1, 1) for choice in (0, 1))
+            x = run * block(x) + keep * x
+            for after in fixed:
+                x = after(x)
+        return self._head(x)
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
+        """Each gated block on the first rows of the batch, as many as chose it; see `Backbone.ideal`."""
+        counts = (route == 1).sum(0).tolist()
+
+        def run() -> Tensor:
+            x = self._stem(inputs)
+            for count, block, fixed in zip(counts, self._gates, self._fixed, strict=True):
+                if count:
+                    block(x[:count])
+                for after in fixed:
+                    x = after(x)
+            return self._head(x)
+
+        return run
+
+    def for_inference(self) -> GatedResNet:
+        """A frozen copy with batch norm folded into the convolutions."""
+        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in twin.modules():
+            if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
+                module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+            for i in (1, 2, 3):
+                conv, norm = getattr(module, f"conv{i}", None), getattr(module, f"bn{i}", None)
+                if isinstance(norm, nn.BatchNorm2d):
+                    setattr(module, f"conv{i}", fuse_conv_bn_eval(conv, norm))
+                    setattr(module, f"bn{i}", nn.Identity())
+        return twin.requires_grad_(False)

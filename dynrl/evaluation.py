@@ -1,0 +1,213 @@
+"""How good a routed model is: accuracy, MACs and measured time, beside what it must beat."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.backbones import Backbone
+from dynrl.data import Split
+from dynrl.policies import StaticPolicy
+from dynrl.routed import RoutedModel
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one pass over a split gave. Fractions are of the dense network's MACs; `macs_fraction` has the router in."""
+
+    accuracy: float
+    macs_fraction: float
+    router_fraction: float
+    distinct_routes: int
+
+
+def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
+    """One pass over `split` through the plugged model, each row once."""
+    right, macs, router = 0.0, 0.0, 0.0
+    routes: list[Tensor] = []
+    for inputs, targets in _batches(split, batch_size):
+        right += float((model(inputs).argmax(1) == targets).sum())
+        assert model.last_route is not None
+        macs += float(model.last_route.macs_fraction.sum())
+        router += float(model.last_route.router_fraction.sum())
+        routes.append(model.last_route.actions)
+    count = len(split)
+    return Score(right / count, macs / count, router / count, len(torch.cat(routes).unique(dim=0)))
+
+
+def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(split.inputs.split(size), split.targets.split(size), strict=True)
+
+
+@torch.inference_mode()
+def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk each input of `split` along its row of `routes` [n, max_steps].
+
+    Returns:
+        right [n] bool, log-likelihood of the target [n], share of the dense network's MACs [n].
+    """
+    parts = []
+    for inputs, targets, route in zip(*(t.split(batch_size) for t in (split.inputs, split.targets, routes)), strict=True):
+        walk = backbone.run_route(inputs, route)
+        assert walk.outputs is not None
+        likely = -F.cross_entropy(walk.outputs, targets, reduction="none")
+        parts.append((walk.outputs.argmax(1) == targets, likely, walk.macs / backbone.dense_macs))
+    right, likely, macs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return right, likely, macs
+
+
+def calibrate(model: RoutedModel, split: Split, points: int = 17, gap: float = 0.02) -> list[tuple[float, float]]:
+    """Measure the MACs fraction over the price range; what `set_budget` looks a price up in.
+
+    Args:
+        split: validation data.
+        points: prices tried at first, evenly spaced in their logarithm.
+        gap: then, between neighbours further apart than this share of the dense MACs, a price is tried halfway,
+            until none is or their prices differ by less than one percent.
+
+    Returns:
+        [(price, MACs fraction)], prices rising. Sets it as the model's curve, too.
+    """
+    assert model.price_range is not None, "only a policy that knows a price can be calibrated"
+    low, high = model.price_range
+    before = model.price
+
+    def measure(price: float) -> tuple[float, float]:
+        model.set_price(min(max(price, low), high))
+        return model.price, score(model, split).macs_fraction
+
+    curve = [measure(low * (high / low) ** (i / (points - 1))) for i in range(points)]
+    position = 0
+    while position + 1 < len(curve):
+        (cheap, above), (dear, below) = curve[position], curve[position + 1]
+        if abs(above - below) > gap and dear / cheap > 1.01 and len(curve) < 6 * points:
+            curve.insert(position + 1, measure((cheap * dear) ** 0.5))
+        else:
+            position += 1
+    model.set_price(before)
+    model.curve = curve
+    return curve
+
+
+# What a learned policy must beat ----------------------------------------------------------------------------
+
+
+def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float:
+    """The rate at which random routes (`Backbone.random_routes`) cost `macs_fraction` on average, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(14):
+        rate = (low + high) / 2
+        routes = backbone.random_routes(torch.full((len(inputs),), rate), torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            cost = float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
+        low, high = (rate, high) if cost < macs_fraction else (low, rate)
+    return (low + high) / 2
+
+
+def static_routes(
+    backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None
+) -> list[tuple[tuple[int, ...], float, float]]:
+    """Smaller networks, found greedily on validation data: from the full route, again and again the one change of one
+    choice that lowers the cost and keeps the log-likelihood highest, until no choice can be made cheaper.
+
+    Returns:
+        [(route, MACs fraction, accuracy on `split`)], from dear to cheap. `tick` is called after each try.
+    """
+
+    def try_route(route: tuple[int, ...]) -> tuple[float, float, float]:
+        tick()
+        routes = StaticPolicy(route).route(split.inputs)
+        right, likely, macs = score_routes(backbone, routes, split)
+        return float(likely.mean()), float(macs.mean()), float(right.float().mean())
+
+    route = backbone.full_route
+    _, macs, accuracy = try_route(route)
+    found = [(route, macs, accuracy)]
+    while True:
+        tried = []
+        for step in range(len(route)):
+            for choice in range(backbone.num_choices):
+                if choice != route[step]:
+                    changed = (*route[:step], choice, *route[step + 1 :])
+                    likely, cost, right = try_route(changed)
+                    if cost < macs - 1e-9:
+                        tried.append((likely, changed, cost, right))
+        if not tried:
+            return found
+        _, route, macs, accuracy = max(tried)
+        found.append((route, macs, accuracy))
+
+
+def oracle_routes(
+    backbone: Backbone, split: Split, candidates: list[tuple[int, ...]], tick: Callable[[], Any] = lambda: None
+) -> Tensor:
+    """For each input the cheapest candidate route that classifies it right, else the cheapest of all. Sees the labels.
+
+    Returns:
+        [n, max_steps].
+    """
+    best = torch.full((len(split),), float("inf"))
+    chosen = torch.zeros(len(split), backbone.max_steps, dtype=torch.int64)
+    for candidate in candidates:
+        routes = StaticPolicy(candidate).route(split.inputs)
+        right, _, macs = score_routes(backbone, routes, split)
+        cost = macs + 10.0 * ~right  # any right route beats any wrong one
+        better = cost < best
+        best = torch.where(better, cost, best)
+        chosen[better] = torch.tensor(candidate)
+        tick()
+    return chosen
+
+
+# Time -------------------------------------------------------------------------------------------------------
+
+
+def medians_in_turn(sides: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
+    """Median milliseconds of each side, all sides timed once a round, after two rounds of warming up.
+
+    In turn, since a machine's speed drifts: sides timed one after the other meet different machines.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds + 2):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if i >= 2:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_format(module: nn.Module, name: str) -> nn.Module:
+    """A copy of `module` whose convolutions read and write maps in the memory format `name`, a key of `FORMATS`."""
+    return copy.deepcopy(module).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
+
+
+def hardware() -> dict[str, Any]:
+    """What figures depend on: processor, threads, versions."""
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

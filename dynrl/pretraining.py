@@ -1,0 +1,122 @@
+"""Train a backbone so that every route works: supervised, each image on a random route of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynrl.backbones import Backbone
+from dynrl.data import Dataset, Split
+from dynrl.files import write_aside
+from dynrl.progress import progress
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how a backbone is trained."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float = 0.15  # the peak of a one-cycle schedule
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    least_rate: float = 0.3  # each image draws its rate of the full network's choices from [least_rate, 1]
+    full_share: float = 0.15  # this share of the images takes the full route
+
+
+def bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere autocast to it only slows training down."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pretrain(
+    backbone: Backbone,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    random_routes: bool = True,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    label: str = "pretraining",
+) -> Backbone:
+    """Train `backbone` in place and return it, in eval mode.
+
+    Args:
+        random_routes: False trains the full route only: the plain network that learned routes must stand beside.
+        checkpoint: saved after each epoch and, if it is there, continued from; removed at the end.
+
+    Raises:
+        ValueError: the loss is no longer finite; the last checkpoint stays.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    decay = [p for p in backbone.parameters() if p.dim() > 1]
+    rest = [p for p in backbone.parameters() if p.dim() <= 1]  # biases and batch norm
+    optimizer = torch.optim.SGD(
+        [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=recipe.learning_rate, momentum=0.9, nesterov=True,
+    )  # fmt: skip
+    train = dataset.train
+    batches = len(train) // recipe.batch_size
+    if batches == 0:
+        raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training images")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.epochs * batches)
+    # Convolutions on this CPU train faster on channels_last maps (measured: 1.2 to 1.5 times).
+    backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        backbone.load_state_dict(saved["backbone"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        generator.set_state(saved["generator"])
+        first = saved["epoch"]
+    with progress(total=recipe.epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
+        for epoch in range(first, recipe.epochs):
+            backbone.train()
+            order = torch.randperm(len(train), generator=generator)
+            total = 0.0
+            for index in order.split(recipe.batch_size)[:batches]:
+                images = dataset.augmentation(train.inputs[index], generator)
+                images = images.contiguous(memory_format=torch.channels_last)
+                rate = recipe.least_rate + (1 - recipe.least_rate) * torch.rand(len(index), generator=generator)
+                rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
+                routes = backbone.random_routes(rate, generator) if random_routes else None
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+                    outputs = backbone(images, routes)
+                loss = F.cross_entropy(outputs.float(), train.targets[index], label_smoothing=recipe.label_smoothing)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+                bar.update()
+            if not torch.isfinite(torch.tensor(total)):
+                raise ValueError(f"the loss is {total} after epoch {epoch + 1}; lower the learning rate")
+            bar.set_postfix(loss=f"{total / batches:.3f}")
+            if checkpoint is not None:
+                state = {
+                    "backbone": backbone.state_dict(), "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1,
+                }  # fmt: skip
+                with write_aside(checkpoint) as aside:
+                    torch.save(state, aside)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return backbone.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+
+
+@torch.inference_mode()
+def accuracy_at_rate(backbone: Backbone, split: Split, rate: float, seed: int = 0, batch_size: int = 256) -> float:
+    """Accuracy under random routes that take the full network's choice with probability `rate` (1: dense)."""
+    generator = torch.Generator().manual_seed(seed)
+    right = 0
+    for start in range(0, len(split), batch_size):
+        inputs, targets = split.inputs[start : start + batch_size], split.targets[start : start + batch_size]
+        routes = backbone.random_routes(torch.full((len(inputs),), rate), generator)
+        right += int((backbone(inputs, routes).argmax(1) == targets).sum())
+    return right / len(split)

@@ -1,0 +1,172 @@
+"""The routed model: a backbone with a policy plugged in, as one module from tensors to outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.backbones import Backbone, State, Walk, load_backbone
+from dynrl.cost import count_macs
+from dynrl.observation import Layout, observation
+from dynrl.policies import Router, RoutePolicy, load_policy
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who went where, at what cost, in the last call of a routed model.
+
+    Attributes:
+        actions: [B, max_steps] int64, what was run at each step; -1 where a row had ended.
+        macs: [B] int64, the backbone's MACs.
+        router_macs: [B] int64, the policy's, on top.
+        dense_macs: of one row of the dense network.
+    """
+
+    actions: Tensor
+    macs: Tensor
+    router_macs: Tensor
+    dense_macs: int
+
+    @property
+    def macs_fraction(self) -> Tensor:
+        """[B], all MACs, the router's included, over the dense network's."""
+        return (self.macs + self.router_macs) / self.dense_macs
+
+    @property
+    def router_fraction(self) -> Tensor:
+        """[B], the router's MACs over the dense network's."""
+        return self.router_macs / self.dense_macs
+
+
+class RoutedModel(nn.Module):
+    """A backbone that a policy walks, row by row; made by `plug` or `load`.
+
+    Attributes:
+        input_shape: of one input.
+        price_range: lowest and highest price; None for policies that know no price.
+        curve: [(price, MACs fraction on validation data)], prices rising.
+        last_route: the `Route` of the last call.
+    """
+
+    last_route: Route | None
+
+    def __init__(
+        self, backbone: Backbone, policy: Router | RoutePolicy, curve: list[tuple[float, float]] | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.for_inference()
+        self.policy = policy.eval().requires_grad_(False)
+        self.input_shape = backbone.input_shape
+        self.curve = sorted(curve or [])
+        self.price_range: tuple[float, float] | None = None
+        self._price: float = 0.0
+        self._router_macs = 0
+        self.last_route = None
+        if isinstance(policy, Router):
+            expected = Layout.of(backbone)
+            if policy.width != expected.width:
+                raise ValueError(f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}")
+            self.price_range = tuple(policy.config["price_range"])
+            self._price = (self.price_range[0] * self.price_range[1]) ** 0.5
+            self._router_macs = count_macs(policy, (expected.width,))[0]
+
+    @property
+    def price(self) -> float:
+        """The price of compute that the policy is told."""
+        return self._price
+
+    def set_price(self, price: float) -> None:
+        """Tell the policy a price within its range: higher is cheaper to run."""
+        if self.price_range is None:
+            raise ValueError(f"{type(self.policy).__name__} knows no price")
+        if not self.price_range[0] <= price <= self.price_range[1]:
+            raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
+        self._price = float(price)
+
+    def set_budget(self, budget: float) -> None:
+        """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
+
+        Raises:
+            ValueError: the policy was not calibrated, or `budget` lies outside what it can reach.
+        """
+        if len(self.curve) < 2:
+            raise ValueError("this policy has no calibrated budgets; train it with dynrl, or use set_price")
+        dearest, cheapest = max(m for _, m in self.curve), min(m for _, m in self.curve)
+        if not cheapest <= budget <= dearest:
+            raise ValueError(f"the budget {budget} is out of reach; this policy reaches {cheapest:.3f} to {dearest:.3f}")
+        for (low, above), (high, below) in zip(self.curve, self.curve[1:], strict=False):
+            if min(above, below) <= budget <= max(above, below):
+                share = 0.5 if above == below else (above - budget) / (above - below)
+                self.set_price(low * (high / low) ** share)  # prices were drawn evenly in their logarithm
+                return
+        raise AssertionError("a continuous curve reaches every value between its ends")
+
+    def _choose(self, state: State) -> Tensor:
+        return self.policy.act(observation(self.backbone, state, self._price))  # type: ignore[union-attr, operator]
+
+    @torch.inference_mode()
+    def walk(self, inputs: Tensor) -> Walk:
+        """Walk `inputs` to their ends; `forward` with everything the walk knows."""
+        if isinstance(self.policy, RoutePolicy):
+            return self.backbone.run_route(inputs, self.policy.route(inputs))
+        return self.backbone.run(inputs, self._choose)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, *input_shape] to the backbone's outputs [B, ...]; what it did is in `last_route`.
+
+        Raises:
+            ValueError: another shape, an empty batch, NaN or infinity.
+        """
+        self.backbone.check_inputs(inputs)
+        walk = self.walk(inputs)
+        self.last_route = Route(walk.route, walk.macs, walk.steps * self._router_macs, self.backbone.dense_macs)
+        assert walk.outputs is not None
+        return walk.outputs
+
+
+def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> RoutedModel:
+    """Plug a policy into a backbone.
+
+    Args:
+        backbone: is copied (and its copy made fast for inference), never changed.
+        policy: a policy file, or a policy.
+
+    Raises:
+        ValueError: a file that is missing, damaged or altered, or was trained for another backbone or decision;
+            weights of the backbone that are NaN or infinite.
+
+    Example:
+        model = dynrl.plug(backbone, "runs/skip/policy.safetensors")
+        model.set_budget(0.5)
+        logits = model(images)
+    """
+    for name, tensor in backbone.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"the backbone's {name!r} holds NaN or infinity")
+    if isinstance(policy, (Router, RoutePolicy)):
+        return RoutedModel(backbone, policy)
+    router, metadata = load_policy(policy)
+    check_match(policy, metadata, backbone)
+    curve = [(float(price), float(macs)) for price, macs in metadata["curve"]]
+    return RoutedModel(backbone, router, curve)
+
+
+def check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) -> None:
+    """Refuse a policy that was trained for another decision or another backbone."""
+    if metadata["decision"] != backbone.decision:
+        raise ValueError(f"{path} decides {metadata['decision']!r}; this backbone poses {backbone.decision!r}")
+    if metadata["backbone"] != backbone.fingerprint():
+        raise ValueError(f"{path} was trained for another backbone (fingerprints differ); plug it into its own")
+
+
+def load(run: str | Path) -> RoutedModel:
+    """The routed model of a run folder: its backbone with its policy plugged in."""
+    run = Path(run)
+    if not run.is_dir():
+        raise ValueError(f"{run} is no run folder")
+    backbone, _ = load_backbone(run / "backbone.safetensors")
+    return plug(backbone, run / "policy.safetensors")

@@ -1,0 +1,382 @@
+"""The one environment core: a batch of rows walks a backbone, one decision a step.
+
+The transition is written once, batched, in torch (`reset_tensors`, `step_tensors`); NumPy appears only where
+Gymnasium's edge is crossed. The single environment is the batched one with one row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from dynrl.backbones import END, Backbone, State, merge, shared_backbone
+from dynrl.data import Split, load_dataset
+from dynrl.observation import Layout, observation
+
+Info = dict[str, Tensor]
+
+
+def correct(output: Tensor, target: Tensor) -> Tensor:
+    """[n] 1.0 where the likeliest class is the target, else 0.0."""
+    return (output.argmax(1) == target).float()
+
+
+def log_likelihood(output: Tensor, target: Tensor) -> Tensor:
+    """[n] the logarithm of the target's probability: at most 0, in nats."""
+    return -F.cross_entropy(output, target, reduction="none")
+
+
+def distillation(output: Tensor, target: Tensor, dense: Tensor) -> Tensor:
+    """[n] log-likelihood of the target, minus the divergence from what the dense network says; in nats, at most 0.
+
+    The two terms of knowledge distillation (Hinton et al. 2015, section 2), weighted alike. With the first alone,
+    blocks whose only use is to copy the dense network's confidence are skipped at any price, and no price leads to
+    the upper part of the accuracy-compute front; with the second alone, routes imitate the dense network's
+    uncertainty at the expense of the class.
+    """
+    divergence = F.kl_div(output.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none").sum(1)
+    return log_likelihood(output, target) - divergence
+
+
+ACCURACY_TERMS = ("distillation", "log_likelihood", "correct")
+
+
+def check_price_range(prices: Sequence[float]) -> tuple[float, float]:
+    """`(low, high)`, or a ValueError."""
+    if len(prices) != 2 or not 0 < prices[0] < prices[1] < float("inf"):
+        raise ValueError(f"expected a price range (low, high) with 0 < low < high, got {tuple(prices)}")
+    return float(prices[0]), float(prices[1])
+
+
+def draw(seeds: np.ndarray, episodes: np.ndarray, stream: int) -> np.ndarray:
+    """[n] uint64, a hash of (seed, episode, stream): two rounds of splitmix64 (Steele et al. 2014).
+
+    Keyed draws, not a generator's sequence: what a sub-environment meets in its k-th episode then depends neither
+    on how many others there are nor on when theirs end.
+    """
+    with np.errstate(over="ignore"):
+        z = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(stream + 1)
+        for salt in (episodes.astype(np.uint64), np.uint64(0x632BE59BD9B4E019)):
+            z = z + salt * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return z
+
+
+class RoutingVectorEnv(VectorEnv):
+    """`num_envs` inputs walk one backbone side by side. A decision's class adds its page and its default backbone.
+
+    Args:
+        num_envs: how many.
+        backbone: a backbone file, a `Backbone`, or None for a small seeded, untrained one. A file is loaded once a
+            process however many environments use it. Always run frozen, by its `for_inference` copy.
+        data: name of the data set the inputs come from.
+        split: of the data set.
+        accuracy_term: paid when a row ends: "distillation", "log_likelihood" (nats) or "correct" (0 or 1); see the
+            functions of those names.
+        price: of the dense network's MACs, fixed; None draws it per episode from `price_range`, uniformly in its
+            logarithm.
+        price_range: lowest and highest price.
+        autoreset_mode: NEXT_STEP (what stock RLlib expects), SAME_STEP (no step is wasted; our runner, SB3) or
+            DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
+
+    Rewards and `info`: reward = `accuracy_term` - price x MACs of this step / MACs of the dense network. `info` holds
+    both terms (`accuracy_term`, `cost_term`) of every step and, for rows that ended (mask `_correct` etc.), `correct`,
+    `macs_fraction` and `route`. `action_mask` belongs to the observation returned beside it.
+
+    Raises:
+        ValueError: an unknown data set, split, accuracy term or mode; a price outside its range; a backbone that
+            poses another decision or expects other inputs than the data set's.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    decision: ClassVar[str]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        backbone: str | Path | Backbone | None = None,
+        data: str = "digits",
+        split: str = "train",
+        accuracy_term: str = "distillation",
+        price: float | None = None,
+        price_range: Sequence[float] = (0.005, 1.0),
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"expected at least one environment, got num_envs={num_envs}")
+        if accuracy_term not in ACCURACY_TERMS:
+            raise ValueError(f"unknown accuracy term {accuracy_term!r}; expected one of {ACCURACY_TERMS}")
+        mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**type(self).metadata, "autoreset_mode": mode}
+        self.num_envs = num_envs
+        self.render_mode = None
+        self.price_range = check_price_range(price_range)
+        if price is not None and not self.price_range[0] <= price <= self.price_range[1]:
+            raise ValueError(f"the price {price} is outside its range {self.price_range}; widen price_range or change it")
+        self._fixed_price = price
+        self.accuracy_term = accuracy_term
+        self._split = load_dataset(data).split(split)
+        self.backbone = self._open(backbone, data)
+        self.layout = Layout.of(self.backbone)
+        self._same_step = mode is AutoresetMode.SAME_STEP
+        self._next_step = mode is AutoresetMode.NEXT_STEP
+        # The price reaches the observation as it is; features are means of activations, without a bound.
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.layout.width,), np.float32)
+        self.single_action_space = gym.spaces.Discrete(self.backbone.num_choices)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._seeds: np.ndarray | None = None
+        self._episodes = np.zeros(num_envs, np.int64)
+        self._prices = torch.zeros(num_envs)
+        self._dense: Tensor | None = None  # the dense network's outputs for inputs drawn so far, NaN for the others
+        self._drawn = torch.zeros(num_envs, dtype=torch.int64)  # which input of the split each row walks with
+        self._states: dict[int, State] = {}
+        self._ended: State | None = None  # rows that stand at the end and wait for their reset
+
+    @classmethod
+    def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
+        """A small seeded backbone for `gym.make` without arguments."""
+        raise NotImplementedError
+
+    def _open(self, backbone: str | Path | Backbone | None, data: str) -> Backbone:
+        shape = tuple(self._split.inputs.shape[1:])
+        if backbone is None:
+            opened = self.default_backbone(shape).for_inference()
+        elif isinstance(backbone, Backbone):
+            opened = backbone.for_inference()
+        else:
+            path = Path(backbone)
+            opened = shared_backbone(str(path.resolve()), path.stat().st_mtime_ns if path.is_file() else 0)
+        if opened.decision != self.decision:
+            raise ValueError(f"{type(self).__name__} needs a backbone that poses {self.decision!r}, not {opened.decision!r}")
+        if opened.input_shape != shape:
+            raise ValueError(f"the backbone expects inputs of shape {opened.input_shape}, {data} has {shape}")
+        return opened
+
+    # torch -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_tensors(self, seed: int | Sequence[int] | None = None, rows: Tensor | None = None) -> Tensor:
+        """Start new episodes in all rows (or in `rows` [n] only) and return all observations [N, width].
+
+        Args:
+            seed: sub-environment i then draws by `seed + i` (or by `seed[i]`), from episode 0 on. None goes on with
+                the next episodes.
+        """
+        if seed is not None or self._seeds is None:
+            if seed is None:
+                seed = int(np.random.SeedSequence().entropy) % 2**63  # type: ignore[arg-type]
+            given = seed + np.arange(self.num_envs) if isinstance(seed, (int, np.integer)) else np.asarray(seed)
+            if given.shape != (self.num_envs,):
+                raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {given.shape}")
+            self._seeds = given.astype(np.int64)
+            self._episodes[:] = 0
+        if rows is None or not self._states and self._ended is None:
+            self._states, self._ended = {}, None
+            self._start(None)
+        else:
+            keep = torch.ones(self.num_envs, dtype=torch.bool)
+            keep[rows] = False
+            left = [s.where(keep[s.rows], s.point) for s in self._states.values()]
+            ended = None if self._ended is None else self._ended.where(keep[self._ended.rows], END)
+            self._ended = ended if ended is not None and ended.count else None
+            self._states = merge(left)
+            self._start(rows)
+        return self._observe()
+
+    def _start(self, rows: Tensor | None) -> None:
+        """Draw inputs and prices for `rows` (None: all) and put them at the first point."""
+        every = rows is None
+        at = np.arange(self.num_envs) if rows is None else rows.numpy()
+        assert self._seeds is not None
+        seeds, episodes = self._seeds[at], self._episodes[at]
+        self._episodes[at] += 1
+        chosen = torch.from_numpy((draw(seeds, episodes, 0) % np.uint64(len(self._split))).astype(np.int64))
+        if self._fixed_price is None:
+            low, high = np.log(self.price_range)
+            share = draw(seeds, episodes, 1).astype(np.float64) / 2.0**64
+            prices = torch.from_numpy(np.exp(low + (high - low) * share)).float()
+        else:
+            prices = torch.full((len(at),), self._fixed_price)
+        inputs = self._split.inputs[chosen]
+        if every:
+            self._prices, self._drawn = prices, chosen
+            begun = self.backbone.begin(inputs)
+            self._walk = begun.walk
+        else:
+            assert rows is not None
+            self._prices[rows], self._drawn[rows] = prices, chosen
+            begun = self.backbone.begin(inputs, self._walk, rows)
+        self._states = merge([*self._states.values(), begun])
+
+    def _observe(self) -> Tensor:
+        standing = list(self._states.values()) + ([self._ended] if self._ended is not None else [])
+        if len(standing) == 1 and standing[0].rows is self._walk.all_rows:
+            return observation(self.backbone, standing[0], self._prices)
+        view = torch.empty(self.num_envs, self.layout.width)
+        for state in standing:
+            view[state.rows] = observation(self.backbone, state, self._prices)
+        return view
+
+    @torch.no_grad()
+    def step_tensors(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Info]:
+        """One decision of every row.
+
+        Args:
+            actions: [N] int64, in range.
+
+        Returns:
+            observations [N, width], a tensor of its own; rewards [N]; terminated [N] bool; and `info`, tensors of N
+            rows each, where `ended` [N] bool says which rows' episode values are meant, and `final_obs` [N, width]
+            (SAME_STEP only) holds the last observation of those.
+        """
+        walk = self._walk
+        before = walk.macs.clone()
+        reached: list[State] = []
+        for state in self._states.values():
+            reached += self.backbone.advance(state, walk.at(actions, state.rows))
+        waiting, self._ended = self._ended, None
+        self._states = merge(reached)
+        end = self._states.pop(END, None)
+        cost_term = -self._prices * ((walk.macs - before) / self.backbone.dense_macs)
+        accuracy_term = torch.zeros(self.num_envs)
+        terminated = torch.zeros(self.num_envs, dtype=torch.bool)
+        info: Info = {"accuracy_term": accuracy_term, "cost_term": cost_term, "ended": terminated}
+        if end is not None:
+            output, drawn = self.backbone.output(end), self._drawn[end.rows]
+            target = self._split.targets[drawn]
+            right = correct(output, target)
+            if self.accuracy_term == "distillation":
+                accuracy_term[end.rows] = distillation(output, target, self._dense_outputs(drawn))
+            else:
+                accuracy_term[end.rows] = right if self.accuracy_term == "correct" else log_likelihood(output, target)
+            terminated[end.rows] = True
+            info["correct"] = torch.zeros(self.num_envs).index_copy(0, end.rows, right)
+            info["macs_fraction"] = walk.macs / self.backbone.dense_macs
+            info["route"] = walk.route.clone()
+            info["price"] = self._prices.clone()
+            self._ended = end
+        if self._same_step and end is not None:
+            info["final_obs"] = self._observe_only(end)
+            self._ended = None
+            self._start(None if end.rows is walk.all_rows else end.rows)
+        elif waiting is not None:
+            if self._next_step:
+                self._start(None if waiting.rows is walk.all_rows else waiting.rows)
+            else:
+                self._ended = waiting if end is None else merge([waiting, end])[END]
+        return self._observe(), accuracy_term + cost_term, terminated, info
+
+    def _dense_outputs(self, drawn: Tensor) -> Tensor:
+        """[n, ...] the dense network's outputs for inputs `drawn` [n] of the split; each is computed once."""
+        if self._dense is None:
+            known = self.backbone(self._split.inputs[drawn[:1]])
+            self._dense = known.new_full((len(self._split), *known.shape[1:]), torch.nan)
+        missing = drawn[self._dense[drawn].flatten(1)[:, 0].isnan()].unique()
+        if len(missing):
+            self._dense[missing] = self.backbone(self._split.inputs[missing])
+        return self._dense[drawn]
+
+    def _observe_only(self, state: State) -> Tensor:
+        view = torch.zeros(self.num_envs, self.layout.width)
+        view[state.rows] = observation(self.backbone, state, self._prices)
+        return view
+
+    # Gymnasium's edge --------------------------------------------------------------------------------------
+
+    def _masks(self, observations: Tensor) -> np.ndarray:
+        return (observations[:, self.layout.mask :] > 0).to(torch.int8).numpy()
+
+    def reset(  # type: ignore[override]
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Gymnasium's reset; `options` may hold `reset_mask` [N] bool where autoreset is DISABLED."""
+        unknown = set(options or {}) - {"reset_mask"}
+        if unknown:
+            raise ValueError(f"unknown reset options {sorted(unknown)}; expected 'reset_mask' or none")
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        mask = (options or {}).get("reset_mask")
+        rows = None if mask is None else torch.from_numpy(np.flatnonzero(mask))
+        view = self.reset_tensors(seed, rows)
+        return view.numpy(), {"action_mask": self._masks(view)}
+
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:  # type: ignore[override]
+        """Gymnasium's step."""
+        given = np.asarray(actions)
+        if given.shape != (self.num_envs,) or not np.issubdtype(given.dtype, np.integer):
+            raise ValueError(f"expected {self.num_envs} integer actions, got {given.dtype} of shape {given.shape}")
+        if given.min() < 0 or given.max() >= self.backbone.num_choices:
+            raise ValueError(f"expected actions in 0..{self.backbone.num_choices - 1}, got {given.min()}..{given.max()}")
+        if self._seeds is None:
+            raise ValueError("reset the environment before its first step")
+        view, reward, terminated, tensors = self.step_tensors(torch.from_numpy(given.astype(np.int64)))
+        ended = terminated.numpy()
+        info: dict[str, Any] = {"action_mask": self._masks(view)}
+        for name in ("accuracy_term", "cost_term"):
+            info[name] = tensors[name].numpy()
+        if ended.any():
+            for name in ("correct", "macs_fraction", "route"):
+                info[name], info[f"_{name}"] = tensors[name].numpy(), ended
+        if "final_obs" in tensors:
+            # One object a row, filled one by one: NumPy would make a matrix of equally long rows.
+            final = np.full(self.num_envs, None, dtype=object)
+            for i in np.flatnonzero(ended):
+                final[i] = tensors["final_obs"][i].numpy()
+            info["final_obs"], info["_final_obs"] = final, ended
+            names = [name for name in info if not name.startswith("_") and name not in ("action_mask", "final_obs")]
+            info["final_info"] = {name: info[name] for name in names} | {f"_{name}": ended for name in names}
+            info["_final_info"] = ended
+        return view.numpy(), reward.numpy(), ended, np.zeros(self.num_envs, bool), info
+
+
+class RoutingEnv(gym.Env):
+    """One input walks a backbone: `RoutingVectorEnv` with one row, and the same arguments."""
+
+    metadata: dict[str, Any] = {"render_modes": []}
+    vector_env: ClassVar[type[RoutingVectorEnv]]
+
+    def __init__(self, **settings: Any) -> None:
+        for refused in ("num_envs", "autoreset_mode"):
+            if refused in settings:
+                raise ValueError(f"{refused} is for the batched environment; use gymnasium.make_vec")
+        self._batch = self.vector_env(1, **settings, autoreset_mode=AutoresetMode.DISABLED)
+        self.observation_space = copy.deepcopy(self._batch.single_observation_space)
+        self.action_space = copy.deepcopy(self._batch.single_action_space)
+        self.render_mode = None
+        self._over = True
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen backbone."""
+        return self._batch.backbone
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode; it takes no options."""
+        if options:
+            raise ValueError(f"unknown reset options {sorted(options)}; this environment has none")
+        super().reset(seed=seed)
+        view, info = self._batch.reset(seed=seed)
+        self._over = False
+        return view[0], {"action_mask": info["action_mask"][0]}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One decision."""
+        if self._over:
+            raise ValueError("the episode has ended; call reset first")
+        view, reward, terminated, _, info = self._batch.step(np.asarray([action]))
+        self._over = bool(terminated[0])
+        own = {name: value[0] for name, value in info.items() if not name.startswith("_")}
+        return view[0], float(reward[0]), self._over, False, own

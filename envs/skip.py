@@ -1,0 +1,52 @@
+"""Layer skipping: `dynrl/Skip-v0`."""
+
+from __future__ import annotations
+
+import torch
+
+from dynrl.backbones import Backbone, GatedResNet
+from dynrl.envs.core import RoutingEnv, RoutingVectorEnv
+
+
+class SkipVectorEnv(RoutingVectorEnv):
+    """At each identity block of a residual network: run it, or hand the features through?
+
+    ## Observation
+    A float32 vector, laid out as `dynrl.observation.Layout` says: the mean of each channel of the features that stand
+    before the block, which block it is, the last choice, the share of the dense network's MACs spent, the price, and
+    the mask of open choices (both, always).
+
+    ## Action
+    `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and are no decisions.
+
+    ## Reward
+    At each step minus price x (MACs of this step / MACs of the dense network); at the last step also the accuracy
+    term: the log-likelihood of the true class, or 1 if it is the likeliest.
+
+    ## Episode
+    One image. It ends after the last block: every episode has as many steps as the network has identity blocks.
+
+    ## Backbones
+    `GatedResNet`: ResNets of basic blocks or bottlenecks, with CIFAR or ImageNet stems.
+
+    ## Source
+    SkipNet: Learning Dynamic Routing in Convolutional Networks, Wang et al., ECCV 2018 (sequential decisions from
+    running features). The price in the observation follows Odena et al. 2017.
+
+    ## Version history
+    v0: first.
+    """
+
+    decision = "skip"
+
+    @classmethod
+    def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
+        """A small untrained ResNet, always the same."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return GatedResNet(input_shape, layers=(2, 2, 2), widths=(8, 16, 32))  # type: ignore[arg-type]
+
+
+class SkipEnv(RoutingEnv):
+    __doc__ = SkipVectorEnv.__doc__
+    vector_env = SkipVectorEnv

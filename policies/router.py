@@ -1,0 +1,87 @@
+"""The learned policy: a small network from one observation to one choice, and its file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.files import load_tensors, save_tensors
+
+CAP = 5.0  # logits stay within +-CAP, so that no choice's probability reaches 0 and its logarithm stays finite
+
+
+class Router(nn.Module):
+    """Two linear layers. The module that RLlib trains is the module that is deployed.
+
+    Args:
+        features, points, choices: the observation's layout (`dynrl.observation.Layout`).
+        price_range: lowest and highest price; the router sees its logarithm, scaled to [-1, 1].
+        hidden: units of the hidden layer.
+        start: the choice that an untrained router favours (e^2 to 1): the full network's. From a start without
+            favour, early routes are too poor to learn from.
+
+    Raises:
+        ValueError: a price range that is not positive and rising.
+    """
+
+    def __init__(
+        self, features: int, points: int, choices: int, price_range: tuple[float, float], hidden: int = 64, start: int = 0
+    ) -> None:
+        super().__init__()
+        low, high = price_range
+        if not 0 < low < high < math.inf:
+            raise ValueError(f"expected a price range with 0 < low < high, got {tuple(price_range)}")
+        self.config = {
+            "features": features, "points": points, "choices": choices, "price_range": [low, high],
+            "hidden": hidden, "start": start,
+        }  # fmt: skip
+        self.choices = choices
+        self.price = features + points + choices + 1
+        self.middle, self.half = (math.log(high) + math.log(low)) / 2, (math.log(high) - math.log(low)) / 2
+        self.hidden = nn.Linear(self.price + 1, hidden)
+        self.head = nn.Linear(hidden, choices)
+        nn.init.zeros_(self.head.bias)
+        nn.init.normal_(self.head.weight, std=0.01)
+        with torch.no_grad():
+            self.head.bias[start] = 2.0
+
+    @property
+    def width(self) -> int:
+        """Length of an observation."""
+        return self.price + 1 + self.choices
+
+    def trunk(self, observation: Tensor) -> Tensor:
+        """[n, price + 1]: the observation without its mask, its price as a centred logarithm."""
+        seen = observation[:, : self.price + 1].clone()
+        seen[:, self.price] = (observation[:, self.price].log() - self.middle) / self.half
+        return seen
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """[n, width] float32 to logits [n, choices]; closed choices get -1e9."""
+        logits = CAP * torch.tanh(self.head(torch.tanh(self.hidden(self.trunk(observation)))) / CAP)
+        return logits + (observation[:, self.price + 1 :] - 1) * 1e9
+
+    def act(self, observation: Tensor) -> Tensor:
+        """[n] int64: the likeliest choice of each row."""
+        return self(observation).argmax(1)
+
+
+def save_policy(path: str | Path, router: Router, metadata: dict[str, Any]) -> None:
+    """Write a router with what it was trained for: `decision`, `backbone` (fingerprint), `curve`, all JSON-able."""
+    save_tensors(path, "policy", router.state_dict(), {**metadata, "router": router.config})
+
+
+def load_policy(path: str | Path) -> tuple[Router, dict[str, Any]]:
+    """Read a policy file: the router in eval mode, and its metadata.
+
+    Raises:
+        ValueError: the file is missing, cut short, altered, or no policy file.
+    """
+    tensors, metadata = load_tensors(path, "policy")
+    router = Router(**metadata["router"])
+    router.load_state_dict(tensors)
+    return router.eval(), metadata

@@ -1,0 +1,48 @@
+"""`dynrl VERB ...`: each verb is the script of that name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "train": "learn a policy (pretrains a backbone first where none is given), evaluate it, write a run folder",
+    "evaluate": "report accuracy, MACs and time of one or more run folders",
+    "pretrain": "train a backbone under random routes, and its plain twin",
+    "bench": "measure: sampling speed of the environment",
+    "list": "list decisions, data sets and backbones",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb; bad input ends with a one-line reason and exit code 2."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in ("-h", "--help"):
+        print("usage: dynrl VERB ...; `dynrl VERB --help` tells more\n")
+        print("\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items()))
+        return
+    if not given or given[0] not in VERBS:
+        print(f"dynrl: expected a verb, one of {', '.join(VERBS)}; got {given[0] if given else 'none'}", file=sys.stderr)
+        sys.exit(2)
+    run(given[0], given[1:])
+
+
+def run(verb: str, argv: Sequence[str] | None = None) -> None:
+    """Parse the verb's settings and run it."""
+    import tyro
+
+    module = importlib.import_module(f"dynrl.scripts.{verb}")
+    args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
+    try:
+        module.main(args)
+    except ValueError as error:
+        print(f"dynrl {verb}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"dynrl {verb}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

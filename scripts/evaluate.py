@@ -1,0 +1,249 @@
+"""Report accuracy, MACs and measured time of run folders: `report.json`, `report.png` and a table.
+
+Several runs (policy seeds on one backbone) make one report of means and spreads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from dynrl.backbones import Backbone
+    from dynrl.data import Dataset
+    from dynrl.routed import RoutedModel
+
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+RANDOM_SEEDS = 3
+
+
+@dataclass
+class Args:
+    """Settings of `dynrl evaluate`."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders of one backbone and data set."""
+    out: Path | None = None
+    """Folder for report.json and report.png; default: the run folder, if there is one only."""
+    batch_size: int = 256
+    """Inputs a batch, of what is timed."""
+    threads: int | None = None
+    """CPU threads; default: all available cores."""
+
+
+def main(args: Args) -> None:
+    """Check everything, then write the report."""
+    import torch
+
+    from dynrl.scripts.common import available_cores, read_config
+
+    if not args.runs:
+        raise ValueError("expected at least one run folder")
+    for run in args.runs:
+        read_config(run)
+    if args.out is None and len(args.runs) > 1:
+        raise ValueError("several runs make one report: say where with --out")
+    if args.batch_size < 1:
+        raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
+    torch.set_num_threads(args.threads or available_cores())
+    report_runs(list(args.runs), args.out or args.runs[0], args.batch_size)
+
+
+def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str, Any]:
+    """Evaluate runs of one backbone on the test split; write and print the report, and return it."""
+    from dynrl.backbones import load_backbone
+    from dynrl.data import load_dataset
+    from dynrl.files import write_json
+    from dynrl.routed import load
+    from dynrl.scripts.common import read_config
+
+    configs = [read_config(run) for run in runs]
+    models = [load(run) for run in runs]
+    backbone, _ = load_backbone(runs[0] / "backbone.safetensors")
+    if len({model.backbone.fingerprint() for model in models}) > 1 or len({c["data"] for c in configs}) > 1:
+        raise ValueError("these runs have different backbones or data sets; only policies of one backbone compare")
+    plain_file = runs[0] / "plain.safetensors"
+    plain = load_backbone(plain_file)[0] if plain_file.is_file() else None
+    dataset = load_dataset(configs[0]["data"])
+    report = {
+        "decision": configs[0]["decision"], "data": dataset.name, "seeds": [config["seed"] for config in configs],
+        **measure(backbone, plain, models, dataset, batch_size),
+    }  # fmt: skip
+    write_json(out / "report.json", report)
+    draw(report, out / "report.png")
+    print_table(report)
+    return report
+
+
+def measure(
+    backbone: Backbone, plain: Backbone | None, models: list[RoutedModel], dataset: Dataset, batch_size: int
+) -> dict[str, Any]:
+    """All figures of a report; see README, "Reading a report"."""
+    import torch
+
+    from dynrl import evaluation as ev
+    from dynrl.policies import RandomPolicy, StaticPolicy
+    from dynrl.progress import progress
+
+    test = dataset.test
+    validation = dataset.validation.head(1024)
+    frozen = models[0].backbone
+    batch = test.inputs[:batch_size]
+    dense_route = frozen.dense_actions(len(test))
+    all_execute = float(ev.score_routes(frozen, dense_route, test)[0].float().mean())
+    plain_accuracy = None
+    if plain is not None:
+        plain_accuracy = float(ev.score_routes(plain.for_inference(), dense_route, test)[0].float().mean())
+    dense_sides = {name: ev.in_format(frozen, name) for name in ev.FORMATS}
+    dense_times: list[float] = []
+
+    def timed(routed: Any, route: torch.Tensor) -> dict[str, float]:
+        """Milliseconds of `routed()`, of its ideal, and of the dense network in both memory formats, in turn."""
+        with torch.inference_mode():
+            sides: dict[str, Any] = {"routed": routed, "ideal": frozen.ideal(batch, route)}
+            for name, network in dense_sides.items():
+                inputs = batch.contiguous(memory_format=ev.FORMATS[name])
+                sides[name] = lambda network=network, inputs=inputs: network(inputs)
+            times = ev.medians_in_turn(sides)
+        dense = min(times[name] for name in dense_sides)
+        dense_times.append(dense)
+        return {
+            "latency_ms": times["routed"], "speedup": dense / times["routed"],
+            "realised_ratio": times["ideal"] / times["routed"],
+        }  # fmt: skip
+
+    def point(policy: str, scores: list[ev.Score], times: dict[str, float], **more: Any) -> dict[str, Any]:
+        accuracies = torch.tensor([s.accuracy for s in scores], dtype=torch.float64)
+        return {
+            "policy": policy, "price": None, "budget": None, **more,
+            "accuracy": float(accuracies.mean()),
+            "accuracy_std": float(accuracies.std()) if len(scores) > 1 else 0.0,
+            "macs_fraction": sum(s.macs_fraction for s in scores) / len(scores),
+            "router_fraction": sum(s.router_fraction for s in scores) / len(scores),
+            "distinct_routes": max(s.distinct_routes for s in scores),
+            "mac_speedup": len(scores) / sum(s.macs_fraction for s in scores),
+            **times,
+        }  # fmt: skip
+
+    def fixed(routes: torch.Tensor) -> ev.Score:
+        right, _, macs = ev.score_routes(frozen, routes, test)
+        return ev.Score(float(right.float().mean()), float(macs.mean()), 0.0, len(routes.unique(dim=0)))
+
+    def timed_routes(routes: torch.Tensor) -> dict[str, float]:
+        return timed(lambda: frozen.run_route(batch, routes[: len(batch)]), routes[: len(batch)])
+
+    points: list[dict[str, Any]] = []
+    steps = backbone.max_steps * (backbone.num_choices - 1)
+    candidates = 24
+    total = 2 * len(BUDGETS) + steps * (steps + 1) // 2 + 1 + steps + candidates + len(BUDGETS)
+    with progress(total=total, desc="evaluating", unit="pass") as bar:
+        for budget in BUDGETS:
+            scores, times = [], {}
+            reached = [model for model in models if _reaches(model, budget)]
+            for model in reached:
+                model.set_budget(budget)
+                scores.append(ev.score(model, test))
+            bar.update()
+            if not scores:
+                bar.update()
+                continue
+            first = reached[0]
+            first(batch)
+            assert first.last_route is not None
+            times = timed(lambda first=first: first(batch), first.last_route.actions)
+            points.append(point("learned", scores, times, budget=budget, price=first.price))
+            rate = ev.random_rate(frozen, validation.inputs[:256], points[-1]["macs_fraction"])
+            drawn = [
+                RandomPolicy(frozen.full_route, frozen.num_choices, rate, seed).route(test.inputs)
+                for seed in range(RANDOM_SEEDS)
+            ]
+            points.append(point("random", [fixed(r) for r in drawn], timed_routes(drawn[0]), budget=budget))
+            bar.update()
+        static = ev.static_routes(frozen, validation, bar.update)
+        for budget in BUDGETS:
+            affordable = [found for found in static if found[1] <= budget + 1e-9]
+            if affordable:
+                route = max(affordable, key=lambda found: (found[2], -found[1]))[0]
+                routes = StaticPolicy(route).route(test.inputs)
+                points.append(point("static", [fixed(routes)], timed_routes(routes), budget=budget))
+            bar.update()
+        generator = torch.Generator().manual_seed(0)
+        tried = frozen.random_routes(torch.linspace(0, 1, candidates), generator).tolist()
+        routes = ev.oracle_routes(frozen, test, [r for r, _, _ in static] + [tuple(r) for r in tried], bar.update)
+        points.append(point("oracle", [fixed(routes)], timed_routes(routes)))
+        bar.update(total - bar.n)
+    return {
+        "dense": {
+            "accuracy": max(all_execute, plain_accuracy or 0.0),
+            "all_execute_accuracy": all_execute,
+            "plain_accuracy": plain_accuracy,
+            "macs": backbone.dense_macs,
+            "latency_ms": sorted(dense_times)[len(dense_times) // 2],
+            "batch_size": len(batch),
+        },
+        "points": points,
+        "hardware": ev.hardware(),
+    }
+
+
+def _reaches(model: RoutedModel, budget: float) -> bool:
+    fractions = [macs for _, macs in model.curve]
+    return min(fractions) <= budget <= max(fractions)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The report as a table."""
+    dense = report["dense"]
+    print(f"\n{report['decision']} on {report['data']}, test split, policy seeds {report['seeds']}, batch {dense['batch_size']}")
+    print(f"{'policy':8} {'budget':>6} {'accuracy %':>14} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
+    print(f"{'dense':8} {'':6} {100 * dense['accuracy']:8.2f} {'':5} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
+    for p in report["points"]:
+        budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
+        spread = f"±{100 * p['accuracy_std']:.2f}" if p["accuracy_std"] else ""
+        print(
+            f"{p['policy']:8} {budget:>6} {100 * p['accuracy']:8.2f} {spread:>5} {p['macs_fraction']:6.2f}"
+            f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
+        )
+    print("MACs: of the dense network's, router included. oracle: cheapest right route, labels seen.")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Accuracy against MACs and against measured time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from dynrl.files import write_aside
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    dense = report["dense"]
+    for axis, x, label, full in (
+        (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
+        (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
+    ):
+        for policy, marker in (("learned", "o-"), ("random", "s--"), ("static", "^:"), ("oracle", "*")):
+            mine = sorted((p for p in report["points"] if p["policy"] == policy), key=lambda p, x=x: p[x])
+            if mine:
+                ys, spread = [100 * p["accuracy"] for p in mine], [100 * p["accuracy_std"] for p in mine]
+                axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
+        axis.axhline(100 * dense["accuracy"], color="grey", linewidth=0.8)
+        axis.plot([full], [100 * dense["accuracy"]], "D", color="grey", label="dense")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend()
+    figure.suptitle(f"{report['decision']} on {report['data']}, policy seeds {report['seeds']}")
+    figure.tight_layout()
+    with write_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    from dynrl.scripts.cli import run
+
+    run("evaluate")

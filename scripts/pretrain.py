@@ -1,0 +1,72 @@
+"""Train a backbone under random routes, so that every route works, and its plain twin on the full route only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass
+class Args:
+    """Settings of `dynrl pretrain`."""
+
+    decision: Annotated[str, tyro.conf.Positional]
+    """The decision the backbone poses; see `dynrl list`."""
+    data: str = "digits"
+    """Data set."""
+    out: Path | None = None
+    """Folder to make; default runs/backbone-DECISION-DATA-TIME."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and routes."""
+    threads: int | None = None
+    """CPU threads; default: all available cores."""
+
+
+def main(args: Args) -> None:
+    """Write `backbone.safetensors` and `plain.safetensors` into a new folder."""
+    import torch
+
+    from dynrl.envs import decision
+    from dynrl.recipes import defaults
+    from dynrl.scripts.common import available_cores, new_folder, write_config
+
+    decision(args.decision)
+    defaults(args.decision, args.data)
+    torch.set_num_threads(args.threads or available_cores())
+    folder = new_folder(args.out, "backbone", args.decision, args.data)
+    write_config(folder, {key: value for key, value in asdict(args).items() if key not in ("out", "threads")})
+    pretrain_into(folder, args.decision, args.data, args.seed)
+    print(f"backbone: {folder}/backbone.safetensors")
+
+
+def pretrain_into(folder: Path, decision: str, data: str, seed: int) -> None:
+    """Make whichever of `backbone.safetensors` and `plain.safetensors` is missing in `folder`; resumable."""
+    from dynrl.data import load_dataset
+    from dynrl.pretraining import accuracy_at_rate, pretrain
+    from dynrl.recipes import defaults
+
+    row, dataset = defaults(decision, data), load_dataset(data)
+    for name, random_routes, label in (
+        ("backbone", True, "pretraining under random routes"),
+        ("plain", False, "training the plain network"),
+    ):
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            continue
+        backbone = row.build(dataset, seed)
+        pretrain(
+            backbone, dataset, row.pretraining, random_routes=random_routes, seed=seed,
+            checkpoint=folder / "checkpoints" / f"{name}.pt", label=label,
+        )  # fmt: skip
+        accuracy = accuracy_at_rate(backbone, dataset.validation, 1.0)
+        backbone.save(path, data=data, seed=seed, random_routes=random_routes, validation_accuracy=accuracy)
+        print(f"{name}: {accuracy:.4f} on validation data, {backbone.dense_macs / 1e6:.1f} million MACs an image")
+
+
+if __name__ == "__main__":
+    from dynrl.scripts.cli import run
+
+    run("pretrain")

@@ -1,0 +1,145 @@
+"""Learn a routing policy with RLlib's PPO and write a run folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass
+class Args:
+    """Settings of `dynrl train`."""
+
+    decision: Annotated[str, tyro.conf.Positional]
+    """What to decide; see `dynrl list`."""
+    data: str = "digits"
+    """Data set."""
+    agent: Literal["ppo"] = "ppo"
+    """Learning algorithm: RLlib's PPO."""
+    backbone: Path | None = None
+    """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
+    out: Path | None = None
+    """Run folder to make; default runs/DECISION-DATA-TIME."""
+    resume: Path | None = None
+    """Go on with this run folder, by its own settings."""
+    seed: int = 0
+    """Seed of the policy and of what it meets (and of a backbone that is pretrained here)."""
+    steps: int | None = None
+    """Decisions to learn from; default: the data set's."""
+    num_envs: int = 64
+    """Inputs that walk side by side in one runner."""
+    num_env_runners: int = 0
+    """Remote processes that sample; 0 samples in this one."""
+    price_range: tuple[float, float] = (0.005, 1.0)
+    """Lowest and highest price of the dense network's compute, in nats."""
+    accuracy_term: Literal["distillation", "log_likelihood", "correct"] = "distillation"
+    """What the reward sets against the price."""
+    threads: int | None = None
+    """CPU threads; default: all available cores."""
+
+
+def main(args: Args) -> None:
+    """Pretrain if needed, learn, calibrate budgets, evaluate; each stage is skipped where its file is there."""
+    import torch
+
+    from dynrl.envs import decision
+    from dynrl.recipes import defaults
+    from dynrl.scripts.common import available_cores, new_folder, read_config, write_config
+
+    decision(args.decision)
+    if args.resume is not None:
+        run = args.resume
+        config = read_config(run)
+        changed = [name for name, value in _settings(args).items() if value not in (config[name], _DEFAULT[name])]
+        if changed or args.out or args.backbone:
+            raise ValueError(f"--resume goes on by {run}'s own settings; leave out {changed or '--out and --backbone'}")
+    else:
+        config = _settings(args)
+        row = defaults(args.decision, args.data)
+        config["steps"] = args.steps or row.steps
+        _check(args)
+        source = _backbone_folder(args.backbone, args.decision) if args.backbone else None
+        run = new_folder(args.out, args.decision, args.data)
+        write_config(run, config)
+        if source is not None:
+            for name in ("backbone.safetensors", "plain.safetensors"):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, run / name)
+    torch.set_num_threads(args.threads or available_cores())
+    print(f"run folder: {run}   (watch: tensorboard --logdir {run.parent})", flush=True)
+    if learn(run, config):
+        from dynrl.scripts.evaluate import report_runs
+
+        report_runs([run], run)
+        print(f"\ncurves:   tensorboard --logdir {run.parent}\npicture:  {run}/report.png")
+        print(f"plug it:  model = dynrl.load({str(run)!r}); model.set_budget(0.5); logits = model(images)")
+
+
+def _settings(args: Args) -> dict[str, Any]:
+    left_out = ("out", "resume", "backbone", "threads")
+    settings = {name: value for name, value in asdict(args).items() if name not in left_out}
+    return {**settings, "price_range": list(args.price_range)}
+
+
+_DEFAULT = _settings(Args("")) | {"decision": None}
+
+
+def _check(args: Args) -> None:
+    from dynrl.envs.core import check_price_range
+
+    check_price_range(args.price_range)
+    for name, least in (("steps", 1), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
+
+
+def _backbone_folder(given: Path, decision: str) -> Path:
+    from dynrl.backbones import load_backbone
+
+    folder = given if given.is_dir() else given.parent
+    backbone, _ = load_backbone(folder / "backbone.safetensors")
+    if backbone.decision != decision:
+        raise ValueError(f"{given} poses {backbone.decision!r}, not {decision!r}")
+    return folder
+
+
+def learn(run: Path, config: dict[str, Any]) -> bool:
+    """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
+    from dynrl.agents.training import Settings, train_policy
+    from dynrl.backbones import load_backbone
+    from dynrl.data import load_dataset
+    from dynrl.evaluation import calibrate
+    from dynrl.policies import save_policy
+    from dynrl.routed import RoutedModel
+    from dynrl.scripts.pretrain import pretrain_into
+
+    file = run / "backbone.safetensors"
+    if not file.exists():
+        pretrain_into(run, config["decision"], config["data"], config["seed"])
+    backbone, _ = load_backbone(file)
+    settings = Settings(**{name: value for name, value in config.items() if name != "agent"})
+    router, finished = train_policy(settings, backbone, file, run)
+    model = RoutedModel(backbone, router)
+    # A thousand images place the mean MACs within about 0.005 of the whole split's.
+    curve = calibrate(model, load_dataset(config["data"]).validation.head(1024))
+    save_policy(
+        run / "policy.safetensors", router,
+        {"decision": config["decision"], "data": config["data"], "backbone": backbone.fingerprint(), "curve": curve},
+    )  # fmt: skip
+    low, high = min(macs for _, macs in curve), max(macs for _, macs in curve)
+    print(f"policy: {run}/policy.safetensors, budgets from {low:.2f} to {high:.2f} of the dense MACs", flush=True)
+    if not finished:
+        print(f"stopped early; go on with: dynrl train {config['decision']} --resume {run}", file=sys.stderr)
+    return finished
+
+
+if __name__ == "__main__":
+    from dynrl.scripts.cli import run
+
+    run("train")
