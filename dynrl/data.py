@@ -167,8 +167,8 @@ def parse_idx(content: bytes, name: str = "IDX data") -> Tensor:
         raise ValueError(f"{name}: expected IDX data of unsigned bytes (magic 00 00 08)")
     dimensions = content[3]
     header = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:header], ">u4").astype(int).tolist()
-    if len(shape) != dimensions or len(content) - header != int(np.prod(shape)):
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
+    if len(content) - header != math.prod(shape):
         raise ValueError(f"{name}: the header promises shape {shape}, but {len(content) - header} bytes follow")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
 

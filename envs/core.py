@@ -20,7 +20,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynrl.backbones import END, Backbone, State, merge, shared_backbone
-from dynrl.data import Split, load_dataset
+from dynrl.data import Dataset, load_dataset
 from dynrl.observation import Layout, observation
 
 Info = dict[str, Tensor]
@@ -81,7 +81,7 @@ class RoutingVectorEnv(VectorEnv):
         num_envs: how many.
         backbone: a backbone file, a `Backbone`, or None for a small seeded, untrained one. A file is loaded once a
             process however many environments use it. Always run frozen, by its `for_inference` copy.
-        data: name of the data set the inputs come from.
+        data: the data set the inputs come from, or its name.
         split: of the data set.
         accuracy_term: paid when a row ends: "distillation", "log_likelihood" (nats) or "correct" (0 or 1); see the
             functions of those names.
@@ -91,7 +91,8 @@ class RoutingVectorEnv(VectorEnv):
         autoreset_mode: NEXT_STEP (what stock RLlib expects), SAME_STEP (no step is wasted; our runner, SB3) or
             DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
 
-    Rewards and `info`: reward = `accuracy_term` - price x MACs of this step / MACs of the dense network. `info` holds
+    Rewards and `info`: reward = `accuracy_term` - price x MACs since the last bill / MACs of the dense network; the
+    first step's bill holds what ran before the first decision, so a return is accuracy - price x MACs. `info` holds
     both terms (`accuracy_term`, `cost_term`) of every step and, for rows that ended (mask `_correct` etc.), `correct`,
     `macs_fraction` and `route`. `action_mask` belongs to the observation returned beside it.
 
@@ -108,7 +109,7 @@ class RoutingVectorEnv(VectorEnv):
         num_envs: int = 1,
         *,
         backbone: str | Path | Backbone | None = None,
-        data: str = "digits",
+        data: str | Dataset = "digits",
         split: str = "train",
         accuracy_term: str = "distillation",
         price: float | None = None,
@@ -128,8 +129,9 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(f"the price {price} is outside its range {self.price_range}; widen price_range or change it")
         self._fixed_price = price
         self.accuracy_term = accuracy_term
-        self._split = load_dataset(data).split(split)
-        self.backbone = self._open(backbone, data)
+        dataset = data if isinstance(data, Dataset) else load_dataset(data)
+        self._split = dataset.split(split)
+        self.backbone = self._open(backbone, dataset)
         self.layout = Layout.of(self.backbone)
         self._same_step = mode is AutoresetMode.SAME_STEP
         self._next_step = mode is AutoresetMode.NEXT_STEP
@@ -151,10 +153,9 @@ class RoutingVectorEnv(VectorEnv):
         """A small seeded backbone for `gym.make` without arguments."""
         raise NotImplementedError
 
-    def _open(self, backbone: str | Path | Backbone | None, data: str) -> Backbone:
-        shape = tuple(self._split.inputs.shape[1:])
+    def _open(self, backbone: str | Path | Backbone | None, dataset: Dataset) -> Backbone:
         if backbone is None:
-            opened = self.default_backbone(shape).for_inference()
+            opened = self.default_backbone(dataset.input_shape).for_inference()
         elif isinstance(backbone, Backbone):
             opened = backbone.for_inference()
         else:
@@ -162,8 +163,10 @@ class RoutingVectorEnv(VectorEnv):
             opened = shared_backbone(str(path.resolve()), path.stat().st_mtime_ns if path.is_file() else 0)
         if opened.decision != self.decision:
             raise ValueError(f"{type(self).__name__} needs a backbone that poses {self.decision!r}, not {opened.decision!r}")
-        if opened.input_shape != shape:
-            raise ValueError(f"the backbone expects inputs of shape {opened.input_shape}, {data} has {shape}")
+        if opened.input_shape != dataset.input_shape:
+            raise ValueError(
+                f"the backbone expects inputs of shape {opened.input_shape}, {dataset.name} has {dataset.input_shape}"
+            )
         return opened
 
     # torch -------------------------------------------------------------------------------------------------
@@ -214,11 +217,12 @@ class RoutingVectorEnv(VectorEnv):
         inputs = self._split.inputs[chosen]
         if every:
             self._prices, self._drawn = prices, chosen
+            self._billed = torch.zeros(self.num_envs, dtype=torch.int64)
             begun = self.backbone.begin(inputs)
             self._walk = begun.walk
         else:
             assert rows is not None
-            self._prices[rows], self._drawn[rows] = prices, chosen
+            self._prices[rows], self._drawn[rows], self._billed[rows] = prices, chosen, 0
             begun = self.backbone.begin(inputs, self._walk, rows)
         self._states = merge([*self._states.values(), begun])
 
@@ -244,14 +248,14 @@ class RoutingVectorEnv(VectorEnv):
             (SAME_STEP only) holds the last observation of those.
         """
         walk = self._walk
-        before = walk.macs.clone()
         reached: list[State] = []
         for state in self._states.values():
             reached += self.backbone.advance(state, walk.at(actions, state.rows))
         waiting, self._ended = self._ended, None
         self._states = merge(reached)
         end = self._states.pop(END, None)
-        cost_term = -self._prices * ((walk.macs - before) / self.backbone.dense_macs)
+        cost_term = -self._prices * ((walk.macs - self._billed) / self.backbone.dense_macs)
+        self._billed = walk.macs.clone()
         accuracy_term = torch.zeros(self.num_envs)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool)
         info: Info = {"accuracy_term": accuracy_term, "cost_term": cost_term, "ended": terminated}

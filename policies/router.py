@@ -60,14 +60,20 @@ class Router(nn.Module):
         seen[:, self.price] = (observation[:, self.price].log() - self.middle) / self.half
         return seen
 
+    def _scores(self, observation: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(self.trunk(observation))))
+
+    def _closed(self, observation: Tensor) -> Tensor:
+        """[n, choices]: 0 for open choices, -1e9 for closed ones."""
+        return (observation[:, self.price + 1 :] - 1) * 1e9
+
     def forward(self, observation: Tensor) -> Tensor:
         """[n, width] float32 to logits [n, choices]; closed choices get -1e9."""
-        logits = CAP * torch.tanh(self.head(torch.tanh(self.hidden(self.trunk(observation)))) / CAP)
-        return logits + (observation[:, self.price + 1 :] - 1) * 1e9
+        return CAP * torch.tanh(self._scores(observation) / CAP) + self._closed(observation)
 
     def act(self, observation: Tensor) -> Tensor:
-        """[n] int64: the likeliest choice of each row."""
-        return self(observation).argmax(1)
+        """[n] int64: the likeliest choice of each row (without the cap, which changes no order)."""
+        return (self._scores(observation) + self._closed(observation)).argmax(1)
 
 
 def save_policy(path: str | Path, router: Router, metadata: dict[str, Any]) -> None:

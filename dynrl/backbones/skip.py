@@ -230,7 +230,9 @@ class GatedResNet(Backbone):
         return run
 
     def for_inference(self) -> GatedResNet:
-        """A frozen copy with batch norm folded into the convolutions."""
+        """A frozen copy with batch norm folded into the convolutions, its maps in channels_last: here the faster
+        memory format, dense and routed (measured on a CPU: 1.0 to 1.15 times).
+        """
         twin = copy.deepcopy(self).eval().requires_grad_(False)
         for module in twin.modules():
             if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
@@ -240,4 +242,4 @@ class GatedResNet(Backbone):
                 if isinstance(norm, nn.BatchNorm2d):
                     setattr(module, f"conv{i}", fuse_conv_bn_eval(conv, norm))
                     setattr(module, f"bn{i}", nn.Identity())
-        return twin.requires_grad_(False)
+        return twin.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

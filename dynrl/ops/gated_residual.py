@@ -43,5 +43,15 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
     if torch.is_grad_enabled():
         flat = flat.index_copy(0, index, done.to(flat.dtype))
     else:
-        flat.index_copy_(0, index, done)
+        _write_rows(flat, index, done)
     return flat.permute(0, 3, 1, 2) if last else flat
+
+
+def _write_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    """`x[index] = rows`. On the CPU index_copy_ moves one element at a time, so rows go as 16-byte elements.
+
+    Measured on [256, 4096] float32, half of the rows: 0.06 instead of 0.17 ms; index_select takes 0.05.
+    """
+    if x.is_contiguous() and rows.is_contiguous() and x[0].numel() * x.element_size() % 16 == 0 and not x.is_cuda:
+        x, rows = (t.view(len(t), -1).view(torch.complex128) for t in (x, rows))
+    x.index_copy_(0, index, rows)

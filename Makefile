@@ -1,0 +1,50 @@
+# make demo, make test: all a newcomer types. Each makes .venv first where it is missing or out of date.
+
+PYTHON ?= python3
+# Which torch to install. Where torch==2.13.0 would bring CUDA and you want the CPU build, name the index of CPU builds:
+#   make demo TORCH='torch==2.13.0 --index-url URL'
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: install demo test lint type bench wheel clean
+.DELETE_ON_ERROR:
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (about a minute)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on $(TORCH)
+	@echo "torch is there; now the rest"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e '.[train,dev]'
+	@touch $(READY)
+
+demo: install
+	$(BIN)/dynrl train skip --data digits
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not see folders mapped by setuptools in an editable install: check a tree laid out as the wheel.
+type: install
+	rm -rf build/tree
+	mkdir -p build/tree
+	cp -r dynrl build/tree/dynrl
+	cp -r envs policies agents scripts build/tree/dynrl/
+	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p dynrl
+
+bench: install
+	$(BIN)/dynrl bench env
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

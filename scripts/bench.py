@@ -1,0 +1,150 @@
+"""Measure, and write dated results: hardware, versions, commit, command, rows."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass
+class Args:
+    """Settings of `dynrl bench`."""
+
+    suite: Annotated[Literal["env"], tyro.conf.Positional]
+    """What to measure. env: decisions sampled a second, by four paths."""
+    out: Path | None = None
+    """File to write; default results/bench-SUITE-DATE.json."""
+    rounds: int = 5
+    """Times each path is measured; its median counts."""
+
+
+def main(args: Args) -> None:
+    """Run the suite, print its rows and write them."""
+    from dynrl.evaluation import hardware
+    from dynrl.files import write_json
+
+    if args.rounds < 1:
+        raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
+    rows = bench_env(args.rounds)
+    out = args.out or Path("results") / f"bench-{args.suite}-{date.today():%Y%m%d}.json"
+    result = {
+        "suite": args.suite, "date": f"{date.today()}", "command": " ".join(sys.argv), "commit": commit(),
+        "hardware": hardware(), "rows": rows,
+    }  # fmt: skip
+    write_json(out, result)
+    print(f"written to {out}")
+
+
+def commit() -> str:
+    """The commit of the sources this runs from, with `+` if they were changed; empty outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+def bench_env(rounds: int) -> list[dict[str, Any]]:
+    """Decisions sampled a second on a ResNet of 9 residual blocks (16/32/64 channels, 28x28), half of them forced.
+
+    One thread. Forced: what runs does not depend on the policy, so that every path does the same work. Paths:
+    `bare` is the walk in a loop with observation, router and draw, in torch, without environment or RLlib; `rllib` is
+    `SlabRunner`; `rllib-stock` is RLlib's own runner on the same batched environment; `naive` is RLlib's own runner
+    on single environments side by side. The last two read the same router through RLlib's connectors.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+
+    from dynrl.agents.rllib import RouterModule, SlabRunner, ppo_config
+    from dynrl.backbones import END, GatedResNet, State
+    from dynrl.data import Augmentation, Dataset, Split
+    from dynrl.observation import Layout, observation
+    from dynrl.policies import Router
+
+    class ForcedHalf(GatedResNet):
+        def _run(self, state: State, action: torch.Tensor) -> list[State]:
+            return super()._run(state, (state.rows + state.point) % 2)
+
+    torch.manual_seed(0)
+    backbone = ForcedHalf((1, 28, 28), layers=(3, 3, 3), widths=(16, 32, 64)).eval()
+    split = Split(torch.randn(512, 1, 28, 28), torch.randint(0, 10, (512,)))
+    noise = Dataset("noise", 10, split, split, split, Augmentation())
+    router = {**Layout.of(backbone).to_dict(), "price_range": [0.01, 1.0], "start": 1}
+    env_config = {"backbone": backbone, "data": noise, "price_range": [0.01, 1.0], "accuracy_term": "correct"}
+    env_id = "dynrl/Skip-v0"
+
+    def bare(count: int) -> Callable[[int], int]:
+        frozen, net = backbone.for_inference(), Router(**router)
+
+        @torch.no_grad()
+        def sample(steps: int) -> int:
+            state = frozen.begin(split.inputs[torch.randint(0, 512, (count,))])
+            for _ in range(steps):
+                logits = net(observation(frozen, state, 0.1))
+                action = (logits - torch.empty_like(logits).exponential_().log_()).argmax(1)
+                (state,) = frozen.advance(state, action)
+                if state.point == END:
+                    frozen.output(state)
+                    state = frozen.begin(split.inputs[torch.randint(0, 512, (count,))])
+            return steps * count
+
+        return sample
+
+    def ours(count: int) -> Callable[[int], int]:
+        runner = SlabRunner(config=ppo_config(env_id, env_config, router, num_envs=count), worker_index=0, num_workers=0)
+        return lambda steps: sum(map(len, runner.sample(num_timesteps=steps * count)))
+
+    def stock(count: int, mode: str) -> Callable[[int], int]:
+        config = (
+            PPOConfig()
+            .environment(env_id, env_config=env_config)
+            .env_runners(num_env_runners=0, num_envs_per_env_runner=count, gym_env_vectorize_mode=mode)
+            .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config={"router": router}))
+            .debugging(seed=0)
+        )
+        runner = SingleAgentEnvRunner(config=config, worker_index=0, num_workers=0)
+        return lambda steps: sum(map(len, runner.sample(num_timesteps=steps * count)))
+
+    paths: dict[tuple[str, int], Callable[[int], int]] = {}
+    for count in (64, 256):
+        paths["bare", count] = bare(count)
+        paths["rllib", count] = ours(count)
+        paths["rllib-stock", count] = stock(count, "vector_entry_point")
+    for count in (1, 16):
+        paths["naive", count] = stock(count, "sync")
+    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in paths}
+    for i in range(rounds + 1):
+        for (path, count), sample in paths.items():
+            steps = backbone.max_steps * max(1, 512 // count // backbone.max_steps) if count > 1 else 30 * backbone.max_steps
+            start = time.perf_counter()
+            done = sample(steps)
+            if i:  # the first round warms up
+                speeds[path, count].append(done / (time.perf_counter() - start))
+        print(f"round {i} of {rounds}", flush=True)
+    rows = [
+        {"path": path, "num_envs": count, "steps_per_s": statistics.median(values)}
+        for (path, count), values in speeds.items()
+    ]
+    for row in rows:
+        print(f"{row['path']:12} {row['num_envs']:4} sub-envs {row['steps_per_s']:9.0f} steps/s")
+    return rows
+
+
+if __name__ == "__main__":
+    from dynrl.scripts.cli import run
+
+    run("bench")

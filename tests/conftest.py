@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(autouse=True)
+def _few_threads_and_a_seed():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A digits backbone of 3 gates, trained for a few seconds: every route is better than chance."""
+    from dynrl.backbones import GatedResNet
+    from dynrl.data import load_dataset
+    from dynrl.pretraining import Recipe, pretrain
+
+    torch.manual_seed(0)
+    backbone = GatedResNet((1, 16, 16), layers=(2, 2), widths=(8, 16), stem_stride=2)
+    pretrain(backbone, load_dataset("digits"), Recipe(epochs=6, batch_size=64), seed=0)
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    backbone.save(path, data="digits")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """One ray for all tests that need a cluster."""
+    import ray
+
+    from dynrl.agents.rllib import start_ray
+
+    start_ray(num_cpus=2)
+    yield
+    ray.shutdown()

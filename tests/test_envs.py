@@ -1,0 +1,275 @@
+"""Environments: Gymnasium's contract, invariant 4 (batched = single), seeds, reward terms. Cases from the registry."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+from dynrl.backbones import Backbone
+from dynrl.data import Augmentation, Dataset, Split
+from dynrl.envs import DECISIONS
+from dynrl.envs.core import RoutingEnv, RoutingVectorEnv, distillation, draw
+from tests.cases import REGISTERED, make_backbone, vector_env
+from tests.toys import Exiting, Looping
+
+
+def toy_dataset(size=23) -> Dataset:
+    torch.manual_seed(3)
+    split = Split(torch.randn(size, 4), torch.randint(0, 2, (size,)))
+    return Dataset("toy", 2, split, split, split, Augmentation())
+
+
+class ToyVectorEnv(RoutingVectorEnv):
+    decision = "toy"
+
+
+class ToyEnv(RoutingEnv):
+    vector_env = ToyVectorEnv
+
+
+def make_vec(name, num_envs, **settings):
+    if name in ("exiting", "looping"):
+        return ToyVectorEnv(num_envs, backbone=TOYS[name], data=toy_dataset(), **settings)
+    return vector_env(name)(num_envs, **settings)
+
+
+def make_single(name, **settings):
+    if name in ("exiting", "looping"):
+        return ToyEnv(backbone=TOYS[name], data=toy_dataset(), **settings)
+    return gym.make(DECISIONS[name].env_id, **settings).unwrapped
+
+
+torch.manual_seed(5)
+TOYS: dict[str, Backbone] = {"exiting": Exiting().eval(), "looping": Looping().eval()}
+CASES = [*REGISTERED, *TOYS]
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_gymnasiums_checker(name):
+    env = gym.make(DECISIONS[name].env_id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*Box observation space (minimum|maximum) value is -?infinity.*")
+        check_env(env.unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_made_by_gymnasium(name):
+    env = gym.make_vec(DECISIONS[name].env_id, num_envs=5)
+    assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    obs, _ = env.reset(seed=1)
+    assert env.observation_space.contains(obs)
+    env.action_space.seed(0)
+    for _ in range(25):
+        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        assert env.observation_space.contains(obs)
+        assert obs.dtype == np.float32
+        assert np.isfinite(reward).all()
+        assert not truncated.any()
+        assert info["action_mask"].shape == (5, env.single_action_space.n)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_found_by_a_fresh_process_by_module_and_id(name):
+    code = f"import gymnasium; gymnasium.make_vec('dynrl:{DECISIONS[name].env_id}', num_envs=2).reset(seed=0)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+@pytest.mark.parametrize("name", CASES)
+def test_batched_environment_is_as_many_single_ones(name, mode):
+    """Invariant 4: staggered endings, forced actions, at least three episodes each."""
+    count, seed = 5, 11
+    batch = make_vec(name, count, autoreset_mode=mode)
+    singles = [make_single(name) for _ in range(count)]
+    rng = np.random.default_rng(0)
+    obs, _ = batch.reset(seed=seed)
+    alone = [env.reset(seed=seed + i)[0] for i, env in enumerate(singles)]
+    np.testing.assert_allclose(obs, np.stack(alone), atol=1e-5)
+    episodes, ended, staggered = np.zeros(count, int), np.zeros(count, bool), False
+    while episodes.min() < 3:
+        actions = rng.integers(0, batch.single_action_space.n, count)
+        obs, reward, terminated, _, info = batch.step(actions)
+        staggered |= 0 < terminated.sum() < count
+        for i, env in enumerate(singles):
+            if mode is AutoresetMode.NEXT_STEP and ended[i]:
+                expected, _ = env.reset()
+                assert reward[i] == 0
+                assert not terminated[i]
+                ended[i] = False
+            else:
+                expected, paid, over, _, own = env.step(int(actions[i]))
+                assert paid == pytest.approx(reward[i], abs=1e-5)
+                assert over == terminated[i]
+                for term in ("accuracy_term", "cost_term"):
+                    assert own[term] == pytest.approx(info[term][i], abs=1e-5)
+                if over:
+                    episodes[i] += 1
+                    ended[i] = True
+                    assert own["macs_fraction"] == pytest.approx(info["macs_fraction"][i])
+                    assert own["correct"] == info["correct"][i]
+                    assert own["route"].tolist() == info["route"][i].tolist()
+                    if mode is AutoresetMode.SAME_STEP:
+                        np.testing.assert_allclose(info["final_obs"][i], expected, atol=1e-5)
+                        assert info["final_info"]["correct"][i] == own["correct"]
+                        expected, _ = env.reset()
+                        ended[i] = False
+            np.testing.assert_allclose(obs[i], expected, atol=1e-5)
+    assert staggered or name not in TOYS, "the toys should end at different times"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_returns_are_accuracy_minus_price_times_macs(name):
+    env = make_vec(name, 4, autoreset_mode="SameStep", accuracy_term="log_likelihood")
+    rng = np.random.default_rng(1)
+    obs, _ = env.reset(seed=2)
+    price = obs[:, env.layout.price].copy()
+    total, spent, prices_seen = np.zeros(4), np.zeros(4), set()
+    for _ in range(40):
+        obs, reward, terminated, _, info = env.step(rng.integers(0, env.single_action_space.n, 4))
+        total += reward
+        np.testing.assert_allclose(info["accuracy_term"] + info["cost_term"], reward, atol=1e-6)
+        assert ((info["accuracy_term"] == 0) | terminated).all()
+        for i in range(4):
+            after = info["final_obs"][i][env.layout.spent] if terminated[i] else obs[i, env.layout.spent]
+            assert info["cost_term"][i] == pytest.approx(-price[i] * (after - spent[i]), abs=1e-5)
+            spent[i] = after
+            if terminated[i]:
+                assert info["macs_fraction"][i] == pytest.approx(after)
+                assert total[i] == pytest.approx(info["accuracy_term"][i] - price[i] * after, abs=1e-5)
+                total[i], spent[i], price[i] = 0, 0, obs[i, env.layout.price]
+                prices_seen.add(float(price[i]))
+    assert len(prices_seen) > 8
+    assert min(prices_seen) >= env.price_range[0] and max(prices_seen) <= env.price_range[1]
+
+
+def test_a_five_line_loop_recomputes_the_returns():
+    env = make_vec("skip", 3, autoreset_mode="SameStep", accuracy_term="correct", price=0.25)
+    env.reset(seed=0)
+    backbone, paid = env.backbone, np.zeros(3)
+    actions = np.random.default_rng(0).integers(0, 2, (backbone.max_steps, 3))
+    for step in actions:
+        _, reward, _, _, info = env.step(step)
+        paid += reward
+    seeds, zeros = np.arange(3), np.zeros(3, np.int64)
+    for i, image in enumerate(draw(seeds, zeros, 0) % np.uint64(1257)):
+        walk = backbone.run_route(env._split.inputs[int(image)][None], torch.from_numpy(actions[:, i])[None])
+        right = float(walk.outputs.argmax() == env._split.targets[int(image)])
+        assert paid[i] == pytest.approx(right - 0.25 * float(walk.macs[0]) / backbone.dense_macs, abs=1e-5)
+
+
+def test_seeds_reproduce_and_differ():
+    def trace(seed):
+        env = make_vec("skip", 3)
+        obs, _ = env.reset(seed=seed)
+        return np.stack([obs, *(env.step(np.array([0, 1, 1]))[0] for _ in range(15))])
+
+    assert np.array_equal(trace(4), trace(4))
+    assert not np.array_equal(trace(4), trace(5))
+    assert np.array_equal(trace(4)[0, 1], trace(5)[0, 0])  # sub-environment i draws by seed + i
+    env = make_vec("skip", 3)
+    first = env.reset(seed=4)[0]
+    assert np.array_equal(env.reset(seed=[4, 5, 6])[0], first)
+    assert not np.array_equal(env.reset()[0], first)  # goes on with the next episodes
+
+
+def test_draws_are_even_and_unrelated():
+    seeds, episodes = np.meshgrid(np.arange(200), np.arange(200))
+    share = draw(seeds.ravel(), episodes.ravel(), 1) / 2.0**64
+    counts = np.histogram(share, 20, (0, 1))[0]
+    assert abs(counts - 2000).max() < 200
+    assert abs(np.corrcoef(share[:-1], share[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(share, draw(seeds.ravel(), episodes.ravel(), 0) / 2.0**64)[0, 1]) < 0.02
+
+
+def test_observations_are_fresh_every_step():
+    env = make_vec("skip", 4)
+    kept = [env.reset(seed=0)[0]]
+    before = kept[0].copy()
+    for _ in range(5):
+        kept.append(env.step(np.ones(4, int))[0])
+    assert np.array_equal(kept[0], before)
+    assert len({o.ctypes.data for o in kept}) == len(kept)
+
+
+def test_reset_mask_restarts_only_those():
+    env = make_vec("exiting", 4, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    obs, _, terminated, _, _ = env.step(np.array([1, 0, 1, 0]))
+    assert terminated.tolist() == [True, False, True, False]
+    after, _ = env.reset(options={"reset_mask": terminated})
+    np.testing.assert_allclose(after[[1, 3]], obs[[1, 3]])
+    assert (after[[0, 2], env.layout.features] == 1).all()  # at the first point again
+
+
+def test_distillation_is_best_on_the_dense_route_and_counts_the_label():
+    dense = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    output, target = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])
+    same, other = distillation(output, target, dense)
+    assert float(same) == pytest.approx(float(torch.log_softmax(dense[0], 0)[0]))
+    p = torch.softmax(dense[0], 0)
+    divergence = float((p * (p.log() - torch.log_softmax(output[1], 0))).sum())
+    assert float(other) == pytest.approx(float(torch.log_softmax(output[1], 0)[0]) - divergence)
+
+
+def test_one_backbone_file_is_loaded_once(small_backbone):
+    a, b = (vector_env("skip")(2, backbone=small_backbone) for _ in range(2))
+    assert a.backbone is b.backbone
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_envs": 0}, "at least one environment"),
+        ({"data": "nosuch"}, "unknown data set"),
+        ({"split": "nosuch"}, "unknown split"),
+        ({"accuracy_term": "nosuch"}, "unknown accuracy term"),
+        ({"price": 2.0}, "outside its range"),
+        ({"price_range": (0.5, 0.1)}, "price range"),
+        ({"price_range": (0.0, 0.1)}, "price range"),
+        ({"autoreset_mode": "nosuch"}, "nosuch"),
+        ({"backbone": "nosuch.safetensors"}, "no such file"),
+        ({"backbone": TOYS["exiting"]}, "poses 'skip', not 'toy'"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        vector_env("skip")(**settings)
+
+
+def test_a_backbone_for_other_inputs_is_refused():
+    with pytest.raises(ValueError, match="expects inputs of shape"):
+        vector_env("skip")(2, backbone=vector_env("skip").default_backbone((1, 8, 8)))
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(TypeError, match="nosuch"):
+        vector_env("skip")(2, nosuch=1)
+    with pytest.raises(ValueError, match="make_vec"):
+        make_single("skip", num_envs=3)
+
+
+def test_bad_actions_and_calls_are_refused():
+    env = make_vec("skip", 3)
+    with pytest.raises(ValueError, match="reset the environment"):
+        env.step(np.zeros(3, int))
+    env.reset(seed=0)
+    for bad in (np.zeros(2, int), np.zeros(3), np.array([0, 1, 2]), np.array([0, -1, 0])):
+        with pytest.raises(ValueError, match="expected"):
+            env.step(bad)
+    with pytest.raises(ValueError, match="reset options"):
+        env.reset(options={"nosuch": 1})
+    with pytest.raises(ValueError, match="a seed for each"):
+        env.reset(seed=[1, 2])
+    single = make_single("skip")
+    with pytest.raises(ValueError, match="call reset"):
+        single.step(0)
+    assert isinstance(single.backbone, type(make_backbone("skip")))

@@ -1,0 +1,219 @@
+"""Invariants 1 to 3 of the walk, on every registered backbone and on three toys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynrl.backbones import END, Walk, load_backbone, merge
+from tests.cases import BACKBONES, REGISTERED, make_backbone
+from tests.toys import Branching, Exiting, Looping
+
+ROWS = 9
+
+
+def inputs_for(backbone, rows=ROWS):
+    return torch.randn(rows, *backbone.input_shape)
+
+
+def random_routes(backbone, rows=ROWS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, backbone.num_choices, (rows, backbone.max_steps), generator=generator)
+
+
+def step_by_step(backbone, inputs, route):
+    """Each row alone, one advance at a time."""
+    outputs, macs = [], []
+    for row, actions in zip(inputs, route, strict=True):
+        state = backbone.begin(row.unsqueeze(0))
+        while state.point != END:
+            action = actions[state.walk.steps]
+            (state,) = backbone.advance(state, action)
+        outputs.append(backbone.output(state)[0])
+        macs.append(state.walk.macs[0])
+    return torch.stack(outputs), torch.stack(macs)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_step_by_step_is_whole_walk_is_compacted_walk_is_gated_walk(name):
+    backbone = make_backbone(name)
+    for seed in range(4):
+        inputs, route = inputs_for(backbone), random_routes(backbone, seed=seed)
+        alone, macs = step_by_step(backbone, inputs, route)
+        walk = backbone.run_route(inputs.clone(), route)
+        torch.testing.assert_close(walk.outputs, alone, atol=1e-5, rtol=1e-5)
+        assert torch.equal(walk.macs, macs)
+        gates = F.one_hot(route, backbone.num_choices).float()
+        torch.testing.assert_close(backbone(inputs, gates), alone, atol=1e-5, rtol=1e-5)
+        # What ran is written down: walking along it again changes nothing.
+        again = backbone.run_route(inputs.clone(), walk.route.clamp_min(0))
+        assert torch.equal(again.route, walk.route)
+        assert torch.equal(walk.steps, (walk.route >= 0).sum(1))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_inference_copy_gives_the_same_and_leaves_the_original(name):
+    backbone = make_backbone(name)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    inputs, route = inputs_for(backbone), random_routes(backbone)
+    fast = backbone.for_inference()
+    torch.testing.assert_close(fast(inputs, route), backbone(inputs, route), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+    assert not any(p.requires_grad for p in fast.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_full_route_is_dense(name):
+    backbone = make_backbone(name)
+    inputs = inputs_for(backbone)
+    walk = backbone.run_route(inputs.clone(), backbone.dense_actions(ROWS))
+    torch.testing.assert_close(backbone(inputs), walk.outputs)
+    assert (walk.macs == backbone.dense_macs).all()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_reported_macs_are_the_executed_ones(name):
+    backbone = make_backbone(name)
+    for seed in range(3):
+        inputs, route = inputs_for(backbone), random_routes(backbone, seed=seed)
+        with FlopCounterMode(display=False) as counter:
+            walk = backbone.run_route(inputs, route)
+        assert counter.get_total_flops() == 2 * int(walk.macs.sum())
+        # Every product that ran was counted: an op that the counter does not know would report 0 here.
+        assert all(flops > 0 for flops in counter.get_flop_counts()["Global"].values())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_gates_carry_gradients(name):
+    backbone = make_backbone(name)
+    gates = F.one_hot(random_routes(backbone), backbone.num_choices).float().requires_grad_()
+    backbone(inputs_for(backbone), gates).sum().backward()
+    assert torch.isfinite(gates.grad).all()
+    assert gates.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_compacted_walk_trains_every_parameter_it_ran(name):
+    backbone = make_backbone(name).train()
+    routes = backbone.random_routes(torch.full((16,), 0.7))
+    backbone(inputs_for(backbone, 16), routes).square().sum().backward()
+    missing = [n for n, p in backbone.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_compacted_walk_and_gated_walk_have_the_same_gradients(name):
+    backbone = make_backbone(name)  # eval mode: batch statistics would differ between fewer and all rows
+    inputs, route = inputs_for(backbone), random_routes(backbone)
+    backbone(inputs, route).square().sum().backward()
+    compacted = {n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None}
+    backbone.zero_grad()
+    backbone(inputs, F.one_hot(route, backbone.num_choices).float()).square().sum().backward()
+    for n, p in backbone.named_parameters():
+        torch.testing.assert_close(compacted[n], p.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_copy_is_a_walk_of_its_own(name):
+    backbone = make_backbone(name)
+    inputs = inputs_for(backbone)
+    state = backbone.begin(inputs.clone())
+    twin = state.copy()
+    seen = backbone.observe(state).clone()
+    for reached in backbone.advance(state, torch.ones(ROWS, dtype=torch.int64)):
+        assert reached.walk is state.walk
+    assert twin.walk.steps.sum() == 0
+    assert (twin.walk.route == -1).all()
+    torch.testing.assert_close(backbone.observe(twin), seen)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_observe_changes_nothing(name):
+    backbone = make_backbone(name)
+    state = backbone.begin(inputs_for(backbone))
+    features = state.features.clone()
+    first = backbone.observe(state)
+    assert first.dtype is torch.float32
+    assert first.shape[1] <= backbone.feature_width
+    first.zero_()
+    torch.testing.assert_close(state.features, features)
+
+
+def test_rows_that_part_meet_again_in_one_state():
+    backbone = Branching().eval()
+    state = backbone.begin(torch.randn(6, 4))
+    reached = merge(backbone.advance(state, torch.tensor([0, 1, 0, 1, 1, 0])))
+    assert {point: s.rows.tolist() for point, s in reached.items()} == {2: [0, 2, 5], 1: [1, 3, 4]}
+    detour = backbone.advance(reached.pop(1), torch.ones(3, dtype=torch.int64))
+    together = merge([*reached.values(), *detour])
+    assert together[2].rows.tolist() == [0, 2, 5, 1, 3, 4]
+    assert state.walk.steps.tolist() == [1, 2, 1, 2, 2, 1]
+
+
+def test_closed_choices_run_as_the_nearest_open_one():
+    backbone = Looping().eval()
+    walk = backbone.run_route(torch.randn(3, 4), torch.ones(3, 3, dtype=torch.int64))
+    assert walk.route.tolist() == [[1, 1, 0]] * 3
+    assert (walk.macs == backbone.dense_macs).all()
+
+
+def test_early_ends_leave_the_rest_of_the_route_open():
+    backbone = Exiting().eval()
+    walk = backbone.run_route(torch.randn(3, 4), torch.tensor([[1, 0], [0, 1], [0, 0]]))
+    assert walk.route.tolist() == [[1, -1], [0, 1], [0, 0]]
+    assert walk.macs.tolist() == [24, 48, 72]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_refilled_slots_start_afresh(name):
+    backbone = make_backbone(name)
+    walk = backbone.run_route(inputs_for(backbone), random_routes(backbone))
+    kept = walk.outputs.clone()
+    rows, inputs = torch.tensor([5, 1]), inputs_for(backbone, 2)
+    state = backbone.begin(inputs, walk, rows)
+    fresh = backbone.begin(inputs.clone())
+    torch.testing.assert_close(backbone.observe(state), backbone.observe(fresh))
+    assert torch.equal(walk.macs[rows], fresh.walk.macs)
+    assert (walk.route[rows] == -1).all()
+    others = [i for i in range(ROWS) if i not in (1, 5)]
+    torch.testing.assert_close(walk.outputs[others], kept[others])
+
+
+def test_outputs_handed_out_stay_as_they_were():
+    walk = Walk(torch.zeros(4, 1), 1)
+    walk.put_output(torch.tensor([0, 1]), torch.ones(2, 3))
+    handed = walk.outputs
+    walk.put_output(torch.tensor([1, 2]), torch.full((2, 3), 7.0))
+    assert handed[1].tolist() == [1, 1, 1]
+    assert walk.outputs[:, 0].tolist() == [1, 7, 7, 0]
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_files_bring_a_backbone_back(name, tmp_path):
+    backbone = make_backbone(name)
+    backbone.save(tmp_path / "b.safetensors", note="x")
+    loaded, notes = load_backbone(tmp_path / "b.safetensors")
+    assert notes == {"note": "x"}
+    assert loaded.fingerprint() == backbone.fingerprint()
+    inputs, route = inputs_for(backbone), random_routes(backbone)
+    assert torch.equal(loaded(inputs, route), backbone(inputs, route))
+
+
+def test_bad_routes_are_refused():
+    backbone = make_backbone("skip")
+    inputs = inputs_for(backbone)
+    with pytest.raises(ValueError, match="expected integer actions of shape"):
+        backbone(inputs, torch.zeros(ROWS, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"expected actions in 0\.\.1"):
+        backbone(inputs, torch.full((ROWS, backbone.max_steps), 2))
+    with pytest.raises(ValueError, match="expected gates of shape"):
+        backbone(inputs, torch.zeros(ROWS, backbone.max_steps))
