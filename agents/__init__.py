@@ -1,0 +1,1 @@
+"""Agents: what learns; RLlib first. They need the `train` extra."""

@@ -18,6 +18,8 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import numpy as np
 import torch
+from dynrl.envs.core import RoutingVectorEnv
+from dynrl.policies import Router
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -40,21 +42,20 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor, nn
 
-from dynrl.envs.core import RoutingVectorEnv
-from dynrl.policies import Router
-
-logging.getLogger("ray").setLevel(logging.ERROR)
+for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
-    """A `Router` (in `net`, what is deployed) beside a value network of its own. `model_config["router"]`: its arguments."""
+    """A `Router` (`net`, what is deployed) beside a value network. `model_config["router"]` holds its arguments."""
 
     def setup(self) -> None:
         """Build both networks."""
         if not isinstance(self.action_space, Discrete):
             raise ValueError(f"RouterModule takes Discrete actions, got {self.action_space}")
         self.action_dist_cls = TorchCategorical
-        self.net = Router(**self.model_config["router"])  # PPO adds keys of its own beside it
+        settings: Any = self.model_config  # RLlib adds keys of its own beside "router"
+        self.net = Router(**settings["router"])
         width, hidden = self.net.hidden.in_features, 64
         self.value = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
@@ -105,7 +106,9 @@ class SlabRunner(SingleAgentEnvRunner):
         mode = self.env.metadata["autoreset_mode"]
         # Anything else would lose the first transition of every episode, or train on reset steps.
         if not isinstance(self.env.unwrapped, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
-            raise ValueError(f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}")
+            raise ValueError(
+                f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}"
+            )
         self._obs: Tensor | None = None
 
     def sample(  # type: ignore[override]
@@ -134,8 +137,10 @@ class SlabRunner(SingleAgentEnvRunner):
             steps: list[tuple[Tensor, ...]] = []
             ended: list[dict[str, Tensor]] = []
             obs, done = self._obs, 0
-            while len(steps) * count < num_timesteps if num_timesteps is not None else done < num_episodes:  # type: ignore[operator]
-                logits = self.module.net(obs)  # type: ignore[union-attr]
+            module: Any = self.module
+            net: Router = module.net
+            while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
+                logits = net(obs)
                 log_probs = torch.log_softmax(logits, 1)
                 if random_actions:
                     actions = torch.randint(env.backbone.num_choices, (count,))
@@ -203,7 +208,7 @@ class SlabGAE(ConnectorV2):
         self.gamma, self.lambda_ = gamma, lambda_
 
     @torch.no_grad()
-    def __call__(self, *, rl_module: Any, batch: Any, episodes: list[Slab], **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, *, rl_module: Any, batch: Any, episodes: Any, **kwargs: Any) -> dict[str, Any]:
         """Values, advantages (standardised over the batch), and value targets for every step of every slab."""
         module = rl_module[DEFAULT_MODULE_ID]
         device = next(module.parameters()).device
@@ -281,6 +286,7 @@ def ppo_config(
     if num_learners > 1:
         raise ValueError(f"expected at most one learner, got {num_learners}: a slab is not split between learners")
     per_runner = num_envs * rollout
+    schedule: Any = [[0, entropy], [total_steps, entropy / 10]]
     config = (
         PPOConfig()
         .environment(f"dynrl:{env_id}", env_config={**env_config, "autoreset_mode": AutoresetMode.SAME_STEP.value})
@@ -299,7 +305,7 @@ def ppo_config(
             minibatch_size=per_runner * max(1, num_env_runners) // 8,
             num_epochs=4,
             lr=[[0, learning_rate], [total_steps, learning_rate / 10]],
-            entropy_coeff=[[0, entropy], [total_steps, entropy / 10]],
+            entropy_coeff=schedule,
             gamma=1.0,
             lambda_=0.95,
             clip_param=0.2,

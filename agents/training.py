@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from dynrl.agents.metrics import TrainingLog
 from dynrl.agents.rllib import ppo_config, router_of, start_ray
-from dynrl.backbones import Backbone
 from dynrl.envs import decision as decision_row
-from dynrl.observation import Layout
 from dynrl.policies import Router
+
+from dynrl.backbones import Backbone
+from dynrl.observation import Layout
 from dynrl.progress import progress
 
 KEEP_CHECKPOINTS = 2
@@ -63,7 +63,11 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
     checkpoints = folder / "checkpoints"
     start_ray(num_cpus=max(2, settings.num_env_runners + 1))
     # The full network's choice is the favoured one at the start; where points differ in it, the last one's.
-    router = {**Layout.of(backbone).to_dict(), "price_range": list(settings.price_range), "start": backbone.full_route[-1]}
+    router = {
+        **Layout.of(backbone).to_dict(),
+        "price_range": list(settings.price_range),
+        "start": backbone.full_route[-1],
+    }
     env_config = {
         "backbone": str(backbone_file.resolve()), "data": settings.data,
         "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
@@ -94,7 +98,12 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
                 scalars["throughput/steps_per_s"] = (steps - done) / (time.perf_counter() - start)
                 log.write(steps, scalars)
                 bar.update(min(steps, settings.steps) - min(done, settings.steps))
-                shown = {"reward": "reward", "accuracy": "accuracy", "MACs": "macs_fraction", "routes": "routes/distinct"}
+                shown = {
+                    "reward": "reward",
+                    "accuracy": "accuracy",
+                    "MACs": "macs_fraction",
+                    "routes": "routes/distinct",
+                }
                 bar.set_postfix({name: f"{scalars[tag]:.3g}" for name, tag in shown.items() if tag in scalars})
                 done, iteration = steps, iteration + 1
                 if not all(torch.isfinite(p).all() for p in router_of(algorithm).parameters()):
@@ -113,7 +122,7 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
 def scalars_of(result: dict[str, Any], point_names: list[str]) -> dict[str, float]:
     """The scalars of one RLlib training result, by the tags of `TrainingLog`."""
     sampled, learned = result["env_runners"], result["learners"]["default_policy"]
-    scalars = {"reward": sampled.get("episode_return_mean")}
+    scalars: dict[str, Any] = {"reward": sampled.get("episode_return_mean")}
     route = sampled.get("route", {})
     for name in ("accuracy", "macs_fraction", "price"):
         scalars[name] = route.get(name)
@@ -121,7 +130,7 @@ def scalars_of(result: dict[str, Any], point_names: list[str]) -> dict[str, floa
     for step, name in enumerate(point_names):
         for key, value in route.get("rate", {}).items():
             if key.startswith(f"step{step:02d}_"):
-                scalars[f"rate/{name}"] = scalars.get(f"rate/{name}", 0.0) + float(value)  # type: ignore[operator]
+                scalars[f"rate/{name}"] = scalars.get(f"rate/{name}", 0.0) + float(value)
     for name, key in (("loss/policy", "policy_loss"), ("loss/value", "vf_loss"), ("entropy", "entropy")):
         scalars[name] = learned.get(key)
     scalars["loss/value_explained"] = learned.get("vf_explained_var")

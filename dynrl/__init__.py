@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dynrl.routed import RoutedModel, load, plug
 
 from dynrl._version import __version__
+
 __all__ = ["RoutedModel", "__version__", "load", "plug"]
 
 if importlib.util.find_spec("gymnasium") is not None:

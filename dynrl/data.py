@@ -106,7 +106,7 @@ def _digits() -> Dataset:
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     test, validation, train = order.split([360, 180, len(order) - 540])
     splits = _standardised(*((images[part], labels[part]) for part in (train, validation, test)))
-    return Dataset("digits", 10, *splits, Augmentation(shift=1, rotate=10, zoom=0.1))
+    return Dataset("digits", 10, splits[0], splits[1], splits[2], Augmentation(shift=1, rotate=10, zoom=0.1))
 
 
 # SHA-256 of the files' contents, unpacked: packers differ, contents do not.
@@ -193,9 +193,11 @@ def _fashion_mnist() -> Dataset:
     validation, train = order.split([5000, len(order) - 5000])
     test = parts["t10k-images-idx3-ubyte"].unsqueeze(1).float() / 255
     splits = _standardised(
-        (images[train], labels[train]), (images[validation], labels[validation]), (test, parts["t10k-labels-idx1-ubyte"])
+        (images[train], labels[train]),
+        (images[validation], labels[validation]),
+        (test, parts["t10k-labels-idx1-ubyte"]),
     )
-    return Dataset("fashion-mnist", 10, *splits, Augmentation(flip=True, shift=1))
+    return Dataset("fashion-mnist", 10, splits[0], splits[1], splits[2], Augmentation(flip=True, shift=1))
 
 
 DATASETS: dict[str, Callable[[], Dataset]] = {"digits": _digits, "fashion-mnist": _fashion_mnist}

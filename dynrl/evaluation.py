@@ -51,14 +51,18 @@ def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+def score_routes(
+    backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256
+) -> tuple[Tensor, Tensor, Tensor]:
     """Walk each input of `split` along its row of `routes` [n, max_steps].
 
     Returns:
         right [n] bool, log-likelihood of the target [n], share of the dense network's MACs [n].
     """
     parts = []
-    for inputs, targets, route in zip(*(t.split(batch_size) for t in (split.inputs, split.targets, routes)), strict=True):
+    for inputs, targets, route in zip(
+        *(t.split(batch_size) for t in (split.inputs, split.targets, routes)), strict=True
+    ):
         walk = backbone.run_route(inputs, route)
         assert walk.outputs is not None
         likely = -F.cross_entropy(walk.outputs, targets, reduction="none")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
 from dynrl.observation import Layout, observation
-from dynrl.policies import Router, RoutePolicy, load_policy
+from dynrl.policies import RoutePolicy, Router, load_policy
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,12 @@ class RoutedModel(nn.Module):
         if isinstance(policy, Router):
             expected = Layout.of(backbone)
             if policy.width != expected.width:
-                raise ValueError(f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}")
-            self.price_range = tuple(policy.config["price_range"])
-            self._price = (self.price_range[0] * self.price_range[1]) ** 0.5
+                raise ValueError(
+                    f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
+                )
+            low, high = policy.price_range
+            self.price_range = (low, high)
+            self._price = (low * high) ** 0.5
             self._router_macs = count_macs(policy, (expected.width,))[0]
 
     @property
@@ -97,7 +100,9 @@ class RoutedModel(nn.Module):
             raise ValueError("this policy has no calibrated budgets; train it with dynrl, or use set_price")
         dearest, cheapest = max(m for _, m in self.curve), min(m for _, m in self.curve)
         if not cheapest <= budget <= dearest:
-            raise ValueError(f"the budget {budget} is out of reach; this policy reaches {cheapest:.3f} to {dearest:.3f}")
+            raise ValueError(
+                f"the budget {budget} is out of reach; this policy reaches {cheapest:.3f} to {dearest:.3f}"
+            )
         for (low, above), (high, below) in zip(self.curve, self.curve[1:], strict=False):
             if min(above, below) <= budget <= max(above, below):
                 share = 0.5 if above == below else (above - budget) / (above - below)
@@ -106,7 +111,7 @@ class RoutedModel(nn.Module):
         raise AssertionError("a continuous curve reaches every value between its ends")
 
     def _choose(self, state: State) -> Tensor:
-        return self.policy.act(observation(self.backbone, state, self._price))  # type: ignore[union-attr, operator]
+        return self.policy.act(observation(self.backbone, state, self._price))  # type: ignore[operator]
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:

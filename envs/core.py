@@ -126,7 +126,9 @@ class RoutingVectorEnv(VectorEnv):
         self.render_mode = None
         self.price_range = check_price_range(price_range)
         if price is not None and not self.price_range[0] <= price <= self.price_range[1]:
-            raise ValueError(f"the price {price} is outside its range {self.price_range}; widen price_range or change it")
+            raise ValueError(
+                f"the price {price} is outside its range {self.price_range}; widen price_range or change it"
+            )
         self._fixed_price = price
         self.accuracy_term = accuracy_term
         dataset = data if isinstance(data, Dataset) else load_dataset(data)
@@ -162,7 +164,9 @@ class RoutingVectorEnv(VectorEnv):
             path = Path(backbone)
             opened = shared_backbone(str(path.resolve()), path.stat().st_mtime_ns if path.is_file() else 0)
         if opened.decision != self.decision:
-            raise ValueError(f"{type(self).__name__} needs a backbone that poses {self.decision!r}, not {opened.decision!r}")
+            raise ValueError(
+                f"{type(self).__name__} needs a backbone that poses {self.decision!r}, not {opened.decision!r}"
+            )
         if opened.input_shape != dataset.input_shape:
             raise ValueError(
                 f"the backbone expects inputs of shape {opened.input_shape}, {dataset.name} has {dataset.input_shape}"
@@ -187,7 +191,7 @@ class RoutingVectorEnv(VectorEnv):
                 raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {given.shape}")
             self._seeds = given.astype(np.int64)
             self._episodes[:] = 0
-        if rows is None or not self._states and self._ended is None:
+        if rows is None or (not self._states and self._ended is None):
             self._states, self._ended = {}, None
             self._start(None)
         else:
@@ -304,7 +308,7 @@ class RoutingVectorEnv(VectorEnv):
     def _masks(self, observations: Tensor) -> np.ndarray:
         return (observations[:, self.layout.mask :] > 0).to(torch.int8).numpy()
 
-    def reset(  # type: ignore[override]
+    def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Gymnasium's reset; `options` may hold `reset_mask` [N] bool where autoreset is DISABLED."""
@@ -317,13 +321,15 @@ class RoutingVectorEnv(VectorEnv):
         view = self.reset_tensors(seed, rows)
         return view.numpy(), {"action_mask": self._masks(view)}
 
-    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:  # type: ignore[override]
+    def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Gymnasium's step."""
         given = np.asarray(actions)
         if given.shape != (self.num_envs,) or not np.issubdtype(given.dtype, np.integer):
             raise ValueError(f"expected {self.num_envs} integer actions, got {given.dtype} of shape {given.shape}")
         if given.min() < 0 or given.max() >= self.backbone.num_choices:
-            raise ValueError(f"expected actions in 0..{self.backbone.num_choices - 1}, got {given.min()}..{given.max()}")
+            raise ValueError(
+                f"expected actions in 0..{self.backbone.num_choices - 1}, got {given.min()}..{given.max()}"
+            )
         if self._seeds is None:
             raise ValueError("reset the environment before its first step")
         view, reward, terminated, tensors = self.step_tensors(torch.from_numpy(given.astype(np.int64)))
@@ -367,7 +373,9 @@ class RoutingEnv(gym.Env):
         """The frozen backbone."""
         return self._batch.backbone
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; it takes no options."""
         if options:
             raise ValueError(f"unknown reset options {sorted(options)}; this environment has none")

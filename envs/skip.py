@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from dynrl.envs.core import RoutingEnv, RoutingVectorEnv
 
 from dynrl.backbones import Backbone, GatedResNet
-from dynrl.envs.core import RoutingEnv, RoutingVectorEnv
 
 
 class SkipVectorEnv(RoutingVectorEnv):
@@ -48,5 +48,6 @@ class SkipVectorEnv(RoutingVectorEnv):
 
 
 class SkipEnv(RoutingEnv):
-    __doc__ = SkipVectorEnv.__doc__
+    """One image at a time; its page is `SkipVectorEnv`'s."""
+
     vector_env = SkipVectorEnv

@@ -42,6 +42,8 @@ class RandomPolicy(RoutePolicy):
 class StaticPolicy(RoutePolicy):
     """The same route for every input: a smaller network."""
 
+    fixed: Tensor
+
     def __init__(self, route: Tensor | tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("fixed", torch.as_tensor(route, dtype=torch.int64))

@@ -29,7 +29,13 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, features: int, points: int, choices: int, price_range: tuple[float, float], hidden: int = 64, start: int = 0
+        self,
+        features: int,
+        points: int,
+        choices: int,
+        price_range: tuple[float, float],
+        hidden: int = 64,
+        start: int = 0,
     ) -> None:
         super().__init__()
         low, high = price_range
@@ -40,8 +46,10 @@ class Router(nn.Module):
             "hidden": hidden, "start": start,
         }  # fmt: skip
         self.choices = choices
+        self.price_range = (float(low), float(high))
         self.price = features + points + choices + 1
-        self.middle, self.half = (math.log(high) + math.log(low)) / 2, (math.log(high) - math.log(low)) / 2
+        self._log_middle = (math.log(high) + math.log(low)) / 2
+        self._log_reach = (math.log(high) - math.log(low)) / 2
         self.hidden = nn.Linear(self.price + 1, hidden)
         self.head = nn.Linear(hidden, choices)
         nn.init.zeros_(self.head.bias)
@@ -57,7 +65,7 @@ class Router(nn.Module):
     def trunk(self, observation: Tensor) -> Tensor:
         """[n, price + 1]: the observation without its mask, its price as a centred logarithm."""
         seen = observation[:, : self.price + 1].clone()
-        seen[:, self.price] = (observation[:, self.price].log() - self.middle) / self.half
+        seen[:, self.price] = (observation[:, self.price].log() - self._log_middle) / self._log_reach
         return seen
 
     def _scores(self, observation: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Scripts: one run each, `dynrl VERB` or `python scripts/VERB.py`."""

@@ -49,7 +49,9 @@ def commit() -> str:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
@@ -65,15 +67,15 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
+    from dynrl.agents.rllib import RouterModule, SlabRunner, ppo_config
+    from dynrl.policies import Router
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
-    from dynrl.agents.rllib import RouterModule, SlabRunner, ppo_config
     from dynrl.backbones import END, GatedResNet, State
     from dynrl.data import Augmentation, Dataset, Split
     from dynrl.observation import Layout, observation
-    from dynrl.policies import Router
 
     class ForcedHalf(GatedResNet):
         def _run(self, state: State, action: torch.Tensor) -> list[State]:
@@ -83,7 +85,7 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     backbone = ForcedHalf((1, 28, 28), layers=(3, 3, 3), widths=(16, 32, 64)).eval()
     split = Split(torch.randn(512, 1, 28, 28), torch.randint(0, 10, (512,)))
     noise = Dataset("noise", 10, split, split, split, Augmentation())
-    router = {**Layout.of(backbone).to_dict(), "price_range": [0.01, 1.0], "start": 1}
+    router: dict[str, Any] = {**Layout.of(backbone).to_dict(), "price_range": [0.01, 1.0], "start": 1}
     env_config = {"backbone": backbone, "data": noise, "price_range": [0.01, 1.0], "accuracy_term": "correct"}
     env_id = "dynrl/Skip-v0"
 
@@ -105,7 +107,9 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
         return sample
 
     def ours(count: int) -> Callable[[int], int]:
-        runner = SlabRunner(config=ppo_config(env_id, env_config, router, num_envs=count), worker_index=0, num_workers=0)
+        runner = SlabRunner(
+            config=ppo_config(env_id, env_config, router, num_envs=count), worker_index=0, num_workers=0
+        )
         return lambda steps: sum(map(len, runner.sample(num_timesteps=steps * count)))
 
     def stock(count: int, mode: str) -> Callable[[int], int]:
@@ -129,7 +133,11 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     speeds: dict[tuple[str, int], list[float]] = {key: [] for key in paths}
     for i in range(rounds + 1):
         for (path, count), sample in paths.items():
-            steps = backbone.max_steps * max(1, 512 // count // backbone.max_steps) if count > 1 else 30 * backbone.max_steps
+            steps = (
+                backbone.max_steps * max(1, 512 // count // backbone.max_steps)
+                if count > 1
+                else 30 * backbone.max_steps
+            )
             start = time.perf_counter()
             done = sample(steps)
             if i:  # the first round warms up

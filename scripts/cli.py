@@ -12,6 +12,7 @@ VERBS = {
     "pretrain": "train a backbone under random routes, and its plain twin",
     "bench": "measure: sampling speed of the environment",
     "list": "list decisions, data sets and backbones",
+    "tables": "write the tables of the README from results/",
 }
 
 
@@ -23,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items()))
         return
     if not given or given[0] not in VERBS:
-        print(f"dynrl: expected a verb, one of {', '.join(VERBS)}; got {given[0] if given else 'none'}", file=sys.stderr)
+        print(
+            f"dynrl: expected a verb, one of {', '.join(VERBS)}; got {given[0] if given else 'none'}", file=sys.stderr
+        )
         sys.exit(2)
     run(given[0], given[1:])
 

@@ -6,6 +6,7 @@ Several runs (policy seeds on one backbone) make one report of means and spreads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +38,6 @@ class Args:
 def main(args: Args) -> None:
     """Check everything, then write the report."""
     import torch
-
     from dynrl.scripts.common import available_cores, read_config
 
     if not args.runs:
@@ -54,11 +54,12 @@ def main(args: Args) -> None:
 
 def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str, Any]:
     """Evaluate runs of one backbone on the test split; write and print the report, and return it."""
+    from dynrl.scripts.common import read_config
+
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.files import write_json
     from dynrl.routed import load
-    from dynrl.scripts.common import read_config
 
     configs = [read_config(run) for run in runs]
     models = [load(run) for run in runs]
@@ -83,9 +84,9 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of a report; see README, "Reading a report"."""
     import torch
+    from dynrl.policies import RandomPolicy, StaticPolicy
 
     from dynrl import evaluation as ev
-    from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
 
     test = dataset.test
@@ -197,7 +198,8 @@ def _reaches(model: RoutedModel, budget: float) -> bool:
 def print_table(report: dict[str, Any]) -> None:
     """The report as a table."""
     dense = report["dense"]
-    print(f"\n{report['decision']} on {report['data']}, test split, policy seeds {report['seeds']}, batch {dense['batch_size']}")
+    print(f"\n{report['decision']} on {report['data']}, test split, policy seeds {report['seeds']}")
+    print(f"times: a batch of {dense['batch_size']} on {report['hardware']['threads']} threads")
     print(f"{'policy':8} {'budget':>6} {'accuracy %':>14} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
     print(f"{'dense':8} {'':6} {100 * dense['accuracy']:8.2f} {'':5} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
     for p in report["points"]:
@@ -226,7 +228,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
     ):
         for policy, marker in (("learned", "o-"), ("random", "s--"), ("static", "^:"), ("oracle", "*")):
-            mine = sorted((p for p in report["points"] if p["policy"] == policy), key=lambda p, x=x: p[x])
+            mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
             if mine:
                 ys, spread = [100 * p["accuracy"] for p in mine], [100 * p["accuracy_std"] for p in mine]
                 axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)

@@ -13,12 +13,13 @@ class Args:
 def main(args: Args) -> None:
     """Print the registry as a table."""
     from dynrl.envs import DECISIONS
+
     from dynrl.recipes import DEFAULTS
 
     rows = [("decision", "environment", "backbone", "data sets with defaults", "action", "source")]
-    for row in DECISIONS.values():
-        data = ", ".join(sorted(data for name, data in DEFAULTS if name == row.name))
-        rows.append((row.name, row.env_id, row.family, data, row.action, row.source))
+    for d in DECISIONS.values():
+        data = ", ".join(sorted(data for name, data in DEFAULTS if name == d.name))
+        rows.append((d.name, d.env_id, d.family, data, d.action, d.source))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

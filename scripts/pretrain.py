@@ -28,10 +28,10 @@ class Args:
 def main(args: Args) -> None:
     """Write `backbone.safetensors` and `plain.safetensors` into a new folder."""
     import torch
-
     from dynrl.envs import decision
-    from dynrl.recipes import defaults
     from dynrl.scripts.common import available_cores, new_folder, write_config
+
+    from dynrl.recipes import defaults
 
     decision(args.decision)
     defaults(args.decision, args.data)

@@ -46,10 +46,10 @@ class Args:
 def main(args: Args) -> None:
     """Pretrain if needed, learn, calibrate budgets, evaluate; each stage is skipped where its file is there."""
     import torch
-
     from dynrl.envs import decision
-    from dynrl.recipes import defaults
     from dynrl.scripts.common import available_cores, new_folder, read_config, write_config
+
+    from dynrl.recipes import defaults
 
     decision(args.decision)
     if args.resume is not None:
@@ -112,12 +112,13 @@ def _backbone_folder(given: Path, decision: str) -> Path:
 def learn(run: Path, config: dict[str, Any]) -> bool:
     """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
     from dynrl.agents.training import Settings, train_policy
+    from dynrl.policies import save_policy
+    from dynrl.scripts.pretrain import pretrain_into
+
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.evaluation import calibrate
-    from dynrl.policies import save_policy
     from dynrl.routed import RoutedModel
-    from dynrl.scripts.pretrain import pretrain_into
 
     file = run / "backbone.safetensors"
     if not file.exists():

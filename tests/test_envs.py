@@ -10,13 +10,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from dynrl.envs import DECISIONS
+from dynrl.envs.core import RoutingEnv, RoutingVectorEnv, distillation, draw
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from dynrl.backbones import Backbone
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.envs import DECISIONS
-from dynrl.envs.core import RoutingEnv, RoutingVectorEnv, distillation, draw
 from tests.cases import REGISTERED, make_backbone, vector_env
 from tests.toys import Exiting, Looping
 
@@ -69,7 +69,7 @@ def test_made_by_gymnasium(name):
     assert env.observation_space.contains(obs)
     env.action_space.seed(0)
     for _ in range(25):
-        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        obs, reward, _, truncated, info = env.step(env.action_space.sample())
         assert env.observation_space.contains(obs)
         assert obs.dtype == np.float32
         assert np.isfinite(reward).all()

@@ -31,11 +31,11 @@ def test_damage_is_refused(tensors_file, tmp_path):
     bad = tmp_path / "bad.safetensors"
     for count in (0, 7, len(whole) // 2, len(whole) - 1):
         bad.write_bytes(whole[:count])
-        with pytest.raises(ValueError, match="bad.safetensors"):
+        with pytest.raises(ValueError, match=r"bad\.safetensors"):
             load_tensors(bad, "policy")
     for position in range(8, len(whole), 5):
         bad.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(ValueError, match="bad.safetensors"):
+        with pytest.raises(ValueError, match=r"bad\.safetensors"):
             load_tensors(bad, "policy")
     with pytest.raises(ValueError, match="expected a backbone file"):
         load_tensors(tensors_file, "backbone")
@@ -89,7 +89,7 @@ def idx(shape, content):
 def test_idx_format():
     assert parse_idx(idx((2, 3), bytes(range(6)))).tolist() == [[0, 1, 2], [3, 4, 5]]
     for bad in (b"", b"\0\0\x0d\1", idx((2, 3), bytes(5)), idx((2, 3), bytes(7)), idx((9,), b"")[:6]):
-        with pytest.raises(ValueError, match="IDX|header"):
+        with pytest.raises(ValueError, match=r"IDX|header"):
             parse_idx(bad)
 
 
@@ -101,7 +101,9 @@ def test_fashion_mnist_is_read_from_the_cache_checked(tmp_path, monkeypatch):
         "t10k-images-idx3-ubyte": idx((4, 28, 28), bytes(i % 251 for i in range(4 * 784))),
         "t10k-labels-idx1-ubyte": idx((4,), bytes([1, 2, 3, 4])),
     }
-    contents["train-images-idx3-ubyte"] = contents["train-images-idx3-ubyte"][:16] + bytes(i % 256 for i in range(5010 * 784))
+    contents["train-images-idx3-ubyte"] = contents["train-images-idx3-ubyte"][:16] + bytes(
+        i % 256 for i in range(5010 * 784)
+    )
     folder = tmp_path / "dynrl" / "fashion-mnist"
     folder.mkdir(parents=True)
     for name, content in contents.items():

@@ -30,10 +30,7 @@ def masks(rows):
 def test_gated_residual_is_its_definition(shape, layout, which):
     x = torch.randn(shape)
     if layout == "channels_last":
-        if x.dim() != 4:
-            x = x.t().contiguous().t()
-        else:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.t().contiguous().t()
     elif layout == "sliced":
         x = torch.randn(shape[0], 2 * shape[1] + 1, *shape[2:])[:, 1 : shape[1] + 1]
     run, block = masks(len(x))[which].long(), block_for(shape)

@@ -45,7 +45,9 @@ def plain_forward(x, p, block, layers, stem):
     def conv_norm(x, conv, norm, stride=1):
         weight = p[f"{conv}.weight"]
         x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-        return F.batch_norm(x, p[f"{norm}.running_mean"], p[f"{norm}.running_var"], p[f"{norm}.weight"], p[f"{norm}.bias"])
+        return F.batch_norm(
+            x, p[f"{norm}.running_mean"], p[f"{norm}.running_var"], p[f"{norm}.weight"], p[f"{norm}.bias"]
+        )
 
     x = F.relu(conv_norm(x, "conv1", "bn1", 2 if stem == "imagenet" else 1))
     if stem == "imagenet":
@@ -83,7 +85,7 @@ def test_all_execute_is_the_plain_resnet_with_torchvisions_names(case):
     assert {name: tuple(t.shape) for name, t in backbone.state_dict().items()} == expected
     state = {name: 0.1 * torch.randn(size) if size else torch.tensor(1) for name, size in expected.items()}
     for name in state:
-        if "running_var" in name or ".bn" in name and name.endswith("weight"):
+        if "running_var" in name or (".bn" in name and name.endswith("weight")):
             state[name] = 0.5 + torch.rand(expected[name])
     backbone.load_state_dict(state)
     inputs = torch.randn(2, *shape)

@@ -21,7 +21,7 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
         ValueError: the file is missing, damaged, altered, of another kind, or of an unknown family.
     """
     tensors, metadata = read_backbone_file(path)
-    family = FAMILIES.get(metadata.get("family"))
+    family = FAMILIES.get(str(metadata.get("family")))
     if family is None:
         raise ValueError(f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}")
     backbone = family(**metadata["config"])

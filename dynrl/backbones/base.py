@@ -292,7 +292,9 @@ class Backbone(nn.Module):
         if tuple(route.shape) != expected or route.is_floating_point():
             raise ValueError(f"expected integer actions of shape {expected}, got {route.dtype} {tuple(route.shape)}")
         if len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
-            raise ValueError(f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}")
+            raise ValueError(
+                f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}"
+            )
         route = route.long()
 
         def choose(state: State) -> Tensor:

@@ -33,6 +33,7 @@ class _Block(nn.Module):
             self.downsample = nn.Sequential(_conv(width_in, width_out, 1, stride), nn.BatchNorm2d(width_out))
 
     def branch(self, x: Tensor) -> Tensor:
+        """What is added to the identity."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ class BasicBlock(_Block):
         self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
 
     def branch(self, x: Tensor) -> Tensor:
+        """The convolutions, each but the last with batch norm and ReLU."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.bn2(self.conv2(x))
 
@@ -67,6 +69,7 @@ class Bottleneck(_Block):
         self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
 
     def branch(self, x: Tensor) -> Tensor:
+        """The convolutions, each but the last with batch norm and ReLU."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         return self.bn3(self.conv3(x))
@@ -97,6 +100,7 @@ class GatedResNet(Backbone):
 
     family = "gated_resnet"
     decision = "skip"
+    _cost: Tensor
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class GatedResNet(Backbone):
             raise ValueError(f"unknown stem {stem!r}; expected 'cifar' or 'imagenet'")
         if len(layers) != len(widths):
             raise ValueError(f"expected one width a stage, got {len(layers)} stages and {len(widths)} widths")
-        self.input_shape = tuple(input_shape)  # type: ignore[assignment]
+        self.input_shape = tuple(input_shape)
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "block": block, "layers": list(layers),
             "widths": list(widths), "stem": stem, "stem_stride": stem_stride,
@@ -139,8 +143,7 @@ class GatedResNet(Backbone):
 
     def _stages(self) -> list[tuple[str, _Block]]:
         """All blocks with their names, in order."""
-        count = len(self.config["layers"])
-        return [(f"layer{s}.{i}", b) for s in range(1, count + 1) for i, b in enumerate(self.get_submodule(f"layer{s}"))]  # type: ignore[arg-type]
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, _Block)]
 
     def _measure(self) -> None:
         """Split the blocks into gated ones and the fixed ones after each, and count what each costs."""
@@ -235,11 +238,9 @@ class GatedResNet(Backbone):
         """
         twin = copy.deepcopy(self).eval().requires_grad_(False)
         for module in twin.modules():
-            if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
-                module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
-            for i in (1, 2, 3):
-                conv, norm = getattr(module, f"conv{i}", None), getattr(module, f"bn{i}", None)
-                if isinstance(norm, nn.BatchNorm2d):
-                    setattr(module, f"conv{i}", fuse_conv_bn_eval(conv, norm))
-                    setattr(module, f"bn{i}", nn.Identity())
+            names = [("0", "1")] if isinstance(module, nn.Sequential) else [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+            for convolution, norm in names:
+                if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
+                    setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm)))
+                    setattr(module, norm, nn.Identity())
         return twin.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,77 @@
+"""Write the README's tables from the files under `results/`, between their `<!-- table:NAME -->` marks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Args:
+    """Settings of `dynrl tables`."""
+
+    readme: Path = Path("README.md")
+    """File to rewrite."""
+    results: Path = Path("results")
+    """Folder to read."""
+
+
+def report_table(report: dict[str, Any]) -> list[str]:
+    """A report as Markdown."""
+    dense, hardware = report["dense"], report["hardware"]
+    lines = [
+        "| policy | budget | accuracy % | MACs | ms | speed-up | of ideal |",
+        "|---|---|---|---|---|---|---|",
+        f"| dense | | {100 * dense['accuracy']:.2f} | 1.00 | {dense['latency_ms']:.1f} | 1.00 | |",
+    ]
+    for p in report["points"]:
+        spread = f" ±{100 * p['accuracy_std']:.2f}" if p["accuracy_std"] else ""
+        lines.append(
+            f"| {p['policy']} | {p['budget'] or ''} | {100 * p['accuracy']:.2f}{spread} | {p['macs_fraction']:.2f} "
+            f"| {p['latency_ms']:.1f} | {p['speedup']:.2f} | {p['realised_ratio']:.2f} |"
+        )
+    lines.append("")
+    lines.append(
+        f"Policy seeds {', '.join(map(str, report['seeds']))} on one backbone; batch {dense['batch_size']}, "
+        f"{hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."
+    )
+    return lines
+
+
+def bench_env_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench env` as Markdown."""
+    names = {
+        "bare": "bare loop (ceiling)", "rllib": "our runner", "rllib-stock": "RLlib's runner, same batched environment",
+        "naive": "RLlib's runner, single environments",
+    }  # fmt: skip
+    lines = ["| path | sub-environments | decisions a second |", "|---|---|---|"]
+    lines += [f"| {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |" for r in result["rows"]]
+    lines += ["", f"{result['date']}, one thread of {result['hardware']['processor']}, half of the blocks forced."]
+    return lines
+
+
+def main(args: Args) -> None:
+    """Rewrite the README; a mark without a results file is an error."""
+    from dynrl.files import read_json, write_aside
+
+    def table(mark: re.Match[str]) -> str:
+        name = mark.group(1)
+        if name == "bench-env":
+            newest = max(args.results.glob("bench-env-*.json"), default=args.results / "bench-env-DATE.json")
+            lines = bench_env_table(read_json(newest))
+        else:
+            lines = report_table(read_json(args.results / name / "report.json"))
+        return "\n".join([f"<!-- table:{name} -->", *lines, "<!-- end -->"])
+
+    text = args.readme.read_text()
+    new = re.sub(r"<!-- table:([\w-]+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    with write_aside(args.readme) as aside:
+        aside.write_text(new)
+
+
+if __name__ == "__main__":
+    from dynrl.scripts.cli import run
+
+    run("tables")

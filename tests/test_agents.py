@@ -1,0 +1,262 @@
+"""The RLlib agent: its advantages, its runner, known answers, TensorBoard, remote workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from dynrl.agents.metrics import TrainingLog
+from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, ppo_config, router_of
+from dynrl.agents.training import Settings, train_policy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.data import Augmentation, Dataset, Split, load_dataset
+from dynrl.evaluation import score
+from dynrl.observation import Layout
+from dynrl.routed import RoutedModel
+from tests.cases import make_backbone
+
+PRICES = [0.01, 1.0]
+
+
+def config_for(backbone, path, **changes):
+    router = {**Layout.of(backbone).to_dict(), "price_range": PRICES, "start": 1}
+    env = {"backbone": str(path), "price_range": PRICES, "accuracy_term": "log_likelihood"}
+    return ppo_config("dynrl/Skip-v0", env, router, **{"num_envs": 8, "rollout": 12, **changes})
+
+
+@pytest.fixture
+def runner(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    return SlabRunner(config=config_for(backbone, small_backbone), worker_index=0, num_workers=0)
+
+
+def test_advantages_in_five_lines_of_numpy():
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(13, 4)), rng.normal(size=(14, 4))
+    ended = rng.random((13, 4)) < 0.3
+    got = gae(*(torch.from_numpy(a) for a in (rewards, values, ended)), 0.97, 0.9)
+    for n in range(4):
+        for t in range(13):
+            expected, weight = 0.0, 1.0
+            for k in range(t, 13):
+                following = 0.0 if ended[k, n] else values[k + 1, n]
+                expected += weight * (rewards[k, n] + 0.97 * following - values[k, n])
+                weight *= 0.97 * 0.9
+                if ended[k, n]:
+                    break
+            assert float(got[t, n]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_slab_is_what_the_environment_did(runner):
+    first, second = runner.sample(num_timesteps=40)[0], runner.sample(num_timesteps=40)[0]
+    assert len(first) == len(second) == 40
+    assert torch.equal(first.last_obs, second.obs[0])
+    env, layout = runner.env.unwrapped, runner.env.unwrapped.layout
+    obs = torch.cat([first.obs, second.obs])
+    ended, actions = torch.cat([first.terminateds, second.terminateds]), torch.cat([first.actions, second.actions])
+    rewards = torch.cat([first.rewards, second.rewards])
+    replay = env.reset_tensors([int(s) for s in env._seeds])
+    for t in range(10):
+        torch.testing.assert_close(replay, obs[t])
+        replay, paid, over, _ = env.step_tensors(actions[t])
+        torch.testing.assert_close(paid, rewards[t])
+        assert torch.equal(over, ended[t])
+    # Points count up to the end of an episode, then start again: no step lost, none invented.
+    points = obs[..., layout.features : layout.last].argmax(-1)
+    steps = env.backbone.max_steps
+    assert torch.equal(points, (torch.arange(10) % steps).unsqueeze(1).expand(-1, 8))
+    assert torch.equal(ended, (torch.arange(10) % steps == steps - 1).unsqueeze(1).expand(-1, 8))
+
+
+def test_exploration_draws_from_the_policys_distribution(runner):
+    with torch.no_grad():
+        runner.module.net.head.weight.zero_()
+        runner.module.net.head.bias.copy_(torch.tensor([0.0, 1.0]))
+    slab = runner.sample(num_timesteps=8000)[0]
+    share = torch.sigmoid(5 * torch.tanh(torch.tensor(0.2)))  # the router caps its logits at 5
+    assert float(slab.actions.float().mean()) == pytest.approx(float(share), abs=0.02)
+    expected = torch.log(torch.where(slab.actions == 1, share, 1 - share))
+    torch.testing.assert_close(slab.logp, expected, atol=1e-4, rtol=1e-4)
+    greedy = runner.sample(num_episodes=8, explore=False)[0]
+    assert (greedy.actions == 1).all()
+    assert int(greedy.terminateds.sum()) >= 8
+    assert len(runner.sample(num_timesteps=24, random_actions=True)[0].actions.unique()) == 2
+
+
+def test_the_connector_hands_every_step_to_the_learner_once(runner):
+    slab = runner.sample(num_timesteps=96)[0]
+    module = RouterModule(
+        observation_space=runner.env.single_observation_space, action_space=runner.env.single_action_space,
+        model_config=runner.config.rl_module_spec.model_config, inference_only=False,
+    )  # fmt: skip
+    batch = SlabGAE(gamma=1.0, lambda_=0.95)(rl_module={"default_policy": module}, batch={}, episodes=[slab, slab])
+    columns = batch["default_policy"]
+    assert {len(c) for c in columns.values()} == {192}
+    assert float(columns["advantages"].mean()) == pytest.approx(0, abs=1e-5)
+    assert float(columns["advantages"].std()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(columns["obs"].sum(0), 2 * slab.obs.flatten(0, 1).sum(0), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        values = module.compute_values({"obs": slab.obs.flatten(0, 1)}).view_as(slab.rewards)
+    # With lambda and gamma 1 a value target is the rest of the episode's rewards.
+    exact = SlabGAE(gamma=1.0, lambda_=1.0)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
+    steps = runner.env.unwrapped.backbone.max_steps
+    whole = len(slab.rewards) // steps * steps
+    rest = slab.rewards[:whole].view(-1, steps, 8).flip(1).cumsum(1).flip(1).flatten()
+    got = exact["default_policy"]["value_targets"].sort().values
+    torch.testing.assert_close(
+        got[: len(rest)] if whole == len(values) else got, rest.sort().values, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_next_step_environments_are_refused(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    config = config_for(backbone, small_backbone)
+    config.env_config["autoreset_mode"] = "NextStep"
+    with pytest.raises(ValueError, match="SameStep"):
+        SlabRunner(config=config, worker_index=0, num_workers=0)
+
+
+def test_several_learners_are_refused(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    with pytest.raises(ValueError, match="at most one learner"):
+        config_for(backbone, small_backbone, num_learners=2)
+
+
+def test_slabs_stay_whole_in_rllibs_hands():
+    import tree
+
+    zero = torch.zeros(3)
+    slab = Slab([(zero, zero, zero, zero, zero, zero)] * 2, zero)
+    assert tree.flatten([slab]) == [slab]
+    assert len(slab) == 6
+
+
+def train(algorithm, iterations):
+    for _ in range(iterations):
+        result = algorithm.train()
+    return result
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_high_price_skips_all_and_no_price_keeps_what_accuracy_needs(small_backbone):
+    """Invariant 5: the same policy, told the two ends of its price range."""
+    backbone, _ = load_backbone(small_backbone)
+    config = config_for(backbone, small_backbone, num_envs=64, rollout=24, learning_rate=5e-3, total_steps=40_000)
+    config.env_config["price_range"] = config.rl_module_spec.model_config["router"]["price_range"] = [1e-4, 30.0]
+    config.env_config["accuracy_term"] = "distillation"
+    algorithm = config.build_algo()
+    train(algorithm, 26)
+    model, test = RoutedModel(backbone, router_of(algorithm)), load_dataset("digits").test
+    algorithm.stop()
+    model.set_price(30.0)
+    cheapest = score(model, test)
+    model.set_price(1e-4)
+    best = score(model, test)
+    nothing = torch.zeros(1, backbone.max_steps, dtype=torch.int64)
+    floor = int(backbone.run_route(test.inputs[:1], nothing).macs[0]) / backbone.dense_macs
+    assert cheapest.macs_fraction - cheapest.router_fraction == pytest.approx(floor, abs=0.02)
+    assert best.macs_fraction > 0.9
+    assert best.accuracy > cheapest.accuracy + 0.05
+
+
+class TwoKinds(GatedResNet):
+    """A network whose gated block is needed by inputs with a bright first pixel and ruins the others' answer."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 4, 4), classes=2, layers=(1,), widths=(4,))
+        self.config = {}
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        ran, kind = x[:, 0, 0, 0] > 50, x[:, 1, 0, 0] > 0.5
+        return 4.0 * nn.functional.one_hot((ran != kind).long(), 2).float()  # class 0 where the route fits the kind
+
+
+def two_kinds() -> tuple[TwoKinds, Dataset]:
+    torch.manual_seed(0)
+    backbone = TwoKinds().eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.zero_()
+        for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.fill_(1)
+        backbone.conv1.weight[1, 0, 1, 1] = 1  # channel 1 shows the input
+        backbone._gates[0].bn2.bias[0] = 100  # a row that ran is marked in channel 0
+    bright = (torch.arange(64) % 2).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    split = Split(bright, torch.zeros(64, dtype=torch.int64))
+    return backbone, Dataset("kinds", 2, split, split, split, Augmentation())
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_two_kinds_of_inputs_get_two_routes():
+    backbone, data = two_kinds()
+    config = config_for(backbone, "unused", num_envs=64, rollout=8, learning_rate=1e-2, total_steps=20_000)
+    config.env_config |= {"backbone": backbone, "data": data}
+    algorithm = config.build_algo()
+    train(algorithm, 25)
+    model = RoutedModel(backbone, router_of(algorithm))
+    algorithm.stop()
+    model.set_price(0.05)
+    model(data.test.inputs)
+    assert torch.equal(model.last_route.actions[:, 0], torch.arange(64) % 2)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_stock_rllib_trains_on_the_registered_id():
+    from ray.rllib.algorithms.ppo import PPOConfig
+
+    config = (
+        PPOConfig()
+        .environment("dynrl:dynrl/Skip-v0", env_config={"accuracy_term": "correct"})
+        .env_runners(num_env_runners=0, num_envs_per_env_runner=8, gym_env_vectorize_mode="vector_entry_point")
+        .training(train_batch_size_per_learner=96, minibatch_size=48, num_epochs=1)
+    )
+    algorithm = config.build_algo()
+    result = algorithm.train()
+    algorithm.stop()
+    assert result["env_runners"]["num_env_steps_sampled_lifetime"] >= 96
+    assert result["env_runners"]["episode_len_mean"] == make_backbone("skip").max_steps
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_remote_runners_find_the_environment(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    algorithm = config_for(backbone, small_backbone, num_env_runners=1).build_algo()
+    result = algorithm.train()
+    router = router_of(algorithm)
+    algorithm.stop()
+    assert result["env_runners"]["num_env_steps_sampled_lifetime"] == 96
+    assert 0 < result["env_runners"]["route"]["macs_fraction"] <= 1
+    assert all(torch.isfinite(p).all() for p in router.parameters())
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path):
+    backbone, _ = load_backbone(small_backbone)
+    settings = Settings("skip", "digits", steps=400, num_envs=8, checkpoint_every=1)
+    router, finished = train_policy(settings, backbone, small_backbone, tmp_path)
+    assert finished
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    rates = {f"rate/{point.name}" for point in backbone.points}
+    assert tags >= {
+        "reward", "accuracy", "macs_fraction", "price", "routes/distinct", "throughput/steps_per_s", "entropy",
+        "loss/policy", "loss/value", *rates,
+    }  # fmt: skip
+    reward = events.Scalars("reward")
+    per_iteration = 8 * 8 * backbone.max_steps
+    assert [e.step for e in reward] == [per_iteration * (i + 1) for i in range(len(reward))]
+    assert all(0 <= e.value <= 1 for tag in rates for e in events.Scalars(tag))
+    assert not router.training
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint_*"))) == min(2, len(reward))
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    with TrainingLog(tmp_path) as log:
+        log.write(5, {"reward": 1.0, "accuracy": float("nan")})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["reward"]

@@ -1,0 +1,287 @@
+"""Policies, their files, and the routed model: what was trained is what is deployed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
+
+import dynrl
+from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.cost import count_macs
+from dynrl.data import load_dataset
+from dynrl.evaluation import calibrate, oracle_routes, random_rate, score, score_routes, static_routes
+from dynrl.observation import Layout, observation
+from dynrl.routed import RoutedModel
+from tests.cases import REGISTERED, make_backbone, vector_env
+
+PRICES = (0.01, 1.0)
+
+
+def make_router(backbone, seed=0, lively=True) -> Router:
+    """An untrained router whose choices depend on features and price."""
+    torch.manual_seed(seed)
+    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, start=1)
+    if lively:
+        with torch.no_grad():
+            router.head.bias.zero_()
+            router.head.weight.normal_()
+            router.head.weight[1] -= 20 * router.hidden.weight[:, router.price]  # a higher price runs less
+    return router.eval()
+
+
+def write_run(folder, backbone, router, **changes):
+    folder.mkdir()
+    backbone.save(folder / "backbone.safetensors")
+    model = RoutedModel(backbone, router)
+    curve = calibrate(model, load_dataset("digits").validation.head(64))
+    metadata = {"decision": backbone.decision, "data": "digits", "backbone": backbone.fingerprint(), "curve": curve}
+    save_policy(folder / "policy.safetensors", router, metadata | changes)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    return write_run(tmp_path / "run", backbone, make_router(backbone))
+
+
+@pytest.mark.parametrize("price", [0.01, 0.08, 1.0])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_plugged_model_and_environment_agree(name, price):
+    env = vector_env(name)(16, price=price, price_range=PRICES, autoreset_mode="Disabled", split="test")
+    router = make_router(env.backbone)
+    model = dynrl.plug(make_backbone(name), router)
+    model.set_price(price)
+    obs = env.reset_tensors(seed=0)
+    inputs = env._split.inputs[env._drawn]
+    terminated, actions = torch.zeros(16, dtype=torch.bool), []
+    while not terminated.all():
+        with torch.no_grad():
+            actions.append(router.act(obs))
+        obs, _, terminated, info = env.step_tensors(actions[-1])
+    outputs = model(inputs)
+    torch.testing.assert_close(outputs, env._walk.outputs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.last_route.actions, info["route"])
+    assert torch.equal(model.last_route.macs, env._walk.macs)
+    assert len(model.last_route.actions.unique()) > 1 or price != 0.08
+
+
+def test_a_routed_batch_is_its_rows_one_by_one(run):
+    model = dynrl.load(run)
+    inputs = load_dataset("digits").test.inputs[:20]
+    together, route = model(inputs), model.last_route
+    for i in range(20):
+        torch.testing.assert_close(model(inputs[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-5)
+        assert torch.equal(model.last_route.actions[0], route.actions[i])
+
+
+def test_the_users_inputs_and_backbone_are_left_alone(run, small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    inputs = torch.randn(8, *backbone.input_shape)
+    kept, before = inputs.clone(), backbone.fingerprint()
+    model = dynrl.plug(backbone, run / "policy.safetensors")
+    model(inputs)
+    assert torch.equal(inputs, kept)
+    assert backbone.fingerprint() == before
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_router_macs_are_counted(run):
+    model = dynrl.load(run)
+    model(torch.randn(4, *model.input_shape))
+    width = model.policy.price + 1
+    assert count_macs(model.policy, (model.policy.width,))[0] == width * 64 + 64 * 2
+    assert model.last_route.router_macs.tolist() == [3 * (width * 64 + 128)] * 4 or model.backbone.max_steps != 3
+    fraction = model.last_route.macs_fraction - model.last_route.router_fraction
+    torch.testing.assert_close(fraction, model.last_route.macs / model.backbone.dense_macs)
+
+
+def test_budgets_are_met_or_refused(run):
+    model = dynrl.load(run)
+    validation = load_dataset("digits").validation.head(64)
+    low, high = min(m for _, m in model.curve), max(m for _, m in model.curve)
+    assert high - low > 0.1
+    for share in (0.25, 0.5, 0.75):
+        budget = low + share * (high - low)
+        model.set_budget(budget)
+        assert abs(score(model, validation).macs_fraction - budget) < 0.03
+    for budget in (low - 0.01, high + 0.01):
+        with pytest.raises(ValueError, match=f"reaches {low:.3f} to {high:.3f}"):
+            model.set_budget(budget)
+    with pytest.raises(ValueError, match="outside the policy's range"):
+        model.set_price(2.0)
+
+
+def test_an_uncalibrated_policy_says_so(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    with pytest.raises(ValueError, match="no calibrated budgets"):
+        dynrl.plug(backbone, make_router(backbone)).set_budget(0.5)
+    with pytest.raises(ValueError, match="knows no price"):
+        dynrl.plug(backbone, StaticPolicy(backbone.full_route)).set_price(0.1)
+
+
+def test_bad_inputs_are_refused(run):
+    model = dynrl.load(run)
+    good = torch.randn(3, *model.input_shape)
+    nan = good.clone()
+    nan[1, 0, 2, 3] = torch.nan
+    for bad, message in (
+        (good[:0], "empty batch"), (nan, "NaN"), (good[:, :, 1:], "expected inputs of shape"),
+        (good[0], "expected inputs of shape"), (good.numpy(), "expected inputs of shape"), (good / 0, "infinity"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model(bad)
+    model(good)
+
+
+def test_bad_policies_are_refused(run, tmp_path, small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    file = run / "policy.safetensors"
+    whole = file.read_bytes()
+    for name, content in (("cut", whole[:-10]), ("altered", whole[:-3] + b"abc"), ("empty", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            dynrl.plug(backbone, tmp_path / name)
+    with pytest.raises(ValueError, match="expected a policy file"):
+        dynrl.plug(backbone, small_backbone)
+    other = GatedResNet(backbone.input_shape, layers=(2, 2), widths=(8, 16), stem_stride=2)
+    with pytest.raises(ValueError, match="another backbone"):
+        dynrl.plug(other, file)
+    foreign = write_run(tmp_path / "foreign", backbone, make_router(backbone), decision="exit")
+    with pytest.raises(ValueError, match="decides 'exit'"):
+        dynrl.plug(backbone, foreign / "policy.safetensors")
+    with pytest.raises(ValueError, match="is no run folder"):
+        dynrl.load(tmp_path / "nosuch")
+    with pytest.raises(ValueError, match="observations of"):
+        dynrl.plug(make_backbone("skip"), make_router(backbone))
+
+
+def test_nan_in_weights_is_refused(run, small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    with torch.no_grad():
+        backbone.fc.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="'fc.bias' holds NaN"):
+        dynrl.plug(backbone, run / "policy.safetensors")
+
+
+def test_policy_files_carry_json_and_come_back(run):
+    router, metadata = load_policy(run / "policy.safetensors")
+    json.dumps(metadata)
+    again = dynrl.load(run).policy
+    assert router.config["price_range"] == list(PRICES)
+    assert all(
+        torch.equal(a, b) for a, b in zip(router.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+def test_router_needs_a_price_range():
+    for bad in ((0.0, 1.0), (1.0, 0.5), (0.1, float("inf"))):
+        with pytest.raises(ValueError, match="0 < low < high"):
+            Router(2, 1, 2, bad)
+
+
+def test_router_never_takes_a_closed_choice_and_its_logits_stay_finite():
+    router = Router(3, 2, 4, PRICES)
+    with torch.no_grad():
+        router.head.weight.fill_(1e4)
+    obs = torch.rand(50, router.width) + 0.01
+    obs[:, -4:] = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    assert set(router.act(obs).tolist()) <= {1, 3}
+    logits = router(obs)
+    assert (logits[:, [1, 3]].abs() <= 5).all()
+    assert torch.equal(logits.argmax(1) % 2, torch.ones(50, dtype=torch.int64))
+
+
+@torch.no_grad()
+def test_observation_holds_what_its_layout_says():
+    backbone = make_backbone("skip")
+    layout = Layout.of(backbone)
+    state = backbone.begin(torch.randn(3, *backbone.input_shape))
+    price = torch.tensor([0.1, 0.2, 0.3])
+    first = observation(backbone, state, price)
+    assert first.shape == (3, layout.width)
+    assert first[:, layout.last : layout.spent].sum() == 0
+    features = backbone.observe(state)
+    torch.testing.assert_close(first[:, : features.shape[1]], features)
+    assert first[:, features.shape[1] : layout.features].abs().sum() == 0
+    (state,) = backbone.advance(state, torch.tensor([1, 0, 1]))
+    second = observation(backbone, state, price)
+    assert second[:, layout.last : layout.spent].tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert second[:, layout.features : layout.last].argmax(1).tolist() == [1, 1, 1]
+    torch.testing.assert_close(second[:, layout.spent], state.walk.macs / backbone.dense_macs)
+    torch.testing.assert_close(second[:, layout.price], price)
+    assert (second[:, layout.mask :] == 1).all()
+
+
+def test_random_and_static_policies():
+    backbone = make_backbone("skip")
+    inputs = torch.randn(500, *backbone.input_shape)
+    policy = RandomPolicy(backbone.full_route, 2, 0.3, seed=1)
+    assert float(policy.route(inputs).float().mean()) == pytest.approx(0.3, abs=0.04)
+    with pytest.raises(ValueError, match="rate"):
+        RandomPolicy(backbone.full_route, 2, 1.5)
+    model = dynrl.plug(backbone, StaticPolicy((1, 0) * (backbone.max_steps // 2)))
+    model(inputs[:4])
+    assert model.last_route.actions.tolist() == [[1, 0] * (backbone.max_steps // 2)] * 4
+    assert model.last_route.router_macs.sum() == 0
+
+
+def test_random_rate_meets_the_cost(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    inputs = load_dataset("digits").validation.inputs
+    for wanted in (0.5, 0.8):
+        rate = random_rate(backbone, inputs, wanted)
+        routes = RandomPolicy(backbone.full_route, 2, rate, seed=9).route(inputs)
+        assert float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs == pytest.approx(
+            wanted, abs=0.03
+        )
+
+
+def test_static_search_and_oracle(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    split = load_dataset("digits").validation
+    found = static_routes(backbone, split)
+    assert len(found) == backbone.max_steps + 1
+    fractions = [macs for _, macs, _ in found]
+    assert fractions == sorted(fractions, reverse=True)
+    assert found[0][1] == pytest.approx(1)
+    routes = oracle_routes(backbone, split, [route for route, _, _ in found])
+    right, _, macs = score_routes(backbone, routes, split)
+    for _, cost, accuracy in found:
+        assert float(right.float().mean()) >= accuracy - 1e-6
+        assert float(macs.mean()) <= cost + 0.2
+    ever = torch.zeros(len(split), dtype=torch.bool)
+    for route, _, _ in found:
+        ever |= score_routes(backbone, StaticPolicy(route).route(split.inputs), split)[0]
+    assert torch.equal(right, ever)
+
+
+def test_score_is_the_plugged_models_accuracy(run):
+    model, split = dynrl.load(run), load_dataset("digits").test
+    whole = score(model, split, batch_size=77)
+    assert whole.accuracy == pytest.approx(float((model(split.inputs).argmax(1) == split.targets).float().mean()))
+    assert whole.macs_fraction == pytest.approx(float(model.last_route.macs_fraction.mean()), abs=1e-4)
+
+
+def test_deployment_needs_no_training_stack(run, tmp_path):
+    """A run folder loads and runs with ray, SB3, tensorboard, scikit-learn, pandas, matplotlib and tqdm away."""
+    code = """
+import sys
+class Away:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in "ray stable_baselines3 tensorboard sklearn pandas matplotlib scipy tqdm tyro".split():
+            raise ImportError(name)
+sys.meta_path.insert(0, Away())
+import torch, dynrl
+model = dynrl.load(sys.argv[1])
+out = model(torch.randn(5, *model.input_shape))
+assert out.shape == (5, 10) and torch.isfinite(out).all()
+"""
+    moved = shutil.copytree(run, tmp_path / "moved")
+    subprocess.run([sys.executable, "-c", code, str(moved)], check=True, cwd=tmp_path)

@@ -1,0 +1,226 @@
+"""The commands: what they refuse, what they write, and that a killed training goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from dynrl.scripts.bench import bench_env
+from dynrl.scripts.evaluate import BUDGETS, report_runs
+
+import dynrl
+from dynrl.backbones import load_backbone
+from dynrl.files import read_json
+
+COMMAND = [sys.executable, "-m", "dynrl.scripts.cli"]
+ROOT = Path(__file__).parents[1]
+
+
+def call(*words, cwd, timeout=240):
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory, small_backbone):
+    folder = tmp_path_factory.mktemp("given")
+    shutil.copyfile(small_backbone, folder / "backbone.safetensors")
+    shutil.copyfile(small_backbone, folder / "plain.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, backbone_folder):
+    """A short training by the command, report included."""
+    out = tmp_path_factory.mktemp("runs") / "r"
+    done = call("train", "skip", "--backbone", backbone_folder, "--steps", 6000, "--out", out, cwd=out.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (), ("nosuch",), ("train", "nosuch"), ("train",), ("train", "skip", "--data", "nosuch"),
+        ("train", "skip", "--nosuch", "3"), ("train", "skip", "--agent", "nosuch"), ("train", "skip", "--steps", "0"),
+        ("train", "skip", "--steps", "many"), ("train", "skip", "--seed", "-1"), ("train", "skip", "--threads", "0"),
+        ("train", "skip", "--price-range", "1", "0.5"), ("train", "skip", "--price-range", "0", "0.5"),
+        ("train", "skip", "--backbone", "nosuch"), ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
+        ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
+        ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),
+        ("bench", "nosuch"), ("bench", "env", "--rounds", "0"), ("list", "nosuch"),
+    ],
+)  # fmt: skip
+def test_bad_commands_are_refused(words, tmp_path):
+    """Exit code 2, a reason, no traceback, nothing written. In this process: a start costs a second each."""
+    code = (
+        "import sys, os; sys.argv[0] = 'dynrl'; os.chdir(sys.argv.pop(1))\nfrom dynrl.scripts.cli import main; main()"
+    )
+    (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip() or done.stdout.strip()
+    assert [p.name for p in tmp_path.iterdir()] == ["junk.safetensors"]
+
+
+def test_help_and_list(tmp_path):
+    assert "train" in call("--help", cwd=tmp_path).stdout
+    shown = call("train", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "--price-range" in shown.stdout
+    listed = call("list", cwd=tmp_path).stdout
+    assert "dynrl/Skip-v0" in listed
+    assert "gated_resnet" in listed
+
+
+def test_scripts_are_the_same_programs(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "list.py"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert shown.stdout == call("list", cwd=tmp_path).stdout
+
+
+def test_a_run_folder_holds_what_is_promised(run):
+    names = {p.name for p in run.iterdir()}
+    expected = {
+        "config.json",
+        "checkpoints",
+        "backbone.safetensors",
+        "plain.safetensors",
+        "policy.safetensors",
+        "report.json",
+    }
+    assert names >= expected | {"report.png"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.startswith(".")]
+    model = dynrl.load(run)
+    assert model(torch.randn(2, *model.input_shape)).shape == (2, 10)
+
+
+def test_report(run):
+    report = read_json(run / "report.json")
+    assert (report["decision"], report["data"], report["seeds"]) == ("skip", "digits", [0])
+    assert set(report["dense"]) >= {"accuracy", "macs", "latency_ms", "batch_size"}
+    assert report["dense"]["accuracy"] == max(
+        report["dense"]["all_execute_accuracy"], report["dense"]["plain_accuracy"]
+    )
+    backbone, _ = load_backbone(run / "backbone.safetensors")
+    assert report["dense"]["macs"] == backbone.dense_macs
+    keys = {
+        "policy", "price", "budget", "accuracy", "macs_fraction", "router_fraction", "latency_ms", "speedup", "realised_ratio",
+    }  # fmt: skip
+    by_policy = {}
+    for point in report["points"]:
+        assert keys <= set(point)
+        assert 0 <= point["accuracy"] <= 1
+        by_policy.setdefault(point["policy"], []).append(point)
+    assert set(by_policy) == {"learned", "random", "static", "oracle"}
+    learned = {p["budget"]: p for p in by_policy["learned"]}
+    assert set(learned) <= set(BUDGETS)
+    for point in by_policy["random"]:
+        assert point["macs_fraction"] == pytest.approx(learned[point["budget"]]["macs_fraction"], abs=0.04)
+    for budget, point in learned.items():
+        assert point["macs_fraction"] == pytest.approx(budget, abs=0.06)
+        assert 0 < point["router_fraction"] < 0.2
+    (oracle,) = by_policy["oracle"]
+    assert oracle["accuracy"] >= max(p["accuracy"] for p in by_policy["static"])
+    assert run.joinpath("report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_several_runs_make_one_report(run, tmp_path):
+    before = (run / "report.json").read_text()
+    report = report_runs([run, run], tmp_path / "out", batch_size=32)
+    assert report["seeds"] == [0, 0]
+    assert (run / "report.json").read_text() == before
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    done = call("evaluate", run, run, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--out" in done.stderr
+
+
+def start(*words, cwd):
+    return subprocess.Popen(
+        [*COMMAND, *map(str, words)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path, pattern, process, seconds=120):
+    end = time.time() + seconds
+    while not list(path.glob(pattern)):
+        assert process.poll() is None, process.stdout.read()[-2000:]
+        assert time.time() < end, f"no {pattern} in {path}"
+        time.sleep(0.05)
+
+
+def files(folder):
+    """What lies in a run folder, numbers left out: event files carry times, checkpoints steps."""
+    return {re.sub(r"\d+", "N", p.name.split(".tfevents")[0]) for p in folder.iterdir()}
+
+
+def test_killed_and_resumed(run, backbone_folder, tmp_path):
+    out = tmp_path / "killed"
+    process = start("train", "skip", "--backbone", backbone_folder, "--steps", 60_000, "--out", out, cwd=tmp_path)
+    wait_for(out / "checkpoints", "checkpoint_*", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done_before = max(int(p.name.split("_")[1]) for p in (out / "checkpoints").glob("checkpoint_*"))
+    assert 0 < done_before < 60_000
+    assert not (out / "policy.safetensors").exists()
+    # Fewer steps in all, so that the test is short: what matters is where it starts and how it ends.
+    config = read_json(out / "config.json")
+    target = done_before + 3000
+    (out / "config.json").write_text(json.dumps(config | {"steps": target}))
+    resumed = call("train", "skip", "--resume", out, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    done_after = max(int(p.name.split("_")[1]) for p in (out / "checkpoints").glob("checkpoint_*"))
+    assert target <= done_after < target + 64 * 8 * 3
+    assert files(out) == files(run)
+    dynrl.load(out)
+    refused = call("train", "skip", "--resume", out, "--seed", 5, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "own settings" in refused.stderr
+    exists = call("train", "skip", "--out", out, cwd=tmp_path)
+    assert exists.returncode == 2
+    assert "exists" in exists.stderr
+
+
+def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
+    out = tmp_path / "stopped"
+    process = start("train", "skip", "--backbone", backbone_folder, "--steps", 10_000_000, "--out", out, cwd=tmp_path)
+    wait_for(out / "checkpoints", "checkpoint_*", process)
+    os.kill(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text[-2000:]
+    assert "--resume" in text
+    model = dynrl.load(out)
+    model(torch.randn(2, *model.input_shape))
+    assert not (out / "report.json").exists()
+
+
+def test_bench_env_rows():
+    rows = bench_env(rounds=1)
+    assert {(r["path"], r["num_envs"]) for r in rows} >= {
+        ("bare", 64),
+        ("rllib", 64),
+        ("rllib-stock", 64),
+        ("naive", 1),
+    }
+    assert all(r["steps_per_s"] > 0 for r in rows)
