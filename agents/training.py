@@ -104,7 +104,7 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
                     "MACs": "macs_fraction",
                     "routes": "routes/distinct",
                 }
-                bar.set_postfix({name: f"{scalars[tag]:.3g}" for name, tag in shown.items() if tag in scalars})
+                bar.set_postfix({k: f"{scalars[tag]:.3g}" for k, tag in shown.items() if tag in scalars}, refresh=False)
                 done, iteration = steps, iteration + 1
                 if not all(torch.isfinite(p).all() for p in router_of(algorithm).parameters()):
                     raise ValueError(f"the policy's weights are no longer finite after {done} steps; see {checkpoints}")

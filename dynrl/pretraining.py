@@ -97,7 +97,7 @@ def pretrain(
                 bar.update()
             if not torch.isfinite(torch.tensor(total)):
                 raise ValueError(f"the loss is {total} after epoch {epoch + 1}; lower the learning rate")
-            bar.set_postfix(loss=f"{total / batches:.3f}")
+            bar.set_postfix(loss=f"{total / batches:.3f}", refresh=False)
             if checkpoint is not None:
                 state = {
                     "backbone": backbone.state_dict(), "optimizer": optimizer.state_dict(),

@@ -210,6 +210,9 @@ def print_table(report: dict[str, Any]) -> None:
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
     print("MACs: of the dense network's, router included. oracle: cheapest right route, labels seen.")
+    missed = sorted(set(BUDGETS) - {p["budget"] for p in report["points"] if p["policy"] == "learned"})
+    if missed:
+        print(f"budgets out of this policy's reach: {', '.join(map(str, missed))}")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,9 +271,7 @@ def test_score_is_the_plugged_models_accuracy(run):
     assert whole.macs_fraction == pytest.approx(float(model.last_route.macs_fraction.mean()), abs=1e-4)
 
 
-def test_deployment_needs_no_training_stack(run, tmp_path):
-    """A run folder loads and runs with ray, SB3, tensorboard, scikit-learn, pandas, matplotlib and tqdm away."""
-    code = """
+WITHOUT_TRAINING_STACK = """
 import sys
 class Away:
     def find_spec(self, name, path=None, target=None):
@@ -283,5 +283,40 @@ model = dynrl.load(sys.argv[1])
 out = model(torch.randn(5, *model.input_shape))
 assert out.shape == (5, 10) and torch.isfinite(out).all()
 """
+
+
+def test_deployment_needs_no_training_stack(run, tmp_path):
+    """A run folder, moved, loads and runs with ray, SB3, tensorboard, scikit-learn, pandas and others away."""
     moved = shutil.copytree(run, tmp_path / "moved")
-    subprocess.run([sys.executable, "-c", code, str(moved)], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", WITHOUT_TRAINING_STACK, str(moved)], check=True, cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wheel_tree(tmp_path_factory):
+    """What the built wheel installs, unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "results", "build", "*.egg-info", ".*_cache", "__pycache__"
+    )
+    shutil.copytree(Path(__file__).parents[1], source, ignore=ignore)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "tree")
+    return folder / "tree"
+
+
+def test_the_wheel_holds_all_and_runs_without_the_training_stack(wheel_tree, run):
+    tops = {p.name for p in wheel_tree.iterdir() if not p.name.endswith(".dist-info")}
+    assert tops == {"dynrl"}, "envs, agents and the like must never become top-level import names"
+    root = Path(__file__).parents[1]
+    for folder in ("envs", "policies", "agents", "scripts"):
+        sources = {p.relative_to(root) for p in (root / folder).rglob("*.py")}
+        assert sources == {p.relative_to(wheel_tree / "dynrl") for p in (wheel_tree / "dynrl" / folder).rglob("*.py")}
+    code = (
+        f"import dynrl; assert dynrl.__file__.startswith({str(wheel_tree)!r}), dynrl.__file__\n"
+        + WITHOUT_TRAINING_STACK
+    )
+    subprocess.run([sys.executable, "-c", code, str(run)], check=True, cwd=run, env={"PYTHONPATH": str(wheel_tree)})

@@ -43,7 +43,7 @@ def backbone_folder(tmp_path_factory, small_backbone):
 def run(tmp_path_factory, backbone_folder):
     """A short training by the command, report included."""
     out = tmp_path_factory.mktemp("runs") / "r"
-    done = call("train", "skip", "--backbone", backbone_folder, "--steps", 6000, "--out", out, cwd=out.parent)
+    done = call("train", "skip", "--backbone", backbone_folder, "--steps", 40_000, "--out", out, cwd=out.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
