@@ -18,8 +18,6 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import numpy as np
 import torch
-from dynrl.envs.core import RoutingVectorEnv
-from dynrl.policies import Router
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -41,6 +39,9 @@ from ray.rllib.utils.metrics import (
     WEIGHTS_SEQ_NO,
 )
 from torch import Tensor, nn
+
+from dynrl.envs.core import RoutingVectorEnv
+from dynrl.policies import Router
 
 for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
     logging.getLogger(_name).setLevel(logging.ERROR)

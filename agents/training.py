@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from dynrl.agents.metrics import TrainingLog
 from dynrl.agents.rllib import ppo_config, router_of, start_ray
-from dynrl.envs import decision as decision_row
-from dynrl.policies import Router
-
 from dynrl.backbones import Backbone
+from dynrl.envs import decision as decision_row
 from dynrl.observation import Layout
+from dynrl.policies import Router
 from dynrl.progress import progress
 
 KEEP_CHECKPOINTS = 2

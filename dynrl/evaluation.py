@@ -71,7 +71,9 @@ def score_routes(
     return right, likely, macs
 
 
-def calibrate(model: RoutedModel, split: Split, points: int = 17, gap: float = 0.02) -> list[tuple[float, float]]:
+def calibrate(
+    model: RoutedModel, split: Split, points: int = 17, gap: float = 0.03, tick: Callable[[], Any] = lambda: None
+) -> list[tuple[float, float]]:
     """Measure the MACs fraction over the price range; what `set_budget` looks a price up in.
 
     Args:
@@ -79,6 +81,7 @@ def calibrate(model: RoutedModel, split: Split, points: int = 17, gap: float = 0
         points: prices tried at first, evenly spaced in their logarithm.
         gap: then, between neighbours further apart than this share of the dense MACs, a price is tried halfway,
             until none is or their prices differ by less than one percent.
+        tick: called after each price.
 
     Returns:
         [(price, MACs fraction)], prices rising. Sets it as the model's curve, too.
@@ -89,7 +92,9 @@ def calibrate(model: RoutedModel, split: Split, points: int = 17, gap: float = 0
 
     def measure(price: float) -> tuple[float, float]:
         model.set_price(min(max(price, low), high))
-        return model.price, score(model, split).macs_fraction
+        fraction = score(model, split).macs_fraction
+        tick()
+        return model.price, fraction
 
     curve = [measure(low * (high / low) ** (i / (points - 1))) for i in range(points)]
     position = 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from dynrl.envs.core import RoutingEnv, RoutingVectorEnv
 
 from dynrl.backbones import Backbone, GatedResNet
+from dynrl.envs.core import RoutingEnv, RoutingVectorEnv
 
 
 class SkipVectorEnv(RoutingVectorEnv):

@@ -67,15 +67,15 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    from dynrl.agents.rllib import RouterModule, SlabRunner, ppo_config
-    from dynrl.policies import Router
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
+    from dynrl.agents.rllib import RouterModule, SlabRunner, ppo_config
     from dynrl.backbones import END, GatedResNet, State
     from dynrl.data import Augmentation, Dataset, Split
     from dynrl.observation import Layout, observation
+    from dynrl.policies import Router
 
     class ForcedHalf(GatedResNet):
         def _run(self, state: State, action: torch.Tensor) -> list[State]:

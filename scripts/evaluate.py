@@ -38,6 +38,7 @@ class Args:
 def main(args: Args) -> None:
     """Check everything, then write the report."""
     import torch
+
     from dynrl.scripts.common import available_cores, read_config
 
     if not args.runs:
@@ -54,12 +55,11 @@ def main(args: Args) -> None:
 
 def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str, Any]:
     """Evaluate runs of one backbone on the test split; write and print the report, and return it."""
-    from dynrl.scripts.common import read_config
-
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.files import write_json
     from dynrl.routed import load
+    from dynrl.scripts.common import read_config
 
     configs = [read_config(run) for run in runs]
     models = [load(run) for run in runs]
@@ -84,9 +84,9 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of a report; see README, "Reading a report"."""
     import torch
-    from dynrl.policies import RandomPolicy, StaticPolicy
 
     from dynrl import evaluation as ev
+    from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
 
     test = dataset.test

@@ -13,7 +13,6 @@ class Args:
 def main(args: Args) -> None:
     """Print the registry as a table."""
     from dynrl.envs import DECISIONS
-
     from dynrl.recipes import DEFAULTS
 
     rows = [("decision", "environment", "backbone", "data sets with defaults", "action", "source")]

@@ -28,13 +28,15 @@ class Args:
 def main(args: Args) -> None:
     """Write `backbone.safetensors` and `plain.safetensors` into a new folder."""
     import torch
-    from dynrl.envs import decision
-    from dynrl.scripts.common import available_cores, new_folder, write_config
 
+    from dynrl.data import load_dataset
+    from dynrl.envs import decision
     from dynrl.recipes import defaults
+    from dynrl.scripts.common import available_cores, new_folder, write_config
 
     decision(args.decision)
     defaults(args.decision, args.data)
+    load_dataset(args.data)  # before the folder is made: data may be out of reach
     torch.set_num_threads(args.threads or available_cores())
     folder = new_folder(args.out, "backbone", args.decision, args.data)
     write_config(folder, {key: value for key, value in asdict(args).items() if key not in ("out", "threads")})

@@ -6,9 +6,12 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from dynrl.data import Dataset
 
 
 @dataclass
@@ -46,15 +49,18 @@ class Args:
 def main(args: Args) -> None:
     """Pretrain if needed, learn, calibrate budgets, evaluate; each stage is skipped where its file is there."""
     import torch
-    from dynrl.envs import decision
-    from dynrl.scripts.common import available_cores, new_folder, read_config, write_config
 
+    from dynrl.data import load_dataset
+    from dynrl.envs import decision
     from dynrl.recipes import defaults
+    from dynrl.scripts.common import available_cores, new_folder, read_config, write_config
 
     decision(args.decision)
     if args.resume is not None:
         run = args.resume
         config = read_config(run)
+        if set(config) != set(_settings(args)):
+            raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
         changed = [name for name, value in _settings(args).items() if value not in (config[name], _DEFAULT[name])]
         if changed or args.out or args.backbone:
             raise ValueError(f"--resume goes on by {run}'s own settings; leave out {changed or '--out and --backbone'}")
@@ -63,13 +69,15 @@ def main(args: Args) -> None:
         row = defaults(args.decision, args.data)
         config["steps"] = args.steps or row.steps
         _check(args)
-        source = _backbone_folder(args.backbone, args.decision) if args.backbone else None
+        # All that can be refused is refused before the folder is made.
+        dataset = load_dataset(args.data)
+        source = _backbone_folder(args.backbone, args.decision, dataset) if args.backbone else None
         run = new_folder(args.out, args.decision, args.data)
-        write_config(run, config)
         if source is not None:
             for name in ("backbone.safetensors", "plain.safetensors"):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, run / name)
+        write_config(run, config)  # last: a folder with settings has its backbone, so resuming never trains another
     torch.set_num_threads(args.threads or available_cores())
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.parent})", flush=True)
     if learn(run, config):
@@ -99,26 +107,30 @@ def _check(args: Args) -> None:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
 
 
-def _backbone_folder(given: Path, decision: str) -> Path:
+def _backbone_folder(given: Path, decision: str, dataset: Dataset) -> Path:
     from dynrl.backbones import load_backbone
 
     folder = given if given.is_dir() else given.parent
     backbone, _ = load_backbone(folder / "backbone.safetensors")
     if backbone.decision != decision:
         raise ValueError(f"{given} poses {backbone.decision!r}, not {decision!r}")
+    if backbone.input_shape != dataset.input_shape:
+        raise ValueError(
+            f"{given} expects inputs of shape {backbone.input_shape}, {dataset.name} has {dataset.input_shape}"
+        )
     return folder
 
 
 def learn(run: Path, config: dict[str, Any]) -> bool:
     """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
     from dynrl.agents.training import Settings, train_policy
-    from dynrl.policies import save_policy
-    from dynrl.scripts.pretrain import pretrain_into
-
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.evaluation import calibrate
+    from dynrl.policies import save_policy
+    from dynrl.progress import progress
     from dynrl.routed import RoutedModel
+    from dynrl.scripts.pretrain import pretrain_into
 
     file = run / "backbone.safetensors"
     if not file.exists():
@@ -128,7 +140,8 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
     router, finished = train_policy(settings, backbone, file, run)
     model = RoutedModel(backbone, router)
     # A thousand images place the mean MACs within about 0.005 of the whole split's.
-    curve = calibrate(model, load_dataset(config["data"]).validation.head(1024))
+    with progress(desc="calibrating budgets", unit="price") as bar:
+        curve = calibrate(model, load_dataset(config["data"]).validation.head(1024), tick=bar.update)
     save_policy(
         run / "policy.safetensors", router,
         {"decision": config["decision"], "data": config["data"], "backbone": backbone.fingerprint(), "curve": curve},

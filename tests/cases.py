@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dynrl.envs import DECISIONS
 from gymnasium.envs.registration import load_env_creator
 
 import dynrl  # noqa: F401 (registers the environments)
 from dynrl.backbones import Backbone
+from dynrl.envs import DECISIONS
 from tests.toys import Branching, Exiting, Looping
 
 REGISTERED = sorted(DECISIONS)

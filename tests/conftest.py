@@ -34,6 +34,7 @@ def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_local():
     """One ray for all tests that need a cluster."""
     import ray
+
     from dynrl.agents.rllib import start_ray
 
     start_ray(num_cpus=2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dynrl.agents.metrics import TrainingLog
-from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, ppo_config, router_of
-from dynrl.agents.training import Settings, train_policy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from dynrl.agents.metrics import TrainingLog
+from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, ppo_config, router_of
+from dynrl.agents.training import Settings, train_policy
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score

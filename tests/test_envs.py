@@ -10,13 +10,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from dynrl.envs import DECISIONS
-from dynrl.envs.core import RoutingEnv, RoutingVectorEnv, distillation, draw
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from dynrl.backbones import Backbone
 from dynrl.data import Augmentation, Dataset, Split
+from dynrl.envs import DECISIONS
+from dynrl.envs.core import RoutingEnv, RoutingVectorEnv, distillation, draw
 from tests.cases import REGISTERED, make_backbone, vector_env
 from tests.toys import Exiting, Looping
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 
 import dynrl
 from dynrl.backbones import GatedResNet, load_backbone
@@ -19,6 +18,7 @@ from dynrl.cost import count_macs
 from dynrl.data import load_dataset
 from dynrl.evaluation import calibrate, oracle_routes, random_rate, score, score_routes, static_routes
 from dynrl.observation import Layout, observation
+from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
 from tests.cases import REGISTERED, make_backbone, vector_env
 

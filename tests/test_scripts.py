@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynrl.scripts.bench import bench_env
-from dynrl.scripts.evaluate import BUDGETS, report_runs
 
 import dynrl
 from dynrl.backbones import load_backbone
 from dynrl.files import read_json
+from dynrl.scripts.bench import bench_env
+from dynrl.scripts.evaluate import BUDGETS, report_runs
 
 COMMAND = [sys.executable, "-m", "dynrl.scripts.cli"]
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,20 @@ def backbone_folder(tmp_path_factory, small_backbone):
 def run(tmp_path_factory, backbone_folder):
     """A short training by the command, report included."""
     out = tmp_path_factory.mktemp("runs") / "r"
-    done = call("train", "skip", "--backbone", backbone_folder, "--steps", 40_000, "--out", out, cwd=out.parent)
+    done = call(
+        "train",
+        "skip",
+        "--backbone",
+        backbone_folder,
+        "--steps",
+        40_000,
+        "--price-range",
+        0.05,
+        20,
+        "--out",
+        out,
+        cwd=out.parent,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
