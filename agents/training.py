@@ -44,7 +44,7 @@ class Settings:
     seed: int = 0
     num_envs: int = 64
     num_env_runners: int = 0
-    price_range: tuple[float, float] = (0.005, 1.0)
+    price_range: tuple[float, float] = (0.002, 2.0)
     accuracy_term: str = "distillation"
     checkpoint_every: int = 10
 

@@ -95,13 +95,13 @@ def _standardised(*parts: tuple[Tensor, Tensor]) -> list[Split]:
 
 
 def _digits() -> Dataset:
-    """1,797 handwritten digits that ship with scikit-learn, 8x8 enlarged to 16x16; 1,257 / 180 / 360."""
+    """1,797 handwritten digits that ship with scikit-learn, 8x8 enlarged to 24x24; 1,257 / 180 / 360."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError("the digits come with scikit-learn: pip install 'dynrl[train]'") from None
     raw = load_digits()
-    images = F.interpolate(torch.from_numpy(raw.images).float().unsqueeze(1) / 16, size=16, mode="bilinear")
+    images = F.interpolate(torch.from_numpy(raw.images).float().unsqueeze(1) / 16, size=24, mode="bilinear")
     labels = torch.from_numpy(raw.target)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     test, validation, train = order.split([360, 180, len(order) - 540])

@@ -182,18 +182,21 @@ def oracle_routes(
 # Time -------------------------------------------------------------------------------------------------------
 
 
-def medians_in_turn(sides: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds of each side, all sides timed once a round, after two rounds of warming up.
+def medians_in_turn(
+    sides: dict[str, Callable[[], Any]], rounds: int, tick: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """Median milliseconds of each side, all sides timed once a round, after one round of warming up.
 
     In turn, since a machine's speed drifts: sides timed one after the other meet different machines.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(rounds + 2):
+    for i in range(rounds + 1):
         for name, side in sides.items():
             start = time.perf_counter()
             side()
-            if i >= 2:
+            if i:
                 times[name].append((time.perf_counter() - start) * 1e3)
+        tick()
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -18,7 +18,7 @@ class Layout:
     |---|---|
     | `features` | the backbone's summary, zeros beyond the point's width |
     | `points` | one-hot: the point the row stands at, all zero at the end |
-    | `choices` | one-hot: the last choice, all zero before the first |
+    | 1 + `choices` | one-hot: no choice yet, or the last choice |
     | 1 | MACs spent so far over the dense network's |
     | 1 | the price of compute |
     | `choices` | the mask: 1 for each open choice |
@@ -45,7 +45,7 @@ class Layout:
     @property
     def spent(self) -> int:
         """Column of the share of MACs spent; the price is the next."""
-        return self.last + self.choices
+        return self.last + 1 + self.choices
 
     @property
     def price(self) -> int:
@@ -73,18 +73,15 @@ def observation(backbone: Backbone, state: State, price: Tensor | float) -> Tens
         [n, Layout.width] float32, a tensor of its own.
     """
     walk, rows, layout = state.walk, state.rows, Layout.of(backbone)
+    # A routed batch makes one of these at every point: few operations count for more than small ones.
     view = torch.zeros(state.count, layout.width, device=rows.device)
     if state.point != END:
         features = backbone.observe(state)
         view[:, : features.shape[1]] = features
         view[:, layout.features + state.point] = 1
-    steps = walk.at(walk.steps, rows)
-    # Before the first decision there is no last choice: step 0 reads column 0, which then holds -1.
-    last = walk.at(walk.route, rows).gather(1, (steps - 1).clamp_min(0).unsqueeze(1))
-    view[:, layout.last : layout.spent].scatter_(1, last.clamp_min(0), (last >= 0).float())
-    torch.div(walk.at(walk.macs, rows), backbone.dense_macs, out=view[:, layout.spent])
-    view[:, layout.price] = walk.at(price, rows) if isinstance(price, Tensor) else price
-    if state.point != END:
         mask = backbone.open_choices(state)
         view[:, layout.mask : layout.mask + backbone.points[state.point].n] = 1 if mask is None else mask.float()
+    view[:, layout.last : layout.spent].scatter_(1, walk.at(walk.last, rows).unsqueeze(1), 1.0)
+    torch.div(walk.at(walk.macs, rows), backbone.dense_macs, out=view[:, layout.spent])
+    view[:, layout.price] = walk.at(price, rows) if isinstance(price, Tensor) else price
     return view

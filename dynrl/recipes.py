@@ -39,7 +39,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "digits"): Defaults(
         family="gated_resnet",
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64)},
-        pretraining=Recipe(epochs=30, batch_size=100),
+        pretraining=Recipe(epochs=24, batch_size=100),
         steps=300_000,
     ),
     ("skip", "fashion-mnist"): Defaults(

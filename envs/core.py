@@ -113,7 +113,7 @@ class RoutingVectorEnv(VectorEnv):
         split: str = "train",
         accuracy_term: str = "distillation",
         price: float | None = None,
-        price_range: Sequence[float] = (0.005, 1.0),
+        price_range: Sequence[float] = (0.002, 2.0),
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         if num_envs < 1:

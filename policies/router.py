@@ -47,7 +47,7 @@ class Router(nn.Module):
         }  # fmt: skip
         self.choices = choices
         self.price_range = (float(low), float(high))
-        self.price = features + points + choices + 1
+        self.price = features + points + 1 + choices + 1
         self._log_middle = (math.log(high) + math.log(low)) / 2
         self._log_reach = (math.log(high) - math.log(low)) / 2
         self.hidden = nn.Linear(self.price + 1, hidden)
@@ -69,7 +69,7 @@ class Router(nn.Module):
         return seen
 
     def _scores(self, observation: Tensor) -> Tensor:
-        return self.head(torch.relu(self.hidden(self.trunk(observation))))
+        return self.head(torch.relu_(self.hidden(self.trunk(observation))))
 
     def _closed(self, observation: Tensor) -> Tensor:
         """[n, choices]: 0 for open choices, -1e9 for closed ones."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dynrl.backbones import Backbone
     from dynrl.data import Dataset
     from dynrl.routed import RoutedModel
@@ -94,95 +96,93 @@ def measure(
     frozen = models[0].backbone
     batch = test.inputs[:batch_size]
     dense_route = frozen.dense_actions(len(test))
-    all_execute = float(ev.score_routes(frozen, dense_route, test)[0].float().mean())
-    plain_accuracy = None
-    if plain is not None:
-        plain_accuracy = float(ev.score_routes(plain.for_inference(), dense_route, test)[0].float().mean())
-    dense_sides = {name: ev.in_format(frozen, name) for name in ev.FORMATS}
-    dense_times: list[float] = []
-
-    def timed(routed: Any, route: torch.Tensor) -> dict[str, float]:
-        """Milliseconds of `routed()`, of its ideal, and of the dense network in both memory formats, in turn."""
-        with torch.inference_mode():
-            sides: dict[str, Any] = {"routed": routed, "ideal": frozen.ideal(batch, route)}
-            for name, network in dense_sides.items():
-                inputs = batch.contiguous(memory_format=ev.FORMATS[name])
-                sides[name] = lambda network=network, inputs=inputs: network(inputs)
-            times = ev.medians_in_turn(sides)
-        dense = min(times[name] for name in dense_sides)
-        dense_times.append(dense)
-        return {
-            "latency_ms": times["routed"], "speedup": dense / times["routed"],
-            "realised_ratio": times["ideal"] / times["routed"],
-        }  # fmt: skip
-
-    def point(policy: str, scores: list[ev.Score], times: dict[str, float], **more: Any) -> dict[str, Any]:
-        accuracies = torch.tensor([s.accuracy for s in scores], dtype=torch.float64)
-        return {
-            "policy": policy, "price": None, "budget": None, **more,
-            "accuracy": float(accuracies.mean()),
-            "accuracy_std": float(accuracies.std()) if len(scores) > 1 else 0.0,
-            "macs_fraction": sum(s.macs_fraction for s in scores) / len(scores),
-            "router_fraction": sum(s.router_fraction for s in scores) / len(scores),
-            "distinct_routes": max(s.distinct_routes for s in scores),
-            "mac_speedup": len(scores) / sum(s.macs_fraction for s in scores),
-            **times,
-        }  # fmt: skip
-
-    def fixed(routes: torch.Tensor) -> ev.Score:
-        right, _, macs = ev.score_routes(frozen, routes, test)
-        return ev.Score(float(right.float().mean()), float(macs.mean()), 0.0, len(routes.unique(dim=0)))
-
-    def timed_routes(routes: torch.Tensor) -> dict[str, float]:
-        return timed(lambda: frozen.run_route(batch, routes[: len(batch)]), routes[: len(batch)])
-
     points: list[dict[str, Any]] = []
+    sides: dict[str, Callable[[], Any]] = {}  # what is timed; point i by the names i/routed and i/ideal
+
+    def add(policy: str, budget: float | None, scores: list[ev.Score], price: float | None = None) -> None:
+        accuracies = torch.tensor([s.accuracy for s in scores], dtype=torch.float64)
+        macs = sum(s.macs_fraction for s in scores) / len(scores)
+        points.append(
+            {
+                "policy": policy, "price": price, "budget": budget,
+                "accuracy": float(accuracies.mean()),
+                "accuracy_std": float(accuracies.std()) if len(scores) > 1 else 0.0,
+                "macs_fraction": macs,
+                "mac_speedup": 1 / macs,
+                "router_fraction": sum(s.router_fraction for s in scores) / len(scores),
+                "distinct_routes": max(s.distinct_routes for s in scores),
+            }
+        )  # fmt: skip
+
+    def add_sides(routed: Callable[[], Any], route: torch.Tensor) -> None:
+        name = len(points) - 1
+        sides[f"{name}/routed"], sides[f"{name}/ideal"] = routed, frozen.ideal(batch, route)
+
+    def add_routes(policy: str, budget: float | None, drawn: list[torch.Tensor]) -> None:
+        scores = []
+        for routes in drawn:
+            right, _, macs = ev.score_routes(frozen, routes, test)
+            distinct = len(routes.unique(dim=0))
+            scores.append(ev.Score(float(right.float().mean()), float(macs.mean()), 0.0, distinct))
+        add(policy, budget, scores)
+        route = drawn[0][: len(batch)]
+        add_sides(lambda: frozen.run_route(batch, route), route)
+
     steps = backbone.max_steps * (backbone.num_choices - 1)
-    candidates = 24
-    total = 2 * len(BUDGETS) + steps * (steps + 1) // 2 + 1 + steps + candidates + len(BUDGETS)
+    candidates, rounds = 24, 11
+    total = 2 * len(BUDGETS) + 1 + steps * (steps + 1) // 2 + len(BUDGETS) + 1 + steps + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
+        all_execute = float(ev.score_routes(frozen, dense_route, test)[0].float().mean())
+        plain_accuracy = None
+        if plain is not None:
+            plain_accuracy = float(ev.score_routes(plain.for_inference(), dense_route, test)[0].float().mean())
         for budget in BUDGETS:
-            scores, times = [], {}
-            reached = [model for model in models if _reaches(model, budget)]
+            scores, reached = [], [model for model in models if _reaches(model, budget)]
             for model in reached:
                 model.set_budget(budget)
                 scores.append(ev.score(model, test))
-            bar.update()
-            if not scores:
-                bar.update()
-                continue
-            first = reached[0]
-            first(batch)
-            assert first.last_route is not None
-            times = timed(lambda first=first: first(batch), first.last_route.actions)
-            points.append(point("learned", scores, times, budget=budget, price=first.price))
-            rate = ev.random_rate(frozen, validation.inputs[:256], points[-1]["macs_fraction"])
-            drawn = [
-                RandomPolicy(frozen.full_route, frozen.num_choices, rate, seed).route(test.inputs)
-                for seed in range(RANDOM_SEEDS)
-            ]
-            points.append(point("random", [fixed(r) for r in drawn], timed_routes(drawn[0]), budget=budget))
-            bar.update()
+            if scores:
+                first, price = reached[0], reached[0].price
+                add("learned", budget, scores, price)
+
+                def routed(model: RoutedModel = first, price: float = price) -> torch.Tensor:
+                    model.set_price(price)
+                    return model(batch)
+
+                routed()
+                assert first.last_route is not None
+                add_sides(routed, first.last_route.actions)
+                rate = ev.random_rate(frozen, validation.inputs[:256], points[-1]["macs_fraction"])
+                policies = [RandomPolicy(frozen.full_route, frozen.num_choices, rate, s) for s in range(RANDOM_SEEDS)]
+                add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
+            bar.update(2)
         static = ev.static_routes(frozen, validation, bar.update)
         for budget in BUDGETS:
-            affordable = [found for found in static if found[1] <= budget + 1e-9]
+            affordable = [found for found in static if found[1] <= budget]
             if affordable:
-                route = max(affordable, key=lambda found: (found[2], -found[1]))[0]
-                routes = StaticPolicy(route).route(test.inputs)
-                points.append(point("static", [fixed(routes)], timed_routes(routes), budget=budget))
+                best = max(affordable, key=lambda found: (found[2], -found[1]))
+                add_routes("static", budget, [StaticPolicy(best[0]).route(test.inputs)])
             bar.update()
         generator = torch.Generator().manual_seed(0)
         tried = frozen.random_routes(torch.linspace(0, 1, candidates), generator).tolist()
-        routes = ev.oracle_routes(frozen, test, [r for r, _, _ in static] + [tuple(r) for r in tried], bar.update)
-        points.append(point("oracle", [fixed(routes)], timed_routes(routes)))
-        bar.update(total - bar.n)
+        known = [route for route, _, _ in static] + [tuple(route) for route in tried]
+        add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
+        for name in ev.FORMATS:
+            network, inputs = ev.in_format(frozen, name), batch.contiguous(memory_format=ev.FORMATS[name])
+            sides[name] = lambda network=network, inputs=inputs: network(inputs)
+        with torch.inference_mode():
+            times = ev.medians_in_turn(sides, rounds, bar.update)
+    dense = min(times[name] for name in ev.FORMATS)
+    for name, point in enumerate(points):
+        ms, ideal = times[f"{name}/routed"], times[f"{name}/ideal"]
+        point |= {"latency_ms": ms, "speedup": dense / ms, "realised_ratio": ideal / ms}
     return {
         "dense": {
             "accuracy": max(all_execute, plain_accuracy or 0.0),
             "all_execute_accuracy": all_execute,
             "plain_accuracy": plain_accuracy,
             "macs": backbone.dense_macs,
-            "latency_ms": sorted(dense_times)[len(dense_times) // 2],
+            "latency_ms": dense,
             "batch_size": len(batch),
         },
         "points": points,

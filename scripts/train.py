@@ -38,7 +38,7 @@ class Args:
     """Inputs that walk side by side in one runner."""
     num_env_runners: int = 0
     """Remote processes that sample; 0 samples in this one."""
-    price_range: tuple[float, float] = (0.005, 1.0)
+    price_range: tuple[float, float] = (0.002, 2.0)
     """Lowest and highest price of the dense network's compute, in nats."""
     accuracy_term: Literal["distillation", "log_likelihood", "correct"] = "distillation"
     """What the reward sets against the price."""

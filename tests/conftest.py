@@ -23,7 +23,7 @@ def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dynrl.pretraining import Recipe, pretrain
 
     torch.manual_seed(0)
-    backbone = GatedResNet((1, 16, 16), layers=(2, 2), widths=(8, 16), stem_stride=2)
+    backbone = GatedResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
     pretrain(backbone, load_dataset("digits"), Recipe(epochs=6, batch_size=64), seed=0)
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
     backbone.save(path, data="digits")

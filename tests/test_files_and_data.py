@@ -67,7 +67,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_digits_are_split_for_good():
     digits = load_dataset("digits")
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (1257, 180, 360)
-    assert digits.input_shape == (1, 16, 16)
+    assert digits.input_shape == (1, 24, 24)
     images = [row.numpy().tobytes() for s in ("train", "validation", "test") for row in digits.split(s).inputs]
     assert len(set(images)) == len(images)
     assert digits.test.targets[:12].tolist() == [2, 3, 2, 1, 7, 6, 5, 9, 3, 8, 6, 9] or len(images) == 1797

@@ -208,13 +208,13 @@ def test_observation_holds_what_its_layout_says():
     price = torch.tensor([0.1, 0.2, 0.3])
     first = observation(backbone, state, price)
     assert first.shape == (3, layout.width)
-    assert first[:, layout.last : layout.spent].sum() == 0
+    assert first[:, layout.last : layout.spent].tolist() == [[1, 0, 0]] * 3
     features = backbone.observe(state)
     torch.testing.assert_close(first[:, : features.shape[1]], features)
     assert first[:, features.shape[1] : layout.features].abs().sum() == 0
     (state,) = backbone.advance(state, torch.tensor([1, 0, 1]))
     second = observation(backbone, state, price)
-    assert second[:, layout.last : layout.spent].tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert second[:, layout.last : layout.spent].tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert second[:, layout.features : layout.last].argmax(1).tolist() == [1, 1, 1]
     torch.testing.assert_close(second[:, layout.spent], state.walk.macs / backbone.dense_macs)
     torch.testing.assert_close(second[:, layout.price], price)

@@ -37,6 +37,7 @@ class Walk:
         steps: [B] int64, decisions taken so far.
         macs: [B] int64, MACs spent so far, router excluded.
         route: [B, T] int64, what was run at each step, -1 where nothing has been decided (yet).
+        last: [B] int64, 1 + the last choice, 0 before the first.
         outputs: [B, ...] once some row has an output, else None.
         all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order.
     """
@@ -48,6 +49,7 @@ class Walk:
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)
         self.macs = torch.zeros(size, dtype=torch.int64, device=device)
         self.route = torch.full((size, max_steps), -1, dtype=torch.int64, device=device)
+        self.last = torch.zeros(size, dtype=torch.int64, device=device)
         self.outputs: Tensor | None = None
 
     def __len__(self) -> int:
@@ -57,7 +59,7 @@ class Walk:
         """A walk of its own, sharing nothing that changes."""
         twin = copy.copy(self)
         twin.steps, twin.macs, twin.route = self.steps.clone(), self.macs.clone(), self.route.clone()
-        twin.inputs = self.inputs.clone()
+        twin.inputs, twin.last = self.inputs.clone(), self.last.clone()
         twin.outputs = None if self.outputs is None else self.outputs.clone()
         return twin
 
@@ -67,6 +69,7 @@ class Walk:
         self.steps[rows] = 0
         self.macs[rows] = 0
         self.route[rows] = -1
+        self.last[rows] = 0
 
     def at(self, field: Tensor, rows: Tensor) -> Tensor:
         """`field[rows]`, without the copy where `rows` is every slot in order."""
@@ -84,9 +87,11 @@ class Walk:
         if rows is self.all_rows:
             self.route.scatter_(1, self.steps.unsqueeze(1), action.unsqueeze(1))
             self.steps += 1
+            self.last = action + 1
         else:
             self.route[rows, self.steps[rows]] = action
             self.steps[rows] += 1
+            self.last[rows] = action + 1
 
     def put_output(self, rows: Tensor, value: Tensor) -> None:
         """Set the output of `rows` to `value` [n, ...]; differentiable."""

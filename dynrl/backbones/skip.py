@@ -191,7 +191,7 @@ class GatedResNet(Backbone):
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, point, rows = state.walk, state.point, state.rows
         assert state.features is not None
-        walk.charge(rows, self._cost[point][action])
+        walk.charge(rows, self._cost[point].index_select(0, action))
         x = gated_residual(state.features, action, self._gates[point])
         for block in self._fixed[point]:
             x = block(x)
