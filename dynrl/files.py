@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+FORMAT = "1"  # of the tensors files; another number is refused
+
 
 @contextlib.contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
@@ -66,7 +68,10 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], met
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"refused to save {path}: tensor {name!r} holds NaN or infinity")
-    header = {"dynrl": json.dumps(metadata, sort_keys=True), "kind": kind, "sha256": fingerprint(tensors, metadata)}
+    header = {
+        "dynrl": json.dumps(metadata, sort_keys=True), "kind": kind, "format": FORMAT,
+        "sha256": fingerprint(tensors, metadata),
+    }  # fmt: skip
     contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with write_aside(path) as aside:
         save_file(contiguous, aside, metadata=header)
@@ -90,6 +95,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise ValueError(f"{path} is cut short or is no safetensors file ({error})") from None
     if header.get("kind") != kind:
         raise ValueError(f"{path} is a {header.get('kind', 'foreign safetensors')} file; expected a {kind} file")
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {header.get('format')}; this version of dynrl reads format {FORMAT}")
     try:
         metadata = json.loads(header["dynrl"])
     except (KeyError, json.JSONDecodeError):

@@ -106,7 +106,8 @@ class RoutedModel(nn.Module):
         for (low, above), (high, below) in zip(self.curve, self.curve[1:], strict=False):
             if min(above, below) <= budget <= max(above, below):
                 share = 0.5 if above == below else (above - budget) / (above - below)
-                self.set_price(low * (high / low) ** share)  # prices were drawn evenly in their logarithm
+                # Prices were drawn evenly in their logarithm. Rounding must not carry the result out of the range.
+                self.set_price(min(max(low * (high / low) ** share, low), high))
                 return
         raise AssertionError("a continuous curve reaches every value between its ends")
 

@@ -21,4 +21,4 @@ def vector_env(name: str):
 def make_backbone(name: str) -> Backbone:
     if name in TOYS:
         return TOYS[name]().eval()
-    return vector_env(name).default_backbone((1, 16, 16)).eval()
+    return vector_env(name).default_backbone((1, 24, 24)).eval()

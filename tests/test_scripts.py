@@ -219,7 +219,7 @@ def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
     out = tmp_path / "stopped"
     process = start("train", "skip", "--backbone", backbone_folder, "--steps", 10_000_000, "--out", out, cwd=tmp_path)
     wait_for(out / "checkpoints", "checkpoint_*", process)
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to ray's processes, too
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text[-2000:]
     assert "--resume" in text

@@ -1,0 +1,77 @@
+"""Pretraining makes every route usable, and goes on where it was killed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.data import Augmentation, load_dataset
+from dynrl.pretraining import Recipe, accuracy_at_rate, pretrain
+from dynrl.recipes import DEFAULTS, defaults
+
+RECIPE = Recipe(epochs=3, batch_size=100)
+
+
+def fresh() -> GatedResNet:
+    torch.manual_seed(0)
+    return GatedResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
+
+
+@dataclass(frozen=True)
+class Killed(Augmentation):
+    """Stands for a kill in the third epoch: 12 batches an epoch."""
+
+    calls = [0]
+
+    def __call__(self, images, generator):
+        self.calls[0] += 1
+        if self.calls[0] == 30:
+            raise KeyboardInterrupt
+        return super().__call__(images, generator)
+
+
+def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
+    digits = load_dataset("digits")
+    plain = replace(digits, augmentation=Augmentation(shift=1))
+    whole = pretrain(fresh(), plain, RECIPE, seed=1)
+    checkpoint = tmp_path / "backbone.pt"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(fresh(), replace(digits, augmentation=Killed(shift=1)), RECIPE, seed=1, checkpoint=checkpoint)
+    assert checkpoint.exists()
+    resumed = pretrain(fresh(), plain, RECIPE, seed=1, checkpoint=checkpoint)
+    assert not list(tmp_path.iterdir())
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor)
+
+
+def test_random_routes_work_after_pretraining(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    test = load_dataset("digits").test
+    full, half = accuracy_at_rate(backbone, test, 1.0), accuracy_at_rate(backbone, test, 0.5)
+    assert full > 0.8
+    assert half > 0.5
+
+
+def test_a_diverging_loss_is_refused():
+    recipe = replace(RECIPE, learning_rate=1e12)
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        pretrain(fresh(), load_dataset("digits"), recipe)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="larger than the 1257"):
+        pretrain(fresh(), load_dataset("digits"), replace(RECIPE, batch_size=2000))
+
+
+@pytest.mark.parametrize(("decision", "data"), sorted(DEFAULTS))
+def test_defaults_build_what_they_say(decision, data):
+    row = defaults(decision, data)
+    dataset = load_dataset("digits")  # fashion-mnist may not be at hand: only shapes matter
+    first, second, other = (row.build(dataset, seed) for seed in (0, 0, 1))
+    assert first.decision == decision
+    assert first.fingerprint() == second.fingerprint() != other.fingerprint()
+    with pytest.raises(ValueError, match="no defaults for"):
+        defaults("nosuch", data)
