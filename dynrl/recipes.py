@@ -46,7 +46,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="gated_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
-        steps=500_000,
+        steps=1_000_000,
     ),
 }
 
