@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone
 from dynrl.data import Split
-from dynrl.policies import StaticPolicy
+from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routed import RoutedModel
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -113,11 +113,11 @@ def calibrate(
 
 
 def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float:
-    """The rate at which random routes (`Backbone.random_routes`) cost `macs_fraction` on average, by bisection."""
+    """The rate at which random routes (`RandomPolicy`) cost `macs_fraction` on average, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(14):
         rate = (low + high) / 2
-        routes = backbone.random_routes(torch.full((len(inputs),), rate), torch.Generator().manual_seed(0))
+        routes = RandomPolicy(backbone.full_route, backbone.num_choices, rate).route(inputs)
         with torch.inference_mode():
             cost = float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
         low, high = (rate, high) if cost < macs_fraction else (low, rate)

@@ -12,6 +12,7 @@ from torch import nn
 from dynrl.backbones import Backbone
 from dynrl.data import Dataset, Split
 from dynrl.files import write_aside
+from dynrl.policies import RandomPolicy, draw_routes
 from dynrl.progress import progress
 
 
@@ -53,6 +54,7 @@ def pretrain(
         ValueError: the loss is no longer finite; the last checkpoint stays.
     """
     generator = torch.Generator().manual_seed(seed)
+    full, choices = backbone.full_route, backbone.num_choices
     decay = [p for p in backbone.parameters() if p.dim() > 1]
     rest = [p for p in backbone.parameters() if p.dim() <= 1]  # biases and batch norm
     optimizer = torch.optim.SGD(
@@ -84,7 +86,7 @@ def pretrain(
                 images = images.contiguous(memory_format=torch.channels_last)
                 rate = recipe.least_rate + (1 - recipe.least_rate) * torch.rand(len(index), generator=generator)
                 rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
-                routes = backbone.random_routes(rate, generator) if random_routes else None
+                routes = draw_routes(full, choices, rate, generator) if random_routes else None
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
                     outputs = backbone(images, routes)
                 loss = F.cross_entropy(outputs.float(), train.targets[index], label_smoothing=recipe.label_smoothing)
@@ -113,10 +115,9 @@ def pretrain(
 @torch.inference_mode()
 def accuracy_at_rate(backbone: Backbone, split: Split, rate: float, seed: int = 0, batch_size: int = 256) -> float:
     """Accuracy under random routes that take the full network's choice with probability `rate` (1: dense)."""
-    generator = torch.Generator().manual_seed(seed)
+    policy = RandomPolicy(backbone.full_route, backbone.num_choices, rate, seed)
     right = 0
     for start in range(0, len(split), batch_size):
         inputs, targets = split.inputs[start : start + batch_size], split.targets[start : start + batch_size]
-        routes = backbone.random_routes(torch.full((len(inputs),), rate), generator)
-        right += int((backbone(inputs, routes).argmax(1) == targets).sum())
+        right += int((backbone(inputs, policy.route(inputs)).argmax(1) == targets).sum())
     return right / len(split)

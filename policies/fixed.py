@@ -6,6 +6,16 @@ import torch
 from torch import Tensor, nn
 
 
+def draw_routes(
+    full_route: tuple[int, ...], choices: int, rate: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """[B, max_steps] actions: the full network's choice with probability `rate` [B], else another at random."""
+    full = torch.tensor(full_route).expand(len(rate), -1)
+    other = torch.randint(1, choices, full.shape, generator=generator)
+    leave = torch.rand(full.shape, generator=generator) >= rate.unsqueeze(1)
+    return torch.where(leave, (full + other) % choices, full)
+
+
 class RoutePolicy(nn.Module):
     """A policy that gives whole routes at once, before the walk begins."""
 
@@ -33,10 +43,8 @@ class RandomPolicy(RoutePolicy):
 
     def route(self, inputs: Tensor) -> Tensor:
         """A random route for each input."""
-        full = torch.tensor(self.full_route).expand(len(inputs), -1)
-        other = torch.randint(1, self.choices, full.shape, generator=self.generator)
-        leave = torch.rand(full.shape, generator=self.generator) >= self.rate
-        return torch.where(leave, (full + other) % self.choices, full).to(inputs.device)
+        rate = torch.full((len(inputs),), self.rate)
+        return draw_routes(self.full_route, self.choices, rate, self.generator).to(inputs.device)
 
 
 class StaticPolicy(RoutePolicy):

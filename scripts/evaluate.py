@@ -88,7 +88,7 @@ def measure(
     import torch
 
     from dynrl import evaluation as ev
-    from dynrl.policies import RandomPolicy, StaticPolicy
+    from dynrl.policies import RandomPolicy, StaticPolicy, draw_routes
     from dynrl.progress import progress
 
     test = dataset.test
@@ -164,7 +164,8 @@ def measure(
                 add_routes("static", budget, [StaticPolicy(best[0]).route(test.inputs)])
             bar.update()
         generator = torch.Generator().manual_seed(0)
-        tried = frozen.random_routes(torch.linspace(0, 1, candidates), generator).tolist()
+        rates = torch.linspace(0, 1, candidates)
+        tried = draw_routes(frozen.full_route, frozen.num_choices, rates, generator).tolist()
         known = [route for route, _, _ in static] + [tuple(route) for route in tried]
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
         for name in ev.FORMATS:

@@ -33,7 +33,7 @@ ALLOWED = {
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data"},
     "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.cost"},
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data"},
-    "dynrl.pretraining": {"dynrl.backbones", "dynrl.data", "dynrl.files", "dynrl.progress"},
+    "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining"},
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.observation", "dynrl.progress",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynrl.backbones import END, Walk, load_backbone, merge
+from dynrl.policies import draw_routes
 from tests.cases import BACKBONES, REGISTERED, make_backbone
 from tests.toys import Branching, Exiting, Looping
 
@@ -101,7 +102,7 @@ def test_gates_carry_gradients(name):
 @pytest.mark.parametrize("name", REGISTERED)
 def test_compacted_walk_trains_every_parameter_it_ran(name):
     backbone = make_backbone(name).train()
-    routes = backbone.random_routes(torch.full((16,), 0.7))
+    routes = draw_routes(backbone.full_route, backbone.num_choices, torch.full((16,), 0.7))
     backbone(inputs_for(backbone, 16), routes).square().sum().backward()
     missing = [n for n, p in backbone.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not missing

@@ -312,13 +312,6 @@ class Backbone(nn.Module):
         """[size, max_steps]: the full route, for every row."""
         return torch.tensor(self.full_route, device=device).expand(size, -1)
 
-    def random_routes(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, max_steps] actions: the full network's choice with probability `rate` [B], else another at random."""
-        full = self.dense_actions(len(rate))
-        other = torch.randint(1, self.num_choices, full.shape, generator=generator)
-        leave = torch.rand(full.shape, generator=generator) >= rate.unsqueeze(1)
-        return torch.where(leave, (full + other) % self.num_choices, full)
-
     # files -------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
