@@ -17,11 +17,11 @@ class TrainingLog:
     `rate/<point>` (share of rows that did not take choice 0 there), `loss/...`, `entropy`, `throughput/steps_per_s`.
 
     Args:
-        resumed_at: the step training goes on from; what a killed run wrote after it is hidden.
+        begins_after: the step training goes on from; what a killed run wrote after it is hidden.
     """
 
-    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_at)
+    def __init__(self, folder: Path, begins_after: int = 0) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=begins_after + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the finite ones of `scalars` at environment step `step`."""

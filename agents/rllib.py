@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
-import numpy as np
+import ray
 import torch
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode
@@ -131,8 +131,11 @@ class SlabRunner(SingleAgentEnvRunner):
                 num_timesteps = self.config.get_rollout_fragment_length(self.worker_index) * count
             if self._obs is None or force_reset or num_episodes is not None or self._needs_initial_reset:
                 seed = self._seed if self._needs_initial_reset else None
-                # Each worker's sub-environments draw by seeds of their own: RLlib's are one apart, ours count on.
-                self._obs = env.reset_tensors(None if seed is None else seed * 100_003)
+                # RLlib's seeds of workers are one apart, sub-environments count on from theirs: spread them. The steps
+                # done so far, so that a resumed run does not meet its first inputs again.
+                self._obs = env.reset_tensors(
+                    None if seed is None else seed * 1_000_003 + 31 * self.num_env_steps_sampled_lifetime
+                )
                 self._needs_initial_reset = False
                 self._returns, self._lengths = torch.zeros(count), torch.zeros(count)
             steps: list[tuple[Tensor, ...]] = []
@@ -312,6 +315,7 @@ def ppo_config(
             clip_param=0.2,
             grad_clip=0.5,
             vf_loss_coeff=0.5,
+            vf_clip_param=float("inf"),  # RLlib clips the squared error at 10: no gradient where the critic is far off
             use_kl_loss=False,
             add_default_connectors_to_learner_pipeline=False,
         )
@@ -321,16 +325,12 @@ def ppo_config(
     return config.training(learner_connector=lambda *spaces: SlabGAE(gamma=gamma, lambda_=lambda_))
 
 
-def start_ray(num_cpus: int | None = None, address: str | None = None) -> None:
-    """Start a quiet local ray, or join the cluster at `address`; nothing where ray runs already."""
-    import ray
-
+def start_ray(num_cpus: int) -> bool:
+    """Start a quiet local ray; whether it did: False where ray runs already."""
     if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        quiet |= {"include_dashboard": False, "num_cpus": num_cpus or max(2, os.cpu_count() or 2)}
-    ray.init(address=address, **quiet)
+        return False
+    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    return True
 
 
 def router_of(algorithm: Any) -> Router:
@@ -338,6 +338,5 @@ def router_of(algorithm: Any) -> Router:
     module = algorithm.get_module(DEFAULT_MODULE_ID)
     assert module is not None
     twin = Router(**module.net.config)
-    weights = {name: torch.as_tensor(np.asarray(value)) for name, value in module.net.state_dict().items()}
-    twin.load_state_dict(weights)
+    twin.load_state_dict(module.net.state_dict())
     return twin.eval()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from dynrl.agents.metrics import TrainingLog
@@ -61,7 +62,7 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
         ValueError: the weights are no longer finite; the last checkpoint stays.
     """
     checkpoints = folder / "checkpoints"
-    start_ray(num_cpus=max(2, settings.num_env_runners + 1))
+    started = start_ray(num_cpus=max(2, settings.num_env_runners + 1))
     # The full network's choice is the favoured one at the start; where points differ in it, the last one's.
     router = {
         **Layout.of(backbone).to_dict(),
@@ -86,7 +87,7 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
         iteration = algorithm.iteration
         finished = True
         with (
-            TrainingLog(folder, resumed_at=done if newest else None) as log,
+            TrainingLog(folder, begins_after=done) as log,
             progress(total=settings.steps, initial=done, desc="learning", unit="step", unit_scale=True) as bar,
             stop_on_interrupt() as stop,
         ):
@@ -117,6 +118,8 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
         return router_of(algorithm), finished
     finally:
         algorithm.stop()
+        if started:
+            ray.shutdown()  # what follows is timed: ray's processes should not share its cores
 
 
 def scalars_of(result: dict[str, Any], point_names: list[str]) -> dict[str, float]:

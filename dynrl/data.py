@@ -11,6 +11,7 @@ import math
 import os
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,7 +68,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits, standardised with the mean and deviation of the training images."""
+    """Three disjoint splits of images, less `mean`, over `deviation` (of the training images, in 0 to 1)."""
 
     name: str
     classes: int
@@ -75,6 +76,8 @@ class Dataset:
     validation: Split
     test: Split
     augmentation: Augmentation
+    mean: float = 0.0
+    deviation: float = 1.0
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -88,10 +91,11 @@ class Dataset:
         return getattr(self, name)
 
 
-def _standardised(*parts: tuple[Tensor, Tensor]) -> list[Split]:
-    """Splits of (images, labels), scaled by the mean and deviation of the first part's images."""
-    mean, deviation = parts[0][0].mean(), parts[0][0].std()
-    return [Split((images - mean) / deviation, labels.long()) for images, labels in parts]
+def _standardised(name: str, augmentation: Augmentation, *parts: tuple[Tensor, Tensor]) -> Dataset:
+    """The data set of (images, labels) of the training, validation and test parts, ten classes."""
+    mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
+    train, validation, test = (Split((images - mean) / deviation, labels.long()) for images, labels in parts)
+    return Dataset(name, 10, train, validation, test, augmentation, mean, deviation)
 
 
 def _digits() -> Dataset:
@@ -99,14 +103,14 @@ def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("the digits come with scikit-learn: pip install 'dynrl[train]'") from None
+        raise ValueError("the digits come with scikit-learn: pip install '.[train]'") from None
     raw = load_digits()
     images = F.interpolate(torch.from_numpy(raw.images).float().unsqueeze(1) / 16, size=24, mode="bilinear")
     labels = torch.from_numpy(raw.target)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     test, validation, train = order.split([360, 180, len(order) - 540])
-    splits = _standardised(*((images[part], labels[part]) for part in (train, validation, test)))
-    return Dataset("digits", 10, splits[0], splits[1], splits[2], Augmentation(shift=1, rotate=10, zoom=0.1))
+    parts = ((images[part], labels[part]) for part in (train, validation, test))
+    return _standardised("digits", Augmentation(shift=1, rotate=10, zoom=0.1), *parts)
 
 
 # SHA-256 of the files' contents, unpacked: packers differ, contents do not.
@@ -128,7 +132,7 @@ def cache_folder() -> Path:
 def _unpack(packed: bytes, name: str, digest: str) -> bytes:
     try:
         content = gzip.decompress(packed)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{name}: not a whole gzip file ({error}); delete it and try again") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{name}: its contents are not the official ones (SHA-256 differs); delete it and try again")
@@ -192,12 +196,11 @@ def _fashion_mnist() -> Dataset:
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     validation, train = order.split([5000, len(order) - 5000])
     test = parts["t10k-images-idx3-ubyte"].unsqueeze(1).float() / 255
-    splits = _standardised(
-        (images[train], labels[train]),
-        (images[validation], labels[validation]),
+    return _standardised(
+        "fashion-mnist", Augmentation(flip=True, shift=1),
+        (images[train], labels[train]), (images[validation], labels[validation]),
         (test, parts["t10k-labels-idx1-ubyte"]),
-    )
-    return Dataset("fashion-mnist", 10, splits[0], splits[1], splits[2], Augmentation(flip=True, shift=1))
+    )  # fmt: skip
 
 
 DATASETS: dict[str, Callable[[], Dataset]] = {"digits": _digits, "fashion-mnist": _fashion_mnist}

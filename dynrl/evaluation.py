@@ -134,28 +134,27 @@ def static_routes(
         [(route, MACs fraction, accuracy on `split`)], from dear to cheap. `tick` is called after each try.
     """
 
-    def try_route(route: tuple[int, ...]) -> tuple[float, float, float]:
+    def cost(route: tuple[int, ...]) -> float:
+        return int(backbone.run_route(split.inputs[:1], torch.tensor([route])).macs) / backbone.dense_macs
+
+    def judge(route: tuple[int, ...]) -> tuple[float, float]:
+        """Mean log-likelihood and accuracy."""
         tick()
-        routes = StaticPolicy(route).route(split.inputs)
-        right, likely, macs = score_routes(backbone, routes, split)
-        return float(likely.mean()), float(macs.mean()), float(right.float().mean())
+        right, likely, _ = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        return float(likely.mean()), float(right.float().mean())
 
     route = backbone.full_route
-    _, macs, accuracy = try_route(route)
-    found = [(route, macs, accuracy)]
+    found = [(route, cost(route), judge(route)[1])]
     while True:
-        tried = []
-        for step in range(len(route)):
-            for choice in range(backbone.num_choices):
-                if choice != route[step]:
-                    changed = (*route[:step], choice, *route[step + 1 :])
-                    likely, cost, right = try_route(changed)
-                    if cost < macs - 1e-9:
-                        tried.append((likely, changed, cost, right))
+        changed = [
+            (*route[:step], choice, *route[step + 1 :])
+            for step in range(len(route)) for choice in range(backbone.num_choices) if choice != route[step]
+        ]  # fmt: skip
+        tried = [(*judge(other), other) for other in changed if cost(other) < cost(route)]
         if not tried:
             return found
-        _, route, macs, accuracy = max(tried)
-        found.append((route, macs, accuracy))
+        _, accuracy, route = max(tried)
+        found.append((route, cost(route), accuracy))
 
 
 def oracle_routes(
@@ -196,7 +195,8 @@ def medians_in_turn(
             side()
             if i:
                 times[name].append((time.perf_counter() - start) * 1e3)
-        tick()
+        if i:
+            tick()
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class RoutedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
-        self.policy = policy.eval().requires_grad_(False)
+        self.policy = copy.deepcopy(policy).eval().requires_grad_(False)
         self.input_shape = backbone.input_shape
         self.curve = sorted(curve or [])
         self.price_range: tuple[float, float] | None = None
@@ -139,7 +140,7 @@ def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> Route
 
     Args:
         backbone: is copied (and its copy made fast for inference), never changed.
-        policy: a policy file, or a policy.
+        policy: a policy file, or a policy, which is copied, too.
 
     Raises:
         ValueError: a file that is missing, damaged or altered, or was trained for another backbone or decision;

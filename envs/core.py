@@ -189,8 +189,11 @@ class RoutingVectorEnv(VectorEnv):
             given = seed + np.arange(self.num_envs) if isinstance(seed, (int, np.integer)) else np.asarray(seed)
             if given.shape != (self.num_envs,):
                 raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {given.shape}")
-            self._seeds = given.astype(np.int64)
-            self._episodes[:] = 0
+            at = slice(None) if rows is None or self._seeds is None else rows.numpy()
+            if self._seeds is None:
+                self._seeds = given.astype(np.int64)
+            self._seeds[at] = given[at]
+            self._episodes[at] = 0
         if rows is None or (not self._states and self._ended is None):
             self._states, self._ended = {}, None
             self._start(None)
@@ -317,7 +320,15 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(f"unknown reset options {sorted(unknown)}; expected 'reset_mask' or none")
         super().reset(seed=seed if isinstance(seed, int) else None)
         mask = (options or {}).get("reset_mask")
-        rows = None if mask is None else torch.from_numpy(np.flatnonzero(mask))
+        rows = None
+        if mask is not None:
+            mask = np.asarray(mask)
+            if self._next_step or self._same_step or mask.shape != (self.num_envs,) or mask.dtype != bool:
+                raise ValueError(
+                    f"reset_mask is for autoreset_mode DISABLED, [{self.num_envs}] bool; got {mask.dtype} of shape "
+                    f"{mask.shape} and {self.metadata['autoreset_mode']}"
+                )
+            rows = torch.from_numpy(np.flatnonzero(mask))
         view = self.reset_tensors(seed, rows)
         return view.numpy(), {"action_mask": self._masks(view)}
 

@@ -21,7 +21,8 @@ class SkipVectorEnv(RoutingVectorEnv):
 
     ## Reward
     At each step minus price x (MACs of this step / MACs of the dense network); at the last step also the accuracy
-    term: the log-likelihood of the true class, or 1 if it is the likeliest.
+    term: "distillation" (default: log-likelihood of the true class minus the divergence from what the dense network
+    says), "log_likelihood", or "correct" (1 if the true class is the likeliest).
 
     ## Episode
     One image. It ends after the last block: every episode has as many steps as the network has identity blocks.

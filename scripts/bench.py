@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,29 +30,19 @@ def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
     from dynrl.evaluation import hardware
     from dynrl.files import write_json
+    from dynrl.scripts.common import commit
 
     if args.rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
-    rows = bench_env(args.rounds)
     out = args.out or Path("results") / f"bench-{args.suite}-{date.today():%Y%m%d}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
+    rows = bench_env(args.rounds)
     result = {
         "suite": args.suite, "date": f"{date.today()}", "command": " ".join(sys.argv), "commit": commit(),
         "hardware": hardware(), "rows": rows,
     }  # fmt: skip
     write_json(out, result)
     print(f"written to {out}")
-
-
-def commit() -> str:
-    """The commit of the sources this runs from, with `+` if they were changed; empty outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
 def bench_env(rounds: int) -> list[dict[str, Any]]:

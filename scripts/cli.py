@@ -39,7 +39,7 @@ def run(verb: str, argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
     try:
         module.main(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a path that cannot be read or written
         print(f"dynrl {verb}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-from dynrl.files import read_json, write_json
+from dynrl.files import read_json
 
 
-def available_cores() -> int:
-    """Cores this process may use. More threads than cores slow training down 4 to 5 times (measured)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def use_threads(count: int | None) -> None:
+    """Let torch use `count` threads; None: one a core. More than cores slow training down 4 to 5 times (measured)."""
+    import torch
+
+    if count is not None and count < 1:
+        raise ValueError(f"expected --threads of at least 1, got {count}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(count or cores)
 
 
 def new_folder(out: Path | None, *parts: str) -> Path:
@@ -34,6 +40,14 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def write_config(run: Path, config: dict[str, Any]) -> None:
-    """Write the settings of a run folder."""
-    write_json(run / "config.json", config)
+def commit() -> str:
+    """The commit of the sources this runs from, with `+` if they were changed; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:  # no git on this machine
+            return ""
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")

@@ -6,6 +6,7 @@ Several runs (policy seeds on one backbone) make one report of means and spreads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,9 +40,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Check everything, then write the report."""
-    import torch
-
-    from dynrl.scripts.common import available_cores, read_config
+    from dynrl.scripts.common import read_config, use_threads
 
     if not args.runs:
         raise ValueError("expected at least one run folder")
@@ -51,7 +50,7 @@ def main(args: Args) -> None:
         raise ValueError("several runs make one report: say where with --out")
     if args.batch_size < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
-    torch.set_num_threads(args.threads or available_cores())
+    use_threads(args.threads)
     report_runs(list(args.runs), args.out or args.runs[0], args.batch_size)
 
 
@@ -61,7 +60,7 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str,
     from dynrl.data import load_dataset
     from dynrl.files import write_json
     from dynrl.routed import load
-    from dynrl.scripts.common import read_config
+    from dynrl.scripts.common import commit, read_config
 
     configs = [read_config(run) for run in runs]
     models = [load(run) for run in runs]
@@ -71,8 +70,10 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str,
     plain_file = runs[0] / "plain.safetensors"
     plain = load_backbone(plain_file)[0] if plain_file.is_file() else None
     dataset = load_dataset(configs[0]["data"])
+    out.mkdir(parents=True, exist_ok=True)
     report = {
         "decision": configs[0]["decision"], "data": dataset.name, "seeds": [config["seed"] for config in configs],
+        "date": f"{date.today()}", "commit": commit(),
         **measure(backbone, plain, models, dataset, batch_size),
     }  # fmt: skip
     write_json(out / "report.json", report)
@@ -104,7 +105,7 @@ def measure(
         macs = sum(s.macs_fraction for s in scores) / len(scores)
         points.append(
             {
-                "policy": policy, "price": price, "budget": budget,
+                "policy": policy, "price": price, "budget": budget, "runs": len(scores),
                 "accuracy": float(accuracies.mean()),
                 "accuracy_std": float(accuracies.std()) if len(scores) > 1 else 0.0,
                 "macs_fraction": macs,
@@ -170,12 +171,12 @@ def measure(
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
         for name in ev.FORMATS:
             network, inputs = ev.in_format(frozen, name), batch.contiguous(memory_format=ev.FORMATS[name])
-            sides[name] = lambda network=network, inputs=inputs: network(inputs)
+            sides[name] = network.ideal(inputs, frozen.dense_actions(len(batch)))  # type: ignore[operator]
         with torch.inference_mode():
             times = ev.medians_in_turn(sides, rounds, bar.update)
     dense = min(times[name] for name in ev.FORMATS)
-    for name, point in enumerate(points):
-        ms, ideal = times[f"{name}/routed"], times[f"{name}/ideal"]
+    for i, point in enumerate(points):
+        ms, ideal = times[f"{i}/routed"], times[f"{i}/ideal"]
         point |= {"latency_ms": ms, "speedup": dense / ms, "realised_ratio": ideal / ms}
     return {
         "dense": {

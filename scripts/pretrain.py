@@ -27,19 +27,19 @@ class Args:
 
 def main(args: Args) -> None:
     """Write `backbone.safetensors` and `plain.safetensors` into a new folder."""
-    import torch
-
     from dynrl.data import load_dataset
     from dynrl.envs import decision
+    from dynrl.files import write_json
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import available_cores, new_folder, write_config
+    from dynrl.scripts.common import new_folder, use_threads
 
     decision(args.decision)
     defaults(args.decision, args.data)
     load_dataset(args.data)  # before the folder is made: data may be out of reach
-    torch.set_num_threads(args.threads or available_cores())
+    use_threads(args.threads)
     folder = new_folder(args.out, "backbone", args.decision, args.data)
-    write_config(folder, {key: value for key, value in asdict(args).items() if key not in ("out", "threads")})
+    settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
+    write_json(folder / "config.json", settings)
     pretrain_into(folder, args.decision, args.data, args.seed)
     print(f"backbone: {folder}/backbone.safetensors")
 
@@ -52,8 +52,9 @@ def pretrain_into(folder: Path, decision: str, data: str, seed: int) -> None:
 
     row, dataset = defaults(decision, data), load_dataset(data)
     for name, random_routes, label in (
-        ("backbone", True, "pretraining under random routes"),
+        # The backbone last: where its file is there, both are, and a killed run knows what is left to do.
         ("plain", False, "training the plain network"),
+        ("backbone", True, "pretraining under random routes"),
     ):
         path = folder / f"{name}.safetensors"
         if path.exists():
@@ -64,7 +65,10 @@ def pretrain_into(folder: Path, decision: str, data: str, seed: int) -> None:
             checkpoint=folder / "checkpoints" / f"{name}.pt", label=label,
         )  # fmt: skip
         accuracy = accuracy_at_rate(backbone, dataset.validation, 1.0)
-        backbone.save(path, data=data, seed=seed, random_routes=random_routes, validation_accuracy=accuracy)
+        backbone.save(
+            path, data=data, mean=dataset.mean, deviation=dataset.deviation, seed=seed, random_routes=random_routes,
+            validation_accuracy=accuracy,
+        )  # fmt: skip
         print(f"{name}: {accuracy:.4f} on validation data, {backbone.dense_macs / 1e6:.1f} million MACs an image")
 
 

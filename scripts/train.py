@@ -47,13 +47,12 @@ class Args:
 
 
 def main(args: Args) -> None:
-    """Pretrain if needed, learn, calibrate budgets, evaluate; each stage is skipped where its file is there."""
-    import torch
-
+    """Pretrain if needed, learn, calibrate budgets, evaluate."""
     from dynrl.data import load_dataset
     from dynrl.envs import decision
+    from dynrl.files import write_json
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import available_cores, new_folder, read_config, write_config
+    from dynrl.scripts.common import new_folder, read_config, use_threads
 
     decision(args.decision)
     if args.resume is not None:
@@ -77,8 +76,9 @@ def main(args: Args) -> None:
             for name in ("backbone.safetensors", "plain.safetensors"):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, run / name)
-        write_config(run, config)  # last: a folder with settings has its backbone, so resuming never trains another
-    torch.set_num_threads(args.threads or available_cores())
+        # Last: a folder with settings has its backbone, so resuming never trains another.
+        write_json(run / "config.json", config)
+    use_threads(args.threads)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.parent})", flush=True)
     if learn(run, config):
         from dynrl.scripts.evaluate import report_runs
@@ -103,22 +103,22 @@ def _check(args: Args) -> None:
     check_price_range(args.price_range)
     for name, least in (("steps", 1), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1), ("seed", 0)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"expected --{name.replace('_', '-')} of at least {least}, got {value}")
+        if value is not None and not least <= value < 2**31:
+            raise ValueError(f"expected --{name.replace('_', '-')} of at least {least} and below 2^31, got {value}")
 
 
 def _backbone_folder(given: Path, decision: str, dataset: Dataset) -> Path:
     from dynrl.backbones import load_backbone
 
-    folder = given if given.is_dir() else given.parent
-    backbone, _ = load_backbone(folder / "backbone.safetensors")
+    if not given.is_dir():
+        raise ValueError(f"expected --backbone to be a folder that holds backbone.safetensors, got {given}")
+    backbone, _ = load_backbone(given / "backbone.safetensors")
     if backbone.decision != decision:
         raise ValueError(f"{given} poses {backbone.decision!r}, not {decision!r}")
-    if backbone.input_shape != dataset.input_shape:
-        raise ValueError(
-            f"{given} expects inputs of shape {backbone.input_shape}, {dataset.name} has {dataset.input_shape}"
-        )
-    return folder
+    mine, wanted = (backbone.input_shape, backbone.config["classes"]), (dataset.input_shape, dataset.classes)
+    if mine != wanted:
+        raise ValueError(f"{given} is for inputs and classes {mine}, {dataset.name} has {wanted}")
+    return given
 
 
 def learn(run: Path, config: dict[str, Any]) -> bool:

@@ -208,6 +208,13 @@ def test_reset_mask_restarts_only_those():
     after, _ = env.reset(options={"reset_mask": terminated})
     np.testing.assert_allclose(after[[1, 3]], obs[[1, 3]])
     assert (after[[0, 2], env.layout.features] == 1).all()  # at the first point again
+    env.reset(seed=7, options={"reset_mask": terminated})
+    assert env._seeds.tolist() == [7, 1, 9, 3]
+    for bad in (terminated[:2], np.ones(4, int)):
+        with pytest.raises(ValueError, match="reset_mask is for"):
+            env.reset(options={"reset_mask": bad})
+    with pytest.raises(ValueError, match="reset_mask is for"):
+        make_vec("exiting", 4).reset(options={"reset_mask": terminated})
 
 
 def test_distillation_is_best_on_the_dense_route_and_counts_the_label():

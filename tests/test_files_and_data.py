@@ -70,7 +70,8 @@ def test_digits_are_split_for_good():
     assert digits.input_shape == (1, 24, 24)
     images = [row.numpy().tobytes() for s in ("train", "validation", "test") for row in digits.split(s).inputs]
     assert len(set(images)) == len(images)
-    assert digits.test.targets[:12].tolist() == [2, 3, 2, 1, 7, 6, 5, 9, 3, 8, 6, 9] or len(images) == 1797
+    assert len(images) == 1797
+    assert digits.test.targets[:8].tolist() == TARGETS
     assert abs(float(digits.train.inputs.mean())) < 1e-4
     assert float(digits.train.inputs.std()) == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match="unknown split"):
@@ -80,6 +81,10 @@ def test_digits_are_split_for_good():
 def test_unknown_data_set():
     with pytest.raises(ValueError, match="expected one of"):
         load_dataset("nosuch")
+
+
+# The first test targets: a change of the split would make old results and new ones incomparable in silence.
+TARGETS = [6, 6, 6, 2, 5, 6, 6, 2]
 
 
 def idx(shape, content):

@@ -41,6 +41,16 @@ def test_gated_residual_is_its_definition(shape, layout, which):
 
 
 @torch.no_grad()
+def test_rows_at_an_odd_place_in_memory_and_blocks_of_another_dtype():
+    run, block = torch.tensor([1, 0, 1, 0]), block_for((4, 8))
+    odd = torch.randn(33)[1:].view(4, 8)
+    torch.testing.assert_close(gated_residual(odd.clone(), run, block), gated_residual(odd, run, block))
+    x = torch.randn(4, 8)
+    low = gated_residual(x.clone(), run, lambda rows: rows.bfloat16())
+    torch.testing.assert_close(low[0], x[0].bfloat16().float())
+
+
+@torch.no_grad()
 def test_rows_left_out_are_never_computed():
     seen = []
     gated_residual(torch.randn(6, 3), torch.tensor([1, 0, 0, 1, 0, 0]), lambda x: seen.append(len(x)) or x)

@@ -87,8 +87,11 @@ def test_the_users_inputs_and_backbone_are_left_alone(run, small_backbone):
     backbone, _ = load_backbone(small_backbone)
     inputs = torch.randn(8, *backbone.input_shape)
     kept, before = inputs.clone(), backbone.fingerprint()
-    model = dynrl.plug(backbone, run / "policy.safetensors")
-    model(inputs)
+    router = make_router(backbone).train()
+    dynrl.plug(backbone, router)(inputs)
+    assert router.training
+    assert all(p.requires_grad for p in router.parameters())
+    dynrl.plug(backbone, run / "policy.safetensors")(inputs)
     assert torch.equal(inputs, kept)
     assert backbone.fingerprint() == before
     assert all(p.requires_grad for p in backbone.parameters())
@@ -99,7 +102,7 @@ def test_router_macs_are_counted(run):
     model(torch.randn(4, *model.input_shape))
     width = model.policy.price + 1
     assert count_macs(model.policy, (model.policy.width,))[0] == width * 64 + 64 * 2
-    assert model.last_route.router_macs.tolist() == [3 * (width * 64 + 128)] * 4 or model.backbone.max_steps != 3
+    assert model.last_route.router_macs.tolist() == [model.backbone.max_steps * (width * 64 + 128)] * 4
     fraction = model.last_route.macs_fraction - model.last_route.router_fraction
     torch.testing.assert_close(fraction, model.last_route.macs / model.backbone.dense_macs)
 
@@ -135,6 +138,7 @@ def test_bad_inputs_are_refused(run):
     nan[1, 0, 2, 3] = torch.nan
     for bad, message in (
         (good[:0], "empty batch"), (nan, "NaN"), (good[:, :, 1:], "expected inputs of shape"),
+        (good.double(), r"convert them with \.to"),
         (good[0], "expected inputs of shape"), (good.numpy(), "expected inputs of shape"), (good / 0, "infinity"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

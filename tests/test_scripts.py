@@ -17,9 +17,12 @@ import torch
 
 import dynrl
 from dynrl.backbones import load_backbone
+from dynrl.data import load_dataset
 from dynrl.files import read_json
 from dynrl.scripts.bench import bench_env
+from dynrl.scripts.cli import main
 from dynrl.scripts.evaluate import BUDGETS, report_runs
+from dynrl.scripts.pretrain import pretrain_into
 
 COMMAND = [sys.executable, "-m", "dynrl.scripts.cli"]
 ROOT = Path(__file__).parents[1]
@@ -68,25 +71,45 @@ def run(tmp_path_factory, backbone_folder):
         ("train", "skip", "--nosuch", "3"), ("train", "skip", "--agent", "nosuch"), ("train", "skip", "--steps", "0"),
         ("train", "skip", "--steps", "many"), ("train", "skip", "--seed", "-1"), ("train", "skip", "--threads", "0"),
         ("train", "skip", "--price-range", "1", "0.5"), ("train", "skip", "--price-range", "0", "0.5"),
-        ("train", "skip", "--backbone", "nosuch"), ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
+        ("train", "skip", "--backbone", "nosuch"), ("train", "skip", "--backbone", "junk.safetensors"),
+        ("train", "skip", "--seed", str(2**32)), ("evaluate", ".", "--threads", "-1"), ("pretrain", "skip", "--out", "/dev/null/x"),
+        ("pretrain", "skip", "--threads", "0"), ("tables", "--readme", "nosuch"),
+        ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
         ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
         ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),
         ("bench", "nosuch"), ("bench", "env", "--rounds", "0"), ("list", "nosuch"),
     ],
 )  # fmt: skip
-def test_bad_commands_are_refused(words, tmp_path):
-    """Exit code 2, a reason, no traceback, nothing written. In this process: a start costs a second each."""
-    code = (
-        "import sys, os; sys.argv[0] = 'dynrl'; os.chdir(sys.argv.pop(1))\nfrom dynrl.scripts.cli import main; main()"
-    )
+def test_bad_commands_are_refused(words, tmp_path, monkeypatch, capsys):
+    """Exit code 2, a reason, nothing written. In this process: a start costs seconds each."""
     (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), *words], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip() or done.stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.strip() or said.out.strip()
     assert [p.name for p in tmp_path.iterdir()] == ["junk.safetensors"]
+
+
+def test_a_bad_command_from_a_shell(tmp_path):
+    done = call("train", "skip", "--data", "nosuch", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "unknown data set 'nosuch'" in done.stderr
+
+
+def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
+    """A run killed between the two must not be taken for pretrained when it is resumed."""
+    made = []
+    monkeypatch.setattr(
+        "dynrl.pretraining.pretrain", lambda backbone, *a, **k: made.append(k["random_routes"]) or backbone
+    )
+    pretrain_into(tmp_path, "skip", "digits", 0)
+    assert made == [False, True]
+    assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors"}
+    _, notes = load_backbone(tmp_path / "backbone.safetensors")
+    assert notes["mean"] == load_dataset("digits").mean
 
 
 def test_help_and_list(tmp_path):

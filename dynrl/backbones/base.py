@@ -212,6 +212,9 @@ class Backbone(nn.Module):
             raise ValueError(f"expected inputs of shape [batch, {', '.join(map(str, self.input_shape))}], got {got}")
         if len(inputs) == 0:
             raise ValueError("expected at least one input, got an empty batch")
+        weights = next(self.parameters()).dtype
+        if inputs.dtype != weights:
+            raise ValueError(f"expected inputs of {weights}, got {inputs.dtype}; convert them with .to({weights})")
         # A sum is NaN or infinite if any element is, at a tenth of the time of isfinite().all().
         if inputs.is_floating_point() and not torch.isfinite(inputs.sum(dtype=torch.float32)):
             raise ValueError("the inputs hold NaN or infinity; clean them first")
@@ -245,6 +248,8 @@ class Backbone(nn.Module):
             choices = torch.arange(mask.shape[1], device=mask.device)
             distance = (choices - action.unsqueeze(1)).abs().masked_fill(~mask, mask.shape[1])
             action = distance.argmin(1)
+        elif self.points[state.point].n < self.num_choices:
+            action = action.clamp_max(self.points[state.point].n - 1)
         state.walk.decided(state.rows, action)
         return self._run(state, action)
 

@@ -43,7 +43,7 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
     if torch.is_grad_enabled():
         flat = flat.index_copy(0, index, done.to(flat.dtype))
     else:
-        _write_rows(flat, index, done)
+        _write_rows(flat, index, done.to(flat.dtype))
     return flat.permute(0, 3, 1, 2) if last else flat
 
 
@@ -52,6 +52,7 @@ def _write_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
 
     Measured on [256, 4096] float32, half of the rows: 0.06 instead of 0.17 ms; index_select takes 0.05.
     """
-    if x.is_contiguous() and rows.is_contiguous() and x[0].numel() * x.element_size() % 16 == 0 and not x.is_cuda:
+    bytes_apart = x.element_size() * (x[0].numel() | int(x.storage_offset()) | int(rows.storage_offset()))
+    if x.is_contiguous() and rows.is_contiguous() and bytes_apart % 16 == 0 and not x.is_cuda:
         x, rows = (t.view(len(t), -1).view(torch.complex128) for t in (x, rows))
     x.index_copy_(0, index, rows)
