@@ -239,7 +239,7 @@ def test_one_backbone_file_is_loaded_once(small_backbone):
         ({"data": "nosuch"}, "unknown data set"),
         ({"split": "nosuch"}, "unknown split"),
         ({"accuracy_term": "nosuch"}, "unknown accuracy term"),
-        ({"price": 2.0}, "outside its range"),
+        ({"price": 3.0}, "outside its range"),
         ({"price_range": (0.5, 0.1)}, "price range"),
         ({"price_range": (0.0, 0.1)}, "price range"),
         ({"autoreset_mode": "nosuch"}, "nosuch"),
