@@ -17,9 +17,9 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about a minute)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
 	@echo "torch is there; now the rest"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@touch $(READY)
 
 demo: install
