@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -182,17 +183,33 @@ def oracle_routes(
 
 
 def medians_in_turn(
-    sides: dict[str, Callable[[], Any]], rounds: int, tick: Callable[[], Any] = lambda: None
-) -> dict[str, float]:
-    """Median milliseconds of each side, all sides timed once a round, after one round of warming up.
+    sides: dict[Any, Callable[[], Any]],
+    rounds: int,
+    tick: Callable[[], Any] = lambda: None,
+    wait: Callable[[], Any] = lambda: None,
+) -> dict[Any, float]:
+    """Median milliseconds of each side, all sides timed once a round, in a new order each, after one of warming up.
 
-    In turn, since a machine's speed drifts: sides timed one after the other meet different machines.
+    In turn, since a machine's speed drifts: sides timed one after the other meet different machines. Each timed call
+    follows one of the same side that is not, so that no side pays for what another left in caches and memory.
+
+    Args:
+        sides: what to time.
+        rounds: how often.
+        tick: called after each round.
+        wait: called before each reading of the clock: for a device that works on its own.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[Any, list[float]] = {name: [] for name in sides}
+    order, names = random.Random(0), list(sides)
     for i in range(rounds + 1):
-        for name, side in sides.items():
+        order.shuffle(names)
+        for name in names:
+            side = sides[name]
+            side()
+            wait()
             start = time.perf_counter()
             side()
+            wait()
             if i:
                 times[name].append((time.perf_counter() - start) * 1e3)
         if i:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,16 +73,35 @@ def observation(backbone: Backbone, state: State, price: Tensor | float) -> Tens
     Returns:
         [n, Layout.width] float32, a tensor of its own.
     """
+    # A routed batch makes one of these at every point, and after a block's layers each small step costs some 25 us,
+    # since they have swept the caches: few steps count for more than small ones.
     walk, rows, layout = state.walk, state.rows, Layout.of(backbone)
-    # A routed batch makes one of these at every point: few operations count for more than small ones.
-    view = torch.zeros(state.count, layout.width, device=rows.device)
-    if state.point != END:
+    if state.point == END:
+        view = torch.zeros(state.count, layout.width, device=rows.device)
+        view[:, layout.price] = walk.at(price, rows) if isinstance(price, Tensor) else price
+    else:
+        mask = backbone.open_choices(state)
+        same = None if isinstance(price, Tensor) else price
+        open_count = backbone.points[state.point].n
+        view = _template(layout, state.point, open_count, same, rows.device).repeat(state.count, 1)
         features = backbone.observe(state)
         view[:, : features.shape[1]] = features
-        view[:, layout.features + state.point] = 1
-        mask = backbone.open_choices(state)
-        view[:, layout.mask : layout.mask + backbone.points[state.point].n] = 1 if mask is None else mask.float()
+        if mask is not None:
+            view[:, layout.mask : layout.mask + open_count] = mask.float()
+        if isinstance(price, Tensor):
+            view[:, layout.price] = walk.at(price, rows)
     view[:, layout.last : layout.spent].scatter_(1, walk.at(walk.last, rows).unsqueeze(1), 1.0)
     torch.div(walk.at(walk.macs, rows), backbone.dense_macs, out=view[:, layout.spent])
-    view[:, layout.price] = walk.at(price, rows) if isinstance(price, Tensor) else price
     return view
+
+
+@lru_cache(maxsize=256)
+def _template(layout: Layout, point: int, open_count: int, price: float | None, device: torch.device) -> Tensor:
+    """[1, width]: what all rows at a point have in common."""
+    with torch.inference_mode(False):
+        row = torch.zeros(1, layout.width, device=device)
+        row[0, layout.features + point] = 1
+        row[0, layout.mask : layout.mask + open_count] = 1
+        if price is not None:
+            row[0, layout.price] = price
+        return row

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
 from dynrl.observation import Layout, observation
+from dynrl.ops.backend import device_counts
 from dynrl.policies import RoutePolicy, Router, load_policy
 
 
@@ -75,7 +76,7 @@ class RoutedModel(nn.Module):
                 )
             low, high = policy.price_range
             self.price_range = (low, high)
-            self._price = (low * high) ** 0.5
+            self.set_price((low * high) ** 0.5)
             self._router_macs = count_macs(policy, (expected.width,))[0]
 
     @property
@@ -90,6 +91,7 @@ class RoutedModel(nn.Module):
         if not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
         self._price = float(price)
+        self._act = self.policy.at(self._price, self.backbone.may_close)  # type: ignore[operator]
 
     def set_budget(self, budget: float) -> None:
         """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
@@ -112,8 +114,14 @@ class RoutedModel(nn.Module):
                 return
         raise AssertionError("a continuous curve reaches every value between its ends")
 
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
+        super()._apply(fn, recurse)
+        if self.price_range is not None:
+            self.set_price(self._price)  # its constants live where the policy lives
+        return self
+
     def _choose(self, state: State) -> Tensor:
-        return self.policy.act(observation(self.backbone, state, self._price))  # type: ignore[operator]
+        return self._act(observation(self.backbone, state, self._price))
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
@@ -130,9 +138,68 @@ class RoutedModel(nn.Module):
         """
         self.backbone.check_inputs(inputs)
         walk = self.walk(inputs)
-        self.last_route = Route(walk.route, walk.macs, walk.steps * self._router_macs, self.backbone.dense_macs)
         assert walk.outputs is not None
+        self.last_route = self._route_of(walk)
         return walk.outputs
+
+    def _route_of(self, walk: Walk) -> Route:
+        return Route(walk.route, walk.macs, walk.steps * self._router_macs, self.backbone.dense_macs)
+
+    def capture(self, batch_size: int) -> CapturedModel:
+        """The walk as one CUDA graph for inputs of one batch size at the present price; see `CapturedModel`."""
+        return CapturedModel(self, batch_size)
+
+
+class CapturedModel:
+    """A routed model's walk, router included, recorded once and replayed: no Python, no wait for the host in between.
+
+    Decisions are taken anew at each replay; how many rows run is read from device memory by our kernels. Inputs are not
+    checked for NaN, which would wait for the device.
+
+    Args:
+        model: on a CUDA device, with a learned policy. Its price is recorded, too: capture again after `set_price`.
+        batch_size: of all inputs to come.
+
+    Raises:
+        ValueError: the model is not on a CUDA device, or its policy gives whole routes.
+    """
+
+    def __init__(self, model: RoutedModel, batch_size: int) -> None:
+        weights = next(model.backbone.parameters())
+        if not weights.is_cuda:
+            raise ValueError(f"expected a model on a CUDA device to capture, got one on {weights.device}; call .cuda()")
+        if not isinstance(model.policy, Router):
+            raise ValueError(f"{type(model.policy).__name__} gives whole routes; only a learned policy can be captured")
+        self.model, self.price = model, model.price
+        size = (batch_size, *model.input_shape)
+        self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
+        with device_counts():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # the kernels choose their tiles here: capture forbids timing
+                for _ in range(3):
+                    model.walk(self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._walk = model.walk(self._inputs)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[batch_size, *input_shape] to the outputs, which the next call overwrites; as it does `last_route`."""
+        if inputs.shape != self._inputs.shape or inputs.dtype != self._inputs.dtype:
+            raise ValueError(
+                f"expected inputs of {self._inputs.dtype} {tuple(self._inputs.shape)} as captured, got {inputs.dtype} "
+                f"{tuple(inputs.shape)}; capture the model for this batch size"
+            )
+        if self.model.price != self.price:
+            raise ValueError(
+                f"captured at price {self.price}, the model is now at {self.model.price}; capture it again"
+            )
+        self._inputs.copy_(inputs)
+        self._graph.replay()
+        self.model.last_route = self.model._route_of(self._walk)
+        assert self._walk.outputs is not None
+        return self._walk.outputs
 
 
 def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> RoutedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,26 @@ class Router(nn.Module):
     def act(self, observation: Tensor) -> Tensor:
         """[n] int64: the likeliest choice of each row (without the cap, which changes no order)."""
         return (self._scores(observation) + self._closed(observation)).argmax(1)
+
+    def at(self, price: float, masked: bool = True) -> Callable[[Tensor], Tensor]:
+        """`act` for observations that all have this price, in half as many steps: it is folded into the biases.
+
+        Args:
+            price: within the range.
+            masked: whether a choice may be closed.
+        """
+        with torch.no_grad():
+            weight, (head, head_bias) = self.hidden.weight, (self.head.weight.t(), self.head.bias)
+            told = (math.log(price) - self._log_middle) / self._log_reach
+            bias = self.hidden.bias + told * weight[:, self.price]
+            matrix = weight[:, : self.price].t()
+
+        def act(observation: Tensor) -> Tensor:
+            hidden = torch.addmm(bias, observation[:, : self.price], matrix).relu_()
+            scores = torch.addmm(head_bias, hidden, head)
+            return (scores + self._closed(observation) if masked else scores).argmax(1)
+
+        return act
 
 
 def save_policy(path: str | Path, router: Router, metadata: dict[str, Any]) -> None:

@@ -18,28 +18,62 @@ import tyro
 class Args:
     """Settings of `dynrl bench`."""
 
-    suite: Annotated[Literal["env"], tyro.conf.Positional]
-    """What to measure. env: decisions sampled a second, by four paths."""
+    suite: Annotated[Literal["env", "ops", "model"], tyro.conf.Positional]
+    """What to measure. env: decisions sampled a second, by four paths. ops: each op against its ideal. model: whole
+    plugged networks against dense ones."""
     out: Path | None = None
     """File to write; default results/bench-SUITE-DATE.json."""
-    rounds: int = 5
-    """Times each path is measured; its median counts."""
+    rounds: int | None = None
+    """Times each side is measured, its median counts; default 5 for env, 15 for model. ops decides by `seconds`."""
+    seconds: float = 1.5
+    """Time for each shape and batch size of ops."""
+    only: tuple[str, ...] = ()
+    """Ops or networks to measure; default all."""
+    batches: tuple[int, ...] = ()
+    """Batch sizes of ops and model; default all."""
+    runs: tuple[Path, ...] = ()
+    """Run folders whose learned policy model measures, too, at half the MACs."""
+    device: str = "cpu"
+    """Where ops and model run."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of ops' and model's numbers."""
+    threads: int = 2
+    """Threads of ops and model; env uses one."""
 
 
 def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
     from dynrl.evaluation import hardware
     from dynrl.files import write_json
-    from dynrl.scripts.common import commit
+    from dynrl.scripts.common import commit, use_threads
 
-    if args.rounds < 1:
+    if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
     out = args.out or Path("results") / f"bench-{args.suite}-{date.today():%Y%m%d}.json"
     out.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
-    rows = bench_env(args.rounds)
+    summaries: list[dict[str, Any]] = []
+    if args.suite == "env":
+        rows = bench_env(args.rounds or 5)
+    else:
+        use_threads(args.threads)
+        if args.suite == "ops":
+            from dynrl.scripts.bench_ops import BATCHES, bench_ops, summary
+
+            rows = bench_ops(args.device, args.dtype, args.seconds, args.only, args.batches or BATCHES)
+            summaries = summary(rows)
+            for found in summaries:
+                print(
+                    f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean "
+                    f"{found['geometric_mean']:.3f}, worst {found['worst']:.3f}; slower than dense: "
+                    f"{found['slower_than_dense']} of {found['all_rows']}"
+                )
+        else:
+            from dynrl.scripts.bench_model import bench_model
+
+            rows = bench_model(args.device, args.dtype, args.rounds or 15, args.only, args.batches, args.runs)
     result = {
         "suite": args.suite, "date": f"{date.today()}", "command": " ".join(sys.argv), "commit": commit(),
-        "hardware": hardware(), "rows": rows,
+        "hardware": hardware(), "rows": rows, "summary": summaries,
     }  # fmt: skip
     write_json(out, result)
     print(f"written to {out}")

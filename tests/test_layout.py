@@ -31,7 +31,7 @@ ALLOWED = {
     "dynrl.policies": {"dynrl.policies", "dynrl.files"},
     "dynrl.observation": {"dynrl.backbones"},
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data"},
-    "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.cost"},
+    "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost"},
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining"},

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dynrl.files import fingerprint, load_tensors, save_tensors
 
@@ -43,7 +44,7 @@ class Walk:
     """
 
     def __init__(self, inputs: Tensor, max_steps: int) -> None:
-        size, device = len(inputs), inputs.device
+        size, device = inputs.shape[0], inputs.device  # len() would make a traced size a constant
         self.inputs = inputs
         self.all_rows = torch.arange(size, device=device)
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)
@@ -53,7 +54,7 @@ class Walk:
         self.outputs: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.all_rows)
+        return self.all_rows.shape[0]
 
     def copy(self) -> Walk:
         """A walk of its own, sharing nothing that changes."""
@@ -205,6 +206,12 @@ class Backbone(nn.Module):
         """Choices of the point that has most."""
         return max(point.n for point in self.points)
 
+    @property
+    def may_close(self) -> bool:
+        """Whether some choice is closed somewhere."""
+        fewer = any(point.n < self.num_choices for point in self.points)
+        return fewer or type(self).open_choices is not Backbone.open_choices
+
     def check_inputs(self, inputs: Tensor) -> None:
         """Refuse, with a ValueError, what would fail later or pass on NaN in silence."""
         if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != self.input_shape:
@@ -298,10 +305,12 @@ class Backbone(nn.Module):
 
     def run_route(self, inputs: Tensor, route: Tensor) -> Walk:
         """`forward` with integer actions, returning the whole walk (outputs, MACs, what ran)."""
-        expected = (len(inputs), self.max_steps)
+        expected = (inputs.shape[0], self.max_steps)
         if tuple(route.shape) != expected or route.is_floating_point():
             raise ValueError(f"expected integer actions of shape {expected}, got {route.dtype} {tuple(route.shape)}")
-        if len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
+        if is_compiling():
+            pass  # a tracer cannot look at values
+        elif len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
             raise ValueError(
                 f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}"
             )
@@ -309,7 +318,7 @@ class Backbone(nn.Module):
 
         def choose(state: State) -> Tensor:
             walk, rows = state.walk, state.rows
-            return route[rows, walk.at(walk.steps, rows)]
+            return walk.at(route, rows).gather(1, walk.at(walk.steps, rows).unsqueeze(1)).squeeze(1)
 
         return self.run(inputs, choose)
 

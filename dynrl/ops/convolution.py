@@ -1,0 +1,111 @@
+"""`FoldedConv2d`: a frozen convolution with batch norm, ReLU and residual folded in; what inference runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+
+def fusible(x: Tensor) -> bool:
+    """Whether `FoldedConv2d` may run oneDNN's fused convolution on `x`, else plain torch."""
+    return (
+        not is_compiling()  # packed weights mean nothing to a tracer
+        and not x.is_cuda
+        and x.dtype in (torch.float32, torch.bfloat16)  # fp16 needs instructions that few CPUs have
+        and not torch.is_grad_enabled()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and x.device.type == "cpu"
+    )
+
+
+def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift, [K] each, that a batch norm (or none) makes of a convolution's output, its bias included."""
+    scale, shift = weight.new_ones(len(weight)), weight.new_zeros(len(weight))
+    if isinstance(norm, nn.BatchNorm2d):
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias.detach() - norm.running_mean * scale
+    return scale, shift if bias is None else shift + bias.detach() * scale
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution for inference only: batch norm folded into its weights, ReLU and residual into its store.
+
+    On the CPU it runs oneDNN's fused convolution on weights laid out once (what torch's Inductor compiles frozen
+    models to), elsewhere plain torch. Measured on 2 cores, 64 channels of 8x8, convolution and ReLU: 51 instead of 62
+    us for one row, 177 instead of 201 for 8, within 5 % from 64 rows on; 2048 to 512 channels of 7x7: 0.6 instead of
+    2.4 ms for one row, 4.1 instead of 7.2 for 8.
+    """
+
+    _packed: dict[bool, Tensor]
+
+    @classmethod
+    def of(cls, convolution: nn.Conv2d, norm: nn.Module | None = None) -> FoldedConv2d:
+        """A frozen copy of `convolution` followed by `norm`, a batch norm or an identity."""
+        weight, bias = convolution.weight.detach().clone(), convolution.bias
+        if isinstance(norm, nn.BatchNorm2d) or bias is not None:
+            scale, bias = fold(norm, weight, bias)
+            weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+        layout = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+        return cls.holding(weight, bias, *layout)
+
+    @classmethod
+    def holding(
+        cls, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> FoldedConv2d:
+        """The convolution with these weights [K, C / groups, R, S] and biases [K]."""
+        outputs, inputs, *kernel = weight.shape
+        made = cls(
+            inputs * groups, outputs, tuple(kernel), stride, padding, dilation, groups, bias is not None, device="meta"  # type: ignore[arg-type]
+        )  # fmt: skip
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            made.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        made._packed = {}
+        return made.eval()
+
+    def like_output(self, x: Tensor) -> Tensor:
+        """Uninitialised, [n, K, P, Q] in channels_last: room for the result for `x`."""
+        sides = []
+        for i, side in enumerate(x.shape[2:]):
+            reach = self.dilation[i] * (self.kernel_size[i] - 1) + 1
+            sides.append((side + 2 * int(self.padding[i]) - reach) // self.stride[i] + 1)
+        size = (len(x), self.out_channels, *sides)
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """[n, C, H, W] to [n, K, P, Q]; with `residual`, the sum is written into it and returned; ReLU comes last."""
+        if fusible(x):
+            return self.fused(x, relu, residual)
+        y = super().forward(x)
+        y = y if residual is None else residual.add_(y)
+        return y.relu_() if relu else y
+
+    def fused(self, x: Tensor, relu: bool, residual: Tensor | None = None) -> Tensor:
+        """`forward` where `fusible(x)` is known to hold."""
+        layout = (self.padding, self.stride, self.dilation, self.groups)
+        many = len(x) > 1  # oneDNN wants other layouts for one row than for more, and is up to 13 times slower without
+        packed = self._packed.get(many)
+        if packed is None:
+            size = [64 if many else 1, *x.shape[1:]]
+            packed = self._packed[many] = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *layout, size)
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise.default(
+                x, packed, self.bias, *layout, "relu" if relu else "none", [], ""
+            )
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            residual, x, packed, self.bias, *layout, "add", 1.0, "relu" if relu else None, [], ""
+        )
+
+    # The packed weights are a cache of one device and type: anything that moves or copies the module drops it.
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
+        self._packed = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}

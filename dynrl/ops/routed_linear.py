@@ -1,0 +1,243 @@
+"""`routed_linear`: each row is multiplied with the matrix of the expert it chose."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynrl.ops.backend import on_host, use_ref, use_triton
+from dynrl.ops.route import Routing
+from dynrl.ops.rows import put_rows
+
+
+def routed_linear_macs(rows: int, inputs: int, outputs: int) -> int:
+    """MACs of `rows` rows at an expert with so many inputs and outputs."""
+    return rows * inputs * outputs
+
+
+def routed_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    splits: tuple[int, ...] | None = None,
+    relu: bool = False,
+    sorted_in: bool = False,
+    sorted_out: bool = False,
+) -> Tensor:
+    """The definition: every expert on every row, of which each row takes one.
+
+    Two calls make a layer of two-layer experts: the first with `sorted_out`, the second with `sorted_in`. Experts of
+    unequal hidden width lie side by side in one weight, `splits` telling their widths; 0 is one that does nothing.
+
+    Args:
+        x: [n, k], in the batch's order, or sorted by choice where `sorted_in`.
+        weight: [E, m, k]. With `splits` and `sorted_out`: [sum(splits), k], expert e gives the first splits[e] columns
+            of its rows; the others are undefined. With `splits` and `sorted_in`: [m, sum(splits)], expert e reads the
+            first splits[e] columns of its rows.
+        routing: of the n rows to E experts.
+        bias: [E, m]; [sum(splits)] with `splits` and `sorted_out`.
+        gate: [n] in the batch's order, a factor of the result (after ReLU).
+        splits: E widths.
+        relu: apply ReLU.
+        sorted_in: whether the rows of `x` are sorted by choice.
+        sorted_out: whether the result's are to be.
+
+    Returns:
+        [n, m], m = max(splits) where the outputs are split.
+
+    Source: the grouped product of mixture-of-experts layers (Tan et al. 2024, "Scattered Mixture-of-Experts
+    Implementation", section 3), with the router outside.
+    """
+    order, offsets = routing.order, routing.offsets
+    rows = x if sorted_in else x[order]
+    place = torch.arange(len(rows), device=x.device).unsqueeze(1)
+    width = _width(weight, splits, sorted_out)
+    out = rows.new_zeros(len(rows), width)
+    for e, (matrix, shift) in enumerate(_experts(weight, bias, splits, sorted_out, [1] * routing.num_choices)):
+        y = F.pad(F.linear(rows[:, : matrix.shape[1]], matrix, shift), (0, width - len(matrix)))
+        out = torch.where((place >= offsets[e]) & (place < offsets[e + 1]), y, out)
+    out = out.relu() if relu else out
+    if gate is not None:
+        out = out * gate[order].unsqueeze(1)
+    return out if sorted_out else torch.zeros_like(out).index_copy(0, order, out)
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    splits: tuple[int, ...] | None = None,
+    relu: bool = False,
+    sorted_in: bool = False,
+    sorted_out: bool = False,
+) -> Tensor:
+    """`routed_linear_ref`, each row at its own expert only. Differentiable in `x`, `weight`, `bias` and `gate`.
+
+    MACs: `routed_linear_macs` for each expert's rows.
+    """
+    how: Any = {"splits": splits, "relu": relu, "sorted_in": sorted_in, "sorted_out": sorted_out}
+    if not on_host(x):
+        if use_ref():
+            return routed_linear_ref(x, weight, routing, bias, gate, **how)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            import dynrl.ops.traced  # noqa: F401 (registers the op)
+
+            offsets, widths = routing.offsets, list(splits) if splits else None
+            return torch.ops.dynrl.routed_linear(
+                x, weight, routing.order, offsets, bias, gate, widths, relu, sorted_in, sorted_out
+            )
+        if use_triton(x):
+            return _on_triton(x, weight, routing, bias, gate, **how)
+    order = routing.order
+    rows = x if sorted_in else x.index_select(0, order)
+    width = _width(weight, splits, sorted_out)
+    experts = _experts(weight, bias, splits, sorted_out, routing.sizes)
+    if torch.is_grad_enabled():
+        parts = [
+            F.pad(F.linear(part[:, : matrix.shape[1]], matrix, shift), (0, width - len(matrix)))
+            for part, (matrix, shift) in zip(rows.split(routing.sizes), experts, strict=True)
+            if len(part)
+        ]
+        out = torch.cat(parts) if parts else rows.new_zeros(0, width)
+        out = out.relu() if relu else out
+        out = out if gate is None else out * gate[order].unsqueeze(1)
+        return out if sorted_out else torch.zeros_like(out).index_copy(0, order, out)
+    out = rows.new_empty(len(rows), width)
+    for part, into, (matrix, shift) in zip(rows.split(routing.sizes), out.split(routing.sizes), experts, strict=True):
+        if not len(part):
+            continue
+        if splits:
+            part, into = part[:, : matrix.shape[1]], into[:, : len(matrix)]
+        if shift is None:
+            torch.mm(part, matrix.t(), out=into)
+        else:
+            torch.addmm(shift, part, matrix.t(), out=into)
+    out = out.relu_() if relu else out
+    if gate is not None:
+        out.mul_(gate.index_select(0, order).unsqueeze(1))
+    return out if sorted_out else put_rows(torch.empty_like(out), order, out)
+
+
+def _width(weight: Tensor, splits: tuple[int, ...] | None, ragged_out: bool) -> int:
+    """Columns of the result."""
+    if splits and ragged_out:
+        return max(splits)
+    return weight.shape[-2]
+
+
+def _experts(
+    weight: Tensor, bias: Tensor | None, splits: tuple[int, ...] | None, ragged_out: bool, sizes: list[int]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Each expert's matrix [m_e, k_e] and bias [m_e]; those without rows are not looked up where that saves time."""
+    if splits is None:
+        return [(weight[e], None if bias is None else bias[e]) if n else (weight, None) for e, n in enumerate(sizes)]
+    matrices = weight.split(splits, 0 if ragged_out else 1)
+    if bias is None:
+        return [(matrix, None) for matrix in matrices]
+    return list(zip(matrices, bias.split(splits) if ragged_out else bias.unbind(0), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _starts(
+    splits: tuple[int, ...] | None, experts: int, rows: int, row_stride: int, ragged_out: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """On the device, where each expert's matrix and bias start, and how wide it is; made once, for capture's sake."""
+    before = [sum(splits[:e]) for e in range(experts)] if splits else [e * rows for e in range(experts)]
+    starts = before if splits and not ragged_out else [b * row_stride for b in before]
+    bias_starts = [e * rows for e in range(experts)] if splits and not ragged_out else before
+    widths = torch.tensor(splits, dtype=torch.int32, device=device) if splits else None
+    return torch.tensor(starts, device=device), torch.tensor(bias_starts, device=device), widths
+
+
+def _on_triton(
+    x: Tensor, weight: Tensor, routing: Routing, bias: Tensor | None, gate: Tensor | None, *,
+    splits: tuple[int, ...] | None, relu: bool, sorted_in: bool, sorted_out: bool,
+) -> Tensor:  # fmt: skip
+    from dynrl.ops.kernels.linear import linear_rows
+
+    ragged_out = splits is not None and sorted_out
+    weight = weight.contiguous()
+    starts, bias_starts, widths = _starts(
+        splits, routing.num_choices, weight.shape[-2], weight.stride(-2), sorted_out, x.device
+    )
+    ways = {
+        "in_rows": None if sorted_in else routing.order, "out_rows": None if sorted_out else routing.order,
+        "in_widths": None if ragged_out else widths, "out_widths": widths if ragged_out else None,
+    }  # fmt: skip
+    width = _width(weight, splits, sorted_out)
+    if not torch.is_grad_enabled():
+        gates = gate.index_select(0, routing.order) if gate is not None and sorted_out else gate
+        bias = bias.contiguous() if bias is not None else None
+        out = x.new_empty(len(x), width)
+        return linear_rows(
+            x.contiguous(),
+            weight,
+            out,
+            routing.offsets,
+            starts,
+            bias=bias,
+            bias_starts=bias_starts,
+            gate=gates,
+            relu=relu,
+            **ways,
+        )
+    # Only the product needs a backward pass of its own; what is pointwise is left to autograd.
+    out = _Product.apply(x, weight, routing.offsets, starts, width, ways)
+    if bias is not None:
+        out = out + _bias_rows(bias, routing, splits, sorted_out, width)
+    out = out.relu() if relu else out
+    return out if gate is None else out * (gate[routing.order] if sorted_out else gate).unsqueeze(1)
+
+
+def _bias_rows(bias: Tensor, routing: Routing, splits: tuple[int, ...] | None, sorted_out: bool, width: int) -> Tensor:
+    """[n, width]: the bias of each row's expert, in the order of the result."""
+    order = routing.order
+    expert = torch.searchsorted(routing.offsets[1:], torch.arange(len(order), device=order.device), right=True)
+    if splits and sorted_out:
+        bias = torch.stack([F.pad(part, (0, width - len(part))) for part in bias.split(splits)])
+    rows = bias[expert]
+    return rows if sorted_out else torch.zeros_like(rows).index_copy(0, order, rows)
+
+
+class _Product(torch.autograd.Function):
+    """The grouped product with its gradients, by the kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, starts: Tensor, width: int, ways: dict[str, Any]
+    ) -> Tensor:
+        from dynrl.ops.kernels.linear import linear_rows
+
+        ctx.save_for_backward(x, weight, offsets, starts)
+        ctx.ways = ways
+        return linear_rows(x.contiguous(), weight, x.new_zeros(len(x), width), offsets, starts, **ways)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from dynrl.ops.kernels.linear import grad_weight_rows, linear_rows
+
+        x, weight, offsets, starts = ctx.saved_tensors
+        ways, dy = ctx.ways, grads[0].contiguous()
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            back = {
+                "in_rows": ways["out_rows"], "out_rows": ways["in_rows"],
+                "in_widths": ways["out_widths"], "out_widths": ways["in_widths"],
+            }  # fmt: skip
+            dx = linear_rows(dy, weight.transpose(-1, -2), torch.zeros_like(x), offsets, starts, **back)
+        if ctx.needs_input_grad[1]:
+            dw = grad_weight_rows(
+                x.contiguous(), dy, torch.zeros_like(weight), offsets, starts, x_rows=ways["in_rows"],
+                dy_rows=ways["out_rows"], in_widths=ways["in_widths"], out_widths=ways["out_widths"],
+            )  # fmt: skip
+        return dx, dw, None, None, None, None

@@ -1,0 +1,166 @@
+"""`sliced_conv`: a residual block whose inner channels are a prefix slice, as wide as each row chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from dynrl.ops.backend import on_host, use_ref, use_triton
+from dynrl.ops.convolution import FoldedConv2d, fold
+from dynrl.ops.gated_residual import ResidualBlock
+from dynrl.ops.route import route
+from dynrl.ops.rows import compute_groups, compute_rows
+
+
+class SlicedBlock(nn.Module):
+    """relu(x + branch_w(x)): a chain of convolutions of which choice c uses the first widths[c] inner channels.
+
+    For inference only. Weights are shared by all widths; batch norm, which is not, is folded into a scale and a shift
+    for each width and channel.
+
+    Args:
+        convolutions: two or more, of stride 1, keeping the map's size; all channels but the outermost are inner ones.
+        norms: for each convolution one batch norm a width, over its channels at that width.
+        widths: inner channels at each choice, none of them 0.
+    """
+
+    active: Tensor
+
+    def __init__(
+        self, convolutions: Sequence[nn.Conv2d], norms: Sequence[Sequence[nn.Module]], widths: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        inner = convolutions[0].out_channels
+        if min(widths) < 1 or max(widths) > inner:
+            raise ValueError(f"expected widths in 1..{inner}, the inner channels of the block, got {widths}")
+        self.widths = widths
+        self.count = len(convolutions)
+        self.paddings = [int(c.padding[0]) for c in convolutions]
+        for i, (convolution, by_width) in enumerate(zip(convolutions, norms, strict=True)):
+            weight = convolution.weight.detach()
+            scale = torch.ones(len(widths), len(weight), device=weight.device)
+            shift = torch.zeros_like(scale)
+            for c, norm in enumerate(by_width):
+                active = slice(self.channels(i, c)[1])
+                bias = None if convolution.bias is None else convolution.bias[active]
+                scale[c, active], shift[c, active] = fold(norm, weight[active], bias)
+            self.register_buffer(f"weight{i}", weight.clone())
+            self.register_buffer(f"scale{i}", scale)
+            self.register_buffer(f"shift{i}", shift)
+        self.register_buffer("active", torch.tensor(widths, dtype=torch.int32))
+        self._narrow: dict[int, ResidualBlock] = {}
+
+    def channels(self, i: int, choice: int) -> tuple[int | None, int | None]:
+        """Input and output channels of convolution `i` at a choice, as ends of slices; None for all."""
+        return (None if i == 0 else self.widths[choice], None if i == self.count - 1 else self.widths[choice])
+
+    def narrow(self, choice: int) -> ResidualBlock:
+        """The block at one width as a block of its own; made once."""
+        if choice not in self._narrow:
+            convolutions = []
+            for i, padding in enumerate(self.paddings):
+                inputs, outputs = self.channels(i, choice)
+                scale, shift = (getattr(self, f"{name}{i}")[choice, :outputs] for name in ("scale", "shift"))
+                full = getattr(self, f"weight{i}")
+                weight = (full[:outputs, :inputs] * scale.view(-1, 1, 1, 1)).to(full.dtype)
+                convolutions.append(FoldedConv2d.holding(weight, shift.to(full.dtype), padding=padding))
+            self._narrow[choice] = ResidualBlock(convolutions)
+        return self._narrow[choice]
+
+    def masked(self, x: Tensor, choice: int) -> Tensor:
+        """The block at one width by masks over all channels: the definition."""
+        y = x
+        for i, padding in enumerate(self.paddings):
+            weight, scale, shift = (getattr(self, f"{name}{i}") for name in ("weight", "scale", "shift"))
+            y = F.conv2d(y, weight, padding=padding)
+            y = y * scale[choice].to(y).view(-1, 1, 1) + shift[choice].to(y).view(-1, 1, 1)
+            if i < self.count - 1:
+                active = torch.arange(y.shape[1], device=y.device) < self.widths[choice]
+                y = torch.where(active.view(-1, 1, 1), y.relu(), 0)
+        return (x + y).relu()
+
+    def sliced(self, x: Tensor, choice: int) -> Tensor:
+        """The block at one width by slices of the weights: for tracers, which cannot look into `narrow`."""
+        y = x
+        for i, padding in enumerate(self.paddings):
+            inputs, outputs = self.channels(i, choice)
+            scale, shift = (getattr(self, f"{name}{i}")[choice, :outputs].view(-1, 1, 1) for name in ("scale", "shift"))
+            y = F.conv2d(y, getattr(self, f"weight{i}")[:outputs, :inputs], padding=padding) * scale + shift
+            y = y.relu() if i < self.count - 1 else (x + y).relu()
+        return y
+
+    # The narrow blocks are a cache of one device and type: anything that moves or copies the module drops it.
+    def _apply(self, fn: Any, recurse: bool = True) -> SlicedBlock:
+        self._narrow = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_narrow": {}}
+
+
+def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+    """The definition. Computes every row at every width, all channels, and selects: saves nothing.
+
+    Args:
+        x: [n, C, H, W].
+        choice: [n] integers in 0 ... choices-1.
+        block: with so many widths.
+
+    Returns:
+        [n, C, H, W].
+
+    Source: slicing instead of masking, DS-Net (Li et al. 2021, CVPR, section 3.3); switchable batch norm, slimmable
+    networks (Yu et al. 2019, ICLR, section 3.2).
+    """
+    out = x
+    for c in range(len(block.widths)):
+        out = torch.where((choice == c).view(-1, 1, 1, 1), block.masked(x, c), out)
+    return out
+
+
+def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+    """`sliced_conv_ref`, computing each row at its width only. `x` itself is overwritten and returned.
+
+    MACs: those of the block at each row's width.
+    """
+    if torch.is_grad_enabled() or (not on_host(x) and use_ref()):
+        return sliced_conv_ref(x, choice, block)
+    if not on_host(x) and use_triton(x, vendor=True):
+        return _on_triton(x, choice, block)
+    if is_compiling():
+        for c in range(len(block.widths)):
+            x = compute_rows(x, (choice == c).nonzero().squeeze(1), partial(block.sliced, choice=c))
+        return x
+    routing = route(choice, len(block.widths))
+    if max(routing.sizes) == len(x):  # all chose the same
+        return block.narrow(routing.sizes.index(len(x)))(x)
+    ends = routing.ends
+    groups = [(block.narrow(c), start, end) for c, (start, end) in enumerate(pairwise(ends)) if end > start]
+    return compute_groups(x, routing.order, groups)
+
+
+def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+    from dynrl.ops.kernels.conv import conv_rows
+
+    routing = route(choice, len(block.widths))
+    order, offsets = routing.order, routing.offsets
+    y, rows = x, order
+    for i, padding in enumerate(block.paddings):
+        first, last = i == 0, i == block.count - 1
+        weight, scale, shift = (getattr(block, f"{name}{i}") for name in ("weight", "scale", "shift"))
+        size = (len(y), len(weight), *(side + 2 * padding - weight.shape[2] + 1 for side in y.shape[2:]))
+        out = x if last else torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        conv_rows(
+            y, weight, out, offsets, in_rows=rows if first else None, out_rows=order if last else None,
+            scale=scale, shift=shift, in_widths=None if first else block.active,
+            out_widths=None if last else block.active, residual=x if last else None, relu=True, padding=padding,
+        )  # fmt: skip
+        y = out
+    return x

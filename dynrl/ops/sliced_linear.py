@@ -1,0 +1,172 @@
+"""`sliced_linear`: two products whose hidden units are a prefix slice, as wide as each row chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.ops.backend import on_host, use_ref, use_triton
+from dynrl.ops.route import route
+from dynrl.ops.rows import put_rows
+
+# The occupancy rule: what the paths are estimated to take, in us. Measured on 2 cores: starting a product, reading a
+# megabyte of weights, a million MACs; sorting, gathering and putting back the rows.
+PRODUCT, MEGABYTE, MEGAMAC, MOVING = 40, 40, 13, 80
+WORTH_MACS = 12_000_000  # below, not even the estimate is worth its time
+
+
+class SlicedLinear(nn.Module):
+    """second[:, :w](relu(first[:w](x))): choice c uses the first w = widths[c] hidden units. For inference only.
+
+    Args:
+        first: to the hidden units.
+        second: from them.
+        widths: hidden units at each choice, rising.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
+    active: Tensor
+    limit: Tensor
+    starts: Tensor
+
+    def __init__(self, first: nn.Linear, second: nn.Linear, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        hidden = first.out_features
+        if list(widths) != sorted(set(widths)) or widths[0] < 0 or widths[-1] > hidden:
+            raise ValueError(f"expected rising widths in 0..{hidden}, the hidden units of the layer, got {widths}")
+        self.widths = widths
+        tensors = {"w1": first.weight, "b1": first.bias, "w2": second.weight, "b2": second.bias}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        device = first.weight.device
+        self.register_buffer("active", torch.tensor(widths, dtype=torch.int32, device=device))
+        inside = torch.arange(hidden, device=device) < self.active.unsqueeze(1)
+        # [choices, hidden]: infinity within the width, 0 beyond. ReLU and mask are then one clamp.
+        self.register_buffer("limit", torch.where(inside, torch.inf, 0.0).to(first.weight.dtype))
+        self.register_buffer("starts", torch.zeros(len(widths), dtype=torch.int64, device=device))
+
+
+def sliced_linear_macs(rows: int, inputs: int, width: int, outputs: int) -> int:
+    """MACs of `rows` rows that use `width` hidden units."""
+    return rows * width * (inputs + outputs)
+
+
+def sliced_linear_ref(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
+    """The definition: all hidden units for every row, of which each row keeps a prefix.
+
+    Args:
+        x: [n, inputs].
+        choice: [n] integers in 0 ... choices-1.
+        layer: with so many widths.
+
+    Returns:
+        [n, outputs].
+
+    Source: width slices of slimmable networks (Yu et al. 2019, ICLR), sliced and not masked as in DS-Net (Li et al.
+    2021, CVPR, section 3.3).
+    """
+    hidden = F.linear(x, layer.w1, layer.b1).relu()
+    return F.linear(torch.where(layer.limit[choice] > 0, hidden, 0), layer.w2, layer.b2)
+
+
+def sliced_linear(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
+    """`sliced_linear_ref`, reading and computing each row's slice only.
+
+    On the CPU the rows sorted by width are multiplied block by block of the weights: block j with all rows that are
+    wide enough for it, so that the weights are read once, and not once a width.
+
+    MACs: `sliced_linear_macs` for each width's rows.
+    """
+    if torch.is_grad_enabled():
+        return sliced_linear_ref(x, choice, layer)
+    if not on_host(x):
+        if use_ref():
+            return sliced_linear_ref(x, choice, layer)
+        if torch.compiler.is_compiling():
+            import dynrl.ops.traced  # noqa: F401 (registers the op)
+
+            return torch.ops.dynrl.sliced_linear(
+                x, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, list(layer.widths)
+            )
+        if use_triton(x):
+            return _on_triton(x, choice, layer)
+    return sliced_product(x, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, layer.widths)
+
+
+def sliced_product(
+    x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, limit: Tensor,
+    widths: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """The CPU path of `sliced_linear`."""
+    n = len(x)
+    if n > 1 and n * (w1.numel() + w2.numel()) < WORTH_MACS:
+        return _masked(x, choice, w1, b1, w2, b2, limit)
+    choices = choice.tolist()
+    if n and choices.count(choices[0]) == n:
+        width = widths[choices[0]]
+        hidden = F.linear(x, w1[:width], None if b1 is None else b1[:width]).relu_()
+        return F.linear(hidden, w2[:, :width], b2)
+    blocks = list(_blocks(choices, widths))
+    if _time([(n, *w1.shape), (n, *w2.shape)]) < MOVING + _time(
+        [(rows, stop - start, side) for rows, start, stop in blocks for side in (w1.shape[1], w2.shape[0])]
+    ):
+        return _masked(x, choice, w1, b1, w2, b2, limit)
+    order = torch.sort(
+        choice, descending=True, stable=True
+    ).indices  # the widest first: each block takes the first rows
+    rows = x.index_select(0, order)
+    out = torch.empty(n, len(w2), dtype=x.dtype)
+    for i, (count, start, stop) in enumerate(blocks):
+        hidden = F.linear(rows[:count], w1[start:stop], None if b1 is None else b1[start:stop]).relu_()
+        into, matrix = out[:count], w2[:, start:stop].t()
+        if i:
+            into.addmm_(hidden, matrix)
+        elif b2 is None:
+            torch.mm(hidden, matrix, out=into)
+        else:
+            torch.addmm(b2, hidden, matrix, out=into)
+    return put_rows(torch.empty_like(out), order, out)
+
+
+def _masked(
+    x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, limit: Tensor
+) -> Tensor:
+    hidden = F.linear(x, w1, b1)
+    return F.linear(hidden.clamp_(hidden.new_zeros(()), limit.index_select(0, choice)), w2, b2)
+
+
+def _blocks(choices: list[int], widths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(rows, first, last) of each block of hidden units, and how many rows, widest first, are wide enough for it."""
+    rows, start = len(choices), 0
+    for c, stop in enumerate(widths):
+        if rows and (stop > start or c == 0):  # the first block, even if empty, sets the biases
+            yield rows, start, stop
+        start = stop
+        rows -= choices.count(c)
+
+
+def _time(products: list[tuple[int, int, int]]) -> float:
+    """Estimated us of products of [rows, k] and [k, m]: the weights must be read, and the MACs done."""
+    return sum(PRODUCT + max(4e-6 * m * k * MEGABYTE, 1e-6 * rows * m * k * MEGAMAC) for rows, m, k in products)
+
+
+def _on_triton(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
+    from dynrl.ops.kernels.linear import linear_rows
+
+    routing = route(choice, len(layer.widths))
+    order, offsets, starts = routing.order, routing.offsets, layer.starts
+    hidden = x.new_empty(len(x), len(layer.w1))  # sorted by choice; nothing beyond a row's width is written or read
+    linear_rows(
+        x, layer.w1, hidden, offsets, starts, in_rows=order, out_widths=layer.active, relu=True,
+        bias=layer.b1, bias_starts=None if layer.b1 is None else starts,
+    )  # fmt: skip
+    return linear_rows(
+        hidden, layer.w2, x.new_empty(len(x), len(layer.w2)), offsets, starts, out_rows=order, in_widths=layer.active,
+        bias=layer.b2, bias_starts=None if layer.b2 is None else starts,
+    )  # fmt: skip

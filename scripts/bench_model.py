@@ -1,0 +1,129 @@
+"""Whole plugged networks against dense ones: rows of `dynrl bench model`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynrl.backbones import Backbone, GatedResNet, State
+from dynrl.evaluation import FORMATS, in_format, medians_in_turn, random_rate
+from dynrl.observation import Layout
+from dynrl.policies import RandomPolicy, Router
+from dynrl.routed import RoutedModel, load
+
+# name: batch sizes, backbone's settings.
+NETWORKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "resnet20 32x32": ((1, 8, 64, 256), {"input_shape": (3, 32, 32), "layers": (3, 3, 3), "widths": (16, 32, 64)}),
+    "resnet110 32x32": ((256,), {"input_shape": (3, 32, 32), "layers": (18, 18, 18), "widths": (16, 32, 64)}),
+    "resnet50 224x224": (
+        (1, 8, 64),
+        {
+            "input_shape": (3, 224, 224), "classes": 1000, "block": "bottleneck", "layers": (3, 4, 6, 3),
+            "widths": (64, 128, 256, 512), "stem": "imagenet",
+        },
+    ),
+}  # fmt: skip
+
+
+class _Forced(RoutedModel):
+    """A routed model whose router decides in vain: it takes its time, and a given route is taken."""
+
+    route: Tensor
+
+    def _choose(self, state: State) -> Tensor:
+        super()._choose(state)
+        walk = state.walk
+        return self.route[state.rows, walk.at(walk.steps, state.rows)]
+
+
+def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
+    """The plain dense network, compiled by torch's Inductor."""
+    run = torch.compile(network.ideal(inputs, route))
+    run()
+    return run
+
+
+def bench_model(
+    device: str = "cpu", dtype: str = "float32", rounds: int = 15, networks: tuple[str, ...] = (),
+    batches: tuple[int, ...] = (), runs: tuple[Path, ...] = (), compiled: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Networks of random weights on independent random routes at half the MACs, and learned policies from `runs`.
+
+    Rows have the times of: dense (the fastest of both memory formats), dense compiled, ideal, routed (the route is
+    given), routed with router (which decides in vain, or for a run, in earnest).
+    """
+    unknown = set(networks) - set(NETWORKS)
+    if unknown:
+        raise ValueError(f"unknown networks {sorted(unknown)}; expected some of {sorted(NETWORKS)}")
+    rows = []
+    for name in networks or NETWORKS:
+        sizes, settings = NETWORKS[name]
+        torch.manual_seed(0)
+        backbone = GatedResNet(**settings).eval().to(device, getattr(torch, dtype))
+        model = _Forced(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1).to(device))
+        for batch in batches or sizes:
+            inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=getattr(torch, dtype))
+            with torch.inference_mode():
+                rate = random_rate(
+                    model.backbone, inputs[:1].expand(256, *inputs.shape[1:])[: max(16, 256 if batch > 64 else 16)], 0.5
+                )
+            model.route = RandomPolicy(backbone.full_route, 2, rate).route(inputs).to(device)
+            rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.route, rounds, compiled)})
+            _show(rows[-1])
+    for run in runs:
+        plugged = load(run)
+        plugged.set_budget(0.5)
+        inputs = torch.randn(256, *plugged.input_shape)
+        plugged(inputs)
+        assert plugged.last_route is not None
+        rows.append(
+            {
+                "network": str(run),
+                "policy": "learned",
+                **_measure(plugged, inputs, plugged.last_route.actions, rounds, compiled),
+            }
+        )
+        _show(rows[-1])
+    for row in rows:
+        row |= {"device": device, "dtype": dtype}
+    return rows
+
+
+@torch.inference_mode()
+def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int, compiled: bool) -> dict[str, Any]:
+    backbone, device = model.backbone, inputs.device
+    dense_route = backbone.dense_actions(len(inputs), device)
+    sides: dict[str, Callable[[], Any]] = {}
+    for name, form in FORMATS.items():
+        network: Any = in_format(backbone, name)
+        sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), dense_route)
+    if compiled:
+        sides["compiled"] = _compiled(backbone, inputs, dense_route)
+    sides["ideal"] = backbone.ideal(inputs, route)
+    sides["routed"] = lambda: backbone.run_route(inputs, route)
+    sides["with router"] = lambda: model(inputs)
+    ms = medians_in_turn(sides, rounds, wait=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    dense = min(value for name, value in ms.items() if name.startswith("dense"))
+    fraction = float(backbone.run_route(inputs, route).macs.double().mean()) / backbone.dense_macs
+    return {
+        "batch": len(inputs), "macs_fraction": fraction, "dense_ms": dense, "compiled_ms": ms.get("compiled"),
+        "ideal_ms": ms["ideal"], "routed_ms": ms["routed"], "with_router_ms": ms["with router"],
+        "speedup": dense / ms["routed"], "speedup_with_router": dense / ms["with router"],
+        "realised_ratio": ms["ideal"] / ms["routed"], "realised_ratio_with_router": ms["ideal"] / ms["with router"],
+        "rounds": rounds,
+    }  # fmt: skip
+
+
+def _show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['network']:18} {row['policy']:8} batch {row['batch']:4} MACs {row['macs_fraction']:.2f} "
+        f"dense {row['dense_ms']:8.2f} "
+        f"compiled {row['compiled_ms'] or 0:8.2f} ideal {row['ideal_ms']:8.2f} routed {row['routed_ms']:8.2f} "
+        f"({row['realised_ratio']:.3f}) with router {row['with_router_ms']:8.2f} "
+        f"({row['realised_ratio_with_router']:.3f})",
+        flush=True,
+    )

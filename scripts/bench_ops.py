@@ -1,0 +1,475 @@
+"""The ops against their ideals: rows of `dynrl bench ops`. Needs torch (and triton on CUDA), nothing else."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.evaluation import medians_in_turn
+from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.exit_scores import exit_scores
+from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, gru_cell
+from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
+from dynrl.ops.route import route, route_ref
+from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
+from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
+from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
+
+BATCHES = (1, 8, 64, 256)
+KEPT = (0.25, 0.5, 0.75)
+# name: outer channels, side of the map, inner channels, kernels of the block's convolutions.
+MAPS = {
+    "resnet20/110 stage 1": (16, 32, 16, (3, 3)),
+    "resnet20/110 stage 2": (32, 16, 32, (3, 3)),
+    "resnet20/110 stage 3": (64, 8, 64, (3, 3)),
+    "resnet50 stage 1": (256, 56, 64, (1, 3, 1)),
+    "resnet50 stage 2": (512, 28, 128, (1, 3, 1)),
+    "resnet50 stage 3": (1024, 14, 256, (1, 3, 1)),
+    "resnet50 stage 4": (2048, 7, 512, (1, 3, 1)),
+}
+# name: experts, width, hidden width. A layer of two-layer experts.
+EXPERTS = {"8 experts 512-1024": (8, 512, 1024), "64 experts 512-1024": (64, 512, 1024)}
+# name: width, hidden width. A layer of two products.
+LAYERS = {"512-1024": (512, 1024), "1024-4096": (1024, 4096)}
+CELLS = {"gru 128": (128, 128), "gru 512": (512, 512)}
+
+Side = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """What is timed side by side. Of several dense or ideal forms the fastest counts.
+
+    Attributes:
+        dense, masked: the whole network's layers on all rows; the same and a selection.
+        indexed: what one would write without the ops. `ideal`: the rows already together, the decision known.
+        routed: the op.
+        check: the op's result and the definition's on the same inputs.
+    """
+
+    op: str
+    shape: str
+    batch: int
+    kept: float | None
+    routed: Side
+    check: Callable[[], tuple[Tensor, Tensor]]
+    dense: dict[str, Side] = field(default_factory=dict)
+    masked: Side | None = None
+    indexed: Side | None = None
+    ideal: dict[str, Side] = field(default_factory=dict)
+
+
+def kept_rows(batch: int, kept: float, device: torch.device) -> Tensor:
+    """[batch] bool: a mask of round(kept * batch) rows, drawn from a fixed seed."""
+    mask = torch.zeros(batch, dtype=torch.bool)
+    mask[torch.randperm(batch, generator=torch.Generator().manual_seed(batch))[: round(kept * batch)]] = True
+    return mask.to(device)
+
+
+def copy_of(x: Tensor) -> Tensor:
+    """A copy in channels_last."""
+    return x.clone(memory_format=torch.channels_last)
+
+
+def _convolutions(shape: str, device: torch.device, dtype: torch.dtype) -> list[nn.Conv2d]:
+    outer, _, inner, kernels = MAPS[shape]
+    widths = [outer, *[inner] * (len(kernels) - 1), outer]
+    made = [nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in zip(widths, widths[1:], kernels, strict=False)]
+    for layer in made:  # small weights: the block is applied to its own result over and over
+        layer.weight.mul_(0.01)
+        layer.to(device, dtype)
+    return made
+
+
+def _plain(layers: list[nn.Conv2d]) -> Callable[[Tensor], Tensor]:
+    """The block as one writes it in torch, batch norm folded."""
+
+    def block(x: Tensor) -> Tensor:
+        y = x
+        for layer in layers[:-1]:
+            y = F.relu(layer(y), inplace=True)
+        return F.relu(layers[-1](y).add_(x), inplace=True)
+
+    return block
+
+
+def _formatted(layers: list[nn.Conv2d], form: torch.memory_format) -> list[nn.Conv2d]:
+    copies = []
+    for layer in layers:
+        twin = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)  # type: ignore[arg-type]
+        twin = twin.to(layer.weight.device, layer.weight.dtype)
+        twin.load_state_dict(layer.state_dict())
+        copies.append(twin.to(memory_format=form))  # type: ignore[call-overload]
+    return copies
+
+
+def gated_residual_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """A residual block that a share of the rows runs."""
+    outer, side, _, _ = MAPS[shape]
+    layers = _convolutions(shape, device, dtype)
+    last, first = _formatted(layers, torch.channels_last), _formatted(layers, torch.contiguous_format)
+    block = ResidualBlock([FoldedConv2d.of(layer) for layer in last])
+    plain, plain_first = _plain(last), _plain(first)
+    x = torch.randn(batch, outer, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    dense: dict[str, Side] = {"fused": lambda: block(x), "nhwc": lambda: plain(x)}
+    if (
+        not x.is_cuda and outer * side * side * batch <= 1 << 25
+    ):  # NCHW never won on the large ones, and takes a second copy
+        nchw = x.contiguous()
+        dense["nchw"] = lambda: plain_first(nchw)
+
+    def at(kept: float) -> Case:
+        run = kept_rows(batch, kept, device)
+        together = x[: int(run.sum())].clone(memory_format=torch.channels_last)
+
+        def indexed() -> None:
+            index = run.nonzero().squeeze(1)
+            if len(index):
+                x[index] = plain(x[index])
+
+        return Case(
+            "gated_residual", shape, batch, kept,
+            routed=lambda: gated_residual(x, run, block),
+            check=lambda: (gated_residual(copy_of(x), run, block), gated_residual_ref(x, run, plain)),
+            dense=dense, masked=lambda: torch.where(run.view(-1, 1, 1, 1), plain(x), x), indexed=indexed,
+            ideal={
+                "fused": lambda: block(together), "plain": lambda: plain(together),
+            } if len(together) else {},
+        )  # fmt: skip
+
+    yield from map(at, KEPT)
+
+
+def _mixed(kept: float, full: int) -> tuple[int, int, int]:
+    """Three widths of mean `kept` * full."""
+    step = 0.25 if kept > 0.25 else 0.125
+    return tuple(round(full * share) for share in (kept - step, kept, kept + step))  # type: ignore[return-value]
+
+
+def _thirds(batch: int, device: torch.device) -> Tensor:
+    """[batch] choices among three, evenly mixed."""
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch))
+    return ((order + 1) % 3).to(device)
+
+
+def sliced_conv_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """A residual block at three inner widths, mixed in one batch."""
+    outer, side, inner, _ = MAPS[shape]
+    layers = _formatted(_convolutions(shape, device, dtype), torch.channels_last)
+    full, plain = ResidualBlock([FoldedConv2d.of(layer) for layer in layers]), _plain(layers)
+    x = torch.randn(batch, outer, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    choice = _thirds(batch, device)
+    groups = [(choice == c).nonzero().squeeze(1) for c in range(3)]
+
+    def at(kept: float) -> Case:
+        widths = _mixed(kept, inner)
+        block = SlicedBlock(layers, [[nn.Identity()] * 3] * len(layers), widths).to(device)
+        parts = [
+            (block.narrow(c), x[: len(index)].clone(memory_format=torch.channels_last))
+            for c, index in enumerate(groups)
+            if len(index)
+        ]
+
+        def indexed() -> None:
+            for c, width in enumerate(block.widths):
+                index, active = (choice == c).nonzero().squeeze(1), torch.arange(width, device=device)
+                if len(index):
+                    y = rows = x[index]
+                    for i, layer in enumerate(layers):
+                        weight, bias = layer.weight, layer.bias
+                        assert bias is not None
+                        weight = weight if i == 0 else weight.index_select(1, active)
+                        if i < len(layers) - 1:
+                            weight, bias = weight.index_select(0, active), bias.index_select(0, active)
+                        y = F.conv2d(y, weight, bias, padding=layer.padding)
+                        y = F.relu(y if i < len(layers) - 1 else y.add_(rows), inplace=True)
+                    x[index] = y
+
+        def masked() -> Tensor:
+            mask = (torch.arange(inner, device=device) < block.active[choice].unsqueeze(1)).to(dtype)[:, :, None, None]
+            y = x
+            for layer in layers[:-1]:
+                y = F.relu(layer(y), inplace=True).mul_(mask)
+            return F.relu(layers[-1](y).add_(x), inplace=True)
+
+        return Case(
+            "sliced_conv", shape, batch, kept,
+            routed=lambda: sliced_conv(x, choice, block),
+            check=lambda: (sliced_conv(copy_of(x), choice, block), sliced_conv_ref(x, choice, block)),
+            dense={"fused": lambda: full(x), "nhwc": lambda: plain(x)}, masked=masked, indexed=indexed,
+            ideal={"fused": lambda: [narrow(rows) for narrow, rows in parts]},
+        )  # fmt: skip
+
+    yield from map(at, KEPT)
+
+
+def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Two products whose hidden units are a prefix slice, at three widths mixed in one batch."""
+    outer, inner = LAYERS[shape]
+    first, second = nn.Linear(outer, inner).to(device, dtype), nn.Linear(inner, outer).to(device, dtype)
+    full = first.weight, first.bias, second.weight, second.bias
+    x, choice = torch.randn(batch, outer, device=device, dtype=dtype), _thirds(batch, device)
+    counts = choice.bincount(minlength=3).tolist()
+
+    def layer(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(rows, w1, b1), inplace=True), w2, b2)
+
+    def at(kept: float) -> Case:
+        sliced = SlicedLinear(first, second, _mixed(kept, inner))
+        sliced.w1, sliced.b1, sliced.w2, sliced.b2 = full  # one copy of the weights: whose is in the cache matters
+        narrow = [
+            (rows.clone(), full[0][:w].clone(), full[1][:w].clone(), full[2][:, :w].clone(), full[3])
+            for w, rows in zip(sliced.widths, x.split(counts), strict=True) if len(rows)
+        ]  # fmt: skip
+
+        def indexed() -> Tensor:
+            out = torch.empty_like(x)
+            for c, width in enumerate(sliced.widths):
+                index, active = (choice == c).nonzero().squeeze(1), torch.arange(width, device=device)
+                parts = (
+                    full[0].index_select(0, active),
+                    full[1].index_select(0, active),
+                    full[2].index_select(1, active),
+                )
+                out[index] = layer(x[index], *parts, full[3])
+            return out
+
+        return Case(
+            "sliced_linear", shape, batch, kept, routed=lambda: sliced_linear(x, choice, sliced),
+            check=lambda: (sliced_linear(x, choice, sliced), sliced_linear_ref(x, choice, sliced)),
+            dense={"linear": lambda: layer(x, *full)}, indexed=indexed,
+            masked=lambda: sliced_linear_ref(x, choice, sliced),
+            ideal={"narrow": lambda: [layer(*parts) for parts in narrow]},
+        )  # fmt: skip
+
+    yield from map(at, KEPT)
+
+
+def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Rows at their two-layer experts."""
+    experts, outer, inner = EXPERTS[shape]
+    w1 = torch.randn(experts, inner, outer, device=device, dtype=dtype) / outer**0.5
+    w2 = torch.randn(experts, outer, inner, device=device, dtype=dtype) / inner**0.5
+    b1, b2 = (torch.randn(experts, width, device=device, dtype=dtype) for width in (inner, outer))
+    x = torch.randn(batch, outer, device=device, dtype=dtype)
+    choice = torch.randint(0, experts, (batch,), generator=torch.Generator().manual_seed(batch)).to(device)
+    sizes = choice.bincount(minlength=experts).tolist()
+    parts = [(e, part) for e, part in enumerate(x.split(sizes)) if len(part)]
+
+    def expert(e: int, rows: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(rows, w1[e], b1[e]), inplace=True), w2[e], b2[e])
+
+    def routed(product: Callable[..., Tensor], router: Callable[..., Any]) -> Tensor:
+        routing = router(choice, experts)
+        hidden = product(x, w1, routing, b1, relu=True, sorted_out=True)
+        return product(hidden, w2, routing, b2, sorted_in=True)
+
+    def indexed() -> Tensor:
+        out = torch.empty_like(x)
+        for e in choice.unique().tolist():
+            index = (choice == e).nonzero().squeeze(1)
+            out[index] = expert(e, x[index])
+        return out
+
+    ideal: dict[str, Side] = {"loop": lambda: [expert(e, part) for e, part in parts]}
+    if x.is_cuda and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
+        ends = torch.tensor(sizes, device=device).cumsum(0).int()
+
+        def grouped() -> Tensor:  # torch's own, without biases
+            hidden = F.relu(torch._grouped_mm(x, w1.transpose(-1, -2), offs=ends), inplace=True)
+            return torch._grouped_mm(hidden, w2.transpose(-1, -2), offs=ends)
+
+        ideal["grouped_mm"] = grouped
+    yield Case(
+        "routed_linear", shape, batch, None, routed=lambda: routed(routed_linear, route),
+        check=lambda: (routed(routed_linear, route), routed(routed_linear_ref, route_ref)), indexed=indexed,
+        ideal=ideal,
+    )  # fmt: skip
+
+
+def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """A GRU cell that a share of the rows runs."""
+    inputs, hidden = CELLS[shape]
+    cell = nn.GRUCell(inputs, hidden).to(device, dtype).requires_grad_(False)
+    weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    x, h = (
+        torch.randn(batch, inputs, device=device, dtype=dtype),
+        torch.randn(batch, hidden, device=device, dtype=dtype),
+    )
+
+    def at(kept: float) -> Case:
+        run = kept_rows(batch, kept, device)
+        count = int(run.sum())
+        some_x, some_h = x[:count].clone(), h[:count].clone()
+
+        def indexed() -> None:
+            index = run.nonzero().squeeze(1)
+            h[index] = cell(x[index], h[index])
+
+        return Case(
+            "gated_cell", shape, batch, kept,
+            routed=lambda: gated_cell(x, h, run, *weights),
+            check=lambda: (gated_cell(x, h.clone(), run, *weights), gated_cell_ref(x, h, run, *weights)),
+            dense={"ours": lambda: gru_cell(x, h, *weights), "torch": lambda: cell(x, h)},
+            masked=lambda: torch.where(run.unsqueeze(1), cell(x, h), h), indexed=indexed,
+            ideal={
+                "ours": lambda: gru_cell(some_x, some_h, *weights),
+                "torch": lambda: cell(some_x, some_h),
+            } if count else {},
+        )  # fmt: skip
+
+    yield from map(at, KEPT)
+
+
+def small_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """The ops that only cost time: no dense side, no ideal."""
+
+    def routes(choices: int) -> Case:
+        choice = torch.randint(0, choices, (batch,), device=device)
+        check = lambda: (route(choice, choices).order, route_ref(choice, choices).order)  # noqa: E731
+        return Case("route", f"{choices} choices", batch, None, lambda: route(choice, choices), check)
+
+    def scores(classes: int) -> Case:
+        logits = torch.randn(batch, classes, device=device, dtype=dtype)
+        check = lambda: (exit_scores(logits), exit_scores(logits.double()).float())  # noqa: E731
+        return Case("exit_scores", f"{classes} classes", batch, None, lambda: exit_scores(logits), check)
+
+    yield from map(routes, (2, 8, 64))
+    yield from map(scores, (10, 1000))
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], Callable[..., Iterator[Case]]]] = {
+    "gated_residual": (MAPS, gated_residual_cases),
+    "routed_linear": (EXPERTS, routed_linear_cases),
+    "sliced_conv": ({name: maps for name, maps in MAPS.items() if "resnet50" in name}, sliced_conv_cases),
+    "sliced_linear": (LAYERS, sliced_linear_cases),
+    "gated_cell": (CELLS, gated_cell_cases),
+}
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    """Refuse to time what computes something else than its definition."""
+    got, expected = (t.double() for t in case.check())
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-9)) if got.numel() else 0.0
+    limit = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
+    if not error <= limit:
+        raise RuntimeError(
+            f"{case.op}, {case.shape}, batch {case.batch}, kept {case.kept}: off its definition by {error:.1e} of the "
+            f"largest value; {limit:.0e} is allowed. Nothing is timed on red"
+        )
+
+
+def measure(cases: list[Case], device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """Time all sides of cases of one shape and batch in turn, in a new order each round; five rounds at least."""
+    sides: dict[tuple[int, str], Side] = {}
+    for i, case in enumerate(cases):
+        shared = {f"dense {name}": side for name, side in case.dense.items()} if i == 0 else {}
+        own = {"masked": case.masked, "indexed": case.indexed, "routed": case.routed}
+        own |= {f"ideal {name}": side for name, side in case.ideal.items()}
+        sides |= {(i, name): side for name, side in (shared | own).items() if side is not None}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    began = time.perf_counter()
+    for side in sides.values():
+        side()
+    wait()
+    rounds = min(200, max(5, round(seconds / (2 * (time.perf_counter() - began)))))
+    medians = medians_in_turn(sides, rounds, wait=wait)
+
+    def best(i: int, kind: str) -> float | None:
+        return min((value for (j, name), value in medians.items() if j == i and name.startswith(kind)), default=None)
+
+    rows = []
+    for i, case in enumerate(cases):
+        routed = medians[i, "routed"]
+        row: dict[str, Any] = {
+            "op": case.op,
+            "shape": case.shape,
+            "batch": case.batch,
+            "kept": case.kept,
+            "routed_ms": routed,
+        }
+        if case.ideal or case.dense:
+            ideal = best(i, "ideal") or 0.0  # no row is kept: nothing to do
+            row |= {
+                "dense_ms": best(0, "dense"), "masked_ms": medians.get((i, "masked")),
+                "indexed_ms": medians.get((i, "indexed")), "ideal_ms": ideal, "realised_ratio": ideal / routed,
+                "overhead_us": 1e3 * (routed - ideal),
+            }  # fmt: skip
+        rows.append(row | {"rounds": rounds})
+    return rows
+
+
+@torch.inference_mode()
+def bench_ops(
+    device: str = "cpu",
+    dtype: str = "float32",
+    seconds: float = 1.5,
+    ops: tuple[str, ...] = (),
+    batches: tuple[int, ...] = BATCHES,
+) -> list[dict[str, Any]]:
+    """All rows, or those of some `ops`; `seconds` of timing for each shape and batch.
+
+    Raises:
+        RuntimeError: an op gives something else than its definition.
+    """
+    where, kind = torch.device(device), getattr(torch, dtype)
+    unknown = set(ops) - set(FAMILIES)
+    if unknown:
+        raise ValueError(f"unknown ops {sorted(unknown)}; expected some of {sorted(FAMILIES)}")
+    rows: list[dict[str, Any]] = []
+    jobs = [
+        (make, shape, batch) for op, (shapes, make) in FAMILIES.items() if not ops or op in ops
+        for shape in shapes for batch in batches
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    for make, shape, batch in jobs:
+        cases = list(make(shape, batch, where, kind))
+        for case in cases:
+            check(case, kind)
+        rows += _show(measure(cases, where, seconds))
+    if not ops:
+        for batch in batches:
+            for case in small_cases(batch, where, kind):
+                check(case, kind)
+                rows += _show(measure([case], where, seconds / 10))
+    for row in rows:
+        row |= {"device": device, "dtype": dtype}
+    return rows
+
+
+def _show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in rows:
+        line = f"{row['op']:14} {row['shape']:20} batch {row['batch']:4} kept {row['kept'] or '':4} "
+        line += f"routed {row['routed_ms']:8.3f} ms"
+        if "ideal_ms" in row:
+            dense = f"{row['dense_ms']:8.3f}" if row["dense_ms"] else "       -"
+            line += f" ideal {row['ideal_ms']:8.3f} dense {dense} ratio {row['realised_ratio']:.3f}"
+        print(line, flush=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each op with an ideal: geometric mean and worst ratio over rows of batch 64 and more, of 0.5 ms and more."""
+    found = []
+    for op in FAMILIES:
+        mine = [r for r in rows if r["op"] == op]
+        ratios = [r["realised_ratio"] for r in mine if r["batch"] >= 64 and r["ideal_ms"] >= 0.5]
+        if ratios:
+            dense = [(r["dense_ms"], r["routed_ms"]) for r in mine if r["dense_ms"]]
+            slower = sum(routed > ms + max(0.05 * ms, 0.015) for ms, routed in dense)
+            mean = math.exp(statistics.fmean(map(math.log, ratios)))
+            found.append(
+                {
+                    "op": op, "rows": len(ratios), "geometric_mean": mean, "worst": min(ratios),
+                    "slower_than_dense": slower, "all_rows": len(mine),
+                }
+            )  # fmt: skip
+    return found

@@ -1,0 +1,134 @@
+"""Compile every kernel for sm_90 without a GPU and print what each needs, one JSON line a case.
+
+Run as `python tests/aot.py [--all]`, with TRITON_INTERPRET unset. By default each kernel is compiled with its largest
+tile; `--all` takes every tile that the autotuner may choose. A line holds kernel, dtype, constants, registers (a
+thread), spills (bytes of local memory a thread) and shared (bytes a block).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dynrl.ops.kernels import conv, gru, linear, route
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class _Pointer:
+    """Stands in for a tensor where the autotuner's pruning asks for a dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+
+def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """(kernel, arguments, constants) with a type string for each pointer; what is not named is a pointer of `dtype`."""
+    size, channels = 256, 128
+    rows = {"in_rows_ptr": "*i64", "out_rows_ptr": "*i64", "x_rows_ptr": "*i64", "h_rows_ptr": "*i64"}
+    rows |= {"offsets_ptr": "*i32", "starts_ptr": "*i64", "dy_rows_ptr": "*i64", "bias_starts_ptr": "*i64"}
+    rows |= {"in_widths_ptr": "*i32", "out_widths_ptr": "*i32", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
+    precision = {"PRECISION": "ieee"}
+    groups = {"NUM_GROUPS": 4, "BLOCK_GROUPS": 4}
+    images = {
+        "size_c": channels, "size_k": channels, "H": 28, "W": 28, "P": 28, "Q": 28, "stride_wk": 9 * channels,
+        "stride_wc": 1, "stride_wr": 3 * channels, "stride_ws": channels, "size_class": 8,
+    }  # fmt: skip
+    images |= {f"stride_{t}n": 784 * channels for t in "xor"} | {f"stride_{t}h": 28 * channels for t in "xor"}
+    images |= {f"stride_{t}w": channels for t in "xor"}
+    taps = {"R": 3, "S": 3, "STRIDE": 1, "PADDING": 1, "RELU": True} | precision
+    plain = {"in_widths_ptr": None, "out_widths_ptr": None}
+    yield conv._conv_rows_kernel, rows | images | plain, taps | {"NUM_GROUPS": 1, "BLOCK_GROUPS": 1}
+    yield conv._conv_rows_kernel, rows | images, taps | groups
+    matrix = {"size_in": size, "size_out": size, "stride_x": size, "stride_wm": size, "stride_wk": 1, "size_class": 6}
+    yield linear._linear_rows_kernel, rows | matrix | {"stride_out": size}, {"RELU": True} | groups | precision
+    transposed = matrix | plain | {"stride_out": size, "stride_wm": 1, "stride_wk": size}
+    yield linear._linear_rows_kernel, rows | transposed, {"RELU": False} | groups | precision
+    yield linear._grad_weight_rows_kernel, rows | matrix | {"stride_dy": size}, {"NUM_GROUPS": 4} | precision
+    cell = {
+        "size_in": size,
+        "size_hidden": size,
+        "stride_x": size,
+        "stride_h": size,
+        "stride_out": size,
+        "size_class": 6,
+    }
+    yield gru._gru_rows_kernel, rows | cell, precision
+    moved = {"rows_ptr": "*i64", "size": size, "stride_src": size, "stride_dst": size}
+    yield gru._scatter_rows_kernel, rows | moved, {"BLOCK_M": 16, "BLOCK_N": 128}
+    if dtype == torch.float32:
+        yield (
+            linear._linear_rows_kernel,
+            rows | matrix | {"stride_out": size},
+            {"RELU": True, "PRECISION": "tf32"} | groups,
+        )
+        yield conv._conv_rows_kernel, rows | images, taps | groups | {"PRECISION": "tf32"}
+        yield conv._conv_rows_kernel, rows | images | plain, taps | groups | {"PRECISION": "tf32"}
+        chosen = {"choice_ptr": "*i64", "order_ptr": "*i64", "offsets_ptr": "*i32", "n": 4096, "stride_choice": 1}
+        yield route._route_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
+
+
+def _configs(
+    kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], dtype: torch.dtype, every: bool
+) -> list:
+    """The autotuner's choices for these arguments."""
+    if not isinstance(kernel, triton.runtime.Autotuner):
+        return [triton.Config({}, num_warps=constants.get("num_warps", 4))]
+    configs = kernel.early_config_prune(kernel.configs, arguments | {"x_ptr": _Pointer(dtype)}, **constants)
+    return configs if every else configs[-1:]
+
+
+def compile_case(
+    kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], config: Any, dtype: torch.dtype
+) -> dict:
+    """Compile one kernel with one tile as a launch with these arguments would, and read off what it needs."""
+    function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+    meta = {name: value for name, value in constants.items() if name != "num_warps"} | config.kwargs
+    signature, fixed, attributes = {}, {}, {}
+    for place, name in enumerate(function.arg_names):
+        value = meta[name] if name in meta else arguments.get(name, "*" + TYPES[dtype])
+        # A launch treats None and 1 as constants too, and notes what is a multiple of 16.
+        if name in meta or value is None or value == 1:
+            signature[name], fixed[(place,)] = "constexpr", value
+            continue
+        signature[name] = value if isinstance(value, str) else "i32"
+        if isinstance(value, str) or value % 16 == 0:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(ASTSource(function, signature, fixed, attributes), target=TARGET, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "kernel": function.__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "constants": meta | options | {"absent": [name for name, value in arguments.items() if value is None]},
+        "registers": numbers["REG"],
+        "spills": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+    }
+
+
+def main() -> None:
+    for dtype in TYPES:
+        for kernel, arguments, constants in _cases(dtype):
+            for config in _configs(kernel, arguments, constants, dtype, "--all" in sys.argv):
+                print(json.dumps(compile_case(kernel, arguments, constants, config, dtype)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

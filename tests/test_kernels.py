@@ -1,0 +1,367 @@
+"""The Triton kernels against torch in float64: on CUDA where there is one, else interpreted on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from dynrl.ops.kernels.conv import conv_rows
+from dynrl.ops.kernels.gru import gru_rows, scatter_rows
+from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
+from dynrl.ops.kernels.route import route, tile_bound
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAN = float("nan")
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises where the host would wait for a value of the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name, kwargs or {}
+        to_host = (
+            name == "aten::_to_copy" and args[0].is_cuda and torch.device(kwargs.get("device", "cuda")).type == "cpu"
+        )
+        if to_host or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_full_precision() -> Iterator[None]:
+    torch.set_num_threads(1)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def images(*shape: int, dtype: torch.dtype) -> Tensor:
+    """channels_last, and a slice of a tensor with more channels, which hold NaN."""
+    whole = torch.full((shape[0], shape[1] + 8, *shape[2:]), NAN, device=DEVICE, dtype=dtype)
+    part = whole.contiguous(memory_format=torch.channels_last)[:, : shape[1]]
+    return part.copy_(randn(*shape))
+
+
+def rows(n: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[n, width] as a slice of a wider tensor, the rest of which holds NaN."""
+    whole = torch.full((n, width + 3), NAN, device=DEVICE, dtype=dtype)
+    return whole[:, :width].copy_(randn(n, width))
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def int64(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def assert_close(got: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """At most twice the error that torch itself makes in this dtype."""
+    assert got.shape == exact.shape == plain.shape and got.dtype == plain.dtype
+    if got.numel() == 0:
+        return
+    scale = exact.abs().max().clamp(min=1)
+    allowed = 2 * (plain.double() - exact).abs().max() + 1e-6 * scale
+    if INTERPRETED and got.dtype == torch.bfloat16:
+        allowed += scale * 2**-7  # the interpreter cuts off what a GPU rounds, in the result and in what it is made of
+    error = (got.double() - exact).abs().max()
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def chosen(kind: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(chosen rows, order, offsets), as a gate hands them on: rows that are not chosen come first in the order."""
+    run = {
+        "none": torch.zeros(n, dtype=torch.bool),
+        "all": torch.ones(n, dtype=torch.bool),
+        "one": torch.arange(n) == n // 2,
+        "some": torch.arange(n) % 3 != 1,
+    }[kind]
+    order, offsets = route(run.to(DEVICE), 2)
+    return run.nonzero().squeeze(1).to(DEVICE), order, offsets[1:]
+
+
+@pytest.mark.parametrize("n", [0, 1, 37, 5000])
+@pytest.mark.parametrize(("dtype", "num_choices"), [(torch.int64, 5), (torch.int32, 1), (torch.bool, 2)])
+def test_route_is_a_stable_sort(n: int, dtype: torch.dtype, num_choices: int) -> None:
+    # One column of a table of choices: strided.
+    choice = torch.randint(num_choices, (n, 3), device=DEVICE).to(dtype)[:, 1]
+    order, offsets = route(choice, num_choices)
+    torch.testing.assert_close(order, torch.sort(choice.long(), stable=True)[1])
+    counts = torch.bincount(choice.long(), minlength=num_choices)
+    torch.testing.assert_close(offsets, F.pad(counts.cumsum(0), (1, 0)).to(torch.int32))
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_tile_bound_is_enough(block: int) -> None:
+    for counts in ([0, 0, 0], [1, 1, 1], [0, 33, 0], [17, 1, 15]):
+        assert sum(-(-count // block) for count in counts) <= tile_bound(sum(counts), 3, block)
+
+
+@pytest.mark.parametrize(("taps", "stride"), [(1, 1), (3, 1), (3, 2), (1, 2)])
+@pytest.mark.parametrize("kind", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_rows(dtype: torch.dtype, kind: str, taps: int, stride: int) -> None:
+    n, c, k, height, width, padding = 4, 20, 17, 3, 5, taps // 2
+    x = images(n, c, height, width, dtype=dtype)
+    weight = (randn(k, c, taps, taps) / (c * taps * taps) ** 0.5).to(dtype)
+    if taps == 3:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    picked, order, offsets = chosen(kind, n)
+    left = torch.tensor([i for i in range(n) if i not in picked.tolist()], dtype=torch.long, device=DEVICE)
+    x[left] = NAN
+    scale, shift, gate = randn(1, k), randn(1, k), randn(n)
+    out = images(n, k, (height - 1) // stride + 1, (width - 1) // stride + 1, dtype=dtype)
+    out[left] = NAN
+    before = out.clone()
+
+    def expected(as_dtype: torch.dtype) -> Tensor:
+        y = F.conv2d(x[picked].to(as_dtype), weight.to(as_dtype), stride=stride, padding=padding)
+        y = y * scale.view(1, k, 1, 1).to(as_dtype) + shift.view(1, k, 1, 1).to(as_dtype)
+        return torch.relu(y * gate[picked].view(-1, 1, 1, 1).to(as_dtype) + before[picked].to(as_dtype))
+
+    with NoHostSync():
+        conv_rows(
+            x, weight, out, offsets, in_rows=order, out_rows=order, scale=scale, shift=shift, gate=gate,
+            residual=out, relu=True, stride=stride, padding=padding,
+        )  # fmt: skip
+    assert out[left].isnan().all()
+    if len(picked):
+        assert_close(out[picked], expected(torch.float64), expected(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_rows_without_rows_reads_every_image_in_place(dtype: torch.dtype) -> None:
+    x, weight = images(2, 3, 7, 7, dtype=dtype), randn(8, 3, 7, 7, dtype=dtype)
+    out = torch.full((2, 8, 4, 4), NAN, device=DEVICE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    conv_rows(x, weight, out, int32([0, 2]), stride=2, padding=3)
+    assert_close(out, F.conv2d(x.double(), weight.double(), stride=2, padding=3), F.conv2d(x, weight, None, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_rows_touches_nothing_beyond_the_widths(dtype: torch.dtype) -> None:
+    n, c, k = 7, 40, 36
+    in_widths, out_widths = [32, 5, 40, 16], [16, 36, 7, 32]
+    offsets = [1, 3, 4, 4, 7]  # item 0 is not done, the third group is empty
+    order = int64([6, 0, 3, 2, 5, 1, 4])
+    x, out = images(n, c, 4, 5, dtype=dtype), images(n, k, 4, 5, dtype=dtype)
+    before = out.clone()
+    weight = (randn(k, c, 3, 3) / 20).to(dtype).contiguous(memory_format=torch.channels_last)
+    scale, shift = randn(4, k), randn(4, k)
+    groups = [(*bounds, *widths) for bounds, *widths in zip(pairwise(offsets), in_widths, out_widths, strict=True)]
+    x[order[0]] = NAN
+    for begin, end, in_width, _ in groups:
+        x[order[begin:end], in_width:] = NAN
+    with NoHostSync():
+        conv_rows(
+            x, weight, out, int32(offsets), in_rows=order, out_rows=order, scale=scale, shift=shift,
+            residual=out, in_widths=int32(in_widths), out_widths=int32(out_widths), padding=1,
+        )  # fmt: skip
+    assert torch.equal(out[order[0]], before[order[0]])
+    for g, (begin, end, in_width, out_width) in enumerate(groups):
+        picked = order[begin:end]
+        if begin == end:
+            continue
+        inputs, part = x[picked, :in_width], weight[:out_width, :in_width]
+        exact, plain = (
+            F.conv2d(inputs.to(t), part.to(t), padding=1) * scale[g, :out_width].view(-1, 1, 1).to(t)
+            + shift[g, :out_width].view(-1, 1, 1).to(t)
+            + before[picked, :out_width].to(t)
+            for t in (torch.float64, dtype)
+        )
+        assert_close(out[picked, :out_width], exact, plain)
+        assert torch.equal(out[picked, out_width:], before[picked, out_width:])
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 0], [3, 0, 17], [9, 20, 4]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rows(dtype: torch.dtype, counts: list[int]) -> None:
+    n, k, m, experts = 33, 40, 37, len(counts)
+    offsets = [n - sum(counts)]  # items before it belong to nobody
+    for count in counts:
+        offsets.append(offsets[-1] + count)
+    order = torch.randperm(n, device=DEVICE)
+    x, weight, bias = rows(n, k, dtype), (randn(experts, m, k) / k**0.5).to(dtype), randn(experts, m, dtype=dtype)
+    gate = torch.rand(n, device=DEVICE).to(dtype)
+    out = torch.full((n, m), NAN, device=DEVICE, dtype=dtype)
+    starts, bias_starts = int64([e * m * k for e in range(experts)]), int64([e * m for e in range(experts)])
+    x[order[: offsets[0]]] = NAN
+    with NoHostSync():
+        linear_rows(
+            x, weight, out, int32(offsets), starts, in_rows=order, out_rows=order, bias=bias, bias_starts=bias_starts,
+            gate=gate, relu=True,
+        )  # fmt: skip
+    assert out[order[: offsets[0]]].isnan().all()
+    for e, (begin, end) in enumerate(pairwise(offsets)):
+        picked = order[begin:end]
+        exact, plain = (
+            torch.relu(F.linear(x[picked].to(t), weight[e].to(t), bias[e].to(t))) * gate[picked].to(t)[:, None]
+            for t in (torch.float64, dtype)
+        )
+        assert_close(out[picked], exact, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rows_of_one_shared_matrix_touches_nothing_beyond_the_widths(dtype: torch.dtype) -> None:
+    n, k, m, offsets = 9, 48, 33, [0, 4, 6, 9]
+    in_widths, out_widths = [16, 48, 7], [32, 33, 5]
+    x, weight = rows(n, k, dtype), (randn(m, k) / k**0.5).to(dtype)
+    out = torch.full((n, m), NAN, device=DEVICE, dtype=dtype)
+    groups = [(*bounds, *widths) for bounds, *widths in zip(pairwise(offsets), in_widths, out_widths, strict=True)]
+    for begin, end, in_width, _ in groups:
+        x[begin:end, in_width:] = NAN
+    linear_rows(
+        x, weight, out, int32(offsets), int64([0, 0, 0]), in_widths=int32(in_widths), out_widths=int32(out_widths)
+    )
+    for begin, end, in_width, out_width in groups:
+        inputs, part = x[begin:end, :in_width], weight[:out_width, :in_width]
+        assert_close(out[begin:end, :out_width], inputs.double() @ part.double().T, inputs @ part.T)
+        assert out[begin:end, out_width:].isnan().all()
+
+
+@pytest.mark.parametrize("stacked", ["matrices", "rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rows_transposed_and_grad_weight_rows(dtype: torch.dtype, stacked: str) -> None:
+    """Both gradients of a grouped product whose experts have their own widths, for each way to store the matrices."""
+    n, offsets, order = 40, [3, 23, 23, 40], torch.randperm(40, device=DEVICE)
+    widths = [32, 24, 19]
+    k, m = (28, 32) if stacked == "rows" else (32, 28)
+    weight = {"matrices": (3, 28, 32), "rows": (sum(widths), 28), "columns": (28, sum(widths))}[stacked]
+    matrix = (randn(*weight) / 5).to(dtype)
+    starts = {
+        "matrices": [0, 28 * 32, 2 * 28 * 32],
+        "rows": [0, 28 * widths[0], 28 * (widths[0] + widths[1])],
+        "columns": [0, widths[0], widths[0] + widths[1]],
+    }[stacked]
+    split = {"in_widths": int32(widths)} if stacked != "rows" else {"out_widths": int32(widths)}
+    x, dy, gate = rows(n, k, dtype), rows(n, m, dtype), torch.rand(n, device=DEVICE).to(dtype)
+    dx = torch.full((n, k), NAN, device=DEVICE, dtype=dtype)
+    # dx: outputs and inputs change places.
+    other = {"out_widths" if name == "in_widths" else "in_widths": value for name, value in split.items()}
+    dw = torch.full_like(matrix, NAN)
+    with NoHostSync():
+        linear_rows(
+            dy, matrix.transpose(-1, -2), dx, int32(offsets), int64(starts), in_rows=order, out_rows=order, **other
+        )
+        grad_weight_rows(x, dy, dw, int32(offsets), int64(starts), x_rows=order, dy_rows=order, gate=gate, **split)
+    again = torch.full_like(matrix, NAN)
+    grad_weight_rows(x, dy, again, int32(offsets), int64(starts), x_rows=order, dy_rows=order, gate=gate, **split)
+    torch.testing.assert_close(again, dw, rtol=0, atol=0, equal_nan=True)
+    for e, width in enumerate(widths):
+        view = {
+            "matrices": lambda w, e=e, width=width: w[e, :, :width],
+            "rows": lambda w, e=e, width=width: w[sum(widths[:e]) : sum(widths[: e + 1])],
+            "columns": lambda w, e=e, width=width: w[:, sum(widths[:e]) : sum(widths[: e + 1])],
+        }[stacked]
+        m_g, k_g = view(matrix).shape
+        picked = order[offsets[e] : offsets[e + 1]]
+        outer, inner = dy[picked, :m_g], x[picked, :k_g]
+        gated = (outer.double() * gate[picked].double()[:, None], outer * gate[picked][:, None])
+        assert_close(view(dw), gated[0].T @ inner.double(), gated[1].T @ inner)
+        assert_close(dx[picked, :k_g], outer.double() @ view(matrix).double(), outer @ view(matrix))
+        assert dx[picked, k_g:].isnan().all()
+        if stacked == "matrices":
+            assert dw[e, :, width:].isnan().all()
+
+
+def test_linear_rows_with_64_groups() -> None:
+    choice = torch.randint(64, (50,), device=DEVICE)
+    order, offsets = route(choice, 64)
+    x, weight, out = randn(50, 16), randn(64, 16, 16), torch.full((50, 16), NAN, device=DEVICE)
+    linear_rows(x, weight, out, offsets, torch.arange(64, device=DEVICE) * 256, in_rows=order, out_rows=order)
+    torch.testing.assert_close(out, torch.einsum("nk,nmk->nm", x, weight[choice]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "one", "some", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gru_rows_and_scatter_rows(dtype: torch.dtype, kind: str) -> None:
+    n, size, hidden = 19, 21, 35
+    cell = torch.nn.GRUCell(size, hidden, device=DEVICE).to(dtype)
+    x, h = rows(n, size, dtype), rows(n, hidden, dtype)
+    picked, order, offsets = chosen(kind, n)
+    left = torch.tensor([i for i in range(n) if i not in picked.tolist()], dtype=torch.long, device=DEVICE)
+    x[left], h[left] = NAN, NAN
+    new = torch.full((n, hidden), NAN, device=DEVICE, dtype=dtype)
+    saved = torch.full((n, 4, hidden), NAN, device=DEVICE, dtype=dtype)
+    weights = [p.detach() for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+    old = h.clone()
+    with NoHostSync():
+        gru_rows(x, h, *weights, new, offsets, x_rows=order, h_rows=order, saved=saved)
+        scatter_rows(new, h, order, offsets)
+    assert h[left].isnan().all() and new[: n - len(picked)].isnan().all() and saved[: n - len(picked)].isnan().all()
+    if not len(picked):
+        return
+
+    def expected(as_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh, b_ih, b_hh = (w.to(as_dtype) for w in weights)
+        from_x = F.linear(x[picked].to(as_dtype), w_ih, b_ih).chunk(3, 1)
+        from_h = F.linear(old[picked].to(as_dtype), w_hh, b_hh).chunk(3, 1)
+        r, z = torch.sigmoid(from_x[0] + from_h[0]), torch.sigmoid(from_x[1] + from_h[1])
+        candidate = torch.tanh(from_x[2] + r * from_h[2])
+        y = (1 - z) * candidate + z * old[picked].to(as_dtype)
+        return y, torch.stack([r, z, candidate, from_h[2]], 1)
+
+    (exact, exact_saved), (plain, plain_saved) = expected(torch.float64), expected(dtype)
+    with torch.no_grad():
+        reference = cell.double()(x[picked].double(), old[picked].double())
+    torch.testing.assert_close(exact, reference)
+    assert_close(h[picked], exact, plain)
+    assert_close(saved[n - len(picked) :], exact_saved, plain_saved)
+
+
+def test_gru_rows_writes_out_rows() -> None:
+    cell = torch.nn.GRUCell(8, 16, device=DEVICE)
+    x, h, out = randn(5, 8), randn(5, 16), torch.full((5, 16), NAN, device=DEVICE)
+    weights = [p.detach() for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+    gru_rows(x, h, *weights, out, int32([0, 3]), out_rows=int64([4, 0, 2, 1, 3]))
+    with torch.no_grad():
+        torch.testing.assert_close(out[[4, 0, 2]], cell(x[:3], h[:3]), rtol=1e-5, atol=1e-5)
+    assert out[[1, 3]].isnan().all()
+
+
+def test_rows_more_than_2_to_the_31_elements_apart() -> None:
+    # Only the pages that are written take memory.
+    far = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
+    x = far.as_strided((3, 16), (2**30, 1))
+    x.copy_(randn(3, 16))
+    weight, out = randn(16, 16, dtype=torch.float16), torch.full((1, 16), NAN, dtype=torch.float16, device=DEVICE)
+    linear_rows(x, weight, out, int32([0, 1]), int64([0]), in_rows=int64([2]), out_rows=int64([0]))
+    assert_close(out, x[2:].double() @ weight.double().T, x[2:] @ weight.T)
+    picture = x.as_strided((3, 16, 1, 1), (2**30, 1, 16, 16))
+    images_out = torch.full((1, 16, 1, 1), NAN, dtype=torch.float16, device=DEVICE)
+    conv_rows(picture, weight.view(16, 16, 1, 1), images_out, int32([0, 1]), in_rows=int64([2]), out_rows=int64([0]))
+    assert_close(images_out.view(1, 16), x[2:].double() @ weight.double().T, x[2:] @ weight.T)
+
+
+def test_kernels_compile_for_hopper_without_spills() -> None:
+    # In a process of its own: where this one interprets kernels, it cannot compile them.
+    program = Path(__file__).with_name("aot.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = {"_route", "_conv_rows", "_linear_rows", "_grad_weight_rows", "_gru_rows", "_scatter_rows"}
+    assert {case["kernel"] for case in cases} == {name + "_kernel" for name in kernels}
+    assert {case["dtype"] for case in cases} == {"float32", "float16", "bfloat16"}
+    for case in cases:
+        assert case["spills"] == 0, case
+        assert case["shared"] <= 227 * 1024, case
