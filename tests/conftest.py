@@ -10,11 +10,25 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
 
+pytest_plugins = ["tests.kernel_counts"]
+
 
 @pytest.fixture(autouse=True)
 def _few_threads_and_a_seed():
     torch.set_num_threads(2)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_tile_a_kernel_on_cuda():
+    """Tuning compiles a dozen tiles for each shape: minutes. `tests/aot.py` compiles the others, `bench ops` runs them."""
+    if torch.cuda.is_available():
+        from dynrl.ops.kernels import conv, gru, linear
+
+        for module in (conv, gru, linear):
+            for kernel in vars(module).values():
+                if hasattr(kernel, "configs"):
+                    kernel.configs = kernel.configs[:1]
 
 
 @pytest.fixture(scope="session")

@@ -205,6 +205,23 @@ def test_router_never_takes_a_closed_choice_and_its_logits_stay_finite():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_router_at_a_price_acts_as_it_does_when_it_reads_the_price():
+    router = Router(features=5, points=3, choices=4, price_range=PRICES)
+    router.head.weight.normal_()
+    router.head.bias.zero_()
+    seen = torch.rand(500, router.width)
+    seen[:, router.price + 1 :] = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    for price in (0.01, 0.1, 1.0):
+        seen[:, router.price] = price
+        expected = router.act(seen)
+        assert len(expected.unique()) == 3
+        assert (router.at(price)(seen) == expected).float().mean() > 0.995  # rounding may turn a tie
+        seen[:, router.price + 1 :] = 1
+        assert (router.at(price, masked=False)(seen) == router.act(seen)).float().mean() > 0.995
+        seen[:, router.price + 3] = 0
+
+
 def test_observation_holds_what_its_layout_says():
     backbone = make_backbone("skip")
     layout = Layout.of(backbone)

@@ -1,0 +1,95 @@
+"""A whole routed network with the counts on the device: no wait for the host, and recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynrl.backbones import GatedResNet
+from dynrl.observation import Layout
+from dynrl.ops.backend import device_counts
+from dynrl.policies import RandomPolicy, Router
+from dynrl.routed import RoutedModel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: a graph cannot be recorded here")
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "item", "aten.equal")):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def routed(block: str = "basic", seed: int = 0) -> RoutedModel:
+    torch.manual_seed(seed)
+    backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), block=block).eval()
+    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1)
+    nn.init.normal_(router.head.weight, std=2.0)  # decides differently from row to row
+    return RoutedModel(backbone, router).to(DEVICE)
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_counts_on_the_device_give_the_same_without_a_wait(block, kernel_case):
+    model, inputs = routed(block), torch.randn(5, 1, 8, 8, device=DEVICE)
+    expected = model(inputs).clone()
+    assert 0 < model.last_route.actions.float().mean() < 1
+    with device_counts():
+        model.walk(inputs)  # constants are made once
+        with NoSync():
+            walk = model.walk(inputs)
+    assert torch.equal(walk.route, model.last_route.actions)
+    assert torch.equal(walk.macs, model.last_route.macs)
+    torch.testing.assert_close(walk.outputs, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_guard_notices_a_wait():
+    with pytest.raises(AssertionError, match="waits"), NoSync():
+        torch.ones(3, device=DEVICE).nonzero()
+
+
+def test_counts_on_the_device_need_the_kernels(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="counts on the device are asked for"), device_counts():
+            routed().walk(torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about machines without CUDA")
+def test_capture_without_cuda_is_refused():
+    with pytest.raises(ValueError, match="CUDA device"):
+        routed().capture(4)
+
+
+@ON_CUDA
+def test_a_replay_is_the_eager_walk_for_routes_that_change():
+    model = routed()
+    captured = model.capture(6)
+    routes = set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        inputs = torch.randn(6, 1, 8, 8, device=DEVICE)
+        got, route = captured(inputs).clone(), model.last_route.actions.clone()
+        torch.testing.assert_close(got, model(inputs), atol=1e-4, rtol=1e-4)
+        assert torch.equal(route, model.last_route.actions)
+        routes.add(str(route.tolist()))
+    assert len(routes) > 1
+
+
+@ON_CUDA
+def test_what_a_graph_cannot_do_is_refused():
+    model = routed()
+    captured = model.capture(4)
+    with pytest.raises(ValueError, match="capture the model for this batch size"):
+        captured(torch.randn(3, 1, 8, 8, device=DEVICE))
+    model.set_price(0.5)
+    with pytest.raises(ValueError, match="capture it again"):
+        captured(torch.randn(4, 1, 8, 8, device=DEVICE))
+    backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
+    with pytest.raises(ValueError, match="whole routes"):
+        RoutedModel(backbone, RandomPolicy(backbone.full_route, 2, 0.5)).capture(4)

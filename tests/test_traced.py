@@ -1,0 +1,99 @@
+"""torch.compile and torch.export carry the ops: one graph, new inputs, another batch size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+from dynrl.backbones import GatedResNet
+from dynrl.ops.gated_cell import gated_cell
+from dynrl.ops.route import route
+from dynrl.ops.routed_linear import routed_linear
+from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
+from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
+
+
+class Everything(nn.Module):
+    """The ops behind each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 12, 8))
+        self.layer = SlicedLinear(nn.Linear(12, 16), nn.Linear(16, 36), (4, 8, 16))
+        convolutions = [nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)]
+        norms = [[nn.BatchNorm2d(width).eval() for width in (2, 4, 8)], [nn.BatchNorm2d(4).eval() for _ in range(3)]]
+        self.block = SlicedBlock(convolutions, norms, (2, 4, 8))
+        self.cell = nn.GRUCell(36, 6)
+
+    def forward(self, x, choice, update):
+        y = sliced_linear(routed_linear(x, self.experts, route(choice, 3)), choice, self.layer)
+        y = sliced_conv(y.view(-1, 4, 3, 3), choice, self.block).flatten(1)
+        cell = self.cell
+        return gated_cell(y, y[:, :6], update, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+
+
+class Walk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).eval().for_inference()
+
+    def forward(self, inputs, route):
+        return self.backbone(inputs, route)
+
+
+def arguments(module, rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(module, Walk):
+        steps = module.backbone.max_steps
+        return torch.randn(rows, 1, 8, 8, generator=generator), torch.randint(0, 2, (rows, steps), generator=generator)
+    choice = torch.randint(0, 3, (rows,), generator=generator)
+    return torch.randn(rows, 8, generator=generator), choice, choice > 0
+
+
+@pytest.fixture(autouse=True)
+def _counts_may_be_data():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [Everything, Walk])
+@torch.no_grad()
+def test_compiled_in_one_graph(kind):
+    module = kind().requires_grad_(False)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows, seed in ((9, 0), (9, 1), (14, 2)):
+        given = arguments(module, rows, seed)
+        torch.testing.assert_close(compiled(*given), module(*given), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Everything, Walk])
+@torch.no_grad()
+def test_exported_for_any_batch_size(kind):
+    module = kind().requires_grad_(False)
+    given = arguments(module, 9)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(module, given, dynamic_shapes=tuple({0: batch} for _ in given)).module()
+    for rows in (9, 5, 30):
+        given = arguments(module, rows, rows)
+        torch.testing.assert_close(exported(*given), module(*given), atol=1e-5, rtol=1e-5)
+
+
+def test_custom_ops_are_declared_right():
+    import dynrl.ops.traced  # noqa: F401
+
+    module = Everything().requires_grad_(False)
+    x, choice, update = arguments(module, 9)
+    routing, cell, layer = route(choice, 3), module.cell, module.layer
+    ops = torch.ops.dynrl
+    opcheck(
+        ops.routed_linear, (x, module.experts, routing.order, routing.offsets, None, None, None, True, False, False)
+    )
+    hidden = torch.randn(9, 12)
+    opcheck(
+        ops.sliced_linear, (hidden, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, list(layer.widths))
+    )
+    weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    opcheck(ops.gated_cell, (torch.randn(9, 36), torch.randn(9, 6), update, *weights, None))
