@@ -380,7 +380,8 @@ def measure(cases: list[Case], device: torch.device, seconds: float) -> list[dic
     for side in sides.values():
         side()
     wait()
-    rounds = min(200, max(5, round(seconds / (2 * (time.perf_counter() - began)))))
+    once = time.perf_counter() - began
+    rounds = min(200, max(5 if once < 3 else 3, round(seconds / (2 * once))))
     medians = medians_in_turn(sides, rounds, wait=wait)
 
     def best(i: int, kind: str) -> float | None:

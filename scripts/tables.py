@@ -52,15 +52,65 @@ def bench_env_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _machine(result: dict[str, Any]) -> str:
+    hardware = result["hardware"]
+    return f"{result['date']}, {hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."
+
+
+def bench_ops_table(result: dict[str, Any]) -> list[str]:
+    """Half kept, batch 256, of `dynrl bench ops` as Markdown, and the summary of all rows."""
+    lines = [
+        "| op | shape | dense ms | masked | indexed | routed | ideal | of ideal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def ms(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    for r in result["rows"]:
+        if r["batch"] == 256 and r["kept"] in (0.5, None) and "ideal_ms" in r:
+            cells = [ms(r[f"{side}_ms"]) for side in ("dense", "masked", "indexed", "routed", "ideal")]
+            lines.append(f"| {r['op']} | {r['shape']} | {' | '.join(cells)} | {r['realised_ratio']:.2f} |")
+    lines += [
+        "",
+        "| op | rows | geometric mean of ideal / routed | worst | slower than dense |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.3f} | {s['worst']:.2f} | {s['slower_than_dense']} of "
+        f"{s['all_rows']} |"
+        for s in result["summary"]
+    ]
+    return [*lines, "", _machine(result)]
+
+
+def bench_model_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench model` as Markdown."""
+    lines = [
+        "| network | routes | batch | dense ms | compiled | routed | speed-up | of ideal | with router |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        lines.append(
+            f"| {r['network']} | {r['policy']} | {r['batch']} | {r['dense_ms']:.1f} | {r['compiled_ms']:.1f} "
+            f"| {r['routed_ms']:.1f} | {r['speedup']:.2f} | {r['realised_ratio']:.2f} "
+            f"| {r['speedup_with_router']:.2f}, {r['realised_ratio_with_router']:.2f} |"
+        )
+    return [*lines, "", _machine(result)]
+
+
+BENCHES = {"bench-env": bench_env_table, "bench-ops": bench_ops_table, "bench-model": bench_model_table}
+
+
 def main(args: Args) -> None:
     """Rewrite the README; a mark without a results file is an error."""
     from dynrl.files import read_json, write_aside
 
     def table(mark: re.Match[str]) -> str:
         name = mark.group(1)
-        if name == "bench-env":
-            newest = max(args.results.glob("bench-env-*.json"), default=args.results / "bench-env-DATE.json")
-            lines = bench_env_table(read_json(newest))
+        if name in BENCHES:
+            newest = max(args.results.glob(f"{name}-*.json"), default=args.results / f"{name}-DATE.json")
+            lines = BENCHES[name](read_json(newest))
         else:
             lines = report_table(read_json(args.results / name / "report.json"))
         return "\n".join([f"<!-- table:{name} -->", *lines, "<!-- end -->"])

@@ -23,6 +23,8 @@ from dynrl.ops.kernels.gru import gru_rows, scatter_rows
 from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
 from dynrl.ops.kernels.route import route, tile_bound
 
+pytestmark = pytest.mark.usefixtures("kernel_case")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")

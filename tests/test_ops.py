@@ -1,48 +1,205 @@
-"""Each op against its definition."""
+"""Each op against its definition, on every path. The cases stand in `ops_cases.CASES`."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import math
+import pkgutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from dynrl.ops.gated_residual import gated_residual, gated_residual_ref
+import dynrl.ops
+from dynrl.ops import backend, rows
+from dynrl.ops.exit_scores import exit_scores
+from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
+from dynrl.ops.gated_residual import SPARE_ROWS, gated_residual, gated_residual_ref
+from dynrl.ops.route import Routing, route_ref
+from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
+from dynrl.ops.sliced_conv import SlicedBlock
+from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs, sliced_linear_ref
+from tests.ops_cases import CASES, KINDS, MOVES, NAN, Args, Case, Overwriting, Rowwise, Setting, assert_close, cast
 
-SHAPES = [(7, 5), (6, 3, 5, 7), (8, 16, 4, 4), (1, 2, 3, 3)]
+MODULES = [importlib.import_module(f"dynrl.ops.{m.name}") for m in pkgutil.iter_modules(dynrl.ops.__path__)]
+PATHS = ["cpu", "triton", *(["cuda"] if torch.cuda.is_available() else [])]
+FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MANY, FEW = ["none", "one", "some", "all", "nearly"], ["none", "some"]
+GATED = next(case for case in CASES if case.op == "gated_residual")
+NEW = {torch: ("empty", "empty_like", "empty_strided"), Tensor: ("new_empty", "new_empty_strided")}
 
 
-def block_for(shape, dtype=torch.float32):
-    torch.manual_seed(1)
-    layer = nn.Linear(shape[1], shape[1]) if len(shape) == 2 else nn.Conv2d(shape[1], shape[1], 3, padding=1)
-    layer = layer.to(dtype)
-    return lambda x: torch.tanh(layer(x)) + x
+class NoHostSync(TorchDispatchMode):
+    """Raises where the host would wait for a value of the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name, kwargs or {}
+        to_host = (
+            name == "aten::_to_copy" and args[0].is_cuda and torch.device(kwargs.get("device", "cuda")).type == "cpu"
+        )
+        if to_host or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs)
 
 
-def masks(rows):
-    some = torch.arange(rows) % 2 == 0
-    return {"none": torch.zeros(rows), "all": torch.ones(rows), "some": some, "one": torch.arange(rows) == rows - 1}
+@pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize("which", ["none", "all", "some", "one"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read before it is written shows in every test here."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(NAN if tensor.is_floating_point() else -1) if tensor.device.type != "meta" else tensor
+
+        return made
+
+    for owner, names in NEW.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    monkeypatch.setattr(rows, "_layouts", rows._Layouts())  # no room kept from other tests
+
+
+@pytest.fixture
+def take(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, str], str]:
+    """Makes an op take a path, and gives the device for it."""
+
+    def to(case: Case, path: str) -> str:
+        monkeypatch.setattr(backend, "MODE", "triton" if path == "triton" else "auto")
+        torch.set_num_threads(1)  # the tensors are tiny
+        for (module, name), value in case.also.get(path, {}).items():
+            monkeypatch.setattr(sys.modules[f"dynrl.ops.{module}"], name, value)
+        return request.getfixturevalue("kernel_case") if path == "triton" else "cuda" if path == "cuda" else "cpu"
+
+    return to
+
+
+def interpreted(path: str) -> bool:
+    return path == "triton" and not torch.cuda.is_available()
+
+
+def listed(result: Any) -> list[Tensor]:
+    if isinstance(result, Routing):
+        return [result.order, result.offsets, *(torch.tensor(of) for of in (result.ends, result.sizes))]
+    return [result]
+
+
+def check(case: Case, setting: Setting, path: str) -> None:
+    try:
+        got, plain, exact = (
+            listed(case.defined(args, f(**args)))
+            for f, args in (
+                (case.f, case.args(setting)),
+                (case.f_ref, case.args(setting)),
+                (case.f_ref, cast(case.args(setting), torch.float64)),
+            )
+        )
+        for of in zip(got, exact, plain, strict=True):
+            assert_close(*of, interpreted=interpreted(path))
+    except Exception as error:
+        error.add_note(f"{case} on {path}, {setting}")
+        raise
+
+
+def paths(case: Case) -> list[str]:
+    return ["cpu", *case.also, *(["triton"] if case.kernels else []), *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def cases(**only: bool | str) -> list[Any]:
+    chosen = [
+        case
+        for case in CASES
+        if all(value in (getattr(case, name), bool(getattr(case, name))) for name, value in only.items())
+    ]
+    return [pytest.param(case, id=str(case)) for case in chosen]
+
+
+def cases_on_paths(kinds: list[str], few: list[str], **only: bool | str) -> list[Any]:
+    """(case, path, kind); `few` kinds where kernels run, which have no occupancy rule and are slow interpreted."""
+    return [
+        pytest.param(case, path, kind, id=f"{path} {case}-{kind}")
+        for (case,) in (param.values for param in cases(**only))
+        for path in paths(case)
+        for kind in (few if path == "triton" else kinds)
+    ]
+
+
+def usual(case: Case) -> str:
+    """The layout that a network would use."""
+    return "channels_last" if "channels_last" in case.layouts else "contiguous"
+
+
+# The table
+
+
+def test_every_op_has_cases_and_a_definition_of_the_same_form() -> None:
+    found = {}
+    for module in MODULES:
+        for name, of in vars(module).items():
+            f = getattr(module, name.removesuffix("_ref"), None)
+            if f is not None and f is not of and of.__module__ == module.__name__:
+                assert inspect.signature(f) == inspect.signature(of), name
+                found[name.removesuffix("_ref")] = {f, of}
+    assert set(found) == {case.op for case in CASES}
+    for op, functions in found.items():
+        assert any({case.f, case.f_ref} == functions for case in CASES if case.op == op), op
+
+
+# f = f_ref
+
+
+@pytest.mark.parametrize(("case", "path", "layout", "dtype"), [
+    pytest.param(case, path, layout, dtype, id=f"{path} {case} {layout} {FLOATS[dtype]}")
+    for case in CASES for path in paths(case) if path != "triton"
+    for layout in case.layouts for dtype in case.dtypes if path not in MOVES or dtype == torch.float32
+])  # fmt: skip
 @torch.no_grad()
-def test_gated_residual_is_its_definition(shape, layout, which):
-    x = torch.randn(shape)
-    if layout == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.t().contiguous().t()
-    elif layout == "sliced":
-        x = torch.randn(shape[0], 2 * shape[1] + 1, *shape[2:])[:, 1 : shape[1] + 1]
-    run, block = masks(len(x))[which].long(), block_for(shape)
-    expected = gated_residual_ref(x.clone(), run, block)
-    got = gated_residual(x, run, block)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
-    assert torch.equal(got[run == 0], expected[run == 0])  # rows handed through are untouched to the last bit
+def test_op_is_its_definition(
+    case: Case, path: str, layout: str, dtype: torch.dtype, take: Callable[[Case, str], str]
+) -> None:
+    device = take(case, path)
+    for kind in MANY if path in case.also else KINDS:
+        check(case, Setting(kind, layout, dtype, device), path)
+
+
+@pytest.mark.parametrize("kind", ["no rows", "last", "none", "some"])
+@pytest.mark.parametrize("case", cases(kernels=True))
+@torch.no_grad()
+def test_kernels_are_the_definition(case: Case, kind: str, take: Callable[[Case, str], str]) -> None:
+    check(case, Setting(kind, usual(case), device=take(case, "triton")), "triton")
+
+
+@pytest.mark.parametrize(("case", "layout", "dtype"), [
+    pytest.param(case, layout, dtype, id=f"{case} {layout} {FLOATS[dtype]}")
+    for case in CASES if case.kernels for layout in case.layouts for dtype in case.dtypes
+    if (layout == usual(case)) == (dtype == torch.bfloat16)
+])  # fmt: skip
+@torch.no_grad()
+def test_kernels_are_the_definition_in_every_layout(
+    case: Case, layout: str, dtype: torch.dtype, take: Callable[[Case, str], str]
+) -> None:
+    check(case, Setting("one", layout, dtype, take(case, "triton")), "triton")
 
 
 @torch.no_grad()
-def test_rows_at_an_odd_place_in_memory_and_blocks_of_another_dtype():
-    run, block = torch.tensor([1, 0, 1, 0]), block_for((4, 8))
+def test_rows_at_an_odd_place_in_memory_and_blocks_of_another_dtype() -> None:
+    run, block = torch.tensor([1, 0, 1, 0]), Rowwise(nn.Linear(8, 8))
     odd = torch.randn(33)[1:].view(4, 8)
     torch.testing.assert_close(gated_residual(odd.clone(), run, block), gated_residual(odd, run, block))
     x = torch.randn(4, 8)
@@ -50,34 +207,393 @@ def test_rows_at_an_odd_place_in_memory_and_blocks_of_another_dtype():
     torch.testing.assert_close(low[0], x[0].bfloat16().float())
 
 
+@pytest.mark.parametrize(
+    ("case", "path", "kind"), cases_on_paths(["none", "one", "some", "nearly"], ["one"], overwrites=True)
+)
 @torch.no_grad()
-def test_rows_left_out_are_never_computed():
-    seen = []
-    gated_residual(torch.randn(6, 3), torch.tensor([1, 0, 0, 1, 0, 0]), lambda x: seen.append(len(x)) or x)
-    gated_residual(torch.randn(6, 3), torch.zeros(6), lambda x: seen.append(len(x)) or x)
-    assert seen == [2]
+def test_op_overwrites_and_returns_its_argument(
+    case: Case, path: str, kind: str, take: Callable[[Case, str], str]
+) -> None:
+    args = case.args(Setting(kind, usual(case), device=take(case, path)))
+    out = case.f(**args)
+    assert out.data_ptr() == args[case.overwrites].data_ptr()
+    torch.testing.assert_close(args[case.overwrites], out, rtol=0, atol=0, equal_nan=True)
+
+
+# Half a million elements: enough for `put_rows` to move words.
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@torch.no_grad()
+def test_large_rows(layout: str) -> None:
+    n, width = 1200, 512
+    torch.manual_seed(0)
+    gru, update = nn.GRUCell(8, width), torch.arange(n) % 8 != 3
+    x, whole = torch.randn(n, 8), torch.randn(n, width + 4)
+    h = whole[:, :width] if layout == "sliced" else whole[:, :width].contiguous()
+    expected = gated_cell_ref(x, h, update, *gru.parameters())
+    torch.testing.assert_close(gated_cell(x, h, update, *gru.parameters()), expected)
+    wide = torch.randn(n, 12)
+    x, routing = wide[:, :8] if layout == "sliced" else wide, route_ref(torch.arange(n) * 5 % 3, 3)
+    weight = torch.randn(3, width, x.shape[1])
+    torch.testing.assert_close(routed_linear(x, weight, routing), routed_linear_ref(x, weight, routing))
 
 
 @torch.no_grad()
-def test_nan_in_rows_left_out_stays_there():
-    x = torch.randn(4, 8, 4, 4)
-    x[1] = torch.nan
-    out = gated_residual(x, torch.tensor([1, 0, 1, 1]), block_for(x.shape))
-    assert torch.isfinite(out[[0, 2, 3]]).all()
-    assert out[1].isnan().all()
+def test_a_sliced_block_that_loads_other_weights_uses_them() -> None:
+    case = next(case for case in CASES if case.op == "sliced_conv")
+    args, other = case.args(Setting()), case.args(Setting())["block"]
+    case.f(**{**args, "x": args["x"].clone()})  # so that narrow blocks are made
+    for value in other.buffers():
+        if value.is_floating_point():
+            value.mul_(1.5)
+    args["block"].load_state_dict(other.state_dict())
+    expected = case.f_ref(**args)
+    torch.testing.assert_close(case.f(**args), expected)
 
 
-@pytest.mark.parametrize("which", ["none", "all", "some"])
-def test_gradients_are_those_of_the_definition_twice(which):
-    x = torch.randn(6, 4, 3, 3, dtype=torch.float64)
-    run, block = masks(6)[which].long(), block_for(x.shape, torch.float64)
-    grads = []
-    for f in (gated_residual_ref, gated_residual):
-        leaf = x.clone().requires_grad_()
-        out = f(leaf, run, block).square().sum()
-        first = torch.autograd.grad(out, leaf, retain_graph=True)[0]
-        assert torch.equal(first, torch.autograd.grad(out, leaf)[0])
-        grads.append(first)
-    torch.testing.assert_close(grads[0], grads[1])
-    leaf = x[:2].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: gated_residual_ref(t, run[:2], block), (leaf,))
+# Rows left out
+
+
+@pytest.mark.parametrize(("case", "path", "kind"), cases_on_paths(MANY, FEW, passes=True))
+@torch.no_grad()
+def test_rows_left_out_keep_their_bits(case: Case, path: str, kind: str, take: Callable[[Case, str], str]) -> None:
+    setting = Setting(kind, usual(case), device=take(case, path))
+    args, before = case.args(setting), case.args(setting)
+    left = ~case.kept(args)
+    args[case.passes][left] *= -0.0
+    before[case.passes][left] *= -0.0
+    out = case.f(**args)
+    got, expected = (t[left].contiguous().view(torch.int32) for t in (out, before[case.passes]))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("case", "path", "kind"), cases_on_paths(MANY, ["some"], hide=True))
+@torch.no_grad()
+def test_nan_that_is_not_to_be_read_does_not_spread(
+    case: Case, path: str, kind: str, take: Callable[[Case, str], str]
+) -> None:
+    setting = Setting(kind, usual(case), device=take(case, path))
+    args, hidden = case.args(setting), case.args(setting)
+    kept = case.kept(args) if case.kept else slice(None)
+    case.hide(hidden)
+    out = case.defined(args, case.f(**args))[kept]
+    assert out.isfinite().all()
+    torch.testing.assert_close(case.defined(hidden, case.f(**hidden))[kept], out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("case", "path", "kind"), cases_on_paths(MANY, [], op="gated_residual"))
+@torch.no_grad()
+def test_rows_left_out_are_never_computed(case: Case, path: str, kind: str, take: Callable[[Case, str], str]) -> None:
+    take(case, path)
+    args, seen = case.args(Setting(kind)), []
+    block, kept = args.pop("block"), int(args["run"].sum())
+    gated_residual(**args, block=lambda x: seen.append(len(x)) or block(x))
+    all_run = path != "in place" and (KINDS[kind] - kept) * SPARE_ROWS <= KINDS[kind]
+    assert sum(seen) == (KINDS[kind] if all_run else kept)
+    assert all_run or kept == KINDS[kind] or path not in MOVES or max(seen, default=0) <= 2
+
+
+# Gradients
+
+
+def gradients(case: Case, f: Callable[..., Any], args: Args, names: tuple[str, ...]) -> list[Tensor]:
+    """By each leaf; checked to be the same when taken twice."""
+    leaves = []
+    for name in names:
+        if isinstance(args[name], nn.Module):
+            leaves += list(args[name].parameters())
+        else:
+            args[name] = args[name].detach().requires_grad_()
+            leaves.append(args[name])
+    out = case.defined(args, f(**args))
+    weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+    total = (out * weights).sum() + 0 * sum(leaf.sum() for leaf in leaves)
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(total, leaves), strict=True):
+        assert torch.equal(a, b)
+    return list(first)
+
+
+@pytest.mark.parametrize(("case", "path", "kind"), cases_on_paths(MANY, FEW, grads=True))
+def test_gradients_are_those_of_the_definition(
+    case: Case, path: str, kind: str, take: Callable[[Case, str], str]
+) -> None:
+    device = take(case, path)
+    for layout in case.layouts if kind == "some" else [usual(case)]:
+        setting = Setting(kind, layout, device=device)
+        alone = kind == "some" and layout == usual(case) and len(case.grads) > 1
+        for names in [case.grads, *((name,) for name in case.grads[:2] if alone)]:
+            args, before = case.args(setting), case.args(setting)
+            got = gradients(case, case.f, args, names)
+            for name, value in before.items():
+                if isinstance(value, Tensor):
+                    assert torch.equal(value, args[name]), f"{name} was overwritten"
+            plain = gradients(case, case.f_ref, case.args(setting), names)
+            exact = gradients(case, case.f_ref, cast(case.args(setting), torch.float64), names)
+            for of in zip(got, exact, plain, strict=True):
+                assert_close(*of, interpreted=interpreted(path))
+
+
+@pytest.mark.parametrize("case", cases(grads=True))
+def test_gradcheck_of_the_definition(case: Case) -> None:
+    args = cast(case.args(Setting()), torch.float64)
+    names = [name for name in case.grads if isinstance(args[name], Tensor)]
+    # ReLU has no derivative at 0: a step must not cross it.
+    leaves = tuple(args[name].detach().requires_grad_() for name in names)
+
+    def f(*values: Tensor) -> Tensor:
+        return case.defined(args, case.f_ref(**{**args, **dict(zip(names, values, strict=True))}))
+
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
+
+
+# MACs
+
+
+def of_one_choice(case: str, rows: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    """f and f_ref on rows of one choice, and the MACs they are to have."""
+    x, zeros = torch.randn(rows, 11), torch.zeros(rows, dtype=torch.int64)
+    if case == "routed_linear_macs":
+        args = (x, torch.randn(1, 7, 11), route_ref(zeros, 1), torch.randn(1, 7))
+        return lambda: routed_linear(*args), lambda: routed_linear_ref(*args), routed_linear_macs(rows, 11, 7)
+    if case == "sliced_linear_macs":
+        args = (x, zeros, SlicedLinear(nn.Linear(11, 6), nn.Linear(6, 7), (6,)))
+        return lambda: sliced_linear(*args), lambda: sliced_linear_ref(*args), sliced_linear_macs(rows, 11, 6, 7)
+    assert case == "gated_cell_macs", "how is it called?"
+    args = (x, torch.randn(rows, 7), zeros == 0, *nn.GRUCell(11, 7).parameters())
+    return lambda: gated_cell(*args), lambda: gated_cell_ref(*args), gated_cell_macs(rows, 11, 7)
+
+
+def counted(call: Callable[[], Any]) -> float:
+    def in_place(into: Any, a: Any, b: Any, **_: Any) -> int:  # of shapes; torch's own counter does not know this form
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        call()
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("name", sorted({name for m in MODULES for name in vars(m) if name.endswith("_macs")}))
+@torch.no_grad()
+def test_macs_are_those_that_the_flop_counter_sees(name: str, rows: int) -> None:
+    f, f_ref, macs = of_one_choice(name, rows)
+    assert counted(f) == counted(f_ref) == macs > 0
+
+
+@torch.no_grad()
+def test_ops_pay_for_each_row_at_its_choice_only(take: Callable[[Case, str], str]) -> None:
+    def args(op: str) -> Args:
+        case = next(case for case in CASES if case.op == op)
+        take(case, "compacted")
+        return case.args(Setting())
+
+    routed, sliced, gated = (args(op) for op in ("routed_linear", "sliced_linear", "gated_cell"))
+    sizes = route_ref(Setting().choice(3), 3).sizes
+    _, m, k = routed["weight"].shape
+    assert counted(lambda: routed_linear(**routed)) == routed_linear_macs(sum(sizes), k, m)
+    layer = sliced["layer"]
+    inputs, outputs, widths = layer.w1.shape[1], len(layer.w2), layer.widths
+    expected = sum(sliced_linear_macs(n, inputs, width, outputs) for n, width in zip(sizes, widths, strict=True))
+    assert counted(lambda: sliced_linear(**sliced)) == expected
+    updates, hidden = int(gated["update"].sum()), gated["h"].shape[1]
+    assert counted(lambda: gated_cell(**gated)) == gated_cell_macs(updates, gated["x"].shape[1], hidden)
+
+
+# No wait for the device
+
+
+@pytest.mark.parametrize("case", cases(kernels=True))
+def test_kernels_do_not_wait_for_the_device(
+    case: Case, take: Callable[[Case, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting("one", usual(case), device=take(case, "triton"))
+    monkeypatch.setattr(backend, "MODE", "auto")
+    differentiable = case.grads and case.op != "sliced_linear"  # whose gradients are the definition's
+
+    def differentiate() -> None:
+        args = case.args(setting)
+        leaf = args[case.grads[0]] = args[case.grads[0]].detach().requires_grad_()
+        with watch, backend.device_counts():
+            torch.autograd.grad(case.f(**args).nansum(), leaf)
+
+    def refuse(tensor: Tensor) -> list[Any]:
+        raise AssertionError("tolist waits for the device")
+
+    # Small index tensors are made on the device at the first call, and kept.
+    watch: Any = nullcontext()
+    with torch.no_grad(), backend.device_counts():
+        case.f(**case.args(setting))
+    if differentiable:
+        differentiate()
+    args, watch = case.args(setting), NoHostSync()
+    monkeypatch.setattr(Tensor, "tolist", refuse)  # no dispatch tells of it on the CPU
+    with torch.no_grad(), watch, backend.device_counts():
+        case.f(**args)
+    if differentiable:
+        differentiate()
+
+
+# Which path is taken
+
+
+@pytest.mark.parametrize("asked", ["by the mode", "by the context"])
+@pytest.mark.parametrize("case", cases(kernels=True))
+@torch.no_grad()
+def test_triton_that_cannot_run_is_refused(case: Case, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "MODE", "triton" if asked == "by the mode" else "auto")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with nullcontext() if asked == "by the mode" else backend.device_counts():
+        with pytest.raises(ValueError, match="move them to a CUDA device.*DYNRL_OPS=auto"):
+            case.f(**case.args(Setting()))
+        monkeypatch.setattr(backend, "_installed", lambda: False)
+        with pytest.raises(ValueError, match="triton is not installed"):
+            case.f(**case.args(Setting()))
+
+
+@pytest.mark.parametrize("case", cases())
+@torch.no_grad()
+def test_mode_ref_runs_the_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "MODE", "ref")
+    args = case.args(Setting())
+    if case.op == "gated_residual":
+        block, seen = args["block"], []
+        args["block"] = lambda x: seen.append(len(x)) or block(x)
+    got = case.f(**args)
+    monkeypatch.undo()
+    module = sys.modules[f"dynrl.ops.{case.op}"]
+    if case.f is getattr(module, case.op):
+        expected = getattr(module, f"{case.op}_ref")(**case.args(Setting()))
+        for a, b in zip(listed(got), listed(expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    if case.op == "gated_residual":
+        assert seen == [len(args["x"])]
+
+
+def test_the_environment_names_the_mode() -> None:
+    program = """
+import importlib, os
+os.environ["DYNRL_OPS"] = "ref"
+from dynrl.ops import backend
+assert backend.use_ref()
+os.environ["DYNRL_OPS"] = "Triton"
+importlib.reload(backend)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ValueError: expected DYNRL_OPS to be one of auto, ref, triton, got 'Triton'" in done.stderr, done.stderr
+
+
+def test_what_is_uninitialised_is_nan_here() -> None:
+    assert torch.empty(2).isnan().all() and torch.zeros(2).new_empty(2).isnan().all()
+    assert (torch.empty_like(torch.zeros(2, dtype=torch.int64)) == -1).all()
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize("widths", [(4, 3), (3, 3), (-1, 3), (3, 6)])
+def test_wrong_widths_of_a_sliced_layer_are_named(widths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"rising widths in 0\.\.5.*got"):
+        SlicedLinear(nn.Linear(4, 5), nn.Linear(5, 3), widths)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3, 2)])
+def test_logits_of_wrong_shape_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"logits of shape \[n, classes\].*got \(4,"):
+        exit_scores(torch.randn(shape))
+
+
+@pytest.mark.parametrize("widths", [(0, 4), (2, 5), (-1,)])
+def test_wrong_widths_of_a_sliced_block_are_named(widths: tuple[int, ...]) -> None:
+    convolutions = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)]
+    with pytest.raises(ValueError, match=r"widths in 1\.\.4.*got"):
+        SlicedBlock(convolutions, [[nn.Identity()] * len(widths)] * 2, widths)
+
+
+# exit_scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "classes"), [(0, 3), (1, 2), (5, 10), (3, 1000)])
+def test_exit_scores(n: int, classes: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(n, 2 * classes) * 3).to(dtype)[:, ::2]
+    scores = exit_scores(logits)
+    assert scores.shape == (n, 3) and scores.dtype == torch.float32
+    for row, got in zip(logits.double(), scores, strict=True):
+        p = sorted(torch.softmax(row, 0).tolist(), reverse=True)
+        expected = [p[0], p[0] - p[1], -sum(q * math.log(q) for q in p) / math.log(classes)]
+        torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_exit_scores_at_their_ends() -> None:
+    sure = exit_scores(torch.tensor([[0.0, 1e4, 0.0], [-math.inf, 0.0, -math.inf]]))
+    torch.testing.assert_close(sure, torch.tensor([[1.0, 1.0, 0.0]] * 2))
+    unsure = exit_scores(torch.zeros(1, 7))
+    torch.testing.assert_close(unsure, torch.tensor([[1 / 7, 0.0, 1.0]]))
+    assert torch.autograd.gradcheck(
+        lambda t: exit_scores(t).double(), torch.randn(3, 5).double().requires_grad_(), eps=1e-2, atol=1e-3
+    )
+
+
+# Threads and nesting
+
+
+@pytest.mark.parametrize("path", ["cpu", *MOVES])
+def test_two_threads_at_once(path: str, take: Callable[[Case, str], str]) -> None:
+    take(GATED, path)
+    together, results = threading.Barrier(2, timeout=30), {}
+
+    def block(x: Tensor) -> Tensor:
+        together.wait()  # both threads hold rows now
+        y = 2 * x + 1
+        together.wait()
+        return y
+
+    def work(number: int) -> None:
+        with torch.no_grad():  # holds for one thread only
+            for repeat in range(10):
+                x = torch.full((6, 8), float(10 * repeat + number))
+                results[number, repeat] = gated_residual(x, torch.tensor([1, 0, 1, 1, 0, 1]), block)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 20
+    for (number, repeat), out in results.items():
+        before = torch.full((6, 8), float(10 * repeat + number))
+        expected = gated_residual_ref(before, torch.tensor([1, 0, 1, 1, 0, 1]), lambda x: 2 * x + 1)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("path", ["cpu", *MOVES])
+@torch.no_grad()
+def test_a_block_that_calls_the_op_itself(path: str, layout: str, take: Callable[[Case, str], str]) -> None:
+    take(GATED, path)
+    outer, inner = torch.tensor([1, 1, 0, 1, 1, 0, 1]), Overwriting()
+
+    def nested(of: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        # The first value of a row decides, so that each row's result depends on that row only.
+        return lambda x: of(x, x.flatten(1)[:, 0] > 0, lambda y: of(y, y.flatten(1)[:, 1] > 0, inner) + 1) * 2
+
+    for _ in range(2):  # the second time with the memory that the first left behind
+        x = Setting(layout=layout).maps(7, 4, 3, 3)
+        expected = gated_residual_ref(x.clone(), outer, nested(gated_residual_ref))
+        torch.testing.assert_close(gated_residual(x, outer, nested(gated_residual)), expected)
+
+
+@torch.no_grad()
+def test_a_block_that_fails_leaves_the_op_usable() -> None:
+    run = torch.tensor([1, 0, 1])
+
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("no")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            gated_residual(torch.randn(3, 4), run, fail)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(
+        gated_residual(x.clone(), run, lambda t: 2 * t), gated_residual_ref(x, run, lambda t: 2 * t)
+    )

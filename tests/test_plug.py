@@ -205,7 +205,6 @@ def test_router_never_takes_a_closed_choice_and_its_logits_stay_finite():
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_router_at_a_price_acts_as_it_does_when_it_reads_the_price():
     router = Router(features=5, points=3, choices=4, price_range=PRICES)
     router.head.weight.normal_()
@@ -222,6 +221,7 @@ def test_router_at_a_price_acts_as_it_does_when_it_reads_the_price():
         seen[:, router.price + 3] = 0
 
 
+@torch.no_grad()
 def test_observation_holds_what_its_layout_says():
     backbone = make_backbone("skip")
     layout = Layout.of(backbone)

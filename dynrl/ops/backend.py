@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -21,7 +22,7 @@ if MODE not in MODES:
     raise ValueError(f"expected DYNRL_OPS to be one of {', '.join(MODES)}, got {MODE!r}")
 
 
-_device_counts = False
+_device_counts: ContextVar[bool] = ContextVar("device_counts", default=False)
 
 
 @contextmanager
@@ -31,17 +32,16 @@ def device_counts() -> Iterator[None]:
     Raises:
         ValueError: in the ops, where the kernels cannot run.
     """
-    global _device_counts
-    before, _device_counts = _device_counts, True
+    token = _device_counts.set(True)
     try:
         yield
     finally:
-        _device_counts = before
+        _device_counts.reset(token)
 
 
 def on_host(x: Tensor) -> bool:
     """Whether the CPU path is to be run on tensors like `x`: the common case, told in one step."""
-    return not x.is_cuda and MODE == "auto" and not is_compiling() and not _device_counts
+    return not x.is_cuda and MODE == "auto" and not is_compiling() and not _device_counts.get()
 
 
 def use_ref() -> bool:
@@ -62,7 +62,7 @@ def use_triton(x: Tensor, vendor: bool = False) -> bool:
     """
     if MODE == "ref":
         return False
-    if MODE == "auto" and not _device_counts:
+    if MODE == "auto" and not _device_counts.get():
         return x.is_cuda and not vendor and _installed()
     why = f"DYNRL_OPS={MODE}" if MODE == "triton" else "counts on the device are asked for"
     if not _installed():

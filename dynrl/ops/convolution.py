@@ -47,6 +47,8 @@ class FoldedConv2d(nn.Conv2d):
     @classmethod
     def of(cls, convolution: nn.Conv2d, norm: nn.Module | None = None) -> FoldedConv2d:
         """A frozen copy of `convolution` followed by `norm`, a batch norm or an identity."""
+        if convolution.padding_mode != "zeros":
+            raise ValueError(f"expected a convolution with zero padding, got padding_mode={convolution.padding_mode!r}")
         weight, bias = convolution.weight.detach().clone(), convolution.bias
         if isinstance(norm, nn.BatchNorm2d) or bias is not None:
             scale, bias = fold(norm, weight, bias)
@@ -80,7 +82,7 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """[n, C, H, W] to [n, K, P, Q]; with `residual`, the sum is written into it and returned; ReLU comes last."""
-        if fusible(x):
+        if fusible(x) and (residual is None or fusible(residual)):
             return self.fused(x, relu, residual)
         y = super().forward(x)
         y = y if residual is None else residual.add_(y)
@@ -102,7 +104,11 @@ class FoldedConv2d(nn.Conv2d):
             residual, x, packed, self.bias, *layout, "add", 1.0, "relu" if relu else None, [], ""
         )
 
-    # The packed weights are a cache of one device and type: anything that moves or copies the module drops it.
+    # The packed weights are a cache of these weights, device and type: what changes or copies them drops it.
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._packed = {}
+        super()._load_from_state_dict(*args)
+
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
         self._packed = {}
         return super()._apply(fn, recurse)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from dynrl.ops.backend import on_host, use_ref, use_triton
 from dynrl.ops.route import route
@@ -73,7 +75,7 @@ def gated_cell(
     if not on_host(h):
         if use_ref():
             return gated_cell_ref(x, h, update, *weights, x_rows)
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if is_compiling() and not torch.is_grad_enabled():
             import dynrl.ops.traced  # noqa: F401 (registers the op)
 
             return torch.ops.dynrl.gated_cell(x, h, update, *weights, x_rows)
@@ -81,7 +83,7 @@ def gated_cell(
             return _on_triton(x, h, update, *weights, x_rows)
     into = None if torch.is_grad_enabled() else h
     n = len(h)
-    if n <= WORTH_ROWS or n * (w_ih.numel() + w_hh.numel()) < WORTH_MACS:
+    if into is not None and (n <= WORTH_ROWS or n * (w_ih.numel() + w_hh.numel()) < WORTH_MACS):
         count = sum(update.tolist())
         if count == 0:
             return h
@@ -90,7 +92,7 @@ def gated_cell(
             return gru_cell(x, h, *weights, out=into)
         mask = (update if update.dtype is torch.bool else update != 0).unsqueeze(1)
         new = gru_cell(x, h, *weights)
-        return torch.where(mask, new, h) if into is None else torch.where(mask, new, h, out=h)
+        return torch.where(mask, new, h, out=h)
     index = update.nonzero().squeeze(1)
     if len(index) == 0:
         return h
@@ -117,6 +119,7 @@ def gru_cell(
 def _on_triton(
     x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, x_rows: Tensor | None
 ) -> Tensor:
+    x, before, h = x.contiguous(), h, h.contiguous()
     routing = route(update.long(), 2)
     order, offsets = routing.order, routing.offsets
     # Items offsets[1] ... n - 1 of `order` are the rows that update.
@@ -127,7 +130,8 @@ def _on_triton(
 
     new = torch.empty_like(h, memory_format=torch.contiguous_format)
     gru_rows(x, h, w_ih, w_hh, b_ih, b_hh, new, offsets[1:], x_rows=inputs, h_rows=order)
-    return scatter_rows(new, h, order, offsets[1:])
+    scatter_rows(new, h, order, offsets[1:])
+    return h if h is before else before.copy_(h)
 
 
 class _Cell(torch.autograd.Function):
@@ -148,11 +152,13 @@ class _Cell(torch.autograd.Function):
         return scatter_rows(new, h.clone(memory_format=torch.contiguous_format), order, offsets)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, order, offsets, inputs, w_ih, w_hh, saved = ctx.saved_tensors
         ran = (torch.arange(len(order), device=h.device) >= offsets[0]).unsqueeze(1)
         reset, keep, new, of_h = saved.unbind(1)
-        before = h[order]
+        # What is NaN in a row that keeps its state must not reach the weights as 0 * NaN.
+        before, seen = torch.where(ran, h[order], 0.0), torch.where(ran, x[inputs], 0.0)
         grad = torch.where(ran, grads[0][order], 0.0)
         d_new = grad * (1 - keep) * (1 - new * new)
         d_keep = grad * (before - new) * keep * (1 - keep)
@@ -164,5 +170,5 @@ class _Cell(torch.autograd.Function):
         grad_x = torch.zeros_like(x).index_add(0, inputs, d_x @ w_ih)
         return (
             grad_x, grad_h, None, None, None,
-            d_x.t() @ x[inputs], d_h.t() @ before, d_x.sum(0), d_h.sum(0),
+            d_x.t() @ seen, d_h.t() @ before, d_x.sum(0), d_h.sum(0),
         )  # fmt: skip

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from dynrl.ops.backend import on_host, use_triton
 
@@ -62,7 +63,7 @@ def route_ref(choice: Tensor, num_choices: int) -> Routing:
 def route(choice: Tensor, num_choices: int) -> Routing:
     """`route_ref` in few steps: on CUDA one kernel, and no wait for the host. MACs: 0."""
     if not on_host(choice):
-        if not use_triton(choice):
+        if is_compiling() or not use_triton(choice):
             return route_ref(choice, num_choices)
         from dynrl.ops.kernels.route import route as kernel
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from dynrl.ops.backend import on_host, use_ref, use_triton
 from dynrl.ops.route import Routing
@@ -65,7 +67,7 @@ def routed_linear_ref(
         out = torch.where((place >= offsets[e]) & (place < offsets[e + 1]), y, out)
     out = out.relu() if relu else out
     if gate is not None:
-        out = out * gate[order].unsqueeze(1)
+        out = out * gate[order].unsqueeze(1).to(out.dtype)
     return out if sorted_out else torch.zeros_like(out).index_copy(0, order, out)
 
 
@@ -89,7 +91,7 @@ def routed_linear(
     if not on_host(x):
         if use_ref():
             return routed_linear_ref(x, weight, routing, bias, gate, **how)
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if is_compiling() and not torch.is_grad_enabled():
             import dynrl.ops.traced  # noqa: F401 (registers the op)
 
             offsets, widths = routing.offsets, list(splits) if splits else None
@@ -110,7 +112,7 @@ def routed_linear(
         ]
         out = torch.cat(parts) if parts else rows.new_zeros(0, width)
         out = out.relu() if relu else out
-        out = out if gate is None else out * gate[order].unsqueeze(1)
+        out = out if gate is None else out * gate[order].unsqueeze(1).to(out.dtype)
         return out if sorted_out else torch.zeros_like(out).index_copy(0, order, out)
     out = rows.new_empty(len(rows), width)
     for part, into, (matrix, shift) in zip(rows.split(routing.sizes), out.split(routing.sizes), experts, strict=True):
@@ -177,26 +179,20 @@ def _on_triton(
     width = _width(weight, splits, sorted_out)
     if not torch.is_grad_enabled():
         gates = gate.index_select(0, routing.order) if gate is not None and sorted_out else gate
-        bias = bias.contiguous() if bias is not None else None
+        if bias is None:
+            bias_at: dict[str, Any] = {}
+        else:
+            bias_at = {"bias": bias.contiguous(), "bias_starts": bias_starts}
         out = x.new_empty(len(x), width)
         return linear_rows(
-            x.contiguous(),
-            weight,
-            out,
-            routing.offsets,
-            starts,
-            bias=bias,
-            bias_starts=bias_starts,
-            gate=gates,
-            relu=relu,
-            **ways,
-        )
+            x.contiguous(), weight, out, routing.offsets, starts, gate=gates, relu=relu, **bias_at, **ways
+        )  # fmt: skip
     # Only the product needs a backward pass of its own; what is pointwise is left to autograd.
     out = _Product.apply(x, weight, routing.offsets, starts, width, ways)
     if bias is not None:
         out = out + _bias_rows(bias, routing, splits, sorted_out, width)
     out = out.relu() if relu else out
-    return out if gate is None else out * (gate[routing.order] if sorted_out else gate).unsqueeze(1)
+    return out if gate is None else out * (gate[routing.order] if sorted_out else gate).unsqueeze(1).to(out.dtype)
 
 
 def _bias_rows(bias: Tensor, routing: Routing, splits: tuple[int, ...] | None, sorted_out: bool, width: int) -> Tensor:
@@ -223,6 +219,7 @@ class _Product(torch.autograd.Function):
         return linear_rows(x.contiguous(), weight, x.new_zeros(len(x), width), offsets, starts, **ways)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from dynrl.ops.kernels.linear import grad_weight_rows, linear_rows
 
@@ -234,7 +231,7 @@ class _Product(torch.autograd.Function):
                 "in_rows": ways["out_rows"], "out_rows": ways["in_rows"],
                 "in_widths": ways["out_widths"], "out_widths": ways["in_widths"],
             }  # fmt: skip
-            dx = linear_rows(dy, weight.transpose(-1, -2), torch.zeros_like(x), offsets, starts, **back)
+            dx = linear_rows(dy, weight.transpose(-1, -2), x.new_zeros(x.shape), offsets, starts, **back)
         if ctx.needs_input_grad[1]:
             dw = grad_weight_rows(
                 x.contiguous(), dy, torch.zeros_like(weight), offsets, starts, x_rows=ways["in_rows"],

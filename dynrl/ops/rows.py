@@ -38,8 +38,7 @@ def compute_rows(x: Tensor, index: Tensor, block: Block) -> Tensor:
     """
     if not (torch.is_grad_enabled() or is_compiling()):
         return compute_groups(x, index, ((block, 0, len(index)),))
-    last = _channels_last(x)
-    flat = x.permute(0, 2, 3, 1) if last else x
+    last, flat = _channels_last(x), as_rows(x)
     rows = flat.index_select(0, index)
     done = block(rows.permute(0, 3, 1, 2) if last else rows)
     flat = flat.index_copy(0, index, (done.permute(0, 2, 3, 1) if last else done).to(x.dtype))
@@ -61,7 +60,7 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
     for block, _, _ in groups:
         weight_bytes = max(weight_bytes, getattr(block, "weight_bytes", 0))
     size = count if count * layout.row_bytes <= PIECE else piece_rows(count, layout.row_bytes, weight_bytes)
-    if 2 * layout.row_bytes > START + weight_bytes:
+    if _large(layout.row_bytes, weight_bytes):
         for block, start, end in groups:
             _compute_in_place(x, order[start:end].tolist(), block, size)
         return x
@@ -83,6 +82,21 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
         words.index_put_((part,), held)
     layout.free.append(scratch)
     return x
+
+
+def _large(row_bytes: int, weight_bytes: int) -> bool:
+    """Whether moving a row there and back takes longer than starting a block anew, which reads its weights anew."""
+    return 2 * row_bytes > START + weight_bytes
+
+
+def moves_nothing(x: Tensor, block: Block) -> bool:
+    """Whether `compute_rows` computes rows like `x`'s where they lie."""
+    return _large(x.stride(0) * x.element_size(), getattr(block, "weight_bytes", 0))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` as a view whose rows are moved as one run of memory each."""
+    return x.permute(0, 2, 3, 1) if _channels_last(x) else x
 
 
 def _compute_in_place(x: Tensor, index: list[int], block: Block, size: int) -> None:

@@ -40,6 +40,12 @@ class SlicedBlock(nn.Module):
         inner = convolutions[0].out_channels
         if min(widths) < 1 or max(widths) > inner:
             raise ValueError(f"expected widths in 1..{inner}, the inner channels of the block, got {widths}")
+        for convolution, by_width in zip(convolutions, norms, strict=True):
+            if convolution.stride != (1, 1) or convolution.groups != 1 or len(by_width) != len(widths):
+                raise ValueError(
+                    f"expected convolutions of stride 1 in one group with {len(widths)} norms, one a width, got stride "
+                    f"{convolution.stride}, {convolution.groups} groups and {len(by_width)} norms"
+                )
         self.widths = widths
         self.count = len(convolutions)
         self.paddings = [int(c.padding[0]) for c in convolutions]
@@ -96,7 +102,11 @@ class SlicedBlock(nn.Module):
             y = y.relu() if i < self.count - 1 else (x + y).relu()
         return y
 
-    # The narrow blocks are a cache of one device and type: anything that moves or copies the module drops it.
+    # The narrow blocks are a cache of these weights, device and type: what changes or copies them drops it.
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._narrow = {}
+        super()._load_from_state_dict(*args)
+
     def _apply(self, fn: Any, recurse: bool = True) -> SlicedBlock:
         self._narrow = {}
         return super()._apply(fn, recurse)
@@ -130,14 +140,17 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
 
     MACs: those of the block at each row's width.
     """
-    if torch.is_grad_enabled() or (not on_host(x) and use_ref()):
+    if torch.is_grad_enabled():
         return sliced_conv_ref(x, choice, block)
-    if not on_host(x) and use_triton(x, vendor=True):
-        return _on_triton(x, choice, block)
-    if is_compiling():
-        for c in range(len(block.widths)):
-            x = compute_rows(x, (choice == c).nonzero().squeeze(1), partial(block.sliced, choice=c))
-        return x
+    if not on_host(x):
+        if use_ref():
+            return sliced_conv_ref(x, choice, block)
+        if is_compiling():
+            for c in range(len(block.widths)):
+                x = compute_rows(x, (choice == c).nonzero().squeeze(1), partial(block.sliced, choice=c))
+            return x
+        if use_triton(x, vendor=True):
+            return _on_triton(x, choice, block)
     routing = route(choice, len(block.widths))
     if max(routing.sizes) == len(x):  # all chose the same
         return block.narrow(routing.sizes.index(len(x)))(x)
@@ -149,6 +162,7 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
 def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
     from dynrl.ops.kernels.conv import conv_rows
 
+    before, x = x, x.contiguous(memory_format=torch.channels_last)
     routing = route(choice, len(block.widths))
     order, offsets = routing.order, routing.offsets
     y, rows = x, order
@@ -163,4 +177,4 @@ def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
             out_widths=None if last else block.active, residual=x if last else None, relu=True, padding=padding,
         )  # fmt: skip
         y = out
-    return x
+    return x if x is before else before.copy_(x)

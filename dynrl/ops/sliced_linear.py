@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dynrl.ops.backend import on_host, use_ref, use_triton
 from dynrl.ops.route import route
@@ -88,7 +89,7 @@ def sliced_linear(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
     if not on_host(x):
         if use_ref():
             return sliced_linear_ref(x, choice, layer)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             import dynrl.ops.traced  # noqa: F401 (registers the op)
 
             return torch.ops.dynrl.sliced_linear(
@@ -121,16 +122,22 @@ def sliced_product(
         choice, descending=True, stable=True
     ).indices  # the widest first: each block takes the first rows
     rows = x.index_select(0, order)
-    out = torch.empty(n, len(w2), dtype=x.dtype)
+    # Several blocks are added up: in float32, or each would be rounded to half precision on its own.
+    out = x.new_empty(n, len(w2), dtype=torch.float32)
     for i, (count, start, stop) in enumerate(blocks):
         hidden = F.linear(rows[:count], w1[start:stop], None if b1 is None else b1[start:stop]).relu_()
         into, matrix = out[:count], w2[:, start:stop].t()
-        if i:
+        if x.dtype != torch.float32:
+            product = torch.mm(hidden, matrix)
+            into.copy_(product) if i == 0 else into.add_(product)
+        elif i:
             into.addmm_(hidden, matrix)
         elif b2 is None:
             torch.mm(hidden, matrix, out=into)
         else:
             torch.addmm(b2, hidden, matrix, out=into)
+    if x.dtype != torch.float32:
+        out = (out if b2 is None else out.add_(b2)).to(x.dtype)
     return put_rows(torch.empty_like(out), order, out)
 
 
@@ -163,7 +170,7 @@ def _on_triton(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
     order, offsets, starts = routing.order, routing.offsets, layer.starts
     hidden = x.new_empty(len(x), len(layer.w1))  # sorted by choice; nothing beyond a row's width is written or read
     linear_rows(
-        x, layer.w1, hidden, offsets, starts, in_rows=order, out_widths=layer.active, relu=True,
+        x.contiguous(), layer.w1, hidden, offsets, starts, in_rows=order, out_widths=layer.active, relu=True,
         bias=layer.b1, bias_starts=None if layer.b1 is None else starts,
     )  # fmt: skip
     return linear_rows(

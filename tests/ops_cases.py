@@ -1,0 +1,457 @@
+"""The cases that the tests of the ops run through: an op that is added to `CASES` is tested."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.gated_cell import gated_cell, gated_cell_ref
+from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
+from dynrl.ops.route import route, route_ref
+from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
+from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
+from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
+
+Args = dict[str, Any]
+Constants = dict[tuple[str, str], float]
+NAN = float("nan")
+# Rows of a batch, by what they decide. Where 20 of 21 run, gated_residual runs all.
+KINDS = {"no rows": 0, "first": 1, "last": 1, "none": 5, "one": 5, "some": 5, "all": 5, "nearly": 21}
+ROWS = ("contiguous", "sliced", "transposed")
+# Blocks are never worth running on spare rows; two rows at a time; rows computed where they lie.
+COMPACT_BLOCK: Constants = {("gated_residual", "SPARE_MACS"): 0}
+MOVES: dict[str, Constants] = {
+    "in pieces": {**COMPACT_BLOCK, ("rows", "PIECE"): 1, ("rows", "START"): math.inf},
+    "in place": {**COMPACT_BLOCK, ("rows", "PIECE"): 1, ("rows", "START"): -math.inf},
+}
+COMPACT_ROWS: dict[str, Constants] = {"compacted": {("gated_cell", "WORTH_ROWS"): 0, ("gated_cell", "WORTH_MACS"): 0}}
+COMPACT_SLICES: dict[str, Constants] = {
+    "compacted": {("sliced_linear", "WORTH_MACS"): 0, ("sliced_linear", "MOVING"): -math.inf}
+}
+MAPS = ("contiguous", "channels_last", "sliced", "sliced channels_last")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a case's arguments are made for."""
+
+    kind: str = "some"
+    layout: str = "contiguous"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def n(self) -> int:
+        return KINDS[self.kind]
+
+    def choice(self, count: int) -> Tensor:
+        """[n] int64 in 0 ... count-1."""
+        place = torch.arange(self.n)
+        if self.kind in ("one", "nearly"):
+            common, rare = (0, count - 1) if self.kind == "one" else (count - 1, 0)
+            choice = torch.where(place == self.n // 2, rare, common)
+        elif self.kind == "some":
+            choice = torch.tensor([1, 3, 5, 2, 1]) % count  # of two choices, three neighbours and one more
+        else:
+            choice = torch.full((self.n,), 0 if self.kind in ("none", "first") else count - 1)
+        return choice.to(self.device)
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape) * scale).to(self.device, self.dtype)
+
+    def rows(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """[n, ..., width] in this layout; what lies between the rows is NaN."""
+        values = self.randn(*shape, scale=scale)
+        if self.layout == "sliced":
+            whole = values.new_full((*shape[:-1], shape[-1] + 3), NAN)
+            return whole[..., 1:-2].copy_(values)
+        return values.mT.contiguous().mT if self.layout == "transposed" else values
+
+    def maps(self, *shape: int) -> Tensor:
+        """[n, C, H, W] in this layout; what lies between the maps is NaN."""
+        values = self.randn(*shape)
+        if self.layout.startswith("sliced"):
+            whole = values.new_full((shape[0], shape[1] + 8, *shape[2:]), NAN)
+            if self.layout.endswith("channels_last"):
+                whole = whole.contiguous(memory_format=torch.channels_last)
+            return whole[:, : shape[1]].copy_(values)
+        return values.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else values
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call one op.
+
+    Attributes:
+        f: the op, called with what `make` gives.
+        f_ref: its definition.
+        make: arguments by name.
+        layouts: of the inputs.
+        dtypes: that make a difference.
+        kernels: whether Triton runs it.
+        kept: the rows that are computed; None for all.
+        passes: the argument whose other rows are handed through.
+        overwrites: the argument that is overwritten and returned where no gradient is recorded.
+        hide: replaces in the arguments whatever must not be read by NaN.
+        defined: the result with 0 where it is undefined.
+        grads: arguments to differentiate by; a module stands for its parameters.
+        also: further paths on the CPU, by name: the constants, by (module, name), that make small tensors take them.
+    """
+
+    op: str
+    name: str
+    f: Callable[..., Any]
+    f_ref: Callable[..., Any]
+    make: Callable[[Setting], Args]
+    layouts: tuple[str, ...] = ROWS
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    kernels: bool = True
+    kept: Callable[[Args], Tensor] | None = None
+    passes: str = ""
+    overwrites: str = ""
+    hide: Callable[[Args], None] | None = None
+    defined: Callable[[Args, Any], Any] = lambda args, out: out
+    grads: tuple[str, ...] = ()
+    also: dict[str, Constants] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}".strip()
+
+    def args(self, setting: Setting) -> Args:
+        """The same each time."""
+        torch.manual_seed(0)
+        return self.make(setting)
+
+
+def cast(args: Args, dtype: torch.dtype) -> Args:
+    """All numbers and modules in another type."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return copy.deepcopy(value).to(dtype)
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: one(value) for name, value in args.items()}
+
+
+def assert_close(got: Tensor, exact: Tensor, plain: Tensor, interpreted: bool = False) -> None:
+    """At most twice the error that the definition makes in this dtype."""
+    assert got.shape == exact.shape == plain.shape, (got.shape, exact.shape, plain.shape)
+    assert got.dtype == plain.dtype, (got.dtype, plain.dtype)
+    if not got.is_floating_point():
+        assert torch.equal(got, plain), (got, plain)
+    elif got.numel():
+        scale = exact.abs().max().clamp(min=1)
+        allowed = 2 * (plain.double() - exact).abs().max() + 1e-6 * scale
+        if interpreted and got.dtype == torch.bfloat16:
+            allowed += scale * 2**-7  # the interpreter cuts off what a GPU rounds
+        error = (got.double() - exact).abs().max()
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+# gated_residual
+
+
+class Rowwise(nn.Module):
+    """tanh(layer(x)) + x."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) + x
+
+
+class Overwriting(nn.Module):
+    """3 x + 1; spoils what it is given and returns something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 3 * x + 1
+        x.fill_(NAN)
+        return y
+
+
+class InPlace(nn.Module):
+    """relu(3 x + 1), written over x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(3).add_(1).relu_()
+
+
+def plain(block: ResidualBlock) -> Callable[[Tensor], Tensor]:
+    """What a ResidualBlock computes, by torch's own convolution."""
+
+    def run(x: Tensor) -> Tensor:
+        y = x
+        for i, c in enumerate(block.convolutions):
+            y = F.conv2d(y if i == 0 else y.relu(), c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+        return (x + y).relu()
+
+    return run
+
+
+def frozen_block(s: Setting, sizes: tuple[int, ...], taps: tuple[int, ...], bias: bool) -> ResidualBlock:
+    layers = []
+    for inputs, outputs, size in zip(sizes, sizes[1:], taps, strict=False):
+        convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=bias)
+        layers.append(FoldedConv2d.of(convolution))
+    return ResidualBlock(layers).to(s.device, s.dtype)
+
+
+def gated_rows(block: Callable[[], nn.Module]) -> Callable[[Setting], Args]:
+    return lambda s: {"x": s.rows(s.n, 5), "run": s.choice(2), "block": block().to(s.device, s.dtype)}
+
+
+def gated_maps(block: Callable[[Setting], nn.Module], c: int) -> Callable[[Setting], Args]:
+    return lambda s: {
+        "x": s.maps(s.n, c, 3, 4),
+        "run": s.choice(2).bool(),
+        "block": block(s).to(s.device, s.dtype),
+    }
+
+
+def gated_case(name: str, make: Callable[[Setting], Args], **more: Any) -> Case:
+    def hide(args: Args) -> None:
+        args["x"][args["run"] == 0] = NAN
+
+    more = {
+        "f": gated_residual,
+        "f_ref": gated_residual_ref,
+        "kernels": False,
+        "overwrites": "x",
+        "also": MOVES,
+        **more,
+    }
+    kept = lambda args: args["run"].bool()  # noqa: E731
+    return Case("gated_residual", name, make=make, kept=kept, passes="x", hide=hide, **more)
+
+
+def residual_case(name: str, sizes: tuple[int, ...], taps: tuple[int, ...], bias: bool) -> Case:
+    make = gated_maps(lambda s: frozen_block(s, sizes, taps, bias), sizes[0])
+    f_ref = lambda x, run, block: gated_residual_ref(x, run, plain(block))  # noqa: E731
+    return gated_case(name, make, f_ref=f_ref, layouts=MAPS, kernels=True, also={"compacted": COMPACT_BLOCK, **MOVES})
+
+
+GATED_RESIDUAL = [
+    gated_case("linear", gated_rows(lambda: Rowwise(nn.Linear(5, 5))), grads=("x", "block")),
+    gated_case(
+        "convolution", gated_maps(lambda s: Rowwise(nn.Conv2d(3, 3, 3, padding=1)), 3), layouts=MAPS, grads=("x", "block")
+    ),
+    gated_case("block that spoils its input", gated_rows(Overwriting)),
+    gated_case("block that overwrites its input", gated_maps(lambda s: InPlace(), 4), layouts=MAPS),
+    residual_case("ResidualBlock", (12, 17, 12), (3, 3), True),
+    residual_case("ResidualBlock bottleneck", (16, 4, 4, 16), (1, 3, 1), False),
+]  # fmt: skip
+
+
+# routed_linear
+
+EXPERTS, INPUTS, OUTPUTS = 3, 20, 12
+SPLITS = (16, 0, 7)
+
+
+def experts(s: Setting) -> Args:
+    routing = route_ref(s.choice(EXPERTS), EXPERTS)
+    return {
+        "x": s.rows(s.n, INPUTS),
+        "weight": s.rows(EXPERTS, OUTPUTS, INPUTS, scale=INPUTS**-0.5),
+        "routing": routing,
+        "bias": s.rows(EXPERTS, OUTPUTS),
+        "gate": s.randn(s.n),
+    }
+
+
+def only(make: Callable[[Setting], Args], *names: str, **fixed: Any) -> Callable[[Setting], Args]:
+    """Some of the arguments, and fixed ones."""
+    return lambda s: {name: value for name, value in make(s).items() if name in names} | fixed
+
+
+def split_out(s: Setting) -> Args:
+    return {
+        "x": s.rows(s.n, INPUTS),
+        "weight": s.rows(sum(SPLITS), INPUTS, scale=INPUTS**-0.5),
+        "routing": route_ref(s.choice(EXPERTS), EXPERTS),
+        "bias": s.randn(sum(SPLITS)),
+        "gate": s.randn(s.n),
+        "splits": SPLITS,
+        "sorted_out": True,
+        "relu": True,
+    }
+
+
+def split_in(s: Setting) -> Args:
+    return {
+        "x": s.rows(s.n, max(SPLITS)),
+        "weight": s.rows(OUTPUTS, sum(SPLITS), scale=0.25),
+        "routing": route_ref(s.choice(EXPERTS), EXPERTS),
+        "bias": s.randn(EXPERTS, OUTPUTS),
+        "gate": s.randn(s.n),
+        "splits": SPLITS,
+        "sorted_in": True,
+    }
+
+
+def two_layers(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gate: Tensor, routing: Any) -> Tensor:
+        hidden = linear(x, w1, routing, b1, splits=SPLITS, relu=True, sorted_out=True)
+        return linear(hidden, w2, routing, b2, gate, splits=SPLITS, sorted_in=True)
+
+    return run
+
+
+def two_split_layers(s: Setting) -> Args:
+    first, second = split_out(s), split_in(s)
+    return {
+        "x": first["x"], "w1": first["weight"], "b1": first["bias"], "w2": second["weight"], "b2": second["bias"],
+        "gate": second["gate"], "routing": first["routing"],
+    }  # fmt: skip
+
+
+def places(routing: Any, widths: tuple[int, ...], most: int) -> Tensor:
+    """[n, most] bool, in sorted order: the columns within each row's width."""
+    count = routing.offsets[1:] - routing.offsets[:-1]
+    width = torch.tensor(widths, device=count.device).repeat_interleave(count)
+    return torch.arange(most, device=count.device) < width.unsqueeze(1)
+
+
+def hide_unread(args: Args) -> None:
+    args["x"].masked_fill_(~places(args["routing"], SPLITS, args["x"].shape[1]), NAN)
+
+
+def within_splits(args: Args, out: Tensor) -> Tensor:
+    return torch.where(places(args["routing"], SPLITS, out.shape[1]), out, 0)
+
+
+def routed_case(name: str, make: Callable[[Setting], Args], **more: Any) -> Case:
+    return Case("routed_linear", name, **{"f": routed_linear, "f_ref": routed_linear_ref, "make": make, **more})
+
+
+ROUTED_LINEAR = [
+    routed_case("", only(experts, "x", "weight", "routing"), grads=("x", "weight")),
+    routed_case("bias", only(experts, "x", "weight", "routing", "bias"), grads=("x", "weight", "bias")),
+    routed_case("bias relu gate", only(experts, *experts(Setting()), relu=True), grads=("x", "weight", "bias", "gate")),
+    routed_case("sorted_in gate", only(experts, "x", "weight", "routing", "gate", sorted_in=True), grads=("x", "gate")),
+    routed_case("sorted_out", only(experts, *experts(Setting()), sorted_out=True), grads=("x", "weight", "bias", "gate")),
+    routed_case("split out", split_out, defined=within_splits, grads=("x", "weight", "bias", "gate")),
+    routed_case("split in", split_in, hide=hide_unread, grads=("x", "weight", "bias", "gate")),
+    routed_case(
+        "two split layers", two_split_layers, f=two_layers(routed_linear), f_ref=two_layers(routed_linear_ref),
+        grads=("x", "w1", "b1", "w2", "b2", "gate"),
+    ),
+]  # fmt: skip
+
+
+# sliced_linear
+
+
+def sliced_case(name: str, widths: tuple[int, ...], bias: bool = True) -> Case:
+    def make(s: Setting) -> Args:
+        layer = SlicedLinear(nn.Linear(13, 40, bias=bias), nn.Linear(40, 18, bias=bias), widths)
+        return {"x": s.rows(s.n, 13), "choice": s.choice(len(widths)), "layer": layer.to(s.device, s.dtype)}
+
+    return Case("sliced_linear", name, sliced_linear, sliced_linear_ref, make, grads=("x",), also=COMPACT_SLICES)
+
+
+SLICED_LINEAR = [
+    sliced_case("", (16, 32, 40)),
+    sliced_case("without bias", (3, 20, 25, 33, 39), bias=False),
+    sliced_case("with a width of 0", (0, 9, 16)),
+    sliced_case("with a width of 0 without bias", (0, 40), bias=False),
+    sliced_case("of one width", (17,)),
+]
+
+
+# sliced_conv
+
+
+def sliced_block(s: Setting, sizes: tuple[int, ...], taps: tuple[int, ...], widths: tuple[int, ...]) -> SlicedBlock:
+    convolutions, norms = [], []
+    for i, size in enumerate(taps):
+        convolutions.append(nn.Conv2d(sizes[i], sizes[i + 1], size, padding=size // 2, bias=i == 0))
+        last = i == len(taps) - 1
+        norms.append([nn.BatchNorm2d(sizes[i + 1] if last else width) for width in widths])
+        for norm in norms[-1]:
+            for values in (norm.weight.data, norm.running_var):
+                values.uniform_(0.5, 1.5)
+            for values in (norm.bias.data, norm.running_mean):
+                values.normal_(0, 0.5)
+    return SlicedBlock(convolutions, norms, widths).to(s.device, s.dtype)
+
+
+def sliced_conv_case(name: str, sizes: tuple[int, ...], taps: tuple[int, ...], widths: tuple[int, ...]) -> Case:
+    def make(s: Setting) -> Args:
+        maps, choice = s.maps(s.n, sizes[0], 3, 3), s.choice(len(widths))
+        return {"x": maps, "choice": choice, "block": sliced_block(s, sizes, taps, widths)}
+
+    return Case("sliced_conv", name, sliced_conv, sliced_conv_ref, make, layouts=MAPS, overwrites="x", also=MOVES)
+
+
+SLICED_CONV = [
+    sliced_conv_case("two layers", (16, 20, 16), (3, 3), (7, 16, 20)),
+    sliced_conv_case("bottleneck", (9, 6, 6, 9), (1, 3, 1), (1, 6)),
+]
+
+
+# gated_cell
+
+
+def cell(s: Setting) -> Args:
+    gru = nn.GRUCell(6, 9).to(s.device, s.dtype)
+    weights = {
+        name: value.detach().clone()
+        for name, value in zip(("w_ih", "w_hh", "b_ih", "b_hh"), gru.parameters(), strict=True)
+    }
+    return {"x": s.rows(s.n, 6), "h": s.rows(s.n, 9), "update": s.choice(2).bool(), **weights}
+
+
+def sequence_cell(s: Setting) -> Args:
+    args = cell(s)
+    x = s.rows(3 * s.n, 6)
+    return args | {"x": x, "update": s.choice(2), "x_rows": torch.randperm(3 * s.n)[: s.n].to(s.device)}
+
+
+def cell_case(name: str, make: Callable[[Setting], Args]) -> Case:
+    def hide(args: Args) -> None:
+        left = args["update"] == 0
+        args["h"][left] = NAN
+        args["x"][args["x_rows"][left] if "x_rows" in args else left] = NAN
+
+    return Case(
+        "gated_cell", name, gated_cell, gated_cell_ref, make, kept=lambda args: args["update"].bool(), passes="h",
+        overwrites="h", hide=hide, grads=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
+        also=COMPACT_ROWS,
+    )  # fmt: skip
+
+
+# route
+
+
+def route_case(dtype: torch.dtype, count: int) -> Case:
+    def make(s: Setting) -> Args:
+        table = torch.zeros(s.n, 3, dtype=dtype, device=s.device)
+        table[:, 1] = s.choice(count).to(dtype)
+        return {"choice": table[:, 1] if s.layout == "sliced" else table[:, 1].contiguous(), "num_choices": count}
+
+    return Case(
+        "route", f"{count} {dtype}", route, route_ref, make, layouts=("contiguous", "sliced"), dtypes=(torch.float32,)
+    )
+
+
+CASES = [
+    *(route_case(*of) for of in ((torch.int64, 2), (torch.int32, 1), (torch.int64, 5))),
+    *GATED_RESIDUAL,
+    *ROUTED_LINEAR,
+    *SLICED_LINEAR,
+    *SLICED_CONV,
+    cell_case("", cell),
+    cell_case("of a sequence", sequence_cell),
+]
