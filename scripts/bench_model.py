@@ -40,10 +40,14 @@ class _Forced(RoutedModel):
         return self.route[state.rows, walk.at(walk.steps, state.rows)]
 
 
-def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
-    """The plain dense network, compiled by torch's Inductor."""
+def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any] | None:
+    """The dense network, compiled by torch's Inductor; None where that fails (some shapes it cannot lower)."""
     run = torch.compile(network.ideal(inputs, route))
-    run()
+    try:
+        run()
+    except Exception as error:  # whatever the compiler raises
+        print(f"torch.compile failed on the dense network: {str(error).splitlines()[0]}", flush=True)
+        return None
     return run
 
 
@@ -101,8 +105,9 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int, com
     for name, form in FORMATS.items():
         network: Any = in_format(backbone, name)
         sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), dense_route)
-    if compiled:
-        sides["compiled"] = _compiled(backbone, inputs, dense_route)
+    run = _compiled(backbone, inputs, dense_route) if compiled else None
+    if run is not None:
+        sides["compiled"] = run
     sides["ideal"] = backbone.ideal(inputs, route)
     sides["routed"] = lambda: backbone.run_route(inputs, route)
     sides["with router"] = lambda: model(inputs)

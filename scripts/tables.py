@@ -57,15 +57,17 @@ def _machine(result: dict[str, Any]) -> str:
     return f"{result['date']}, {hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."
 
 
+def ms(value: float | None) -> str:
+    """A time, or nothing."""
+    return "" if value is None else f"{value:.2f}"
+
+
 def bench_ops_table(result: dict[str, Any]) -> list[str]:
     """Half kept, batch 256, of `dynrl bench ops` as Markdown, and the summary of all rows."""
     lines = [
         "| op | shape | dense ms | masked | indexed | routed | ideal | of ideal |",
         "|---|---|---|---|---|---|---|---|",
     ]
-
-    def ms(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
 
     for r in result["rows"]:
         if r["batch"] == 256 and r["kept"] in (0.5, None) and "ideal_ms" in r:
@@ -92,7 +94,7 @@ def bench_model_table(result: dict[str, Any]) -> list[str]:
     ]
     for r in result["rows"]:
         lines.append(
-            f"| {r['network']} | {r['policy']} | {r['batch']} | {r['dense_ms']:.1f} | {r['compiled_ms']:.1f} "
+            f"| {r['network']} | {r['policy']} | {r['batch']} | {r['dense_ms']:.1f} | {ms(r['compiled_ms'])} "
             f"| {r['routed_ms']:.1f} | {r['speedup']:.2f} | {r['realised_ratio']:.2f} "
             f"| {r['speedup_with_router']:.2f}, {r['realised_ratio_with_router']:.2f} |"
         )

@@ -5,25 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynrl.backbones import GatedResNet
 from dynrl.observation import Layout
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, Router
 from dynrl.routed import RoutedModel
+from tests.devices import NoHostSync
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: a graph cannot be recorded here")
-
-
-class NoSync(TorchDispatchMode):
-    """Refuses what makes the host wait for the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "item", "aten.equal")):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
 
 
 def routed(block: str = "basic", seed: int = 0) -> RoutedModel:
@@ -41,7 +32,7 @@ def test_counts_on_the_device_give_the_same_without_a_wait(block, kernel_case):
     assert 0 < model.last_route.actions.float().mean() < 1
     with device_counts():
         model.walk(inputs)  # constants are made once
-        with NoSync():
+        with NoHostSync():
             walk = model.walk(inputs)
     assert torch.equal(walk.route, model.last_route.actions)
     assert torch.equal(walk.macs, model.last_route.macs)
@@ -49,7 +40,7 @@ def test_counts_on_the_device_give_the_same_without_a_wait(block, kernel_case):
 
 
 def test_the_guard_notices_a_wait():
-    with pytest.raises(AssertionError, match="waits"), NoSync():
+    with pytest.raises(AssertionError, match="waits"), NoHostSync():
         torch.ones(3, device=DEVICE).nonzero()
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -22,25 +21,13 @@ from dynrl.ops.kernels.conv import conv_rows
 from dynrl.ops.kernels.gru import gru_rows, scatter_rows
 from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
 from dynrl.ops.kernels.route import route, tile_bound
+from tests.devices import NoHostSync
 
 pytestmark = pytest.mark.usefixtures("kernel_case")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")
-
-
-class NoHostSync(TorchDispatchMode):
-    """Raises where the host would wait for a value of the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func._schema.name, kwargs or {}
-        to_host = (
-            name == "aten::_to_copy" and args[0].is_cuda and torch.device(kwargs.get("device", "cuda")).type == "cpu"
-        )
-        if to_host or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)

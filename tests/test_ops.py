@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrl.ops
@@ -28,6 +27,7 @@ from dynrl.ops.route import Routing, route_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs, sliced_linear_ref
+from tests.devices import NoHostSync
 from tests.ops_cases import CASES, KINDS, MOVES, NAN, Args, Case, Overwriting, Rowwise, Setting, assert_close, cast
 
 MODULES = [importlib.import_module(f"dynrl.ops.{m.name}") for m in pkgutil.iter_modules(dynrl.ops.__path__)]
@@ -36,19 +36,6 @@ FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MANY, FEW = ["none", "one", "some", "all", "nearly"], ["none", "some"]
 GATED = next(case for case in CASES if case.op == "gated_residual")
 NEW = {torch: ("empty", "empty_like", "empty_strided"), Tensor: ("new_empty", "new_empty_strided")}
-
-
-class NoHostSync(TorchDispatchMode):
-    """Raises where the host would wait for a value of the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func._schema.name, kwargs or {}
-        to_host = (
-            name == "aten::_to_copy" and args[0].is_cuda and torch.device(kwargs.get("device", "cuda")).type == "cpu"
-        )
-        if to_host or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
