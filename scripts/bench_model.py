@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dynrl.backbones import Backbone, GatedResNet, State
+from dynrl.data import load_dataset
 from dynrl.evaluation import FORMATS, in_format, medians_in_turn, random_rate
 from dynrl.observation import Layout
 from dynrl.policies import RandomPolicy, Router
 from dynrl.routed import RoutedModel, load
+from dynrl.scripts.common import read_config
 
 # name: batch sizes, backbone's settings.
 NETWORKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -42,7 +44,8 @@ class _Forced(RoutedModel):
 
 def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any] | None:
     """The dense network, compiled by torch's Inductor; None where that fails (some shapes it cannot lower)."""
-    run = torch.compile(network.ideal(inputs, route))
+    torch._dynamo.reset()  # else shapes seen before make it try dynamic ones
+    run = torch.compile(network.ideal(inputs, route), dynamic=False)
     try:
         run()
     except Exception as error:  # whatever the compiler raises
@@ -81,7 +84,7 @@ def bench_model(
     for run in runs:
         plugged = load(run)
         plugged.set_budget(0.5)
-        inputs = torch.randn(256, *plugged.input_shape)
+        inputs = load_dataset(read_config(run)["data"]).test.inputs[:256]
         plugged(inputs)
         assert plugged.last_route is not None
         rows.append(
