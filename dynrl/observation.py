@@ -83,7 +83,7 @@ def observation(backbone: Backbone, state: State, price: Tensor | float) -> Tens
         mask = backbone.open_choices(state)
         same = None if isinstance(price, Tensor) else price
         open_count = backbone.points[state.point].n
-        view = _template(layout, state.point, open_count, same, rows.device).repeat(state.count, 1)
+        view = template(layout, state.point, open_count, same, rows.device).repeat(state.count, 1)
         features = backbone.observe(state)
         view[:, : features.shape[1]] = features
         if mask is not None:
@@ -96,7 +96,7 @@ def observation(backbone: Backbone, state: State, price: Tensor | float) -> Tens
 
 
 @lru_cache(maxsize=256)
-def _template(layout: Layout, point: int, open_count: int, price: float | None, device: torch.device) -> Tensor:
+def template(layout: Layout, point: int, open_count: int, price: float | None, device: torch.device) -> Tensor:
     """[1, width]: what all rows at a point have in common."""
     with torch.inference_mode(False):
         row = torch.zeros(1, layout.width, device=device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
-from dynrl.observation import Layout, observation
+from dynrl.observation import Layout, observation, template
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RoutePolicy, Router, load_policy
 
@@ -171,6 +171,10 @@ class CapturedModel:
         if not isinstance(model.policy, Router):
             raise ValueError(f"{type(model.policy).__name__} gives whole routes; only a learned policy can be captured")
         self.model, self.price = model, model.price
+        # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
+        layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
+        constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
+        self._held = (model._act, constants)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with device_counts():

@@ -56,7 +56,7 @@ def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], 
 
 def bench_model(
     device: str = "cpu", dtype: str = "float32", rounds: int = 15, networks: tuple[str, ...] = (),
-    batches: tuple[int, ...] = (), runs: tuple[Path, ...] = (), compiled: bool = True,
+    batches: tuple[int, ...] = (), runs: tuple[Path, ...] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Networks of random weights on independent random routes at half the MACs, and learned policies from `runs`.
 
@@ -75,11 +75,10 @@ def bench_model(
         for batch in batches or sizes:
             inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=getattr(torch, dtype))
             with torch.inference_mode():
-                rate = random_rate(
-                    model.backbone, inputs[:1].expand(256, *inputs.shape[1:])[: max(16, 256 if batch > 64 else 16)], 0.5
-                )
+                count = 256 if batch > 64 else 16  # what a route costs does not depend on the input
+                rate = random_rate(model.backbone, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
             model.route = RandomPolicy(backbone.full_route, 2, rate).route(inputs).to(device)
-            rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.route, rounds, compiled)})
+            rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.route, rounds)})
             _show(rows[-1])
     for run in runs:
         plugged = load(run)
@@ -91,7 +90,7 @@ def bench_model(
             {
                 "network": str(run),
                 "policy": "learned",
-                **_measure(plugged, inputs, plugged.last_route.actions, rounds, compiled),
+                **_measure(plugged, inputs, plugged.last_route.actions, rounds),
             }
         )
         _show(rows[-1])
@@ -101,14 +100,14 @@ def bench_model(
 
 
 @torch.inference_mode()
-def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int, compiled: bool) -> dict[str, Any]:
+def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> dict[str, Any]:
     backbone, device = model.backbone, inputs.device
     dense_route = backbone.dense_actions(len(inputs), device)
     sides: dict[str, Callable[[], Any]] = {}
     for name, form in FORMATS.items():
         network: Any = in_format(backbone, name)
         sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), dense_route)
-    run = _compiled(backbone, inputs, dense_route) if compiled else None
+    run = _compiled(backbone, inputs, dense_route)
     if run is not None:
         sides["compiled"] = run
     sides["ideal"] = backbone.ideal(inputs, route)

@@ -120,9 +120,8 @@ def gated_residual_cases(shape: str, batch: int, device: torch.device, dtype: to
     plain, plain_first = _plain(last), _plain(first)
     x = torch.randn(batch, outer, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     dense: dict[str, Side] = {"fused": lambda: block(x), "nhwc": lambda: plain(x)}
-    if (
-        not x.is_cuda and outer * side * side * batch <= 1 << 25
-    ):  # NCHW never won on the large ones, and takes a second copy
+    # NCHW never won on the large ones, and takes a second copy.
+    if not x.is_cuda and outer * side * side * batch <= 1 << 25:
         nchw = x.contiguous()
         dense["nchw"] = lambda: plain_first(nchw)
 
@@ -334,8 +333,11 @@ def small_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterato
 
     def routes(choices: int) -> Case:
         choice = torch.randint(0, choices, (batch,), device=device)
-        check = lambda: (route(choice, choices).order, route_ref(choice, choices).order)  # noqa: E731
-        return Case("route", f"{choices} choices", batch, None, lambda: route(choice, choices), check)
+
+        def check() -> tuple[Tensor, Tensor]:
+            return tuple(torch.cat([r.order, r.offsets]) for r in (route(choice, choices), route_ref(choice, choices)))  # type: ignore[return-value]
+
+        return Case("route", f"{choices} choices", batch, None, lambda: route(choice, choices).offsets, check)
 
     def scores(classes: int) -> Case:
         logits = torch.randn(batch, classes, device=device, dtype=dtype)

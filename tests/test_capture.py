@@ -14,6 +14,7 @@ from dynrl.routed import RoutedModel
 from tests.devices import NoHostSync
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WITHOUT_CUDA = pytest.mark.skipif(DEVICE == "cuda", reason="about machines without CUDA")
 ON_CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: a graph cannot be recorded here")
 
 
@@ -44,14 +45,14 @@ def test_the_guard_notices_a_wait():
         torch.ones(3, device=DEVICE).nonzero()
 
 
+@WITHOUT_CUDA
 def test_counts_on_the_device_need_the_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="counts on the device are asked for"), device_counts():
-            routed().walk(torch.randn(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="counts on the device are asked for"), device_counts():
+        routed().walk(torch.randn(2, 1, 8, 8))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="about machines without CUDA")
+@WITHOUT_CUDA
 def test_capture_without_cuda_is_refused():
     with pytest.raises(ValueError, match="CUDA device"):
         routed().capture(4)
@@ -81,6 +82,9 @@ def test_what_a_graph_cannot_do_is_refused():
     model.set_price(0.5)
     with pytest.raises(ValueError, match="capture it again"):
         captured(torch.randn(4, 1, 8, 8, device=DEVICE))
+    model.set_price(captured.price)  # back again: what the graph reads is still there
+    inputs = torch.randn(4, 1, 8, 8, device=DEVICE)
+    torch.testing.assert_close(captured(inputs).clone(), model(inputs), atol=1e-4, rtol=1e-4)
     backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
     with pytest.raises(ValueError, match="whole routes"):
         RoutedModel(backbone, RandomPolicy(backbone.full_route, 2, 0.5)).capture(4)

@@ -314,7 +314,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}"
             )
-        route = route.long()
+        route = route.to(inputs.device, torch.int64)
 
         def choose(state: State) -> Tensor:
             walk, rows = state.walk, state.rows

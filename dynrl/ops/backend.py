@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -75,5 +76,6 @@ def use_triton(x: Tensor, vendor: bool = False) -> bool:
     return True
 
 
+@cache  # looking for a package takes longer than many a kernel
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,10 +43,10 @@ class Routing:
         choices = self._sorted.tolist()
         return [bisect_left(choices, e) for e in range(self.num_choices)] + [len(choices)]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """How many rows made each choice; on CUDA this waits for the device."""
-        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        return [end - start for start, end in pairwise(self.ends)]
 
 
 def route_ref(choice: Tensor, num_choices: int) -> Routing:

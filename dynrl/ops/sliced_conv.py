@@ -60,7 +60,7 @@ class SlicedBlock(nn.Module):
             self.register_buffer(f"weight{i}", weight.clone())
             self.register_buffer(f"scale{i}", scale)
             self.register_buffer(f"shift{i}", shift)
-        self.register_buffer("active", torch.tensor(widths, dtype=torch.int32))
+        self.register_buffer("active", torch.tensor(widths, dtype=torch.int32, device=convolutions[0].weight.device))
         self._narrow: dict[int, ResidualBlock] = {}
 
     def channels(self, i: int, choice: int) -> tuple[int | None, int | None]:
@@ -165,14 +165,14 @@ def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
     before, x = x, x.contiguous(memory_format=torch.channels_last)
     routing = route(choice, len(block.widths))
     order, offsets = routing.order, routing.offsets
-    y, rows = x, order
+    y = x
     for i, padding in enumerate(block.paddings):
         first, last = i == 0, i == block.count - 1
         weight, scale, shift = (getattr(block, f"{name}{i}") for name in ("weight", "scale", "shift"))
         size = (len(y), len(weight), *(side + 2 * padding - weight.shape[2] + 1 for side in y.shape[2:]))
         out = x if last else torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         conv_rows(
-            y, weight, out, offsets, in_rows=rows if first else None, out_rows=order if last else None,
+            y, weight, out, offsets, in_rows=order if first else None, out_rows=order if last else None,
             scale=scale, shift=shift, in_widths=None if first else block.active,
             out_widths=None if last else block.active, residual=x if last else None, relu=True, padding=padding,
         )  # fmt: skip

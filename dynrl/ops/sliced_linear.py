@@ -118,9 +118,8 @@ def sliced_product(
         [(rows, stop - start, side) for rows, start, stop in blocks for side in (w1.shape[1], w2.shape[0])]
     ):
         return _masked(x, choice, w1, b1, w2, b2, limit)
-    order = torch.sort(
-        choice, descending=True, stable=True
-    ).indices  # the widest first: each block takes the first rows
+    # The widest first: each block takes the first rows.
+    order = torch.sort(choice, descending=True, stable=True).indices
     rows = x.index_select(0, order)
     # Several blocks are added up: in float32, or each would be rounded to half precision on its own.
     out = x.new_empty(n, len(w2), dtype=torch.float32)
