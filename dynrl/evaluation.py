@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone
 from dynrl.data import Split
+from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routed import RoutedModel
 
@@ -215,6 +216,22 @@ def medians_in_turn(
         if i:
             tick()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
+    """`repeats` calls of `side` as one CUDA graph: its time on the device, without that of launching it from Python.
+
+    Ops inside read counts from device memory (`device_counts`).
+    """
+    with device_counts():
+        for _ in range(2):  # tiles are chosen, plans are made
+            side()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                side()
+    return graph.replay
 
 
 def in_format(module: nn.Module, name: str) -> nn.Module:

@@ -177,11 +177,13 @@ class CapturedModel:
         self._held = (model._act, constants)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
-        with device_counts():
+        with torch.inference_mode(), device_counts():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # the kernels choose their tiles here: capture forbids timing
-                for _ in range(3):
+                # First with all rows at work: on few or none, one tile is as good as another.
+                model.backbone.run_route(self._inputs, model.backbone.dense_actions(batch_size, weights.device))
+                for _ in range(2):
                     model.walk(self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()

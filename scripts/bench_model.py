@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynrl.backbones import Backbone, GatedResNet, State
 from dynrl.data import load_dataset
-from dynrl.evaluation import FORMATS, in_format, medians_in_turn, random_rate
+from dynrl.evaluation import FORMATS, captured, in_format, medians_in_turn, random_rate
 from dynrl.observation import Layout
 from dynrl.policies import RandomPolicy, Router
 from dynrl.routed import RoutedModel, load
@@ -102,6 +102,10 @@ def bench_model(
 @torch.inference_mode()
 def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> dict[str, Any]:
     backbone, device = model.backbone, inputs.device
+
+    def given(state: State) -> Tensor:
+        return route[:, state.point]  # a chain: the point is the step, and all rows stand at it
+
     dense_route = backbone.dense_actions(len(inputs), device)
     sides: dict[str, Callable[[], Any]] = {}
     for name, form in FORMATS.items():
@@ -113,15 +117,28 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
     sides["ideal"] = backbone.ideal(inputs, route)
     sides["routed"] = lambda: backbone.run_route(inputs, route)
     sides["with router"] = lambda: model(inputs)
+    if device.type == "cuda":
+        for name in [name for name in sides if name not in ("compiled", "with router")]:
+            side = (lambda: backbone.run(inputs, given)) if name == "routed" else sides[name]
+            sides[f"captured {name}"] = captured(side, 1)
+        graph = model.capture(len(inputs))
+        sides["captured with router"] = lambda: graph(inputs)
     ms = medians_in_turn(sides, rounds, wait=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     dense = min(value for name, value in ms.items() if name.startswith("dense"))
+    on_device = {}
+    if device.type == "cuda":
+        best = min(value for name, value in ms.items() if name.startswith("captured dense"))
+        on_device = {"captured_dense_ms": best} | {
+            f"captured_{name.replace(' ', '_')}_ms": ms[f"captured {name}"]
+            for name in ("ideal", "routed", "with router")
+        }
     fraction = float(backbone.run_route(inputs, route).macs.double().mean()) / backbone.dense_macs
     return {
         "batch": len(inputs), "macs_fraction": fraction, "dense_ms": dense, "compiled_ms": ms.get("compiled"),
         "ideal_ms": ms["ideal"], "routed_ms": ms["routed"], "with_router_ms": ms["with router"],
         "speedup": dense / ms["routed"], "speedup_with_router": dense / ms["with router"],
         "realised_ratio": ms["ideal"] / ms["routed"], "realised_ratio_with_router": ms["ideal"] / ms["with router"],
-        "rounds": rounds,
+        "rounds": rounds, **on_device,
     }  # fmt: skip
 
 
@@ -134,3 +151,8 @@ def _show(row: dict[str, Any]) -> None:
         f"({row['realised_ratio_with_router']:.3f})",
         flush=True,
     )
+    if "captured_dense_ms" in row:
+        print(
+            "    captured: " + ", ".join(f"{k[9:-3]} {v:.3f}" for k, v in row.items() if k.startswith("captured")),
+            flush=True,
+        )

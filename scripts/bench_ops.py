@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.evaluation import medians_in_turn
+from dynrl.evaluation import captured, medians_in_turn
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, gru_cell
@@ -23,6 +23,7 @@ from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
 
+REPEATS = 20  # calls in one CUDA graph
 BATCHES = (1, 8, 64, 256)
 KEPT = (0.25, 0.5, 0.75)
 # name: outer channels, side of the map, inner channels, kernels of the block's convolutions.
@@ -378,6 +379,8 @@ def measure(cases: list[Case], device: torch.device, seconds: float) -> list[dic
         own |= {f"ideal {name}": side for name, side in case.ideal.items()}
         sides |= {(i, name): side for name, side in (shared | own).items() if side is not None}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "cuda":
+        sides = {name: captured(side, REPEATS) for name, side in sides.items() if name[1] != "indexed"}
     began = time.perf_counter()
     for side in sides.values():
         side()
@@ -385,6 +388,8 @@ def measure(cases: list[Case], device: torch.device, seconds: float) -> list[dic
     once = time.perf_counter() - began
     rounds = min(200, max(5 if once < 3 else 3, round(seconds / (2 * once))))
     medians = medians_in_turn(sides, rounds, wait=wait)
+    if device.type == "cuda":
+        medians = {name: value / REPEATS for name, value in medians.items()}
 
     def best(i: int, kind: str) -> float | None:
         return min((value for (j, name), value in medians.items() if j == i and name.startswith(kind)), default=None)
@@ -433,6 +438,7 @@ def bench_ops(
         for shape in shapes for batch in batches
     ]  # fmt: skip
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # dense at its best
     for make, shape, batch in jobs:
         cases = list(make(shape, batch, where, kind))
         for case in cases:

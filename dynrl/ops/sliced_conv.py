@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -175,6 +176,7 @@ def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
             y, weight, out, offsets, in_rows=order if first else None, out_rows=order if last else None,
             scale=scale, shift=shift, in_widths=None if first else block.active,
             out_widths=None if last else block.active, residual=x if last else None, relu=True, padding=padding,
+            granule=weight.shape[1] if first else math.gcd(*block.widths),
         )  # fmt: skip
         y = out
     return x if x is before else before.copy_(x)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynrl.ops.kernels.linear import dot, dot_precision, fitting_configs, size_class, tile_configs
+from dynrl.ops.kernels.linear import device_time, dot, dot_precision, fitting_configs, size_class, tile_configs
 
 # Small, as each program holds four tiles of sums: the first fits everything.
 GRU_TILES = [
@@ -59,6 +59,7 @@ def _gates(
     tile_configs(GRU_TILES),
     key=["size_in", "size_hidden", "size_class", "PRECISION"],
     prune_configs_by={"early_config_prune": _prune},
+    do_bench=device_time,
 )
 @triton.jit
 def _gru_rows_kernel(
