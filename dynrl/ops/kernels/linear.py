@@ -19,7 +19,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def device_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
-    """What the autotuner goes by: the time on the device alone. That from launch to end is the host's, for small work."""
+    """What the autotuner goes by: the time on the device alone. For small work, all other is the host's."""
     return triton.testing.do_bench_cudagraph(call, rep=10, quantiles=quantiles)
 
 
