@@ -57,7 +57,7 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
         self.action_dist_cls = TorchCategorical
         settings: Any = self.model_config  # RLlib adds keys of its own beside "router"
         self.net = Router(**settings["router"])
-        width, hidden = self.net.hidden.in_features, 64
+        width, hidden = self.net.price + 1, 64
         self.value = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
     def get_non_inference_attributes(self) -> list[str]:
