@@ -93,7 +93,8 @@ class Router(nn.Module):
             masked: whether a choice may be closed.
         """
         with torch.no_grad():
-            first, (head, head_bias) = self.hidden or self.head, (self.head.weight.t(), self.head.bias)
+            first = self.head if self.hidden is None else self.hidden
+            head, head_bias = self.head.weight.t(), self.head.bias
             told = (math.log(price) - self._log_middle) / self._log_reach
             bias = first.bias + told * first.weight[:, self.price]
             matrix = first.weight[:, : self.price].t()

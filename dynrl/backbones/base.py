@@ -257,9 +257,9 @@ class Backbone(nn.Module):
     def _gated_run(self, state: State, gates: Tensor) -> State:
         """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.
 
-        At one-hot gates it gives what `_run` gives. Where rows may end, `walk.leave(gates, choice)` lets those that take
-        `choice` go with the output they have; a loop ends where `walk.gated_steps == max_steps`. Where ways part and
-        meet, it sets `walk.weight` and `walk.present` to who is at the point that it returns.
+        At one-hot gates it gives what `_run` gives. Where rows may end, `walk.leave(gates, choice)` lets those that
+        take `choice` go with the output they have; a loop ends where `walk.gated_steps == max_steps`. Where ways part
+        and meet, it sets `walk.weight` and `walk.present` to who is at the point that it returns.
 
         Args:
             state: every row of the walk, in order.
@@ -274,8 +274,12 @@ class Backbone(nn.Module):
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
         """What walking `route` would cost at best: a function that runs the same layers on as many rows.
 
-        `route` [B, max_steps] is what ran (`Walk.route`, -1 after a row's end), or the full route. The decisions are known and the rows already lie together: no router, no gather, no scatter. What it computes
+        The decisions are known and the rows already lie together: no router, no gather, no scatter. What it computes
         is meaningless; only the time it takes is.
+
+        Args:
+            inputs: [B, *input_shape].
+            route: [B, max_steps], what ran: the full route or `Walk.route`, -1 from a row's end on.
         """
         raise NotImplementedError
 
