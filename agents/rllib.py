@@ -40,6 +40,7 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor, nn
 
+from dynrl.agents.metrics import choice_rates
 from dynrl.envs.core import RoutingVectorEnv
 from dynrl.policies import Router
 
@@ -57,7 +58,7 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
         self.action_dist_cls = TorchCategorical
         settings: Any = self.model_config  # RLlib adds keys of its own beside "router"
         self.net = Router(**settings["router"])
-        width, hidden = self.net.hidden.in_features, 64
+        width, hidden = self.net.price + 1, 64
         self.value = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
     def get_non_inference_attributes(self) -> list[str]:
@@ -185,11 +186,8 @@ class SlabRunner(SingleAgentEnvRunner):
             log(("route", key), float(over[name].mean()), window=1)
         route = over["route"]
         log(("route", "distinct"), float(len(route.unique(dim=0))), window=1)
-        for step in range(route.shape[1]):
-            taken = route[:, step]
-            for choice in range(1, self.env.unwrapped.backbone.num_choices):
-                share = (taken == choice).sum() / (taken >= 0).sum().clamp_min(1)
-                log(("route", "rate", f"step{step:02d}_choice{choice}"), float(share), window=1)
+        for tag, share in choice_rates(self.env.unwrapped.backbone.points, route).items():
+            log(("route", "rate", tag), share, window=1)
 
     def get_metrics(self) -> Any:
         """What was logged since the last call."""

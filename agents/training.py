@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,11 +64,11 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
     """
     checkpoints = folder / "checkpoints"
     started = start_ray(num_cpus=max(2, settings.num_env_runners + 1))
-    # The full network's choice is the favoured one at the start; where points differ in it, the last one's.
+    # The full network's choice is the favoured one at the start; where points differ in it, the commonest.
     router = {
         **Layout.of(backbone).to_dict(),
         "price_range": list(settings.price_range),
-        "start": backbone.full_route[-1],
+        "start": statistics.mode(backbone.full_route),
     }
     env_config = {
         "backbone": str(backbone_file.resolve()), "data": settings.data,
@@ -83,7 +84,6 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
         if newest is not None:
             algorithm.restore_from_path(newest.resolve())
             done = int(newest.name.removeprefix("checkpoint_"))
-        names = [point.name for point in backbone.points]
         iteration = algorithm.iteration
         finished = True
         with (
@@ -95,7 +95,7 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
                 start = time.perf_counter()
                 result = algorithm.train()
                 steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"])
-                scalars = scalars_of(result, names)
+                scalars = scalars_of(result)
                 scalars["throughput/steps_per_s"] = (steps - done) / (time.perf_counter() - start)
                 log.write(steps, scalars)
                 bar.update(min(steps, settings.steps) - min(done, settings.steps))
@@ -122,7 +122,7 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
             ray.shutdown()  # what follows is timed: ray's processes should not share its cores
 
 
-def scalars_of(result: dict[str, Any], point_names: list[str]) -> dict[str, float]:
+def scalars_of(result: dict[str, Any]) -> dict[str, float]:
     """The scalars of one RLlib training result, by the tags of `TrainingLog`."""
     sampled, learned = result["env_runners"], result["learners"]["default_policy"]
     scalars: dict[str, Any] = {"reward": sampled.get("episode_return_mean")}
@@ -130,10 +130,7 @@ def scalars_of(result: dict[str, Any], point_names: list[str]) -> dict[str, floa
     for name in ("accuracy", "macs_fraction", "price"):
         scalars[name] = route.get(name)
     scalars["routes/distinct"] = route.get("distinct")
-    for step, name in enumerate(point_names):
-        for key, value in route.get("rate", {}).items():
-            if key.startswith(f"step{step:02d}_"):
-                scalars[f"rate/{name}"] = scalars.get(f"rate/{name}", 0.0) + float(value)
+    scalars |= {f"rate/{tag}": value for tag, value in route.get("rate", {}).items()}
     for name, key in (("loss/policy", "policy_loss"), ("loss/value", "vf_loss"), ("entropy", "entropy")):
         scalars[name] = learned.get(key)
     scalars["loss/value_explained"] = learned.get("vf_explained_var")

@@ -84,14 +84,15 @@ def observation(backbone: Backbone, state: State, price: Tensor | float) -> Tens
         same = None if isinstance(price, Tensor) else price
         open_count = backbone.points[state.point].n
         view = template(layout, state.point, open_count, same, rows.device).repeat(state.count, 1)
-        features = backbone.observe(state)
-        view[:, : features.shape[1]] = features
         if mask is not None:
             view[:, layout.mask : layout.mask + open_count] = mask.float()
         if isinstance(price, Tensor):
             view[:, layout.price] = walk.at(price, rows)
     view[:, layout.last : layout.spent].scatter_(1, walk.at(walk.last, rows).unsqueeze(1), 1.0)
     torch.div(walk.at(walk.macs, rows), backbone.dense_macs, out=view[:, layout.spent])
+    if state.point != END:  # last: `out=` refuses a tensor with a graph, which features of a gated walk bring
+        features = backbone.observe(state)
+        view[:, : features.shape[1]] = features
     return view
 
 

@@ -1,4 +1,4 @@
-"""Train a backbone so that every route works: supervised, each image on a random route of its own."""
+"""Train a backbone so that every route works: supervised, on the outputs that its family asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from dynrl.backbones import Backbone
 from dynrl.data import Dataset, Split
 from dynrl.files import write_aside
-from dynrl.policies import RandomPolicy, draw_routes
+from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
 
 
@@ -54,7 +54,6 @@ def pretrain(
         ValueError: the loss is no longer finite; the last checkpoint stays.
     """
     generator = torch.Generator().manual_seed(seed)
-    full, choices = backbone.full_route, backbone.num_choices
     decay = [p for p in backbone.parameters() if p.dim() > 1]
     rest = [p for p in backbone.parameters() if p.dim() <= 1]  # biases and batch norm
     optimizer = torch.optim.SGD(
@@ -86,16 +85,21 @@ def pretrain(
                 images = images.contiguous(memory_format=torch.channels_last)
                 rate = recipe.least_rate + (1 - recipe.least_rate) * torch.rand(len(index), generator=generator)
                 rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
-                routes = draw_routes(full, choices, rate, generator) if random_routes else None
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
-                    outputs = backbone(images, routes)
-                loss = F.cross_entropy(outputs.float(), train.targets[index], label_smoothing=recipe.label_smoothing)
+                outputs = backbone.training_outputs(images, rate if random_routes else None, generator)
                 optimizer.zero_grad()
-                loss.backward()
+                while True:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+                        output = next(outputs, None)
+                    if output is None:
+                        break
+                    each = len(output) // len(index)
+                    targets = train.targets[index].repeat(each)
+                    loss = each * F.cross_entropy(output.float(), targets, label_smoothing=recipe.label_smoothing)
+                    loss.backward()
+                    total += loss.item()
                 nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
                 optimizer.step()
                 schedule.step()
-                total += loss.item()
                 bar.update()
             if not torch.isfinite(torch.tensor(total)):
                 raise ValueError(f"the loss is {total} after epoch {epoch + 1}; lower the learning rate")

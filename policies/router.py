@@ -16,12 +16,12 @@ CAP = 5.0  # logits stay within +-CAP, so that no choice's probability reaches 0
 
 
 class Router(nn.Module):
-    """Two linear layers. The module that RLlib trains is the module that is deployed.
+    """Two linear layers, or one. The module that RLlib trains is the module that is deployed.
 
     Args:
         features, points, choices: the observation's layout (`dynrl.observation.Layout`).
         price_range: lowest and highest price; the router sees its logarithm, scaled to [-1, 1].
-        hidden: units of the hidden layer.
+        hidden: units of the hidden layer; 0 for one layer from observation to logits.
         start: the choice that an untrained router favours (e^2 to 1): the full network's. From a start without
             favour, early routes are too poor to learn from.
 
@@ -51,8 +51,8 @@ class Router(nn.Module):
         self.price = features + points + 1 + choices + 1
         self._log_middle = (math.log(high) + math.log(low)) / 2
         self._log_reach = (math.log(high) - math.log(low)) / 2
-        self.hidden = nn.Linear(self.price + 1, hidden)
-        self.head = nn.Linear(hidden, choices)
+        self.hidden = nn.Linear(self.price + 1, hidden) if hidden else None
+        self.head = nn.Linear(hidden or self.price + 1, choices)
         nn.init.zeros_(self.head.bias)
         nn.init.normal_(self.head.weight, std=0.01)
         with torch.no_grad():
@@ -70,7 +70,8 @@ class Router(nn.Module):
         return seen
 
     def _scores(self, observation: Tensor) -> Tensor:
-        return self.head(torch.relu_(self.hidden(self.trunk(observation))))
+        seen = self.trunk(observation)
+        return self.head(seen if self.hidden is None else torch.relu_(self.hidden(seen)))
 
     def _closed(self, observation: Tensor) -> Tensor:
         """[n, choices]: 0 for open choices, -1e9 for closed ones."""
@@ -92,14 +93,16 @@ class Router(nn.Module):
             masked: whether a choice may be closed.
         """
         with torch.no_grad():
-            weight, (head, head_bias) = self.hidden.weight, (self.head.weight.t(), self.head.bias)
+            first = self.head if self.hidden is None else self.hidden
+            head, head_bias = self.head.weight.t(), self.head.bias
             told = (math.log(price) - self._log_middle) / self._log_reach
-            bias = self.hidden.bias + told * weight[:, self.price]
-            matrix = weight[:, : self.price].t()
+            bias = first.bias + told * first.weight[:, self.price]
+            matrix = first.weight[:, : self.price].t()
 
         def act(observation: Tensor) -> Tensor:
-            hidden = torch.addmm(bias, observation[:, : self.price], matrix).relu_()
-            scores = torch.addmm(head_bias, hidden, head)
+            scores = torch.addmm(bias, observation[:, : self.price], matrix)
+            if first is not self.head:
+                scores = torch.addmm(head_bias, scores.relu_(), head)
             return (scores + self._closed(observation) if masked else scores).argmax(1)
 
         return act

@@ -89,8 +89,9 @@ def measure(
     import torch
 
     from dynrl import evaluation as ev
-    from dynrl.policies import RandomPolicy, StaticPolicy, draw_routes
+    from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
+    from dynrl.routes import draw_routes
 
     test = dataset.test
     validation = dataset.validation.head(1024)
@@ -127,7 +128,7 @@ def measure(
             scores.append(ev.Score(float(right.float().mean()), float(macs.mean()), 0.0, distinct))
         add(policy, budget, scores)
         route = drawn[0][: len(batch)]
-        add_sides(lambda: frozen.run_route(batch, route), route)
+        add_sides(lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
 
     steps = backbone.max_steps * (backbone.num_choices - 1)
     candidates, rounds = 24, 11

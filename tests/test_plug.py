@@ -21,18 +21,19 @@ from dynrl.observation import Layout, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
 from tests.cases import REGISTERED, make_backbone, vector_env
+from tests.toys import Branching, Exiting, Looping
 
 PRICES = (0.01, 1.0)
 
 
-def make_router(backbone, seed=0, lively=True) -> Router:
+def make_router(backbone, hidden=64) -> Router:
     """An untrained router whose choices depend on features and price."""
-    torch.manual_seed(seed)
-    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, start=1)
-    if lively:
-        with torch.no_grad():
-            router.head.bias.zero_()
-            router.head.weight.normal_()
+    torch.manual_seed(0)
+    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=hidden, start=1)
+    with torch.no_grad():
+        router.head.bias.zero_()
+        router.head.weight.normal_()
+        if router.hidden is not None:
             router.head.weight[1] -= 20 * router.hidden.weight[:, router.price]  # a higher price runs less
     return router.eval()
 
@@ -74,13 +75,45 @@ def test_plugged_model_and_environment_agree(name, price):
     assert len(model.last_route.actions.unique()) > 1 or price != 0.08
 
 
-def test_a_routed_batch_is_its_rows_one_by_one(run):
-    model = dynrl.load(run)
-    inputs = load_dataset("digits").test.inputs[:20]
+def check_rows_one_by_one(model, inputs):
     together, route = model(inputs), model.last_route
-    for i in range(20):
+    for i in range(len(inputs)):
         torch.testing.assert_close(model(inputs[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-5)
-        assert torch.equal(model.last_route.actions[0], route.actions[i])
+        for field in ("actions", "macs", "router_macs"):
+            assert torch.equal(getattr(model.last_route, field)[0], getattr(route, field)[i]), field
+    return route
+
+
+def test_a_routed_batch_is_its_rows_one_by_one(run):
+    check_rows_one_by_one(dynrl.load(run), load_dataset("digits").test.inputs[:20])
+
+
+@pytest.mark.parametrize("hidden", [0, 64])
+@pytest.mark.parametrize(("toy", "settings"), [(Exiting, ()), (Looping, ()), (Looping, (64,)), (Branching, ())])
+def test_rows_may_end_part_and_meet_in_a_routed_batch(toy, settings, hidden):
+    backbone = toy(*settings)
+    router = make_router(backbone, hidden)
+    with torch.no_grad():  # look at the features most: rows decide differently, and a loop's anew at each visit
+        (router.head if router.hidden is None else router.hidden).weight[:, :4] *= 8
+    model = RoutedModel(backbone.eval(), router)
+    route = check_rows_one_by_one(model, torch.randn(40, 4))
+    decided = route.actions >= 0
+    assert torch.equal(decided, decided.cumprod(1).bool()), "a row that ended decides no more"
+    assert len(decided.sum(1).unique()) > 1, "all rows were equally long"
+    per_decision = count_macs(router, (router.width,))[0]
+    assert torch.equal(route.router_macs, decided.sum(1) * per_decision)
+    walked = backbone.run_route(torch.randn(40, 4), route.actions.clamp_min(0))
+    assert torch.equal(walked.macs, route.macs)
+
+
+def test_a_policy_file_brings_a_linear_router_back(tmp_path):
+    backbone = Exiting().eval()
+    router = make_router(backbone, hidden=0)
+    save_policy(tmp_path / "policy.safetensors", router, {})
+    again, _ = load_policy(tmp_path / "policy.safetensors")
+    assert count_macs(again, (again.width,))[0] == (again.price + 1) * 2
+    seen = torch.rand(20, router.width) + 0.01
+    assert torch.equal(again(seen), router(seen))
 
 
 def test_the_users_inputs_and_backbone_are_left_alone(run, small_backbone):
@@ -204,12 +237,13 @@ def test_router_never_takes_a_closed_choice_and_its_logits_stay_finite():
     assert torch.equal(logits.argmax(1) % 2, torch.ones(50, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("hidden", [0, 64])
 @torch.no_grad()
-def test_router_at_a_price_acts_as_it_does_when_it_reads_the_price():
-    router = Router(features=5, points=3, choices=4, price_range=PRICES)
+def test_router_at_a_price_acts_as_it_does_when_it_reads_the_price(hidden):
+    router = Router(features=5, points=3, choices=4, price_range=PRICES, hidden=hidden)
     router.head.weight.normal_()
     router.head.bias.zero_()
-    seen = torch.rand(500, router.width)
+    seen = torch.randn(500, router.width)
     seen[:, router.price + 1 :] = torch.tensor([1.0, 1.0, 0.0, 1.0])
     for price in (0.01, 0.1, 1.0):
         seen[:, router.price] = price

@@ -11,6 +11,7 @@ from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, load_dataset
 from dynrl.pretraining import Recipe, accuracy_at_rate, pretrain
 from dynrl.recipes import DEFAULTS, defaults
+from dynrl.routes import draw_routes
 
 RECIPE = Recipe(epochs=3, batch_size=100)
 
@@ -53,6 +54,39 @@ def test_random_routes_work_after_pretraining(small_backbone):
     full, half = accuracy_at_rate(backbone, test, 1.0), accuracy_at_rate(backbone, test, 0.5)
     assert full > 0.8
     assert half > 0.5
+
+
+class Jointly(GatedResNet):
+    """Trained on two passes, the second with two outputs an image: three losses in all."""
+
+    def training_outputs(self, inputs, rate, generator=None):
+        yield self(inputs)
+        both = self(inputs)
+        yield torch.cat([both, both])
+
+
+def test_a_family_says_what_it_is_trained_on():
+    """Three losses of the same output, at a third of the learning rate: the plain network."""
+    digits = replace(load_dataset("digits"), augmentation=Augmentation())
+    ends = []
+    for family, random_routes, rate in ((GatedResNet, False, 0.03), (Jointly, True, 0.01)):
+        torch.manual_seed(0)
+        backbone = family((1, 24, 24), layers=(2,), widths=(4,), stem_stride=2)
+        before = backbone.fc.weight.detach().clone()
+        recipe = Recipe(epochs=1, batch_size=400, learning_rate=rate, weight_decay=0.0)
+        ends.append(pretrain(backbone, digits, recipe, random_routes=random_routes, seed=2).fc.weight.detach() - before)
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 0.02
+    assert float(ends[0].norm()) > 0.01
+
+
+def test_training_outputs_are_those_of_random_routes():
+    backbone, inputs = fresh(), torch.randn(6, 1, 24, 24)
+    rate = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])
+    (output,) = backbone.training_outputs(inputs, rate, torch.Generator().manual_seed(4))
+    route = draw_routes(backbone.full_route, 2, rate, torch.Generator().manual_seed(4))
+    torch.testing.assert_close(output, backbone(inputs, route))
+    (full,) = backbone.training_outputs(inputs, None)
+    torch.testing.assert_close(full, backbone(inputs))
 
 
 def test_a_diverging_loss_is_refused():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynrl.backbones import END, Walk, load_backbone, merge
-from dynrl.policies import draw_routes
+from dynrl.observation import Layout, observation
+from dynrl.policies import Router
+from dynrl.routes import draw_routes
 from tests.cases import BACKBONES, REGISTERED, make_backbone
 from tests.toys import Branching, Exiting, Looping
 
@@ -48,7 +52,7 @@ def test_step_by_step_is_whole_walk_is_compacted_walk_is_gated_walk(name):
         torch.testing.assert_close(walk.outputs, alone, atol=1e-5, rtol=1e-5)
         assert torch.equal(walk.macs, macs)
         gates = F.one_hot(route, backbone.num_choices).float()
-        torch.testing.assert_close(backbone(inputs, gates), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(backbone(inputs.clone(), gates), alone, atol=1e-5, rtol=1e-5)
         # What ran is written down: walking along it again changes nothing.
         again = backbone.run_route(inputs.clone(), walk.route.clamp_min(0))
         assert torch.equal(again.route, walk.route)
@@ -90,12 +94,78 @@ def test_reported_macs_are_the_executed_ones(name):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_gated_walk_shows_and_charges_what_the_compacted_one_does(name):
+    backbone = make_backbone(name)
+    for seed in range(4):
+        inputs, route = inputs_for(backbone), random_routes(backbone, seed=seed)
+        price, met = torch.rand(ROWS), {}
+
+        def act(state, route=route, price=price, met=met):
+            view, steps = observation(backbone, state, price), state.walk.steps
+            met.update({(int(row), int(steps[row])): view[i] for i, row in enumerate(state.rows)})
+            return route[state.rows, steps[state.rows]]
+
+        def gate(state, route=route, price=price, met=met):
+            view, walk = observation(backbone, state, price), state.walk
+            for row in walk.present.nonzero().flatten().tolist():
+                expected = met.pop((row, int(walk.steps[row])))
+                torch.testing.assert_close(view[row], expected, atol=1e-5, rtol=1e-5)
+            return F.one_hot(route[walk.all_rows, walk.steps], backbone.num_choices).float()
+
+        walk, gated = backbone.run(inputs.clone(), act), backbone.gated(inputs.clone(), gate)
+        assert not met, "the gated walk missed decisions that the compacted one met"
+        torch.testing.assert_close(gated.outputs, walk.outputs, atol=1e-5, rtol=1e-5)
+        for field in ("route", "steps", "macs", "last"):
+            assert torch.equal(getattr(gated, field), getattr(walk, field)), field
+        torch.testing.assert_close(gated.expected_macs, walk.macs.float())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 def test_gates_carry_gradients(name):
     backbone = make_backbone(name)
     gates = F.one_hot(random_routes(backbone), backbone.num_choices).float().requires_grad_()
-    backbone(inputs_for(backbone), gates).sum().backward()
+    backbone(inputs_for(backbone), gates).square().sum().backward()
     assert torch.isfinite(gates.grad).all()
     assert gates.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_router_learns_through_its_gates(name):
+    backbone = make_backbone(name).requires_grad_(False)
+    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0))
+    walk = backbone.gated(inputs_for(backbone), lambda s: router(observation(backbone, s, 0.1)).softmax(1))
+    for goal in (walk.outputs.square().sum(), walk.expected_macs.sum()):
+        found = torch.autograd.grad(goal, list(router.parameters()), retain_graph=True)
+        assert all(torch.isfinite(g).all() for g in found)
+        assert all(g.abs().sum() > 0 for g in found)
+
+
+def every_route(backbone, gates):
+    """Each route with its probability [B], if choices are drawn independently by `gates` [B, T, n]."""
+    for route in product(range(backbone.num_choices), repeat=backbone.max_steps):
+        yield torch.tensor(route), gates[:, range(backbone.max_steps), route].prod(1)
+
+
+@pytest.mark.parametrize("name", ["exiting", "looping"])
+@torch.no_grad()
+def test_a_gated_walk_that_rows_leave_is_the_mean_over_routes(name):
+    backbone = make_backbone(name)
+    inputs, gates = inputs_for(backbone), torch.randn(ROWS, backbone.max_steps, 2).mul(2).softmax(2)
+    walks = [(p, backbone.run_route(inputs, r.expand(ROWS, -1))) for r, p in every_route(backbone, gates)]
+    walk = backbone.gated(inputs, lambda state: gates[:, state.walk.gated_steps])
+    torch.testing.assert_close(walk.outputs, sum(p.unsqueeze(1) * w.outputs for p, w in walks))
+    torch.testing.assert_close(walk.expected_macs, sum(p * w.macs for p, w in walks))
+    torch.testing.assert_close(backbone(inputs, gates), walk.outputs)
+    likeliest = backbone.run_route(inputs, gates.argmax(2))
+    assert torch.equal(walk.route, likeliest.route)
+    assert torch.equal(walk.macs, likeliest.macs)
+
+
+def test_gates_of_another_width_are_refused():
+    backbone = make_backbone("skip")
+    with pytest.raises(ValueError, match=r"expected gates of shape \(9, 2\), got \(9, 3\)"):
+        backbone.gated(inputs_for(backbone), lambda state: torch.ones(ROWS, 3))
 
 
 @pytest.mark.parametrize("name", REGISTERED)

@@ -21,11 +21,10 @@ class Exiting(Backbone):
         self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
         self.points = (Point("exit1", 2), Point("exit2", 2))
         self.feature_width, self.max_steps, self.full_route = 4, 2, (0, 0)
-        self.dense_macs = 3 * (16 + 8)
+        self._set_costs(24, [[24, 0], [24, 0]])
 
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
         x = torch.tanh(self.stages[k](x))
-        walk.charge(rows, 24)
         walk.put_output(rows, self.heads[k](x))
         return State(walk, k if k < 2 else END, rows, x if k < 2 else None)
 
@@ -44,34 +43,29 @@ class Exiting(Backbone):
             reached.append(self._arrive(state.walk, state.point + 1, going.rows, going.features))
         return reached
 
-    def _gated(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        x, total, reach = inputs, 0, torch.ones(len(inputs), 1)
-        for k in range(3):
-            x = torch.tanh(self.stages[k](x))
-            stop = gates[:, k, 1:2] if k < 2 else 1
-            total = total + reach * stop * self.heads[k](x)
-            reach = reach * (gates[:, k, 0:1] if k < 2 else 0)
-        return total
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        state.walk.leave(gates, 1)
+        return self._arrive(state.walk, state.point + 1, state.rows, state.features)
 
 
 class Looping(Backbone):
-    """One cell applied again (choice 1) or left (0): one point visited many times. The third visit may only leave."""
+    """One cell applied again (choice 1) or left (0): one point visited many times. The last visit may only leave."""
 
     family, decision = "toy_looping", "toy"
 
-    def __init__(self) -> None:
+    def __init__(self, visits: int = 3) -> None:
         super().__init__()
-        self.config, self.input_shape = {}, (4,)
+        self.config, self.input_shape = {"visits": visits}, (4,)
         self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
         self.points = (Point("again", 2),)
-        self.feature_width, self.max_steps, self.full_route = 4, 3, (1, 1, 0)
-        self.dense_macs = 2 * 16 + 8
+        self.feature_width, self.max_steps, self.full_route = 4, visits, (1,) * (visits - 1) + (0,)
+        self._set_costs(0, [[8, 16]])
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, inputs.clone())
 
     def open_choices(self, state: State) -> Tensor:
-        last = state.walk.at(state.walk.steps, state.rows) >= 2
+        last = state.walk.at(state.walk.steps, state.rows) >= self.max_steps - 1
         return torch.stack([torch.ones_like(last), ~last], 1)
 
     def observe(self, state: State) -> Tensor:
@@ -82,70 +76,79 @@ class Looping(Backbone):
         walk, reached = state.walk, []
         leaving, again = state.where(action == 0, END), state.where(action == 1, 0)
         if leaving.count:
-            walk.charge(leaving.rows, 8)
             walk.put_output(leaving.rows, self.head(leaving.features))
             leaving.features = None
             reached.append(leaving)
         if again.count:
-            walk.charge(again.rows, 16)
             again.features = torch.tanh(self.cell(again.features))
             reached.append(again)
         return reached
 
-    def _gated(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        x, total, reach = inputs, 0, torch.ones(len(inputs), 1)
-        for step in range(3):
-            leave = gates[:, step, 0:1] if step < 2 else 1
-            total = total + reach * leave * self.head(x)
-            reach = reach * gates[:, step, 1:2]
-            x = torch.tanh(self.cell(x))
-        return total
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        walk, x = state.walk, state.features
+        walk.put_output(state.rows, self.head(x))
+        if walk.gated_steps == self.max_steps:
+            return State(walk, END, state.rows, None)
+        walk.leave(gates, 0)
+        return State(walk, 0, state.rows, torch.tanh(self.cell(x)))
 
 
 class Branching(Backbone):
-    """Choice 0 takes a short cut to the last point, choice 1 a detour through another: rows part and meet again."""
+    """Choice 0 takes a short cut to the last point, 1 and 2 detours through another: rows part and meet again.
+
+    The first point has three choices, the others two.
+    """
 
     family, decision = "toy_branching", "toy"
 
     def __init__(self) -> None:
         super().__init__()
         self.config, self.input_shape = {}, (4,)
-        self.short, self.first, self.second, self.last = (nn.Linear(4, 4) for _ in range(4))
-        self.head = nn.Linear(4, 2)
-        self.points = (Point("way", 2), Point("detour", 2), Point("last", 2))
+        self.ways = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.detour, self.last, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.points = (Point("way", 3), Point("detour", 2), Point("last", 2))
         self.feature_width, self.max_steps, self.full_route = 4, 3, (1, 1, 1)
-        self.dense_macs = 16 * 3 + 8
+        self._set_costs(0, [[16, 16, 16], [0, 16], [8, 24]])
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, inputs.clone())
 
     def observe(self, state: State) -> Tensor:
         assert state.features is not None
-        return state.features.clone()
+        return state.features[:, :4].clone()  # behind it, in a gated walk, what waits for the detour's end
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        walk, reached = state.walk, []
         if state.point == 0:
-            for choice, layer, point in ((0, self.short, 2), (1, self.first, 1)):
-                part = state.where(action == choice, point)
+            reached = []
+            for choice, layer in enumerate(self.ways):
+                part = state.where(action == choice, 1 if choice else 2)
                 if part.count:
-                    walk.charge(part.rows, 16)
                     part.features = torch.tanh(layer(part.features))
                     reached.append(part)
             return reached
-        layer = self.second if state.point == 1 else self.last
-        walk.charge(state.rows, 16 * action)
-        x = gated_residual(state.features, action, lambda rows: torch.tanh(layer(rows)))
+        layer = self.detour if state.point == 1 else self.last
+        return [self._go_on(state, gated_residual(state.features, action, lambda rows: torch.tanh(layer(rows))))]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        walk, x = state.walk, state.features
+        assert x is not None
+        if state.point == 0:
+            short, *detours = (torch.tanh(way(x)) for way in self.ways)
+            walk.weight, walk.present = 1 - gates[:, 0], gates.argmax(1) > 0
+            # The share of each detour among those who take one; none may.
+            share = (gates / walk.weight.clamp_min(1e-9).unsqueeze(1)).unsqueeze(2)
+            x = share[:, 1] * detours[0] + share[:, 2] * detours[1]
+            return State(walk, 1, state.rows, torch.cat([x, short], 1))
+        layer = self.detour if state.point == 1 else self.last
+        x, waiting = x[:, :4], x[:, 4:]
+        x = gates[:, 1:2] * torch.tanh(layer(x)) + gates[:, 0:1] * x
         if state.point == 1:
-            return [State(walk, 2, state.rows, x)]
-        walk.charge(state.rows, 8)
-        walk.put_output(state.rows, self.head(x))
-        return [State(walk, END, state.rows, None)]
+            x = walk.weight.unsqueeze(1) * x + (1 - walk.weight).unsqueeze(1) * waiting
+            walk.weight, walk.present = torch.ones_like(walk.weight), torch.ones_like(walk.present)
+        return self._go_on(state, x)
 
-    def _gated(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        def optional(x: Tensor, layer: nn.Module, step: int) -> Tensor:
-            return gates[:, step, 1:2] * torch.tanh(layer(x)) + gates[:, step, 0:1] * x
-
-        shortcut = optional(torch.tanh(self.short(inputs)), self.last, 1)
-        detour = optional(optional(torch.tanh(self.first(inputs)), self.second, 1), self.last, 2)
-        return self.head(gates[:, 0, 0:1] * shortcut + gates[:, 0, 1:2] * detour)
+    def _go_on(self, state: State, x: Tensor) -> State:
+        if state.point == 1:
+            return State(state.walk, 2, state.rows, x)
+        state.walk.put_output(state.rows, self.head(x))
+        return State(state.walk, END, state.rows, None)

@@ -7,7 +7,7 @@ model walks it with a policy's; both run this code, so what is trained is what i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dynrl.files import fingerprint, load_tensors, save_tensors
+from dynrl.routes import draw_routes
 
 END = -1  # the point at which finished rows stand
 
@@ -41,7 +42,22 @@ class Walk:
         last: [B] int64, 1 + the last choice, 0 before the first.
         outputs: [B, ...] once some row has an output, else None.
         all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order.
+
+    A gated walk (`Backbone.gated`) takes every row everywhere and weights what it computes. The fields above then
+    follow each row along its likeliest choices, and there are also:
+
+    Attributes:
+        gated_steps: how often gates have been taken.
+        weight: [B] float32, differentiable, the share of each row that is still walking.
+        present: [B] bool, whether the row's likeliest choices have led it where the walk stands.
+        expected_macs: [B] float32, differentiable, the MACs of all choices taken by their gates.
     """
+
+    gated_steps: int
+    weight: Tensor
+    present: Tensor
+    expected_macs: Tensor
+    _left: Tensor | None  # of a gated walk: what has left it, the sum of weight x output
 
     def __init__(self, inputs: Tensor, max_steps: int) -> None:
         size, device = inputs.shape[0], inputs.device  # len() would make a traced size a constant
@@ -104,6 +120,50 @@ class Walk:
         # Writing in place would break the graph of outputs written before, or change a tensor handed out already.
         self.outputs = self.outputs.index_copy(0, rows, value.to(self.outputs.dtype))
 
+    # gated walks -------------------------------------------------------------------------------------------
+
+    def take_all(self) -> None:
+        """Become a gated walk, at its begin; other walks pay nothing for what is made here."""
+        self.gated_steps, self._left = 0, None
+        self.weight = torch.ones(len(self), device=self.all_rows.device)
+        self.present = torch.ones_like(self.all_rows, dtype=torch.bool)
+        self.expected_macs = self.macs.float()
+
+    def take_gates(self, gates: Tensor, costs: Tensor) -> None:
+        """Write down the likeliest choice of the rows present, and charge `costs` [n] by `gates` [B, n]."""
+        action = gates.argmax(1)
+        # Rows elsewhere have nothing written yet at the step that `follow` gave them.
+        taken = torch.where(self.present, action, -1)
+        self.route = self.route.scatter(1, self.steps.unsqueeze(1), taken.unsqueeze(1))
+        self.last = torch.where(self.present, action + 1, self.last)
+        self.macs = self.macs + costs[action] * self.present
+        self.expected_macs = self.expected_macs + self.weight * (gates.float() * costs).sum(1)
+        self.steps = self.steps + 1
+        self.gated_steps += 1
+
+    def leave(self, gates: Tensor, choice: int) -> None:
+        """Let the share of each row that takes `choice` by `gates` [B, n] end, with the output it has now."""
+        share = gates[:, choice]
+        part = self._weighted_output(self.weight * share)
+        self._left = part if self._left is None else self._left + part
+        self.weight = self.weight * (1 - share)
+        self.present = self.present & (gates.argmax(1) != choice)
+
+    def follow(self) -> None:
+        """Count each row's own steps, and give rows elsewhere the walk's: their gates have a weight all the same."""
+        own, most = (self.route >= 0).sum(1), self.route.shape[1] - 1
+        self.steps = torch.where(self.present, own, min(self.gated_steps, most))
+
+    def finish(self) -> None:
+        """End a gated walk: what has not left has the last output."""
+        if self._left is not None:
+            self.outputs = self._left + self._weighted_output(self.weight)
+        self.steps = (self.route >= 0).sum(1)
+
+    def _weighted_output(self, weight: Tensor) -> Tensor:
+        assert self.outputs is not None, "a row leaves with the output it has: put it first"
+        return weight.to(self.outputs.dtype).view(-1, *[1] * (self.outputs.dim() - 1)) * self.outputs
+
 
 @dataclass
 class State:
@@ -147,12 +207,21 @@ def merge(states: list[State]) -> dict[int, State]:
     return merged
 
 
+def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
+    """[n, k]: for each of `wanted` [n or 1, k] the nearest choice open in `mask` [n, choices], the lower of two."""
+    choices = torch.arange(mask.shape[1], device=mask.device)
+    distance = (choices - wanted.unsqueeze(2)).abs()
+    return distance.masked_fill(~mask.unsqueeze(1), torch.iinfo(torch.int64).max).argmin(2)
+
+
 class Backbone(nn.Module):
     """A network with decision points. A family fills in the hooks of the first part.
 
     A family sets, in `__init__`: `config` (JSON-able keyword arguments that rebuild it), `input_shape` (of one
-    input), `points`, `feature_width` (of the widest point), `max_steps` (decisions of the longest walk) and
-    `full_route` ([max_steps], the actions of the dense network).
+    input), `points`, `feature_width` (of the widest point), `max_steps` (decisions of the longest walk),
+    `full_route` ([max_steps], the actions of the dense network), and by `_set_costs`: `start_macs` (what every row
+    pays before its first decision, or whatever it decides), `costs` ([points, num_choices] int64, what a row pays for
+    each choice at each point, the fixed parts it then passes included) and `dense_macs`.
     """
 
     family: ClassVar[str]  # its name in files and in the registry
@@ -163,24 +232,39 @@ class Backbone(nn.Module):
     feature_width: int
     max_steps: int
     full_route: tuple[int, ...]
+    start_macs: int
+    costs: Tensor
     dense_macs: int  # of one row on the full route
 
     # for the family to write -------------------------------------------------------------------------------
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        """Run what comes before the first decision on `inputs` [n, ...], charge it, stand at the first point."""
+        """Run what comes before the first decision on `inputs` [n, ...] and stand at the first point."""
         raise NotImplementedError
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        """Run each row's chosen branch, on the rows that need it only; charge it; one state per point reached."""
+        """Run each row's chosen branch, on the rows that need it only; one state per point reached.
+
+        The choice is open, written down (`walk.steps` counts it) and paid for. A row that ends gets its output by
+        `walk.put_output`, here or before.
+        """
         raise NotImplementedError
 
     def observe(self, state: State) -> Tensor:
         """[n, f] float32, f <= feature_width: a cheap summary of where each row stands. Changes nothing."""
         raise NotImplementedError
 
-    def _gated(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        """The masked, differentiable walk; see `forward`."""
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.
+
+        At one-hot gates it gives what `_run` gives. Where rows may end, `walk.leave(gates, choice)` lets those that
+        take `choice` go with the output they have; a loop ends where `walk.gated_steps == max_steps`. Where ways part
+        and meet, it sets `walk.weight` and `walk.present` to who is at the point that it returns.
+
+        Args:
+            state: every row of the walk, in order.
+            gates: [B, point's n], 0 for closed choices; taken and paid for, as in `_run`.
+        """
         raise NotImplementedError
 
     def open_choices(self, state: State) -> Tensor | None:
@@ -192,12 +276,47 @@ class Backbone(nn.Module):
 
         The decisions are known and the rows already lie together: no router, no gather, no scatter. What it computes
         is meaningless; only the time it takes is.
+
+        Args:
+            inputs: [B, *input_shape].
+            route: [B, max_steps], what ran: the full route or `Walk.route`, -1 from a row's end on.
         """
         raise NotImplementedError
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """The outputs whose losses pretraining adds up, each backpropagated before the next is computed.
+
+        Here one: that of random routes. A family whose choices need other training says so by its own.
+
+        Args:
+            inputs: [B, *input_shape].
+            rate: [B] in [0, 1], how much of the full network each input takes; None for the full route only.
+            generator: of what is drawn.
+
+        Yields:
+            [k * B, ...]: k outputs of each input from one pass, batch after batch.
+        """
+        yield self(inputs, None if rate is None else draw_routes(self.full_route, self.num_choices, rate, generator))
 
     def for_inference(self) -> Backbone:
         """A frozen copy that computes the same faster (batch norm folded, say)."""
         return copy.deepcopy(self).eval().requires_grad_(False)
+
+    def _set_costs(self, start_macs: int, costs: Sequence[Sequence[int]]) -> None:
+        """Set `start_macs`, `costs` (a row a point, of as many as it has choices) and `dense_macs`.
+
+        `points`, `max_steps` and `full_route` stand already; the full route is at point t at step t, or stays at the
+        last point.
+        """
+        table = torch.zeros(len(self.points), self.num_choices, dtype=torch.int64)
+        for point, row in enumerate(costs):
+            table[point, : len(row)] = torch.tensor(row)
+        self.start_macs = start_macs
+        self.register_buffer("costs", table, persistent=False)
+        last = len(self.points) - 1
+        self.dense_macs = start_macs + sum(costs[min(t, last)][choice] for t, choice in enumerate(self.full_route))
 
     # the walk ----------------------------------------------------------------------------------------------
 
@@ -240,6 +359,7 @@ class Backbone(nn.Module):
         else:
             assert rows is not None
             walk.refill(rows, inputs)
+        walk.charge(rows, self.start_macs)
         return self._start(walk, rows, inputs)
 
     def advance(self, state: State, action: Tensor) -> list[State]:
@@ -252,12 +372,11 @@ class Backbone(nn.Module):
         """
         mask = self.open_choices(state)
         if mask is not None:
-            choices = torch.arange(mask.shape[1], device=mask.device)
-            distance = (choices - action.unsqueeze(1)).abs().masked_fill(~mask, mask.shape[1])
-            action = distance.argmin(1)
+            action = nearest_open(mask, action.unsqueeze(1)).squeeze(1)
         elif self.points[state.point].n < self.num_choices:
             action = action.clamp_max(self.points[state.point].n - 1)
         state.walk.decided(state.rows, action)
+        state.walk.charge(state.rows, self.costs[state.point].index_select(0, action))
         return self._run(state, action)
 
     def output(self, state: State) -> Tensor:
@@ -282,6 +401,45 @@ class Backbone(nn.Module):
             pending.pop(END, None)
         return walk
 
+    def gated(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> Walk:
+        """Walk all rows through all choices, each weighted by its gate; differentiable. What gates are trained on.
+
+        Args:
+            inputs: [B, *input_shape].
+            choose: from a state that holds every row to float gates [B, num_choices], which sum to 1 in each row; asked
+                at every point in turn. `observation` may be called on that state. The weight of a closed choice
+                goes to the nearest open one.
+
+        Returns:
+            the walk: `outputs`, `expected_macs`, and what the likeliest choices were (`route`, `steps`, `macs`): at
+            one-hot gates all that `run` gives.
+        """
+        state = self.begin(inputs)
+        walk = state.walk
+        walk.take_all()
+        while state.point != END:
+            gates = choose(state)
+            if tuple(gates.shape) != (len(inputs), self.num_choices):
+                raise ValueError(f"expected gates of shape {(len(inputs), self.num_choices)}, got {tuple(gates.shape)}")
+            gates = self._open_gates(state, gates)
+            walk.take_gates(gates, self.costs[state.point, : gates.shape[1]])
+            state = self._gated_run(state, gates)
+            walk.follow()
+        walk.finish()
+        return walk
+
+    def _open_gates(self, state: State, gates: Tensor) -> Tensor:
+        """[B, point's n]: `gates` [B, num_choices] with the weight of closed choices moved as `advance` moves rows."""
+        mask, count = self.open_choices(state), self.points[state.point].n
+        choices = torch.arange(self.num_choices, device=gates.device).unsqueeze(0)
+        if mask is not None:
+            target = nearest_open(mask, choices)
+        elif count < self.num_choices:
+            target = choices.clamp_max(count - 1).expand(len(gates), -1)
+        else:
+            return gates
+        return gates.new_zeros(len(gates), count).scatter_add(1, target, gates)
+
     def forward(self, inputs: Tensor, route: Tensor | None = None) -> Tensor:
         """The whole walk at once.
 
@@ -300,7 +458,8 @@ class Backbone(nn.Module):
             expected = (len(inputs), self.max_steps, self.num_choices)
             if tuple(route.shape) != expected:
                 raise ValueError(f"expected gates of shape {expected}, got {tuple(route.shape)}")
-            return self._gated(inputs, route)
+            every = torch.arange(len(inputs), device=inputs.device)
+            return self.gated(inputs, lambda state: route[every, state.walk.steps]).outputs  # type: ignore[return-value]
         return self.run_route(inputs, route).outputs  # type: ignore[return-value]
 
     def run_route(self, inputs: Tensor, route: Tensor) -> Walk:

@@ -103,7 +103,6 @@ class GatedResNet(Backbone):
 
     family = "gated_resnet"
     decision = "skip"
-    _cost: Tensor
 
     def __init__(
         self,
@@ -175,14 +174,11 @@ class GatedResNet(Backbone):
         self.points = tuple(Point(name, 2) for name in names)
         self.max_steps = len(names)
         self.full_route = (1,) * len(names)
-        self.dense_macs = sum(gate_macs) + sum(fixed_macs)
-        self._start_macs = fixed_macs[0]
-        # [points, 2]: what a row pays at a point, the fixed blocks it then passes included.
-        table = [[fixed, gate + fixed] for gate, fixed in zip(gate_macs, fixed_macs[1:], strict=True)]
-        self.register_buffer("_cost", torch.tensor(table), persistent=False)
+        self._set_costs(
+            fixed_macs[0], [[fixed, gate + fixed] for gate, fixed in zip(gate_macs, fixed_macs[1:], strict=True)]
+        )
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        walk.charge(rows, self._start_macs)
         return State(walk, 0, rows, self._stem(inputs))
 
     def _stem(self, x: Tensor) -> Tensor:
@@ -192,16 +188,24 @@ class GatedResNet(Backbone):
         return x
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        walk, point, rows = state.walk, state.point, state.rows
         assert state.features is not None
-        walk.charge(rows, self._cost[point].index_select(0, action))
-        x = gated_residual(state.features, action, self._gates[point])
-        for block in self._fixed[point]:
+        return [self._go_on(state, gated_residual(state.features, action, self._gates[state.point]))]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        x, block = state.features, self._gates[state.point]
+        assert x is not None
+        keep, run = (gates[:, choice].view(-1, 1, 1, 1) for choice in (0, 1))
+        # A folded block overwrites what it is given.
+        return self._go_on(state, run * block(x.clone() if isinstance(block, ResidualBlock) else x) + keep * x)
+
+    def _go_on(self, state: State, x: Tensor) -> State:
+        """From behind the gated block to the next point or the end."""
+        for block in self._fixed[state.point]:
             x = block(x)
-        if point + 1 < len(self.points):
-            return [State(walk, point + 1, rows, x)]
-        walk.put_output(rows, self._head(x))
-        return [State(walk, END, rows, None)]
+        if state.point + 1 < len(self.points):
+            return State(state.walk, state.point + 1, state.rows, x)
+        state.walk.put_output(state.rows, self._head(x))
+        return State(state.walk, END, state.rows, None)
 
     def _head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))
@@ -210,16 +214,6 @@ class GatedResNet(Backbone):
         """Each channel's mean over the map."""
         assert state.features is not None
         return state.features.mean((2, 3)).float()
-
-    def _gated(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        x = self._stem(inputs)
-        for step, (block, fixed) in enumerate(zip(self._gates, self._fixed, strict=True)):
-            keep, run = (gates[:, step, choice].view(-1, 1, 1, 1) for choice in (0, 1))
-            # A folded block overwrites what it is given.
-            x = run * block(x.clone() if isinstance(block, ResidualBlock) else x) + keep * x
-            for after in fixed:
-                x = after(x)
-        return self._head(x)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Each gated block on the first rows of the batch, as many as chose it; see `Backbone.ideal`."""
