@@ -13,8 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 class TrainingLog:
     """Writes scalars of one training run into `folder`, for TensorBoard.
 
-    Tags: `reward`, `accuracy`, `macs_fraction`, `price`, `routes/distinct` (few of them: the policy has collapsed),
-    `rate/<point>` (share of rows that did not take choice 0 there), `loss/...`, `entropy`, `throughput/steps_per_s`.
+    Tags: `reward`, the task's metric (`accuracy` or `mse`), `macs_fraction`, `price`, `routes/distinct` (few of them:
+    the policy has collapsed), `rate/<point>` (share of rows that did not take choice 0 there), `loss/...`, `entropy`,
+    `throughput/steps_per_s`.
 
     Args:
         begins_after: the step training goes on from; what a killed run wrote after it is hidden.

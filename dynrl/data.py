@@ -23,26 +23,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrl.files import write_aside
+from dynrl.tasks import CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)
 class Split:
-    """`inputs` [n, ...] float32, ready for a network, and `targets` [n]."""
+    """`inputs` [n, ...] float32, ready for a network, and `targets` as the `task` has them (classes [n] int64, say)."""
 
     inputs: Tensor
     targets: Tensor
+    task: Task = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def head(self, count: int) -> Split:
         """The first `count` rows (all splits are in random order)."""
-        return Split(self.inputs[:count], self.targets[:count])
+        return Split(self.inputs[:count], self.targets[:count], self.task)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images that leave the class as it is."""
+    """Random changes of training images that leave the class as it is; without any, inputs may be anything."""
 
     flip: bool = False  # left to right, half of the images
     shift: int = 0  # [pixels], each way
@@ -50,7 +52,9 @@ class Augmentation:
     zoom: float = 0.0  # share of the size, each way
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A changed copy of `images` [n, channels, height, width]."""
+        """A changed copy of `images` [n, channels, height, width]; what is not to be changed comes back as it is."""
+        if self == Augmentation():
+            return images
         count, size = len(images), images.shape[-1]
 
         def uniform() -> Tensor:
@@ -68,7 +72,13 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits of images, less `mean`, over `deviation` (of the training images, in 0 to 1)."""
+    """Three disjoint splits of one task.
+
+    Attributes:
+        classes: outputs that a network for it has; 1 for one number.
+        augmentation: of training inputs.
+        mean, deviation: the inputs are raw ones (images in 0 to 1) less `mean`, over `deviation`.
+    """
 
     name: str
     classes: int
@@ -78,6 +88,11 @@ class Dataset:
     augmentation: Augmentation
     mean: float = 0.0
     deviation: float = 1.0
+
+    @property
+    def task(self) -> Task:
+        """What is asked of the inputs."""
+        return self.train.task
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
 from dynrl.observation import Layout
 from dynrl.routed import RoutedModel
+from dynrl.tasks import Regression
 from tests.cases import make_backbone
 
 PRICES = [0.01, 1.0]
@@ -71,6 +72,19 @@ def test_the_slab_is_what_the_environment_did(runner):
     steps = env.backbone.max_steps
     assert torch.equal(points, (torch.arange(10) % steps).unsqueeze(1).expand(-1, 8))
     assert torch.equal(ended, (torch.arange(10) % steps == steps - 1).unsqueeze(1).expand(-1, 8))
+
+
+def test_a_regression_is_logged_by_its_own_metric():
+    backbone = GatedResNet((1, 4, 4), classes=1, layers=(1,), widths=(4,)).eval()
+    numbers = torch.randn(9, 1)
+    split = Split(torch.randn(9, 1, 4, 4), numbers, Regression.of(numbers))
+    config = config_for(backbone, "unused")
+    config.env_config |= {"backbone": backbone, "data": Dataset("numbers", 1, split, split, split, Augmentation())}
+    runner = SlabRunner(config=config, worker_index=0, num_workers=0)
+    (slab,) = runner.sample(num_timesteps=80)
+    assert torch.isfinite(slab.rewards).all()
+    shown = runner.get_metrics()["route"]["mean"]
+    assert set(shown) == {"mse", "macs_fraction", "price"}
 
 
 def test_exploration_draws_from_the_policys_distribution(runner):
@@ -226,7 +240,7 @@ def test_remote_runners_find_the_environment(small_backbone):
     router = router_of(algorithm)
     algorithm.stop()
     assert result["env_runners"]["num_env_steps_sampled_lifetime"] == 96
-    assert 0 < result["env_runners"]["route"]["macs_fraction"] <= 1
+    assert 0 < result["env_runners"]["route"]["mean"]["macs_fraction"] <= 1
     assert all(torch.isfinite(p).all() for p in router.parameters())
 
 
