@@ -100,8 +100,8 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
                 scalars["throughput/steps_per_s"] = (steps - done) / (time.perf_counter() - start)
                 log.write(steps, scalars)
                 bar.update(min(steps, settings.steps) - min(done, settings.steps))
-                shown = {tag: tag for tag in ("reward", *TASKS)} | {"MACs": "macs_fraction", "routes": "routes/distinct"}
-                bar.set_postfix({k: f"{scalars[tag]:.3g}" for k, tag in shown.items() if tag in scalars}, refresh=False)
+                shown = ("reward", *TASKS, "macs_fraction", "routes/distinct")
+                bar.set_postfix({tag: f"{scalars[tag]:.3g}" for tag in shown if tag in scalars}, refresh=False)
                 done, iteration = steps, iteration + 1
                 if not all(torch.isfinite(p).all() for p in router_of(algorithm).parameters()):
                     raise ValueError(f"the policy's weights are no longer finite after {done} steps; see {checkpoints}")

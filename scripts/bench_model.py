@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynrl.backbones import Backbone, GatedResNet, State
 from dynrl.data import load_dataset
-from dynrl.evaluation import FORMATS, in_format, medians_in_turn, random_rate
+from dynrl.evaluation import dense_sides, medians_in_turn, random_rate
 from dynrl.observation import Layout
 from dynrl.policies import RandomPolicy, Router
 from dynrl.routed import RoutedModel, load
@@ -103,10 +103,7 @@ def bench_model(
 def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> dict[str, Any]:
     backbone, device = model.backbone, inputs.device
     dense_route = backbone.dense_actions(len(inputs), device)
-    sides: dict[str, Callable[[], Any]] = {}
-    for name, form in FORMATS.items():
-        network: Any = in_format(backbone, name)
-        sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), dense_route)
+    sides = dense_sides(backbone, inputs)
     run = _compiled(backbone, inputs, dense_route)
     if run is not None:
         sides["compiled"] = run

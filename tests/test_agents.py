@@ -18,8 +18,7 @@ from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
 from dynrl.observation import Layout
 from dynrl.routed import RoutedModel
-from dynrl.tasks import Regression
-from tests.cases import make_backbone
+from tests.cases import make_backbone, numbers_split
 
 PRICES = [0.01, 1.0]
 
@@ -75,9 +74,7 @@ def test_the_slab_is_what_the_environment_did(runner):
 
 
 def test_a_regression_is_logged_by_its_own_metric():
-    backbone = GatedResNet((1, 4, 4), classes=1, layers=(1,), widths=(4,)).eval()
-    numbers = torch.randn(9, 1)
-    split = Split(torch.randn(9, 1, 4, 4), numbers, Regression.of(numbers))
+    backbone, split = GatedResNet((1, 8, 8), classes=1, layers=(1,), widths=(4,)).eval(), numbers_split(9)
     config = config_for(backbone, "unused")
     config.env_config |= {"backbone": backbone, "data": Dataset("numbers", 1, split, split, split, Augmentation())}
     runner = SlabRunner(config=config, worker_index=0, num_workers=0)
@@ -171,7 +168,7 @@ def test_a_high_price_skips_all_and_no_price_keeps_what_accuracy_needs(small_bac
     floor = int(backbone.run_route(test.inputs[:1], nothing).macs[0]) / backbone.dense_macs
     assert cheapest.macs_fraction - cheapest.router_fraction == pytest.approx(floor, abs=0.02)
     assert best.macs_fraction > 0.9
-    assert best.accuracy > cheapest.accuracy + 0.05
+    assert best.metric > cheapest.metric + 0.05
 
 
 class TwoKinds(GatedResNet):

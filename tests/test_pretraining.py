@@ -9,7 +9,7 @@ import torch
 
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, load_dataset
-from dynrl.pretraining import Recipe, accuracy_at_rate, pretrain
+from dynrl.pretraining import Recipe, metric_at_rate, pretrain
 from dynrl.recipes import DEFAULTS, defaults
 
 RECIPE = Recipe(epochs=3, batch_size=100)
@@ -50,7 +50,7 @@ def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
 def test_random_routes_work_after_pretraining(small_backbone):
     backbone, _ = load_backbone(small_backbone)
     test = load_dataset("digits").test
-    full, half = accuracy_at_rate(backbone, test, 1.0), accuracy_at_rate(backbone, test, 0.5)
+    full, half = metric_at_rate(backbone, test, 1.0), metric_at_rate(backbone, test, 0.5)
     assert full > 0.8
     assert half > 0.5
 
