@@ -27,7 +27,7 @@ ALLOWED = {
     "dynrl.cost": set(),
     "dynrl.progress": set(),
     "dynrl._version": set(),
-    "dynrl.data": {"dynrl.files", "dynrl.tasks"},
+    "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.tasks"},
     "dynrl.backbones": {"dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files"},
     "dynrl.policies": {"dynrl.policies", "dynrl.files"},
     "dynrl.observation": {"dynrl.backbones"},

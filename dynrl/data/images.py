@@ -1,0 +1,183 @@
+"""Images: handwritten digits, clothes, and clothes among clutter."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynrl.data.base import Augmentation, Dataset, Split
+from dynrl.files import write_aside
+
+# Images [n, 1, height, width] in 0 to 1 and labels [n], of the training, validation and test parts, in random order.
+Parts = list[tuple[Tensor, Tensor]]
+
+
+def standardised(name: str, augmentation: Augmentation, parts: Parts) -> Dataset:
+    """The data set of `parts`, ten classes."""
+    mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
+    train, validation, test = (Split((images - mean).div_(deviation), labels.long()) for images, labels in parts)
+    return Dataset(name, 10, train, validation, test, augmentation, mean, deviation)
+
+
+def digit_images() -> Parts:
+    """1,797 handwritten digits that ship with scikit-learn, 8x8; 1,257 / 180 / 360."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the digits come with scikit-learn: pip install '.[train]'") from None
+    raw = load_digits()
+    images, labels = torch.from_numpy(raw.images).float().unsqueeze(1) / 16, torch.from_numpy(raw.target)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    test, validation, train = order.split([360, 180, len(order) - 540])
+    return [(images[part], labels[part]) for part in (train, validation, test)]
+
+
+def digits() -> Dataset:
+    """The digits, enlarged to 24x24."""
+    parts = [(F.interpolate(images, size=24, mode="bilinear"), labels) for images, labels in digit_images()]
+    return standardised("digits", Augmentation(shift=1, rotate=10, zoom=0.1), parts)
+
+
+# SHA-256 of the files' contents, unpacked: packers differ, contents do not.
+_FASHION_MNIST = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+_FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+_FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def cache_folder() -> Path:
+    """Where downloads go: $XDG_CACHE_HOME/dynrl, else ~/.cache/dynrl."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrl"
+
+
+def _unpack(packed: bytes, name: str, digest: str) -> bytes:
+    try:
+        content = gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{name}: not a whole gzip file ({error}); delete it and try again") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{name}: its contents are not the official ones (SHA-256 differs); delete it and try again")
+    return content
+
+
+def _download(url: str, target: Path, digest: str) -> bytes:
+    """Fetch a gzip file with progress, keep it if its contents are right, and return them unpacked."""
+    from tqdm import tqdm
+
+    chunks = []
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=total or None, unit="B", unit_scale=True, desc=target.name) as progress:
+                while chunk := response.read(1 << 16):
+                    chunks.append(chunk)
+                    progress.update(len(chunk))
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(
+            f"could not download {url} ({error}); on Debian, `apt-get install dataset-fashion-mnist` needs no download"
+        ) from None
+    content = _unpack(b"".join(chunks), url, digest)
+    with write_aside(target) as aside:
+        aside.write_bytes(b"".join(chunks))
+    return content
+
+
+def parse_idx(content: bytes, name: str = "IDX data") -> Tensor:
+    """Bytes in the IDX format of MNIST (unsigned bytes of any dimension) as a uint8 tensor.
+
+    Raises:
+        ValueError: another element type, or fewer or more bytes than the header promises.
+    """
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise ValueError(f"{name}: expected IDX data of unsigned bytes (magic 00 00 08)")
+    dimensions = content[3]
+    header = 4 + 4 * dimensions
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
+    if len(content) - header != math.prod(shape):
+        raise ValueError(f"{name}: the header promises shape {shape}, but {len(content) - header} bytes follow")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+
+
+def fashion_images() -> Parts:
+    """70,000 images of clothes, 28x28 (Xiao et al. 2017); 55,000 / 5,000 / 10,000.
+
+    Read from Debian's package dataset-fashion-mnist, else from the cache, else downloaded, always checked.
+    """
+    files = {}
+    for name, digest in _FASHION_MNIST.items():
+        places = [folder / f"{name}.gz" for folder in (_FASHION_MNIST_DEBIAN, cache_folder() / "fashion-mnist")]
+        found = next((place for place in places if place.is_file()), None)
+        if found is not None:
+            content = _unpack(found.read_bytes(), str(found), digest)
+        else:
+            content = _download(f"{_FASHION_MNIST_URL}/{name}.gz", places[-1], digest)
+        files[name] = parse_idx(content, name)
+    images = files["train-images-idx3-ubyte"].unsqueeze(1).float() / 255
+    labels = files["train-labels-idx1-ubyte"]
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    validation, train = order.split([5000, len(order) - 5000])
+    test = files["t10k-images-idx3-ubyte"].unsqueeze(1).float() / 255, files["t10k-labels-idx1-ubyte"]
+    return [(images[train], labels[train]), (images[validation], labels[validation]), test]
+
+
+def fashion_mnist() -> Dataset:
+    """The clothes as they are."""
+    return standardised("fashion-mnist", Augmentation(flip=True, shift=1), fashion_images())
+
+
+CANVAS, PIECES, PIECE = 48, 8, 8  # [pixels], pieces of clutter on each canvas, [pixels]
+
+
+def clutter(images: Tensor, seed: int) -> Tensor:
+    """[n, 1, CANVAS, CANVAS]: each image somewhere on an empty canvas, and on it pieces of others, somewhere, too.
+
+    As in Mnih et al. 2014, section 4.1; where things overlap the brighter one shows.
+
+    Args:
+        images: [n, 1, height, width].
+        seed: of places and pieces.
+    """
+    rng, every = np.random.default_rng(seed), torch.arange(len(images))
+    canvas = images.new_zeros(len(images), CANVAS, CANVAS)
+
+    def window(room: int, size: int) -> tuple[Tensor, Tensor]:
+        """Rows [n, size, 1] and columns [n, 1, size] of a square anywhere in `room` x `room`."""
+        corner = torch.from_numpy(rng.integers(0, room - size + 1, (len(images), 2, 1)))
+        rows, columns = (corner + torch.arange(size)).unbind(1)
+        return rows.unsqueeze(2), columns.unsqueeze(1)
+
+    def paste(pixels: Tensor) -> None:
+        at = every.view(-1, 1, 1), *window(CANVAS, pixels.shape[-1])
+        canvas[at] = canvas[at].maximum(pixels)
+
+    paste(images[:, 0])
+    for _ in range(PIECES):
+        other = (every + torch.from_numpy(rng.integers(1, len(images), len(images)))) % len(images)
+        paste(images[other.view(-1, 1, 1), 0, *window(images.shape[-1], PIECE)])
+    return canvas.unsqueeze(1)
+
+
+def cluttered_fashion_mnist() -> Dataset:
+    """Clothes among clutter on canvases of 48x48; 20,000 / 2,000 / 5,000, from those parts of fashion-mnist.
+
+    Of 70,000 the tensors would take 650 MB, of these 250; and since a canvas has three times the pixels of an image,
+    an epoch takes as long as one of fashion-mnist.
+    """
+    parts = zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)
+    made = [(clutter(images[:count], seed), labels[:count]) for seed, ((images, labels), count) in enumerate(parts)]
+    return standardised("cluttered-fashion-mnist", Augmentation(flip=True, shift=1), made)
