@@ -46,8 +46,8 @@ def check_accuracy_term(name: str, task: Task) -> None:
         raise ValueError(f"unknown accuracy term {name!r}; expected one of {ACCURACY_TERMS}")
     if name == "correct" and task != CLASSIFICATION:
         raise ValueError(
-            f"the accuracy term 'correct' is for classes; a number has a {task.metric}: choose 'log_likelihood' or "
-            "'distillation'"
+            f"the accuracy term 'correct' is for classes, this task's metric is {task.metric}; choose 'distillation' "
+            "or 'log_likelihood'"
         )
 
 

@@ -253,7 +253,7 @@ def test_a_regression_pays_what_squared_errors_cost(term):
 
 
 def test_right_or_wrong_is_no_reward_for_numbers():
-    with pytest.raises(ValueError, match="'correct' is for classes; a number has a mse"):
+    with pytest.raises(ValueError, match="'correct' is for classes, this task's metric is mse"):
         make_vec("regressing", 2, accuracy_term="correct")
 
 
