@@ -32,9 +32,9 @@ def choice_rates(points: Sequence[Point], route: Tensor) -> dict[str, float]:
 class TrainingLog:
     """Writes scalars of one training run into `folder`, for TensorBoard.
 
-    Tags: `reward`, `accuracy`, `macs_fraction`, `price`, `routes/distinct` (few of them: the policy has collapsed),
-    `rate/<point>` (share of the decisions there that were choice 1; `rate/<point>/<choice>` where there are more than
-    two), `loss/...`, `entropy`, `throughput/steps_per_s`.
+    Tags: `reward`, the task's metric (`accuracy` or `mse`), `macs_fraction`, `price`, `routes/distinct` (few of them:
+    the policy has collapsed), `rate/<point>` (share of the decisions there that were choice 1; `rate/<point>/<choice>`
+    where there are more than two), `loss/...`, `entropy`, `throughput/steps_per_s`.
 
     Args:
         begins_after: the step training goes on from; what a killed run wrote after it is hidden.

@@ -160,7 +160,8 @@ class SlabRunner(SingleAgentEnvRunner):
                 self._returns += rewards
                 self._lengths += 1
                 if "route" in info:
-                    over = {name: info[name][terminated] for name in ("correct", "macs_fraction", "price", "route")}
+                    names = (env.task.metric, "macs_fraction", "price", "route")
+                    over = {name: info[name][terminated] for name in names}
                     over |= {"return": self._returns[terminated], "length": self._lengths[terminated]}
                     ended.append(over)
                     done += len(over["return"])
@@ -182,8 +183,8 @@ class SlabRunner(SingleAgentEnvRunner):
         log(EPISODE_RETURN_MIN, float(over["return"].min()), reduce="min", window=1)
         log(EPISODE_RETURN_MAX, float(over["return"].max()), reduce="max", window=1)
         log(EPISODE_LEN_MEAN, float(over["length"].mean()), window=1)
-        for name, key in (("correct", "accuracy"), ("macs_fraction", "macs_fraction"), ("price", "price")):
-            log(("route", key), float(over[name].mean()), window=1)
+        for name in (self.env.unwrapped.task.metric, "macs_fraction", "price"):
+            log(("route", "mean", name), float(over[name].mean()), window=1)
         route = over["route"]
         log(("route", "distinct"), float(len(route.unique(dim=0))), window=1)
         for tag, share in choice_rates(self.env.unwrapped.backbone.points, route).items():

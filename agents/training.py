@@ -22,6 +22,7 @@ from dynrl.envs import decision as decision_row
 from dynrl.observation import Layout
 from dynrl.policies import Router
 from dynrl.progress import progress
+from dynrl.tasks import TASKS
 
 KEEP_CHECKPOINTS = 2
 
@@ -99,13 +100,8 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
                 scalars["throughput/steps_per_s"] = (steps - done) / (time.perf_counter() - start)
                 log.write(steps, scalars)
                 bar.update(min(steps, settings.steps) - min(done, settings.steps))
-                shown = {
-                    "reward": "reward",
-                    "accuracy": "accuracy",
-                    "MACs": "macs_fraction",
-                    "routes": "routes/distinct",
-                }
-                bar.set_postfix({k: f"{scalars[tag]:.3g}" for k, tag in shown.items() if tag in scalars}, refresh=False)
+                shown = ("reward", *TASKS, "macs_fraction", "routes/distinct")
+                bar.set_postfix({tag: f"{scalars[tag]:.3g}" for tag in shown if tag in scalars}, refresh=False)
                 done, iteration = steps, iteration + 1
                 if not all(torch.isfinite(p).all() for p in router_of(algorithm).parameters()):
                     raise ValueError(f"the policy's weights are no longer finite after {done} steps; see {checkpoints}")
@@ -125,10 +121,8 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
 def scalars_of(result: dict[str, Any]) -> dict[str, float]:
     """The scalars of one RLlib training result, by the tags of `TrainingLog`."""
     sampled, learned = result["env_runners"], result["learners"]["default_policy"]
-    scalars: dict[str, Any] = {"reward": sampled.get("episode_return_mean")}
     route = sampled.get("route", {})
-    for name in ("accuracy", "macs_fraction", "price"):
-        scalars[name] = route.get(name)
+    scalars: dict[str, Any] = {"reward": sampled.get("episode_return_mean"), **route.get("mean", {})}
     scalars["routes/distinct"] = route.get("distinct")
     scalars |= {f"rate/{tag}": value for tag, value in route.get("rate", {}).items()}
     for name, key in (("loss/policy", "policy_loss"), ("loss/value", "vf_loss"), ("entropy", "entropy")):

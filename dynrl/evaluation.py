@@ -1,4 +1,4 @@
-"""How good a routed model is: accuracy, MACs and measured time, beside what it must beat."""
+"""How good a routed model is: the task's metric, MACs and measured time, beside what it must beat."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynrl.backbones import Backbone
 from dynrl.data import Split
@@ -21,14 +20,17 @@ from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routed import RoutedModel
 
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+ORACLE_PRICE = 1e-3  # of the dense MACs, in the task's error: below what policies are told
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one pass over a split gave. Fractions are of the dense network's MACs; `macs_fraction` has the router in."""
+    """What one pass over a split gave: the mean of the task's metric, and shares of the dense network's MACs.
 
-    accuracy: float
+    `macs_fraction` has the router in.
+    """
+
+    metric: float
     macs_fraction: float
     router_fraction: float
     distinct_routes: int
@@ -36,16 +38,16 @@ class Score:
 
 def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
     """One pass over `split` through the plugged model, each row once."""
-    right, macs, router = 0.0, 0.0, 0.0
+    metric, macs, router = 0.0, 0.0, 0.0
     routes: list[Tensor] = []
     for inputs, targets in _batches(split, batch_size):
-        right += float((model(inputs).argmax(1) == targets).sum())
+        metric += float(split.task.score(model(inputs), targets).sum())
         assert model.last_route is not None
         macs += float(model.last_route.macs_fraction.sum())
         router += float(model.last_route.router_fraction.sum())
         routes.append(model.last_route.actions)
     count = len(split)
-    return Score(right / count, macs / count, router / count, len(torch.cat(routes).unique(dim=0)))
+    return Score(metric / count, macs / count, router / count, len(torch.cat(routes).unique(dim=0)))
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -59,18 +61,18 @@ def score_routes(
     """Walk each input of `split` along its row of `routes` [n, max_steps].
 
     Returns:
-        right [n] bool, log-likelihood of the target [n], share of the dense network's MACs [n].
+        the task's metric [n], log-likelihood of the target [n], share of the dense network's MACs [n].
     """
-    parts = []
+    task, parts = split.task, []
     for inputs, targets, route in zip(
         *(t.split(batch_size) for t in (split.inputs, split.targets, routes)), strict=True
     ):
         walk = backbone.run_route(inputs, route)
         assert walk.outputs is not None
-        likely = -F.cross_entropy(walk.outputs, targets, reduction="none")
-        parts.append((walk.outputs.argmax(1) == targets, likely, walk.macs / backbone.dense_macs))
-    right, likely, macs = (torch.cat(column) for column in zip(*parts, strict=True))
-    return right, likely, macs
+        scored = (task.score(walk.outputs, targets), task.log_likelihood(walk.outputs, targets))
+        parts.append((*scored, walk.macs / backbone.dense_macs))
+    metric, likely, macs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return metric, likely, macs
 
 
 def calibrate(
@@ -133,17 +135,17 @@ def static_routes(
     choice that lowers the cost and keeps the log-likelihood highest, until no choice can be made cheaper.
 
     Returns:
-        [(route, MACs fraction, accuracy on `split`)], from dear to cheap. `tick` is called after each try.
+        [(route, MACs fraction, metric on `split`)], from dear to cheap. `tick` is called after each try.
     """
 
     def cost(route: tuple[int, ...]) -> float:
         return int(backbone.run_route(split.inputs[:1], torch.tensor([route])).macs) / backbone.dense_macs
 
     def judge(route: tuple[int, ...]) -> tuple[float, float]:
-        """Mean log-likelihood and accuracy."""
+        """Mean log-likelihood and metric."""
         tick()
-        right, likely, _ = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
-        return float(likely.mean()), float(right.float().mean())
+        metric, likely, _ = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        return float(likely.mean()), float(metric.mean())
 
     route = backbone.full_route
     found = [(route, cost(route), judge(route)[1])]
@@ -155,14 +157,17 @@ def static_routes(
         tried = [(*judge(other), other) for other in changed if cost(other) < cost(route)]
         if not tried:
             return found
-        _, accuracy, route = max(tried)
-        found.append((route, cost(route), accuracy))
+        _, metric, route = max(tried)
+        found.append((route, cost(route), metric))
 
 
 def oracle_routes(
     backbone: Backbone, split: Split, candidates: list[tuple[int, ...]], tick: Callable[[], Any] = lambda: None
 ) -> Tensor:
-    """For each input the cheapest candidate route that classifies it right, else the cheapest of all. Sees the labels.
+    """For each input the candidate route with the least `Task.error`, at `ORACLE_PRICE` for its MACs. Sees the targets.
+
+    In classification that is the cheapest route that is right, else the cheapest of all. In regression errors are of
+    any size, and without a price the oracle would pay the dense network's compute for the last digit.
 
     Returns:
         [n, max_steps].
@@ -171,8 +176,8 @@ def oracle_routes(
     chosen = torch.zeros(len(split), backbone.max_steps, dtype=torch.int64)
     for candidate in candidates:
         routes = StaticPolicy(candidate).route(split.inputs)
-        right, _, macs = score_routes(backbone, routes, split)
-        cost = macs + 10.0 * ~right  # any right route beats any wrong one
+        metric, _, macs = score_routes(backbone, routes, split)
+        cost = split.task.error(metric) + ORACLE_PRICE * macs
         better = cost < best
         best = torch.where(better, cost, best)
         chosen[better] = torch.tensor(candidate)
@@ -234,9 +239,15 @@ def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
     return graph.replay
 
 
-def in_format(module: nn.Module, name: str) -> nn.Module:
-    """A copy of `module` whose convolutions read and write maps in the memory format `name`, a key of `FORMATS`."""
-    return copy.deepcopy(module).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
+def dense_sides(backbone: Backbone, inputs: Tensor) -> dict[str, Callable[[], Any]]:
+    """What to time as the dense network on `inputs`: images in both memory formats, of which the faster one counts."""
+    route = backbone.dense_actions(len(inputs), inputs.device)
+    formats = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last} if inputs.dim() == 4 else {}
+    sides = {}
+    for name, form in (formats or {"contiguous": torch.contiguous_format}).items():
+        network: Any = copy.deepcopy(backbone).to(memory_format=form)  # type: ignore[call-overload]
+        sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), route)
+    return sides
 
 
 def hardware() -> dict[str, Any]:

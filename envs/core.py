@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -22,21 +21,12 @@ from torch import Tensor
 from dynrl.backbones import END, Backbone, State, merge, shared_backbone
 from dynrl.data import Dataset, load_dataset
 from dynrl.observation import Layout, observation
+from dynrl.tasks import CLASSIFICATION, Task
 
 Info = dict[str, Tensor]
 
 
-def correct(output: Tensor, target: Tensor) -> Tensor:
-    """[n] 1.0 where the likeliest class is the target, else 0.0."""
-    return (output.argmax(1) == target).float()
-
-
-def log_likelihood(output: Tensor, target: Tensor) -> Tensor:
-    """[n] the logarithm of the target's probability: at most 0, in nats."""
-    return -F.cross_entropy(output, target, reduction="none")
-
-
-def distillation(output: Tensor, target: Tensor, dense: Tensor) -> Tensor:
+def distillation(task: Task, output: Tensor, target: Tensor, dense: Tensor) -> Tensor:
     """[n] log-likelihood of the target, minus the divergence from what the dense network says; in nats, at most 0.
 
     The two terms of knowledge distillation (Hinton et al. 2015, section 2), weighted alike. With the first alone,
@@ -44,11 +34,21 @@ def distillation(output: Tensor, target: Tensor, dense: Tensor) -> Tensor:
     the upper part of the accuracy-compute front; with the second alone, routes imitate the dense network's
     uncertainty at the expense of the class.
     """
-    divergence = F.kl_div(output.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none").sum(1)
-    return log_likelihood(output, target) - divergence
+    return task.log_likelihood(output, target) - task.divergence(output, dense)
 
 
 ACCURACY_TERMS = ("distillation", "log_likelihood", "correct")
+
+
+def check_accuracy_term(name: str, task: Task) -> None:
+    """Refuse, with a ValueError, an accuracy term that is unknown or makes no sense for `task`."""
+    if name not in ACCURACY_TERMS:
+        raise ValueError(f"unknown accuracy term {name!r}; expected one of {ACCURACY_TERMS}")
+    if name == "correct" and task != CLASSIFICATION:
+        raise ValueError(
+            f"the accuracy term 'correct' is for classes, this task's metric is {task.metric}; choose 'distillation' "
+            "or 'log_likelihood'"
+        )
 
 
 def check_price_range(prices: Sequence[float]) -> tuple[float, float]:
@@ -83,8 +83,8 @@ class RoutingVectorEnv(VectorEnv):
             process however many environments use it. Always run frozen, by its `for_inference` copy.
         data: the data set the inputs come from, or its name.
         split: of the data set.
-        accuracy_term: paid when a row ends: "distillation", "log_likelihood" (nats) or "correct" (0 or 1); see the
-            functions of those names.
+        accuracy_term: paid when a row ends: "distillation" (see there) or "log_likelihood" (`Task.log_likelihood`), in
+            nats, or "correct" (0 or 1: classes only).
         price: of the dense network's MACs, fixed; None draws it per episode from `price_range`, uniformly in its
             logarithm.
         price_range: lowest and highest price.
@@ -93,8 +93,9 @@ class RoutingVectorEnv(VectorEnv):
 
     Rewards and `info`: reward = `accuracy_term` - price x MACs since the last bill / MACs of the dense network; the
     first step's bill holds what ran before the first decision, so a return is accuracy - price x MACs. `info` holds
-    both terms (`accuracy_term`, `cost_term`) of every step and, for rows that ended (mask `_correct` etc.), `correct`,
-    `macs_fraction` and `route`. `action_mask` belongs to the observation returned beside it.
+    both terms (`accuracy_term`, `cost_term`) of every step and, for rows that ended (mask `_route` etc.), the task's
+    metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and `route`. `action_mask` belongs to the
+    observation returned beside it.
 
     Raises:
         ValueError: an unknown data set, split, accuracy term or mode; a price outside its range; a backbone that
@@ -118,8 +119,6 @@ class RoutingVectorEnv(VectorEnv):
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"expected at least one environment, got num_envs={num_envs}")
-        if accuracy_term not in ACCURACY_TERMS:
-            raise ValueError(f"unknown accuracy term {accuracy_term!r}; expected one of {ACCURACY_TERMS}")
         mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self.num_envs = num_envs
@@ -130,8 +129,10 @@ class RoutingVectorEnv(VectorEnv):
                 f"the price {price} is outside its range {self.price_range}; widen price_range or change it"
             )
         self._fixed_price = price
-        self.accuracy_term = accuracy_term
         dataset = data if isinstance(data, Dataset) else load_dataset(data)
+        self.task = dataset.task
+        check_accuracy_term(accuracy_term, self.task)
+        self.accuracy_term = accuracy_term
         self._split = dataset.split(split)
         self.backbone = self._open(backbone, dataset)
         self.layout = Layout.of(self.backbone)
@@ -269,13 +270,15 @@ class RoutingVectorEnv(VectorEnv):
         if end is not None:
             output, drawn = self.backbone.output(end), self._drawn[end.rows]
             target = self._split.targets[drawn]
-            right = correct(output, target)
+            metric = self.task.score(output, target)
             if self.accuracy_term == "distillation":
-                accuracy_term[end.rows] = distillation(output, target, self._dense_outputs(drawn))
+                accuracy_term[end.rows] = distillation(self.task, output, target, self._dense_outputs(drawn))
+            elif self.accuracy_term == "log_likelihood":
+                accuracy_term[end.rows] = self.task.log_likelihood(output, target)
             else:
-                accuracy_term[end.rows] = right if self.accuracy_term == "correct" else log_likelihood(output, target)
+                accuracy_term[end.rows] = metric
             terminated[end.rows] = True
-            info["correct"] = torch.zeros(self.num_envs).index_copy(0, end.rows, right)
+            info[self.task.metric] = torch.zeros(self.num_envs).index_copy(0, end.rows, metric)
             info["macs_fraction"] = walk.macs / self.backbone.dense_macs
             info["route"] = walk.route.clone()
             info["price"] = self._prices.clone()
@@ -349,7 +352,7 @@ class RoutingVectorEnv(VectorEnv):
         for name in ("accuracy_term", "cost_term"):
             info[name] = tensors[name].numpy()
         if ended.any():
-            for name in ("correct", "macs_fraction", "route"):
+            for name in (self.task.metric, "macs_fraction", "route"):
                 info[name], info[f"_{name}"] = tensors[name].numpy(), ended
         if "final_obs" in tensors:
             # One object a row, filled one by one: NumPy would make a matrix of equally long rows.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynrl.backbones import Backbone, GatedResNet, State
 from dynrl.data import load_dataset
-from dynrl.evaluation import FORMATS, captured, in_format, medians_in_turn, random_rate
+from dynrl.evaluation import captured, dense_sides, medians_in_turn, random_rate
 from dynrl.observation import Layout
 from dynrl.policies import RandomPolicy, Router
 from dynrl.routed import RoutedModel, load
@@ -107,10 +107,7 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
         return route[:, state.point]  # a chain: the point is the step, and all rows stand at it
 
     dense_route = backbone.dense_actions(len(inputs), device)
-    sides: dict[str, Callable[[], Any]] = {}
-    for name, form in FORMATS.items():
-        network: Any = in_format(backbone, name)
-        sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), dense_route)
+    sides = dense_sides(backbone, inputs)
     run = _compiled(backbone, inputs, dense_route)
     if run is not None:
         sides["compiled"] = run
@@ -127,11 +124,9 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
     dense = min(value for name, value in ms.items() if name.startswith("dense"))
     on_device = {}
     if device.type == "cuda":
-        best = min(value for name, value in ms.items() if name.startswith("captured dense"))
-        on_device = {"captured_dense_ms": best} | {
-            f"captured_{name.replace(' ', '_')}_ms": ms[f"captured {name}"]
-            for name in ("ideal", "routed", "with router")
-        }
+        on_device["captured_dense_ms"] = min(value for name, value in ms.items() if name.startswith("captured dense"))
+        for name in ("ideal", "routed", "with router"):
+            on_device[f"captured_{name.replace(' ', '_')}_ms"] = ms[f"captured {name}"]
     fraction = float(backbone.run_route(inputs, route).macs.double().mean()) / backbone.dense_macs
     return {
         "batch": len(inputs), "macs_fraction": fraction, "dense_ms": dense, "compiled_ms": ms.get("compiled"),

@@ -1,4 +1,4 @@
-"""Report accuracy, MACs and measured time of run folders: `report.json`, `report.png` and a table.
+"""Report accuracy (or squared error), MACs and measured time of run folders: `report.json`, `report.png` and a table.
 
 Several runs (policy seeds on one backbone) make one report of means and spreads.
 """
@@ -72,8 +72,8 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str,
     dataset = load_dataset(configs[0]["data"])
     out.mkdir(parents=True, exist_ok=True)
     report = {
-        "decision": configs[0]["decision"], "data": dataset.name, "seeds": [config["seed"] for config in configs],
-        "date": f"{date.today()}", "commit": commit(),
+        "decision": configs[0]["decision"], "data": dataset.name, "metric": dataset.task.metric,
+        "seeds": [config["seed"] for config in configs], "date": f"{date.today()}", "commit": commit(),
         **measure(backbone, plain, models, dataset, batch_size),
     }  # fmt: skip
     write_json(out / "report.json", report)
@@ -93,7 +93,7 @@ def measure(
     from dynrl.progress import progress
     from dynrl.routes import draw_routes
 
-    test = dataset.test
+    test, task, metric = dataset.test, dataset.task, dataset.task.metric
     validation = dataset.validation.head(1024)
     frozen = models[0].backbone
     batch = test.inputs[:batch_size]
@@ -102,13 +102,13 @@ def measure(
     sides: dict[str, Callable[[], Any]] = {}  # what is timed; point i by the names i/routed and i/ideal
 
     def add(policy: str, budget: float | None, scores: list[ev.Score], price: float | None = None) -> None:
-        accuracies = torch.tensor([s.accuracy for s in scores], dtype=torch.float64)
+        metrics = torch.tensor([s.metric for s in scores], dtype=torch.float64)
         macs = sum(s.macs_fraction for s in scores) / len(scores)
         points.append(
             {
                 "policy": policy, "price": price, "budget": budget, "runs": len(scores),
-                "accuracy": float(accuracies.mean()),
-                "accuracy_std": float(accuracies.std()) if len(scores) > 1 else 0.0,
+                metric: float(metrics.mean()),
+                f"{metric}_std": float(metrics.std()) if len(scores) > 1 else 0.0,
                 "macs_fraction": macs,
                 "mac_speedup": 1 / macs,
                 "router_fraction": sum(s.router_fraction for s in scores) / len(scores),
@@ -123,9 +123,9 @@ def measure(
     def add_routes(policy: str, budget: float | None, drawn: list[torch.Tensor]) -> None:
         scores = []
         for routes in drawn:
-            right, _, macs = ev.score_routes(frozen, routes, test)
+            scored, _, macs = ev.score_routes(frozen, routes, test)
             distinct = len(routes.unique(dim=0))
-            scores.append(ev.Score(float(right.float().mean()), float(macs.mean()), 0.0, distinct))
+            scores.append(ev.Score(float(scored.mean()), float(macs.mean()), 0.0, distinct))
         add(policy, budget, scores)
         route = drawn[0][: len(batch)]
         add_sides(lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
@@ -134,10 +134,10 @@ def measure(
     candidates, rounds = 24, 11
     total = 2 * len(BUDGETS) + 1 + steps * (steps + 1) // 2 + len(BUDGETS) + 1 + steps + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
-        all_execute = float(ev.score_routes(frozen, dense_route, test)[0].float().mean())
-        plain_accuracy = None
+        all_execute = float(ev.score_routes(frozen, dense_route, test)[0].mean())
+        alone = None
         if plain is not None:
-            plain_accuracy = float(ev.score_routes(plain.for_inference(), dense_route, test)[0].float().mean())
+            alone = float(ev.score_routes(plain.for_inference(), dense_route, test)[0].mean())
         for budget in BUDGETS:
             scores, reached = [], [model for model in models if _reaches(model, budget)]
             for model in reached:
@@ -162,7 +162,7 @@ def measure(
         for budget in BUDGETS:
             affordable = [found for found in static if found[1] <= budget]
             if affordable:
-                best = max(affordable, key=lambda found: (found[2], -found[1]))
+                best = min(affordable, key=lambda found: (task.error(found[2]), found[1]))
                 add_routes("static", budget, [StaticPolicy(best[0]).route(test.inputs)])
             bar.update()
         generator = torch.Generator().manual_seed(0)
@@ -170,20 +170,18 @@ def measure(
         tried = draw_routes(frozen.full_route, frozen.num_choices, rates, generator).tolist()
         known = [route for route, _, _ in static] + [tuple(route) for route in tried]
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
-        for name in ev.FORMATS:
-            network, inputs = ev.in_format(frozen, name), batch.contiguous(memory_format=ev.FORMATS[name])
-            sides[name] = network.ideal(inputs, frozen.dense_actions(len(batch)))  # type: ignore[operator]
+        dense_sides = ev.dense_sides(frozen, batch)
         with torch.inference_mode():
-            times = ev.medians_in_turn(sides, rounds, bar.update)
-    dense = min(times[name] for name in ev.FORMATS)
+            times = ev.medians_in_turn(sides | dense_sides, rounds, bar.update)
+    dense = min(times[name] for name in dense_sides)
     for i, point in enumerate(points):
         ms, ideal = times[f"{i}/routed"], times[f"{i}/ideal"]
         point |= {"latency_ms": ms, "speedup": dense / ms, "realised_ratio": ideal / ms}
     return {
         "dense": {
-            "accuracy": max(all_execute, plain_accuracy or 0.0),
-            "all_execute_accuracy": all_execute,
-            "plain_accuracy": plain_accuracy,
+            metric: min((value for value in (all_execute, alone) if value is not None), key=task.error),
+            f"all_execute_{metric}": all_execute,
+            f"plain_{metric}": alone,
             "macs": backbone.dense_macs,
             "latency_ms": dense,
             "batch_size": len(batch),
@@ -200,35 +198,39 @@ def _reaches(model: RoutedModel, budget: float) -> bool:
 
 def print_table(report: dict[str, Any]) -> None:
     """The report as a table."""
-    dense = report["dense"]
+    from dynrl.tasks import TASKS
+
+    dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     print(f"\n{report['decision']} on {report['data']}, test split, policy seeds {report['seeds']}")
     print(f"times: a batch of {dense['batch_size']} on {report['hardware']['threads']} threads")
-    print(f"{'policy':8} {'budget':>6} {'accuracy %':>14} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
-    print(f"{'dense':8} {'':6} {100 * dense['accuracy']:8.2f} {'':5} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
+    print(f"{'policy':8} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
+    print(f"{'dense':8} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
     for p in report["points"]:
         budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
-        spread = f"±{100 * p['accuracy_std']:.2f}" if p["accuracy_std"] else ""
+        spread = f"±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
         print(
-            f"{p['policy']:8} {budget:>6} {100 * p['accuracy']:8.2f} {spread:>5} {p['macs_fraction']:6.2f}"
+            f"{p['policy']:8} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
-    print("MACs: of the dense network's, router included. oracle: cheapest right route, labels seen.")
+    print("MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those.")
     missed = sorted(set(BUDGETS) - {p["budget"] for p in report["points"] if p["policy"] == "learned"})
     if missed:
         print(f"budgets out of this policy's reach: {', '.join(map(str, missed))}")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against MACs and against measured time."""
+    """The metric against MACs and against measured time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     from dynrl.files import write_aside
+    from dynrl.tasks import TASKS
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    dense = report["dense"]
+    dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
+    full_height = task.factor * dense[metric]
     for axis, x, label, full in (
         (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
         (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
@@ -236,13 +238,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for policy, marker in (("learned", "o-"), ("random", "s--"), ("static", "^:"), ("oracle", "*")):
             mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
             if mine:
-                ys, spread = [100 * p["accuracy"] for p in mine], [100 * p["accuracy_std"] for p in mine]
+                ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
                 axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
-        axis.axhline(100 * dense["accuracy"], color="grey", linewidth=0.8)
-        axis.plot([full], [100 * dense["accuracy"]], "D", color="grey", label="dense")
+        axis.axhline(full_height, color="grey", linewidth=0.8)
+        axis.plot([full], [full_height], "D", color="grey", label="dense")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_yscale(task.axis)
+    axes[0].set_ylabel(f"test {task.heading}")
     axes[0].legend()
     figure.suptitle(f"{report['decision']} on {report['data']}, policy seeds {report['seeds']}")
     figure.tight_layout()

@@ -47,7 +47,7 @@ def main(args: Args) -> None:
 def pretrain_into(folder: Path, decision: str, data: str, seed: int) -> None:
     """Make whichever of `backbone.safetensors` and `plain.safetensors` is missing in `folder`; resumable."""
     from dynrl.data import load_dataset
-    from dynrl.pretraining import accuracy_at_rate, pretrain
+    from dynrl.pretraining import metric_at_rate, pretrain
     from dynrl.recipes import defaults
 
     row, dataset = defaults(decision, data), load_dataset(data)
@@ -64,12 +64,12 @@ def pretrain_into(folder: Path, decision: str, data: str, seed: int) -> None:
             backbone, dataset, row.pretraining, random_routes=random_routes, seed=seed,
             checkpoint=folder / "checkpoints" / f"{name}.pt", label=label,
         )  # fmt: skip
-        accuracy = accuracy_at_rate(backbone, dataset.validation, 1.0)
+        value, metric = metric_at_rate(backbone, dataset.validation, 1.0), dataset.task.metric
         backbone.save(
             path, data=data, mean=dataset.mean, deviation=dataset.deviation, seed=seed, random_routes=random_routes,
-            validation_accuracy=accuracy,
+            **{f"validation_{metric}": value},
         )  # fmt: skip
-        print(f"{name}: {accuracy:.4f} on validation data, {backbone.dense_macs / 1e6:.1f} million MACs an image")
+        print(f"{name}: {metric} {value:.4g} on validation data, {backbone.dense_macs / 1e6:.1f} million MACs an input")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,20 @@ class Args:
 
 def report_table(report: dict[str, Any]) -> list[str]:
     """A report as Markdown."""
+    from dynrl.tasks import TASKS
+
     dense, hardware = report["dense"], report["hardware"]
+    metric = report.get("metric", "accuracy")  # reports of before there was another have none
+    task = TASKS[metric]
     lines = [
-        "| policy | budget | accuracy % | MACs | ms | speed-up | of ideal |",
+        f"| policy | budget | {task.heading} | MACs | ms | speed-up | of ideal |",
         "|---|---|---|---|---|---|---|",
-        f"| dense | | {100 * dense['accuracy']:.2f} | 1.00 | {dense['latency_ms']:.1f} | 1.00 | |",
+        f"| dense | | {task.show(dense[metric])} | 1.00 | {dense['latency_ms']:.1f} | 1.00 | |",
     ]
     for p in report["points"]:
-        spread = f" ±{100 * p['accuracy_std']:.2f}" if p["accuracy_std"] else ""
+        spread = f" ±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
         lines.append(
-            f"| {p['policy']} | {p['budget'] or ''} | {100 * p['accuracy']:.2f}{spread} | {p['macs_fraction']:.2f} "
+            f"| {p['policy']} | {p['budget'] or ''} | {task.show(p[metric])}{spread} | {p['macs_fraction']:.2f} "
             f"| {p['latency_ms']:.1f} | {p['speedup']:.2f} | {p['realised_ratio']:.2f} |"
         )
     lines.append("")

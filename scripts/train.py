@@ -39,7 +39,7 @@ class Args:
     num_env_runners: int = 0
     """Remote processes that sample; 0 samples in this one."""
     price_range: tuple[float, float] = (0.002, 2.0)
-    """Lowest and highest price of the dense network's compute, in nats."""
+    """Lowest and highest price of the dense network's compute, in units of the accuracy term."""
     accuracy_term: Literal["distillation", "log_likelihood", "correct"] = "distillation"
     """What the reward sets against the price."""
     threads: int | None = None
@@ -50,6 +50,7 @@ def main(args: Args) -> None:
     """Pretrain if needed, learn, calibrate budgets, evaluate."""
     from dynrl.data import load_dataset
     from dynrl.envs import decision
+    from dynrl.envs.core import check_accuracy_term
     from dynrl.files import write_json
     from dynrl.recipes import defaults
     from dynrl.scripts.common import new_folder, read_config, use_threads
@@ -70,6 +71,7 @@ def main(args: Args) -> None:
         _check(args)
         # All that can be refused is refused before the folder is made.
         dataset = load_dataset(args.data)
+        check_accuracy_term(args.accuracy_term, dataset.task)
         source = _backbone_folder(args.backbone, args.decision, dataset) if args.backbone else None
         run = new_folder(args.out, args.decision, args.data)
         if source is not None:
@@ -85,7 +87,7 @@ def main(args: Args) -> None:
 
         report_runs([run], run)
         print(f"\ncurves:   tensorboard --logdir {run.parent}\npicture:  {run}/report.png")
-        print(f"plug it:  model = dynrl.load({str(run)!r}); model.set_budget(0.5); logits = model(images)")
+        print(f"plug it:  model = dynrl.load({str(run)!r}); model.set_budget(0.5); outputs = model(inputs)")
 
 
 def _settings(args: Args) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def _backbone_folder(given: Path, decision: str, dataset: Dataset) -> Path:
         raise ValueError(f"{given} poses {backbone.decision!r}, not {decision!r}")
     mine, wanted = (backbone.input_shape, backbone.config["classes"]), (dataset.input_shape, dataset.classes)
     if mine != wanted:
-        raise ValueError(f"{given} is for inputs and classes {mine}, {dataset.name} has {wanted}")
+        raise ValueError(f"{given} is for inputs and outputs {mine}, {dataset.name} has {wanted}")
     return given
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from gymnasium.envs.registration import load_env_creator
 
 import dynrl  # noqa: F401 (registers the environments)
 from dynrl.backbones import Backbone
+from dynrl.data import Split
 from dynrl.envs import DECISIONS
+from dynrl.tasks import Regression
 from tests.toys import Branching, Exiting, Looping
 
 REGISTERED = sorted(DECISIONS)
 TOYS = {"exiting": Exiting, "looping": Looping, "branching": Branching}
 BACKBONES = [*REGISTERED, *TOYS]
+
+
+def numbers_split(size: int) -> Split:
+    """A regression on small images."""
+    numbers = torch.randn(size, 1)
+    return Split(torch.randn(size, 1, 8, 8), numbers, Regression.of(numbers))
 
 
 def vector_env(name: str):

@@ -18,7 +18,7 @@ from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
 from dynrl.observation import Layout
 from dynrl.routed import RoutedModel
-from tests.cases import make_backbone
+from tests.cases import make_backbone, numbers_split
 
 PRICES = [0.01, 1.0]
 
@@ -71,6 +71,17 @@ def test_the_slab_is_what_the_environment_did(runner):
     steps = env.backbone.max_steps
     assert torch.equal(points, (torch.arange(10) % steps).unsqueeze(1).expand(-1, 8))
     assert torch.equal(ended, (torch.arange(10) % steps == steps - 1).unsqueeze(1).expand(-1, 8))
+
+
+def test_a_regression_is_logged_by_its_own_metric():
+    backbone, split = GatedResNet((1, 8, 8), classes=1, layers=(1,), widths=(4,)).eval(), numbers_split(9)
+    config = config_for(backbone, "unused")
+    config.env_config |= {"backbone": backbone, "data": Dataset("numbers", 1, split, split, split, Augmentation())}
+    runner = SlabRunner(config=config, worker_index=0, num_workers=0)
+    (slab,) = runner.sample(num_timesteps=80)
+    assert torch.isfinite(slab.rewards).all()
+    shown = runner.get_metrics()["route"]["mean"]
+    assert set(shown) == {"mse", "macs_fraction", "price"}
 
 
 def test_exploration_draws_from_the_policys_distribution(runner):
@@ -157,7 +168,7 @@ def test_a_high_price_skips_all_and_no_price_keeps_what_accuracy_needs(small_bac
     floor = int(backbone.run_route(test.inputs[:1], nothing).macs[0]) / backbone.dense_macs
     assert cheapest.macs_fraction - cheapest.router_fraction == pytest.approx(floor, abs=0.02)
     assert best.macs_fraction > 0.9
-    assert best.accuracy > cheapest.accuracy + 0.05
+    assert best.metric > cheapest.metric + 0.05
 
 
 class TwoKinds(GatedResNet):
@@ -226,7 +237,7 @@ def test_remote_runners_find_the_environment(small_backbone):
     router = router_of(algorithm)
     algorithm.stop()
     assert result["env_runners"]["num_env_steps_sampled_lifetime"] == 96
-    assert 0 < result["env_runners"]["route"]["macs_fraction"] <= 1
+    assert 0 < result["env_runners"]["route"]["mean"]["macs_fraction"] <= 1
     assert all(torch.isfinite(p).all() for p in router.parameters())
 
 

@@ -17,13 +17,17 @@ from dynrl.backbones import Backbone
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.envs import DECISIONS
 from dynrl.envs.core import RoutingEnv, RoutingVectorEnv, distillation, draw
+from dynrl.tasks import CLASSIFICATION, Regression
 from tests.cases import REGISTERED, make_backbone, vector_env
 from tests.toys import Exiting, Looping
 
 
-def toy_dataset(size=23) -> Dataset:
+def toy_dataset(name="exiting", size=23) -> Dataset:
     torch.manual_seed(3)
     split = Split(torch.randn(size, 4), torch.randint(0, 2, (size,)))
+    if name == "regressing":
+        numbers = torch.randn(size, 2)
+        split = Split(split.inputs, numbers, Regression.of(numbers))
     return Dataset("toy", 2, split, split, split, Augmentation())
 
 
@@ -36,19 +40,19 @@ class ToyEnv(RoutingEnv):
 
 
 def make_vec(name, num_envs, **settings):
-    if name in ("exiting", "looping"):
-        return ToyVectorEnv(num_envs, backbone=TOYS[name], data=toy_dataset(), **settings)
+    if name in TOYS:
+        return ToyVectorEnv(num_envs, backbone=TOYS[name], data=toy_dataset(name), **settings)
     return vector_env(name)(num_envs, **settings)
 
 
 def make_single(name, **settings):
-    if name in ("exiting", "looping"):
-        return ToyEnv(backbone=TOYS[name], data=toy_dataset(), **settings)
+    if name in TOYS:
+        return ToyEnv(backbone=TOYS[name], data=toy_dataset(name), **settings)
     return gym.make(DECISIONS[name].env_id, **settings).unwrapped
 
 
 torch.manual_seed(5)
-TOYS: dict[str, Backbone] = {"exiting": Exiting().eval(), "looping": Looping().eval()}
+TOYS: dict[str, Backbone] = {"exiting": Exiting().eval(), "looping": Looping().eval(), "regressing": Looping().eval()}
 CASES = [*REGISTERED, *TOYS]
 
 
@@ -115,11 +119,11 @@ def test_batched_environment_is_as_many_single_ones(name, mode):
                     episodes[i] += 1
                     ended[i] = True
                     assert own["macs_fraction"] == pytest.approx(info["macs_fraction"][i])
-                    assert own["correct"] == info["correct"][i]
+                    assert own[batch.task.metric] == pytest.approx(info[batch.task.metric][i])
                     assert own["route"].tolist() == info["route"][i].tolist()
                     if mode is AutoresetMode.SAME_STEP:
                         np.testing.assert_allclose(info["final_obs"][i], expected, atol=1e-5)
-                        assert info["final_info"]["correct"][i] == own["correct"]
+                        assert info["final_info"]["route"][i].tolist() == own["route"].tolist()
                         expected, _ = env.reset()
                         ended[i] = False
             np.testing.assert_allclose(obs[i], expected, atol=1e-5)
@@ -220,11 +224,37 @@ def test_reset_mask_restarts_only_those():
 def test_distillation_is_best_on_the_dense_route_and_counts_the_label():
     dense = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     output, target = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])
-    same, other = distillation(output, target, dense)
+    same, other = distillation(CLASSIFICATION, output, target, dense)
     assert float(same) == pytest.approx(float(torch.log_softmax(dense[0], 0)[0]))
     p = torch.softmax(dense[0], 0)
     divergence = float((p * (p.log() - torch.log_softmax(output[1], 0))).sum())
     assert float(other) == pytest.approx(float(torch.log_softmax(output[1], 0)[0]) - divergence)
+
+
+@pytest.mark.parametrize("term", ["distillation", "log_likelihood"])
+def test_a_regression_pays_what_squared_errors_cost(term):
+    env = make_vec("regressing", 6, autoreset_mode="SameStep", accuracy_term=term, price=0.01)
+    data, rng = toy_dataset("regressing"), np.random.default_rng(0)
+    env.reset(seed=0)
+    seen = 0
+    while seen < 20:
+        drawn = env._drawn.clone()
+        *_, ended, _, info = env.step(rng.integers(0, 2, 6))
+        for i in np.flatnonzero(ended):
+            inputs, target = data.train.inputs[drawn[i]][None], data.train.targets[drawn[i]]
+            route = torch.from_numpy(info["route"][i])[None].clamp_min(0)
+            output, dense = env.backbone(inputs, route)[0], env.backbone(inputs)[0]
+            error = float(((output - target) ** 2).mean())
+            away = float(((output - dense) ** 2).mean()) if term == "distillation" else 0.0
+            assert info["mse"][i] == pytest.approx(error, abs=1e-5)
+            variance = float(data.train.targets.var(0).mean())
+            assert info["accuracy_term"][i] == pytest.approx(-(error + away) / variance, abs=1e-5)
+            seen += 1
+
+
+def test_right_or_wrong_is_no_reward_for_numbers():
+    with pytest.raises(ValueError, match="'correct' is for classes, this task's metric is mse"):
+        make_vec("regressing", 2, accuracy_term="correct")
 
 
 def test_one_backbone_file_is_loaded_once(small_backbone):

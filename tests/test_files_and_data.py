@@ -8,8 +8,8 @@ import hashlib
 import pytest
 import torch
 
-from dynrl import data
-from dynrl.data import Augmentation, load_dataset, parse_idx
+from dynrl.data import DATASETS, Augmentation, images, load_dataset
+from dynrl.data.images import CANVAS, PIECE, PIECES, clutter, parse_idx
 from dynrl.files import load_tensors, read_json, save_tensors, write_aside, write_json
 
 
@@ -85,6 +85,7 @@ def test_unknown_data_set():
 
 # The first test targets: a change of the split would make old results and new ones incomparable in silence.
 TARGETS = [6, 6, 6, 2, 5, 6, 6, 2]
+SUMS = [0.501717, 0.284521, -0.207151]
 
 
 def idx(shape, content):
@@ -98,39 +99,120 @@ def test_idx_format():
             parse_idx(bad)
 
 
-def test_fashion_mnist_is_read_from_the_cache_checked(tmp_path, monkeypatch):
-    """On small stand-ins: the loader, the cache's place, the checksum."""
+@pytest.fixture
+def fashion_folder(tmp_path, monkeypatch):
+    """Small stand-ins for the files of fashion-mnist, in the cache."""
     contents = {
-        "train-images-idx3-ubyte": idx((5010, 28, 28), bytes(5010 * 784)),
+        "train-images-idx3-ubyte": idx((5010, 28, 28), bytes(i % 256 for i in range(5010 * 784))),
         "train-labels-idx1-ubyte": idx((5010,), bytes(i % 10 for i in range(5010))),
         "t10k-images-idx3-ubyte": idx((4, 28, 28), bytes(i % 251 for i in range(4 * 784))),
         "t10k-labels-idx1-ubyte": idx((4,), bytes([1, 2, 3, 4])),
     }
-    contents["train-images-idx3-ubyte"] = contents["train-images-idx3-ubyte"][:16] + bytes(
-        i % 256 for i in range(5010 * 784)
-    )
     folder = tmp_path / "dynrl" / "fashion-mnist"
     folder.mkdir(parents=True)
     for name, content in contents.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(data, "_FASHION_MNIST_DEBIAN", tmp_path / "nosuch")
-    monkeypatch.setattr(data, "_FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()})
-    loaded = data._fashion_mnist()
+    monkeypatch.setattr(images, "_FASHION_MNIST_DEBIAN", tmp_path / "nosuch")
+    monkeypatch.setattr(images, "_FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()})
+    return folder
+
+
+def test_fashion_mnist_is_read_from_the_cache_checked(fashion_folder):
+    """On small stand-ins: the loader, the cache's place, the checksum."""
+    loaded = DATASETS["fashion-mnist"]()
     assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (10, 5000, 4)
     assert loaded.test.targets.tolist() == [1, 2, 3, 4]
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
+    (fashion_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
     with pytest.raises(ValueError, match="SHA-256"):
-        data._fashion_mnist()
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"cut")
+        DATASETS["fashion-mnist"]()
+    (fashion_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"cut")
     with pytest.raises(ValueError, match="gzip"):
-        data._fashion_mnist()
+        DATASETS["fashion-mnist"]()
 
 
-def test_augmentation_without_changes_is_the_identity():
-    images = torch.rand(5, 1, 9, 9)
-    same = Augmentation()(images, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(same, images, atol=1e-5, rtol=1e-5)
+@pytest.mark.usefixtures("fashion_folder")
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_data_set_fits_its_task(name):
+    """Three splits of one shape and task; a network of `classes` outputs can be trained on a batch of it."""
+    made, again = DATASETS[name](), DATASETS[name]()
+    assert made.name == name
+    for part in ("train", "validation", "test"):
+        split = made.split(part)
+        assert split.inputs.shape == (len(split.targets), *made.input_shape)
+        assert split.inputs.dtype == torch.float32
+        assert split.inputs.isfinite().all()
+        assert split.task == made.task
+        assert split.head(3).task == made.task
+        assert torch.equal(split.inputs, again.split(part).inputs)
+        assert torch.equal(split.targets, again.split(part).targets)
+        outputs = torch.zeros(len(split), made.classes)
+        assert made.task.loss(outputs, split.targets, 0.1).isfinite()
+        assert made.task.score(outputs, split.targets).shape == (len(split),)
+    batch = made.train.inputs[:8]
+    assert made.augmentation(batch, torch.Generator().manual_seed(0)).shape == batch.shape
+    if made.mean:
+        assert abs(float(made.train.inputs.mean())) < 1e-3
+        assert float(made.train.inputs.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_adding_task():
+    data = DATASETS["adding"]()
+    rows = torch.cat([data.split(part).inputs for part in ("train", "validation", "test")])
+    targets = torch.cat([data.split(part).targets for part in ("train", "validation", "test")])
+    numbers, marks = rows.unbind(2)
+    where = marks.nonzero()[:, 1].view(len(rows), 2)  # two marks in every row, or this fails
+    assert set(marks.unique().tolist()) == {0.0, 1.0}
+    assert set(where[:, 0].tolist()) == set(range(5))
+    assert set(where[:, 1].tolist()) == set(range(25, 50))
+    torch.testing.assert_close(numbers.gather(1, where).sum(1, keepdim=True), targets)
+    assert numbers.abs().max() <= 0.5
+    assert len({row.tobytes() for row in rows.numpy()}) == len(rows)
+    assert data.task.variance == pytest.approx(1 / 6, rel=0.05)
+    assert data.test.targets[:3, 0].tolist() == pytest.approx(SUMS)
+
+
+def test_sequential_images_are_the_images():
+    whole, read = DATASETS["digits"](), DATASETS["sequential-digits"]()
+    for part in ("train", "validation", "test"):
+        small = (read.split(part).inputs * read.deviation + read.mean).view(-1, 1, 8, 8)
+        large = whole.split(part).inputs * whole.deviation + whole.mean
+        torch.testing.assert_close(torch.nn.functional.interpolate(small, size=24, mode="bilinear"), large)
+        assert torch.equal(read.split(part).targets, whole.split(part).targets)
+
+
+@pytest.mark.usefixtures("fashion_folder")
+def test_sequential_clothes_are_the_clothes_by_rows():
+    whole, read = DATASETS["fashion-mnist"](), DATASETS["sequential-fashion-mnist"]()
+    for part in ("train", "validation", "test"):
+        assert torch.equal(read.split(part).inputs, whole.split(part).inputs[:, 0])
+        assert torch.equal(read.split(part).targets, whole.split(part).targets)
+    assert read.train.inputs[0, 3, 5] == whole.train.inputs[0, 0, 3, 5]
+
+
+def test_clutter_hides_nothing_dimmer_and_comes_from_others():
+    """Each image is of one brightness of its own, so that every pixel tells where it is from."""
+    size, count = 28, 5
+    levels = torch.arange(1, count + 1) / 10
+    plain = levels.view(-1, 1, 1, 1).expand(-1, 1, size, size)
+    corners = set()
+    for seed in range(40):
+        canvas = clutter(plain, seed)
+        assert canvas.shape == (count, 1, CANVAS, CANVAS)
+        assert set(canvas.unique().tolist()) == {0.0, *levels.tolist()}
+        brightest = canvas[-1, 0] == levels[-1]
+        assert int(brightest.sum()) == size**2, "nothing covers it, and no piece is its own"
+        corners.add(tuple(brightest.nonzero()[0].tolist()))
+        foreign = (canvas[-1, 0] > 0) & ~brightest
+        assert 0 < int(foreign.sum()) <= PIECES * PIECE**2
+    assert torch.equal(canvas, clutter(plain, seed))
+    assert len(corners) > 30
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 9, 9), (5, 50, 2), (5, 4)])
+def test_augmentation_without_changes_leaves_anything_as_it_is(shape):
+    inputs = torch.rand(shape)
+    assert torch.equal(Augmentation()(inputs, torch.Generator().manual_seed(0)), inputs)
 
 
 def test_augmentation_shifts_by_whole_pixels_and_flips():

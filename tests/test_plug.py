@@ -16,11 +16,11 @@ import dynrl
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.cost import count_macs
 from dynrl.data import load_dataset
-from dynrl.evaluation import calibrate, oracle_routes, random_rate, score, score_routes, static_routes
+from dynrl.evaluation import ORACLE_PRICE, calibrate, oracle_routes, random_rate, score, score_routes, static_routes
 from dynrl.observation import Layout, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
-from tests.cases import REGISTERED, make_backbone, vector_env
+from tests.cases import REGISTERED, make_backbone, numbers_split, vector_env
 from tests.toys import Branching, Exiting, Looping
 
 PRICES = (0.01, 1.0)
@@ -311,18 +311,35 @@ def test_static_search_and_oracle(small_backbone):
     routes = oracle_routes(backbone, split, [route for route, _, _ in found])
     right, _, macs = score_routes(backbone, routes, split)
     for _, cost, accuracy in found:
-        assert float(right.float().mean()) >= accuracy - 1e-6
+        assert float(right.mean()) >= accuracy - 1e-6
         assert float(macs.mean()) <= cost + 0.2
-    ever = torch.zeros(len(split), dtype=torch.bool)
+    ever = torch.zeros(len(split))
     for route, _, _ in found:
-        ever |= score_routes(backbone, StaticPolicy(route).route(split.inputs), split)[0]
+        ever = ever.maximum(score_routes(backbone, StaticPolicy(route).route(split.inputs), split)[0])
     assert torch.equal(right, ever)
+
+
+def test_oracle_of_a_regression():
+    """No route tried is cheaper and no worse, none is better by more than the oracle's price."""
+    split = numbers_split(40)
+    backbone = GatedResNet(split.inputs.shape[1:], classes=1, layers=(4,), widths=(4,)).eval()
+    found = static_routes(backbone, split)
+    assert len(found) == backbone.max_steps + 1
+    mse, _, macs = score_routes(backbone, oracle_routes(backbone, split, [route for route, _, _ in found]), split)
+    chosen = split.task.error(mse)
+    for route, _, metric in found:
+        each, _, cost = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        assert float(each.mean()) == pytest.approx(metric)
+        error = split.task.error(each)
+        assert not ((error <= chosen) & (cost < macs)).any()
+        assert (chosen <= error + ORACLE_PRICE).all()
+    assert len(macs.unique()) > 1
 
 
 def test_score_is_the_plugged_models_accuracy(run):
     model, split = dynrl.load(run), load_dataset("digits").test
     whole = score(model, split, batch_size=77)
-    assert whole.accuracy == pytest.approx(float((model(split.inputs).argmax(1) == split.targets).float().mean()))
+    assert whole.metric == pytest.approx(float((model(split.inputs).argmax(1) == split.targets).float().mean()))
     assert whole.macs_fraction == pytest.approx(float(model.last_route.macs_fraction.mean()), abs=1e-4)
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from dynrl.backbones import GatedResNet, load_backbone
-from dynrl.data import Augmentation, load_dataset
-from dynrl.pretraining import Recipe, accuracy_at_rate, pretrain
+from dynrl.data import Augmentation, Dataset, Split, load_dataset
+from dynrl.pretraining import Recipe, metric_at_rate, pretrain
 from dynrl.recipes import DEFAULTS, defaults
 from dynrl.routes import draw_routes
+from dynrl.tasks import Regression
+from tests.toys import Looping
 
 RECIPE = Recipe(epochs=3, batch_size=100)
 
@@ -51,7 +53,7 @@ def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
 def test_random_routes_work_after_pretraining(small_backbone):
     backbone, _ = load_backbone(small_backbone)
     test = load_dataset("digits").test
-    full, half = accuracy_at_rate(backbone, test, 1.0), accuracy_at_rate(backbone, test, 0.5)
+    full, half = metric_at_rate(backbone, test, 1.0), metric_at_rate(backbone, test, 0.5)
     assert full > 0.8
     assert half > 0.5
 
@@ -87,6 +89,16 @@ def test_training_outputs_are_those_of_random_routes():
     torch.testing.assert_close(output, backbone(inputs, route))
     (full,) = backbone.training_outputs(inputs, None)
     torch.testing.assert_close(full, backbone(inputs))
+
+
+def test_numbers_are_learned_from_inputs_that_are_no_images():
+    inputs = torch.randn(256, 4)
+    split = Split(inputs, inputs[:, :2].clone(), Regression(1.0))
+    data = Dataset("numbers", 2, split, split, split, Augmentation())
+    backbone = Looping()
+    before = metric_at_rate(backbone, split, 1.0)
+    pretrain(backbone, data, replace(RECIPE, epochs=10, batch_size=32), random_routes=False)
+    assert metric_at_rate(backbone, split, 1.0) < before / 3
 
 
 def test_a_diverging_loss_is_refused():

@@ -16,13 +16,18 @@ import pytest
 import torch
 
 import dynrl
-from dynrl.backbones import load_backbone
-from dynrl.data import load_dataset
+from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.data import Augmentation, Dataset, load_dataset
 from dynrl.files import read_json
+from dynrl.observation import Layout
+from dynrl.policies import Router
+from dynrl.routed import RoutedModel
 from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
-from dynrl.scripts.evaluate import BUDGETS, report_runs
+from dynrl.scripts.evaluate import BUDGETS, draw, measure, print_table, report_runs
 from dynrl.scripts.pretrain import pretrain_into
+from dynrl.scripts.tables import report_table
+from tests.cases import numbers_split
 
 COMMAND = [sys.executable, "-m", "dynrl.scripts.cli"]
 ROOT = Path(__file__).parents[1]
@@ -148,7 +153,8 @@ def test_a_run_folder_holds_what_is_promised(run):
 
 def test_report(run):
     report = read_json(run / "report.json")
-    assert (report["decision"], report["data"], report["seeds"]) == ("skip", "digits", [0])
+    assert (report["decision"], report["data"], report["metric"]) == ("skip", "digits", "accuracy")
+    assert report["seeds"] == [0]
     assert set(report["dense"]) >= {"accuracy", "macs", "latency_ms", "batch_size"}
     assert report["dense"]["accuracy"] == max(
         report["dense"]["all_execute_accuracy"], report["dense"]["plain_accuracy"]
@@ -174,6 +180,31 @@ def test_report(run):
     (oracle,) = by_policy["oracle"]
     assert oracle["accuracy"] >= max(p["accuracy"] for p in by_policy["static"])
     assert run.joinpath("report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_regression_reports_its_own_metric(tmp_path, capsys):
+    split = numbers_split(48)
+    dataset = Dataset("numbers", 1, split, split, split, Augmentation())
+    backbone, plain = (GatedResNet((1, 8, 8), classes=1, layers=(5,), widths=(4,)).eval() for _ in range(2))
+    model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1))
+    with torch.no_grad():
+        model.policy.head.weight.normal_()
+    model.curve = [(0.01, 0.9), (1.0, 0.2)]
+    measured = measure(backbone, plain, [model], dataset, batch_size=16)
+    alone, whole = measured["dense"]["plain_mse"], measured["dense"]["all_execute_mse"]
+    assert measured["dense"]["mse"] == min(alone, whole) < max(alone, whole)
+    assert not any("accuracy" in key for part in (measured["dense"], *measured["points"]) for key in part)
+    assert {p["policy"] for p in measured["points"]} == {"learned", "random", "static", "oracle"}
+    (oracle,) = (p for p in measured["points"] if p["policy"] == "oracle")
+    assert oracle["mse"] < min(p["mse"] for p in measured["points"] if p["policy"] == "static")
+    report = {"decision": "skip", "data": "numbers", "metric": "mse", "seeds": [0], **measured}
+    print_table(report)
+    assert f"{oracle['mse']:.2g}" in capsys.readouterr().out
+    table = report_table(report)
+    assert " mse " in table[0]
+    assert f"| oracle |  | {oracle['mse']:.2g} |" in "\n".join(table)
+    draw(report, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_several_runs_make_one_report(run, tmp_path):

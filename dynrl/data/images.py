@@ -1,7 +1,4 @@
-"""Data sets with fixed train, validation and test splits.
-
-Thresholds, budgets and early stopping see validation only; test is for the report.
-"""
+"""Images: handwritten digits, clothes, and clothes among clutter."""
 
 from __future__ import annotations
 
@@ -12,9 +9,6 @@ import os
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,95 +16,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynrl.data.base import Augmentation, Dataset, Split
 from dynrl.files import write_aside
 
-
-@dataclass(frozen=True)
-class Split:
-    """`inputs` [n, ...] float32, ready for a network, and `targets` [n]."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def head(self, count: int) -> Split:
-        """The first `count` rows (all splits are in random order)."""
-        return Split(self.inputs[:count], self.targets[:count])
+# Images [n, 1, height, width] in 0 to 1 and labels [n], of the training, validation and test parts, in random order.
+Parts = list[tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of training images that leave the class as it is."""
-
-    flip: bool = False  # left to right, half of the images
-    shift: int = 0  # [pixels], each way
-    rotate: float = 0.0  # [degrees], each way
-    zoom: float = 0.0  # share of the size, each way
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A changed copy of `images` [n, channels, height, width]."""
-        count, size = len(images), images.shape[-1]
-
-        def uniform() -> Tensor:
-            return torch.rand(count, generator=generator) * 2 - 1
-
-        angle, scale = uniform() * math.radians(self.rotate), 1 + uniform() * self.zoom
-        mirror = torch.where(uniform() < 0, -1.0, 1.0) if self.flip else torch.ones(count)
-        # A whole number of pixels: a fraction would blur every image that is only shifted.
-        dx, dy = ((uniform() * (self.shift + 0.5)).round().clamp(-self.shift, self.shift) * 2 / size for _ in "xy")
-        cos, sin = scale * angle.cos(), scale * angle.sin()
-        matrix = torch.stack([cos * mirror, -sin, dx, sin * mirror, cos, dy], 1).view(count, 2, 3)
-        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Three disjoint splits of images, less `mean`, over `deviation` (of the training images, in 0 to 1)."""
-
-    name: str
-    classes: int
-    train: Split
-    validation: Split
-    test: Split
-    augmentation: Augmentation
-    mean: float = 0.0
-    deviation: float = 1.0
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return tuple(self.train.inputs.shape[1:])
-
-    def split(self, name: str) -> Split:
-        """The split of that name."""
-        if name not in ("train", "validation", "test"):
-            raise ValueError(f"unknown split {name!r}; expected 'train', 'validation' or 'test'")
-        return getattr(self, name)
-
-
-def _standardised(name: str, augmentation: Augmentation, *parts: tuple[Tensor, Tensor]) -> Dataset:
-    """The data set of (images, labels) of the training, validation and test parts, ten classes."""
+def standardised(name: str, augmentation: Augmentation, parts: Parts) -> Dataset:
+    """The data set of `parts`, ten classes."""
     mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
-    train, validation, test = (Split((images - mean) / deviation, labels.long()) for images, labels in parts)
+    train, validation, test = (Split((images - mean).div_(deviation), labels.long()) for images, labels in parts)
     return Dataset(name, 10, train, validation, test, augmentation, mean, deviation)
 
 
-def _digits() -> Dataset:
-    """1,797 handwritten digits that ship with scikit-learn, 8x8 enlarged to 24x24; 1,257 / 180 / 360."""
+def digit_images() -> Parts:
+    """1,797 handwritten digits that ship with scikit-learn, 8x8; 1,257 / 180 / 360."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError("the digits come with scikit-learn: pip install '.[train]'") from None
     raw = load_digits()
-    images = F.interpolate(torch.from_numpy(raw.images).float().unsqueeze(1) / 16, size=24, mode="bilinear")
-    labels = torch.from_numpy(raw.target)
+    images, labels = torch.from_numpy(raw.images).float().unsqueeze(1) / 16, torch.from_numpy(raw.target)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     test, validation, train = order.split([360, 180, len(order) - 540])
-    parts = ((images[part], labels[part]) for part in (train, validation, test))
-    return _standardised("digits", Augmentation(shift=1, rotate=10, zoom=0.1), *parts)
+    return [(images[part], labels[part]) for part in (train, validation, test)]
+
+
+def digits() -> Dataset:
+    """The digits, enlarged to 24x24."""
+    parts = [(F.interpolate(images, size=24, mode="bilinear"), labels) for images, labels in digit_images()]
+    return standardised("digits", Augmentation(shift=1, rotate=10, zoom=0.1), parts)
 
 
 # SHA-256 of the files' contents, unpacked: packers differ, contents do not.
@@ -177,12 +113,12 @@ def parse_idx(content: bytes, name: str = "IDX data") -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
 
 
-def _fashion_mnist() -> Dataset:
+def fashion_images() -> Parts:
     """70,000 images of clothes, 28x28 (Xiao et al. 2017); 55,000 / 5,000 / 10,000.
 
     Read from Debian's package dataset-fashion-mnist, else from the cache, else downloaded, always checked.
     """
-    parts = {}
+    files = {}
     for name, digest in _FASHION_MNIST.items():
         places = [folder / f"{name}.gz" for folder in (_FASHION_MNIST_DEBIAN, cache_folder() / "fashion-mnist")]
         found = next((place for place in places if place.is_file()), None)
@@ -190,30 +126,58 @@ def _fashion_mnist() -> Dataset:
             content = _unpack(found.read_bytes(), str(found), digest)
         else:
             content = _download(f"{_FASHION_MNIST_URL}/{name}.gz", places[-1], digest)
-        parts[name] = parse_idx(content, name)
-    images = parts["train-images-idx3-ubyte"].unsqueeze(1).float() / 255
-    labels = parts["train-labels-idx1-ubyte"]
+        files[name] = parse_idx(content, name)
+    images = files["train-images-idx3-ubyte"].unsqueeze(1).float() / 255
+    labels = files["train-labels-idx1-ubyte"]
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     validation, train = order.split([5000, len(order) - 5000])
-    test = parts["t10k-images-idx3-ubyte"].unsqueeze(1).float() / 255
-    return _standardised(
-        "fashion-mnist", Augmentation(flip=True, shift=1),
-        (images[train], labels[train]), (images[validation], labels[validation]),
-        (test, parts["t10k-labels-idx1-ubyte"]),
-    )  # fmt: skip
+    test = files["t10k-images-idx3-ubyte"].unsqueeze(1).float() / 255, files["t10k-labels-idx1-ubyte"]
+    return [(images[train], labels[train]), (images[validation], labels[validation]), test]
 
 
-DATASETS: dict[str, Callable[[], Dataset]] = {"digits": _digits, "fashion-mnist": _fashion_mnist}
+def fashion_mnist() -> Dataset:
+    """The clothes as they are."""
+    return standardised("fashion-mnist", Augmentation(flip=True, shift=1), fashion_images())
 
 
-def check_dataset(name: str) -> str:
-    """`name`, or a ValueError that lists the data sets there are."""
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; expected one of {sorted(DATASETS)}")
-    return name
+CANVAS, PIECES, PIECE = 48, 8, 8  # [pixels], pieces of clutter on each canvas, [pixels]
 
 
-@lru_cache(maxsize=2)
-def load_dataset(name: str) -> Dataset:
-    """The data set of that name, loaded once a process. Its tensors are shared: do not write into them."""
-    return DATASETS[check_dataset(name)]()
+def clutter(images: Tensor, seed: int) -> Tensor:
+    """[n, 1, CANVAS, CANVAS]: each image somewhere on an empty canvas, and on it pieces of others, somewhere, too.
+
+    As in Mnih et al. 2014, section 4.1; where things overlap the brighter one shows.
+
+    Args:
+        images: [n, 1, height, width].
+        seed: of places and pieces.
+    """
+    rng, every = np.random.default_rng(seed), torch.arange(len(images))
+    canvas = images.new_zeros(len(images), CANVAS, CANVAS)
+
+    def window(room: int, size: int) -> tuple[Tensor, Tensor]:
+        """Rows [n, size, 1] and columns [n, 1, size] of a square anywhere in `room` x `room`."""
+        corner = torch.from_numpy(rng.integers(0, room - size + 1, (len(images), 2, 1)))
+        rows, columns = (corner + torch.arange(size)).unbind(1)
+        return rows.unsqueeze(2), columns.unsqueeze(1)
+
+    def paste(pixels: Tensor) -> None:
+        at = every.view(-1, 1, 1), *window(CANVAS, pixels.shape[-1])
+        canvas[at] = canvas[at].maximum(pixels)
+
+    paste(images[:, 0])
+    for _ in range(PIECES):
+        other = (every + torch.from_numpy(rng.integers(1, len(images), len(images)))) % len(images)
+        paste(images[other.view(-1, 1, 1), 0, *window(images.shape[-1], PIECE)])
+    return canvas.unsqueeze(1)
+
+
+def cluttered_fashion_mnist() -> Dataset:
+    """Clothes among clutter on canvases of 48x48; 20,000 / 2,000 / 5,000, from those parts of fashion-mnist.
+
+    Of 70,000 the tensors would take 650 MB, of these 250; and since a canvas has three times the pixels of an image,
+    an epoch takes as long as one of fashion-mnist.
+    """
+    parts = zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)
+    made = [(clutter(images[:count], seed), labels[:count]) for seed, ((images, labels), count) in enumerate(parts)]
+    return standardised("cluttered-fashion-mnist", Augmentation(flip=True, shift=1), made)

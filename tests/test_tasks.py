@@ -1,0 +1,77 @@
+"""Tasks: likelihoods, divergences and metrics against definitions written otherwise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, Normal, kl_divergence
+
+from dynrl.tasks import CLASSIFICATION, TASKS, Regression
+
+
+def cases():
+    """Task, outputs, targets, other outputs, and its likelihood and divergence by torch's distributions."""
+    torch.manual_seed(0)
+    logits, other, classes = torch.randn(7, 5), torch.randn(7, 5), torch.randint(0, 5, (7,))
+    yield (
+        CLASSIFICATION, logits, classes, other,
+        Categorical(logits=logits).log_prob(classes),
+        kl_divergence(Categorical(logits=other), Categorical(logits=logits)),
+    )  # fmt: skip
+    # A Gaussian whose half precision is 1 / variance: its likelihood up to the constant is what the task pays.
+    task, outputs, numbers, other = Regression(0.3), torch.randn(7, 1), torch.randn(7, 1), torch.randn(7, 1)
+    scale = math.sqrt(0.3 / 2)
+    constant = Normal(0.0, scale).log_prob(torch.tensor(0.0))
+    yield (
+        task, outputs, numbers, other,
+        (Normal(outputs, scale).log_prob(numbers) - constant).squeeze(1),
+        kl_divergence(Normal(other, scale), Normal(outputs, scale)).squeeze(1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*cases()], ids=TASKS)
+def test_likelihood_and_divergence_are_those_of_torchs_distributions(case):
+    task, output, target, other, likelihood, divergence = case
+    torch.testing.assert_close(task.log_likelihood(output, target), likelihood)
+    torch.testing.assert_close(task.divergence(output, other), divergence)
+    assert (task.divergence(output, output) == 0).all()
+    torch.testing.assert_close(task.loss(output, target), -likelihood.mean())
+
+
+@pytest.mark.parametrize("case", [*cases()], ids=TASKS)
+def test_the_metric_is_right_for_right_answers(case):
+    task, output, target, *_ = case
+    perfect = torch.nn.functional.one_hot(target, 5).float() if task is CLASSIFICATION else target
+    assert (task.error(task.score(perfect, target)) == 0).all()
+    metric, error = task.score(output, target), task.error(task.score(output, target))
+    assert metric.shape == error.shape == (7,)
+    assert float(error.mean()) == pytest.approx(task.error(float(metric.mean())))
+    assert float(error.mean()) > 0
+
+
+def test_answering_the_mean_costs_one():
+    targets = torch.randn(4000, 3) * torch.tensor([1.0, 5.0, 0.1]) + 7
+    task = Regression.of(targets)
+    mean = targets.mean(0).expand_as(targets)
+    assert float(task.log_likelihood(mean, targets).mean()) == pytest.approx(-1, abs=1e-3)
+    assert float(task.loss(mean, targets)) == pytest.approx(1, abs=1e-3)
+
+
+def test_smoothing_is_for_labels_only():
+    (_, logits, classes, *_), (task, outputs, numbers, *_) = cases()
+    assert CLASSIFICATION.loss(logits, classes, 0.1) != CLASSIFICATION.loss(logits, classes)
+    assert task.loss(outputs, numbers, 0.1) == task.loss(outputs, numbers)
+
+
+def test_targets_of_another_shape_are_refused():
+    """[n] targets under [n, 1] outputs would broadcast to [n, n] in silence."""
+    for output, target in ((torch.zeros(4, 1), torch.zeros(4)), (torch.zeros(4, 10), torch.zeros(4, 1))):
+        with pytest.raises(ValueError, match="expected outputs of the targets' shape"):
+            Regression(1.0).loss(output, target)
+
+
+def test_figures_as_tables_show_them():
+    assert CLASSIFICATION.show(0.93631) == "93.63"
+    assert [Regression.show(value) for value in (0.1667, 0.00412, 4e-5)] == ["0.17", "0.0041", "4e-05"]
