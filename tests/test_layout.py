@@ -34,7 +34,7 @@ ALLOWED = {
     "dynrl.observation": {"dynrl.backbones"},
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.tasks"},
     "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost"},
-    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data"},
+    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining"},
     "dynrl.agents": {
