@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dynrl.backbones import FAMILIES, Backbone
 from dynrl.data import Dataset, check_dataset
+from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
 
 
@@ -21,12 +22,14 @@ class Defaults:
         backbone: keyword arguments of the family, beside `input_shape` and `classes`.
         pretraining: how the backbone is trained.
         steps: decisions a policy is trained for.
+        finetuning: how backbone and policy are then trained in turn, where that is asked for.
     """
 
     family: str
     backbone: dict[str, Any]
     pretraining: Recipe
     steps: int
+    finetuning: Finetuning = field(default_factory=Finetuning)
 
     def build(self, dataset: Dataset, seed: int) -> Backbone:
         """A fresh backbone for `dataset`, its weights drawn from `seed`."""
