@@ -59,7 +59,10 @@ class PPO(Agent):
         """New environments in every runner: they load the file again, since it has changed."""
         runners = self._algorithm.env_runner_group
         assert runners is not None
-        runners.foreach_env_runner("make_env")
+        # Given the method's name only, the local runner would not call it.
+        runners.foreach_env_runner(
+            lambda runner: runner.make_env(), local_env_runner=self.settings.num_env_runners == 0
+        )
 
 
 def scalars_of(result: dict[str, Any]) -> dict[str, float]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-from dataclasses import replace
 
 import pytest
 import torch
 
-from dynrl.agents.training import Settings, Stop, open_agent, train_jointly
+from dynrl.agents.training import Settings, train_jointly
 from dynrl.backbones import FAMILIES, load_backbone
 from dynrl.data import load_dataset
 from dynrl.evaluation import score
