@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from dynrl.agents.rllib import ppo_config, router_of, start_ray
-from dynrl.agents.training import Agent, router_arguments
+from dynrl.agents.training import Agent, router_arguments, walks
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.policies import Router
@@ -31,8 +31,8 @@ class PPO(Agent):
         }  # fmt: skip
         config = ppo_config(
             decision(settings.decision).env_id, env_config, router_arguments(backbone, settings), seed=settings.seed,
-            num_envs=settings.num_envs, rollout=8 * backbone.max_steps, num_env_runners=settings.num_env_runners,
-            total_steps=self.total,
+            num_envs=settings.num_envs, rollout=walks(backbone) * backbone.max_steps,
+            num_env_runners=settings.num_env_runners, total_steps=self.total,
         )  # fmt: skip
         self._algorithm = config.build_algo()
         self._held.callback(self._algorithm.stop)

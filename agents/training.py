@@ -36,6 +36,7 @@ class Settings:
         steps: decisions in all; with a plan of fine-tuning, those before its first round.
         agent: a name in `AGENTS`.
         seed: of weights, inputs, prices and exploration.
+        router_hidden: units of the policy's hidden layer, 0 for a linear one.
         num_envs: inputs that walk side by side in one runner; of gates, a batch.
         num_env_runners: remote processes that sample (PPO's only); 0 samples in this one.
         price_range, accuracy_term: see `RoutingVectorEnv`.
@@ -47,6 +48,7 @@ class Settings:
     steps: int
     agent: str = "ppo"
     seed: int = 0
+    router_hidden: int = 64
     num_envs: int = 64
     num_env_runners: int = 0
     price_range: tuple[float, float] = (0.002, 2.0)
@@ -158,9 +160,15 @@ def router_arguments(backbone: Backbone, settings: Settings) -> dict[str, Any]:
     return {
         **Layout.of(backbone).to_dict(),
         "price_range": list(settings.price_range),
+        "hidden": settings.router_hidden,
         # The full network's choice is the favoured one at the start; where points differ in it, the commonest.
         "start": statistics.mode(backbone.full_route),
     }
+
+
+def walks(backbone: Backbone) -> int:
+    """How many walks of each slot a training iteration has, all whole: eight, or of long ones some seventy steps."""
+    return max(1, min(8, 72 // backbone.max_steps))
 
 
 def train_policy(settings: Settings, backbone_file: Path, folder: Path) -> tuple[Router, bool]:

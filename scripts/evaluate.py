@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
-MARKERS = {
+MARKERS = {  # of lines in the picture
     "learned": "o-", "gate": "v-", "learned tuned": "D-", "gate tuned": "P-", "random": "s--", "static": "^:",
     "oracle": "*",
 }  # fmt: skip
@@ -248,13 +248,14 @@ def print_table(report: dict[str, Any]) -> None:
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     print(f"\n{report['decision']} on {report['data']}, test split, policy seeds: {show_seeds(report)}")
     print(f"times: a batch of {dense['batch_size']} on {report['hardware']['threads']} threads")
-    print(f"{'policy':13} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
-    print(f"{'dense':13} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
+    wide = max(len(p["policy"]) for p in report["points"])
+    print(f"{'policy':{wide}} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
+    print(f"{'dense':{wide}} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
     for p in report["points"]:
         budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
         spread = f"±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
         print(
-            f"{p['policy']:13} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
+            f"{p['policy']:{wide}} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
     print("MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those.")
@@ -281,11 +282,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
         (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
         (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
     ):
-        for policy, marker in MARKERS.items():
+        for policy in dict.fromkeys(p["policy"] for p in report["points"]):
             mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
-            if mine:
-                ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
-                axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
+            ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
+            marker = MARKERS.get(policy, "x-.")
+            axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
         axis.axhline(full_height, color="grey", linewidth=0.8)
         axis.plot([full], [full_height], "D", color="grey", label="dense")
         axis.set_xlabel(label)

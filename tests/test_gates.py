@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dynrl.agents.gates import BATCHES, Gates, straight_through
+from dynrl.agents.gates import Gates, straight_through
 from dynrl.agents.training import Settings, train_policy
 from dynrl.evaluation import score
 from dynrl.routed import RoutedModel
@@ -40,7 +40,7 @@ def gates_for(monkeypatch, tmp_path):
     def train(backbone, iterations, folder=tmp_path):
         monkeypatch.setattr("dynrl.agents.gates.load_dataset", lambda name: answered_by(backbone))
         monkeypatch.setattr("dynrl.agents.gates.load_backbone", lambda path: (backbone, {}))
-        steps = iterations * BATCHES * 16 * backbone.max_steps
+        steps = iterations * 8 * 16 * backbone.max_steps
         settings = Settings("any", "any", steps, agent="gate", num_envs=16, price_range=(0.01, 1000.0))
         return train_policy(settings, Path("any"), folder)
 
@@ -71,7 +71,7 @@ def test_resumed_gates_end_as_if_never_stopped(gates_for, tmp_path, monkeypatch)
 
     def interrupted(self):
         calls[0] += 1
-        if calls[0] == 13 * BATCHES + 3:
+        if calls[0] == 13 * 8 + 3:
             os.kill(os.getpid(), signal.SIGINT)
         return descend(self)
 
@@ -94,7 +94,7 @@ def test_tensorboard_shows_what_it_shows_of_ppo(gates_for, tmp_path):
     assert set(events.Tags()["scalars"]) == {
         "reward", "mse", "macs_fraction", "price", "routes/distinct", "entropy", "throughput/steps_per_s", *rates,
     }  # fmt: skip
-    assert [e.step for e in events.Scalars("reward")] == [BATCHES * 16 * 3 * (i + 1) for i in range(3)]
+    assert [e.step for e in events.Scalars("reward")] == [8 * 16 * 3 * (i + 1) for i in range(3)]
     assert all(0 <= e.value <= 1 for tag in rates for e in events.Scalars(tag))
 
 
