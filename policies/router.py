@@ -46,7 +46,7 @@ class Router(nn.Module):
             "features": features, "points": points, "choices": choices, "price_range": [low, high],
             "hidden": hidden, "start": start,
         }  # fmt: skip
-        self.choices = choices
+        self.features, self.points, self.choices = features, points, choices
         self.price_range = (float(low), float(high))
         self.price = features + points + 1 + choices + 1
         self._log_middle = (math.log(high) + math.log(low)) / 2
@@ -106,6 +106,22 @@ class Router(nn.Module):
             return (scores + self._closed(observation) if masked else scores).argmax(1)
 
         return act
+
+    def folded(self, price: float) -> dict[str, Tensor | None]:
+        """The layers taken apart for `dynrl.ops.decide` at one price: its keyword arguments, `bias` [points, h]."""
+        first = self.head if self.hidden is None else self.hidden
+        points = slice(self.features, self.features + self.points)
+        with torch.no_grad():
+            told = (math.log(price) - self._log_middle) / self._log_reach
+            columns = first.weight.t().contiguous()
+            return {
+                "weight": columns[: self.features],
+                "bias": first.bias + told * columns[self.price] + columns[points],
+                "last_weight": columns[points.stop : self.price - 1],
+                "spent_weight": columns[self.price - 1],
+                "head": None if self.hidden is None else self.head.weight.t().contiguous(),
+                "head_bias": None if self.hidden is None else self.head.bias.detach(),
+            }
 
 
 def save_policy(path: str | Path, router: Router, metadata: dict[str, Any]) -> None:

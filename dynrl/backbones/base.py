@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dynrl.files import fingerprint, load_tensors, save_tensors
+from dynrl.ops.record import record
 from dynrl.routes import draw_routes
 
 END = -1  # the point at which finished rows stand
@@ -99,16 +100,15 @@ class Walk:
         else:
             self.macs[rows] += macs
 
-    def decided(self, rows: Tensor, action: Tensor) -> None:
-        """Write down that `rows` took `action` [n], and count the step."""
+    def decided(self, rows: Tensor, action: Tensor, costs: Tensor) -> None:
+        """Write down that `rows` took `action` [n], count the step, and charge what it `costs` [choices]."""
         if rows is self.all_rows:
-            self.route.scatter_(1, self.steps.unsqueeze(1), action.unsqueeze(1))
-            self.steps += 1
-            self.last = action + 1
+            record(action, costs, self.route, self.steps, self.last, self.macs)
         else:
             self.route[rows, self.steps[rows]] = action
             self.steps[rows] += 1
             self.last[rows] = action + 1
+            self.macs[rows] += costs.index_select(0, action)
 
     def put_output(self, rows: Tensor, value: Tensor) -> None:
         """Set the output of `rows` to `value` [n, ...]; differentiable."""
@@ -375,8 +375,7 @@ class Backbone(nn.Module):
             action = nearest_open(mask, action.unsqueeze(1)).squeeze(1)
         elif self.points[state.point].n < self.num_choices:
             action = action.clamp_max(self.points[state.point].n - 1)
-        state.walk.decided(state.rows, action)
-        state.walk.charge(state.rows, self.costs[state.point].index_select(0, action))
+        state.walk.decided(state.rows, action, self.costs[state.point])
         return self._run(state, action)
 
     def output(self, state: State) -> Tensor:

@@ -14,6 +14,7 @@ from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual
+from dynrl.ops.pooled import pooled
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -182,7 +183,10 @@ class GatedResNet(Backbone):
         return State(walk, 0, rows, self._stem(inputs))
 
     def _stem(self, x: Tensor) -> Tensor:
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        if isinstance(self.conv1, FoldedConv2d):
+            x = self.maxpool(self.conv1(x, relu=True))
+        else:
+            x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for block in self._lead:
             x = block(x)
         return x
@@ -213,7 +217,7 @@ class GatedResNet(Backbone):
     def observe(self, state: State) -> Tensor:
         """Each channel's mean over the map."""
         assert state.features is not None
-        return state.features.mean((2, 3)).float()
+        return pooled(state.features)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Each gated block on the first rows of the batch, as many as chose it; see `Backbone.ideal`."""
