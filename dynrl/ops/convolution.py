@@ -105,7 +105,7 @@ class FoldedConv2d(nn.Conv2d):
         if fusible(x) and (residual is None or fusible(residual)):
             return self.fused(x, relu, residual)
         if relu and _vendor_fuses(x, self.out_channels):
-            layout = (self.stride, self.padding, self.dilation, self.groups)
+            layout: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
             if residual is None:
                 return torch.cudnn_convolution_relu(x, self.weight, self.bias, *layout)
             return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *layout)
