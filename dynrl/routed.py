@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
 from dynrl.observation import Layout, observation, template
-from dynrl.ops.backend import counts_on_device, device_counts
+from dynrl.ops.backend import device_counts, small_steps_by_kernels
 from dynrl.ops.decide import decide
 from dynrl.policies import RoutePolicy, Router, load_policy
 
@@ -124,7 +124,7 @@ class RoutedModel(nn.Module):
         return self
 
     def _choose(self, state: State) -> Tensor:
-        if not counts_on_device() or self.backbone.may_close:
+        if self.backbone.may_close or not small_steps_by_kernels(state.walk.macs):
             return self._act(observation(self.backbone, state, self._price))
         # The same in one kernel instead of ten.
         walk, rows, features = state.walk, state.rows, self.backbone.observe(state)

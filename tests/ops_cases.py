@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.decide import decide, decide_ref
 from dynrl.ops.gated_cell import gated_cell, gated_cell_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
+from dynrl.ops.pooled import pooled, pooled_ref
 from dynrl.ops.route import route, route_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
@@ -446,7 +448,30 @@ def route_case(dtype: torch.dtype, count: int) -> Case:
     )
 
 
+# pooled, decide
+
+
+def pooled_case() -> Case:
+    return Case("pooled", "", pooled, pooled_ref, lambda s: {"x": s.maps(s.n, 20, 3, 5)}, layouts=MAPS)
+
+
+def decide_case(name: str, f: int, hidden: int | None, choices: int) -> Case:
+    def make(s: Setting) -> Args:
+        h = hidden or choices
+        return {
+            "features": s.rows(s.n, f), "last": s.choice(choices + 1), "spent": s.choice(90), "dense_macs": 100,
+            "weight": s.randn(f, h), "bias": s.randn(h), "last_weight": s.randn(1 + choices, h),
+            "spent_weight": s.randn(h), "head": s.randn(h, choices) if hidden else None,
+            "head_bias": s.randn(choices) if hidden else None,
+        }  # fmt: skip
+
+    return Case("decide", name, decide, decide_ref, make, dtypes=(torch.float32,))
+
+
 CASES = [
+    pooled_case(),
+    decide_case("two layers", 70, 64, 3),
+    decide_case("one layer", 21, None, 4),
     *(route_case(*of) for of in ((torch.int64, 2), (torch.int32, 1), (torch.int64, 5))),
     *GATED_RESIDUAL,
     *ROUTED_LINEAR,

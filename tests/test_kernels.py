@@ -17,12 +17,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dynrl.backbones.base import Walk
 from dynrl.ops.kernels.conv import conv_rows
 from dynrl.ops.kernels.decide import decide, pool, record
 from dynrl.ops.kernels.gru import gru_rows, scatter_rows
 from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
 from dynrl.ops.kernels.route import route, tile_bound
-from dynrl.ops.record import record_ref
 from tests.devices import NoHostSync
 
 pytestmark = pytest.mark.usefixtures("kernel_case")
@@ -352,16 +352,15 @@ def test_decide(f: int, hidden: int | None, choices: int) -> None:
     assert torch.equal(action, scores.argmax(1))
 
 
-def test_record() -> None:
+def test_record_keeps_a_walks_books() -> None:
     n, costs = 300, int64([1, 10, 100])
-    action, steps = torch.randint(3, (n,), device=DEVICE), torch.randint(5, (n,), device=DEVICE)
-    route, last, macs = torch.full((n, 5), -1, device=DEVICE), torch.zeros_like(steps), torch.arange(n, device=DEVICE)
-    books = (route, steps, last, macs)
-    expected = [book.clone() for book in books]
-    record(action, costs, *books)
-    record_ref(action, costs, *expected)
-    for got, right in zip(books, expected, strict=True):
-        assert torch.equal(got, right)
+    walks = [Walk(torch.zeros(n, 1, device=DEVICE), 5) for _ in range(2)]
+    for _ in range(3):
+        action = torch.randint(3, (n,), device=DEVICE)
+        record(action, costs, walks[0].route, walks[0].steps, walks[0].last, walks[0].macs)
+        walks[1].decided(walks[1].all_rows, action, costs)
+    for name in ("route", "steps", "last", "macs"):
+        assert torch.equal(getattr(walks[0], name), getattr(walks[1], name)), name
 
 
 def test_rows_more_than_2_to_the_31_elements_apart() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dynrl.files import fingerprint, load_tensors, save_tensors
-from dynrl.ops.record import record
+from dynrl.ops.backend import small_steps_by_kernels
 from dynrl.routes import draw_routes
 
 END = -1  # the point at which finished rows stand
@@ -103,7 +103,15 @@ class Walk:
     def decided(self, rows: Tensor, action: Tensor, costs: Tensor) -> None:
         """Write down that `rows` took `action` [n], count the step, and charge what it `costs` [choices]."""
         if rows is self.all_rows:
-            record(action, costs, self.route, self.steps, self.last, self.macs)
+            if small_steps_by_kernels(action):
+                from dynrl.ops.kernels.decide import record
+
+                record(action.contiguous(), costs, self.route, self.steps, self.last, self.macs)
+                return
+            self.route.scatter_(1, self.steps.unsqueeze(1), action.unsqueeze(1))
+            self.steps += 1
+            self.last = action + 1
+            self.macs += costs.index_select(0, action)
         else:
             self.route[rows, self.steps[rows]] = action
             self.steps[rows] += 1

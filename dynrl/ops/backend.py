@@ -40,9 +40,14 @@ def device_counts() -> Iterator[None]:
         _device_counts.reset(token)
 
 
-def counts_on_device() -> bool:
-    """Whether `device_counts` is in force."""
-    return not is_compiling() and _device_counts.get()  # a tracer cannot look at context variables
+def small_steps_by_kernels(x: Tensor) -> bool:
+    """Whether what is small beside the layers is worth a kernel, too: in graphs (launching one takes Python longer than
+    the steps it replaces), or where Triton was asked for.
+
+    Raises:
+        ValueError: as `use_triton`.
+    """
+    return not is_compiling() and (MODE == "triton" or _device_counts.get()) and use_triton(x)
 
 
 def on_host(x: Tensor) -> bool:

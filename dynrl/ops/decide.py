@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynrl.ops.backend import use_triton
+from dynrl.ops.backend import small_steps_by_kernels
 
 
 def decide_ref(
@@ -40,7 +40,7 @@ def decide(
     spent_weight: Tensor, head: Tensor | None, head_bias: Tensor | None, dense_macs: int,
 ) -> Tensor:  # fmt: skip
     """`decide_ref` in one kernel. MACs: f h + h choices for each row."""
-    if not use_triton(features):
+    if not small_steps_by_kernels(features):
         return decide_ref(
             features, last, spent, weight=weight, bias=bias, last_weight=last_weight, spent_weight=spent_weight,
             head=head, head_bias=head_bias, dense_macs=dense_macs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynrl.ops.backend import counts_on_device, use_triton
+from dynrl.ops.backend import small_steps_by_kernels
 
 
 def pooled_ref(x: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def pooled_ref(x: Tensor) -> Tensor:
 
 
 def pooled(x: Tensor) -> Tensor:
-    """`pooled_ref`; under `device_counts` one kernel that adds in float32. MACs: 0."""
-    if counts_on_device() and use_triton(x) and not x.requires_grad:
+    """`pooled_ref`; in CUDA graphs one kernel, which adds in float32. MACs: 0."""
+    if small_steps_by_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
         from dynrl.ops.kernels.decide import pool
 
         last = x.contiguous(memory_format=torch.channels_last)

@@ -39,6 +39,8 @@ def pool(x: Tensor, out: Tensor) -> Tensor:
     """
     n, channels, height, width = x.shape
     assert x.stride(1) == 1 and x.stride(2) == width * x.stride(3), "channels_last"
+    if out.numel() == 0:
+        return out
     # Few rows: narrow blocks of channels, so that enough programs share the work.
     block_c = 64 if n >= 64 else 16
     grid = (n, triton.cdiv(channels, block_c))
@@ -123,6 +125,8 @@ def decide(
         `action`.
     """
     n, size_in = features.shape
+    if n == 0:
+        return action
     hidden = weight.shape[1]
     choices = hidden if head is None else head.shape[1]
     block_h = max(16, triton.next_power_of_2(hidden))
