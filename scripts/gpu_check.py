@@ -114,7 +114,8 @@ def main() -> int:
             if code_status:
                 result["failed"][name] = log[-4000:]  # type: ignore[index]
             else:
-                result["rows"] += json.loads(rows.read_text())  # type: ignore[operator]
+                found = [row | {"commit": commit.strip()} for row in json.loads(rows.read_text())]
+                result["rows"] += found  # type: ignore[operator]
             print(log[-2500:], flush=True)
             write()
     write()

@@ -123,7 +123,7 @@ def gpu_table(result: dict[str, Any]) -> list[str]:
     for r in result["rows"]:
         if "captured_dense_ms" in r:
             cells = " | ".join(f"{r[f'captured_{side}_ms']:.3f}" for side in sides)
-            lines.append(f"| {r['network']} | {r['batch']} | {cells} |")
+            lines.append(f"| {r['network']} | {r['batch']} | {cells} | {r['commit']} |")
     return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
 
 
