@@ -14,7 +14,7 @@ from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
 from dynrl.observation import Layout, observation, template
 from dynrl.ops.backend import device_counts
-from dynrl.policies import RoutePolicy, Router, load_policy
+from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RoutedModel(nn.Module):
     last_route: Route | None
 
     def __init__(
-        self, backbone: Backbone, policy: Router | RoutePolicy, curve: list[tuple[float, float]] | None = None
+        self, backbone: Backbone, policy: StepPolicy | RoutePolicy, curve: list[tuple[float, float]] | None = None
     ) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
@@ -68,16 +68,18 @@ class RoutedModel(nn.Module):
         self._price: float = 0.0
         self._router_macs = 0
         self.last_route = None
-        if isinstance(policy, Router):
+        if isinstance(policy, StepPolicy):
             expected = Layout.of(backbone)
             if policy.width != expected.width:
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
+            self._act = self.policy.act
+        if isinstance(policy, Router):
             low, high = policy.price_range
             self.price_range = (low, high)
             self.set_price((low * high) ** 0.5)
-            self._router_macs = count_macs(policy, (expected.width,))[0]
+            self._router_macs = count_macs(policy, (policy.width,))[0]
 
     @property
     def price(self) -> float:
@@ -208,7 +210,7 @@ class CapturedModel:
         return self._walk.outputs
 
 
-def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> RoutedModel:
+def plug(backbone: Backbone, policy: str | Path | StepPolicy | RoutePolicy) -> RoutedModel:
     """Plug a policy into a backbone.
 
     Args:
@@ -227,7 +229,7 @@ def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> Route
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"the backbone's {name!r} holds NaN or infinity")
-    if isinstance(policy, (Router, RoutePolicy)):
+    if isinstance(policy, (StepPolicy, RoutePolicy)):
         return RoutedModel(backbone, policy)
     router, metadata = load_policy(policy)
     check_match(policy, metadata, backbone)
