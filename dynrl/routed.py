@@ -15,7 +15,7 @@ from dynrl.cost import count_macs
 from dynrl.observation import Layout, observation, template
 from dynrl.ops.backend import device_counts, small_steps_by_kernels
 from dynrl.ops.decide import decide
-from dynrl.policies import RoutePolicy, Router, load_policy
+from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
-    _folded: dict[str, Any]
+    _folded: dict[str, Any] | None = None
 
     def __init__(
-        self, backbone: Backbone, policy: Router | RoutePolicy, curve: list[tuple[float, float]] | None = None
+        self, backbone: Backbone, policy: StepPolicy | RoutePolicy, curve: list[tuple[float, float]] | None = None
     ) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
@@ -70,16 +70,18 @@ class RoutedModel(nn.Module):
         self._price: float = 0.0
         self._router_macs = 0
         self.last_route = None
-        if isinstance(policy, Router):
+        if isinstance(policy, StepPolicy):
             expected = Layout.of(backbone)
             if policy.width != expected.width:
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
+            self._act = self.policy.act
+        if isinstance(policy, Router):
             low, high = policy.price_range
             self.price_range = (low, high)
             self.set_price((low * high) ** 0.5)
-            self._router_macs = count_macs(policy, (expected.width,))[0]
+            self._router_macs = count_macs(policy, (policy.width,))[0]
 
     @property
     def price(self) -> float:
@@ -124,7 +126,7 @@ class RoutedModel(nn.Module):
         return self
 
     def _choose(self, state: State) -> Tensor:
-        if self.backbone.may_close or not small_steps_by_kernels(state.walk.macs):
+        if self._folded is None or self.backbone.may_close or not small_steps_by_kernels(state.walk.macs):
             return self._act(observation(self.backbone, state, self._price))
         # The same in one kernel instead of ten.
         walk, rows, features = state.walk, state.rows, self.backbone.observe(state)
@@ -219,7 +221,7 @@ class CapturedModel:
         return self._walk.outputs
 
 
-def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> RoutedModel:
+def plug(backbone: Backbone, policy: str | Path | StepPolicy | RoutePolicy) -> RoutedModel:
     """Plug a policy into a backbone.
 
     Args:
@@ -238,7 +240,7 @@ def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> Route
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"the backbone's {name!r} holds NaN or infinity")
-    if isinstance(policy, (Router, RoutePolicy)):
+    if isinstance(policy, (StepPolicy, RoutePolicy)):
         return RoutedModel(backbone, policy)
     router, metadata = load_policy(policy)
     check_match(policy, metadata, backbone)

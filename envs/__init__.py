@@ -35,6 +35,10 @@ DECISIONS: dict[str, Decision] = {
             "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipEnv", "dynrl.envs.skip:SkipVectorEnv", "gated_resnet",
             "run or skip each residual block", "SkipNet (Wang et al. 2018)",
         ),
+        Decision(
+            "exit", "dynrl/Exit-v0", "dynrl.envs.exit:ExitEnv", "dynrl.envs.exit:ExitVectorEnv", "exit_resnet",
+            "stop at an early classifier or go on", "BranchyNet (2016), MSDNet (Huang et al. 2018)",
+        ),
     )
 }  # fmt: skip
 

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dynrl.policies.base import RoutePolicy
 from dynrl.routes import draw_routes
-
-
-class RoutePolicy(nn.Module):
-    """A policy that gives whole routes at once, before the walk begins."""
-
-    def route(self, inputs: Tensor) -> Tensor:
-        """[B, max_steps] int64, the actions for `inputs` [B, ...]."""
-        raise NotImplementedError
 
 
 class RandomPolicy(RoutePolicy):
