@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
-from dynrl.observation import Layout, observation, template
+from dynrl.observation import Layout, LinearChoice, observation, template
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RoutePolicy, Router, load_policy
 
@@ -55,6 +56,7 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
+    _decide: Callable[[State], Tensor]
 
     def __init__(
         self, backbone: Backbone, policy: Router | RoutePolicy, curve: list[tuple[float, float]] | None = None
@@ -91,7 +93,13 @@ class RoutedModel(nn.Module):
         if not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
         self._price = float(price)
-        self._act = self.policy.at(self._price, self.backbone.may_close)  # type: ignore[operator]
+        router = self.policy
+        assert isinstance(router, Router)
+        if router.hidden is None:
+            self._decide = LinearChoice(self.backbone, *router.folded(self._price))
+            return
+        act = router.at(self._price, self.backbone.may_close)
+        self._decide = lambda state: act(observation(self.backbone, state, self._price))
 
     def set_budget(self, budget: float) -> None:
         """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
@@ -121,7 +129,7 @@ class RoutedModel(nn.Module):
         return self
 
     def _choose(self, state: State) -> Tensor:
-        return self._act(observation(self.backbone, state, self._price))
+        return self._decide(state)
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
@@ -174,7 +182,7 @@ class CapturedModel:
         # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
         layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
         constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
-        self._held = (model._act, constants)
+        self._held = (model._decide, constants)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with torch.inference_mode(), device_counts():

@@ -92,20 +92,25 @@ class Router(nn.Module):
             price: within the range.
             masked: whether a choice may be closed.
         """
+        weight, bias = self.folded(price)
+        matrix = weight.t()
         with torch.no_grad():
-            first = self.head if self.hidden is None else self.hidden
             head, head_bias = self.head.weight.t(), self.head.bias
-            told = (math.log(price) - self._log_middle) / self._log_reach
-            bias = first.bias + told * first.weight[:, self.price]
-            matrix = first.weight[:, : self.price].t()
 
         def act(observation: Tensor) -> Tensor:
             scores = torch.addmm(bias, observation[:, : self.price], matrix)
-            if first is not self.head:
+            if self.hidden is not None:
                 scores = torch.addmm(head_bias, scores.relu_(), head)
             return (scores + self._closed(observation) if masked else scores).argmax(1)
 
         return act
+
+    @torch.no_grad()
+    def folded(self, price: float) -> tuple[Tensor, Tensor]:
+        """The first layer's weight [units, columns before the price] and its bias [units] with this price in it."""
+        first = self.head if self.hidden is None else self.hidden
+        told = (math.log(price) - self._log_middle) / self._log_reach
+        return first.weight[:, : self.price], first.bias + told * first.weight[:, self.price]
 
 
 def save_policy(path: str | Path, router: Router, metadata: dict[str, Any]) -> None:
