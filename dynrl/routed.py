@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
-from dynrl.observation import Layout, observation, template
-from dynrl.ops.backend import device_counts, small_steps_by_kernels
-from dynrl.ops.decide import decide
+from dynrl.observation import FusedChoice, Layout, LinearChoice, observation, template
+from dynrl.ops.backend import device_counts
 from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
 
 
@@ -56,7 +56,7 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
-    _folded: dict[str, Any] | None = None
+    _decide: Callable[[State], Tensor]
 
     def __init__(
         self, backbone: Backbone, policy: StepPolicy | RoutePolicy, curve: list[tuple[float, float]] | None = None
@@ -95,8 +95,15 @@ class RoutedModel(nn.Module):
         if not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
         self._price = float(price)
-        self._act = self.policy.at(self._price, self.backbone.may_close)  # type: ignore[operator]
-        self._folded = self.policy.folded(self._price)  # type: ignore[operator]
+        router = self.policy
+        assert isinstance(router, Router)
+        weight, bias = router.folded(self._price)
+        if router.hidden is None:
+            self._decide = LinearChoice(self.backbone, weight, bias)
+            return
+        act = router.at(self._price, self.backbone.may_close)
+        plain = lambda state: act(observation(self.backbone, state, self._price))  # noqa: E731
+        self._decide = FusedChoice(self.backbone, weight, bias, router.head, plain)
 
     def set_budget(self, budget: float) -> None:
         """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
@@ -126,15 +133,7 @@ class RoutedModel(nn.Module):
         return self
 
     def _choose(self, state: State) -> Tensor:
-        if self._folded is None or self.backbone.may_close or not small_steps_by_kernels(state.walk.macs):
-            return self._act(observation(self.backbone, state, self._price))
-        # The same in one kernel instead of ten.
-        walk, rows, features = state.walk, state.rows, self.backbone.observe(state)
-        own = {"weight": self._folded["weight"][: features.shape[1]], "bias": self._folded["bias"][state.point]}
-        return decide(
-            features, walk.at(walk.last, rows), walk.at(walk.macs, rows), dense_macs=self.backbone.dense_macs,
-            **{**self._folded, **own},
-        )  # fmt: skip
+        return self._decide(state)
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
@@ -187,7 +186,7 @@ class CapturedModel:
         # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
         layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
         constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
-        self._held = (model._act, model._folded, constants)
+        self._held = (model._decide, constants)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with torch.inference_mode(), device_counts():

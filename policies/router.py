@@ -86,36 +86,25 @@ class Router(StepPolicy):
             price: within the range.
             masked: whether a choice may be closed.
         """
+        weight, bias = self.folded(price)
+        matrix = weight.t()
         with torch.no_grad():
-            first = self.head if self.hidden is None else self.hidden
             head, head_bias = self.head.weight.t(), self.head.bias
-            told = (math.log(price) - self._log_middle) / self._log_reach
-            bias = first.bias + told * first.weight[:, self.price]
-            matrix = first.weight[:, : self.price].t()
 
         def act(observation: Tensor) -> Tensor:
             scores = torch.addmm(bias, observation[:, : self.price], matrix)
-            if first is not self.head:
+            if self.hidden is not None:
                 scores = torch.addmm(head_bias, scores.relu_(), head)
             return (scores + self._closed(observation) if masked else scores).argmax(1)
 
         return act
 
-    def folded(self, price: float) -> dict[str, Tensor | None]:
-        """The layers taken apart for `dynrl.ops.decide` at one price: its keyword arguments, `bias` [points, h]."""
+    @torch.no_grad()
+    def folded(self, price: float) -> tuple[Tensor, Tensor]:
+        """The first layer's weight [units, columns before the price] and its bias [units] with this price in it."""
         first = self.head if self.hidden is None else self.hidden
-        points = slice(self.features, self.features + self.points)
-        with torch.no_grad():
-            told = (math.log(price) - self._log_middle) / self._log_reach
-            columns = first.weight.t().contiguous()
-            return {
-                "weight": columns[: self.features],
-                "bias": first.bias + told * columns[self.price] + columns[points],
-                "last_weight": columns[points.stop : self.price - 1],
-                "spent_weight": columns[self.price - 1],
-                "head": None if self.hidden is None else self.head.weight.t().contiguous(),
-                "head_bias": None if self.hidden is None else self.head.bias.detach(),
-            }
+        told = (math.log(price) - self._log_middle) / self._log_reach
+        return first.weight[:, : self.price], first.bias + told * first.weight[:, self.price]
 
 
 def save_policy(path: str | Path, router: Router, metadata: dict[str, Any]) -> None:

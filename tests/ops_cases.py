@@ -38,6 +38,8 @@ COMPACT_ROWS: dict[str, Constants] = {"compacted": {("gated_cell", "WORTH_ROWS")
 COMPACT_SLICES: dict[str, Constants] = {
     "compacted": {("sliced_linear", "WORTH_MACS"): 0, ("sliced_linear", "MOVING"): -math.inf}
 }
+# No op computes a row that did not ask for it.
+COMPACT: Constants = {**COMPACT_BLOCK, **COMPACT_ROWS["compacted"], **COMPACT_SLICES["compacted"]}
 MAPS = ("contiguous", "channels_last", "sliced", "sliced channels_last")
 
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.tasks"},
     "dynrl.backbones": {"dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.routes"},
     "dynrl.policies": {"dynrl.policies", "dynrl.files", "dynrl.routes"},
-    "dynrl.observation": {"dynrl.backbones"},
+    "dynrl.observation": {"dynrl.backbones", "dynrl.ops"},
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.tasks"},
     "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost"},
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops"},

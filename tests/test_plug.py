@@ -17,8 +17,7 @@ from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.cost import count_macs
 from dynrl.data import load_dataset
 from dynrl.evaluation import ORACLE_PRICE, calibrate, oracle_routes, random_rate, score, score_routes, static_routes
-from dynrl.observation import Layout, observation
-from dynrl.ops.decide import decide
+from dynrl.observation import FusedChoice, Layout, LinearChoice, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
 from tests.cases import REGISTERED, make_backbone, numbers_split, vector_env
@@ -395,24 +394,21 @@ def test_the_wheel_holds_all_and_runs_without_the_training_stack(wheel_tree, run
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, cwd=run, env={"PYTHONPATH": str(wheel_tree)})
 
 
-@pytest.mark.parametrize("hidden", [0, 64])
-def test_a_router_taken_apart_decides_as_it_does_whole(hidden):
-    backbone = make_backbone("skip").eval()
-    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=hidden)
+@pytest.mark.parametrize("kind", [LinearChoice, FusedChoice])
+def test_choices_without_an_observation_are_the_routers(kind, monkeypatch):
+    backbone = make_backbone("skip")
+    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=64 if kind is FusedChoice else 0)
     torch.nn.init.normal_(router.head.weight)
     torch.nn.init.zeros_(router.head.bias)
     inputs = torch.randn(50, *backbone.input_shape)
-    met = []
+    monkeypatch.setattr("dynrl.observation.small_steps_by_kernels", lambda x: True)
+    rest = (router.head, None) if kind is FusedChoice else ()
+    choice, met = kind(backbone, *router.folded(0.3), *rest), []
 
     def choose(state):
-        view = observation(backbone, state, 0.3)
-        features = backbone.observe(state)
-        apart = router.folded(0.3)
-        apart |= {"weight": apart["weight"][: features.shape[1]], "bias": apart["bias"][state.point]}
-        got = decide(features, state.walk.last, state.walk.macs, dense_macs=backbone.dense_macs, **apart)
-        met.append(got)
-        assert torch.equal(got, router.act(view))
-        return got
+        met.append(choice(state))
+        assert torch.equal(met[-1], router.act(observation(backbone, state, 0.3)))
+        return met[-1]
 
     with torch.no_grad():
         backbone.run(inputs, choose)

@@ -8,12 +8,14 @@ from typing import Any
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk, merge, read_backbone_file
 from dynrl.backbones.exit import ExitResNet
+from dynrl.backbones.recurrent import SkipGRU
 from dynrl.backbones.skip import GatedResNet
 
-FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (GatedResNet, ExitResNet)}
+FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (GatedResNet, ExitResNet, SkipGRU)}
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "ExitResNet", "GatedResNet", "Point", "State", "Walk", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "ExitResNet", "GatedResNet", "Point", "SkipGRU", "State", "Walk",
+    "load_backbone", "merge",
 ]  # fmt: skip
 
 

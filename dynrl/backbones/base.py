@@ -42,7 +42,9 @@ class Walk:
         route: [B, T] int64, what was run at each step, -1 where nothing has been decided (yet).
         last: [B] int64, 1 + the last choice, 0 before the first.
         outputs: [B, ...] once some row has an output, else None.
-        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order.
+        own: name to [B, ...], what a family keeps for each slot beside that; 0 where a slot is refilled.
+        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order, and all its
+            rows have taken `common_steps` decisions, a host int.
 
     A gated walk (`Backbone.gated`) takes every row everywhere and weights what it computes. The fields above then
     follow each row along its likeliest choices, and there are also:
@@ -69,6 +71,8 @@ class Walk:
         self.route = torch.full((size, max_steps), -1, dtype=torch.int64, device=device)
         self.last = torch.zeros(size, dtype=torch.int64, device=device)
         self.outputs: Tensor | None = None
+        self.own: dict[str, Tensor] = {}
+        self.common_steps = 0
 
     def __len__(self) -> int:
         return self.all_rows.shape[0]
@@ -79,6 +83,7 @@ class Walk:
         twin.steps, twin.macs, twin.route = self.steps.clone(), self.macs.clone(), self.route.clone()
         twin.inputs, twin.last = self.inputs.clone(), self.last.clone()
         twin.outputs = None if self.outputs is None else self.outputs.clone()
+        twin.own = {name: value.clone() for name, value in self.own.items()}
         return twin
 
     def refill(self, rows: Tensor, inputs: Tensor) -> None:
@@ -88,6 +93,8 @@ class Walk:
         self.macs[rows] = 0
         self.route[rows] = -1
         self.last[rows] = 0
+        for value in self.own.values():
+            value[rows] = 0
 
     def at(self, field: Tensor, rows: Tensor) -> Tensor:
         """`field[rows]`, without the copy where `rows` is every slot in order."""
@@ -107,11 +114,12 @@ class Walk:
                 from dynrl.ops.kernels.decide import record
 
                 record(action.contiguous(), costs, self.route, self.steps, self.last, self.macs)
-                return
-            self.route.scatter_(1, self.steps.unsqueeze(1), action.unsqueeze(1))
-            self.steps += 1
-            self.last = action + 1
-            self.macs += costs.index_select(0, action)
+            else:
+                self.route[:, self.common_steps] = action
+                self.steps += 1
+                self.last = action + 1
+                self.macs += costs.index_select(0, action)
+            self.common_steps += 1
         else:
             self.route[rows, self.steps[rows]] = action
             self.steps[rows] += 1
@@ -261,6 +269,11 @@ class Backbone(nn.Module):
     def observe(self, state: State) -> Tensor:
         """[n, f] float32, f <= feature_width: a cheap summary of where each row stands. Changes nothing."""
         raise NotImplementedError
+
+    def project(self, state: State, weight: Tensor, bias: Tensor) -> Tensor:
+        """[n, k]: `observe(state) @ weight + bias`, for what is linear in the features; `weight` [feature_width, k]."""
+        features = self.observe(state)
+        return torch.addmm(bias, features, weight[: features.shape[1]])
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.
@@ -484,7 +497,9 @@ class Backbone(nn.Module):
 
         def choose(state: State) -> Tensor:
             walk, rows = state.walk, state.rows
-            return walk.at(route, rows).gather(1, walk.at(walk.steps, rows).unsqueeze(1)).squeeze(1)
+            if rows is walk.all_rows:
+                return route[:, walk.common_steps]
+            return route[rows, walk.steps[rows]]
 
         return self.run(inputs, choose)
 
