@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
-    _decide: Callable[[State], Tensor]
+    _linear: LinearChoice | None = None
 
     def __init__(
         self, backbone: Backbone, policy: Router | RoutePolicy, curve: list[tuple[float, float]] | None = None
@@ -95,11 +94,8 @@ class RoutedModel(nn.Module):
         self._price = float(price)
         router = self.policy
         assert isinstance(router, Router)
-        if router.hidden is None:
-            self._decide = LinearChoice(self.backbone, *router.folded(self._price))
-            return
-        act = router.at(self._price, self.backbone.may_close)
-        self._decide = lambda state: act(observation(self.backbone, state, self._price))
+        self._act = router.at(self._price, self.backbone.may_close)
+        self._linear = LinearChoice(self.backbone, *router.folded(self._price)) if router.hidden is None else None
 
     def set_budget(self, budget: float) -> None:
         """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
@@ -129,7 +125,9 @@ class RoutedModel(nn.Module):
         return self
 
     def _choose(self, state: State) -> Tensor:
-        return self._decide(state)
+        if self._linear is not None:
+            return self._linear(state)
+        return self._act(observation(self.backbone, state, self._price))
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
@@ -182,7 +180,7 @@ class CapturedModel:
         # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
         layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
         constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
-        self._held = (model._decide, constants)
+        self._held = (model._act, model._linear, constants)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with torch.inference_mode(), device_counts():
