@@ -111,7 +111,7 @@ def test_a_policy_that_sees_the_state_only_decides_before_the_input():
     for sees in ("state", "state+input"):
         network = backbone(sees=sees)
         router = Router(**Layout.of(network).to_dict(), price_range=(0.1, 1.0), hidden=0)
-        router.head.weight.normal_()
+        router.head.weight[:, : network.feature_width].normal_()
         router.head.bias.zero_()
         model = RoutedModel(network, router)
         outputs, route = model(inputs), model.last_route.actions
