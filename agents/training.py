@@ -35,6 +35,7 @@ class Settings:
         decision, data: names.
         steps: decisions in all.
         seed: of weights, inputs, prices and exploration.
+        router_hidden: units of the policy's hidden layer, 0 for a linear one.
         num_envs: inputs that walk side by side in one runner.
         num_env_runners: remote processes that sample; 0 samples in this one.
         price_range, accuracy_term: see `RoutingVectorEnv`.
@@ -45,6 +46,7 @@ class Settings:
     data: str
     steps: int
     seed: int = 0
+    router_hidden: int = 64
     num_envs: int = 64
     num_env_runners: int = 0
     price_range: tuple[float, float] = (0.002, 2.0)
@@ -69,15 +71,18 @@ def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, fo
     router = {
         **Layout.of(backbone).to_dict(),
         "price_range": list(settings.price_range),
+        "hidden": settings.router_hidden,
         "start": statistics.mode(backbone.full_route),
     }
+    # Whole walks, so that each has its end: eight of them, or of long ones some seventy steps.
+    walks = max(1, min(8, 72 // backbone.max_steps))
     env_config = {
         "backbone": str(backbone_file.resolve()), "data": settings.data,
         "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
     }  # fmt: skip
     config = ppo_config(
         decision_row(settings.decision).env_id, env_config, router, seed=settings.seed, num_envs=settings.num_envs,
-        rollout=8 * backbone.max_steps, num_env_runners=settings.num_env_runners, total_steps=settings.steps,
+        rollout=walks * backbone.max_steps, num_env_runners=settings.num_env_runners, total_steps=settings.steps,
     )  # fmt: skip
     algorithm = config.build_algo()
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones import END, Backbone, State
-from dynrl.ops.backend import small_steps_by_kernels
 from dynrl.ops.decide import decide
 
 
@@ -154,32 +152,26 @@ class LinearChoice:
 
 
 class FusedChoice:
-    """What a router of two layers chooses at one price; where small steps go by kernels, by one from the features on.
+    """What a router of two layers chooses at one price, by one op from the features on: for where a kernel runs it.
 
     Args:
-        backbone: to be walked.
+        backbone: to be walked; its choices never close.
         weight: [units, columns of the observation before the price], the first layer.
         bias: [units], the price's part in it.
         head: the second layer.
-        otherwise: what to do elsewhere, and where choices may be closed.
     """
 
-    def __init__(
-        self, backbone: Backbone, weight: Tensor, bias: Tensor, head: nn.Linear, otherwise: Callable[[State], Tensor]
-    ) -> None:
+    def __init__(self, backbone: Backbone, weight: Tensor, bias: Tensor, head: nn.Linear) -> None:
         layout = Layout.of(backbone)
-        self.backbone, self.otherwise = backbone, otherwise
+        self.backbone = backbone
         features, points, last, spent = weight.split((layout.features, layout.points, 1 + layout.choices, 1), 1)
         self.features, self.at_point = features.t().contiguous(), points.t() + bias
         self.after_last, self.spent = last.t().contiguous(), spent.flatten().contiguous()
         self.head, self.head_bias = head.weight.detach().t().contiguous(), head.bias.detach()
 
     def __call__(self, state: State) -> Tensor:
-        """[n] int64."""
-        walk, rows = state.walk, state.rows
-        if self.backbone.may_close or not small_steps_by_kernels(walk.macs):
-            return self.otherwise(state)
-        features = self.backbone.observe(state)
+        """[n] int64, as `Router.act(observation(...))` but for rounding."""
+        walk, rows, features = state.walk, state.rows, self.backbone.observe(state)
         return decide(
             features, walk.at(walk.last, rows), walk.at(walk.macs, rows), weight=self.features[: features.shape[1]],
             bias=self.at_point[state.point], last_weight=self.after_last, spent_weight=self.spent, head=self.head,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dynrl.backbones import Backbone
 from dynrl.data import Dataset, Split
@@ -26,11 +28,24 @@ class Recipe:
     label_smoothing: float = 0.1
     least_rate: float = 0.3  # each image draws its rate of the full network's choices from [least_rate, 1]
     full_share: float = 0.15  # this share of the images takes the full route
+    optimizer: Literal["sgd", "adam"] = "sgd"  # with momentum; or AdamW
 
 
 def bf16_is_fast() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; elsewhere autocast to it only slows training down."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def make_optimizer(backbone: Backbone, name: str, learning_rate: float, weight_decay: float) -> Optimizer:
+    """By name: "sgd" (Nesterov momentum 0.9) or "adam"; biases and normalisation do not decay."""
+    decay = [p for p in backbone.parameters() if p.dim() > 1]
+    rest = [p for p in backbone.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if name == "sgd":
+        return torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)
+    if name == "adam":
+        return torch.optim.AdamW(groups, learning_rate)
+    raise ValueError(f"unknown optimizer {name!r}; expected 'sgd' or 'adam'")
 
 
 def pretrain(
@@ -53,12 +68,7 @@ def pretrain(
         ValueError: the loss is no longer finite; the last checkpoint stays.
     """
     generator = torch.Generator().manual_seed(seed)
-    decay = [p for p in backbone.parameters() if p.dim() > 1]
-    rest = [p for p in backbone.parameters() if p.dim() <= 1]  # biases and batch norm
-    optimizer = torch.optim.SGD(
-        [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=recipe.learning_rate, momentum=0.9, nesterov=True,
-    )  # fmt: skip
+    optimizer = make_optimizer(backbone, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     train = dataset.train
     batches = len(train) // recipe.batch_size
     if batches == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +23,35 @@ class Defaults:
         backbone: keyword arguments of the family, beside `input_shape` and `classes`.
         pretraining: how the backbone is trained.
         steps: decisions a policy is trained for.
+        router_hidden: units of the policy's hidden layer; 0 for a linear one, where a step of the network costs little.
     """
 
     family: str
     backbone: dict[str, Any]
     pretraining: Recipe
     steps: int
+    router_hidden: int = 64
+
+    def changed(self, settings: Sequence[str]) -> Defaults:
+        """The same with other settings of the backbone, each NAME=VALUE, the value in JSON or a word as it is.
+
+        Raises:
+            ValueError: no NAME=VALUE, no setting of that name, or a value of another type.
+        """
+        backbone = dict(self.backbone)
+        for setting in settings:
+            name, equals, word = setting.partition("=")
+            if not equals or name not in backbone:
+                raise ValueError(f"expected NAME=VALUE with a name in {sorted(backbone)}, got {setting!r}")
+            try:
+                value = json.loads(word)
+            except json.JSONDecodeError:
+                value = word
+            value = tuple(value) if isinstance(value, list) else value
+            if type(value) is not type(backbone[name]):
+                raise ValueError(f"expected {name} to be of the type of {backbone[name]!r}, got {value!r}")
+            backbone[name] = value
+        return replace(self, backbone=backbone)
 
     def build(self, dataset: Dataset, seed: int) -> Backbone:
         """A fresh backbone for `dataset`, its weights drawn from `seed`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
 from dynrl.observation import FusedChoice, Layout, LinearChoice, observation, template
-from dynrl.ops.backend import device_counts
+from dynrl.ops.backend import device_counts, small_steps_by_kernels
 from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
 
 
@@ -56,7 +55,8 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
-    _decide: Callable[[State], Tensor]
+    _linear: LinearChoice | None = None
+    _fused: FusedChoice | None = None
 
     def __init__(
         self, backbone: Backbone, policy: StepPolicy | RoutePolicy, curve: list[tuple[float, float]] | None = None
@@ -97,13 +97,13 @@ class RoutedModel(nn.Module):
         self._price = float(price)
         router = self.policy
         assert isinstance(router, Router)
+        self._act = router.at(self._price, self.backbone.may_close)
         weight, bias = router.folded(self._price)
+        self._linear = self._fused = None
         if router.hidden is None:
-            self._decide = LinearChoice(self.backbone, weight, bias)
-            return
-        act = router.at(self._price, self.backbone.may_close)
-        plain = lambda state: act(observation(self.backbone, state, self._price))  # noqa: E731
-        self._decide = FusedChoice(self.backbone, weight, bias, router.head, plain)
+            self._linear = LinearChoice(self.backbone, weight, bias)
+        elif not self.backbone.may_close:
+            self._fused = FusedChoice(self.backbone, weight, bias, router.head)
 
     def set_budget(self, budget: float) -> None:
         """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
@@ -133,7 +133,11 @@ class RoutedModel(nn.Module):
         return self
 
     def _choose(self, state: State) -> Tensor:
-        return self._decide(state)
+        if self._linear is not None:
+            return self._linear(state)
+        if self._fused is not None and small_steps_by_kernels(state.walk.macs):
+            return self._fused(state)
+        return self._act(observation(self.backbone, state, self._price))
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
@@ -186,7 +190,7 @@ class CapturedModel:
         # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
         layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
         constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
-        self._held = (model._decide, constants)
+        self._held = (model._act, model._linear, model._fused, constants)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with torch.inference_mode(), device_counts():

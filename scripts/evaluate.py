@@ -130,9 +130,9 @@ def measure(
         route = drawn[0][: len(batch)]
         add_sides(lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
 
-    steps = backbone.max_steps * (backbone.num_choices - 1)
+    tries, found = ev.static_tries(backbone)
     candidates, rounds = 24, 11
-    total = 2 * len(BUDGETS) + 1 + steps * (steps + 1) // 2 + len(BUDGETS) + 1 + steps + candidates + rounds
+    total = 3 * len(BUDGETS) + tries + found + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
         all_execute = float(ev.score_routes(frozen, dense_route, test)[0].mean())
         alone = None
@@ -184,6 +184,7 @@ def measure(
             f"plain_{metric}": alone,
             "macs": backbone.dense_macs,
             "latency_ms": dense,
+            "latency_ms_by_side": {name.removeprefix("dense "): times[name] for name in dense_sides},
             "batch_size": len(batch),
         },
         "points": points,

@@ -395,14 +395,13 @@ def test_the_wheel_holds_all_and_runs_without_the_training_stack(wheel_tree, run
 
 
 @pytest.mark.parametrize("kind", [LinearChoice, FusedChoice])
-def test_choices_without_an_observation_are_the_routers(kind, monkeypatch):
+def test_choices_without_an_observation_are_the_routers(kind):
     backbone = make_backbone("skip")
     router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=64 if kind is FusedChoice else 0)
     torch.nn.init.normal_(router.head.weight)
     torch.nn.init.zeros_(router.head.bias)
     inputs = torch.randn(50, *backbone.input_shape)
-    monkeypatch.setattr("dynrl.observation.small_steps_by_kernels", lambda x: True)
-    rest = (router.head, None) if kind is FusedChoice else ()
+    rest = (router.head,) if kind is FusedChoice else ()
     choice, met = kind(backbone, *router.folded(0.3), *rest), []
 
     def choose(state):

@@ -304,6 +304,10 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Any]]:
+        """Other ways to compute the full route on `inputs`, by name: a vendor's layer, say. Timed beside `ideal`."""
+        return {}
+
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:

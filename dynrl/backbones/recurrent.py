@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class SkipGRU(Backbone):
         self._set_costs(hidden * classes, [[0, gated_cell_macs(1, width, hidden)]])
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gru = self.gru
+        gru: Any = self.gru  # whose parameters are made by name
         return gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
@@ -133,3 +134,7 @@ class SkipGRU(Backbone):
             return self.fc(h)
 
         return run
+
+    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """The same GRU by torch's own layer, over whole sequences."""
+        return {"nn.GRU": lambda: self.fc(self.gru(inputs)[0][:, -1])}
