@@ -35,6 +35,10 @@ DECISIONS: dict[str, Decision] = {
             "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipEnv", "dynrl.envs.skip:SkipVectorEnv", "gated_resnet",
             "run or skip each residual block", "SkipNet (Wang et al. 2018)",
         ),
+        Decision(
+            "expert", "dynrl/Expert-v0", "dynrl.envs.expert:ExpertEnv", "dynrl.envs.expert:ExpertVectorEnv",
+            "expert_net", "choose one of a layer's unequal experts", "mixtures of experts (Shazeer et al. 2017)",
+        ),
     )
 }  # fmt: skip
 
