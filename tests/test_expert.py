@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dynrl.backbones import ExpertNet
+from dynrl.ops.backend import device_counts
+from tests.devices import NoHostSync
 
 WIDTHS = (0, 3, 8, 8)
 
@@ -32,7 +34,7 @@ def expert_by_expert(backbone, inputs, route):
         x = convolution(x.unsqueeze(0), "stem.0", stride=2).relu()
         x = convolution(x, "stem.1", stride=2).relu()
         for i, e in enumerate(experts):
-            x = convolution(x, f"mixes.{i}", groups=6)
+            x = convolution(x, f"layers.{i}.mix", groups=6)
             columns = x.flatten(2)[0]  # [C, positions]
             units = slice(sum(WIDTHS[:e]), sum(WIDTHS[: e + 1]))
             w1, b1, w2 = (p[f"layers.{i}.{name}"] for name in ("w1", "b1", "w2"))
@@ -62,7 +64,7 @@ def test_the_null_expert_is_free_and_hands_the_image_through():
     state = backbone.begin(torch.randn(5, 1, 8, 8))
     before = state.features.clone()
     (after,) = backbone.advance(state, torch.zeros(5, dtype=torch.int64))
-    torch.testing.assert_close(after.features, backbone.mixes[1](before), rtol=0, atol=0)
+    torch.testing.assert_close(after.features, backbone.layers[1].mix(before), rtol=0, atol=0)
 
 
 def test_gradient_reaches_only_the_experts_chosen():
@@ -70,8 +72,8 @@ def test_gradient_reaches_only_the_experts_chosen():
     route = torch.tensor([[1, 0], [1, 3], [3, 3]])
     backbone(torch.randn(3, 1, 8, 8), route).square().sum().backward()
     for i, layer in enumerate(backbone.layers):
-        grads = zip(layer.w1.grad.split(WIDTHS), layer.b1.grad.split(WIDTHS), layer.w2.grad.split(WIDTHS, 1), strict=True)
-        for e, parts in enumerate(grads):
+        grads = (layer.w1.grad.split(WIDTHS), layer.b1.grad.split(WIDTHS), layer.w2.grad.split(WIDTHS, 1))
+        for e, parts in enumerate(zip(*grads, strict=True)):
             reached = [bool(part.abs().sum() > 0) for part in parts]
             assert reached == [WIDTHS[e] > 0 and bool((route[:, i] == e).any())] * 3, (i, e)
 
@@ -82,6 +84,35 @@ def test_the_full_route_takes_the_last_expert_only():
     inputs = torch.randn(4, 1, 8, 8)
     expected = expert_by_expert(backbone, inputs, torch.full((4, 2), 3))
     torch.testing.assert_close(backbone(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_counts_on_the_device_give_the_same_without_a_wait(kernel_case):
+    backbone, inputs = small().for_inference().to(kernel_case), torch.randn(5, 1, 8, 8, device=kernel_case)
+    route = torch.tensor([[0, 3], [3, 1], [1, 1], [2, 0], [3, 3]], device=kernel_case)
+
+    def walk():
+        state = backbone.begin(inputs)
+        for actions in route.t():
+            (state,) = backbone.advance(state, actions)
+        return state.walk
+
+    expected = walk()
+    with device_counts():
+        walk()  # constants are made once
+        with NoHostSync():
+            got = walk()
+    torch.testing.assert_close(got.outputs, expected.outputs, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got.macs, expected.macs)
+
+
+@torch.no_grad()
+def test_compiled_in_one_graph():
+    backbone = small().for_inference()
+    compiled = torch.compile(backbone, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (9, 9, 14):
+        inputs, route = torch.randn(rows, 1, 8, 8), torch.randint(0, 4, (rows, 2))
+        torch.testing.assert_close(compiled(inputs, route), backbone(inputs, route), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

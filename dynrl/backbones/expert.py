@@ -13,7 +13,6 @@ from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_macs
-from dynrl.routes import draw_routes
 
 
 class _Convolution(nn.Module):
@@ -39,28 +38,34 @@ class _Convolution(nn.Module):
 
 
 class _Layer(nn.Module):
-    """x + w2_e relu(w1_e x + b1_e) at each position, for experts e side by side."""
+    """A depthwise convolution, which all images run, and experts side by side, of which each image takes one."""
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.widths = widths
+        self.mix = _Convolution(channels, channels, groups=channels)
+        self.mix.conv.weight.data[:, :, 1, 1] += 1  # it starts near the identity
+        hidden = torch.tensor(widths)
         self.w1 = nn.Parameter(torch.randn(sum(widths), channels) * (2 / channels) ** 0.5)
         self.b1 = nn.Parameter(torch.zeros(sum(widths)))
-        fan_in = torch.tensor(widths).repeat_interleave(torch.tensor(widths))
-        self.w2 = nn.Parameter(torch.randn(channels, sum(widths)) / fan_in.sqrt())
+        self.w2 = nn.Parameter(torch.randn(channels, sum(widths)) / hidden.repeat_interleave(hidden).sqrt())
 
     def experts(self) -> list[Expert]:
-        """Each expert by itself."""
+        """Each by itself."""
         parts = (self.w1.split(self.widths), self.b1.split(self.widths), self.w2.split(self.widths, 1))
         return [Expert(*of) for of in zip(*parts, strict=True)]
 
-    def gated(self, x: Tensor, gates: Tensor) -> Tensor:
-        """[n, H, W, C], all experts weighted by `gates` [n, experts]."""
-        share = gates.repeat_interleave(torch.tensor(self.widths, device=gates.device), 1)[:, None, None]
-        return x + F.linear(F.linear(x, self.w1, self.b1).relu() * share, self.w2)
-
     def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        return routed_experts(x, choice, self.w1, self.b1, self.w2, self.widths)
+        """[n, C, H, W], behind the convolution, through the experts chosen [n]."""
+        y = routed_experts(x.permute(0, 2, 3, 1), choice, self.w1, self.b1, self.w2, self.widths)
+        return y.permute(0, 3, 1, 2)
+
+    def gated(self, x: Tensor, gates: Tensor) -> Tensor:
+        """`forward` through all experts, weighted by `gates` [n, experts]."""
+        positions, hidden = x.permute(0, 2, 3, 1), torch.tensor(self.widths, device=x.device)
+        share = gates.repeat_interleave(hidden, 1)[:, None, None]
+        y = F.linear(F.linear(positions, self.w1, self.b1).relu() * share, self.w2)
+        return (positions + y).permute(0, 3, 1, 2)
 
 
 class ExpertNet(Backbone):
@@ -114,36 +119,36 @@ class ExpertNet(Backbone):
             _Convolution(input_shape[0], stem, stride=2, relu=True),
             _Convolution(stem, channels, stride=2, relu=True),
         )
-        self.mixes = nn.ModuleList(_Convolution(channels, channels, groups=channels) for _ in range(layers))
         self.layers = nn.ModuleList(_Layer(channels, self.widths) for _ in range(layers))
         self.fc = nn.Linear(channels, classes)
-        for mix in self.mixes:
-            mix.conv.weight.data[:, :, 1, 1] += 1  # starts near the identity
-
         self.points = tuple(Point(f"layer{i}", len(widths)) for i in range(1, layers + 1))
         self.max_steps, self.feature_width = layers, channels
         self.full_route = (len(widths) - 1,) * layers
-        first, shape = count_macs(nn.Sequential(*self.stem, self.mixes[0]), self.input_shape)
+        start, shape = count_macs(self.stem, self.input_shape)
         experts = [routed_experts_macs(shape[1] * shape[2], channels, width) for width in widths]
-        after = [*(count_macs(mix, shape)[0] for mix in self.mixes[1:]), count_macs(self.fc, (channels,))[0]]
-        self._set_costs(first, [[macs + fixed for macs in experts] for fixed in after])
+        mix, head = count_macs(self._layers[0].mix, shape)[0], count_macs(self.fc, (channels,))[0]
+        after = [mix] * (layers - 1) + [head]
+        self._set_costs(start + mix, [[macs + fixed for macs in experts] for fixed in after])
+
+    @property
+    def _layers(self) -> list[_Layer]:
+        return list(self.layers)  # type: ignore[arg-type]
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        return State(walk, 0, rows, self.mixes[0](self.stem(inputs)))
+        return State(walk, 0, rows, self._layers[0].mix(self.stem(inputs)))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        return [self._layer(state, lambda layer, x: layer(x, action))]
+        return [self._go_on(state, self.layers[state.point](state.features, action))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        return self._layer(state, lambda layer, x: layer.gated(x, gates))
-
-    def _layer(self, state: State, run: Callable[[nn.Module, Tensor], Tensor]) -> State:
-        """Run the point's experts, then what leads to the next point or to the end."""
         assert state.features is not None
-        x = run(self.layers[state.point], state.features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self._go_on(state, self._layers[state.point].gated(state.features, gates))
+
+    def _go_on(self, state: State, x: Tensor) -> State:
+        """From behind the experts to the next point or the end."""
         following = state.point + 1
         if following < len(self.points):
-            return State(state.walk, following, state.rows, self.mixes[following](x))
+            return State(state.walk, following, state.rows, self._layers[following].mix(x))
         state.walk.put_output(state.rows, self._head(x))
         return State(state.walk, END, state.rows, None)
 
@@ -167,11 +172,10 @@ class ExpertNet(Backbone):
 
         def run() -> Tensor:
             x = self.stem(inputs)
-            for mix, layer, sizes in zip(self.mixes, self.layers, counts, strict=True):
-                x = mix(x)
-                for expert, width, part in zip(
-                    layer.experts(), self.widths, x.permute(0, 2, 3, 1).split(sizes), strict=True
-                ):
+            for layer, sizes in zip(self._layers, counts, strict=True):
+                x = layer.mix(x)
+                parts = x.permute(0, 2, 3, 1).split(sizes)
+                for expert, width, part in zip(layer.experts(), self.widths, parts, strict=True):
                     if width and len(part):
                         expert(part)
             return self._head(x)

@@ -61,8 +61,8 @@ def routed_experts_ref(
     Returns:
         [n, ..., C].
 
-    Source: experts as the feed-forward layer (Shazeer et al. 2017, ICLR, section 2), of unequal width (Wang et al. 2025,
-    "HMoE", EMNLP); the null expert is the copy expert of MoE++ (Jin et al. 2025, ICLR).
+    Source: experts as the feed-forward layer (Shazeer et al. 2017, ICLR, section 2), of unequal width (Wang et al.
+    2025, "HMoE", EMNLP); the null expert is the copy expert of MoE++ (Jin et al. 2025, ICLR).
     """
     positions, routing = x.reshape(-1, x.shape[-1]), route_ref(choice, len(splits)).repeated(math.prod(x.shape[1:-1]))
     hidden = routed_linear_ref(positions, w1, routing, b1, splits=splits, relu=True, sorted_out=True)
