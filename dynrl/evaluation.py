@@ -195,6 +195,25 @@ def static_routes(
         found.append((route, cost(route), metric))
 
 
+def uniform_routes(
+    backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None
+) -> list[tuple[tuple[int, ...], float, float]]:
+    """The static routes that make the same choice at every step, such as the best single expert; closed ones as what
+    runs in their place.
+
+    Returns:
+        [(route, MACs fraction, metric on `split`)], from dear to cheap, of equally dear ones the best first. `tick` is
+        called after each.
+    """
+    found = []
+    for choice in range(backbone.num_choices):
+        route = (choice,) * backbone.max_steps
+        metric, _, macs = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        found.append((route, float(macs.mean()), float(metric.mean())))
+        tick()
+    return sorted(found, key=lambda of: (-of[1], split.task.error(of[2])))
+
+
 def oracle_routes(
     backbone: Backbone, split: Split, candidates: list[tuple[int, ...]], tick: Callable[[], Any] = lambda: None
 ) -> Tensor:

@@ -42,6 +42,10 @@ DECISIONS: dict[str, Decision] = {
             "stop at an early classifier or go on", "BranchyNet (2016), MSDNet (Huang et al. 2018)",
         ),
         Decision(
+            "expert", "dynrl/Expert-v0", "dynrl.envs.expert:ExpertEnv", "dynrl.envs.expert:ExpertVectorEnv",
+            "expert_net", "choose one of a layer's unequal experts", "mixtures of experts (Shazeer et al. 2017)",
+        ),
+        Decision(
             "hidden-update", "dynrl/HiddenUpdate-v0", "dynrl.envs.hidden_update:HiddenUpdateEnv",
             "dynrl.envs.hidden_update:HiddenUpdateVectorEnv", "skip_gru",
             "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",

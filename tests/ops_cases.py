@@ -18,6 +18,7 @@ from dynrl.ops.gated_cell import gated_cell, gated_cell_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.pooled import pooled, pooled_ref
 from dynrl.ops.route import route, route_ref
+from dynrl.ops.routed_experts import routed_experts, routed_experts_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
@@ -40,6 +41,8 @@ COMPACT_SLICES: dict[str, Constants] = {
 }
 # No op computes a row that did not ask for it.
 COMPACT: Constants = {**COMPACT_BLOCK, **COMPACT_ROWS["compacted"], **COMPACT_SLICES["compacted"]}
+# Two positions at a time, and rows moved as large ones are.
+FEW_HIDDEN: dict[str, Constants] = {name: {**how, ("routed_experts", "HIDDEN"): 70} for name, how in MOVES.items()}
 MAPS = ("contiguous", "channels_last", "sliced", "sliced channels_last")
 
 
@@ -354,6 +357,33 @@ ROUTED_LINEAR = [
 ]  # fmt: skip
 
 
+# routed_experts
+
+
+def experts_case(name: str, splits: tuple[int, ...], *positions: int) -> Case:
+    def make(s: Setting) -> Args:
+        width = sum(splits)
+        return {
+            "x": s.rows(s.n, *positions, INPUTS),
+            "choice": s.choice(len(splits)),
+            "w1": s.rows(width, INPUTS, scale=INPUTS**-0.5),
+            "b1": s.randn(width),
+            "w2": s.rows(INPUTS, width, scale=0.25),
+            "splits": splits,
+        }
+
+    grads = ("x", "w1", "b1", "w2")
+    return Case(
+        "routed_experts", name, routed_experts, routed_experts_ref, make, overwrites="x", grads=grads, also=FEW_HIDDEN
+    )
+
+
+ROUTED_EXPERTS = [
+    experts_case("", SPLITS),
+    experts_case("of maps", (0, 5, 8, 8), 3, 2),
+]
+
+
 # sliced_linear
 
 
@@ -477,6 +507,7 @@ CASES = [
     *(route_case(*of) for of in ((torch.int64, 2), (torch.int32, 1), (torch.int64, 5))),
     *GATED_RESIDUAL,
     *ROUTED_LINEAR,
+    *ROUTED_EXPERTS,
     *SLICED_LINEAR,
     *SLICED_CONV,
     cell_case("", cell),

@@ -15,12 +15,21 @@ import torch
 import dynrl
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.cost import count_macs
-from dynrl.data import load_dataset
-from dynrl.evaluation import ORACLE_PRICE, calibrate, oracle_routes, random_rate, score, score_routes, static_routes
+from dynrl.data import Split, load_dataset
+from dynrl.evaluation import (
+    ORACLE_PRICE,
+    calibrate,
+    oracle_routes,
+    random_rate,
+    score,
+    score_routes,
+    static_routes,
+    uniform_routes,
+)  # fmt: skip
 from dynrl.observation import FusedChoice, Layout, LinearChoice, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
-from tests.cases import REGISTERED, make_backbone, numbers_split, vector_env
+from tests.cases import BACKBONES, REGISTERED, make_backbone, numbers_split, vector_env
 from tests.toys import Branching, Exiting, Looping
 
 PRICES = (0.01, 1.0)
@@ -317,6 +326,18 @@ def test_static_search_and_oracle(small_backbone):
     for route, _, _ in found:
         ever = ever.maximum(score_routes(backbone, StaticPolicy(route).route(split.inputs), split)[0])
     assert torch.equal(right, ever)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_uniform_routes_are_plugged_ones(name):
+    backbone = make_backbone(name)
+    split = Split(torch.randn(12, *backbone.input_shape), torch.arange(12) % 2)
+    found = uniform_routes(backbone, split)
+    assert sorted(route for route, _, _ in found) == [(c,) * backbone.max_steps for c in range(backbone.num_choices)]
+    assert [macs for _, macs, _ in found] == sorted((macs for _, macs, _ in found), reverse=True)
+    for route, macs, accuracy in found:
+        plugged = score(dynrl.plug(backbone, StaticPolicy(route)), split)
+        assert (plugged.macs_fraction, plugged.metric) == (pytest.approx(macs), pytest.approx(accuracy))
 
 
 def test_oracle_of_a_regression():
