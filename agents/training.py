@@ -1,30 +1,30 @@
-"""Train a policy with RLlib to the end, through kills and Ctrl-C."""
+"""Train a policy to the end, through kills and Ctrl-C: alone, or in turn with its backbone."""
 
 from __future__ import annotations
 
-import shutil
+import importlib
 import signal
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from dynrl.agents.metrics import TrainingLog
-from dynrl.agents.rllib import ppo_config, router_of, start_ray
-from dynrl.backbones import Backbone
-from dynrl.envs import decision as decision_row
+from dynrl.backbones import Backbone, load_backbone
+from dynrl.data import load_dataset
+from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.observation import Layout
 from dynrl.policies import Router
 from dynrl.progress import progress
 from dynrl.tasks import TASKS
 
-KEEP_CHECKPOINTS = 2
+# Names are strings, so that gates are trained without ray.
+AGENTS = {"ppo": "dynrl.agents.ppo:PPO", "gate": "dynrl.agents.gates:Gates"}
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ class Settings:
 
     Attributes:
         decision, data: names.
-        steps: decisions in all.
+        steps: decisions in all; with a plan of fine-tuning, those before its first round.
+        agent: a name in `AGENTS`.
         seed: of weights, inputs, prices and exploration.
         router_hidden: units of the policy's hidden layer, 0 for a linear one.
-        num_envs: inputs that walk side by side in one runner.
-        num_env_runners: remote processes that sample; 0 samples in this one.
+        num_envs: inputs that walk side by side in one runner; of gates, a batch.
+        num_env_runners: remote processes that sample (PPO's only); 0 samples in this one.
         price_range, accuracy_term: see `RoutingVectorEnv`.
         checkpoint_every: training iterations between checkpoints.
     """
@@ -45,6 +46,7 @@ class Settings:
     decision: str
     data: str
     steps: int
+    agent: str = "ppo"
     seed: int = 0
     router_hidden: int = 64
     num_envs: int = 64
@@ -54,114 +56,172 @@ class Settings:
     checkpoint_every: int = 10
 
 
-def train_policy(settings: Settings, backbone: Backbone, backbone_file: Path, folder: Path) -> tuple[Router, bool]:
-    """Train a policy for `backbone` (saved as `backbone_file`), going on from the newest checkpoint in `folder`.
+class Stop:
+    """Whether the user wants to stop."""
 
-    Checkpoints go to `folder/checkpoints`, TensorBoard's files to `folder`.
-
-    Returns:
-        the router, and whether all steps were done (False after Ctrl-C).
-
-    Raises:
-        ValueError: the weights are no longer finite; the last checkpoint stays.
-    """
-    checkpoints = folder / "checkpoints"
-    started = start_ray(num_cpus=max(2, settings.num_env_runners + 1))
-    # The full network's choice is the favoured one at the start; where points differ in it, the commonest.
-    router = {
-        **Layout.of(backbone).to_dict(),
-        "price_range": list(settings.price_range),
-        "hidden": settings.router_hidden,
-        "start": statistics.mode(backbone.full_route),
-    }
-    # Whole walks, so that each has its end: eight of them, or of long ones some seventy steps.
-    walks = max(1, min(8, 72 // backbone.max_steps))
-    env_config = {
-        "backbone": str(backbone_file.resolve()), "data": settings.data,
-        "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
-    }  # fmt: skip
-    config = ppo_config(
-        decision_row(settings.decision).env_id, env_config, router, seed=settings.seed, num_envs=settings.num_envs,
-        rollout=walks * backbone.max_steps, num_env_runners=settings.num_env_runners, total_steps=settings.steps,
-    )  # fmt: skip
-    algorithm = config.build_algo()
-    try:
-        done, newest = 0, newest_checkpoint(checkpoints)
-        if newest is not None:
-            algorithm.restore_from_path(newest.resolve())
-            done = int(newest.name.removeprefix("checkpoint_"))
-        iteration = algorithm.iteration
-        finished = True
-        with (
-            TrainingLog(folder, begins_after=done) as log,
-            progress(total=settings.steps, initial=done, desc="learning", unit="step", unit_scale=True) as bar,
-            stop_on_interrupt() as stop,
-        ):
-            while done < settings.steps:
-                start = time.perf_counter()
-                result = algorithm.train()
-                steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"])
-                scalars = scalars_of(result)
-                scalars["throughput/steps_per_s"] = (steps - done) / (time.perf_counter() - start)
-                log.write(steps, scalars)
-                bar.update(min(steps, settings.steps) - min(done, settings.steps))
-                shown = ("reward", *TASKS, "macs_fraction", "routes/distinct")
-                bar.set_postfix({tag: f"{scalars[tag]:.3g}" for tag in shown if tag in scalars}, refresh=False)
-                done, iteration = steps, iteration + 1
-                if not all(torch.isfinite(p).all() for p in router_of(algorithm).parameters()):
-                    raise ValueError(f"the policy's weights are no longer finite after {done} steps; see {checkpoints}")
-                over = done >= settings.steps or stop.is_set
-                if over or iteration % settings.checkpoint_every == 0:
-                    save_checkpoint(algorithm, checkpoints, done)
-                if stop.is_set:
-                    finished = done >= settings.steps
-                    break
-        return router_of(algorithm), finished
-    finally:
-        algorithm.stop()
-        if started:
-            ray.shutdown()  # what follows is timed: ray's processes should not share its cores
-
-
-def scalars_of(result: dict[str, Any]) -> dict[str, float]:
-    """The scalars of one RLlib training result, by the tags of `TrainingLog`."""
-    sampled, learned = result["env_runners"], result["learners"]["default_policy"]
-    route = sampled.get("route", {})
-    scalars: dict[str, Any] = {"reward": sampled.get("episode_return_mean"), **route.get("mean", {})}
-    scalars["routes/distinct"] = route.get("distinct")
-    scalars |= {f"rate/{tag}": value for tag, value in route.get("rate", {}).items()}
-    for name, key in (("loss/policy", "policy_loss"), ("loss/value", "vf_loss"), ("entropy", "entropy")):
-        scalars[name] = learned.get(key)
-    scalars["loss/value_explained"] = learned.get("vf_explained_var")
-    return {tag: float(value) for tag, value in scalars.items() if value is not None}
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    return max(folder.glob("checkpoint_*"), default=None)
-
-
-def save_checkpoint(algorithm: Any, folder: Path, steps: int) -> None:
-    """Save aside, then rename: a checkpoint that bears its name is whole. Older ones than the last two go."""
-    aside = folder / ".unfinished"
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    algorithm.save_to_path(aside.resolve())
-    target = folder / f"checkpoint_{steps:012d}"
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    for old in sorted(folder.glob("checkpoint_*"))[:-KEEP_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-class _Stop:
     is_set = False
 
 
+class Agent:
+    """What learns a policy, the backbone frozen. A context: it may hold processes, and holds open files.
+
+    An agent's file fills in the hooks of the first part. Checkpoints go to `folder/checkpoints`, TensorBoard's files
+    to `folder`.
+
+    Args:
+        settings: as they are.
+        backbone_file: the backbone; `reload` reads it again.
+        folder: of the run. Training goes on from its newest checkpoint.
+        total: decisions in all: the end of its schedules.
+    """
+
+    steps: int  # decisions learned from so far
+
+    def __init__(self, settings: Settings, backbone_file: Path, folder: Path, total: int) -> None:
+        self.settings, self.backbone_file, self.total = settings, backbone_file, total
+        self.checkpoints = folder / "checkpoints"
+        self._iteration, self._folder = 0, folder
+        self._held = ExitStack()
+
+    # for the agent to write --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Set up, restore the newest checkpoint and set `steps`; what must end again goes on the stack `_held`."""
+        raise NotImplementedError
+
+    def iterate(self) -> dict[str, float]:
+        """Learn from some more decisions, counted in `steps`; scalars by the tags of `TrainingLog`."""
+        raise NotImplementedError
+
+    def router(self) -> Router:
+        """The policy as it is; a copy."""
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """Write a checkpoint, all or nothing."""
+        raise NotImplementedError
+
+    def reload(self) -> None:
+        """Go on with the backbone that now lies in `backbone_file`."""
+        raise NotImplementedError
+
+    # the same for all --------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Agent:
+        with ExitStack() as held:
+            self._held = held
+            self.start()
+            self._log = held.enter_context(TrainingLog(self._folder, begins_after=self.steps))
+            self._bar = held.enter_context(
+                progress(total=self.total, initial=self.steps, desc="learning", unit="step", unit_scale=True)
+            )
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._held.close()
+
+    def write(self, scalars: dict[str, float]) -> None:
+        """Show `scalars` in TensorBoard at the present step."""
+        self._log.write(self.steps, scalars)
+
+    def learn(self, until: int, stop: Stop) -> None:
+        """Learn until `steps` has reached `until` or `stop` is set, and write a checkpoint.
+
+        Raises:
+            ValueError: the weights are no longer finite; the last checkpoint stays.
+        """
+        while self.steps < until and not stop.is_set:
+            before, start = self.steps, time.perf_counter()
+            scalars = self.iterate()
+            self._iteration += 1
+            scalars["throughput/steps_per_s"] = (self.steps - before) / (time.perf_counter() - start)
+            self.write(scalars)
+            self._bar.update(min(self.steps, self.total) - min(before, self.total))
+            shown = ("reward", *TASKS, "macs_fraction", "routes/distinct")
+            self._bar.set_postfix({tag: f"{scalars[tag]:.3g}" for tag in shown if tag in scalars}, refresh=False)
+            if not all(torch.isfinite(p).all() for p in self.router().parameters()):
+                raise ValueError(
+                    f"the policy's weights are no longer finite after {self.steps} steps; see {self.checkpoints}"
+                )
+            if self.steps >= until or stop.is_set or self._iteration % self.settings.checkpoint_every == 0:
+                self.save()
+
+
+def open_agent(settings: Settings, backbone_file: Path, folder: Path, total: int) -> Agent:
+    """The agent that `settings` name; to be entered."""
+    module, name = AGENTS[settings.agent].split(":")
+    agent: Agent = getattr(importlib.import_module(module), name)(settings, backbone_file, folder, total)
+    return agent
+
+
+def router_arguments(backbone: Backbone, settings: Settings) -> dict[str, Any]:
+    """`Router`'s arguments for a policy of `backbone`."""
+    return {
+        **Layout.of(backbone).to_dict(),
+        "price_range": list(settings.price_range),
+        "hidden": settings.router_hidden,
+        # The full network's choice is the favoured one at the start; where points differ in it, the commonest.
+        "start": statistics.mode(backbone.full_route),
+    }
+
+
+def train_policy(settings: Settings, backbone_file: Path, folder: Path) -> tuple[Router, bool]:
+    """Train a policy for a backbone that stays as it is, going on from the newest checkpoint in `folder`.
+
+    Returns:
+        the policy, and whether all steps were done (False after Ctrl-C).
+    """
+    with stop_on_interrupt() as stop, open_agent(settings, backbone_file, folder, settings.steps) as agent:
+        agent.learn(settings.steps, stop)
+        return agent.router(), agent.steps >= settings.steps
+
+
+def train_jointly(
+    settings: Settings, plan: Finetuning, backbone_file: Path, reference: Backbone, folder: Path
+) -> tuple[Router, bool]:
+    """Train a policy and its backbone in turn, going on where `folder` says they are.
+
+    First the policy learns from `settings.steps` decisions; then each round fine-tunes the backbone on the routes of
+    the policy as it is, writes it, and lets the policy learn on it.
+
+    Args:
+        backbone_file: changed after each round, all or nothing; its notes say how many there were (`rounds`).
+        reference: the dense network that the backbone is distilled from: one for all rounds, since a backbone that
+            follows itself drifts (measured: its full route lost up to 0.7 points).
+
+    Returns:
+        the policy, and whether all rounds were done (False after Ctrl-C).
+    """
+    backbone, notes = load_backbone(backbone_file)
+    done, total = notes.get("rounds", 0), settings.steps + plan.rounds * plan.steps
+    tuner = Finetuner(
+        backbone, reference, load_dataset(settings.data), plan, settings.price_range, settings.seed,
+        folder / "checkpoints" / "finetuning.pt",
+    )  # fmt: skip
+    with (
+        stop_on_interrupt() as stop,
+        open_agent(settings, backbone_file, folder, total) as agent,
+        progress(total=tuner.total, initial=tuner.batches, desc="fine-tuning", unit="batch") as bar,
+    ):
+        while True:
+            agent.learn(settings.steps + done * plan.steps, stop)
+            if stop.is_set or done == plan.rounds:
+                break
+            scalars = tuner.train(agent.router(), done + 1, lambda: stop.is_set, bar.update)
+            agent.write({f"finetuning/{tag}": value for tag, value in scalars.items()})
+            if stop.is_set:
+                break
+            done += 1
+            tuner.backbone.save(backbone_file, **notes | {"rounds": done})
+            agent.reload()
+        return agent.router(), done == plan.rounds and agent.steps >= total
+
+
 @contextmanager
-def stop_on_interrupt() -> Iterator[_Stop]:
+def stop_on_interrupt() -> Iterator[Stop]:
     """Within the block the first Ctrl-C sets `is_set`, so that an iteration is never torn; the second raises."""
-    stop = _Stop()
+    stop = Stop()
 
     def note(number: int, frame: Any) -> None:
         if stop.is_set:

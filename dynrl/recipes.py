@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from dynrl.backbones import FAMILIES, Backbone
 from dynrl.data import Dataset, check_dataset
+from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
 
 
@@ -24,6 +25,7 @@ class Defaults:
         pretraining: how the backbone is trained.
         steps: decisions a policy is trained for.
         router_hidden: units of the policy's hidden layer; 0 for a linear one, where a step of the network costs little.
+        finetuning: how backbone and policy are then trained in turn, where that is asked for.
     """
 
     family: str
@@ -31,6 +33,7 @@ class Defaults:
     pretraining: Recipe
     steps: int
     router_hidden: int = 64
+    finetuning: Finetuning = field(default_factory=Finetuning)
 
     def changed(self, settings: Sequence[str]) -> Defaults:
         """The same with other settings of the backbone, each NAME=VALUE, the value in JSON or a word as it is.

@@ -55,6 +55,7 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
+    _act: Callable[[Tensor], Tensor]
     _linear: LinearChoice | None = None
     _fused: FusedChoice | None = None
 

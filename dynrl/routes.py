@@ -1,6 +1,8 @@
-"""Random routes: what backbones are trained on, and what learned routes must beat."""
+"""Random routes: what backbones are trained on, and what learned routes must beat. Random prices of their compute."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,3 +16,9 @@ def draw_routes(
     other = torch.randint(1, choices, full.shape, generator=generator)
     leave = torch.rand(full.shape, generator=generator) >= rate.unsqueeze(1)
     return torch.where(leave, (full + other) % choices, full)
+
+
+def draw_prices(price_range: tuple[float, float], count: int, generator: torch.Generator | None = None) -> Tensor:
+    """[count] prices of compute, uniform in their logarithm."""
+    low, high = map(math.log, price_range)
+    return torch.exp(low + (high - low) * torch.rand(count, generator=generator))

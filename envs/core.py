@@ -7,7 +7,7 @@ Gymnasium's edge is crossed. The single environment is the batched one with one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynrl.backbones import END, Backbone, State, merge, shared_backbone
-from dynrl.data import Dataset, load_dataset
+from dynrl.data import Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.observation import Layout, observation
 from dynrl.tasks import CLASSIFICATION, Task
@@ -50,6 +50,33 @@ def check_accuracy_term(name: str, task: Task) -> None:
             f"the accuracy term 'correct' is for classes, this task's metric is {task.metric}; choose 'distillation' "
             "or 'log_likelihood'"
         )
+
+
+def accuracy(name: str, task: Task, output: Tensor, target: Tensor, dense: Callable[[], Tensor]) -> Tensor:
+    """[n] the accuracy term of that name; `dense()` gives what the dense network says, where the term asks for it."""
+    if name == "distillation":
+        return distillation(task, output, target, dense())
+    return task.log_likelihood(output, target) if name == "log_likelihood" else task.score(output, target)
+
+
+class DenseOutputs:
+    """What the dense network says of the inputs of a split, computed when first asked for and kept."""
+
+    def __init__(self, backbone: Backbone, split: Split) -> None:
+        self._backbone, self._split = backbone, split
+        self._known: Tensor | None = None  # NaN where nobody has asked yet
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, ...] for `rows` [n] of the split."""
+        inputs = self._split.inputs
+        if self._known is None:
+            first = self._backbone(inputs[rows[:1]])
+            self._known = first.new_full((len(inputs), *first.shape[1:]), torch.nan)
+        missing = rows[self._known[rows].flatten(1)[:, 0].isnan()].unique()
+        if len(missing):
+            self._known[missing] = self._backbone(inputs[missing])
+        return self._known[rows]
 
 
 def check_price_range(prices: Sequence[float]) -> tuple[float, float]:
@@ -147,7 +174,7 @@ class RoutingVectorEnv(VectorEnv):
         self._seeds: np.ndarray | None = None
         self._episodes = np.zeros(num_envs, np.int64)
         self._prices = torch.zeros(num_envs)
-        self._dense: Tensor | None = None  # the dense network's outputs for inputs drawn so far, NaN for the others
+        self._dense = DenseOutputs(self.backbone, self._split)
         self._drawn = torch.zeros(num_envs, dtype=torch.int64)  # which input of the split each row walks with
         self._states: dict[int, State] = {}
         self._ended: State | None = None  # rows that stand at the end and wait for their reset
@@ -272,12 +299,8 @@ class RoutingVectorEnv(VectorEnv):
             output, drawn = self.backbone.output(end), self._drawn[end.rows]
             target = self._split.targets[drawn]
             metric = self.task.score(output, target)
-            if self.accuracy_term == "distillation":
-                accuracy_term[end.rows] = distillation(self.task, output, target, self._dense_outputs(drawn))
-            elif self.accuracy_term == "log_likelihood":
-                accuracy_term[end.rows] = self.task.log_likelihood(output, target)
-            else:
-                accuracy_term[end.rows] = metric
+            earned = accuracy(self.accuracy_term, self.task, output, target, lambda: self._dense(drawn))
+            accuracy_term[end.rows] = earned
             terminated[end.rows] = True
             info[self.task.metric] = torch.zeros(self.num_envs).index_copy(0, end.rows, metric)
             info["macs_fraction"] = walk.macs / self.backbone.dense_macs
@@ -294,16 +317,6 @@ class RoutingVectorEnv(VectorEnv):
             else:
                 self._ended = waiting if end is None else merge([waiting, end])[END]
         return self._observe(), accuracy_term + cost_term, terminated, info
-
-    def _dense_outputs(self, drawn: Tensor) -> Tensor:
-        """[n, ...] the dense network's outputs for inputs `drawn` [n] of the split; each is computed once."""
-        if self._dense is None:
-            known = self.backbone(self._split.inputs[drawn[:1]])
-            self._dense = known.new_full((len(self._split), *known.shape[1:]), torch.nan)
-        missing = drawn[self._dense[drawn].flatten(1)[:, 0].isnan()].unique()
-        if len(missing):
-            self._dense[missing] = self.backbone(self._split.inputs[missing])
-        return self._dense[drawn]
 
     def _observe_only(self, state: State) -> Tensor:
         view = torch.zeros(self.num_envs, self.layout.width)

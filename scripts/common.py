@@ -10,6 +10,14 @@ from typing import Any
 
 from dynrl.files import read_json
 
+PRETRAINED = "backbone-pretrained.safetensors"  # in a run that fine-tuned its backbone: what that was before
+
+
+def pretrained_file(run: Path) -> Path:
+    """The backbone of a run (or of `dynrl pretrain`) as it was before any fine-tuning."""
+    kept = run / PRETRAINED
+    return kept if kept.is_file() else run / "backbone.safetensors"
+
 
 def use_threads(count: int | None) -> None:
     """Let torch use `count` threads; None: one a core. More than cores slow training down 4 to 5 times (measured)."""

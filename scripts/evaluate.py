@@ -1,6 +1,7 @@
 """Report accuracy (or squared error), MACs and measured time of run folders: `report.json`, `report.png` and a table.
 
-Several runs (policy seeds on one backbone) make one report of means and spreads.
+Several runs (policy seeds, agents, fine-tuned or not) of one pretrained backbone make one report: a row for each kind
+of run, with mean and spread over its seeds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
+MARKERS = {
+    "learned": "o-", "gate": "v-", "learned tuned": "D-", "gate tuned": "P-", "random": "s--", "static": "^:",
+    "oracle": "*",
+}  # fmt: skip
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Args:
     """Settings of `dynrl evaluate`."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders of one backbone and data set."""
+    """Run folders of one pretrained backbone and data set."""
     out: Path | None = None
     """Folder for report.json and report.png; default: the run folder, if there is one only."""
     batch_size: int = 256
@@ -60,21 +65,26 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str,
     from dynrl.data import load_dataset
     from dynrl.files import write_json
     from dynrl.routed import load
-    from dynrl.scripts.common import commit, read_config
+    from dynrl.scripts.common import commit, pretrained_file, read_config
 
     configs = [read_config(run) for run in runs]
-    models = [load(run) for run in runs]
-    backbone, _ = load_backbone(runs[0] / "backbone.safetensors")
-    if len({model.backbone.fingerprint() for model in models}) > 1 or len({c["data"] for c in configs}) > 1:
+    backbones = [load_backbone(pretrained_file(run))[0] for run in runs]
+    if len({b.fingerprint() for b in backbones}) > 1 or len({c["data"] for c in configs}) > 1:
         raise ValueError("these runs have different backbones or data sets; only policies of one backbone compare")
+    models: dict[str, list[RoutedModel]] = {}
+    seeds: dict[str, list[int]] = {}
+    for run, config in zip(runs, configs, strict=True):
+        name = _row_name(run, config)
+        models.setdefault(name, []).append(load(run))
+        seeds.setdefault(name, []).append(config["seed"])
     plain_file = runs[0] / "plain.safetensors"
     plain = load_backbone(plain_file)[0] if plain_file.is_file() else None
     dataset = load_dataset(configs[0]["data"])
     out.mkdir(parents=True, exist_ok=True)
     report = {
         "decision": configs[0]["decision"], "data": dataset.name, "metric": dataset.task.metric,
-        "seeds": [config["seed"] for config in configs], "date": f"{date.today()}", "commit": commit(),
-        **measure(backbone, plain, models, dataset, batch_size),
+        "seeds": seeds, "date": f"{date.today()}", "commit": commit(),
+        **measure(backbones[0], plain, models, dataset, batch_size),
     }  # fmt: skip
     write_json(out / "report.json", report)
     draw(report, out / "report.png")
@@ -82,10 +92,32 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str,
     return report
 
 
+def _row_name(run: Path, config: dict[str, Any]) -> str:
+    """What a report calls a run: by its agent, and whether its backbone was fine-tuned."""
+    from dynrl.scripts.common import PRETRAINED
+
+    agent = {"ppo": "learned", "gate": "gate"}[config["agent"]]
+    return f"{agent} tuned" if (run / PRETRAINED).exists() else agent
+
+
+def show_seeds(report: dict[str, Any]) -> str:
+    """The seeds behind each row, in words."""
+    return "; ".join(f"{name} {', '.join(map(str, seeds))}" for name, seeds in report["seeds"].items())
+
+
 def measure(
-    backbone: Backbone, plain: Backbone | None, models: list[RoutedModel], dataset: Dataset, batch_size: int
+    backbone: Backbone,
+    plain: Backbone | None,
+    models: dict[str, list[RoutedModel]],
+    dataset: Dataset,
+    batch_size: int,
 ) -> dict[str, Any]:
-    """All figures of a report; see README, "Reading a report"."""
+    """All figures of a report; see README, "Reading a report".
+
+    Args:
+        backbone: pretrained; what random, static and oracle routes run on.
+        models: by the names of their rows; those of fine-tuned runs have backbones of their own.
+    """
     import torch
 
     from dynrl import evaluation as ev
@@ -95,7 +127,7 @@ def measure(
 
     test, task, metric = dataset.test, dataset.task, dataset.task.metric
     validation = dataset.validation.head(1024)
-    frozen = models[0].backbone
+    frozen = backbone.for_inference()
     batch = test.inputs[:batch_size]
     dense_route = frozen.dense_actions(len(test))
     points: list[dict[str, Any]] = []
@@ -116,9 +148,9 @@ def measure(
             }
         )  # fmt: skip
 
-    def add_sides(routed: Callable[[], Any], route: torch.Tensor) -> None:
+    def add_sides(network: Backbone, routed: Callable[[], Any], route: torch.Tensor) -> None:
         name = len(points) - 1
-        sides[f"{name}/routed"], sides[f"{name}/ideal"] = routed, frozen.ideal(batch, route)
+        sides[f"{name}/routed"], sides[f"{name}/ideal"] = routed, network.ideal(batch, route)
 
     def add_routes(policy: str, budget: float | None, drawn: list[torch.Tensor]) -> None:
         scores = []
@@ -128,36 +160,50 @@ def measure(
             scores.append(ev.Score(float(scored.mean()), float(macs.mean()), 0.0, distinct))
         add(policy, budget, scores)
         route = drawn[0][: len(batch)]
-        add_sides(lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
+        add_sides(frozen, lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
+
+    def add_models(name: str, budget: float, reached: list[RoutedModel]) -> None:
+        for model in reached:
+            model.set_budget(budget)
+        first, price = reached[0], reached[0].price
+        add(name, budget, [ev.score(model, test) for model in reached], price)
+
+        def routed() -> torch.Tensor:
+            first.set_price(price)
+            return first(batch)
+
+        routed()
+        assert first.last_route is not None
+        add_sides(first.backbone, routed, first.last_route.actions)
 
     tries, found = ev.static_tries(backbone)
     candidates, rounds = 24, 11
-    total = 3 * len(BUDGETS) + tries + found + candidates + rounds
+    total = (2 + len(models)) * len(BUDGETS) + 1 + tries + found + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
-        all_execute = float(ev.score_routes(frozen, dense_route, test)[0].mean())
-        alone = None
-        if plain is not None:
-            alone = float(ev.score_routes(plain.for_inference(), dense_route, test)[0].mean())
+
+        def full_route(network: Backbone) -> float:
+            return float(ev.score_routes(network, dense_route, test)[0].mean())
+
+        original = frozen.fingerprint()
+        own = [model.backbone for mine in models.values() for model in mine]
+        tuned = [full_route(network) for network in own if network.fingerprint() != original]
+        full_routes = {
+            "all_execute": full_route(frozen),
+            "plain": None if plain is None else full_route(plain.for_inference()),
+            "tuned": sum(tuned) / len(tuned) if tuned else None,
+        }
         for budget in BUDGETS:
-            scores, reached = [], [model for model in models if _reaches(model, budget)]
-            for model in reached:
-                model.set_budget(budget)
-                scores.append(ev.score(model, test))
-            if scores:
-                first, price = reached[0], reached[0].price
-                add("learned", budget, scores, price)
-
-                def routed(model: RoutedModel = first, price: float = price) -> torch.Tensor:
-                    model.set_price(price)
-                    return model(batch)
-
-                routed()
-                assert first.last_route is not None
-                add_sides(routed, first.last_route.actions)
-                rate = ev.random_rate(frozen, validation.inputs[:256], points[-1]["macs_fraction"])
+            spent = None
+            for name, mine in models.items():
+                if reached := [model for model in mine if _reaches(model, budget)]:
+                    add_models(name, budget, reached)
+                    spent = spent or points[-1]["macs_fraction"]
+                bar.update()
+            if spent:
+                rate = ev.random_rate(frozen, validation.inputs[:256], spent)
                 policies = [RandomPolicy(frozen.full_route, frozen.num_choices, rate, s) for s in range(RANDOM_SEEDS)]
                 add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
-            bar.update(2)
+            bar.update()
         static = ev.static_routes(frozen, validation, bar.update)
         for budget in BUDGETS:
             affordable = [found for found in static if found[1] <= budget]
@@ -179,9 +225,8 @@ def measure(
         point |= {"latency_ms": ms, "speedup": dense / ms, "realised_ratio": ideal / ms}
     return {
         "dense": {
-            metric: min((value for value in (all_execute, alone) if value is not None), key=task.error),
-            f"all_execute_{metric}": all_execute,
-            f"plain_{metric}": alone,
+            metric: min((value for value in full_routes.values() if value is not None), key=task.error),
+            **{f"{name}_{metric}": value for name, value in full_routes.items()},
             "macs": backbone.dense_macs,
             "latency_ms": dense,
             "latency_ms_by_side": {name.removeprefix("dense "): times[name] for name in dense_sides},
@@ -202,21 +247,22 @@ def print_table(report: dict[str, Any]) -> None:
     from dynrl.tasks import TASKS
 
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
-    print(f"\n{report['decision']} on {report['data']}, test split, policy seeds {report['seeds']}")
+    print(f"\n{report['decision']} on {report['data']}, test split, policy seeds: {show_seeds(report)}")
     print(f"times: a batch of {dense['batch_size']} on {report['hardware']['threads']} threads")
-    print(f"{'policy':8} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
-    print(f"{'dense':8} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
+    print(f"{'policy':13} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
+    print(f"{'dense':13} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
     for p in report["points"]:
         budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
         spread = f"±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
         print(
-            f"{p['policy']:8} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
+            f"{p['policy']:13} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
     print("MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those.")
-    missed = sorted(set(BUDGETS) - {p["budget"] for p in report["points"] if p["policy"] == "learned"})
-    if missed:
-        print(f"budgets out of this policy's reach: {', '.join(map(str, missed))}")
+    for name in report["seeds"]:
+        missed = sorted(set(BUDGETS) - {p["budget"] for p in report["points"] if p["policy"] == name})
+        if missed:
+            print(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -236,7 +282,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
         (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
     ):
-        for policy, marker in (("learned", "o-"), ("random", "s--"), ("static", "^:"), ("oracle", "*")):
+        for policy, marker in MARKERS.items():
             mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
             if mine:
                 ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
@@ -248,7 +294,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes[0].set_yscale(task.axis)
     axes[0].set_ylabel(f"test {task.heading}")
     axes[0].legend()
-    figure.suptitle(f"{report['decision']} on {report['data']}, policy seeds {report['seeds']}")
+    figure.suptitle(f"{report['decision']} on {report['data']}, policy seeds: {show_seeds(report)}")
     figure.tight_layout()
     with write_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)

@@ -21,6 +21,7 @@ class Args:
 
 def report_table(report: dict[str, Any]) -> list[str]:
     """A report as Markdown."""
+    from dynrl.scripts.evaluate import show_seeds
     from dynrl.tasks import TASKS
 
     dense, hardware = report["dense"], report["hardware"]
@@ -39,7 +40,7 @@ def report_table(report: dict[str, Any]) -> list[str]:
         )
     lines.append("")
     lines.append(
-        f"Policy seeds {', '.join(map(str, report['seeds']))} on one backbone; batch {dense['batch_size']}, "
+        f"Policy seeds: {show_seeds(report)}, on one pretrained backbone; batch {dense['batch_size']}, "
         f"{hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."
     )
     return lines

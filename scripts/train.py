@@ -1,4 +1,4 @@
-"""Learn a routing policy with RLlib's PPO and write a run folder."""
+"""Learn a routing policy, by reinforcement or by gradient, and write a run folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
+    from dynrl.agents.training import Settings
     from dynrl.data import Dataset
+    from dynrl.policies import Router
 
 
 @dataclass
@@ -22,8 +24,10 @@ class Args:
     """What to decide; see `dynrl list`."""
     data: str | None = None
     """Data set; default: the decision's."""
-    agent: Literal["ppo"] = "ppo"
-    """Learning algorithm: RLlib's PPO."""
+    agent: Literal["ppo", "gate"] = "ppo"
+    """RLlib's PPO, or gates trained by gradient (straight-through), which it must stand beside."""
+    finetune: bool = False
+    """Then train backbone and policy in turn, by the data set's plan; with --resume, of a run that did not, too."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
     network: tuple[str, ...] = ()
@@ -35,13 +39,14 @@ class Args:
     seed: int = 0
     """Seed of the policy and of what it meets (and of a backbone that is pretrained here)."""
     steps: int | None = None
-    """Decisions to learn from; default: the data set's."""
+    """Decisions to learn from, fine-tuning not counted; default: the data set's (of gates half as many, which takes
+    about as long)."""
     router_hidden: int | None = None
     """Units of the policy's hidden layer, 0 for a linear policy; default: the data set's."""
     num_envs: int = 64
-    """Inputs that walk side by side in one runner."""
+    """Inputs that walk side by side in one runner; of gates, a batch."""
     num_env_runners: int = 0
-    """Remote processes that sample; 0 samples in this one."""
+    """Remote processes that sample; 0 samples in this one. Of PPO only."""
     price_range: tuple[float, float] = (0.002, 2.0)
     """Lowest and highest price of the dense network's compute, in units of the accuracy term."""
     accuracy_term: Literal["distillation", "log_likelihood", "correct"] = "distillation"
@@ -51,29 +56,31 @@ class Args:
 
 
 def main(args: Args) -> None:
-    """Pretrain if needed, learn, calibrate budgets, evaluate."""
+    """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, evaluate."""
     from dynrl.data import load_dataset
     from dynrl.envs import decision
     from dynrl.envs.core import check_accuracy_term
     from dynrl.files import write_json
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import new_folder, read_config, use_threads
+    from dynrl.scripts.common import PRETRAINED, new_folder, read_config, use_threads
 
     decision(args.decision)
     if args.resume is not None:
         run = args.resume
-        config = read_config(run)
-        if set(config) != set(_settings(args)):
+        config = {"finetune": False, **read_config(run)}  # which earlier versions did not know
+        if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
+        config["finetune"] |= args.finetune
         changed = [name for name, value in _settings(args).items() if value not in (config[name], _DEFAULT[name])]
         if changed or args.out or args.backbone:
             raise ValueError(f"--resume goes on by {run}'s own settings; leave out {changed or '--out and --backbone'}")
+        write_json(run / "config.json", config)
     else:
         config = _settings(args)
         _check(args)
         config["data"] = data = args.data or decision(args.decision).data
         row = defaults(args.decision, data).changed(args.network)
-        config["steps"] = args.steps or row.steps
+        config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)
         config["router_hidden"] = row.router_hidden if args.router_hidden is None else args.router_hidden
         # All that can be refused is refused before the folder is made.
         dataset = load_dataset(data)
@@ -82,7 +89,7 @@ def main(args: Args) -> None:
         source = _backbone_folder(args.backbone, args.decision, dataset) if args.backbone else None
         run = new_folder(args.out, args.decision, data)
         if source is not None:
-            for name in ("backbone.safetensors", "plain.safetensors"):
+            for name in ("backbone.safetensors", "plain.safetensors", PRETRAINED):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, run / name)
         # Last: a folder with settings has its backbone, so resuming never trains another.
@@ -112,6 +119,10 @@ def _check(args: Args) -> None:
     check_price_range(args.price_range)
     if args.backbone is not None and args.network:
         raise ValueError("--network is for a backbone that is pretrained here; leave it out, or --backbone")
+    if args.agent == "gate" and args.accuracy_term == "correct":
+        raise ValueError("the accuracy term 'correct' has no gradient for gates; choose another, or --agent ppo")
+    if args.agent == "gate" and args.num_env_runners:
+        raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
     for name, least in (
         ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1), ("seed", 0),
     ):  # fmt: skip
@@ -145,16 +156,22 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
     from dynrl.routed import RoutedModel
     from dynrl.scripts.pretrain import pretrain_into
 
-    file = run / "backbone.safetensors"
+    file = newest = run / "backbone.safetensors"
     if not file.exists():
         pretrain_into(run, config["decision"], config["data"], config["seed"], config["network"])
-    backbone, _ = load_backbone(file)
-    settings = Settings(**{name: value for name, value in config.items() if name not in ("agent", "network")})
-    router, finished = train_policy(settings, backbone, file, run)
-    model = RoutedModel(backbone, router)
+    settings = Settings(**{name: value for name, value in config.items() if name not in ("finetune", "network")})
+    if config["finetune"]:
+        newest = run / "checkpoints" / "backbone.safetensors"
+        router, finished = _train_jointly(run, settings, newest)
+    else:
+        router, finished = train_policy(settings, file, run)
+    backbone, notes = load_backbone(newest)
+    model, validation = RoutedModel(backbone, router), load_dataset(config["data"]).validation
     # A thousand images place the mean MACs within about 0.005 of the whole split's.
     with progress(desc="calibrating budgets", unit="price") as bar:
-        curve = calibrate(model, load_dataset(config["data"]).validation.head(1024), tick=bar.update)
+        curve = calibrate(model, validation.head(1024), tick=bar.update)
+    if newest != file:  # not before: until here the run's policy, if it has one, fits its backbone
+        backbone.save(file, **notes)
     save_policy(
         run / "policy.safetensors", router,
         {"decision": config["decision"], "data": config["data"], "backbone": backbone.fingerprint(), "curve": curve},
@@ -164,6 +181,29 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
     if not finished:
         print(f"stopped early; go on with: dynrl train {config['decision']} --resume {run}", file=sys.stderr)
     return finished
+
+
+def _train_jointly(run: Path, settings: Settings, working: Path) -> tuple[Router, bool]:
+    """`train_jointly` on `working`, which begins as a copy of the run's backbone; that one is kept."""
+    from dynrl.agents.training import train_jointly
+    from dynrl.backbones import load_backbone
+    from dynrl.data import load_dataset
+    from dynrl.files import write_aside
+    from dynrl.pretraining import metric_at_rate
+    from dynrl.recipes import defaults
+    from dynrl.scripts.common import PRETRAINED, pretrained_file
+
+    file, dataset = run / "backbone.safetensors", load_dataset(settings.data)
+    if not (run / PRETRAINED).exists():
+        with write_aside(run / PRETRAINED) as aside:
+            shutil.copyfile(file, aside)
+    if not working.exists():
+        backbone, notes = load_backbone(file)
+        backbone.save(working, **notes | {"rounds": 0})
+    # The teacher is what reports call dense: the better of the two, by validation data.
+    known = [load_backbone(path)[0] for path in (pretrained_file(run), run / "plain.safetensors") if path.is_file()]
+    reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, 1.0)))
+    return train_jointly(settings, defaults(settings.decision, settings.data).finetuning, working, reference, run)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from gymnasium.envs.registration import load_env_creator
 
 import dynrl  # noqa: F401 (registers the environments)
 from dynrl.backbones import Backbone
-from dynrl.data import Split, load_dataset
+from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.tasks import Regression
 from tests.toys import Branching, Exiting, Looping
@@ -21,6 +21,15 @@ def numbers_split(size: int) -> Split:
     """A regression on small images."""
     numbers = torch.randn(size, 1)
     return Split(torch.randn(size, 1, 8, 8), numbers, Regression.of(numbers))
+
+
+def answered_by(backbone: Backbone, size: int = 256) -> Dataset:
+    """A regression on what the full route of `backbone` says, whatever it says: no other route is as good."""
+    inputs = torch.randn(size, *backbone.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = backbone(inputs)
+    split = Split(inputs, outputs, Regression.of(outputs))
+    return Dataset("answered", outputs.shape[1], split, split, split, Augmentation())
 
 
 def vector_env(name: str):

@@ -245,7 +245,7 @@ def test_remote_runners_find_the_environment(small_backbone):
 def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path):
     backbone, _ = load_backbone(small_backbone)
     settings = Settings("skip", "digits", steps=400, num_envs=8, checkpoint_every=1)
-    router, finished = train_policy(settings, backbone, small_backbone, tmp_path)
+    router, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished
     events = EventAccumulator(str(tmp_path))
     events.Reload()

@@ -36,10 +36,14 @@ ALLOWED = {
     "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost"},
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
-    "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining"},
+    "dynrl.finetuning": {
+        "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data", "dynrl.files", "dynrl.routes",
+        "dynrl.pretraining",
+    },
+    "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning"},
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.observation", "dynrl.progress",
-        "dynrl.tasks",
+        "dynrl.tasks", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning",
     },
     "dynrl.scripts": {"dynrl"},
 }  # fmt: skip

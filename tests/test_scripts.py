@@ -154,7 +154,7 @@ def test_a_run_folder_holds_what_is_promised(run):
 def test_report(run):
     report = read_json(run / "report.json")
     assert (report["decision"], report["data"], report["metric"]) == ("skip", "digits", "accuracy")
-    assert report["seeds"] == [0]
+    assert report["seeds"] == {"learned": [0]}
     assert set(report["dense"]) >= {"accuracy", "macs", "latency_ms", "batch_size"}
     assert report["dense"]["accuracy"] == max(
         report["dense"]["all_execute_accuracy"], report["dense"]["plain_accuracy"]
@@ -190,14 +190,14 @@ def test_a_regression_reports_its_own_metric(tmp_path, capsys):
     with torch.no_grad():
         model.policy.head.weight.normal_()
     model.curve = [(0.01, 0.9), (1.0, 0.2)]
-    measured = measure(backbone, plain, [model], dataset, batch_size=16)
+    measured = measure(backbone, plain, {"learned": [model]}, dataset, batch_size=16)
     alone, whole = measured["dense"]["plain_mse"], measured["dense"]["all_execute_mse"]
     assert measured["dense"]["mse"] == min(alone, whole) < max(alone, whole)
     assert not any("accuracy" in key for part in (measured["dense"], *measured["points"]) for key in part)
     assert {p["policy"] for p in measured["points"]} == {"learned", "random", "static", "oracle"}
     (oracle,) = (p for p in measured["points"] if p["policy"] == "oracle")
     assert oracle["mse"] < min(p["mse"] for p in measured["points"] if p["policy"] == "static")
-    report = {"decision": "skip", "data": "numbers", "metric": "mse", "seeds": [0], **measured}
+    report = {"decision": "skip", "data": "numbers", "metric": "mse", "seeds": {"learned": [0]}, **measured}
     print_table(report)
     assert f"{oracle['mse']:.2g}" in capsys.readouterr().out
     table = report_table(report)
@@ -210,7 +210,7 @@ def test_a_regression_reports_its_own_metric(tmp_path, capsys):
 def test_several_runs_make_one_report(run, tmp_path):
     before = (run / "report.json").read_text()
     report = report_runs([run, run], tmp_path / "out", batch_size=32)
-    assert report["seeds"] == [0, 0]
+    assert report["seeds"] == {"learned": [0, 0]}
     assert (run / "report.json").read_text() == before
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     done = call("evaluate", run, run, cwd=tmp_path)

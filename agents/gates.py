@@ -1,0 +1,130 @@
+"""Gates trained by gradient: what reinforcement learning must stand beside. Torch only, no ray."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynrl.agents.metrics import choice_rates
+from dynrl.agents.training import Agent, router_arguments
+from dynrl.backbones import State, load_backbone
+from dynrl.data import load_dataset
+from dynrl.envs.core import DenseOutputs, accuracy
+from dynrl.files import write_aside
+from dynrl.observation import observation
+from dynrl.policies import Router
+from dynrl.routes import draw_prices
+
+BATCHES = 8  # a training iteration: as many decisions as PPO's
+LEARNING_RATE = 2e-3
+
+
+def straight_through(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """[n, choices] one-hot draws from the distribution of `logits`, with the gradient of a softmax.
+
+    Straight-through Gumbel-softmax at temperature 1 (Jang et al. 2017, section 2.2): hard forwards, soft backwards.
+    One estimator for what the decisions' own papers do: SkipNet's supervised phase (Wang et al. 2018, section 3.2),
+    DS-Net's gate over widths (Li et al. 2021, section 3.3), Skip RNN's binary state update (Campos et al. 2018,
+    section 3) and, since noise comes before the choice, the noisy top-1 gate over experts (Shazeer et al. 2017,
+    section 2.1).
+    """
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+    soft = (logits + noise).softmax(1)
+    hard = F.one_hot(soft.argmax(1), logits.shape[1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly 0: gates stay exactly 0 and 1
+
+
+class Gates(Agent):
+    """The router that PPO trains, trained by gradient through the gated walk of the frozen backbone.
+
+    It maximises what PPO does, the accuracy term less price x MACs / dense MACs. Each input takes all branches,
+    forwards and backwards, weighted by its gates: a decision takes more time than PPO's, and tells more.
+    """
+
+    def start(self) -> None:
+        """Build the router and its optimiser."""
+        settings = self.settings
+        self._split = load_dataset(settings.data).train
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self.steps = 0
+        self.reload()
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            self._router = Router(**router_arguments(self._backbone, settings))
+        self._optimizer = torch.optim.Adam(self._router.parameters(), LEARNING_RATE)
+        if self._file.exists():
+            saved = torch.load(self._file, weights_only=True)
+            self._router.load_state_dict(saved["router"])
+            self._optimizer.load_state_dict(saved["optimizer"])
+            self._generator.set_state(saved["generator"])
+            self.steps = saved["steps"]
+
+    @property
+    def _file(self) -> Path:
+        return self.checkpoints / "gate.pt"
+
+    def reload(self) -> None:
+        """Read the backbone; unfolded, since folded layers are for inference."""
+        self._backbone = load_backbone(self.backbone_file)[0].requires_grad_(False)
+        self._backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._dense = DenseOutputs(self._backbone.for_inference(), self._split)
+
+    def iterate(self) -> dict[str, float]:
+        """Some batches of gradient descent."""
+        # As PPO's, the learning rate falls to a tenth.
+        for group in self._optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 - 0.9 * min(1.0, self.steps / self.total))
+        parts = [self._descend() for _ in range(BATCHES)]
+        self.steps += BATCHES * self.settings.num_envs * self._backbone.max_steps
+        over = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        route = over.pop("route")
+        scalars = {name: float(values.mean()) for name, values in over.items()}
+        scalars["routes/distinct"] = float(len(route.unique(dim=0)))
+        return scalars | {f"rate/{tag}": rate for tag, rate in choice_rates(self._backbone.points, route).items()}
+
+    def _descend(self) -> dict[str, Tensor]:
+        """One batch."""
+        settings, backbone, task = self.settings, self._backbone, self._split.task
+        rows = torch.randint(len(self._split), (settings.num_envs,), generator=self._generator)
+        inputs, targets = self._split.inputs[rows], self._split.targets[rows]
+        prices = draw_prices(settings.price_range, len(rows), self._generator)
+        entropies: list[Tensor] = []
+
+        def choose(state: State) -> Tensor:
+            logits = self._router(observation(backbone, state, prices))
+            log_probs = logits.detach().log_softmax(1)
+            entropies.append(-(log_probs.exp() * log_probs).sum(1)[state.walk.present])
+            return straight_through(logits, self._generator)
+
+        walk = backbone.gated(inputs, choose)
+        assert walk.outputs is not None
+        output = walk.outputs.float()
+        macs = walk.expected_macs / backbone.dense_macs
+        earned = accuracy(settings.accuracy_term, task, output, targets, lambda: self._dense(rows))
+        reward = earned - prices * macs
+        self._optimizer.zero_grad()
+        (-reward.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(self._router.parameters(), 0.5)
+        self._optimizer.step()
+        return {
+            "reward": reward.detach(), task.metric: task.score(output.detach(), targets),
+            "macs_fraction": macs.detach(), "price": prices, "entropy": torch.cat(entropies), "route": walk.route,
+        }  # fmt: skip
+
+    def router(self) -> Router:
+        """The router as it is."""
+        return copy.deepcopy(self._router).eval()
+
+    def save(self) -> None:
+        """One file."""
+        state: dict[str, Any] = {
+            "router": self._router.state_dict(), "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(), "steps": self.steps,
+        }  # fmt: skip
+        with write_aside(self._file) as aside:
+            torch.save(state, aside)

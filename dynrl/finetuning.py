@@ -1,0 +1,179 @@
+"""Fine-tune a backbone on the routes that a policy takes: the supervised half of training both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.backbones import Backbone, State
+from dynrl.data import Dataset
+from dynrl.files import write_aside
+from dynrl.observation import observation
+from dynrl.policies import Router
+from dynrl.pretraining import bf16_is_fast, make_optimizer
+from dynrl.routes import draw_prices
+
+CHECKPOINT_EVERY = 100  # batches
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """How a backbone and its policy are trained in turn.
+
+    Attributes:
+        rounds: how often the backbone learns on the policy's routes and then the policy on the new backbone.
+        epochs: of the backbone, a round; a fraction makes short rounds.
+        steps: decisions of the policy, a round.
+        batch_size, weight_decay, label_smoothing: as in `Recipe`.
+        optimizer: "sgd" (with momentum) or "adam".
+        learning_rate: at first; it falls to 0 along a cosine over all rounds (Loshchilov & Hutter 2017).
+        full_share: this share of each batch takes the full route, or the dense network would be forgotten, and batch
+            norm of a block that the policy seldom runs would have no statistics.
+        distillation: weight of the divergence from what the reference says (Hinton et al. 2015, section 2), beside the
+            loss on the targets.
+    """
+
+    rounds: int = 2
+    epochs: float = 2.0
+    steps: int = 100_000
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.02
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    full_share: float = 0.25
+    distillation: float = 1.0
+
+
+class Finetuner:
+    """Trains a backbone on a policy's routes, round by round.
+
+    Args:
+        backbone: trained in place.
+        reference: the dense network that it is distilled from, on its full route.
+        price_range: each input draws the price that the policy is told.
+        checkpoint: saved now and then and, if it is there, continued from.
+
+    Attributes:
+        batches: done so far.
+        total: batches of all rounds.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reference: Backbone,
+        dataset: Dataset,
+        plan: Finetuning,
+        price_range: tuple[float, float],
+        seed: int,
+        checkpoint: Path,
+    ) -> None:
+        self.backbone, self._reference = backbone, reference.for_inference()
+        self._dataset, self._plan, self._price_range = dataset, plan, price_range
+        self._seed, self._checkpoint = seed, checkpoint
+        self._epoch = len(dataset.train) // plan.batch_size  # in batches
+        if self._epoch == 0:
+            raise ValueError(f"a batch of {plan.batch_size} is larger than the {len(dataset.train)} training inputs")
+        self._round = max(1, round(plan.epochs * self._epoch))
+        self.batches, self.total = 0, plan.rounds * self._round
+        self._generator = torch.Generator().manual_seed(seed)
+        self._optimizer = make_optimizer(backbone, plan.optimizer, plan.learning_rate, plan.weight_decay)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.total)
+        backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster, as in pretraining
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True)
+            for name, part in self._parts().items():
+                part.load_state_dict(saved[name])
+            self._generator.set_state(saved["generator"])
+            self.batches = saved["batches"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {"backbone": self.backbone, "optimizer": self._optimizer, "schedule": self._schedule}
+
+    def train(
+        self,
+        router: Router,
+        rounds: int,
+        stopped: Callable[[], bool] = lambda: False,
+        tick: Callable[[], Any] = lambda: None,
+    ) -> dict[str, float]:
+        """Go on, on the routes of `router`, until `rounds` are done or `stopped` says so; writes a checkpoint.
+
+        `tick` is called after each batch.
+
+        Returns:
+            means over the batches of `loss`, `divergence` (from the reference), the task's metric and
+            `macs_fraction`, full routes included; empty where there was nothing left to do.
+
+        Raises:
+            ValueError: the loss is no longer finite; the last checkpoint stays.
+        """
+        sums: dict[str, float] = {}
+        first, until = self.batches, rounds * self._round
+        self.backbone.train()
+        while self.batches < until and not stopped():
+            for name, value in self._step(router).items():
+                sums[name] = sums.get(name, 0.0) + value
+            self.batches += 1
+            tick()
+            if self.batches == until or self.batches % CHECKPOINT_EVERY == 0 or stopped():
+                if not torch.isfinite(torch.tensor(sums["loss"])):
+                    raise ValueError(f"the loss of fine-tuning is {sums['loss']}; lower its learning rate")
+                self._save()
+        self.backbone.eval()
+        return {name: value / (self.batches - first) for name, value in sums.items()}
+
+    def _step(self, router: Router) -> dict[str, float]:
+        plan, backbone, task = self._plan, self.backbone, self._dataset.task
+        train, rows = self._dataset.train, self._rows()
+        inputs, targets = self._dataset.augmentation(train.inputs[rows], self._generator), train.targets[rows]
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        prices = draw_prices(self._price_range, len(rows), self._generator)
+        whole = torch.arange(len(rows)) < round(plan.full_share * len(rows))
+        full_route = torch.tensor(backbone.full_route)
+
+        @torch.no_grad()
+        def choose(state: State) -> Tensor:
+            walk = state.walk
+            with torch.autocast("cpu", enabled=False):
+                action = router.act(observation(backbone, state, prices))
+            return torch.where(whole[state.rows], full_route[walk.steps[state.rows]], action)
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+            walk = backbone.run(inputs, choose)
+        assert walk.outputs is not None
+        output = walk.outputs.float()
+        with torch.no_grad():
+            dense = self._reference(inputs)
+        divergence = task.divergence(output, dense).mean()
+        loss = task.loss(output, targets, plan.label_smoothing) + plan.distillation * divergence
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
+        self._optimizer.step()
+        self._schedule.step()
+        return {
+            "loss": loss.item(), "divergence": divergence.item(),
+            task.metric: float(task.score(output.detach(), targets).mean()),
+            "macs_fraction": float(walk.macs.double().mean()) / backbone.dense_macs,
+        }  # fmt: skip
+
+    def _rows(self) -> Tensor:
+        """The next batch of an order that is drawn anew for each epoch, so that a round may end within one."""
+        epoch, position = divmod(self.batches, self._epoch)
+        if position == 0 or not hasattr(self, "_order"):
+            seed = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)
+            self._order = torch.randperm(len(self._dataset.train), generator=seed).split(self._plan.batch_size)
+        return self._order[position]
+
+    def _save(self) -> None:
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        with write_aside(self._checkpoint) as aside:
+            torch.save(state | {"generator": self._generator.get_state(), "batches": self.batches}, aside)

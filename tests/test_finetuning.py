@@ -1,0 +1,177 @@
+"""Backbone and policy trained in turn: what fine-tuning does, the rounds, and that nothing is lost by a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from dynrl.agents.training import Settings, train_jointly
+from dynrl.backbones import FAMILIES, load_backbone
+from dynrl.data import load_dataset
+from dynrl.evaluation import score
+from dynrl.finetuning import Finetuner, Finetuning
+from dynrl.observation import Layout
+from dynrl.policies import Router
+from dynrl.pretraining import make_optimizer, metric_at_rate
+from dynrl.routed import RoutedModel
+from tests.cases import BACKBONES, answered_by, make_backbone
+from tests.toys import Exiting
+
+PRICES = (0.01, 1.0)
+
+
+def policy_of(backbone, spread=3.0):
+    """Untrained: with a spread, one whose routes differ from row to row, else one that runs the cheapest choices."""
+    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES).eval()
+    with torch.no_grad():
+        router.head.bias.copy_(torch.linspace(0 if spread else 5, 0, router.choices))
+        router.head.weight.normal_(std=spread or 1e-6)
+    return router
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_policys_routes_come_nearer_to_the_reference(name, tmp_path):
+    backbone, reference = make_backbone(name), make_backbone(name)
+    data, router = answered_by(reference), policy_of(backbone)
+    before = score(RoutedModel(backbone, router), data.train).metric
+    plan = Finetuning(rounds=1, epochs=8, batch_size=32)
+    scalars = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.pt").train(router, 1)
+    assert not backbone.training
+    assert score(RoutedModel(backbone, router), data.train).metric < 0.8 * before
+    assert set(scalars) == {"loss", "divergence", "mse", "macs_fraction"}
+    assert 0 < scalars["macs_fraction"] <= 1
+
+
+def test_full_routes_in_each_batch_keep_the_dense_network(small_backbone, tmp_path):
+    """Fine-tuned for a policy that skips all: it gains, and what it costs the full route is up to `full_share`."""
+    data = load_dataset("digits")
+    reference, _ = load_backbone(small_backbone)
+    router = policy_of(reference, spread=0)
+    found = {}
+    for share in (0.0, 0.5):
+        backbone, _ = load_backbone(small_backbone)
+        plan = Finetuning(rounds=1, epochs=4, batch_size=64, learning_rate=0.1, full_share=share)
+        tuner = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / f"{share}.pt")
+        scalars = tuner.train(router, 1)
+        routed = score(RoutedModel(backbone, router), data.test).metric
+        found[share] = routed, metric_at_rate(backbone, data.test, 1.0), scalars["macs_fraction"]
+    before = score(RoutedModel(reference, router), data.test).metric, metric_at_rate(reference, data.test, 1.0)
+    assert found[0.5][0] > before[0] + 0.03
+    assert found[0.5][1] > before[1] - 0.01 > found[0.0][1]
+    assert found[0.5][2] == pytest.approx((1 + found[0.0][2]) / 2)
+
+
+def test_both_optimizers_descend_and_others_are_refused():
+    for name in ("sgd", "adam"):
+        backbone = make_backbone("exiting")
+        optimizer = make_optimizer(backbone, name, 1e-2, 0.0)
+        losses = []
+        for _ in range(20):
+            loss = backbone(torch.ones(2, 4)).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="expected 'sgd' or 'adam'"):
+        make_optimizer(backbone, "nosuch", 1e-2, 0.0)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    backbone = make_backbone("exiting")
+    with pytest.raises(ValueError, match="larger than the 256"):
+        Finetuner(backbone, backbone, answered_by(backbone), Finetuning(batch_size=300), PRICES, 0, tmp_path / "c.pt")
+
+
+# In turn ----------------------------------------------------------------------------------------------------
+
+PLAN = Finetuning(rounds=3, epochs=0.5, steps=2 * 8 * 16 * 2, batch_size=32)  # rounds of 4 batches and 2 iterations
+SETTINGS = Settings("toy", "answered", steps=8 * 16 * 2, agent="gate", num_envs=16, checkpoint_every=1)
+
+
+@pytest.fixture
+def jointly(monkeypatch, tmp_path):
+    """Train a toy and its gates in turn: exact, and in no time. `jointly(folder)` gives what `train_jointly` does."""
+    data, reference = answered_by(make_backbone("exiting")), make_backbone("exiting")
+    monkeypatch.setitem(FAMILIES, Exiting.family, Exiting)
+    monkeypatch.setattr("dynrl.finetuning.CHECKPOINT_EVERY", 1)
+    for module in ("gates", "training"):
+        monkeypatch.setattr(f"dynrl.agents.{module}.load_dataset", lambda name: data)
+
+    def train(folder):
+        file = tmp_path / folder / "checkpoints" / "backbone.safetensors"
+        if not file.exists():
+            torch.manual_seed(3)
+            Exiting().save(file)
+        return *train_jointly(SETTINGS, PLAN, file, reference, tmp_path / folder), *load_backbone(file)
+
+    return train
+
+
+def at_call(monkeypatch, target, number, act):
+    """Call `act` once, when the method `target` is called for the `number`-th time."""
+    owner, name = target
+    method, calls = getattr(owner, name), [0]
+
+    def counted(*args, **settings):
+        calls[0] += 1
+        if calls[0] == number:
+            act()
+        return method(*args, **settings)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def fail():
+    raise RuntimeError("killed")
+
+
+def test_rounds_follow_each_other(jointly, monkeypatch):
+    from dynrl.agents.gates import Gates
+
+    done = []
+    step, descend = Finetuner._step, Gates._descend
+    monkeypatch.setattr(Finetuner, "_step", lambda *a: done.append("backbone") or step(*a))
+    monkeypatch.setattr(Gates, "_descend", lambda *a: done.append("policy") or descend(*a))
+    _, finished, backbone, notes = jointly("whole")
+    assert finished
+    assert notes["rounds"] == 3
+    assert done == ["policy"] * 8 + (["backbone"] * 4 + ["policy"] * 16) * 3
+    torch.manual_seed(3)
+    assert backbone.fingerprint() != Exiting().fingerprint()
+
+
+@pytest.mark.parametrize("part", ["backbone", "policy", "version"])
+def test_killed_and_resumed_in_turn_ends_as_if_never_stopped(part, jointly, monkeypatch):
+    from dynrl.agents.gates import Gates
+
+    router, _, backbone, _ = jointly("whole")
+    target, number = {
+        "backbone": ((Finetuner, "_step"), 7), "policy": ((Gates, "_descend"), 37), "version": ((Exiting, "save"), 2),
+    }[part]  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        at_call(patch, target, number, fail)
+        jointly("killed")
+    again, finished, same, _ = jointly("killed")
+    assert finished
+    for one, other in ((router, again), (backbone, same)):
+        for name, tensor in one.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("part", ["backbone", "policy"])
+def test_ctrl_c_in_turn_leaves_a_version_and_its_policy(part, jointly, monkeypatch):
+    from dynrl.agents.gates import Gates
+
+    target, number = {"backbone": ((Finetuner, "_step"), 7), "policy": ((Gates, "_descend"), 37)}[part]
+    with monkeypatch.context() as patch:
+        at_call(patch, target, number, lambda: os.kill(os.getpid(), signal.SIGINT))
+        router, finished, backbone, notes = jointly("stopped")
+    assert not finished
+    assert notes["rounds"] == (1 if part == "backbone" else 2)
+    RoutedModel(backbone, router)(torch.randn(3, 4))
+    *_, whole = jointly("stopped")
+    assert whole["rounds"] == 3
