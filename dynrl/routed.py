@@ -78,7 +78,7 @@ class RoutedModel(nn.Module):
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
-            self._act = self.policy.act
+            self._act = self.policy.act  # type: ignore[assignment]
         if isinstance(policy, Router):
             low, high = policy.price_range
             self.price_range = (low, high)

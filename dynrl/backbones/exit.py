@@ -26,6 +26,7 @@ class LinearHead(nn.Module):
         self.fc = nn.Linear(size[0], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] to logits [n, classes]."""
         return self.fc(x.mean((2, 3)))
 
 
