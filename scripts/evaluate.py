@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
+MARKERS = {"learned": "o-", "random": "s--", "static": "^:", "oracle": "*"}  # of lines in the picture
 
 
 @dataclass
@@ -89,8 +91,10 @@ def measure(
     import torch
 
     from dynrl import evaluation as ev
+    from dynrl.heuristics import HEURISTICS
     from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
+    from dynrl.routed import RoutedModel
     from dynrl.routes import draw_routes
 
     test, task, metric = dataset.test, dataset.task, dataset.task.metric
@@ -130,9 +134,10 @@ def measure(
         route = drawn[0][: len(batch)]
         add_sides(lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
 
+    heuristics = HEURISTICS.get(backbone.decision, {})
     steps = backbone.max_steps * (backbone.num_choices - 1)
     candidates, rounds = 24, 11
-    total = 2 * len(BUDGETS) + 1 + steps * (steps + 1) // 2 + len(BUDGETS) + 1 + steps + candidates + rounds
+    total = (3 + len(heuristics)) * len(BUDGETS) + 2 + steps * (steps + 1) // 2 + steps + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
         all_execute = float(ev.score_routes(frozen, dense_route, test)[0].mean())
         alone = None
@@ -158,6 +163,17 @@ def measure(
                 policies = [RandomPolicy(frozen.full_route, frozen.num_choices, rate, s) for s in range(RANDOM_SEEDS)]
                 add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
             bar.update(2)
+        for name, fit in heuristics.items():
+            policy_for = fit(frozen, dataset.validation)
+            for budget in BUDGETS:
+                rule = policy_for(budget)
+                if rule is not None:
+                    ruled = RoutedModel(frozen, rule)
+                    add(name, budget, [ev.score(ruled, test)])
+                    ruled(batch)
+                    assert ruled.last_route is not None
+                    add_sides(partial(ruled, batch), ruled.last_route.actions)
+                bar.update()
         static = ev.static_routes(frozen, validation, bar.update)
         for budget in BUDGETS:
             affordable = [found for found in static if found[1] <= budget]
@@ -203,13 +219,14 @@ def print_table(report: dict[str, Any]) -> None:
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     print(f"\n{report['decision']} on {report['data']}, test split, policy seeds {report['seeds']}")
     print(f"times: a batch of {dense['batch_size']} on {report['hardware']['threads']} threads")
-    print(f"{'policy':8} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
-    print(f"{'dense':8} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
+    wide = max(len(p["policy"]) for p in report["points"])
+    print(f"{'policy':{wide}} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
+    print(f"{'dense':{wide}} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
     for p in report["points"]:
         budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
         spread = f"±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
         print(
-            f"{p['policy']:8} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
+            f"{p['policy']:{wide}} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
     print("MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those.")
@@ -235,11 +252,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
         (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
         (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
     ):
-        for policy, marker in (("learned", "o-"), ("random", "s--"), ("static", "^:"), ("oracle", "*")):
+        for policy in dict.fromkeys(p["policy"] for p in report["points"]):
             mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
-            if mine:
-                ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
-                axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
+            ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
+            marker = MARKERS.get(policy, "x-.")
+            axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
         axis.axhline(full_height, color="grey", linewidth=0.8)
         axis.plot([full], [full_height], "D", color="grey", label="dense")
         axis.set_xlabel(label)
