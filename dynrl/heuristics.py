@@ -13,13 +13,13 @@ from dynrl.observation import Layout, observation
 from dynrl.policies import SCORES, StepPolicy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 
-# From a backbone and validation data to what makes the policy for a budget, a share of the dense MACs. That raises a
-# ValueError for budgets out of its reach.
-Fit = Callable[[Backbone, Split], Callable[[float], StepPolicy]]
+# From a backbone and validation data to what gives the policy for a budget (a share of the dense MACs), or None where
+# that is out of reach.
+Fit = Callable[[Backbone, Split], Callable[[float], StepPolicy | None]]
 
 
 @torch.inference_mode()
-def fit_exits(backbone: Backbone, split: Split, score: str) -> Callable[[float], ThresholdPolicy]:
+def fit_exits(backbone: Backbone, split: Split, score: str) -> Callable[[float], ThresholdPolicy | None]:
     """Thresholds on one of `SCORES`, one an exit, that meet a budget on `split` (see `fit_thresholds`)."""
     column, rising = SCORES[score]
     seen: list[list[torch.Tensor]] = [[] for _ in backbone.points]
@@ -33,7 +33,9 @@ def fit_exits(backbone: Backbone, split: Split, score: str) -> Callable[[float],
     scores = torch.stack([torch.cat(parts) for parts in seen], 1)
     costs = backbone.start_macs + torch.nn.functional.pad(backbone.costs[:, 1].cumsum(0), (1, 0))
 
-    def policy(budget: float) -> ThresholdPolicy:
+    def policy(budget: float) -> ThresholdPolicy | None:
+        if not costs[0] <= budget * backbone.dense_macs <= costs[-1]:
+            return None
         thresholds = fit_thresholds(scores, costs, budget * backbone.dense_macs, rising)
         return ThresholdPolicy(**Layout.of(backbone).to_dict(), score=score, thresholds=thresholds)
 

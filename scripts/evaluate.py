@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
-MARKERS = {
+MARKERS = {  # of lines in the picture
     "learned": "o-", "gate": "v-", "learned tuned": "D-", "gate tuned": "P-", "random": "s--", "static": "^:",
     "oracle": "*",
 }  # fmt: skip
@@ -121,8 +122,10 @@ def measure(
     import torch
 
     from dynrl import evaluation as ev
+    from dynrl.heuristics import HEURISTICS
     from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
+    from dynrl.routed import RoutedModel
     from dynrl.routes import draw_routes
 
     test, task, metric = dataset.test, dataset.task, dataset.task.metric
@@ -178,7 +181,8 @@ def measure(
 
     tries, found = ev.static_tries(backbone)
     candidates, rounds = 24, 11
-    total = (2 + len(models)) * len(BUDGETS) + 1 + tries + found + candidates + rounds
+    heuristics = HEURISTICS.get(backbone.decision, {})
+    total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + 1 + tries + found + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
         def full_route(network: Backbone) -> float:
@@ -204,6 +208,17 @@ def measure(
                 policies = [RandomPolicy(frozen.full_route, frozen.num_choices, rate, s) for s in range(RANDOM_SEEDS)]
                 add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
             bar.update()
+        for name, fit in heuristics.items():
+            policy_for = fit(frozen, dataset.validation)
+            for budget in BUDGETS:
+                rule = policy_for(budget)
+                if rule is not None:
+                    ruled = RoutedModel(frozen, rule)
+                    add(name, budget, [ev.score(ruled, test)])
+                    ruled(batch)
+                    assert ruled.last_route is not None
+                    add_sides(frozen, partial(ruled, batch), ruled.last_route.actions)
+                bar.update()
         static = ev.static_routes(frozen, validation, bar.update)
         for budget in BUDGETS:
             affordable = [found for found in static if found[1] <= budget]
@@ -249,13 +264,14 @@ def print_table(report: dict[str, Any]) -> None:
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     print(f"\n{report['decision']} on {report['data']}, test split, policy seeds: {show_seeds(report)}")
     print(f"times: a batch of {dense['batch_size']} on {report['hardware']['threads']} threads")
-    print(f"{'policy':13} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
-    print(f"{'dense':13} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
+    wide = max(len(p["policy"]) for p in report["points"])
+    print(f"{'policy':{wide}} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}")
+    print(f"{'dense':{wide}} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}")
     for p in report["points"]:
         budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
         spread = f"±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
         print(
-            f"{p['policy']:13} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
+            f"{p['policy']:{wide}} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
     print("MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those.")
@@ -282,11 +298,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
         (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
         (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
     ):
-        for policy, marker in MARKERS.items():
+        for policy in dict.fromkeys(p["policy"] for p in report["points"]):
             mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
-            if mine:
-                ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
-                axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
+            ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
+            marker = MARKERS.get(policy, "x-.")
+            axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
         axis.axhline(full_height, color="grey", linewidth=0.8)
         axis.plot([full], [full_height], "D", color="grey", label="dense")
         axis.set_xlabel(label)
