@@ -35,6 +35,10 @@ DECISIONS: dict[str, Decision] = {
             "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipEnv", "dynrl.envs.skip:SkipVectorEnv", "gated_resnet",
             "run or skip each residual block", "SkipNet (Wang et al. 2018)",
         ),
+        Decision(
+            "channel", "dynrl/Channel-v0", "dynrl.envs.channel:ChannelEnv", "dynrl.envs.channel:ChannelVectorEnv",
+            "slimmable_resnet", "how wide each residual block is", "RNP (Lin et al. 2017)",
+        ),
     )
 }  # fmt: skip
 

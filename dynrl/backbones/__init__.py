@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk, merge, read_backbone_file
+from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.skip import GatedResNet
 
-FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (GatedResNet,)}
+FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (GatedResNet, SlimmableResNet)}
 
-__all__ = ["END", "FAMILIES", "Backbone", "GatedResNet", "Point", "State", "Walk", "load_backbone", "merge"]
+__all__ = ["END", "FAMILIES", "Backbone", "GatedResNet", "Point", "SlimmableResNet", "State", "Walk", "load_backbone", "merge"]
 
 
 def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
