@@ -117,9 +117,7 @@ def pretrain(
 
 
 @torch.inference_mode()
-def metric_at_rate(
-    backbone: Backbone, split: Split, rate: float | None, seed: int = 0, batch_size: int = 256
-) -> float:
+def metric_at_rate(backbone: Backbone, split: Split, rate: float | None, seed: int = 0, batch_size: int = 256) -> float:
     """The task's metric under random routes at `rate` (see `draw_routes`), or on the full route (None)."""
     policy: RoutePolicy = StaticPolicy(backbone.full_route)
     if rate is not None:

@@ -312,6 +312,18 @@ def test_random_rate_meets_the_cost(small_backbone):
         )
 
 
+def test_random_rate_of_many_choices_reaches_from_the_cheapest_to_the_dearest():
+    backbone = make_backbone("channel")
+    inputs = torch.zeros(200, *backbone.input_shape)
+    floor = float(backbone.start_macs + backbone.costs[:, 0].sum()) / backbone.dense_macs
+    for wanted in (floor + 0.005, (floor + 1) / 2, 0.995):
+        policy = RandomPolicy(backbone.step_costs, random_rate(backbone, inputs, wanted), seed=9)
+        macs = backbone.run_route(inputs, policy.route(inputs)).macs
+        assert float(macs.double().mean()) / backbone.dense_macs == pytest.approx(wanted, abs=0.01)
+    for beyond in (floor - 0.005, 1.005):
+        assert random_rate(backbone, inputs, beyond) is None
+
+
 def test_static_search_and_oracle(small_backbone):
     backbone, _ = load_backbone(small_backbone)
     split = load_dataset("digits").validation

@@ -12,7 +12,9 @@ from dynrl.backbones.skip import GatedResNet
 
 FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (GatedResNet, SlimmableResNet)}
 
-__all__ = ["END", "FAMILIES", "Backbone", "GatedResNet", "Point", "SlimmableResNet", "State", "Walk", "load_backbone", "merge"]
+__all__ = [
+    "END", "FAMILIES", "Backbone", "GatedResNet", "Point", "SlimmableResNet", "State", "Walk", "load_backbone", "merge",
+]  # fmt: skip
 
 
 def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -40,6 +40,12 @@ class SlimmableBlock(_Block):
         inner, outer = layers[0][0].out_channels, layers[-1][0].out_channels
         super().__init__(outer, outer, stride=1)
         self.widths = tuple(round(share * inner) for share in shares)
+        rising = all(narrow < wide for narrow, wide in pairwise((0, *self.widths)))
+        if len(shares) < 2 or not rising or self.widths[-1] != inner:
+            raise ValueError(
+                f"expected two shares or more, each of more of the {inner} inner channels, the last of all; got "
+                f"{tuple(shares)}: {self.widths} channels"
+            )
         for i, (convolution, _) in enumerate(layers, start=1):
             self.add_module(f"conv{i}", convolution)
             channels = self.widths if i < len(layers) else (outer,) * len(shares)
@@ -62,14 +68,22 @@ class SlimmableBlock(_Block):
             y = _normalised(y, norms[choice])  # type: ignore[index]
         return F.relu(x + y, inplace=True)
 
-    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        """Each row of `x` [n, C, H, W] at its own `choice` [n]. Differentiable; without gradients `x` is overwritten."""
+    def narrow(self, choice: int) -> Callable[[Tensor], Tensor]:
+        """The block at one width as a function of rows."""
+        return partial(self.sliced, choice=choice)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block at its full width."""
+        return self.sliced(x, len(self.widths) - 1)
+
+    def mixed(self, x: Tensor, choice: Tensor) -> Tensor:
+        """Each row of `x` [n, C, H, W] at its own `choice` [n]; differentiable. Without gradients `x` is overwritten."""
         for c in range(len(self.widths)):
             rows = (choice == c).nonzero().squeeze(1)
             if len(rows) == len(x):
                 return self.sliced(x, c)
             if len(rows):
-                x = compute_rows(x, rows, partial(self.sliced, choice=c))
+                x = compute_rows(x, rows, self.narrow(c))
         return x
 
     def folded(self) -> SlicedBlock:  # type: ignore[override]
@@ -102,8 +116,6 @@ class SlimmableResNet(GatedResNet):
         self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any
     ) -> None:
         super().__init__(input_shape, **network)
-        if list(shares) != sorted(set(shares)) or not 0 < shares[0] < shares[-1] == 1:
-            raise ValueError(f"expected shares that rise from above 0 to 1, got {tuple(shares)}")
         self.config = {**self.config, "shares": list(shares)}
         costs = []
         for i, (point, (floor, dense)) in enumerate(zip(self.points, self.costs.tolist(), strict=True)):
@@ -117,14 +129,19 @@ class SlimmableResNet(GatedResNet):
         self._set_costs(self.start_macs, costs)
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        x, block = state.features, self._gates[state.point]
-        assert x is not None
-        return [self._go_on(state, sliced_conv(x, action, block) if isinstance(block, SlicedBlock) else block(x, action))]
+        x, block = self._standing(state)
+        x = sliced_conv(x, action, block) if isinstance(block, SlicedBlock) else block.mixed(x, action)
+        return [self._go_on(state, x)]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        x, block = state.features, self._gates[state.point]
-        mixed = [gate.view(-1, 1, 1, 1) * block.sliced(x, choice) for choice, gate in enumerate(gates.unbind(1))]
-        return self._go_on(state, torch.stack(mixed).sum(0))
+        x, block = self._standing(state)
+        weighted = [gate.view(-1, 1, 1, 1) * block.sliced(x, choice) for choice, gate in enumerate(gates.unbind(1))]
+        return self._go_on(state, torch.stack(weighted).sum(0))
+
+    def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
+        """The features of a state, and the block they stand before."""
+        assert state.features is not None
+        return state.features, self._gates[state.point]  # type: ignore[return-value]
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Each block at each width on as many neighbouring rows as chose it; see `Backbone.ideal`."""
@@ -137,28 +154,11 @@ class SlimmableResNet(GatedResNet):
             walk = Walk(inputs, self.max_steps)
             state = self._start(walk, walk.all_rows, inputs)
             for part in parts:
-                x, block = state.features, self._gates[state.point]
+                x, block = self._standing(state)
                 for choice, start, end in part:
                     block.narrow(choice)(x[start:end])
                 state = self._go_on(state, x)
+            assert walk.outputs is not None
             return walk.outputs
 
         return run
-
-    def training_outputs(
-        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor]:
-        """The sandwich rule (Yu and Huang 2019, ICCV, section 3.2)"""
-        size = len(inputs)
-        yield self(inputs)
-        if rate is None:
-            return
-        yield self(inputs, torch.zeros(size, self.max_steps, dtype=torch.int64))
-        mode = getattr(self, "mode", "bb")
-        for m in mode:
-            if m == "b":
-                yield self(inputs, torch.randint(self.num_choices, (1, self.max_steps), generator=generator).expand(size, -1))
-            elif m == "m":
-                yield self(inputs, torch.randint(self.num_choices, (size, self.max_steps), generator=generator))
-            elif m == "w":
-                yield self(inputs, torch.randint(self.num_choices, (size, 1), generator=generator).expand(-1, self.max_steps))
