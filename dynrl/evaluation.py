@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import random
 import statistics
@@ -117,16 +118,26 @@ def calibrate(
 # What a learned policy must beat ----------------------------------------------------------------------------
 
 
-def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float:
-    """The rate at which random routes (`RandomPolicy`) cost `macs_fraction` on average, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(14):
-        rate = (low + high) / 2
-        routes = RandomPolicy(backbone.full_route, backbone.num_choices, rate).route(inputs)
-        with torch.inference_mode():
-            cost = float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
-        low, high = (rate, high) if cost < macs_fraction else (low, rate)
-    return (low + high) / 2
+@torch.inference_mode()
+def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float | None:
+    """The rate at which random routes (`RandomPolicy`) cost `macs_fraction` on average; None where they never do."""
+
+    def cost(rate: float) -> float:
+        routes = RandomPolicy(backbone.step_costs, rate).route(inputs)
+        return float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
+
+    if not cost(0.0) <= macs_fraction <= cost(1.0):
+        return None
+    # By bisection in log-odds: of many choices all but the cheapest grow rare only as a power of a small rate.
+    low, high = -30.0, 30.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(_rate(middle)) < macs_fraction else (low, middle)
+    return _rate((low + high) / 2)
+
+
+def _rate(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
 
 
 def static_tries(backbone: Backbone) -> tuple[int, int]:

@@ -88,6 +88,18 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.2),
         steps=600_000,
     ),
+    ("channel", "digits"): Defaults(
+        family="slimmable_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
+        pretraining=Recipe(epochs=24, batch_size=100, least_rate=0.0, full_share=0.25),
+        steps=300_000,
+    ),
+    ("channel", "fashion-mnist"): Defaults(
+        family="slimmable_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
+        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
+        steps=1_000_000,
+    ),
 }
 
 

@@ -46,6 +46,10 @@ DECISIONS: dict[str, Decision] = {
             "expert_net", "choose one of a layer's unequal experts", "mixtures of experts (Shazeer et al. 2017)",
         ),
         Decision(
+            "channel", "dynrl/Channel-v0", "dynrl.envs.channel:ChannelEnv", "dynrl.envs.channel:ChannelVectorEnv",
+            "slimmable_resnet", "how wide each residual block is", "RNP (Lin et al. 2017)",
+        ),
+        Decision(
             "hidden-update", "dynrl/HiddenUpdate-v0", "dynrl.envs.hidden_update:HiddenUpdateEnv",
             "dynrl.envs.hidden_update:HiddenUpdateVectorEnv", "skip_gru",
             "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",

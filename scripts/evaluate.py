@@ -205,8 +205,9 @@ def measure(
                 bar.update()
             if spent:
                 rate = ev.random_rate(frozen, validation.inputs[:256], spent)
-                policies = [RandomPolicy(frozen.full_route, frozen.num_choices, rate, s) for s in range(RANDOM_SEEDS)]
-                add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
+                if rate is not None:
+                    policies = [RandomPolicy(frozen.step_costs, rate, seed) for seed in range(RANDOM_SEEDS)]
+                    add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
             bar.update()
         for name, fit in heuristics.items():
             policy_for = fit(frozen, dataset.validation)
@@ -228,7 +229,7 @@ def measure(
             bar.update()
         generator = torch.Generator().manual_seed(0)
         rates = torch.linspace(0, 1, candidates)
-        tried = draw_routes(frozen.full_route, frozen.num_choices, rates, generator).tolist()
+        tried = draw_routes(frozen.step_costs, rates, generator).tolist()
         known = [route for route, _, _ in static] + [tuple(route) for route in tried]
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
         dense_sides = ev.dense_sides(frozen, batch)

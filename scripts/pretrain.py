@@ -67,7 +67,7 @@ def pretrain_into(folder: Path, decision: str, data: str, seed: int, network: Se
             backbone, dataset, row.pretraining, random_routes=random_routes, seed=seed,
             checkpoint=folder / "checkpoints" / f"{name}.pt", label=label,
         )  # fmt: skip
-        value, metric = metric_at_rate(backbone, dataset.validation, 1.0), dataset.task.metric
+        value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
         backbone.save(
             path, data=data, mean=dataset.mean, deviation=dataset.deviation, seed=seed, random_routes=random_routes,
             **{f"validation_{metric}": value},

@@ -237,7 +237,8 @@ class Backbone(nn.Module):
     input), `points`, `feature_width` (of the widest point), `max_steps` (decisions of the longest walk),
     `full_route` ([max_steps], the actions of the dense network), and by `_set_costs`: `start_macs` (what every row
     pays before its first decision, or whatever it decides), `costs` ([points, num_choices] int64, what a row pays for
-    each choice at each point, the fixed parts it then passes included) and `dense_macs`.
+    each choice at each point, the fixed parts it then passes included; -1 where the point has no such choice) and
+    `dense_macs`.
     """
 
     family: ClassVar[str]  # its name in files and in the registry
@@ -317,13 +318,14 @@ class Backbone(nn.Module):
 
         Args:
             inputs: [B, *input_shape].
-            rate: [B] in [0, 1], how much of the full network each input takes; None for the full route only.
+            rate: [B] in [0, 1], from the cheapest choices to the dearest, see `draw_routes`; None for the full route
+                only.
             generator: of what is drawn.
 
         Yields:
             [k * B, ...]: k outputs of each input from one pass, batch after batch.
         """
-        yield self(inputs, None if rate is None else draw_routes(self.full_route, self.num_choices, rate, generator))
+        yield self(inputs, None if rate is None else draw_routes(self.step_costs, rate, generator))
 
     def for_inference(self) -> Backbone:
         """A frozen copy that computes the same faster (batch norm folded, say)."""
@@ -335,7 +337,7 @@ class Backbone(nn.Module):
         `points`, `max_steps` and `full_route` stand already; the full route is at point t at step t, or stays at the
         last point.
         """
-        table = torch.zeros(len(self.points), self.num_choices, dtype=torch.int64)
+        table = torch.full((len(self.points), self.num_choices), -1)
         for point, row in enumerate(costs):
             table[point, : len(row)] = torch.tensor(row)
         self.start_macs = start_macs
@@ -349,6 +351,11 @@ class Backbone(nn.Module):
     def num_choices(self) -> int:
         """Choices of the point that has most."""
         return max(point.n for point in self.points)
+
+    @property
+    def step_costs(self) -> Tensor:
+        """[max_steps, num_choices] int64, `costs` at the point of each step of the full route, on the CPU."""
+        return self.costs.cpu()[torch.arange(self.max_steps).clamp_max(len(self.points) - 1)]
 
     @property
     def may_close(self) -> bool:
