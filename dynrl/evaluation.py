@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import random
 import statistics
@@ -20,6 +21,7 @@ from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routed import RoutedModel
 
+LONG = 16  # steps of a walk; see `static_routes`
 ORACLE_PRICE = 1e-3  # of the dense MACs, in the task's error: below what policies are told
 
 
@@ -116,23 +118,63 @@ def calibrate(
 # What a learned policy must beat ----------------------------------------------------------------------------
 
 
-def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float:
-    """The rate at which random routes (`RandomPolicy`) cost `macs_fraction` on average, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(14):
-        rate = (low + high) / 2
-        routes = RandomPolicy(backbone.full_route, backbone.num_choices, rate).route(inputs)
-        with torch.inference_mode():
-            cost = float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
-        low, high = (rate, high) if cost < macs_fraction else (low, rate)
-    return (low + high) / 2
+@torch.inference_mode()
+def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float | None:
+    """The rate at which random routes (`RandomPolicy`) cost `macs_fraction` on average; None where they never do."""
+
+    def cost(rate: float) -> float:
+        routes = RandomPolicy(backbone.step_costs, rate).route(inputs)
+        return float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
+
+    if not cost(0.0) <= macs_fraction <= cost(1.0):
+        return None
+    # By bisection in log-odds: of many choices all but the cheapest grow rare only as a power of a small rate.
+    low, high = -30.0, 30.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(_rate(middle)) < macs_fraction else (low, middle)
+    return _rate((low + high) / 2)
+
+
+def _rate(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
+
+
+def static_tries(backbone: Backbone) -> tuple[int, int]:
+    """How many routes `static_routes` tries at most, and how many it returns at most."""
+    if backbone.max_steps > LONG:
+        count = len(spaced_routes(backbone))
+        return count, count
+    steps = backbone.max_steps * (backbone.num_choices - 1)
+    return 1 + steps * (steps + 1) // 2, 1 + steps
+
+
+def spaced_routes(backbone: Backbone) -> list[tuple[int, ...]]:
+    """Static routes for long walks: the full network's choice at the first, the last or evenly spaced steps, from all
+    of them to none, and the cheapest choice at the others.
+    """
+    steps, last = backbone.max_steps, len(backbone.points) - 1
+    cheapest = [int(backbone.costs[min(t, last), : backbone.points[min(t, last)].n].argmin()) for t in range(steps)]
+    routes: dict[tuple[int, ...], None] = {}  # in order, each once
+    for part in range(LONG + 1):
+        count = round(steps * part / LONG)
+        for kept in (
+            range(count),
+            range(steps - count, steps),
+            [t for t in range(steps) if (t + 1) * count // steps > t * count // steps],
+        ):
+            routes[tuple(backbone.full_route[t] if t in kept else cheapest[t] for t in range(steps))] = None
+    return list(routes)
 
 
 def static_routes(
     backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[tuple[int, ...], float, float]]:
-    """Smaller networks, found greedily on validation data: from the full route, again and again the one change of one
-    choice that lowers the cost and keeps the log-likelihood highest, until no choice can be made cheaper.
+    """Smaller networks, found on validation data.
+
+    Greedily: from the full route, again and again the one change of one choice that lowers the cost and keeps the
+    log-likelihood highest, until no choice can be made cheaper. Of walks of more than `LONG` steps, whose single
+    choices are too many, those of `spaced_routes`.
 
     Returns:
         [(route, MACs fraction, metric on `split`)], from dear to cheap. `tick` is called after each try.
@@ -147,6 +189,9 @@ def static_routes(
         metric, likely, _ = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
         return float(likely.mean()), float(metric.mean())
 
+    if backbone.max_steps > LONG:
+        found = [(route, cost(route), judge(route)[1]) for route in spaced_routes(backbone)]
+        return sorted(found, key=lambda of: -of[1])
     route = backbone.full_route
     found = [(route, cost(route), judge(route)[1])]
     while True:
@@ -159,6 +204,25 @@ def static_routes(
             return found
         _, metric, route = max(tried)
         found.append((route, cost(route), metric))
+
+
+def uniform_routes(
+    backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None
+) -> list[tuple[tuple[int, ...], float, float]]:
+    """The static routes that make the same choice at every step, such as the best single expert; closed ones as what
+    runs in their place.
+
+    Returns:
+        [(route, MACs fraction, metric on `split`)], from dear to cheap, of equally dear ones the best first. `tick` is
+        called after each.
+    """
+    found = []
+    for choice in range(backbone.num_choices):
+        route = (choice,) * backbone.max_steps
+        metric, _, macs = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        found.append((route, float(macs.mean()), float(metric.mean())))
+        tick()
+    return sorted(found, key=lambda of: (-of[1], split.task.error(of[2])))
 
 
 def oracle_routes(
@@ -240,14 +304,16 @@ def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
 
 
 def dense_sides(backbone: Backbone, inputs: Tensor) -> dict[str, Callable[[], Any]]:
-    """What to time as the dense network on `inputs`: images in both memory formats, of which the faster one counts."""
+    """What to time as the dense network on `inputs`, of which the fastest counts: images in both memory formats, and
+    whatever else computes the same (`Backbone.dense_twins`).
+    """
     route = backbone.dense_actions(len(inputs), inputs.device)
     formats = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last} if inputs.dim() == 4 else {}
     sides = {}
     for name, form in (formats or {"contiguous": torch.contiguous_format}).items():
         network: Any = copy.deepcopy(backbone).to(memory_format=form)  # type: ignore[call-overload]
         sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), route)
-    return sides
+    return sides | {f"dense {name}": side for name, side in backbone.dense_twins(inputs).items()}
 
 
 def hardware() -> dict[str, Any]:

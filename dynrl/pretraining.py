@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from dynrl.backbones import Backbone
 from dynrl.data import Dataset, Split
 from dynrl.files import write_aside
-from dynrl.policies import RandomPolicy
+from dynrl.policies import RandomPolicy, RoutePolicy, StaticPolicy
 from dynrl.progress import progress
 
 
@@ -25,8 +26,9 @@ class Recipe:
     learning_rate: float = 0.15  # the peak of a one-cycle schedule
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
-    least_rate: float = 0.3  # each image draws its rate of the full network's choices from [least_rate, 1]
-    full_share: float = 0.15  # this share of the images takes the full route
+    least_rate: float = 0.3  # each image draws the rate of its random route (`draw_routes`) from [least_rate, 1]
+    full_share: float = 0.15  # this share of the images has rate 1
+    optimizer: Literal["sgd", "adam"] = "sgd"  # with momentum; or AdamW
 
 
 def bf16_is_fast() -> bool:
@@ -66,7 +68,7 @@ def pretrain(
         ValueError: the loss is no longer finite; the last checkpoint stays.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = make_optimizer(backbone, "sgd", recipe.learning_rate, recipe.weight_decay)
+    optimizer = make_optimizer(backbone, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     train = dataset.train
     batches = len(train) // recipe.batch_size
     if batches == 0:
@@ -125,9 +127,11 @@ def pretrain(
 
 
 @torch.inference_mode()
-def metric_at_rate(backbone: Backbone, split: Split, rate: float, seed: int = 0, batch_size: int = 256) -> float:
-    """The task's metric under random routes that take the full network's choice with probability `rate` (1: dense)."""
-    policy = RandomPolicy(backbone.full_route, backbone.num_choices, rate, seed)
+def metric_at_rate(backbone: Backbone, split: Split, rate: float | None, seed: int = 0, batch_size: int = 256) -> float:
+    """The task's metric under random routes at `rate` (see `draw_routes`), or on the full route (None)."""
+    policy: RoutePolicy = StaticPolicy(backbone.full_route)
+    if rate is not None:
+        policy = RandomPolicy(backbone.step_costs, rate, seed)
     total = 0.0
     for start in range(0, len(split), batch_size):
         inputs, targets = split.inputs[start : start + batch_size], split.targets[start : start + batch_size]

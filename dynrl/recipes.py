@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ class Defaults:
         backbone: keyword arguments of the family, beside `input_shape` and `classes`.
         pretraining: how the backbone is trained.
         steps: decisions a policy is trained for.
+        router_hidden: units of the policy's hidden layer; 0 for a linear one, where a step of the network costs little.
         finetuning: how backbone and policy are then trained in turn, where that is asked for.
     """
 
@@ -29,7 +32,29 @@ class Defaults:
     backbone: dict[str, Any]
     pretraining: Recipe
     steps: int
+    router_hidden: int = 64
     finetuning: Finetuning = field(default_factory=Finetuning)
+
+    def changed(self, settings: Sequence[str]) -> Defaults:
+        """The same with other settings of the backbone, each NAME=VALUE, the value in JSON or a word as it is.
+
+        Raises:
+            ValueError: no NAME=VALUE, no setting of that name, or a value of another type.
+        """
+        backbone = dict(self.backbone)
+        for setting in settings:
+            name, equals, word = setting.partition("=")
+            if not equals or name not in backbone:
+                raise ValueError(f"expected NAME=VALUE with a name in {sorted(backbone)}, got {setting!r}")
+            try:
+                value = json.loads(word)
+            except json.JSONDecodeError:
+                value = word
+            value = tuple(value) if isinstance(value, list) else value
+            if type(value) is not type(backbone[name]):
+                raise ValueError(f"expected {name} to be of the type of {backbone[name]!r}, got {value!r}")
+            backbone[name] = value
+        return replace(self, backbone=backbone)
 
     def build(self, dataset: Dataset, seed: int) -> Backbone:
         """A fresh backbone for `dataset`, its weights drawn from `seed`."""
@@ -49,6 +74,30 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="gated_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
+        steps=1_000_000,
+    ),
+    ("expert", "digits"): Defaults(
+        family="expert_net",
+        backbone={"stem": 16, "channels": 32, "layers": 4, "widths": (0, 16, 32, 32, 128, 128)},
+        pretraining=Recipe(epochs=24, batch_size=100, least_rate=0.0),
+        steps=200_000,
+    ),
+    ("expert", "fashion-mnist"): Defaults(
+        family="expert_net",
+        backbone={"stem": 32, "channels": 96, "layers": 4, "widths": (0, 48, 96, 96, 384, 384)},
+        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.2),
+        steps=600_000,
+    ),
+    ("channel", "digits"): Defaults(
+        family="slimmable_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
+        pretraining=Recipe(epochs=24, batch_size=100, least_rate=0.0, full_share=0.25),
+        steps=300_000,
+    ),
+    ("channel", "fashion-mnist"): Defaults(
+        family="slimmable_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
+        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
         steps=1_000_000,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
-from dynrl.observation import Layout, observation, template
-from dynrl.ops.backend import device_counts
-from dynrl.policies import RoutePolicy, Router, load_policy
+from dynrl.observation import FusedChoice, Layout, LinearChoice, observation, template
+from dynrl.ops.backend import device_counts, small_steps_by_kernels
+from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,12 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
+    _act: Callable[[Tensor], Tensor]
+    _linear: LinearChoice | None = None
+    _fused: FusedChoice | None = None
 
     def __init__(
-        self, backbone: Backbone, policy: Router | RoutePolicy, curve: list[tuple[float, float]] | None = None
+        self, backbone: Backbone, policy: StepPolicy | RoutePolicy, curve: list[tuple[float, float]] | None = None
     ) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
@@ -68,16 +72,18 @@ class RoutedModel(nn.Module):
         self._price: float = 0.0
         self._router_macs = 0
         self.last_route = None
-        if isinstance(policy, Router):
+        if isinstance(policy, StepPolicy):
             expected = Layout.of(backbone)
             if policy.width != expected.width:
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
+            self._act = self.policy.act  # type: ignore[assignment]
+        if isinstance(policy, Router):
             low, high = policy.price_range
             self.price_range = (low, high)
             self.set_price((low * high) ** 0.5)
-            self._router_macs = count_macs(policy, (expected.width,))[0]
+            self._router_macs = count_macs(policy, (policy.width,))[0]
 
     @property
     def price(self) -> float:
@@ -91,7 +97,15 @@ class RoutedModel(nn.Module):
         if not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
         self._price = float(price)
-        self._act = self.policy.at(self._price, self.backbone.may_close)  # type: ignore[operator]
+        router = self.policy
+        assert isinstance(router, Router)
+        self._act = router.at(self._price, self.backbone.may_close)
+        weight, bias = router.folded(self._price)
+        self._linear = self._fused = None
+        if router.hidden is None:
+            self._linear = LinearChoice(self.backbone, weight, bias)
+        elif not self.backbone.may_close:
+            self._fused = FusedChoice(self.backbone, weight, bias, router.head)
 
     def set_budget(self, budget: float) -> None:
         """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
@@ -121,6 +135,10 @@ class RoutedModel(nn.Module):
         return self
 
     def _choose(self, state: State) -> Tensor:
+        if self._linear is not None:
+            return self._linear(state)
+        if self._fused is not None and small_steps_by_kernels(state.walk.macs):
+            return self._fused(state)
         return self._act(observation(self.backbone, state, self._price))
 
     @torch.inference_mode()
@@ -174,7 +192,7 @@ class CapturedModel:
         # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
         layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
         constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
-        self._held = (model._act, constants)
+        self._held = (model._act, model._linear, model._fused, constants)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with torch.inference_mode(), device_counts():
@@ -208,7 +226,7 @@ class CapturedModel:
         return self._walk.outputs
 
 
-def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> RoutedModel:
+def plug(backbone: Backbone, policy: str | Path | StepPolicy | RoutePolicy) -> RoutedModel:
     """Plug a policy into a backbone.
 
     Args:
@@ -227,7 +245,7 @@ def plug(backbone: Backbone, policy: str | Path | Router | RoutePolicy) -> Route
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"the backbone's {name!r} holds NaN or infinity")
-    if isinstance(policy, (Router, RoutePolicy)):
+    if isinstance(policy, (StepPolicy, RoutePolicy)):
         return RoutedModel(backbone, policy)
     router, metadata = load_policy(policy)
     check_match(policy, metadata, backbone)

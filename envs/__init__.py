@@ -17,6 +17,7 @@ class Decision:
         family: the backbone family that poses it.
         action: what is chosen, in a few words.
         source: where the decision comes from.
+        data: the data set that is taken where none is named.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Decision:
     family: str
     action: str
     source: str
+    data: str = "digits"
 
 
 DECISIONS: dict[str, Decision] = {
@@ -34,6 +36,24 @@ DECISIONS: dict[str, Decision] = {
         Decision(
             "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipEnv", "dynrl.envs.skip:SkipVectorEnv", "gated_resnet",
             "run or skip each residual block", "SkipNet (Wang et al. 2018)",
+        ),
+        Decision(
+            "exit", "dynrl/Exit-v0", "dynrl.envs.exit:ExitEnv", "dynrl.envs.exit:ExitVectorEnv", "exit_resnet",
+            "stop at an early classifier or go on", "BranchyNet (2016), MSDNet (Huang et al. 2018)",
+        ),
+        Decision(
+            "expert", "dynrl/Expert-v0", "dynrl.envs.expert:ExpertEnv", "dynrl.envs.expert:ExpertVectorEnv",
+            "expert_net", "choose one of a layer's unequal experts", "mixtures of experts (Shazeer et al. 2017)",
+        ),
+        Decision(
+            "channel", "dynrl/Channel-v0", "dynrl.envs.channel:ChannelEnv", "dynrl.envs.channel:ChannelVectorEnv",
+            "slimmable_resnet", "how wide each residual block is", "RNP (Lin et al. 2017)",
+        ),
+        Decision(
+            "hidden-update", "dynrl/HiddenUpdate-v0", "dynrl.envs.hidden_update:HiddenUpdateEnv",
+            "dynrl.envs.hidden_update:HiddenUpdateVectorEnv", "skip_gru",
+            "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",
+            data="sequential-digits",
         ),
     )
 }  # fmt: skip

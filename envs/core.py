@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dynrl.backbones import END, Backbone, State, merge, shared_backbone
 from dynrl.data import Dataset, Split, load_dataset
+from dynrl.envs import DECISIONS
 from dynrl.observation import Layout, observation
 from dynrl.tasks import CLASSIFICATION, Task
 
@@ -108,7 +109,7 @@ class RoutingVectorEnv(VectorEnv):
         num_envs: how many.
         backbone: a backbone file, a `Backbone`, or None for a small seeded, untrained one. A file is loaded once a
             process however many environments use it. Always run frozen, by its `for_inference` copy.
-        data: the data set the inputs come from, or its name.
+        data: the data set the inputs come from, or its name; None for the decision's own (`Decision.data`).
         split: of the data set.
         accuracy_term: paid when a row ends: "distillation" (see there) or "log_likelihood" (`Task.log_likelihood`), in
             nats, or "correct" (0 or 1: classes only).
@@ -137,7 +138,7 @@ class RoutingVectorEnv(VectorEnv):
         num_envs: int = 1,
         *,
         backbone: str | Path | Backbone | None = None,
-        data: str | Dataset = "digits",
+        data: str | Dataset | None = None,
         split: str = "train",
         accuracy_term: str = "distillation",
         price: float | None = None,
@@ -156,7 +157,7 @@ class RoutingVectorEnv(VectorEnv):
                 f"the price {price} is outside its range {self.price_range}; widen price_range or change it"
             )
         self._fixed_price = price
-        dataset = data if isinstance(data, Dataset) else load_dataset(data)
+        dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
         self.task = dataset.task
         check_accuracy_term(accuracy_term, self.task)
         self.accuracy_term = accuracy_term

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dynrl.policies.base import RoutePolicy
 from dynrl.routes import draw_routes
 
 
-class RoutePolicy(nn.Module):
-    """A policy that gives whole routes at once, before the walk begins."""
-
-    def route(self, inputs: Tensor) -> Tensor:
-        """[B, max_steps] int64, the actions for `inputs` [B, ...]."""
-        raise NotImplementedError
-
-
 class RandomPolicy(RoutePolicy):
-    """The full network's choice with probability `rate`, else one of the others at random.
+    """Choices drawn independently at each step, from the cheapest (rate 0) to the dearest (rate 1): `draw_routes`.
 
     Args:
-        full_route: the dense network's choice at each step.
-        choices: of a point.
-        rate: in [0, 1].
+        costs: [max_steps, choices], what each choice costs at each step (`Backbone.step_costs`).
+        rate: in [0, 1]; of two choices the dearer one's probability.
         seed: of the sequence of routes; the first call after construction starts it.
     """
 
-    def __init__(self, full_route: tuple[int, ...], choices: int, rate: float, seed: int = 0) -> None:
+    def __init__(self, costs: Tensor, rate: float, seed: int = 0) -> None:
         super().__init__()
         if not 0 <= rate <= 1:
             raise ValueError(f"expected a rate between 0 and 1, got {rate}")
-        self.full_route, self.choices, self.rate = full_route, choices, rate
+        self.costs, self.rate = costs, rate
         self.generator = torch.Generator().manual_seed(seed)
 
     def route(self, inputs: Tensor) -> Tensor:
         """A random route for each input."""
-        rate = torch.full((len(inputs),), self.rate)
-        return draw_routes(self.full_route, self.choices, rate, self.generator).to(inputs.device)
+        rate = torch.full((len(inputs),), self.rate, dtype=torch.float64)  # float32 has nothing between 1 - 6e-8 and 1
+        return draw_routes(self.costs, rate, self.generator).to(inputs.device)
 
 
 class StaticPolicy(RoutePolicy):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.files import load_tensors, save_tensors
+from dynrl.policies.base import StepPolicy
 
 CAP = 5.0  # logits stay within +-CAP, so that no choice's probability reaches 0 and its logarithm stays finite
 
 
-class Router(nn.Module):
+class Router(StepPolicy):
     """Two linear layers, or one. The module that RLlib trains is the module that is deployed.
 
     Args:
@@ -38,7 +39,7 @@ class Router(nn.Module):
         hidden: int = 64,
         start: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(features, points, choices)
         low, high = price_range
         if not 0 < low < high < math.inf:
             raise ValueError(f"expected a price range with 0 < low < high, got {tuple(price_range)}")
@@ -46,9 +47,7 @@ class Router(nn.Module):
             "features": features, "points": points, "choices": choices, "price_range": [low, high],
             "hidden": hidden, "start": start,
         }  # fmt: skip
-        self.choices = choices
         self.price_range = (float(low), float(high))
-        self.price = features + points + 1 + choices + 1
         self._log_middle = (math.log(high) + math.log(low)) / 2
         self._log_reach = (math.log(high) - math.log(low)) / 2
         self.hidden = nn.Linear(self.price + 1, hidden) if hidden else None
@@ -57,11 +56,6 @@ class Router(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         with torch.no_grad():
             self.head.bias[start] = 2.0
-
-    @property
-    def width(self) -> int:
-        """Length of an observation."""
-        return self.price + 1 + self.choices
 
     def trunk(self, observation: Tensor) -> Tensor:
         """[n, price + 1]: the observation without its mask, its price as a centred logarithm."""
@@ -82,7 +76,7 @@ class Router(nn.Module):
         return CAP * torch.tanh(self._scores(observation) / CAP) + self._closed(observation)
 
     def act(self, observation: Tensor) -> Tensor:
-        """[n] int64: the likeliest choice of each row (without the cap, which changes no order)."""
+        """The likeliest choice of each row (without the cap, which changes no order)."""
         return (self._scores(observation) + self._closed(observation)).argmax(1)
 
     def at(self, price: float, masked: bool = True) -> Callable[[Tensor], Tensor]:
@@ -92,20 +86,25 @@ class Router(nn.Module):
             price: within the range.
             masked: whether a choice may be closed.
         """
+        weight, bias = self.folded(price)
+        matrix = weight.t()
         with torch.no_grad():
-            first = self.head if self.hidden is None else self.hidden
             head, head_bias = self.head.weight.t(), self.head.bias
-            told = (math.log(price) - self._log_middle) / self._log_reach
-            bias = first.bias + told * first.weight[:, self.price]
-            matrix = first.weight[:, : self.price].t()
 
         def act(observation: Tensor) -> Tensor:
             scores = torch.addmm(bias, observation[:, : self.price], matrix)
-            if first is not self.head:
+            if self.hidden is not None:
                 scores = torch.addmm(head_bias, scores.relu_(), head)
             return (scores + self._closed(observation) if masked else scores).argmax(1)
 
         return act
+
+    @torch.no_grad()
+    def folded(self, price: float) -> tuple[Tensor, Tensor]:
+        """The first layer's weight [units, columns before the price] and its bias [units] with this price in it."""
+        first = self.head if self.hidden is None else self.hidden
+        told = (math.log(price) - self._log_middle) / self._log_reach
+        return first.weight[:, : self.price], first.bias + told * first.weight[:, self.price]
 
 
 def save_policy(path: str | Path, router: Router, metadata: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,8 +122,10 @@ def measure(
     import torch
 
     from dynrl import evaluation as ev
+    from dynrl.heuristics import HEURISTICS
     from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
+    from dynrl.routed import RoutedModel
     from dynrl.routes import draw_routes
 
     test, task, metric = dataset.test, dataset.task, dataset.task.metric
@@ -176,9 +179,10 @@ def measure(
         assert first.last_route is not None
         add_sides(first.backbone, routed, first.last_route.actions)
 
-    steps = backbone.max_steps * (backbone.num_choices - 1)
+    tries, found = ev.static_tries(backbone)
     candidates, rounds = 24, 11
-    total = (2 + len(models)) * len(BUDGETS) + 2 + steps * (steps + 1) // 2 + steps + candidates + rounds
+    heuristics = HEURISTICS.get(backbone.decision, {})
+    total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + 1 + tries + found + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
         def full_route(network: Backbone) -> float:
@@ -201,9 +205,21 @@ def measure(
                 bar.update()
             if spent:
                 rate = ev.random_rate(frozen, validation.inputs[:256], spent)
-                policies = [RandomPolicy(frozen.full_route, frozen.num_choices, rate, s) for s in range(RANDOM_SEEDS)]
-                add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
+                if rate is not None:
+                    policies = [RandomPolicy(frozen.step_costs, rate, seed) for seed in range(RANDOM_SEEDS)]
+                    add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
             bar.update()
+        for name, fit in heuristics.items():
+            policy_for = fit(frozen, dataset.validation)
+            for budget in BUDGETS:
+                rule = policy_for(budget)
+                if rule is not None:
+                    ruled = RoutedModel(frozen, rule)
+                    add(name, budget, [ev.score(ruled, test)])
+                    ruled(batch)
+                    assert ruled.last_route is not None
+                    add_sides(frozen, partial(ruled, batch), ruled.last_route.actions)
+                bar.update()
         static = ev.static_routes(frozen, validation, bar.update)
         for budget in BUDGETS:
             affordable = [found for found in static if found[1] <= budget]
@@ -213,7 +229,7 @@ def measure(
             bar.update()
         generator = torch.Generator().manual_seed(0)
         rates = torch.linspace(0, 1, candidates)
-        tried = draw_routes(frozen.full_route, frozen.num_choices, rates, generator).tolist()
+        tried = draw_routes(frozen.step_costs, rates, generator).tolist()
         known = [route for route, _, _ in static] + [tuple(route) for route in tried]
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
         dense_sides = ev.dense_sides(frozen, batch)
@@ -229,6 +245,7 @@ def measure(
             **{f"{name}_{metric}": value for name, value in full_routes.items()},
             "macs": backbone.dense_macs,
             "latency_ms": dense,
+            "latency_ms_by_side": {name.removeprefix("dense "): times[name] for name in dense_sides},
             "batch_size": len(batch),
         },
         "points": points,

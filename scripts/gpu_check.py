@@ -62,6 +62,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": __import__("triton").__version__, "python": sys.version.split()[0], "commit": commit.strip(),
         "command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "left_out": [],
+        "failed": {}, "rows": [],
     }  # fmt: skip
 
     def write() -> None:
@@ -110,9 +111,11 @@ def main() -> int:
             rows = Path(folder) / "rows.json"
             ending = f"; import json; json.dump(rows, open({str(rows)!r}, 'w'))"
             code_status, log = call("-c", f"{IMPORTS}rows = {code}{ending}")
-            result[name] = {"status": code_status, "rows": json.loads(rows.read_text()) if code_status == 0 else []}
             if code_status:
-                result[name]["log"] = log[-4000:]  # type: ignore[index]
+                result["failed"][name] = log[-4000:]  # type: ignore[index]
+            else:
+                found = [row | {"commit": commit.strip()} for row in json.loads(rows.read_text())]
+                result["rows"] += found  # type: ignore[operator]
             print(log[-2500:], flush=True)
             write()
     write()

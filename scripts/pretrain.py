@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +16,12 @@ class Args:
 
     decision: Annotated[str, tyro.conf.Positional]
     """The decision the backbone poses; see `dynrl list`."""
-    data: str = "digits"
-    """Data set."""
+    data: str | None = None
+    """Data set; default: the decision's."""
     out: Path | None = None
     """Folder to make; default runs/backbone-DECISION-DATA-TIME."""
+    network: tuple[str, ...] = ()
+    """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     seed: int = 0
     """Seed of weights, order, augmentation and routes."""
     threads: int | None = None
@@ -33,24 +36,24 @@ def main(args: Args) -> None:
     from dynrl.recipes import defaults
     from dynrl.scripts.common import new_folder, use_threads
 
-    decision(args.decision)
-    defaults(args.decision, args.data)
-    load_dataset(args.data)  # before the folder is made: data may be out of reach
+    data = args.data or decision(args.decision).data
+    row = defaults(args.decision, data).changed(args.network)
+    row.build(load_dataset(data), args.seed)  # before the folder is made: what can be refused is refused
     use_threads(args.threads)
-    folder = new_folder(args.out, "backbone", args.decision, args.data)
+    folder = new_folder(args.out, "backbone", args.decision, data)
     settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
-    write_json(folder / "config.json", settings)
-    pretrain_into(folder, args.decision, args.data, args.seed)
+    write_json(folder / "config.json", settings | {"data": data})
+    pretrain_into(folder, args.decision, data, args.seed, args.network)
     print(f"backbone: {folder}/backbone.safetensors")
 
 
-def pretrain_into(folder: Path, decision: str, data: str, seed: int) -> None:
+def pretrain_into(folder: Path, decision: str, data: str, seed: int, network: Sequence[str] = ()) -> None:
     """Make whichever of `backbone.safetensors` and `plain.safetensors` is missing in `folder`; resumable."""
     from dynrl.data import load_dataset
     from dynrl.pretraining import metric_at_rate, pretrain
     from dynrl.recipes import defaults
 
-    row, dataset = defaults(decision, data), load_dataset(data)
+    row, dataset = defaults(decision, data).changed(network), load_dataset(data)
     for name, random_routes, label in (
         # The backbone last: where its file is there, both are, and a killed run knows what is left to do.
         ("plain", False, "training the plain network"),
@@ -64,7 +67,7 @@ def pretrain_into(folder: Path, decision: str, data: str, seed: int) -> None:
             backbone, dataset, row.pretraining, random_routes=random_routes, seed=seed,
             checkpoint=folder / "checkpoints" / f"{name}.pt", label=label,
         )  # fmt: skip
-        value, metric = metric_at_rate(backbone, dataset.validation, 1.0), dataset.task.metric
+        value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
         backbone.save(
             path, data=data, mean=dataset.mean, deviation=dataset.deviation, seed=seed, random_routes=random_routes,
             **{f"validation_{metric}": value},

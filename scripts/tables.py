@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 
@@ -106,7 +107,30 @@ def bench_model_table(result: dict[str, Any]) -> list[str]:
     return [*lines, "", _machine(result)]
 
 
-BENCHES = {"bench-env": bench_env_table, "bench-ops": bench_ops_table, "bench-model": bench_model_table}
+def gpu_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `scripts/gpu_check.py` as Markdown: ops at batch 64 and more in bfloat16, and captured networks."""
+    ops: dict[str, list[float]] = {}
+    for r in result["rows"]:
+        if r.get("realised_ratio") and "op" in r and r["dtype"] == "bfloat16" and r["batch"] >= 64:
+            ops.setdefault(r["op"], []).append(r["realised_ratio"])
+    lines = ["| op | rows | geometric mean of ideal / routed | worst |", "|---|---|---|---|"]
+    lines += [f"| {op} | {len(v)} | {geometric_mean(v):.2f} | {min(v):.2f} |" for op, v in ops.items()]
+    sides = ("dense", "ideal", "routed", "with_router")
+    lines += [
+        "",
+        "| network, captured | batch | dense ms | ideal | routed | with router |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        if "captured_dense_ms" in r:
+            cells = " | ".join(f"{r[f'captured_{side}_ms']:.3f}" for side in sides)
+            lines.append(f"| {r['network']} | {r['batch']} | {cells} | {r['commit']} |")
+    return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
+
+
+BENCHES = {
+    "bench-env": bench_env_table, "bench-ops": bench_ops_table, "bench-model": bench_model_table, "gpu": gpu_table
+}  # fmt: skip
 
 
 def main(args: Args) -> None:

@@ -22,14 +22,16 @@ class Args:
 
     decision: Annotated[str, tyro.conf.Positional]
     """What to decide; see `dynrl list`."""
-    data: str = "digits"
-    """Data set."""
+    data: str | None = None
+    """Data set; default: the decision's."""
     agent: Literal["ppo", "gate"] = "ppo"
     """RLlib's PPO, or gates trained by gradient (straight-through), which it must stand beside."""
     finetune: bool = False
     """Then train backbone and policy in turn, by the data set's plan; with --resume, of a run that did not, too."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
+    network: tuple[str, ...] = ()
+    """Settings of a backbone that is pretrained here and differs from the data set's defaults, each NAME=VALUE."""
     out: Path | None = None
     """Run folder to make; default runs/DECISION-DATA-TIME."""
     resume: Path | None = None
@@ -39,6 +41,8 @@ class Args:
     steps: int | None = None
     """Decisions to learn from, fine-tuning not counted; default: the data set's (of gates half as many, which takes
     about as long)."""
+    router_hidden: int | None = None
+    """Units of the policy's hidden layer, 0 for a linear policy; default: the data set's."""
     num_envs: int = 64
     """Inputs that walk side by side in one runner; of gates, a batch."""
     num_env_runners: int = 0
@@ -73,14 +77,17 @@ def main(args: Args) -> None:
         write_json(run / "config.json", config)
     else:
         config = _settings(args)
-        row = defaults(args.decision, args.data)
-        config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)
         _check(args)
+        config["data"] = data = args.data or decision(args.decision).data
+        row = defaults(args.decision, data).changed(args.network)
+        config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)
+        config["router_hidden"] = row.router_hidden if args.router_hidden is None else args.router_hidden
         # All that can be refused is refused before the folder is made.
-        dataset = load_dataset(args.data)
+        dataset = load_dataset(data)
+        row.build(dataset, args.seed)
         check_accuracy_term(args.accuracy_term, dataset.task)
         source = _backbone_folder(args.backbone, args.decision, dataset) if args.backbone else None
-        run = new_folder(args.out, args.decision, args.data)
+        run = new_folder(args.out, args.decision, data)
         if source is not None:
             for name in ("backbone.safetensors", "plain.safetensors", PRETRAINED):
                 if (source / name).is_file():
@@ -100,7 +107,7 @@ def main(args: Args) -> None:
 def _settings(args: Args) -> dict[str, Any]:
     left_out = ("out", "resume", "backbone", "threads")
     settings = {name: value for name, value in asdict(args).items() if name not in left_out}
-    return {**settings, "price_range": list(args.price_range)}
+    return {**settings, "price_range": list(args.price_range), "network": list(args.network)}
 
 
 _DEFAULT = _settings(Args("")) | {"decision": None}
@@ -110,11 +117,15 @@ def _check(args: Args) -> None:
     from dynrl.envs.core import check_price_range
 
     check_price_range(args.price_range)
+    if args.backbone is not None and args.network:
+        raise ValueError("--network is for a backbone that is pretrained here; leave it out, or --backbone")
     if args.agent == "gate" and args.accuracy_term == "correct":
         raise ValueError("the accuracy term 'correct' has no gradient for gates; choose another, or --agent ppo")
     if args.agent == "gate" and args.num_env_runners:
         raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
-    for name, least in (("steps", 1), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1), ("seed", 0)):
+    for name, least in (
+        ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1), ("seed", 0),
+    ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {least} and below 2^31, got {value}")
@@ -147,8 +158,8 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
 
     file = newest = run / "backbone.safetensors"
     if not file.exists():
-        pretrain_into(run, config["decision"], config["data"], config["seed"])
-    settings = Settings(**{name: value for name, value in config.items() if name != "finetune"})
+        pretrain_into(run, config["decision"], config["data"], config["seed"], config["network"])
+    settings = Settings(**{name: value for name, value in config.items() if name not in ("finetune", "network")})
     if config["finetune"]:
         newest = run / "checkpoints" / "backbone.safetensors"
         router, finished = _train_jointly(run, settings, newest)

@@ -20,21 +20,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynrl.ops.kernels import conv, gru, linear, route
+from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, route
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class _Pointer:
-    """Stands in for a tensor where the autotuner's pruning asks for a dtype."""
+    """Stands in for a tensor, or a tensor's descriptor, where the autotuner's pruning asks for a dtype."""
 
     def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+        self.dtype, self.base = dtype, self
 
 
 def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """(kernel, arguments, constants) with a type string for each pointer; what is not named is a pointer of `dtype`."""
+    """(kernel, arguments, constants) with a type string for each pointer; what is not named is a pointer of `dtype`.
+
+    Where a value depends on the tile it is a function of the tile's constants.
+    """
     size, channels = 256, 128
     rows = {"in_rows_ptr": "*i64", "out_rows_ptr": "*i64", "x_rows_ptr": "*i64", "h_rows_ptr": "*i64"}
     rows |= {"offsets_ptr": "*i32", "starts_ptr": "*i64", "dy_rows_ptr": "*i64", "bias_starts_ptr": "*i64"}
@@ -51,6 +54,23 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, 
     plain = {"in_widths_ptr": None, "out_widths_ptr": None}
     yield conv._conv_rows_kernel, rows | images | plain, taps | {"NUM_GROUPS": 1, "BLOCK_GROUPS": 1}
     yield conv._conv_rows_kernel, rows | images, taps | groups
+
+    def maps(tile: dict[str, int], channels: str) -> str:
+        width = tile_width(tile)
+        return f"tensordesc<{TYPES[dtype]}[1, {tile['BLOCK_M'] // width}, {width}, {tile[channels]}]>"
+
+    def tile_width(tile: dict[str, int]) -> int:
+        return conv_tiles.tile_width(28, 28, tile["BLOCK_M"])
+
+    descriptors = {
+        "x_desc": lambda tile: maps(tile, "BLOCK_K"), "out_desc": lambda tile: maps(tile, "BLOCK_N"),
+        "residual_desc": lambda tile: maps(tile, "BLOCK_N"), "granule": channels,
+        "w_desc": lambda tile: f"tensordesc<{TYPES[dtype]}[{tile['BLOCK_N']}, 1, {tile['BLOCK_K']}]>",
+    }  # fmt: skip
+    tiled = {name: value for name, value in taps.items() if name != "STRIDE"} | {"TILE_W": tile_width}
+    yield conv_tiles._conv_tiles_kernel, rows | images | descriptors, tiled | groups
+    single = {"NUM_GROUPS": 1, "BLOCK_GROUPS": 1}
+    yield conv_tiles._conv_tiles_kernel, rows | images | descriptors | plain, tiled | single
     matrix = {"size_in": size, "size_out": size, "stride_x": size, "stride_wm": size, "stride_wk": 1, "size_class": 6}
     yield linear._linear_rows_kernel, rows | matrix | {"stride_out": size}, {"RELU": True} | groups | precision
     transposed = matrix | plain | {"stride_out": size, "stride_wm": 1, "stride_wk": size}
@@ -67,7 +87,24 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, 
     yield gru._gru_rows_kernel, rows | cell, precision
     moved = {"rows_ptr": "*i64", "size": size, "stride_src": size, "stride_dst": size}
     yield gru._scatter_rows_kernel, rows | moved, {"BLOCK_M": 16, "BLOCK_N": 128}
+    pooled = {"out_ptr": "*fp32", "pixels": 784, "channels": channels, "stride_n": 784 * channels, "stride_p": channels}
+    yield decide._pool_kernel, pooled, {"BLOCK_P": 32, "BLOCK_C": 64}
     if dtype == torch.float32:
+        books = {f"{name}_ptr": "*i64" for name in ("action", "costs", "route", "steps", "last", "macs")}
+        yield decide._record_kernel, books | {"n": size, "max_steps": 9}, {"BLOCK": 256}
+        router = books | {
+            "mask_ptr": "*i1",
+            "n": size,
+            "size_in": size,
+            "hidden": 64,
+            "choices": 2,
+            "dense_macs": "fp32",
+        }
+        yield (
+            decide._decide_kernel,
+            router,
+            {"LINEAR": False, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_H": 64, "BLOCK_C": 16},
+        )
         yield (
             linear._linear_rows_kernel,
             rows | matrix | {"stride_out": size},
@@ -75,6 +112,8 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, 
         )
         yield conv._conv_rows_kernel, rows | images, taps | groups | {"PRECISION": "tf32"}
         yield conv._conv_rows_kernel, rows | images | plain, taps | groups | {"PRECISION": "tf32"}
+        tf32 = tiled | single | {"PRECISION": "tf32"}
+        yield conv_tiles._conv_tiles_kernel, rows | images | descriptors | plain, tf32
         chosen = {"choice_ptr": "*i64", "order_ptr": "*i64", "offsets_ptr": "*i32", "n": 4096, "stride_choice": 1}
         yield route._route_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
 
@@ -85,7 +124,8 @@ def _configs(
     """The autotuner's choices for these arguments."""
     if not isinstance(kernel, triton.runtime.Autotuner):
         return [triton.Config({}, num_warps=constants.get("num_warps", 4))]
-    configs = kernel.early_config_prune(kernel.configs, arguments | {"x_ptr": _Pointer(dtype)}, **constants)
+    pointer = _Pointer(dtype)
+    configs = kernel.early_config_prune(kernel.configs, arguments | {"x_ptr": pointer, "x_desc": pointer}, **constants)
     return configs if every else configs[-1:]
 
 
@@ -93,17 +133,21 @@ def compile_case(
     kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], config: Any, dtype: torch.dtype
 ) -> dict:
     """Compile one kernel with one tile as a launch with these arguments would, and read off what it needs."""
-    function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+    function = kernel
+    while not isinstance(function, triton.JITFunction):  # below autotuner and heuristics
+        function = function.fn
     meta = {name: value for name, value in constants.items() if name != "num_warps"} | config.kwargs
+    meta = {name: value(config.kwargs) if callable(value) else value for name, value in meta.items()}
     signature, fixed, attributes = {}, {}, {}
     for place, name in enumerate(function.arg_names):
         value = meta[name] if name in meta else arguments.get(name, "*" + TYPES[dtype])
+        value = value(config.kwargs) if callable(value) else value
         # A launch treats None and 1 as constants too, and notes what is a multiple of 16.
         if name in meta or value is None or value == 1:
             signature[name], fixed[(place,)] = "constexpr", value
             continue
         signature[name] = value if isinstance(value, str) else "i32"
-        if isinstance(value, str) or value % 16 == 0:
+        if value[0] == "*" if isinstance(value, str) else value % 16 == 0:
             attributes[(place,)] = [["tt.divisibility", 16]]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(ASTSource(function, signature, fixed, attributes), target=TARGET, options=options)

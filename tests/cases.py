@@ -7,7 +7,7 @@ from gymnasium.envs.registration import load_env_creator
 
 import dynrl  # noqa: F401 (registers the environments)
 from dynrl.backbones import Backbone
-from dynrl.data import Augmentation, Dataset, Split
+from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.tasks import Regression
 from tests.toys import Branching, Exiting, Looping
@@ -39,4 +39,4 @@ def vector_env(name: str):
 def make_backbone(name: str) -> Backbone:
     if name in TOYS:
         return TOYS[name]().eval()
-    return vector_env(name).default_backbone((1, 24, 24)).eval()
+    return vector_env(name).default_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.decide import decide, decide_ref
 from dynrl.ops.gated_cell import gated_cell, gated_cell_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
+from dynrl.ops.pooled import pooled, pooled_ref
 from dynrl.ops.route import route, route_ref
+from dynrl.ops.routed_experts import routed_experts, routed_experts_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
@@ -36,6 +39,10 @@ COMPACT_ROWS: dict[str, Constants] = {"compacted": {("gated_cell", "WORTH_ROWS")
 COMPACT_SLICES: dict[str, Constants] = {
     "compacted": {("sliced_linear", "WORTH_MACS"): 0, ("sliced_linear", "MOVING"): -math.inf}
 }
+# No op computes a row that did not ask for it.
+COMPACT: Constants = {**COMPACT_BLOCK, **COMPACT_ROWS["compacted"], **COMPACT_SLICES["compacted"]}
+# Two positions at a time, and rows moved as large ones are.
+FEW_HIDDEN: dict[str, Constants] = {name: {**how, ("routed_experts", "HIDDEN"): 70} for name, how in MOVES.items()}
 MAPS = ("contiguous", "channels_last", "sliced", "sliced channels_last")
 
 
@@ -350,6 +357,33 @@ ROUTED_LINEAR = [
 ]  # fmt: skip
 
 
+# routed_experts
+
+
+def experts_case(name: str, splits: tuple[int, ...], *positions: int) -> Case:
+    def make(s: Setting) -> Args:
+        width = sum(splits)
+        return {
+            "x": s.rows(s.n, *positions, INPUTS),
+            "choice": s.choice(len(splits)),
+            "w1": s.rows(width, INPUTS, scale=INPUTS**-0.5),
+            "b1": s.randn(width),
+            "w2": s.rows(INPUTS, width, scale=0.25),
+            "splits": splits,
+        }
+
+    grads = ("x", "w1", "b1", "w2")
+    return Case(
+        "routed_experts", name, routed_experts, routed_experts_ref, make, overwrites="x", grads=grads, also=FEW_HIDDEN
+    )
+
+
+ROUTED_EXPERTS = [
+    experts_case("", SPLITS),
+    experts_case("of maps", (0, 5, 8, 8), 3, 2),
+]
+
+
 # sliced_linear
 
 
@@ -446,10 +480,34 @@ def route_case(dtype: torch.dtype, count: int) -> Case:
     )
 
 
+# pooled, decide
+
+
+def pooled_case() -> Case:
+    return Case("pooled", "", pooled, pooled_ref, lambda s: {"x": s.maps(s.n, 20, 3, 5)}, layouts=MAPS)
+
+
+def decide_case(name: str, f: int, hidden: int | None, choices: int) -> Case:
+    def make(s: Setting) -> Args:
+        h = hidden or choices
+        return {
+            "features": s.rows(s.n, f), "last": s.choice(choices + 1), "spent": s.choice(90), "dense_macs": 100,
+            "weight": s.randn(f, h), "bias": s.randn(h), "last_weight": s.randn(1 + choices, h),
+            "spent_weight": s.randn(h), "head": s.randn(h, choices) if hidden else None,
+            "head_bias": s.randn(choices) if hidden else None,
+        }  # fmt: skip
+
+    return Case("decide", name, decide, decide_ref, make, dtypes=(torch.float32,))
+
+
 CASES = [
+    pooled_case(),
+    decide_case("two layers", 70, 64, 3),
+    decide_case("one layer", 21, None, 4),
     *(route_case(*of) for of in ((torch.int64, 2), (torch.int32, 1), (torch.int64, 5))),
     *GATED_RESIDUAL,
     *ROUTED_LINEAR,
+    *ROUTED_EXPERTS,
     *SLICED_LINEAR,
     *SLICED_CONV,
     cell_case("", cell),

@@ -193,7 +193,7 @@ def two_kinds() -> tuple[TwoKinds, Dataset]:
         for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.weight.fill_(1)
         backbone.conv1.weight[1, 0, 1, 1] = 1  # channel 1 shows the input
-        backbone._gates[0].bn2.bias[0] = 100  # a row that ran is marked in channel 0
+        backbone._blocks[0].bn2.bias[0] = 100  # a row that ran is marked in channel 0
     bright = (torch.arange(64) % 2).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
     split = Split(bright, torch.zeros(64, dtype=torch.int64))
     return backbone, Dataset("kinds", 2, split, split, split, Augmentation())

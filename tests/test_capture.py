@@ -87,4 +87,4 @@ def test_what_a_graph_cannot_do_is_refused():
     torch.testing.assert_close(captured(inputs).clone(), model(inputs), atol=1e-4, rtol=1e-4)
     backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
     with pytest.raises(ValueError, match="whole routes"):
-        RoutedModel(backbone, RandomPolicy(backbone.full_route, 2, 0.5)).capture(4)
+        RoutedModel(backbone, RandomPolicy(backbone.step_costs, 0.5)).capture(4)

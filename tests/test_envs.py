@@ -137,7 +137,7 @@ def test_returns_are_accuracy_minus_price_times_macs(name):
     obs, _ = env.reset(seed=2)
     price = obs[:, env.layout.price].copy()
     total, spent, prices_seen = np.zeros(4), np.zeros(4), set()
-    for _ in range(40):
+    for _ in range(4 * env.backbone.max_steps):
         obs, reward, terminated, _, info = env.step(rng.integers(0, env.single_action_space.n, 4))
         total += reward
         np.testing.assert_allclose(info["accuracy_term"] + info["cost_term"], reward, atol=1e-6)

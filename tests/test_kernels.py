@@ -17,7 +17,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dynrl.backbones.base import Walk
 from dynrl.ops.kernels.conv import conv_rows
+from dynrl.ops.kernels.decide import decide, pool, record
 from dynrl.ops.kernels.gru import gru_rows, scatter_rows
 from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
 from dynrl.ops.kernels.route import route, tile_bound
@@ -328,6 +330,39 @@ def test_gru_rows_writes_out_rows() -> None:
     assert out[[1, 3]].isnan().all()
 
 
+@pytest.mark.parametrize(("n", "c"), [(3, 20), (70, 70)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pool(n: int, c: int, dtype: torch.dtype) -> None:
+    x = images(n, c, 5, 7, dtype=dtype)
+    got = pool(x, torch.full((n, c), NAN, device=DEVICE))
+    torch.testing.assert_close(got, x.double().mean((2, 3)).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("f", "hidden", "choices"), [(70, 64, 3), (5, 9, 2), (130, None, 4)])
+def test_decide(f: int, hidden: int | None, choices: int) -> None:
+    n, h = 37, hidden or choices
+    features, weight, bias, last_weight, spent = randn(n, f), randn(f, h), randn(h), randn(1 + choices, h), randn(h)
+    head, head_bias = (randn(h, choices), randn(choices)) if hidden else (None, None)
+    last, macs = torch.randint(0, choices + 1, (n,), device=DEVICE), torch.randint(0, 100, (n,), device=DEVICE)
+    scores = features @ weight + bias + last_weight[last] + (macs / 100).unsqueeze(1) * spent
+    if head is not None:
+        scores = scores.relu() @ head + head_bias
+    action = torch.full((n,), -1, device=DEVICE)
+    decide(features, weight, bias, last_weight, spent, head, head_bias, last, macs, 100, action)
+    assert torch.equal(action, scores.argmax(1))
+
+
+def test_record_keeps_a_walks_books() -> None:
+    n, costs = 300, int64([1, 10, 100])
+    walks = [Walk(torch.zeros(n, 1, device=DEVICE), 5) for _ in range(2)]
+    for _ in range(3):
+        action = torch.randint(3, (n,), device=DEVICE)
+        record(action, costs, walks[0].route, walks[0].steps, walks[0].last, walks[0].macs)
+        walks[1].decided(walks[1].all_rows, action, costs)
+    for name in ("route", "steps", "last", "macs"):
+        assert torch.equal(getattr(walks[0], name), getattr(walks[1], name)), name
+
+
 def test_rows_more_than_2_to_the_31_elements_apart() -> None:
     # Only the pages that are written take memory.
     far = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
@@ -349,7 +384,8 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"_route", "_conv_rows", "_linear_rows", "_grad_weight_rows", "_gru_rows", "_scatter_rows"}
+    kernels = {"_route", "_conv_rows", "_conv_tiles", "_linear_rows", "_grad_weight_rows", "_gru_rows", "_scatter_rows"}
+    kernels |= {"_pool", "_decide", "_record"}
     assert {case["kernel"] for case in cases} == {name + "_kernel" for name in kernels}
     assert {case["dtype"] for case in cases} == {"float32", "float16", "bfloat16"}
     for case in cases:

@@ -31,10 +31,11 @@ ALLOWED = {
     "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.tasks"},
     "dynrl.backbones": {"dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.routes"},
     "dynrl.policies": {"dynrl.policies", "dynrl.files", "dynrl.routes"},
-    "dynrl.observation": {"dynrl.backbones"},
-    "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.tasks"},
+    "dynrl.observation": {"dynrl.backbones", "dynrl.ops"},
+    "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
     "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost"},
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops"},
+    "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.finetuning": {
         "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data", "dynrl.files", "dynrl.routes",

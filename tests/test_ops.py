@@ -24,6 +24,7 @@ from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
 from dynrl.ops.gated_residual import SPARE_ROWS, gated_residual, gated_residual_ref
 from dynrl.ops.route import Routing, route_ref
+from dynrl.ops.routed_experts import routed_experts, routed_experts_macs, routed_experts_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs, sliced_linear_ref
@@ -342,6 +343,10 @@ def of_one_choice(case: str, rows: int) -> tuple[Callable[[], Any], Callable[[],
     if case == "routed_linear_macs":
         args = (x, torch.randn(1, 7, 11), route_ref(zeros, 1), torch.randn(1, 7))
         return lambda: routed_linear(*args), lambda: routed_linear_ref(*args), routed_linear_macs(rows, 11, 7)
+    if case == "routed_experts_macs":
+        w1, b1, w2 = torch.randn(6, 11), torch.randn(6), torch.randn(11, 6)
+        args = (x, zeros, w1, b1, w2, (6,))
+        return lambda: routed_experts(*args), lambda: routed_experts_ref(*args), routed_experts_macs(rows, 11, 6)
     if case == "sliced_linear_macs":
         args = (x, zeros, SlicedLinear(nn.Linear(11, 6), nn.Linear(6, 7), (6,)))
         return lambda: sliced_linear(*args), lambda: sliced_linear_ref(*args), sliced_linear_macs(rows, 11, 6, 7)
@@ -375,9 +380,12 @@ def test_ops_pay_for_each_row_at_its_choice_only(take: Callable[[Case, str], str
         return case.args(Setting())
 
     routed, sliced, gated = (args(op) for op in ("routed_linear", "sliced_linear", "gated_cell"))
+    experts = args("routed_experts")
     sizes = route_ref(Setting().choice(3), 3).sizes
     _, m, k = routed["weight"].shape
     assert counted(lambda: routed_linear(**routed)) == routed_linear_macs(sum(sizes), k, m)
+    expected = sum(routed_experts_macs(n, k, width) for n, width in zip(sizes, experts["splits"], strict=True))
+    assert counted(lambda: routed_experts(**experts)) == expected
     layer = sliced["layer"]
     inputs, outputs, widths = layer.w1.shape[1], len(layer.w2), layer.widths
     expected = sum(sliced_linear_macs(n, inputs, width, outputs) for n, width in zip(sizes, widths, strict=True))

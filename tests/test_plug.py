@@ -15,12 +15,21 @@ import torch
 import dynrl
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.cost import count_macs
-from dynrl.data import load_dataset
-from dynrl.evaluation import ORACLE_PRICE, calibrate, oracle_routes, random_rate, score, score_routes, static_routes
-from dynrl.observation import Layout, observation
+from dynrl.data import Split, load_dataset
+from dynrl.evaluation import (
+    ORACLE_PRICE,
+    calibrate,
+    oracle_routes,
+    random_rate,
+    score,
+    score_routes,
+    static_routes,
+    uniform_routes,
+)  # fmt: skip
+from dynrl.observation import FusedChoice, Layout, LinearChoice, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
-from tests.cases import REGISTERED, make_backbone, numbers_split, vector_env
+from tests.cases import BACKBONES, REGISTERED, make_backbone, numbers_split, vector_env
 from tests.toys import Branching, Exiting, Looping
 
 PRICES = (0.01, 1.0)
@@ -276,13 +285,25 @@ def test_observation_holds_what_its_layout_says():
     assert (second[:, layout.mask :] == 1).all()
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_random_policy_draws_by_cost(rate):
+    """Two choices, four unevenly priced ones, two that cost the same, and two at a step that has no third."""
+    costs = torch.tensor([[9, 5, -1, -1], [1, 3, 9, 5], [7, 7, -1, -1]])
+    shares = [[1.0, 0.0], [0.0, 0.25, 1.0, 0.5], [0.5, 0.5]]
+    drawn = RandomPolicy(costs, rate, seed=1).route(torch.zeros(20_000, 1))
+    for step, share in enumerate(shares):
+        odds = [rate**s * (1 - rate) ** (1 - s) if step < 2 else 1.0 for s in share]
+        expected = [p / sum(odds) for p in odds] + [0.0] * (4 - len(odds))
+        found = [float((drawn[:, step] == choice).float().mean()) for choice in range(4)]
+        assert found == pytest.approx(expected, abs=0.015)
+        assert [p == 0 for p in found] == [p == 0 for p in expected]
+
+
 def test_random_and_static_policies():
     backbone = make_backbone("skip")
     inputs = torch.randn(500, *backbone.input_shape)
-    policy = RandomPolicy(backbone.full_route, 2, 0.3, seed=1)
-    assert float(policy.route(inputs).float().mean()) == pytest.approx(0.3, abs=0.04)
     with pytest.raises(ValueError, match="rate"):
-        RandomPolicy(backbone.full_route, 2, 1.5)
+        RandomPolicy(backbone.step_costs, 1.5)
     model = dynrl.plug(backbone, StaticPolicy((1, 0) * (backbone.max_steps // 2)))
     model(inputs[:4])
     assert model.last_route.actions.tolist() == [[1, 0] * (backbone.max_steps // 2)] * 4
@@ -294,10 +315,22 @@ def test_random_rate_meets_the_cost(small_backbone):
     inputs = load_dataset("digits").validation.inputs
     for wanted in (0.5, 0.8):
         rate = random_rate(backbone, inputs, wanted)
-        routes = RandomPolicy(backbone.full_route, 2, rate, seed=9).route(inputs)
+        routes = RandomPolicy(backbone.step_costs, rate, seed=9).route(inputs)
         assert float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs == pytest.approx(
             wanted, abs=0.03
         )
+
+
+def test_random_rate_of_many_choices_reaches_from_the_cheapest_to_the_dearest():
+    backbone = make_backbone("channel")
+    inputs = torch.zeros(200, *backbone.input_shape)
+    floor = float(backbone.start_macs + backbone.costs[:, 0].sum()) / backbone.dense_macs
+    for wanted in (floor + 0.005, (floor + 1) / 2, 0.995):
+        policy = RandomPolicy(backbone.step_costs, random_rate(backbone, inputs, wanted), seed=9)
+        macs = backbone.run_route(inputs, policy.route(inputs)).macs
+        assert float(macs.double().mean()) / backbone.dense_macs == pytest.approx(wanted, abs=0.01)
+    for beyond in (floor - 0.005, 1.005):
+        assert random_rate(backbone, inputs, beyond) is None
 
 
 def test_static_search_and_oracle(small_backbone):
@@ -317,6 +350,18 @@ def test_static_search_and_oracle(small_backbone):
     for route, _, _ in found:
         ever = ever.maximum(score_routes(backbone, StaticPolicy(route).route(split.inputs), split)[0])
     assert torch.equal(right, ever)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_uniform_routes_are_plugged_ones(name):
+    backbone = make_backbone(name)
+    split = Split(torch.randn(12, *backbone.input_shape), torch.arange(12) % 2)
+    found = uniform_routes(backbone, split)
+    assert sorted(route for route, _, _ in found) == [(c,) * backbone.max_steps for c in range(backbone.num_choices)]
+    assert [macs for _, macs, _ in found] == sorted((macs for _, macs, _ in found), reverse=True)
+    for route, macs, accuracy in found:
+        plugged = score(dynrl.plug(backbone, StaticPolicy(route)), split)
+        assert (plugged.macs_fraction, plugged.metric) == (pytest.approx(macs), pytest.approx(accuracy))
 
 
 def test_oracle_of_a_regression():
@@ -392,3 +437,23 @@ def test_the_wheel_holds_all_and_runs_without_the_training_stack(wheel_tree, run
         + WITHOUT_TRAINING_STACK
     )
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, cwd=run, env={"PYTHONPATH": str(wheel_tree)})
+
+
+@pytest.mark.parametrize("kind", [LinearChoice, FusedChoice])
+def test_choices_without_an_observation_are_the_routers(kind):
+    backbone = make_backbone("skip")
+    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=64 if kind is FusedChoice else 0)
+    torch.nn.init.normal_(router.head.weight)
+    torch.nn.init.zeros_(router.head.bias)
+    inputs = torch.randn(50, *backbone.input_shape)
+    rest = (router.head,) if kind is FusedChoice else ()
+    choice, met = kind(backbone, *router.folded(0.3), *rest), []
+
+    def choose(state):
+        met.append(choice(state))
+        assert torch.equal(met[-1], router.act(observation(backbone, state, 0.3)))
+        return met[-1]
+
+    with torch.no_grad():
+        backbone.run(inputs, choose)
+    assert len(torch.cat(met).unique()) == 2

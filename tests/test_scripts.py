@@ -213,6 +213,18 @@ def test_a_regression_reports_its_own_metric(tmp_path, capsys):
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_budget_that_no_random_route_reaches_has_no_random_point():
+    """A policy that runs all and pays for its router, too, spends more than any route alone can."""
+    split = numbers_split(48)
+    dataset = Dataset("numbers", 1, split, split, split, Augmentation())
+    backbone = GatedResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
+    model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1))
+    model.curve = [(0.01, 0.9), (1.0, 0.2)]
+    points = measure(backbone, None, [model], dataset, batch_size=16)["points"]
+    assert all(p["macs_fraction"] > 1 for p in points if p["policy"] == "learned")
+    assert {p["policy"] for p in points} == {"learned", "static", "oracle"}
+
+
 def test_several_runs_make_one_report(run, tmp_path):
     before = (run / "report.json").read_text()
     report = report_runs([run, run], tmp_path / "out", batch_size=32)

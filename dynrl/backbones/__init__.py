@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk, merge, read_backbone_file
+from dynrl.backbones.channel import SlimmableResNet
+from dynrl.backbones.exit import ExitResNet
+from dynrl.backbones.expert import ExpertNet
+from dynrl.backbones.recurrent import SkipGRU
 from dynrl.backbones.skip import GatedResNet
 
-FAMILIES: dict[str, type[Backbone]] = {family.family: family for family in (GatedResNet,)}
+FAMILIES: dict[str, type[Backbone]] = {
+    family.family: family for family in (GatedResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU)
+}
 
-__all__ = ["END", "FAMILIES", "Backbone", "GatedResNet", "Point", "State", "Walk", "load_backbone", "merge"]
+__all__ = [
+    "END", "FAMILIES", "Backbone", "ExitResNet", "ExpertNet", "GatedResNet", "Point", "SkipGRU", "SlimmableResNet",
+    "State", "Walk", "load_backbone", "merge",
+]  # fmt: skip
 
 
 def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:

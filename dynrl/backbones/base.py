@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dynrl.files import fingerprint, load_tensors, save_tensors
+from dynrl.ops.backend import small_steps_by_kernels
 from dynrl.routes import draw_routes
 
 END = -1  # the point at which finished rows stand
@@ -41,7 +42,9 @@ class Walk:
         route: [B, T] int64, what was run at each step, -1 where nothing has been decided (yet).
         last: [B] int64, 1 + the last choice, 0 before the first.
         outputs: [B, ...] once some row has an output, else None.
-        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order.
+        own: name to [B, ...], what a family keeps for each slot beside that; 0 where a slot is refilled.
+        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order, and all its
+            rows have taken `common_steps` decisions, a host int.
 
     A gated walk (`Backbone.gated`) takes every row everywhere and weights what it computes. The fields above then
     follow each row along its likeliest choices, and there are also:
@@ -68,6 +71,8 @@ class Walk:
         self.route = torch.full((size, max_steps), -1, dtype=torch.int64, device=device)
         self.last = torch.zeros(size, dtype=torch.int64, device=device)
         self.outputs: Tensor | None = None
+        self.own: dict[str, Tensor] = {}
+        self.common_steps = 0
 
     def __len__(self) -> int:
         return self.all_rows.shape[0]
@@ -78,6 +83,7 @@ class Walk:
         twin.steps, twin.macs, twin.route = self.steps.clone(), self.macs.clone(), self.route.clone()
         twin.inputs, twin.last = self.inputs.clone(), self.last.clone()
         twin.outputs = None if self.outputs is None else self.outputs.clone()
+        twin.own = {name: value.clone() for name, value in self.own.items()}
         return twin
 
     def refill(self, rows: Tensor, inputs: Tensor) -> None:
@@ -87,6 +93,8 @@ class Walk:
         self.macs[rows] = 0
         self.route[rows] = -1
         self.last[rows] = 0
+        for value in self.own.values():
+            value[rows] = 0
 
     def at(self, field: Tensor, rows: Tensor) -> Tensor:
         """`field[rows]`, without the copy where `rows` is every slot in order."""
@@ -99,16 +107,24 @@ class Walk:
         else:
             self.macs[rows] += macs
 
-    def decided(self, rows: Tensor, action: Tensor) -> None:
-        """Write down that `rows` took `action` [n], and count the step."""
+    def decided(self, rows: Tensor, action: Tensor, costs: Tensor) -> None:
+        """Write down that `rows` took `action` [n], count the step, and charge what it `costs` [choices]."""
         if rows is self.all_rows:
-            self.route.scatter_(1, self.steps.unsqueeze(1), action.unsqueeze(1))
-            self.steps += 1
-            self.last = action + 1
+            if small_steps_by_kernels(action):
+                from dynrl.ops.kernels.decide import record
+
+                record(action.contiguous(), costs, self.route, self.steps, self.last, self.macs)
+            else:
+                self.route[:, self.common_steps] = action
+                self.steps += 1
+                self.last = action + 1
+                self.macs += costs.index_select(0, action)
+            self.common_steps += 1
         else:
             self.route[rows, self.steps[rows]] = action
             self.steps[rows] += 1
             self.last[rows] = action + 1
+            self.macs[rows] += costs.index_select(0, action)
 
     def put_output(self, rows: Tensor, value: Tensor) -> None:
         """Set the output of `rows` to `value` [n, ...]; differentiable."""
@@ -221,7 +237,8 @@ class Backbone(nn.Module):
     input), `points`, `feature_width` (of the widest point), `max_steps` (decisions of the longest walk),
     `full_route` ([max_steps], the actions of the dense network), and by `_set_costs`: `start_macs` (what every row
     pays before its first decision, or whatever it decides), `costs` ([points, num_choices] int64, what a row pays for
-    each choice at each point, the fixed parts it then passes included) and `dense_macs`.
+    each choice at each point, the fixed parts it then passes included; -1 where the point has no such choice) and
+    `dense_macs`.
     """
 
     family: ClassVar[str]  # its name in files and in the registry
@@ -254,6 +271,11 @@ class Backbone(nn.Module):
         """[n, f] float32, f <= feature_width: a cheap summary of where each row stands. Changes nothing."""
         raise NotImplementedError
 
+    def project(self, state: State, weight: Tensor, bias: Tensor) -> Tensor:
+        """[n, k]: `observe(state) @ weight + bias`, for what is linear in the features; `weight` [feature_width, k]."""
+        features = self.observe(state)
+        return torch.addmm(bias, features, weight[: features.shape[1]])
+
     def _gated_run(self, state: State, gates: Tensor) -> State:
         """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.
 
@@ -283,6 +305,10 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Any]]:
+        """Other ways to compute the full route on `inputs`, by name: a vendor's layer, say. Timed beside `ideal`."""
+        return {}
+
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
@@ -292,13 +318,14 @@ class Backbone(nn.Module):
 
         Args:
             inputs: [B, *input_shape].
-            rate: [B] in [0, 1], how much of the full network each input takes; None for the full route only.
+            rate: [B] in [0, 1], from the cheapest choices to the dearest, see `draw_routes`; None for the full route
+                only.
             generator: of what is drawn.
 
         Yields:
             [k * B, ...]: k outputs of each input from one pass, batch after batch.
         """
-        yield self(inputs, None if rate is None else draw_routes(self.full_route, self.num_choices, rate, generator))
+        yield self(inputs, None if rate is None else draw_routes(self.step_costs, rate, generator))
 
     def for_inference(self) -> Backbone:
         """A frozen copy that computes the same faster (batch norm folded, say)."""
@@ -310,7 +337,7 @@ class Backbone(nn.Module):
         `points`, `max_steps` and `full_route` stand already; the full route is at point t at step t, or stays at the
         last point.
         """
-        table = torch.zeros(len(self.points), self.num_choices, dtype=torch.int64)
+        table = torch.full((len(self.points), self.num_choices), -1)
         for point, row in enumerate(costs):
             table[point, : len(row)] = torch.tensor(row)
         self.start_macs = start_macs
@@ -324,6 +351,11 @@ class Backbone(nn.Module):
     def num_choices(self) -> int:
         """Choices of the point that has most."""
         return max(point.n for point in self.points)
+
+    @property
+    def step_costs(self) -> Tensor:
+        """[max_steps, num_choices] int64, `costs` at the point of each step of the full route, on the CPU."""
+        return self.costs.cpu()[torch.arange(self.max_steps).clamp_max(len(self.points) - 1)]
 
     @property
     def may_close(self) -> bool:
@@ -375,8 +407,7 @@ class Backbone(nn.Module):
             action = nearest_open(mask, action.unsqueeze(1)).squeeze(1)
         elif self.points[state.point].n < self.num_choices:
             action = action.clamp_max(self.points[state.point].n - 1)
-        state.walk.decided(state.rows, action)
-        state.walk.charge(state.rows, self.costs[state.point].index_select(0, action))
+        state.walk.decided(state.rows, action, self.costs[state.point])
         return self._run(state, action)
 
     def output(self, state: State) -> Tensor:
@@ -477,7 +508,9 @@ class Backbone(nn.Module):
 
         def choose(state: State) -> Tensor:
             walk, rows = state.walk, state.rows
-            return walk.at(route, rows).gather(1, walk.at(walk.steps, rows).unsqueeze(1)).squeeze(1)
+            if rows is walk.all_rows:
+                return route[:, walk.common_steps]
+            return route[rows, walk.steps[rows]]
 
         return self.run(inputs, choose)
 

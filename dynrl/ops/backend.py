@@ -40,6 +40,16 @@ def device_counts() -> Iterator[None]:
         _device_counts.reset(token)
 
 
+def small_steps_by_kernels(x: Tensor) -> bool:
+    """Whether what is small beside the layers is worth a kernel, too: in graphs (launching one takes Python longer than
+    the steps it replaces), or where Triton was asked for.
+
+    Raises:
+        ValueError: as `use_triton`.
+    """
+    return not is_compiling() and (MODE == "triton" or _device_counts.get()) and use_triton(x)
+
+
 def on_host(x: Tensor) -> bool:
     """Whether the CPU path is to be run on tensors like `x`: the common case, told in one step."""
     return not x.is_cuda and MODE == "auto" and not is_compiling() and not _device_counts.get()

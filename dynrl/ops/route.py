@@ -48,6 +48,14 @@ class Routing:
         """How many rows made each choice; on CUDA this waits for the device."""
         return [end - start for start, end in pairwise(self.ends)]
 
+    def repeated(self, times: int) -> Routing:
+        """The routing of items of which `times` neighbours make up a row and share its choice."""
+        if times == 1:
+            return self
+        steps = torch.arange(times, device=self.order.device)
+        order = (self.order.unsqueeze(1) * times + steps).flatten()
+        return Routing(order, self.num_choices, sorted_choice=None, offsets=self.offsets * times)
+
 
 def route_ref(choice: Tensor, num_choices: int) -> Routing:
     """The definition.

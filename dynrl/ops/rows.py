@@ -184,3 +184,9 @@ def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     wide = torch.complex128
     x.view(len(x), -1).view(wide).index_put_((index,), rows.view(len(rows), -1).view(wide))
     return x
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]`, in the memory format of `x`. Differentiable."""
+    rows = as_rows(x).index_select(0, index)
+    return rows.permute(0, 3, 1, 2) if _channels_last(x) else rows

@@ -42,6 +42,7 @@ TILES = [
     (64, 32, 32, 4, 4, 0),
     (128, 32, 32, 4, 4, 0),
     (64, 64, 32, 4, 4, 0),
+    (128, 64, 32, 4, 4, 0),
     (64, 64, 64, 4, 4, 0),
     (128, 64, 64, 4, 3, 0),
     (64, 128, 64, 4, 4, 0),
@@ -205,19 +206,13 @@ def conv_tiles(
     """
     _, size_c, taps_h, taps_w = weight.shape
     flat = taps_h == taps_w == 1
-    views = [_maps(t, flat) for t in (x, out)]
+    x_view, out_view = _maps(x, flat), _maps(out, flat)
     residual_view = None if residual is None else _maps(residual, flat)
     taps = weight.permute(0, 2, 3, 1)
-    fits = (
-        all(view is not None for view in views)
-        and (residual is None or residual_view is not None)
-        and granule % 16 == 0
-        and taps.is_contiguous()
-        and weight.data_ptr() % 16 == 0
-    )
-    if not fits:
+    if x_view is None or out_view is None or (residual is not None and residual_view is None):
         return False
-    x_view, out_view = views
+    if granule % 16 or not taps.is_contiguous() or weight.data_ptr() % 16:
+        return False
     _, height, width, _ = out_view.shape
     size_k = len(weight)
     items = len(next((rows for rows in (in_rows, out_rows) if rows is not None), x))

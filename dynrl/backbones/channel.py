@@ -1,0 +1,164 @@
+"""Channel subsets: a residual network whose blocks are as wide inside as each row chooses (RNP, slimmable networks)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.backbones.base import Point, State, Walk
+from dynrl.backbones.resnet import Block
+from dynrl.backbones.skip import GatedResNet
+from dynrl.ops.rows import compute_rows
+from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
+
+# In training mode, fewer rows than these are normalised by the running statistics, and leave them as they are: mean and
+# variance of a row or two are those of these rows' content, and one batch in ten weighs as much as all the others.
+LEAST_ROWS = 8
+
+
+class SlimmableBlock(Block):
+    """A residual block at any of several widths: choice c uses the first widths[c] inner channels.
+
+    Weights are shared by all widths, under the names they had; each width has batch norms of its own.
+
+    Args:
+        block: beside an identity, not a projection.
+        shares: of the inner channels.
+
+    Source: slimmable networks (Yu et al. 2019, ICLR, sections 3.1 and 3.2).
+    """
+
+    expansion = 1
+
+    def __init__(self, block: Block, shares: tuple[float, ...]) -> None:
+        layers = block.layers()
+        inner, outer = layers[0][0].out_channels, layers[-1][0].out_channels
+        super().__init__(outer, outer, stride=1)
+        self.widths = tuple(round(share * inner) for share in shares)
+        rising = all(narrow < wide for narrow, wide in pairwise((0, *self.widths)))
+        if len(shares) < 2 or not rising or self.widths[-1] != inner:
+            raise ValueError(
+                f"expected two shares or more, each of more of the {inner} inner channels, the last of all; got "
+                f"{tuple(shares)}: {self.widths} channels"
+            )
+        for i, (convolution, _) in enumerate(layers, start=1):
+            self.add_module(f"conv{i}", convolution)
+            channels = self.widths if i < len(layers) else (outer,) * len(shares)
+            self.add_module(f"bn{i}", nn.ModuleList(nn.BatchNorm2d(count) for count in channels))
+
+    def weights(self, choice: int) -> list[Tensor]:
+        """The convolutions' weights at one width."""
+        width, layers = self.widths[choice], self.layers()
+        first, last = 0, len(layers) - 1
+        return [
+            layer.weight[: None if i == last else width, : None if i == first else width]
+            for i, (layer, _) in enumerate(layers)
+        ]
+
+    def sliced(self, x: Tensor, choice: int) -> Tensor:
+        """[n, C, H, W] to [n, C, H, W]: the block at one width."""
+        y = x
+        for (layer, norms), weight in zip(self.layers(), self.weights(choice), strict=True):
+            y = F.conv2d(y if y is x else F.relu(y, inplace=True), weight, padding=layer.padding)
+            y = _normalised(y, norms[choice])  # type: ignore[index]
+        return F.relu(x + y, inplace=True)
+
+    def narrow(self, choice: int) -> Callable[[Tensor], Tensor]:
+        """The block at one width as a function of rows."""
+        return partial(self.sliced, choice=choice)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block at its full width."""
+        return self.sliced(x, len(self.widths) - 1)
+
+    def mixed(self, x: Tensor, choice: Tensor) -> Tensor:
+        """Each row of `x` [n, C, H, W] at its own `choice` [n]; differentiable. Without gradients `x` is overwritten."""
+        for c in range(len(self.widths)):
+            rows = (choice == c).nonzero().squeeze(1)
+            if len(rows) == len(x):
+                return self.sliced(x, c)
+            if len(rows):
+                x = compute_rows(x, rows, self.narrow(c))
+        return x
+
+    def folded(self) -> SlicedBlock:  # type: ignore[override]
+        """A frozen copy for inference."""
+        convolutions, norms = zip(*self.layers(), strict=True)
+        return SlicedBlock(convolutions, norms, self.widths)
+
+
+def _normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    if norm.training and len(x) < LEAST_ROWS:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x)
+
+
+class SlimmableResNet(GatedResNet):
+    """A ResNet whose identity blocks are decision points: action c computes the first shares[c] of the inner channels.
+
+    The stream between blocks stays at its full width, so rows of different choices go on together. Blocks that change
+    the shape always run whole, and are the floor of the cost.
+
+    Args:
+        shares: of a block's inner channels, one a choice, rising to 1.
+        network: what `GatedResNet` takes.
+    """
+
+    family = "slimmable_resnet"
+    decision = "channel"
+
+    def __init__(
+        self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any
+    ) -> None:
+        super().__init__(input_shape, **network)
+        self.config = {**self.config, "shares": list(shares)}
+        costs = []
+        for i, point, (floor, dense) in zip(self._gated, self.points, self.costs.tolist(), strict=True):
+            block = self._blocks[i] = SlimmableBlock(self._blocks[i], tuple(shares))
+            self.set_submodule(point.name, block)
+            sizes = [sum(weight.numel() for weight in block.weights(c)) for c in range(len(shares))]
+            costs.append([floor + (dense - floor) * size // sizes[-1] for size in sizes])
+        self.points = tuple(Point(point.name, len(shares)) for point in self.points)
+        self.full_route = (len(shares) - 1,) * self.max_steps
+        self._set_costs(self.start_macs, costs)
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        x, block = self._standing(state)
+        x = sliced_conv(x, action, block) if isinstance(block, SlicedBlock) else block.mixed(x, action)
+        return [self._go_on(state, x)]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        x, block = self._standing(state)
+        weighted = [gate.view(-1, 1, 1, 1) * block.sliced(x, choice) for choice, gate in enumerate(gates.unbind(1))]
+        return self._go_on(state, torch.stack(weighted).sum(0))
+
+    def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
+        """The features of a state, and the block they stand before."""
+        assert state.features is not None
+        return state.features, self._blocks[self._gated[state.point]]
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
+        """Each block at each width on as many neighbouring rows as chose it; see `Backbone.ideal`."""
+        parts = []
+        for column in route.unbind(1):
+            ends = [0, *accumulate((column == choice).sum().item() for choice in range(self.num_choices))]
+            parts.append([(c, start, end) for c, (start, end) in enumerate(pairwise(ends)) if start < end])
+
+        def run() -> Tensor:
+            walk = Walk(inputs, self.max_steps)
+            state = self._start(walk, walk.all_rows, inputs)
+            for part in parts:
+                x, block = self._standing(state)
+                for choice, start, end in part:
+                    block.narrow(choice)(x[start:end])
+                state = self._go_on(state, x)
+            assert walk.outputs is not None
+            return walk.outputs
+
+        return run

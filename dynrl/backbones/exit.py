@@ -1,0 +1,142 @@
+"""Early exit: a residual network that may stop at classifiers on its way (BranchyNet, MSDNet)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.backbones.base import END, Point, State, Walk
+from dynrl.backbones.resnet import ResNet
+from dynrl.cost import count_macs
+from dynrl.ops.exit_scores import exit_scores
+from dynrl.ops.pooled import pooled
+from dynrl.ops.rows import take_rows
+
+STOP, GO_ON = 0, 1
+
+
+class LinearHead(nn.Module):
+    """A classifier on each channel's mean over the map."""
+
+    def __init__(self, size: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(size[0], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] to logits [n, classes]."""
+        return self.fc(x.mean((2, 3)))
+
+
+make_head = LinearHead
+
+
+class ExitResNet(ResNet):
+    """A ResNet with classifiers between its blocks: at each, action 0 stops with its answer, 1 goes on to the next.
+
+    The blocks up to an exit and its classifier are charged on arrival there. The last exit is the network's own head:
+    who arrives there is done, so that K exits have K - 1 decision points.
+
+    Args: those of `ResNet`, and
+        exits: the blocks (0 is the first) behind which there is an exit, beside the last.
+    """
+
+    family = "exit_resnet"
+    decision = "exit"
+
+    def __init__(self, *shape: Any, exits: tuple[int, ...] = (1, 3, 5, 7, 9), **settings: Any) -> None:
+        super().__init__(*shape, **settings)
+        last = len(self._blocks) - 1
+        if not exits or list(exits) != sorted(set(exits)) or not 0 <= exits[0] <= exits[-1] < last:
+            raise ValueError(f"expected rising exits in 0..{last - 1}, blocks before the last one, got {tuple(exits)}")
+        self.config["exits"] = list(exits)
+        cost, size = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
+        self._ends = [0, *(i + 1 for i in exits), last + 1]
+        self.heads, stage_macs, widths = nn.ModuleList(), [], []
+        for k in range(len(exits) + 1):
+            for block in self._stage(k):
+                macs, size = count_macs(block, size)
+                cost += macs
+            if k < len(exits):
+                self.heads.append(make_head(size, self.config["classes"]))
+                widths.append(size[0])
+                cost += count_macs(self.heads[k], size)[0]
+            else:
+                cost += count_macs(self.fc, (size[0],))[0]
+            stage_macs.append(cost)
+            cost = 0
+        self.points = tuple(Point(f"exit{i}", 2) for i in exits)
+        self.feature_width = 3 + max(widths)
+        self.max_steps = len(exits)
+        self.full_route = (GO_ON,) * len(exits)
+        self._set_costs(stage_macs[0], [[0, macs] for macs in stage_macs[1:]])
+
+    def _stage(self, k: int) -> list[Any]:
+        """The blocks between exit k - 1 (or the stem) and exit k."""
+        return self._blocks[self._ends[k] : self._ends[k + 1]]
+
+    def _exit(self, k: int, x: Tensor) -> Tensor:
+        """[n, classes], what exit k says of its maps."""
+        return self.heads[k](x) if k < len(self.heads) else self._head(x)
+
+    def _advance_to(self, k: int, x: Tensor) -> Tensor:
+        for block in self._stage(k):
+            x = block(x)
+        return x
+
+    def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
+        """Run the blocks up to exit k, and put down what it says."""
+        x = self._advance_to(k, x)
+        walk.put_output(rows, self._exit(k, x))
+        return State(walk, k, rows, x) if k < len(self.points) else State(walk, END, rows, None)
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        return self._arrive(walk, 0, rows, self._stem(inputs))
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        walk, rows, x = state.walk, state.rows, state.features
+        assert x is not None
+        going = action.nonzero().squeeze(1)
+        reached = []
+        if len(going) < len(rows):
+            reached.append(State(walk, END, rows[action == STOP], None))
+            rows, x = rows[going], take_rows(x, going)
+        if len(going):
+            reached.append(self._arrive(walk, state.point + 1, rows, x))
+        return reached
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        assert state.features is not None
+        state.walk.leave(gates, STOP)
+        return self._arrive(state.walk, state.point + 1, state.rows, state.features)
+
+    def observe(self, state: State) -> Tensor:
+        """How sure the exit is (`exit_scores`), then each channel's mean over the map."""
+        assert state.features is not None
+        return torch.cat([exit_scores(self.output(state)), pooled(state.features)], 1)
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """All exits in one pass, weighted alike (Huang et al. 2018, section 4); without a rate, the last alone."""
+        x, outputs = self._stem(inputs), []
+        for k in range(len(self.points) + 1):
+            x = self._advance_to(k, x)
+            if rate is not None or k == len(self.points):
+                outputs.append(self._exit(k, x))
+        yield torch.cat(outputs)
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
+        """Each stage and its exit on the first rows of the batch, as many as arrive; see `Backbone.ideal`."""
+        counts = [len(route), *(route == GO_ON).sum(0).tolist()]
+
+        def run() -> None:
+            x = self._stem(inputs)
+            for k, count in enumerate(counts):
+                if count:
+                    x = self._advance_to(k, x[:count])
+                    self._exit(k, x)
+
+        return run

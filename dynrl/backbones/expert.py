@@ -1,0 +1,191 @@
+"""Expert choice: residual layers of experts of unequal size, of which each image takes one a layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.backbones.base import END, Backbone, Point, State, Walk
+from dynrl.cost import count_macs
+from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_macs
+
+
+class _Convolution(nn.Module):
+    """A 3x3 convolution with batch norm and, where asked for, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, relu: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
+        self.norm: nn.BatchNorm2d | None = nn.BatchNorm2d(outputs)
+        self.relu = relu
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def fold(self) -> None:
+        """Take the batch norm into the weights."""
+        self.conv, self.norm = FoldedConv2d.of(self.conv, self.norm), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.conv, FoldedConv2d):
+            return self.conv(x, relu=self.relu)
+        assert self.norm is not None
+        x = self.norm(self.conv(x))
+        return F.relu(x, inplace=True) if self.relu else x
+
+
+class _Layer(nn.Module):
+    """A depthwise convolution, which all images run, and experts side by side, of which each image takes one."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.widths = widths
+        self.mix = _Convolution(channels, channels, groups=channels)
+        self.mix.conv.weight.data[:, :, 1, 1] += 1  # it starts near the identity
+        hidden = torch.tensor(widths)
+        self.w1 = nn.Parameter(torch.randn(sum(widths), channels) * (2 / channels) ** 0.5)
+        self.b1 = nn.Parameter(torch.zeros(sum(widths)))
+        self.w2 = nn.Parameter(torch.randn(channels, sum(widths)) / hidden.repeat_interleave(hidden).sqrt())
+
+    def experts(self) -> list[Expert]:
+        """Each by itself."""
+        parts = (self.w1.split(self.widths), self.b1.split(self.widths), self.w2.split(self.widths, 1))
+        return [Expert(*of) for of in zip(*parts, strict=True)]
+
+    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
+        """[n, C, H, W], behind the convolution, through the experts chosen [n]."""
+        y = routed_experts(x.permute(0, 2, 3, 1), choice, self.w1, self.b1, self.w2, self.widths)
+        return y.permute(0, 3, 1, 2)
+
+    def gated(self, x: Tensor, gates: Tensor) -> Tensor:
+        """`forward` through all experts, weighted by `gates` [n, experts]."""
+        positions, hidden = x.permute(0, 2, 3, 1), torch.tensor(self.widths, device=x.device)
+        share = gates.repeat_interleave(hidden, 1)[:, None, None]
+        y = F.linear(F.linear(positions, self.w1, self.b1).relu() * share, self.w2)
+        return (positions + y).permute(0, 3, 1, 2)
+
+
+class ExpertNet(Backbone):
+    """A convolutional network whose pointwise layers have several experts: action e takes expert e.
+
+    A stem of two convolutions of stride 2; then layers, each of a depthwise convolution over the map (all images run
+    it) and of experts, two products with ReLU between at each position of the map, added to what they are given; then
+    the mean over the map and a linear layer. Batch norm follows every convolution, so that experts get inputs of one
+    scale whatever ran before them. An expert of width 0 hands the image through.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        classes: outputs of the last layer.
+        stem: channels of the first convolution.
+        channels: of the map after the stem, which stays as it is.
+        layers: how many.
+        widths: hidden units of a layer's experts, from narrow to wide. The full route always takes the last one.
+
+    Raises:
+        ValueError: no layer, fewer than two experts, or widths that fall or are negative.
+
+    Source: mixtures of experts (Shazeer et al. 2017, ICLR) with one choice a layer and row (Switch, Fedus et al. 2022,
+    JMLR), made for the whole image (Kudugunta et al. 2021, EMNLP Findings, whose routes are a task's); blocks of a
+    depthwise convolution and a pointwise network (ConvNeXt, Liu et al. 2022, CVPR).
+    """
+
+    family = "expert_net"
+    decision = "expert"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        stem: int = 32,
+        channels: int = 96,
+        layers: int = 4,
+        widths: tuple[int, ...] = (0, 48, 96, 96, 384, 384),
+    ) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"expected at least one layer, got {layers}")
+        if len(widths) < 2 or min(widths) < 0 or list(widths) != sorted(widths):
+            raise ValueError(f"expected the widths of at least two experts, from narrow to wide, got {tuple(widths)}")
+        self.input_shape = tuple(input_shape)
+        self.config = {
+            "input_shape": list(input_shape), "classes": classes, "stem": stem, "channels": channels,
+            "layers": layers, "widths": list(widths),
+        }  # fmt: skip
+        self.widths = tuple(widths)
+        self.stem = nn.Sequential(
+            _Convolution(input_shape[0], stem, stride=2, relu=True),
+            _Convolution(stem, channels, stride=2, relu=True),
+        )
+        self.layers = nn.ModuleList(_Layer(channels, self.widths) for _ in range(layers))
+        self.fc = nn.Linear(channels, classes)
+        self.points = tuple(Point(f"layer{i}", len(widths)) for i in range(1, layers + 1))
+        self.max_steps, self.feature_width = layers, channels
+        self.full_route = (len(widths) - 1,) * layers
+        start, shape = count_macs(self.stem, self.input_shape)
+        experts = [routed_experts_macs(shape[1] * shape[2], channels, width) for width in widths]
+        mix, head = count_macs(self._layers[0].mix, shape)[0], count_macs(self.fc, (channels,))[0]
+        after = [mix] * (layers - 1) + [head]
+        self._set_costs(start + mix, [[macs + fixed for macs in experts] for fixed in after])
+
+    @property
+    def _layers(self) -> list[_Layer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        return State(walk, 0, rows, self._layers[0].mix(self.stem(inputs)))
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        return [self._go_on(state, self.layers[state.point](state.features, action))]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        assert state.features is not None
+        return self._go_on(state, self._layers[state.point].gated(state.features, gates))
+
+    def _go_on(self, state: State, x: Tensor) -> State:
+        """From behind the experts to the next point or the end."""
+        following = state.point + 1
+        if following < len(self.points):
+            return State(state.walk, following, state.rows, self._layers[following].mix(x))
+        state.walk.put_output(state.rows, self._head(x))
+        return State(state.walk, END, state.rows, None)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)))
+
+    def observe(self, state: State) -> Tensor:
+        """Each channel's mean over the map."""
+        assert state.features is not None
+        return state.features.mean((2, 3)).float()
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """Random routes, but among experts of equal width ..."""
+        yield from super().training_outputs(inputs, rate, generator)
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
+        """Each expert on neighbouring rows of the batch, as many as chose it; see `Backbone.ideal`."""
+        counts = [torch.bincount(chosen, minlength=self.num_choices).tolist() for chosen in route.t()]
+
+        def run() -> Tensor:
+            x = self.stem(inputs)
+            for layer, sizes in zip(self._layers, counts, strict=True):
+                x = layer.mix(x)
+                parts = x.permute(0, 2, 3, 1).split(sizes)
+                for expert, width, part in zip(layer.experts(), self.widths, parts, strict=True):
+                    if width and len(part):
+                        expert(part)
+            return self._head(x)
+
+        return run
+
+    def for_inference(self) -> Backbone:
+        """A frozen copy with batch norm and ReLU folded into the convolutions, its maps in channels_last."""
+        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in twin.modules():
+            if isinstance(module, _Convolution):
+                module.fold()
+        return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

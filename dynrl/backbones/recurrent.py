@@ -1,0 +1,140 @@
+"""Hidden-update skipping: a recurrent network whose rows update their state at some steps and copy it at the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.backbones.base import END, Backbone, Point, State, Walk
+from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gru_cell
+
+SEES = ("state", "state+input")
+
+
+class SkipGRU(Backbone):
+    """A GRU that reads a sequence: at each step a row updates its hidden state (choice 1) or copies it (choice 0).
+
+    A linear layer reads the output off the last hidden state; all rows pay it. The full route is `nn.GRU`, whose
+    parameter names `gru` has: the state_dict of an `nn.GRU` of one layer and direction loads into it.
+
+    Args:
+        input_shape: (steps, numbers a step).
+        classes: outputs of the head.
+        hidden: units.
+        sees: what a policy is shown at a step: "state" (the hidden state, before the step's input is seen: an input
+            that is not used need not even be read) or "state+input" (both).
+
+    Source: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state.
+    """
+
+    family = "skip_gru"
+    decision = "hidden-update"
+
+    def __init__(self, input_shape: tuple[int, int], classes: int = 10, hidden: int = 128, sees: str = "state") -> None:
+        super().__init__()
+        if len(input_shape) != 2:
+            raise ValueError(f"expected inputs of shape (steps, numbers a step), got {tuple(input_shape)}")
+        if sees not in SEES:
+            raise ValueError(f"unknown sees {sees!r}; expected one of {SEES}")
+        self.input_shape = tuple(input_shape)
+        self.config = {"input_shape": list(input_shape), "classes": classes, "hidden": hidden, "sees": sees}
+        self.max_steps, width = input_shape
+        self.sees_input = sees == "state+input"
+        self.gru = nn.GRU(width, hidden, batch_first=True)
+        self.fc = nn.Linear(hidden, classes)
+        self.points = (Point("update", 2),)
+        self.feature_width = hidden + 2 + (width if self.sees_input else 0)
+        self.full_route = (1,) * self.max_steps
+        self._set_costs(hidden * classes, [[0, gated_cell_macs(1, width, hidden)]])
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gru: Any = self.gru  # whose parameters are made by name
+        return gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        if "clock" not in walk.own:
+            walk.own["clock"] = torch.zeros(len(walk), 2, device=inputs.device)
+        return State(walk, 0, rows, inputs.new_zeros(inputs.shape[0], self.gru.hidden_size))
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        walk, rows, h = state.walk, state.rows, state.features
+        assert h is not None
+        self._tick(state, action)
+        if rows is walk.all_rows:
+            h = gated_cell(walk.inputs[:, walk.common_steps - 1], h, action, *self._weights())
+            on = State(walk, 0, rows, h)
+            return [self._end(on) if walk.common_steps == self.max_steps else on]
+        steps = walk.steps[rows]
+        at = torch.add(steps - 1, rows, alpha=self.max_steps)
+        h = gated_cell(walk.inputs.flatten(0, 1), h, action, *self._weights(), x_rows=at)
+        on, over = State(walk, 0, rows, h), steps == self.max_steps
+        ended = on.where(over, END)
+        return [self._end(ended), on.where(~over, 0)] if ended.count else [on]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        walk, h = state.walk, state.features
+        assert h is not None
+        self._tick(state, gates.argmax(1))
+        new = torch.gru_cell(walk.inputs[:, walk.gated_steps - 1], h, *self._weights())
+        on = State(walk, 0, state.rows, gates[:, 1:] * new + gates[:, :1] * h)
+        return self._end(on) if walk.gated_steps == self.max_steps else on
+
+    def _tick(self, state: State, action: Tensor) -> None:
+        """Move each row's clock on: the share of the sequence that is behind, and of that, since the last update."""
+        clock, rows = state.walk.own["clock"], state.rows
+        if rows is state.walk.all_rows:
+            clock += 1 / self.max_steps
+            clock[:, 1] *= 1 - action
+        else:
+            kept = torch.stack([torch.ones_like(action), 1 - action], 1)
+            clock[rows] = (clock[rows] + 1 / self.max_steps) * kept
+
+    def _end(self, state: State) -> State:
+        assert state.features is not None
+        state.walk.put_output(state.rows, self.fc(state.features))
+        return State(state.walk, END, state.rows, None)
+
+    def observe(self, state: State) -> Tensor:
+        """The hidden state, the share of the sequence behind, the share since the last update, and with "state+input"
+        the step's input.
+        """
+        assert state.features is not None
+        return torch.cat([state.features.float(), *self._aside(state)], 1)
+
+    def _aside(self, state: State) -> list[Tensor]:
+        """What `observe` shows beside the hidden state."""
+        walk, rows = state.walk, state.rows
+        clock = walk.at(walk.own["clock"], rows)
+        if not self.sees_input:
+            return [clock]
+        together = rows is walk.all_rows
+        return [clock, (walk.inputs[:, walk.common_steps] if together else walk.inputs[rows, walk.steps[rows]]).float()]
+
+    def project(self, state: State, weight: Tensor, bias: Tensor) -> Tensor:
+        """`Backbone.project` without a copy of the hidden state."""
+        assert state.features is not None
+        scores, start = bias, 0
+        for part in (state.features.float(), *self._aside(state)):
+            scores = torch.addmm(scores, part, weight[start : start + part.shape[1]])
+            start += part.shape[1]
+        return scores
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
+        """The cell on the first rows of the batch, as many as update at each step; see `Backbone.ideal`."""
+        counts = (route == 1).sum(0).tolist()
+
+        def run() -> Tensor:
+            h = inputs.new_zeros(inputs.shape[0], self.gru.hidden_size)
+            for step, count in enumerate(counts):
+                if count:
+                    gru_cell(inputs[:count, step], h[:count], *self._weights(), out=h[:count])
+            return self.fc(h)
+
+        return run
+
+    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """The same GRU by torch's own layer, over whole sequences."""
+        return {"nn.GRU": lambda: self.fc(self.gru(inputs)[0][:, -1])}

@@ -1,0 +1,161 @@
+"""What the residual families share: blocks, stem and stages, under torchvision's parameter names."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.backbones.base import Backbone
+from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.gated_residual import ResidualBlock
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution as residual networks have them: padded to keep the map's size at stride 1, without bias."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class Block(nn.Module):
+    """What basic blocks and bottlenecks share: a branch of convolutions beside an identity or a projection."""
+
+    expansion: ClassVar[int]
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        width_out = width * self.expansion
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or width_in != width_out:
+            self.downsample = nn.Sequential(convolution(width_in, width_out, 1, stride), nn.BatchNorm2d(width_out))
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
+        """The branch's convolutions, each with its batch norm."""
+        return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in (1, 2, 3) if hasattr(self, f"conv{i}")]
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the identity: the convolutions with batch norm, and ReLU after each but the last."""
+        *first, (last, last_norm) = self.layers()
+        for inner, inner_norm in first:
+            x = F.relu(inner_norm(inner(x)), inplace=True)
+        return last_norm(last(x))
+
+    def folded(self) -> ResidualBlock:
+        """A frozen copy for inference."""
+        projection = None
+        if self.downsample is not None:
+            projection = FoldedConv2d.of(*self.downsample.children())  # type: ignore[arg-type]
+        return ResidualBlock([FoldedConv2d.of(*layer) for layer in self.layers()], projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] to [n, K, P, Q]."""
+        identity = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.branch(x).add_(identity), inplace=True)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions (He et al. 2016, CVPR, figure 5 left), under torchvision's parameter names."""
+
+    expansion = 1
+
+    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
+        super().__init__(width_in, width, stride)
+        self.conv1, self.bn1 = convolution(width_in, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = convolution(width, width, 3), nn.BatchNorm2d(width)
+
+
+class Bottleneck(Block):
+    """1x1, 3x3 (with the stride, as torchvision has it), 1x1 (He et al. 2016, figure 5 right)."""
+
+    expansion = 4
+
+    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
+        super().__init__(width_in, width, stride)
+        self.conv1, self.bn1 = convolution(width_in, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = convolution(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = convolution(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+
+
+BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class ResNet(Backbone):
+    """A residual network without decisions; a family says where these are.
+
+    Parameters carry torchvision's names: the state_dict of a torchvision ResNet of the same shape fits.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        classes: outputs of the last layer.
+        block: "basic" or "bottleneck".
+        layers: blocks a stage; every stage but the first halves height and width.
+        widths: channels a stage (before a bottleneck's expansion by 4).
+        stem: "cifar" (3x3) or "imagenet" (7x7 of stride 2, then max pooling of stride 2).
+        stem_stride: stride of the "cifar" stem.
+
+    Example: the shape of torchvision's ResNet-50 is `(3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3),
+    (64, 128, 256, 512), stem="imagenet"`.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        block: str = "basic",
+        layers: tuple[int, ...] = (3, 4, 4),
+        widths: tuple[int, ...] = (16, 32, 64),
+        stem: str = "cifar",
+        stem_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(f"unknown block {block!r}; expected one of {sorted(BLOCKS)}")
+        if stem not in ("cifar", "imagenet"):
+            raise ValueError(f"unknown stem {stem!r}; expected 'cifar' or 'imagenet'")
+        if len(layers) != len(widths):
+            raise ValueError(f"expected one width a stage, got {len(layers)} stages and {len(widths)} widths")
+        self.input_shape = tuple(input_shape)
+        self.config = {
+            "input_shape": list(input_shape), "classes": classes, "block": block, "layers": list(layers),
+            "widths": list(widths), "stem": stem, "stem_stride": stem_stride,
+        }  # fmt: skip
+        kernel, stride = (3, stem_stride) if stem == "cifar" else (7, 2)
+        self.conv1 = convolution(input_shape[0], widths[0], kernel, stride)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        make, width = BLOCKS[block], widths[0]
+        for stage, (depth, planes) in enumerate(zip(layers, widths, strict=True), start=1):
+            blocks = nn.Sequential()
+            for i in range(depth):
+                blocks.append(make(width, planes, stride=2 if stage > 1 and i == 0 else 1))
+                width = planes * make.expansion
+            self.add_module(f"layer{stage}", blocks)
+        self.fc = nn.Linear(width, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self._names = [f"layer{s}.{i}" for s, depth in enumerate(layers, start=1) for i in range(depth)]
+        self._blocks: list[Any] = [self.get_submodule(name) for name in self._names]  # for speed
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if isinstance(self.conv1, FoldedConv2d):
+            return self.maxpool(self.conv1(x, relu=True))
+        return self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+
+    def _head(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)))
+
+    def for_inference(self) -> Self:
+        """A frozen copy with batch norm, ReLU and residual folded into the convolutions, its maps in channels_last:
+        here the faster memory format, dense and routed (measured on a CPU: 1.0 to 1.15 times).
+        """
+        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        twin.conv1 = FoldedConv2d.of(twin.conv1, twin.bn1)
+        twin.bn1 = nn.Identity()  # type: ignore[assignment]
+        for i, (name, block) in enumerate(zip(twin._names, twin._blocks, strict=True)):
+            if isinstance(block, Block):  # else it is folded already
+                twin._blocks[i] = block.folded()
+                twin.set_submodule(name, twin._blocks[i])
+        return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

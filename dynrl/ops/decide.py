@@ -1,0 +1,54 @@
+"""`decide`: a router of one or two linear layers at one point and price, from features to choices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynrl.ops.backend import small_steps_by_kernels
+
+
+def decide_ref(
+    features: Tensor, last: Tensor, spent: Tensor, *, weight: Tensor, bias: Tensor, last_weight: Tensor,
+    spent_weight: Tensor, head: Tensor | None, head_bias: Tensor | None, dense_macs: int,
+) -> Tensor:  # fmt: skip
+    """The definition.
+
+    Args:
+        features: [n, f] float32.
+        last: [n] int64, 1 + the last choice, 0 before the first.
+        spent: [n] int64, MACs.
+        weight: [f, h] float32; without a head, h is the number of choices.
+        bias: [h], with all in it that is the same for every row.
+        last_weight: [1 + choices, h].
+        spent_weight: [h], for the share `spent` / `dense_macs`.
+        head: [h, choices], after ReLU; None for a router of one layer.
+        head_bias: [choices], or None.
+
+    Returns:
+        [n] int64: each row's likeliest choice.
+    """
+    scores = features @ weight + bias + last_weight[last] + (spent / dense_macs).unsqueeze(1) * spent_weight
+    if head is not None:
+        assert head_bias is not None
+        scores = scores.relu() @ head + head_bias
+    return scores.argmax(1)
+
+
+def decide(
+    features: Tensor, last: Tensor, spent: Tensor, *, weight: Tensor, bias: Tensor, last_weight: Tensor,
+    spent_weight: Tensor, head: Tensor | None, head_bias: Tensor | None, dense_macs: int,
+) -> Tensor:  # fmt: skip
+    """`decide_ref` in one kernel. MACs: f h + h choices for each row."""
+    if not small_steps_by_kernels(features):
+        return decide_ref(
+            features, last, spent, weight=weight, bias=bias, last_weight=last_weight, spent_weight=spent_weight,
+            head=head, head_bias=head_bias, dense_macs=dense_macs,
+        )  # fmt: skip
+    from dynrl.ops.kernels.decide import decide as kernel
+
+    action = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    return kernel(
+        features.contiguous(), weight, bias, last_weight, spent_weight, head, head_bias, last, spent, dense_macs,
+        action,
+    )  # fmt: skip

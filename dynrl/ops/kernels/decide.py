@@ -1,0 +1,169 @@
+"""What happens at a decision beside the products of layers: pooling, the router, and the walk's books."""
+
+# Triton gives kernel parameters their types when a kernel is called.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynrl.ops.kernels.linear import dot
+
+
+@triton.jit
+def _pool_kernel(
+    x_ptr, out_ptr, pixels, channels, stride_n, stride_p,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in tl.range(0, pixels, BLOCK_P, num_stages=3):
+        p = first + tl.arange(0, BLOCK_P)
+        mask = (p < pixels)[:, None] & (c < channels)[None, :]
+        acc += tl.load(x_ptr + row * stride_n + p[:, None] * stride_p + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * channels + c, tl.sum(acc, 0) / pixels, mask=c < channels)
+
+
+def pool(x: Tensor, out: Tensor) -> Tensor:
+    """Mean of each channel over its map.
+
+    Args:
+        x: [n, C, H, W] channels_last; a slice of a wider tensor will do.
+        out: [n, C] float32, contiguous.
+
+    Returns:
+        `out`.
+    """
+    n, channels, height, width = x.shape
+    assert x.stride(1) == 1 and x.stride(2) == width * x.stride(3), "channels_last"
+    if out.numel() == 0:
+        return out
+    # Few rows: narrow blocks of channels, so that enough programs share the work.
+    block_c = 64 if n >= 64 else 16
+    grid = (n, triton.cdiv(channels, block_c))
+    _pool_kernel[grid](
+        x, out, height * width, channels, x.stride(0), x.stride(3), BLOCK_P=8192 // block_c // 4, BLOCK_C=block_c
+    )
+    return out
+
+
+@triton.jit
+def _decide_kernel(
+    features_ptr, weight_ptr, bias_ptr, last_weight_ptr, spent_weight_ptr, head_ptr, head_bias_ptr,
+    last_ptr, macs_ptr, action_ptr, n, size_in, hidden, choices, dense_macs,
+    LINEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < n
+    h = tl.arange(0, BLOCK_H)
+    h_mask = h < hidden
+    acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    for first in tl.range(0, size_in, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            features_ptr + row[:, None] * size_in + k[None, :],
+            mask=row_mask[:, None] & (k < size_in)[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight_ptr + k[:, None] * hidden + h[None, :], mask=(k < size_in)[:, None] & h_mask[None, :], other=0.0
+        )
+        acc = dot(x, w, acc, "ieee")
+    last = tl.load(last_ptr + row, mask=row_mask, other=0)
+    spent = tl.load(macs_ptr + row, mask=row_mask, other=0).to(tl.float32) / dense_macs
+    acc += tl.load(bias_ptr + h, mask=h_mask, other=0.0)[None, :]
+    acc += tl.load(last_weight_ptr + last[:, None] * hidden + h[None, :], mask=h_mask[None, :], other=0.0)
+    acc += spent[:, None] * tl.load(spent_weight_ptr + h, mask=h_mask, other=0.0)[None, :]
+    c = tl.arange(0, BLOCK_C)
+    if LINEAR:
+        scores = acc
+    else:
+        acc = tl.maximum(acc, 0.0)
+        head = tl.load(
+            head_ptr + h[:, None] * choices + c[None, :], mask=h_mask[:, None] & (c < choices)[None, :], other=0.0
+        )
+        scores = dot(acc, head, tl.zeros([BLOCK_M, BLOCK_C], tl.float32), "ieee")
+        scores += tl.load(head_bias_ptr + c, mask=c < choices, other=0.0)[None, :]
+    scores = tl.where((c < choices)[None, :], scores, float("-inf"))
+    tl.store(action_ptr + row, tl.argmax(scores, 1, tie_break_left=True).to(tl.int64), mask=row_mask)
+
+
+def decide(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    last_weight: Tensor,
+    spent_weight: Tensor,
+    head: Tensor | None,
+    head_bias: Tensor | None,
+    last: Tensor,
+    macs: Tensor,
+    dense_macs: int,
+    action: Tensor,
+) -> Tensor:
+    """The likeliest choice of a router of one or two linear layers.
+
+    scores = features weight + bias + last_weight[last] + macs / dense_macs * spent_weight; with a head, relu(scores)
+    head + head_bias. All of float32 and contiguous.
+
+    Args:
+        features: [n, f].
+        weight: [f, h]; without a head, h is the number of choices.
+        bias: [h], with all in it that is the same for every row.
+        last_weight: [1 + choices, h].
+        spent_weight: [h].
+        head: [h, choices], or None.
+        head_bias: [choices], or None.
+        last: [n] int64, 0 ... choices.
+        macs: [n] int64.
+        action: [n] int64, for the result.
+
+    Returns:
+        `action`.
+    """
+    n, size_in = features.shape
+    if n == 0:
+        return action
+    hidden = weight.shape[1]
+    choices = hidden if head is None else head.shape[1]
+    block_h = max(16, triton.next_power_of_2(hidden))
+    block_c = block_h if head is None else max(16, triton.next_power_of_2(choices))
+    _decide_kernel[(triton.cdiv(n, 16),)](
+        features, weight, bias, last_weight, spent_weight, head, head_bias, last, macs, action,
+        n, size_in, hidden, choices, float(dense_macs),
+        LINEAR=head is None, BLOCK_M=16, BLOCK_K=64, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    return action
+
+
+@triton.jit
+def _record_kernel(
+    action_ptr, costs_ptr, route_ptr, steps_ptr, last_ptr, macs_ptr, n, max_steps, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < n
+    action = tl.load(action_ptr + row, mask=mask, other=0)
+    step = tl.load(steps_ptr + row, mask=mask, other=0)
+    tl.store(route_ptr + row.to(tl.int64) * max_steps + step, action, mask=mask)
+    tl.store(steps_ptr + row, step + 1, mask=mask)
+    tl.store(last_ptr + row, action + 1, mask=mask)
+    tl.store(
+        macs_ptr + row, tl.load(macs_ptr + row, mask=mask, other=0) + tl.load(costs_ptr + action, mask=mask), mask=mask
+    )
+
+
+def record(action: Tensor, costs: Tensor, route: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
+    """Write a decision of all rows into a walk's books, in place: route[i, steps[i]++] = last[i] - 1 = action[i],
+    macs[i] += costs[action[i]].
+
+    Args:
+        action: [n] int64.
+        costs: [choices] int64, contiguous.
+        route: [n, max_steps] int64, contiguous.
+        steps, last, macs: [n] int64, contiguous.
+    """
+    n, max_steps = route.shape
+    _record_kernel[(triton.cdiv(n, 256),)](action, costs, route, steps, last, macs, n, max_steps, BLOCK=256)

@@ -1,0 +1,30 @@
+"""`pooled`: each channel's mean over its map, the cheap summary that most routers see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynrl.ops.backend import small_steps_by_kernels
+
+
+def pooled_ref(x: Tensor) -> Tensor:
+    """The definition.
+
+    Args:
+        x: [n, C, H, W].
+
+    Returns:
+        [n, C] float32.
+    """
+    return x.mean((2, 3)).float()
+
+
+def pooled(x: Tensor) -> Tensor:
+    """`pooled_ref`; in CUDA graphs one kernel, which adds in float32. MACs: 0."""
+    if small_steps_by_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
+        from dynrl.ops.kernels.decide import pool
+
+        last = x.contiguous(memory_format=torch.channels_last)
+        return pool(last, torch.empty(x.shape[:2], dtype=torch.float32, device=x.device))
+    return pooled_ref(x)

@@ -1,0 +1,127 @@
+"""The recurrent backbone against torch's own GRU, and rows that stand at different steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dynrl.backbones import END, SkipGRU, merge
+from dynrl.observation import Layout
+from dynrl.policies import Router
+from dynrl.routed import RoutedModel
+
+STEPS, WIDTH, HIDDEN, ROWS = 7, 3, 20, 13
+
+
+def backbone(**settings) -> SkipGRU:
+    return SkipGRU((STEPS, WIDTH), classes=4, hidden=HIDDEN, **settings).eval()
+
+
+@torch.no_grad()
+def test_always_updating_is_torchs_gru_with_the_same_weights():
+    ours, theirs = backbone(), nn.GRU(WIDTH, HIDDEN)
+    ours.gru.load_state_dict(theirs.state_dict())
+    inputs = torch.randn(ROWS, STEPS, WIDTH)
+    _, last = theirs(inputs.transpose(0, 1))
+    expected = last[0] @ ours.fc.weight.t() + ours.fc.bias
+    for network in (ours, ours.for_inference()):
+        torch.testing.assert_close(network(inputs), expected, atol=1e-5, rtol=0)
+        for side in (network.ideal(inputs, network.dense_actions(ROWS)), *network.dense_twins(inputs).values()):
+            torch.testing.assert_close(side(), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_updating_at_some_steps_is_torchs_gru_on_those_alone():
+    network, inputs = backbone(), torch.randn(ROWS, STEPS, WIDTH)
+    route = torch.randint(0, 2, (ROWS, STEPS))
+    route[:, 2] = 1
+    outputs = network(inputs, route)
+    for row, chosen, output in zip(inputs, route.bool(), outputs, strict=True):
+        _, last = network.gru(row[chosen].unsqueeze(0))
+        torch.testing.assert_close(network.fc(last[0])[0], output, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_never_updating_costs_the_head_only():
+    network = backbone()
+    walk = network.run_route(torch.randn(ROWS, STEPS, WIDTH), torch.zeros(ROWS, STEPS, dtype=torch.int64))
+    assert walk.macs.tolist() == [HIDDEN * 4] * ROWS
+    torch.testing.assert_close(walk.outputs, network.fc.bias.expand(ROWS, -1))
+
+
+@pytest.mark.parametrize("sees", ["state", "state+input"])
+@torch.no_grad()
+def test_rows_refilled_in_mid_batch_go_as_they_go_alone(sees):
+    network, inputs = backbone(sees=sees), torch.randn(ROWS, STEPS, WIDTH)
+    late, rows = torch.randn(3, STEPS, WIDTH), torch.tensor([8, 0, 5])
+    route, late_route = torch.randint(0, 2, (ROWS, STEPS)), torch.randint(0, 2, (3, STEPS))
+    alone = {i: network.begin(inputs[i : i + 1].clone()) for i in range(ROWS) if i not in rows}
+    alone |= {row: network.begin(late[i : i + 1].clone()) for i, row in enumerate(rows.tolist())}
+    actions = route.clone()
+    actions[rows] = late_route
+    state = network.begin(inputs)
+    walk, ended = state.walk, {}
+    for step in range(2):
+        (state,) = network.advance(state, route[:, step])
+    keep = torch.ones(ROWS, dtype=torch.bool)
+    keep[rows] = False
+    states = merge([state.where(keep[state.rows], 0), network.begin(late, walk, rows)])
+    for row in keep.nonzero().flatten().tolist():
+        for step in range(2):
+            (alone[row],) = network.advance(alone[row], route[row, step : step + 1])
+    while 0 in states:
+        state = states[0]
+        torch.testing.assert_close(
+            network.observe(state), torch.cat([network.observe(alone[row]) for row in state.rows.tolist()])
+        )
+        taken = actions[state.rows, walk.steps[state.rows]]
+        for row, action in zip(state.rows.tolist(), taken, strict=True):
+            (alone[row],) = network.advance(alone[row], action.unsqueeze(0))
+        states = merge(network.advance(state, taken))
+        if END in states:
+            ended |= {row: walk.outputs[row].clone() for row in states[END].rows.tolist()}
+    assert len(ended) == ROWS
+    for row, output in ended.items():
+        torch.testing.assert_close(output, network.output(alone[row])[0], atol=1e-5, rtol=1e-5)
+        assert walk.macs[row] == alone[row].walk.macs[0]
+
+
+@pytest.mark.parametrize(("sees", "expected"), [("state", HIDDEN + 2), ("state+input", HIDDEN + 2 + WIDTH)])
+@torch.no_grad()
+def test_what_is_seen(sees, expected):
+    network, inputs = backbone(sees=sees), torch.randn(2, STEPS, WIDTH)
+    state = network.begin(inputs.clone())
+    for action in ([1, 0], [0, 0], [1, 1], [0, 1]):
+        (state,) = network.advance(state, torch.tensor(action))
+    seen = network.observe(state)
+    assert seen.shape == (2, expected) == (2, network.feature_width)
+    torch.testing.assert_close(seen[:, :HIDDEN], state.features)
+    torch.testing.assert_close(seen[:, HIDDEN] * STEPS, torch.tensor([4.0, 4.0]))
+    torch.testing.assert_close(seen[:, HIDDEN + 1] * STEPS, torch.tensor([1.0, 0.0]))
+    assert sees == "state" or torch.equal(seen[:, HIDDEN + 2 :], inputs[:, 4])
+    weight, bias = torch.randn(expected, 3), torch.randn(3)
+    torch.testing.assert_close(network.project(state, weight, bias), seen @ weight + bias, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_policy_that_sees_the_state_only_decides_before_the_input():
+    """Changing what is never read, nor shown, changes nothing."""
+    inputs = torch.randn(ROWS, STEPS, WIDTH)
+    for sees in ("state", "state+input"):
+        network = backbone(sees=sees)
+        router = Router(**Layout.of(network).to_dict(), price_range=(0.1, 1.0), hidden=0)
+        router.head.weight[:, : network.feature_width].normal_()
+        router.head.bias.zero_()
+        model = RoutedModel(network, router)
+        outputs, route = model(inputs), model.last_route.actions
+        assert 0.05 < route.float().mean() < 0.95
+        changed = torch.where((route == 1).unsqueeze(2), inputs, torch.randn_like(inputs) * 9)
+        assert torch.equal(model(changed), outputs) == (sees == "state")
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="expected inputs of shape"):
+        SkipGRU((1, 24, 24))
+    with pytest.raises(ValueError, match="unknown sees 'input'"):
+        SkipGRU((4, 1), sees="input")
