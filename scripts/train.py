@@ -67,7 +67,7 @@ def main(args: Args) -> None:
     decision(args.decision)
     if args.resume is not None:
         run = args.resume
-        config = {"finetune": False, **read_config(run)}  # which earlier versions did not know
+        config = _EARLIER | read_config(run)
         if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
         config["finetune"] |= args.finetune
@@ -111,6 +111,9 @@ def _settings(args: Args) -> dict[str, Any]:
 
 
 _DEFAULT = _settings(Args("")) | {"decision": None}
+
+
+_EARLIER = {"finetune": False, "network": [], "router_hidden": 64}  # of runs from before these could be set
 
 
 def _check(args: Args) -> None:

@@ -23,19 +23,26 @@ from tests.toys import Exiting
 PRICES = (0.01, 1.0)
 
 
-def policy_of(backbone, spread=3.0):
-    """Untrained: with a spread, one whose routes differ from row to row, else one that runs the cheapest choices."""
-    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES).eval()
-    with torch.no_grad():
-        router.head.bias.copy_(torch.linspace(0 if spread else 5, 0, router.choices))
-        router.head.weight.normal_(std=spread or 1e-6)
-    return router
+def untrained_policy(backbone):
+    return Router(**Layout.of(backbone).to_dict(), price_range=PRICES).eval()
+
+
+def random_policy(backbone):
+    """Its routes hang on the input, and spare some MACs."""
+    router, inputs = untrained_policy(backbone), torch.randn(64, *backbone.input_shape)
+    while True:
+        with torch.no_grad():
+            router.head.bias.zero_()
+            router.head.weight.normal_(std=3)
+        route = RoutedModel(backbone, router).walk(inputs)
+        if len(route.route.unique(dim=0)) > 1 and route.macs.double().mean() < 0.9 * backbone.dense_macs:
+            return router
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_policys_routes_come_nearer_to_the_reference(name, tmp_path):
     backbone, reference = make_backbone(name), make_backbone(name)
-    data, router = answered_by(reference), policy_of(backbone)
+    data, router = answered_by(reference), random_policy(backbone)
     before = score(RoutedModel(backbone, router), data.train).metric
     plan = Finetuning(rounds=1, epochs=8, batch_size=32)
     scalars = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.pt").train(router, 1)
@@ -49,7 +56,7 @@ def test_full_routes_in_each_batch_keep_the_dense_network(small_backbone, tmp_pa
     """Fine-tuned for a policy that skips all: it gains, and what it costs the full route is up to `full_share`."""
     data = load_dataset("digits")
     reference, _ = load_backbone(small_backbone)
-    router = policy_of(reference, spread=0)
+    router = untrained_policy(reference)  # its `start` is choice 0
     found = {}
     for share in (0.0, 0.5):
         backbone, _ = load_backbone(small_backbone)

@@ -241,6 +241,9 @@ def others(run, backbone_folder, tmp_path_factory):
     """Gates beside the run, and the run itself gone on with, fine-tuned."""
     folder = tmp_path_factory.mktemp("others")
     shutil.copytree(run, folder / "tuned")
+    config = read_json(run / "config.json")
+    del config["finetune"]  # as a run of before there was fine-tuning
+    (folder / "tuned" / "config.json").write_text(json.dumps(config))
     row = replace(DEFAULTS["skip", "digits"], finetuning=Finetuning(rounds=2, epochs=0.5, steps=4096))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DEFAULTS, ("skip", "digits"), row)
