@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrl.agents.metrics import choice_rates
-from dynrl.agents.training import Agent, router_arguments
+from dynrl.agents.training import Agent, router_arguments, walks
 from dynrl.backbones import State, load_backbone
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs, accuracy
@@ -20,7 +20,6 @@ from dynrl.observation import observation
 from dynrl.policies import Router
 from dynrl.routes import draw_prices
 
-BATCHES = 8  # a training iteration: as many decisions as PPO's
 LEARNING_RATE = 2e-3
 
 
@@ -79,8 +78,8 @@ class Gates(Agent):
         # As PPO's, the learning rate falls to a tenth.
         for group in self._optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - 0.9 * min(1.0, self.steps / self.total))
-        parts = [self._descend() for _ in range(BATCHES)]
-        self.steps += BATCHES * self.settings.num_envs * self._backbone.max_steps
+        parts = [self._descend() for _ in range(walks(self._backbone))]
+        self.steps += len(parts) * self.settings.num_envs * self._backbone.max_steps
         over = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         route = over.pop("route")
         scalars = {name: float(values.mean()) for name, values in over.items()}

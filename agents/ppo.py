@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from dynrl.agents.rllib import ppo_config, router_of, start_ray
-from dynrl.agents.training import Agent, router_arguments
+from dynrl.agents.training import Agent, router_arguments, walks
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.policies import Router
@@ -29,12 +29,10 @@ class PPO(Agent):
             "backbone": str(self.backbone_file.resolve()), "data": settings.data,
             "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
         }  # fmt: skip
-        # Whole walks, so that each has its end: eight of them, or of long ones some seventy steps.
-        walks = max(1, min(8, 72 // backbone.max_steps))
         config = ppo_config(
             decision(settings.decision).env_id, env_config, router_arguments(backbone, settings), seed=settings.seed,
-            num_envs=settings.num_envs, rollout=walks * backbone.max_steps, num_env_runners=settings.num_env_runners,
-            total_steps=self.total,
+            num_envs=settings.num_envs, rollout=walks(backbone) * backbone.max_steps,
+            num_env_runners=settings.num_env_runners, total_steps=self.total,
         )  # fmt: skip
         self._algorithm = config.build_algo()
         self._held.callback(self._algorithm.stop)
@@ -61,7 +59,10 @@ class PPO(Agent):
         """New environments in every runner: they load the file again, since it has changed."""
         runners = self._algorithm.env_runner_group
         assert runners is not None
-        runners.foreach_env_runner("make_env")
+        # Given the method's name only, the local runner would not call it.
+        runners.foreach_env_runner(
+            lambda runner: runner.make_env(), local_env_runner=self.settings.num_env_runners == 0
+        )
 
 
 def scalars_of(result: dict[str, Any]) -> dict[str, float]:

@@ -166,6 +166,11 @@ def router_arguments(backbone: Backbone, settings: Settings) -> dict[str, Any]:
     }
 
 
+def walks(backbone: Backbone) -> int:
+    """How many walks of each slot a training iteration has, all whole: eight, or of long ones some seventy steps."""
+    return max(1, min(8, 72 // backbone.max_steps))
+
+
 def train_policy(settings: Settings, backbone_file: Path, folder: Path) -> tuple[Router, bool]:
     """Train a policy for a backbone that stays as it is, going on from the newest checkpoint in `folder`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from dynrl.agents.metrics import TrainingLog, choice_rates
 from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, ppo_config, router_of
-from dynrl.agents.training import Settings, train_policy
+from dynrl.agents.training import Settings, Stop, open_agent, train_policy
 from dynrl.backbones import GatedResNet, Point, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
@@ -261,6 +262,29 @@ def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path):
     assert all(0 <= e.value <= 1 for tag in rates for e in events.Scalars(tag))
     assert not router.training
     assert len(list((tmp_path / "checkpoints").glob("checkpoint_*"))) == min(2, len(reward))
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("remote", [0, 1])
+def test_ppo_goes_on_with_the_new_version_of_its_backbone(remote, small_backbone, tmp_path):
+    file = tmp_path / "backbone.safetensors"
+    shutil.copyfile(small_backbone, file)
+    settings = Settings("skip", "digits", steps=2000, num_envs=8, num_env_runners=remote)
+    with open_agent(settings, file, tmp_path, 2000) as agent:
+        agent.learn(1, Stop())
+        before = agent.steps
+        backbone, _ = load_backbone(file)
+        with torch.no_grad():
+            backbone.fc.bias += 1
+        backbone.save(file)
+        agent.reload()
+        runners = agent._algorithm.env_runner_group
+        seen = runners.foreach_env_runner(
+            lambda runner: runner.env.unwrapped.backbone.fingerprint(), local_env_runner=not remote
+        )
+        assert seen == [backbone.for_inference().fingerprint()]
+        agent.learn(before + 1, Stop())
+        assert agent.steps == 2 * before
 
 
 def test_rates_of_chains_of_loops_and_of_more_choices():

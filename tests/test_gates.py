@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dynrl.agents.gates import BATCHES, straight_through
+from dynrl.agents.gates import Gates, straight_through
 from dynrl.agents.training import Settings, train_policy
 from dynrl.evaluation import score
 from dynrl.routed import RoutedModel
@@ -31,16 +35,14 @@ def test_draws_are_choices_and_gradients_those_of_a_softmax():
 
 @pytest.fixture
 def gates_for(monkeypatch, tmp_path):
-    """Train gates for an untrained backbone, by iterations, on inputs whose targets are what its full route says."""
+    """Train gates for an untrained backbone, by iterations, to say what its full route says."""
 
-    def train(backbone, iterations, folder=tmp_path, **changes):
+    def train(backbone, iterations, folder=tmp_path):
         monkeypatch.setattr("dynrl.agents.gates.load_dataset", lambda name: answered_by(backbone))
         monkeypatch.setattr("dynrl.agents.gates.load_backbone", lambda path: (backbone, {}))
-        steps = iterations * BATCHES * 32 * backbone.max_steps
-        settings = Settings("any", "any", steps, agent="gate", num_envs=32, price_range=(1e-2, 100.0))
-        router, finished = train_policy(replace(settings, **changes), Path("any"), folder)
-        assert finished
-        return router
+        steps = iterations * 8 * 16 * backbone.max_steps
+        settings = Settings("any", "any", steps, agent="gate", num_envs=16, price_range=(0.01, 1000.0))
+        return train_policy(settings, Path("any"), folder)
 
     return train
 
@@ -49,19 +51,53 @@ def gates_for(monkeypatch, tmp_path):
 def test_a_high_price_takes_the_cheapest_and_no_price_keeps_what_accuracy_needs(name, gates_for):
     """Invariant 5: the same policy, told the two ends of its price range."""
     backbone = make_backbone(name)
-    model = RoutedModel(backbone, gates_for(backbone, 25))
-    split = answered_by(backbone).train
+    router, finished = gates_for(backbone, 50)
+    assert finished
+    model, split = RoutedModel(backbone, router), answered_by(backbone).train
     constant = (torch.full((1, backbone.max_steps), choice) for choice in range(backbone.num_choices))
     cheapest = min(int(backbone.run_route(split.inputs[:1], route).macs) for route in constant)
-    model.set_price(100.0)
+    model.set_price(1000.0)
     cheap = score(model, split)
-    model.set_price(1e-2)
+    model.set_price(0.01)
     best = score(model, split)
     assert cheap.macs_fraction - cheap.router_fraction == pytest.approx(cheapest / backbone.dense_macs, abs=0.02)
     assert best.metric < 0.1 * cheap.metric
 
 
-def test_resumed_gates_end_as_if_never_stopped(gates_for, tmp_path):
+def test_resumed_gates_end_as_if_never_stopped(gates_for, tmp_path, monkeypatch):
     backbone = make_backbone("exiting")
-    total = 4 * BATCHES * 32 * backbone.max_steps
-    whole = gates_for(backbone, 4, tmp_path / "whole")
+    whole, _ = gates_for(backbone, 20, tmp_path / "whole")
+    descend, calls = Gates._descend, [0]
+
+    def interrupted(self):
+        calls[0] += 1
+        if calls[0] == 13 * 8 + 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return descend(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gates, "_descend", interrupted)
+        _, finished = gates_for(backbone, 20, tmp_path / "stopped")
+        assert not finished
+    resumed, finished = gates_for(backbone, 20, tmp_path / "stopped")
+    assert finished
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor)
+
+
+def test_tensorboard_shows_what_it_shows_of_ppo(gates_for, tmp_path):
+    backbone = make_backbone("branching")
+    gates_for(backbone, 3)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    rates = {"rate/way/1", "rate/way/2", "rate/detour", "rate/last"}
+    assert set(events.Tags()["scalars"]) == {
+        "reward", "mse", "macs_fraction", "price", "routes/distinct", "entropy", "throughput/steps_per_s", *rates,
+    }  # fmt: skip
+    assert [e.step for e in events.Scalars("reward")] == [8 * 16 * 3 * (i + 1) for i in range(3)]
+    assert all(0 <= e.value <= 1 for tag in rates for e in events.Scalars(tag))
+
+
+def test_gates_need_no_ray():
+    code = "import sys, dynrl.agents.gates; print('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

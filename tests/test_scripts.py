@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ import dynrl
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, load_dataset
 from dynrl.files import read_json
+from dynrl.finetuning import Finetuning
 from dynrl.observation import Layout
 from dynrl.policies import Router
+from dynrl.pretraining import metric_at_rate
+from dynrl.recipes import DEFAULTS
 from dynrl.routed import RoutedModel
 from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
@@ -80,6 +84,8 @@ def run(tmp_path_factory, backbone_folder):
         ("train", "skip", "--seed", str(2**32)), ("evaluate", ".", "--threads", "-1"), ("pretrain", "skip", "--out", "/dev/null/x"),
         ("pretrain", "skip", "--threads", "0"), ("tables", "--readme", "nosuch"),
         ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
+        ("train", "skip", "--agent", "gate", "--accuracy-term", "correct"),
+        ("train", "skip", "--agent", "gate", "--num-env-runners", "1"),
         ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
         ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),
         ("bench", "nosuch"), ("bench", "env", "--rounds", "0"), ("list", "nosuch"),
@@ -228,6 +234,61 @@ def test_several_runs_make_one_report(run, tmp_path):
     done = call("evaluate", run, run, cwd=tmp_path)
     assert done.returncode == 2
     assert "--out" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def others(run, backbone_folder, tmp_path_factory):
+    """Gates beside the run, and the run itself gone on with, fine-tuned."""
+    folder = tmp_path_factory.mktemp("others")
+    shutil.copytree(run, folder / "tuned")
+    row = replace(DEFAULTS["skip", "digits"], finetuning=Finetuning(rounds=2, epochs=0.5, steps=4096))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DEFAULTS, ("skip", "digits"), row)
+        patch.setattr("dynrl.scripts.evaluate.report_runs", lambda *runs: None)  # there will be one of all
+        words = ["--backbone", backbone_folder, "--steps", 20_000, "--price-range", 0.05, 20, "--out", folder / "gate"]
+        main(["train", "skip", "--agent", "gate", *map(str, words)])
+        main(["train", "skip", "--resume", str(folder / "tuned"), "--finetune"])
+    return folder
+
+
+def test_a_finished_run_is_finetuned(run, others):
+    tuned = others / "tuned"
+    before, after = (load_backbone(folder / "backbone.safetensors") for folder in (run, tuned))
+    assert (tuned / "backbone-pretrained.safetensors").read_bytes() == (run / "backbone.safetensors").read_bytes()
+    assert before[0].fingerprint() != after[0].fingerprint()
+    assert after[1] == before[1] | {"rounds": 2}
+    assert dynrl.load(tuned)(torch.randn(2, 1, 24, 24)).shape == (2, 10)
+    with pytest.raises(ValueError, match="trained for another backbone"):
+        dynrl.plug(before[0], tuned / "policy.safetensors")
+    assert read_json(tuned / "config.json") == read_json(run / "config.json") | {"finetune": True}
+
+
+def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsys):
+    report = report_runs([run, others / "gate", run, others / "tuned"], tmp_path / "out", batch_size=32)
+    assert report["seeds"] == {"learned": [0, 0], "gate": [0], "learned tuned": [0]}
+    rows = [p for p in report["points"] if p["policy"] in report["seeds"]]
+    assert {(p["policy"], p["runs"]) for p in rows} == {("learned", 2), ("gate", 1), ("learned tuned", 1)}
+    drawn = [p["budget"] for p in report["points"] if p["policy"] == "random"]
+    assert len(drawn) == len(set(drawn))
+    pretrained, tuned = (
+        metric_at_rate(load_backbone(folder / "backbone.safetensors")[0], load_dataset("digits").test, 1.0)
+        for folder in (run, others / "tuned")
+    )
+    dense = report["dense"]
+    assert dense["all_execute_accuracy"] == pytest.approx(pretrained)
+    assert dense["tuned_accuracy"] == pytest.approx(tuned)
+    assert dense["accuracy"] == max(pretrained, tuned, dense["plain_accuracy"])
+    assert "learned 0, 0; gate 0; learned tuned 0" in capsys.readouterr().out
+    assert "| learned tuned | " in "\n".join(report_table(report))
+
+
+def test_gates_are_resumed_by_the_command(others):
+    done = torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"]
+    assert read_json(others / "gate" / "config.json")["agent"] == "gate"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynrl.scripts.evaluate.report_runs", lambda *runs: None)
+        main(["train", "skip", "--resume", str(others / "gate")])
+    assert torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"] == done
 
 
 def start(*words, cwd):
