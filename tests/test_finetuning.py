@@ -35,8 +35,10 @@ def policy_of(backbone, spread=3.0):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_policys_routes_come_nearer_to_the_reference(name, tmp_path):
     backbone, reference = make_backbone(name), make_backbone(name)
-    data, router = answered_by(reference), policy_of(backbone)
-    before = score(RoutedModel(backbone, router), data.train).metric
+    data, before = answered_by(reference), 0.0
+    while before < 1e-4:  # a policy that leaves the full route
+        router = policy_of(backbone)
+        before = score(RoutedModel(backbone, router), data.train).metric
     plan = Finetuning(rounds=1, epochs=8, batch_size=32)
     scalars = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.pt").train(router, 1)
     assert not backbone.training

@@ -56,7 +56,8 @@ class Block(nn.Module):
             return self.downsample(x)
         # oneDNN's backward of a strided 1x1 convolution writes beyond its buffers where the rows are few and odd in
         # number (torch 2.13, two threads: 3 or 5 rows, 8 to 16 channels of 24x24, crash within 300 calls).
-        convolution, norm = self.downsample
+        convolution, norm = self.downsample.children()
+        assert isinstance(convolution, nn.Conv2d)
         stride = convolution.stride[0]
         return norm(F.conv2d(x[:, :, ::stride, ::stride], convolution.weight))
 
