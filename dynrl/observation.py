@@ -165,7 +165,7 @@ class FusedChoice:
         layout = Layout.of(backbone)
         self.backbone = backbone
         features, points, last, spent = weight.split((layout.features, layout.points, 1 + layout.choices, 1), 1)
-        self.features, self.at_point = features.t().contiguous(), points.t() + bias
+        self.features, self.at_point = features.t().contiguous(), (points.t() + bias).contiguous()
         self.after_last, self.spent = last.t().contiguous(), spent.flatten().contiguous()
         self.head, self.head_bias = head.weight.detach().t().contiguous(), head.bias.detach()
 

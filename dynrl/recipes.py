@@ -78,13 +78,13 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("expert", "digits"): Defaults(
         family="expert_net",
-        backbone={"stem": 16, "channels": 32, "layers": 4, "widths": (0, 16, 32, 32, 128, 128)},
-        pretraining=Recipe(epochs=24, batch_size=100, least_rate=0.0),
+        backbone={"stem": 16, "channels": 64, "layers": 4, "widths": (0, 32, 64, 64, 128, 256)},
+        pretraining=Recipe(epochs=40, batch_size=100, least_rate=0.0, full_share=0.2),
         steps=200_000,
     ),
     ("expert", "fashion-mnist"): Defaults(
         family="expert_net",
-        backbone={"stem": 32, "channels": 96, "layers": 4, "widths": (0, 48, 96, 96, 384, 384)},
+        backbone={"stem": 32, "channels": 128, "layers": 4, "widths": (0, 64, 128, 128, 256, 512)},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.2),
         steps=600_000,
     ),

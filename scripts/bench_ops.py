@@ -19,6 +19,7 @@ from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, gru_cell
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.route import route, route_ref
+from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
@@ -38,6 +39,11 @@ MAPS = {
 }
 # name: experts, width, hidden width. A layer of two-layer experts.
 EXPERTS = {"8 experts 512-1024": (8, 512, 1024), "64 experts 512-1024": (64, 512, 1024)}
+# name: positions of a row, channels, hidden widths. A residual layer of unequal two-layer experts.
+RESIDUAL_EXPERTS = {
+    "7x7, 128 channels, 0-512": (49, 128, (0, 64, 128, 128, 256, 512)),
+    "1, 512 channels, 0-2048": (1, 512, (0, 256, 512, 512, 1024, 2048)),
+}
 # name: width, hidden width. A layer of two products.
 LAYERS = {"512-1024": (512, 1024), "1024-4096": (1024, 4096)}
 CELLS = {"gru 128": (128, 128), "gru 512": (512, 512)}
@@ -295,6 +301,39 @@ def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     )  # fmt: skip
 
 
+def routed_experts_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Rows at their residual experts, all equally often."""
+    positions, channels, splits = RESIDUAL_EXPERTS[shape]
+    # Small weights: the layer is applied to its own result over and over.
+    w1 = 0.01 * torch.randn(sum(splits), channels, device=device, dtype=dtype)
+    w2 = 0.01 * torch.randn(channels, sum(splits), device=device, dtype=dtype)
+    b1 = torch.zeros(sum(splits), device=device, dtype=dtype)
+    x = torch.randn(batch, positions, channels, device=device, dtype=dtype)
+    choice = torch.randint(0, len(splits), (batch,), generator=torch.Generator().manual_seed(batch)).to(device)
+    layers = list(zip(w1.split(splits), b1.split(splits), w2.split(splits, 1), strict=True))
+    experts, parts = [Expert(*layer) for layer in layers], x.split(choice.bincount(minlength=len(splits)).tolist())
+
+    def plain(e: int, rows: Tensor) -> Tensor:
+        first, bias, second = layers[e]
+        return rows + F.linear(F.relu(F.linear(rows, first, bias), inplace=True), second)
+
+    def indexed() -> None:
+        for e in choice.unique().tolist():
+            index = (choice == e).nonzero().squeeze(1)
+            x[index] = plain(e, x[index])
+
+    given = (choice, w1, b1, w2, splits)
+    yield Case(
+        "routed_experts", shape, batch, None, routed=lambda: routed_experts(x, *given),
+        check=lambda: (routed_experts(x.clone(), *given), routed_experts_ref(x, *given)),
+        dense={"ours": lambda: experts[-1](x), "plain": lambda: plain(-1, x)}, indexed=indexed,
+        ideal={
+            "ours": lambda: [experts[e](part) for e, part in enumerate(parts) if len(part) and splits[e]],
+            "plain": lambda: [plain(e, part) for e, part in enumerate(parts) if len(part) and splits[e]],
+        },
+    )  # fmt: skip
+
+
 def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """A GRU cell that a share of the rows runs."""
     inputs, hidden = CELLS[shape]
@@ -352,6 +391,7 @@ def small_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterato
 FAMILIES: dict[str, tuple[dict[str, Any], Callable[..., Iterator[Case]]]] = {
     "gated_residual": (MAPS, gated_residual_cases),
     "routed_linear": (EXPERTS, routed_linear_cases),
+    "routed_experts": (RESIDUAL_EXPERTS, routed_experts_cases),
     "sliced_conv": ({name: maps for name, maps in MAPS.items() if "resnet50" in name}, sliced_conv_cases),
     "sliced_linear": (LAYERS, sliced_linear_cases),
     "gated_cell": (CELLS, gated_cell_cases),

@@ -1,4 +1,4 @@
-"""Write the README's tables from the files under `results/`, between their `<!-- table:NAME -->` marks."""
+"""Write the README's tables from the registry and the files under `results/`, between their `<!-- table:NAME -->` marks."""
 
 from __future__ import annotations
 
@@ -128,6 +128,14 @@ def gpu_table(result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
 
 
+def decisions_table() -> list[str]:
+    """The registry as Markdown."""
+    from dynrl.envs import DECISIONS
+
+    lines = ["| decision | environment | what is chosen | source |", "|---|---|---|---|"]
+    return lines + [f"| `{d.name}` | `{d.env_id}` | {d.action} | {d.source} |" for d in DECISIONS.values()]
+
+
 BENCHES = {
     "bench-env": bench_env_table, "bench-ops": bench_ops_table, "bench-model": bench_model_table, "gpu": gpu_table
 }  # fmt: skip
@@ -139,7 +147,9 @@ def main(args: Args) -> None:
 
     def table(mark: re.Match[str]) -> str:
         name = mark.group(1)
-        if name in BENCHES:
+        if name == "decisions":
+            lines = decisions_table()
+        elif name in BENCHES:
             newest = max(args.results.glob(f"{name}-*.json"), default=args.results / f"{name}-DATE.json")
             lines = BENCHES[name](read_json(newest))
         else:

@@ -78,7 +78,7 @@ class SlimmableBlock(Block):
         return self.sliced(x, len(self.widths) - 1)
 
     def mixed(self, x: Tensor, choice: Tensor) -> Tensor:
-        """Each row of `x` [n, C, H, W] at its own `choice` [n]; differentiable. Without gradients `x` is overwritten."""
+        """Each row of `x` [n, C, H, W] at its own `choice` [n]; differentiable, else `x` is overwritten."""
         for c in range(len(self.widths)):
             rows = (choice == c).nonzero().squeeze(1)
             if len(rows) == len(x):

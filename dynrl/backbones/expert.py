@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,8 @@ class _Layer(nn.Module):
         hidden = torch.tensor(widths)
         self.w1 = nn.Parameter(torch.randn(sum(widths), channels) * (2 / channels) ** 0.5)
         self.b1 = nn.Parameter(torch.zeros(sum(widths)))
-        self.w2 = nn.Parameter(torch.randn(channels, sum(widths)) / hidden.repeat_interleave(hidden).sqrt())
+        # Small at first: what an image meets depends little on its route until experts have learned to agree.
+        self.w2 = nn.Parameter(0.2 * torch.randn(channels, sum(widths)) / hidden.repeat_interleave(hidden).sqrt())
 
     def experts(self) -> list[Expert]:
         """Each by itself."""
@@ -100,9 +101,9 @@ class ExpertNet(Backbone):
         input_shape: tuple[int, int, int],
         classes: int = 10,
         stem: int = 32,
-        channels: int = 96,
+        channels: int = 128,
         layers: int = 4,
-        widths: tuple[int, ...] = (0, 48, 96, 96, 384, 384),
+        widths: tuple[int, ...] = (0, 64, 128, 128, 256, 512),
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -159,12 +160,6 @@ class ExpertNet(Backbone):
         """Each channel's mean over the map."""
         assert state.features is not None
         return state.features.mean((2, 3)).float()
-
-    def training_outputs(
-        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor]:
-        """Random routes, but among experts of equal width ..."""
-        yield from super().training_outputs(inputs, rate, generator)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Each expert on neighbouring rows of the batch, as many as chose it; see `Backbone.ideal`."""
