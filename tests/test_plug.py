@@ -15,8 +15,17 @@ import torch
 import dynrl
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.cost import count_macs
-from dynrl.data import load_dataset
-from dynrl.evaluation import ORACLE_PRICE, calibrate, oracle_routes, random_rate, score, score_routes, static_routes
+from dynrl.data import Split, load_dataset
+from dynrl.evaluation import (
+    ORACLE_PRICE,
+    calibrate,
+    oracle_routes,
+    random_rate,
+    score,
+    score_routes,
+    static_routes,
+    static_tries,
+)
 from dynrl.observation import Layout, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
@@ -274,6 +283,21 @@ def test_observation_holds_what_its_layout_says():
     torch.testing.assert_close(second[:, layout.spent], state.walk.macs / backbone.dense_macs)
     torch.testing.assert_close(second[:, layout.price], price)
     assert (second[:, layout.mask :] == 1).all()
+
+
+def test_static_routes_of_long_walks_are_first_last_and_even():
+    backbone = Looping(40).eval()
+    targets = torch.randint(0, 2, (6,))
+    found = static_routes(backbone, Split(torch.randn(6, 4), targets))
+    assert len(found) <= static_tries(backbone)[0] < 3 * 17
+    assert found[0][0] == backbone.full_route
+    assert [macs for _, macs, _ in found] == sorted((macs for _, macs, _ in found), reverse=True)
+    kept = {route for route, _, _ in found}
+    full = torch.tensor(backbone.full_route)
+    for count in (10, 20):
+        first, last, even = torch.zeros(3, 40, dtype=torch.int64)
+        first[:count], last[40 - count :], even[40 // count - 1 :: 40 // count] = 1, 1, 1
+        assert {tuple((mask * full).tolist()) for mask in (first, last, even)} <= kept
 
 
 def test_random_and_static_policies():
