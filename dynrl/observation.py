@@ -130,17 +130,16 @@ class LinearChoice:
         features, points, last, spent = weight.split((layout.features, layout.points, 1 + layout.choices, 1), 1)
         # Transposed, and so kept: products with a contiguous [features, 2] take five times as long (measured).
         self.features = features.contiguous().t()
-        self.at_point = points.t() + bias
-        self.after_last = last.t().contiguous()
         self.spent = spent.t() / backbone.dense_macs
+        self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, scores]
         for i, point in enumerate(backbone.points):
-            self.at_point[i, point.n :] = -torch.inf
+            self.start[i, :, point.n :] = -torch.inf
 
     def __call__(self, state: State) -> Tensor:
         """[n] int64, as `Router.act(observation(...))` but for rounding."""
         walk, rows, backbone = state.walk, state.rows, self.backbone
-        scores = backbone.project(state, self.features, self.at_point[state.point])
-        scores += self.after_last.index_select(0, walk.at(walk.last, rows))
+        start = self.start[state.point].index_select(0, walk.at(walk.last, rows))
+        scores = backbone.project(state, self.features, start)
         scores.addcmul_(walk.at(walk.macs, rows).unsqueeze(1), self.spent)
         if self.masked:
             mask = backbone.open_choices(state)

@@ -100,7 +100,32 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
         steps=1_000_000,
     ),
-}
+    ("hidden-update", "sequential-digits"): Defaults(
+        family="skip_gru",
+        backbone={"hidden": 64, "sees": "state"},
+        pretraining=Recipe(epochs=60, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
+        steps=600_000,
+        router_hidden=0,
+    ),
+    ("hidden-update", "sequential-fashion-mnist"): Defaults(
+        family="skip_gru",
+        backbone={"hidden": 128, "sees": "state"},
+        pretraining=Recipe(epochs=8, batch_size=128, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
+        steps=1_000_000,
+        router_hidden=0,
+    ),
+    # Half of the rows take the full route: on the others, most of which miss a number, little is to be learned.
+    ("hidden-update", "adding"): Defaults(
+        family="skip_gru",
+        backbone={"hidden": 110, "sees": "state"},
+        pretraining=Recipe(
+            epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, least_rate=0.0,
+            full_share=0.5, optimizer="adam",
+        ),
+        steps=2_000_000,
+        router_hidden=0,
+    ),
+}  # fmt: skip
 
 
 def defaults(decision: str, data: str) -> Defaults:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynrl.backbones import Backbone, GatedResNet, State
+from dynrl.backbones import FAMILIES, Backbone, State
 from dynrl.data import load_dataset
 from dynrl.evaluation import captured, dense_sides, medians_in_turn, random_rate
 from dynrl.observation import Layout
@@ -17,17 +18,31 @@ from dynrl.policies import RandomPolicy, Router
 from dynrl.routed import RoutedModel, load
 from dynrl.scripts.common import read_config
 
-# name: batch sizes, backbone's settings.
-NETWORKS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "resnet20 32x32": ((1, 8, 64, 256), {"input_shape": (3, 32, 32), "layers": (3, 3, 3), "widths": (16, 32, 64)}),
-    "resnet110 32x32": ((256,), {"input_shape": (3, 32, 32), "layers": (18, 18, 18), "widths": (16, 32, 64)}),
-    "resnet50 224x224": (
+
+@dataclass(frozen=True)
+class Network:
+    """What is measured: batch sizes, the backbone's settings, and the router's hidden units."""
+
+    batches: tuple[int, ...]
+    settings: dict[str, Any]
+    family: str = "gated_resnet"
+    router_hidden: int = 64
+
+
+NETWORKS = {
+    "resnet20 32x32": Network(
+        (1, 8, 64, 256), {"input_shape": (3, 32, 32), "layers": (3, 3, 3), "widths": (16, 32, 64)}
+    ),
+    "resnet110 32x32": Network((256,), {"input_shape": (3, 32, 32), "layers": (18, 18, 18), "widths": (16, 32, 64)}),
+    "resnet50 224x224": Network(
         (1, 8, 64),
         {
             "input_shape": (3, 224, 224), "classes": 1000, "block": "bottleneck", "layers": (3, 4, 6, 3),
             "widths": (64, 128, 256, 512), "stem": "imagenet",
         },
     ),
+    "gru256 50 steps": Network((64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 256}, "skip_gru", 0),
+    "gru512 50 steps": Network((64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 512}, "skip_gru", 0),
 }  # fmt: skip
 
 
@@ -68,11 +83,14 @@ def bench_model(
         raise ValueError(f"unknown networks {sorted(unknown)}; expected some of {sorted(NETWORKS)}")
     rows = []
     for name in networks or NETWORKS:
-        sizes, settings = NETWORKS[name]
+        network = NETWORKS[name]
         torch.manual_seed(0)
-        backbone = GatedResNet(**settings).eval().to(device, getattr(torch, dtype))
-        model = _Forced(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1).to(device))
-        for batch in batches or sizes:
+        backbone = FAMILIES[network.family](**network.settings).eval().to(device, getattr(torch, dtype))
+        layout = Layout.of(backbone).to_dict()
+        model = _Forced(
+            backbone, Router(**layout, price_range=(0.01, 1.0), hidden=network.router_hidden, start=1).to(device)
+        )
+        for batch in batches or network.batches:
             inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=getattr(torch, dtype))
             with torch.inference_mode():
                 count = 256 if batch > 64 else 16  # what a route costs does not depend on the input
@@ -105,7 +123,7 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
     backbone, device = model.backbone, inputs.device
 
     def given(state: State) -> Tensor:
-        return route[:, state.point]  # a chain: the point is the step, and all rows stand at it
+        return route[:, state.walk.common_steps]  # no row ends early
 
     dense_route = backbone.dense_actions(len(inputs), device)
     sides = dense_sides(backbone, inputs)

@@ -24,6 +24,7 @@ from dynrl.evaluation import (
     score,
     score_routes,
     static_routes,
+    static_tries,
     uniform_routes,
 )  # fmt: skip
 from dynrl.observation import FusedChoice, Layout, LinearChoice, observation
@@ -298,6 +299,21 @@ def test_random_policy_draws_by_cost(rate):
         found = [float((drawn[:, step] == choice).float().mean()) for choice in range(4)]
         assert found == pytest.approx(expected, abs=0.015)
         assert [p == 0 for p in found] == [p == 0 for p in expected]
+
+
+def test_static_routes_of_long_walks_are_first_last_and_even():
+    backbone = Looping(40).eval()
+    targets = torch.randint(0, 2, (6,))
+    found = static_routes(backbone, Split(torch.randn(6, 4), targets))
+    assert len(found) <= static_tries(backbone)[0] < 3 * 17
+    assert found[0][0] == backbone.full_route
+    assert [macs for _, macs, _ in found] == sorted((macs for _, macs, _ in found), reverse=True)
+    kept = {route for route, _, _ in found}
+    full = torch.tensor(backbone.full_route)
+    for count in (10, 20):
+        first, last, even = torch.zeros(3, 40, dtype=torch.int64)
+        first[:count], last[40 - count :], even[40 // count - 1 :: 40 // count] = 1, 1, 1
+        assert {tuple((mask * full).tolist()) for mask in (first, last, even)} <= kept
 
 
 def test_random_and_static_policies():

@@ -9,6 +9,7 @@ import torch
 
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
+from dynrl.envs import DECISIONS
 from dynrl.pretraining import Recipe, metric_at_rate, pretrain
 from dynrl.recipes import DEFAULTS, defaults
 from dynrl.routes import draw_routes
@@ -115,9 +116,23 @@ def test_a_batch_larger_than_the_data_is_refused():
 @pytest.mark.parametrize(("decision", "data"), sorted(DEFAULTS))
 def test_defaults_build_what_they_say(decision, data):
     row = defaults(decision, data)
-    dataset = load_dataset("digits")  # fashion-mnist may not be at hand: only shapes matter
+    dataset = load_dataset(DECISIONS[decision].data)  # others may not be at hand: only shapes matter
     first, second, other = (row.build(dataset, seed) for seed in (0, 0, 1))
     assert first.decision == decision
     assert first.fingerprint() == second.fingerprint() != other.fingerprint()
     with pytest.raises(ValueError, match="no defaults for"):
         defaults("nosuch", data)
+
+
+def test_settings_of_the_network_are_changed_by_name():
+    row = defaults("hidden-update", "adding")
+    assert row.changed(["sees=state+input", "hidden=8"]).backbone == {"hidden": 8, "sees": "state+input"}
+    assert defaults("skip", "digits").changed(["layers=[2, 2]"]).backbone["layers"] == (2, 2)
+    assert row.changed([]) == row
+    for bad, message in (
+        ("hidden", "NAME=VALUE"),
+        ("nosuch=1", r"a name in \['hidden', 'sees'\]"),
+        ("hidden=x", "type of 110"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            row.changed([bad])

@@ -100,8 +100,8 @@ def test_what_is_seen(sees, expected):
     torch.testing.assert_close(seen[:, HIDDEN] * STEPS, torch.tensor([4.0, 4.0]))
     torch.testing.assert_close(seen[:, HIDDEN + 1] * STEPS, torch.tensor([1.0, 0.0]))
     assert sees == "state" or torch.equal(seen[:, HIDDEN + 2 :], inputs[:, 4])
-    weight, bias = torch.randn(expected, 3), torch.randn(3)
-    torch.testing.assert_close(network.project(state, weight, bias), seen @ weight + bias, atol=1e-5, rtol=1e-5)
+    weight, start = torch.randn(expected, 3), torch.randn(2, 3)
+    torch.testing.assert_close(network.project(state, weight, start), seen @ weight + start, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -271,10 +272,10 @@ class Backbone(nn.Module):
         """[n, f] float32, f <= feature_width: a cheap summary of where each row stands. Changes nothing."""
         raise NotImplementedError
 
-    def project(self, state: State, weight: Tensor, bias: Tensor) -> Tensor:
-        """[n, k]: `observe(state) @ weight + bias`, for what is linear in the features; `weight` [feature_width, k]."""
+    def project(self, state: State, weight: Tensor, start: Tensor) -> Tensor:
+        """[n, k]: `start` [n, k] + `observe(state)` @ `weight` [feature_width, k]: what is linear in the features."""
         features = self.observe(state)
-        return torch.addmm(bias, features, weight[: features.shape[1]])
+        return torch.addmm(start, features, weight[: features.shape[1]])
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.
@@ -347,7 +348,7 @@ class Backbone(nn.Module):
 
     # the walk ----------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def num_choices(self) -> int:
         """Choices of the point that has most."""
         return max(point.n for point in self.points)

@@ -113,14 +113,12 @@ class SkipGRU(Backbone):
         together = rows is walk.all_rows
         return [clock, (walk.inputs[:, walk.common_steps] if together else walk.inputs[rows, walk.steps[rows]]).float()]
 
-    def project(self, state: State, weight: Tensor, bias: Tensor) -> Tensor:
+    def project(self, state: State, weight: Tensor, start: Tensor) -> Tensor:
         """`Backbone.project` without a copy of the hidden state."""
         assert state.features is not None
-        scores, start = bias, 0
-        for part in (state.features.float(), *self._aside(state)):
-            scores = torch.addmm(scores, part, weight[start : start + part.shape[1]])
-            start += part.shape[1]
-        return scores
+        size, aside = self.gru.hidden_size, self._aside(state)
+        scores = torch.addmm(start, state.features.float(), weight[:size])
+        return scores.addmm_(aside[0] if len(aside) == 1 else torch.cat(aside, 1), weight[size:])
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """The cell on the first rows of the batch, as many as update at each step; see `Backbone.ideal`."""

@@ -82,7 +82,7 @@ def gated_cell(
         if use_triton(h):
             return _on_triton(x, h, update, *weights, x_rows)
     into = None if torch.is_grad_enabled() else h
-    n = len(h)
+    n = h.shape[0]  # len() takes five times as long
     if into is not None and (n <= WORTH_ROWS or n * (w_ih.numel() + w_hh.numel()) < WORTH_MACS):
         count = sum(update.tolist())
         if count == 0:
@@ -94,9 +94,10 @@ def gated_cell(
         new = gru_cell(x, h, *weights)
         return torch.where(mask, new, h, out=h)
     index = update.nonzero().squeeze(1)
-    if len(index) == 0:
+    count = index.shape[0]
+    if count == 0:
         return h
-    if len(index) == n:
+    if count == n:
         return gru_cell(x if x_rows is None else x[x_rows], h, *weights, out=into)
     inputs = index if x_rows is None else x_rows.index_select(0, index)
     new = gru_cell(x.index_select(0, inputs), h.index_select(0, index), *weights)
