@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class RoutedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
-        self.policy = copy.deepcopy(policy).eval().requires_grad_(False)
+        policy = copy.deepcopy(policy).eval().requires_grad_(False)
+        self.policy = policy
         self.input_shape = backbone.input_shape
         self.curve = sorted(curve or [])
         self.price_range: tuple[float, float] | None = None
@@ -74,7 +76,7 @@ class RoutedModel(nn.Module):
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
-            self._act = self.policy.act
+            self._act: Callable[[Tensor], Tensor] = policy.act
         if isinstance(policy, Router):
             low, high = policy.price_range
             self.price_range = (low, high)

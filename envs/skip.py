@@ -45,7 +45,7 @@ class SkipVectorEnv(RoutingVectorEnv):
         """A small untrained ResNet, always the same."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return GatedResNet(input_shape, layers=(2, 2, 2), widths=(8, 16, 32))  # type: ignore[arg-type]
+            return GatedResNet(input_shape, layers=(2, 2, 2), widths=(8, 16, 32))
 
 
 class SkipEnv(RoutingEnv):

@@ -40,6 +40,11 @@ def device_counts() -> Iterator[None]:
         _device_counts.reset(token)
 
 
+def counts_on_device() -> bool:
+    """Whether this runs inside `device_counts`."""
+    return _device_counts.get()
+
+
 def on_host(x: Tensor) -> bool:
     """Whether the CPU path is to be run on tensors like `x`: the common case, told in one step."""
     return not x.is_cuda and MODE == "auto" and not is_compiling() and not _device_counts.get()
