@@ -76,6 +76,18 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
         steps=1_000_000,
     ),
+    ("exit", "digits"): Defaults(
+        family="exit_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (16, 32, 64), "exits": (0, 2, 4, 6, 8)},
+        pretraining=Recipe(epochs=16, batch_size=100),
+        steps=200_000,
+    ),
+    ("exit", "fashion-mnist"): Defaults(
+        family="exit_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2, "exits": (1, 3, 5, 7, 9)},
+        pretraining=Recipe(epochs=16, batch_size=128),
+        steps=600_000,
+    ),
     ("expert", "digits"): Defaults(
         family="expert_net",
         backbone={"stem": 16, "channels": 64, "layers": 4, "widths": (0, 32, 64, 64, 128, 256)},

@@ -65,7 +65,8 @@ class RoutedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
-        self.policy = copy.deepcopy(policy).eval().requires_grad_(False)
+        policy = copy.deepcopy(policy).eval().requires_grad_(False)
+        self.policy = policy
         self.input_shape = backbone.input_shape
         self.curve = sorted(curve or [])
         self.price_range: tuple[float, float] | None = None
@@ -78,7 +79,7 @@ class RoutedModel(nn.Module):
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
-            self._act = self.policy.act  # type: ignore[assignment]
+            self._act: Callable[[Tensor], Tensor] = policy.act
         if isinstance(policy, Router):
             low, high = policy.price_range
             self.price_range = (low, high)

@@ -1,4 +1,4 @@
-"""Write the README's tables from the registry and the files under `results/`, between their `<!-- table:NAME -->` marks."""
+"""Write the README's tables, from registry and `results/`, between their `<!-- table:NAME -->` marks."""
 
 from __future__ import annotations
 

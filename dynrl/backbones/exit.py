@@ -6,38 +6,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import END, Point, State, Walk
 from dynrl.backbones.resnet import ResNet
 from dynrl.cost import count_macs
+from dynrl.ops.backend import counts_on_device
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.pooled import pooled
 from dynrl.ops.rows import take_rows
 
 STOP, GO_ON = 0, 1
-
-
-class LinearHead(nn.Module):
-    """A classifier on each channel's mean over the map."""
-
-    def __init__(self, size: tuple[int, ...], classes: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(size[0], classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] to logits [n, classes]."""
-        return self.fc(x.mean((2, 3)))
-
-
-make_head = LinearHead
+CELLS = 4  # early classifiers see means over this many cells each way, or all pixels of smaller maps
 
 
 class ExitResNet(ResNet):
     """A ResNet with classifiers between its blocks: at each, action 0 stops with its answer, 1 goes on to the next.
 
     The blocks up to an exit and its classifier are charged on arrival there. The last exit is the network's own head:
-    who arrives there is done, so that K exits have K - 1 decision points.
+    who arrives there is done, so that K exits have K - 1 decision points. An early classifier is one linear layer on
+    the maps reduced to 4x4, as in Shallow-Deep Networks (Kaya et al. 2019, ICML). Measured on Fashion-MNIST (12,000
+    images, 6 epochs, validation): the first exit is right for 88.3 %, on channel means for 83.8 %, behind a 3x3
+    convolution of twice the channels for 86.7 %; the last exit for 90.4, 89.8 and 90.6 %.
 
     Args: those of `ResNet`, and
         exits: the blocks (0 is the first) behind which there is an exit, beside the last.
@@ -60,9 +51,10 @@ class ExitResNet(ResNet):
                 macs, size = count_macs(block, size)
                 cost += macs
             if k < len(exits):
-                self.heads.append(make_head(size, self.config["classes"]))
+                seen = size[0] * min(CELLS, size[1]) * min(CELLS, size[2])
+                self.heads.append(nn.Linear(seen, self.config["classes"]))
                 widths.append(size[0])
-                cost += count_macs(self.heads[k], size)[0]
+                cost += count_macs(self.heads[k], (seen,))[0]
             else:
                 cost += count_macs(self.fc, (size[0],))[0]
             stage_macs.append(cost)
@@ -79,7 +71,10 @@ class ExitResNet(ResNet):
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
         """[n, classes], what exit k says of its maps."""
-        return self.heads[k](x) if k < len(self.heads) else self._head(x)
+        if k == len(self.heads):
+            return self._head(x)
+        cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
+        return self.heads[k](cells.permute(0, 2, 3, 1).flatten(1))  # in this order nothing is copied in channels_last
 
     def _advance_to(self, k: int, x: Tensor) -> Tensor:
         for block in self._stage(k):
@@ -96,6 +91,8 @@ class ExitResNet(ResNet):
         return self._arrive(walk, 0, rows, self._stem(inputs))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
+        if counts_on_device():
+            raise ValueError("rows leave at exits, and the host must know how many go on: this walk cannot be captured")
         walk, rows, x = state.walk, state.rows, state.features
         assert x is not None
         going = action.nonzero().squeeze(1)

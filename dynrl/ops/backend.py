@@ -40,6 +40,11 @@ def device_counts() -> Iterator[None]:
         _device_counts.reset(token)
 
 
+def counts_on_device() -> bool:
+    """Whether this runs inside `device_counts`."""
+    return not is_compiling() and _device_counts.get()  # a tracer cannot look at context variables
+
+
 def small_steps_by_kernels(x: Tensor) -> bool:
     """Whether what is small beside the layers is worth a kernel, too: in graphs (launching one takes Python longer than
     the steps it replaces), or where Triton was asked for.
@@ -47,7 +52,7 @@ def small_steps_by_kernels(x: Tensor) -> bool:
     Raises:
         ValueError: as `use_triton`.
     """
-    return not is_compiling() and (MODE == "triton" or _device_counts.get()) and use_triton(x)
+    return (counts_on_device() or (MODE == "triton" and not is_compiling())) and use_triton(x)
 
 
 def on_host(x: Tensor) -> bool:
