@@ -70,7 +70,7 @@ def main(args: Args) -> None:
         config = _EARLIER | read_config(run)
         if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
-        config["finetune"] |= args.finetune
+        config["finetune"] = bool(config["finetune"]) or args.finetune
         changed = [name for name, value in _settings(args).items() if value not in (config[name], _DEFAULT[name])]
         if changed or args.out or args.backbone:
             raise ValueError(f"--resume goes on by {run}'s own settings; leave out {changed or '--out and --backbone'}")
