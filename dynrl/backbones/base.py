@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -250,6 +249,7 @@ class Backbone(nn.Module):
     feature_width: int
     max_steps: int
     full_route: tuple[int, ...]
+    num_choices: int  # of the point that has most
     start_macs: int
     costs: Tensor
     dense_macs: int  # of one row on the full route
@@ -333,11 +333,12 @@ class Backbone(nn.Module):
         return copy.deepcopy(self).eval().requires_grad_(False)
 
     def _set_costs(self, start_macs: int, costs: Sequence[Sequence[int]]) -> None:
-        """Set `start_macs`, `costs` (a row a point, of as many as it has choices) and `dense_macs`.
+        """Set `num_choices`, `start_macs`, `costs` (a row a point, of as many as it has choices) and `dense_macs`.
 
         `points`, `max_steps` and `full_route` stand already; the full route is at point t at step t, or stays at the
         last point.
         """
+        self.num_choices = max(point.n for point in self.points)
         table = torch.full((len(self.points), self.num_choices), -1)
         for point, row in enumerate(costs):
             table[point, : len(row)] = torch.tensor(row)
@@ -347,11 +348,6 @@ class Backbone(nn.Module):
         self.dense_macs = start_macs + sum(costs[min(t, last)][choice] for t, choice in enumerate(self.full_route))
 
     # the walk ----------------------------------------------------------------------------------------------
-
-    @cached_property
-    def num_choices(self) -> int:
-        """Choices of the point that has most."""
-        return max(point.n for point in self.points)
 
     @property
     def step_costs(self) -> Tensor:
