@@ -220,7 +220,7 @@ def test_a_budget_that_no_random_route_reaches_has_no_random_point():
     backbone = GatedResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
     model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1))
     model.curve = [(0.01, 0.9), (1.0, 0.2)]
-    points = measure(backbone, None, [model], dataset, batch_size=16)["points"]
+    points = measure(backbone, None, {"learned": [model]}, dataset, batch_size=16)["points"]
     assert all(p["macs_fraction"] > 1 for p in points if p["policy"] == "learned")
     assert {p["policy"] for p in points} == {"learned", "static", "oracle"}
 
