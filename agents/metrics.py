@@ -34,7 +34,8 @@ class TrainingLog:
 
     Tags: `reward`, the task's metric (`accuracy` or `mse`), `macs_fraction`, `price`, `routes/distinct` (few of them:
     the policy has collapsed), `rate/<point>` (share of the decisions there that were choice 1; `rate/<point>/<choice>`
-    where there are more than two), `loss/...`, `entropy`, `throughput/steps_per_s`.
+    where there are more than two), `loss/...`, `entropy`, `throughput/steps_per_s`; after each round of fine-tuning
+    `finetuning/...`, means over its batches.
 
     Args:
         begins_after: the step training goes on from; what a killed run wrote after it is hidden.

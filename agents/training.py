@@ -211,7 +211,7 @@ def train_jointly(
     ):
         while True:
             agent.learn(settings.steps + done * plan.steps, stop)
-            if stop.is_set or done == plan.rounds:
+            if stop.is_set or done >= plan.rounds:
                 break
             scalars = tuner.train(agent.router(), done + 1, lambda: stop.is_set, bar.update)
             agent.write({f"finetuning/{tag}": value for tag, value in scalars.items()})
@@ -220,7 +220,7 @@ def train_jointly(
             done += 1
             tuner.backbone.save(backbone_file, **notes | {"rounds": done})
             agent.reload()
-        return agent.router(), done == plan.rounds and agent.steps >= total
+        return agent.router(), done >= plan.rounds and agent.steps >= total
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class Finetuning:
 
     Attributes:
         rounds: how often the backbone learns on the policy's routes and then the policy on the new backbone.
+        warmup: decisions of the policy before the first round; None: as many as without fine-tuning.
         epochs: of the backbone, a round; a fraction makes short rounds.
         steps: decisions of the policy, a round.
         batch_size, weight_decay, label_smoothing: as in `Recipe`.
@@ -39,6 +40,7 @@ class Finetuning:
     """
 
     rounds: int = 2
+    warmup: int | None = None
     epochs: float = 2.0
     steps: int = 100_000
     batch_size: int = 128

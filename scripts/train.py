@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dynrl.agents.training import Settings
     from dynrl.data import Dataset
     from dynrl.policies import Router
+    from dynrl.recipes import Defaults
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Args:
     seed: int = 0
     """Seed of the policy and of what it meets (and of a backbone that is pretrained here)."""
     steps: int | None = None
-    """Decisions to learn from, fine-tuning not counted; default: the data set's (of gates half as many, which takes
-    about as long)."""
+    """Decisions to learn from, fine-tuning's rounds not counted; default: the data set's (of gates half as many, which
+    takes about as long)."""
     router_hidden: int | None = None
     """Units of the policy's hidden layer, 0 for a linear policy; default: the data set's."""
     num_envs: int = 64
@@ -80,7 +81,7 @@ def main(args: Args) -> None:
         _check(args)
         config["data"] = data = args.data or decision(args.decision).data
         row = defaults(args.decision, data).changed(args.network)
-        config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)
+        config["steps"] = _steps(args, row)
         config["router_hidden"] = row.router_hidden if args.router_hidden is None else args.router_hidden
         # All that can be refused is refused before the folder is made.
         dataset = load_dataset(data)
@@ -132,6 +133,14 @@ def _check(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {least} and below 2^31, got {value}")
+
+
+def _steps(args: Args, row: Defaults) -> int:
+    if args.steps is not None:
+        return args.steps
+    if args.finetune and row.finetuning.warmup is not None:
+        return row.finetuning.warmup
+    return row.steps if args.agent == "ppo" else row.steps // 2
 
 
 def _backbone_folder(given: Path, decision: str, dataset: Dataset) -> Path:
@@ -205,7 +214,7 @@ def _train_jointly(run: Path, settings: Settings, working: Path) -> tuple[Router
         backbone.save(working, **notes | {"rounds": 0})
     # The teacher is what reports call dense: the better of the two, by validation data.
     known = [load_backbone(path)[0] for path in (pretrained_file(run), run / "plain.safetensors") if path.is_file()]
-    reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, 1.0)))
+    reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
     return train_jointly(settings, defaults(settings.decision, settings.data).finetuning, working, reference, run)
 
 

@@ -274,7 +274,7 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     drawn = [p["budget"] for p in report["points"] if p["policy"] == "random"]
     assert len(drawn) == len(set(drawn))
     pretrained, tuned = (
-        metric_at_rate(load_backbone(folder / "backbone.safetensors")[0], load_dataset("digits").test, 1.0)
+        metric_at_rate(load_backbone(folder / "backbone.safetensors")[0], load_dataset("digits").test, None)
         for folder in (run, others / "tuned")
     )
     dense = report["dense"]
