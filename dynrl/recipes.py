@@ -87,7 +87,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("exit", "fashion-mnist"): Defaults(
         family="exit_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2, "exits": (1, 3, 5, 7, 9)},
-        pretraining=Recipe(epochs=16, batch_size=128),
+        pretraining=Recipe(epochs=8, batch_size=128),
         steps=600_000,
     ),
     ("expert", "digits"): Defaults(
@@ -99,7 +99,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("expert", "fashion-mnist"): Defaults(
         family="expert_net",
         backbone={"stem": 32, "channels": 128, "layers": 4, "widths": (0, 64, 128, 128, 256, 512)},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.2),
+        pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.2),
         steps=600_000,
     ),
     ("channel", "digits"): Defaults(
@@ -111,7 +111,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("channel", "fashion-mnist"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
+        pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.25),
         steps=1_000_000,
     ),
     ("hidden-update", "sequential-digits"): Defaults(
