@@ -27,7 +27,6 @@ class Finetuning:
 
     Attributes:
         rounds: how often the backbone learns on the policy's routes and then the policy on the new backbone.
-        warmup: decisions of the policy before the first round; None: as many as without fine-tuning.
         epochs: of the backbone, a round; a fraction makes short rounds.
         steps: decisions of the policy, a round.
         batch_size, weight_decay, label_smoothing: as in `Recipe`.
@@ -35,12 +34,13 @@ class Finetuning:
         learning_rate: at first; it falls to 0 along a cosine over all rounds (Loshchilov & Hutter 2017).
         full_share: this share of each batch takes the full route, or the dense network would be forgotten, and batch
             norm of a block that the policy seldom runs would have no statistics.
+        sampled: whether routes are drawn from the policy, as while it learns, or its likeliest, as when plugged. Drawn
+            ones make a network that would not survive a stray choice learn to.
         distillation: weight of the divergence from what the reference says (Hinton et al. 2015, section 2), beside the
             loss on the targets.
     """
 
     rounds: int = 2
-    warmup: int | None = None
     epochs: float = 2.0
     steps: int = 100_000
     batch_size: int = 128
@@ -49,6 +49,7 @@ class Finetuning:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     full_share: float = 0.25
+    sampled: bool = False
     distillation: float = 1.0
 
 
@@ -145,7 +146,11 @@ class Finetuner:
         def choose(state: State) -> Tensor:
             walk = state.walk
             with torch.autocast("cpu", enabled=False):
-                action = router.act(observation(backbone, state, prices))
+                seen = observation(backbone, state, prices)
+                if plan.sampled:
+                    action = torch.multinomial(router(seen).softmax(1), 1, generator=self._generator).squeeze(1)
+                else:
+                    action = router.act(seen)
             return torch.where(whole[state.rows], full_route[walk.steps[state.rows]], action)
 
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):

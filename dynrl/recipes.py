@@ -23,9 +23,12 @@ class Defaults:
         family: of the backbone.
         backbone: keyword arguments of the family, beside `input_shape` and `classes`.
         pretraining: how the backbone is trained.
-        steps: decisions a policy is trained for.
+        steps: decisions a policy is trained for, before any fine-tuning.
         router_hidden: units of the policy's hidden layer; 0 for a linear one, where a step of the network costs little.
-        finetuning: how backbone and policy are then trained in turn, where that is asked for.
+        num_envs: inputs that walk side by side.
+        price_range: of the dense network's compute, in units of the accuracy term.
+        finetuning: how backbone and policy are then trained in turn.
+        joint: whether they always are, since no backbone survives random routes; else where that is asked for.
     """
 
     family: str
@@ -33,7 +36,10 @@ class Defaults:
     pretraining: Recipe
     steps: int
     router_hidden: int = 64
+    num_envs: int = 64
+    price_range: tuple[float, float] = (0.002, 2.0)
     finetuning: Finetuning = field(default_factory=Finetuning)
+    joint: bool = False
 
     def changed(self, settings: Sequence[str]) -> Defaults:
         """The same with other settings of the backbone, each NAME=VALUE, the value in JSON or a word as it is.
@@ -136,8 +142,15 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, least_rate=0.0,
             full_share=0.5, optimizer="adam",
         ),
-        steps=2_000_000,
+        steps=100_000,
         router_hidden=0,
+        num_envs=256,
+        price_range=(0.03, 1.0),
+        finetuning=Finetuning(
+            rounds=16, epochs=0.3, steps=120_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.0,
+            label_smoothing=0.0, sampled=True,
+        ),
+        joint=True,
     ),
 }  # fmt: skip
 

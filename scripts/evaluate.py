@@ -26,7 +26,7 @@ BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
 MARKERS = {  # of lines in the picture
     "learned": "o-", "gate": "v-", "learned tuned": "D-", "gate tuned": "P-", "random": "s--", "static": "^:",
-    "oracle": "*",
+    "uniform": "<:", "smaller": "X", "oracle": "*",
 }  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class Args:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders of one pretrained backbone and data set."""
+    smaller: Path | None = None
+    """A folder of `dynrl pretrain` with a smaller network (`--network ... --plain`): a row of its own."""
     out: Path | None = None
     """Folder for report.json and report.png; default: the run folder, if there is one only."""
     batch_size: int = 256
@@ -57,11 +59,15 @@ def main(args: Args) -> None:
     if args.batch_size < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
     use_threads(args.threads)
-    report_runs(list(args.runs), args.out or args.runs[0], args.batch_size)
+    report_runs(list(args.runs), args.out or args.runs[0], args.batch_size, args.smaller)
 
 
-def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str, Any]:
-    """Evaluate runs of one backbone on the test split; write and print the report, and return it."""
+def report_runs(runs: list[Path], out: Path, batch_size: int = 256, smaller: Path | None = None) -> dict[str, Any]:
+    """Evaluate runs of one backbone on the test split; write and print the report, and return it.
+
+    Args:
+        smaller: a folder whose `plain.safetensors` stands beside them.
+    """
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.files import write_json
@@ -81,16 +87,26 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256) -> dict[str,
     plain_file = runs[0] / "plain.safetensors"
     plain = load_backbone(plain_file)[0] if plain_file.is_file() else None
     dataset = load_dataset(configs[0]["data"])
+    beside = None if smaller is None else _smaller(smaller, dataset)
     out.mkdir(parents=True, exist_ok=True)
     report = {
         "decision": configs[0]["decision"], "data": dataset.name, "metric": dataset.task.metric,
         "seeds": seeds, "date": f"{date.today()}", "commit": commit(),
-        **measure(backbones[0], plain, models, dataset, batch_size),
+        **measure(backbones[0], plain, models, dataset, batch_size, beside),
     }  # fmt: skip
     write_json(out / "report.json", report)
     draw(report, out / "report.png")
     print_table(report)
     return report
+
+
+def _smaller(folder: Path, dataset: Dataset) -> Backbone:
+    from dynrl.backbones import load_backbone
+
+    backbone, notes = load_backbone(folder / "plain.safetensors")
+    if notes.get("data") != dataset.name:
+        raise ValueError(f"{folder} was trained on {notes.get('data')!r}, these runs on {dataset.name!r}")
+    return backbone
 
 
 def _row_name(run: Path, config: dict[str, Any]) -> str:
@@ -112,12 +128,14 @@ def measure(
     models: dict[str, list[RoutedModel]],
     dataset: Dataset,
     batch_size: int,
+    smaller: Backbone | None = None,
 ) -> dict[str, Any]:
     """All figures of a report; see README, "Reading a report".
 
     Args:
         backbone: pretrained; what random, static and oracle routes run on.
         models: by the names of their rows; those of fine-tuned runs have backbones of their own.
+        smaller: a plain network of fewer MACs.
     """
     import torch
 
@@ -132,7 +150,6 @@ def measure(
     validation = dataset.validation.head(1024)
     frozen = backbone.for_inference()
     batch = test.inputs[:batch_size]
-    dense_route = frozen.dense_actions(len(test))
     points: list[dict[str, Any]] = []
     sides: dict[str, Callable[[], Any]] = {}  # what is timed; point i by the names i/routed and i/ideal
 
@@ -182,11 +199,12 @@ def measure(
     tries, found = ev.static_tries(backbone)
     candidates, rounds = 24, 11
     heuristics = HEURISTICS.get(backbone.decision, {})
-    total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + 1 + tries + found + candidates + rounds
+    uniform = backbone.num_choices if backbone.num_choices > 2 else 0
+    total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + 1 + tries + found + uniform + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
         def full_route(network: Backbone) -> float:
-            return float(ev.score_routes(network, dense_route, test)[0].mean())
+            return float(ev.score_routes(network, network.dense_actions(len(test)), test)[0].mean())
 
         original = frozen.fingerprint()
         own = [model.backbone for mine in models.values() for model in mine]
@@ -227,6 +245,14 @@ def measure(
                 best = min(affordable, key=lambda found: (task.error(found[2]), found[1]))
                 add_routes("static", budget, [StaticPolicy(best[0]).route(test.inputs)])
             bar.update()
+        if uniform:
+            for route, _, _ in ev.uniform_routes(frozen, validation, bar.update):
+                add_routes("uniform", None, [StaticPolicy(route).route(test.inputs)])
+        if smaller is not None:
+            small = smaller.for_inference()
+            share = small.dense_macs / frozen.dense_macs
+            add("smaller", None, [ev.Score(full_route(small), share, 0.0, 1)])
+            add_sides(small, small.ideal(batch, small.dense_actions(len(batch))), small.dense_actions(len(batch)))
         generator = torch.Generator().manual_seed(0)
         rates = torch.linspace(0, 1, candidates)
         tried = draw_routes(frozen.step_costs, rates, generator).tolist()

@@ -22,6 +22,9 @@ class Args:
     """Folder to make; default runs/backbone-DECISION-DATA-TIME."""
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
+    plain: bool = False
+    """Only the plain network, trained on its full route: a smaller one to stand beside routed ones
+    (`dynrl evaluate --smaller`)."""
     seed: int = 0
     """Seed of weights, order, augmentation and routes."""
     threads: int | None = None
@@ -29,7 +32,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    """Write `backbone.safetensors` and `plain.safetensors` into a new folder."""
+    """Write `backbone.safetensors` and `plain.safetensors`, or only the latter, into a new folder."""
     from dynrl.data import load_dataset
     from dynrl.envs import decision
     from dynrl.files import write_json
@@ -43,12 +46,16 @@ def main(args: Args) -> None:
     folder = new_folder(args.out, "backbone", args.decision, data)
     settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
     write_json(folder / "config.json", settings | {"data": data})
-    pretrain_into(folder, args.decision, data, args.seed, args.network)
-    print(f"backbone: {folder}/backbone.safetensors")
+    pretrain_into(folder, args.decision, data, args.seed, args.network, plain_only=args.plain)
+    print(
+        f"{'plain network' if args.plain else 'backbone'}: {folder}/{'plain' if args.plain else 'backbone'}.safetensors"
+    )
 
 
-def pretrain_into(folder: Path, decision: str, data: str, seed: int, network: Sequence[str] = ()) -> None:
-    """Make whichever of `backbone.safetensors` and `plain.safetensors` is missing in `folder`; resumable."""
+def pretrain_into(
+    folder: Path, decision: str, data: str, seed: int, network: Sequence[str] = (), plain_only: bool = False
+) -> None:
+    """Make whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resumable."""
     from dynrl.data import load_dataset
     from dynrl.pretraining import metric_at_rate, pretrain
     from dynrl.recipes import defaults
@@ -60,7 +67,7 @@ def pretrain_into(folder: Path, decision: str, data: str, seed: int, network: Se
         ("backbone", True, "pretraining under random routes"),
     ):
         path = folder / f"{name}.safetensors"
-        if path.exists():
+        if path.exists() or (random_routes and plain_only):
             continue
         backbone = row.build(dataset, seed)
         pretrain(

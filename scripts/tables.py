@@ -118,8 +118,8 @@ def gpu_table(result: dict[str, Any]) -> list[str]:
     sides = ("dense", "ideal", "routed", "with_router")
     lines += [
         "",
-        "| network, captured | batch | dense ms | ideal | routed | with router |",
-        "|---|---|---|---|---|---|",
+        "| network, captured | batch | dense ms | ideal | routed | with router | commit |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
         if "captured_dense_ms" in r:

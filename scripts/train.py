@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from dynrl.agents.training import Settings
     from dynrl.data import Dataset
     from dynrl.policies import Router
-    from dynrl.recipes import Defaults
 
 
 @dataclass
@@ -28,7 +27,8 @@ class Args:
     agent: Literal["ppo", "gate"] = "ppo"
     """RLlib's PPO, or gates trained by gradient (straight-through), which it must stand beside."""
     finetune: bool = False
-    """Then train backbone and policy in turn, by the data set's plan; with --resume, of a run that did not, too."""
+    """Then train backbone and policy in turn, by the data set's plan; with --resume, of a run that did not, too. Where
+    no backbone survives random routes (recurrent ones on adding and sequential-digits) that is always done."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
     network: tuple[str, ...] = ()
@@ -44,12 +44,13 @@ class Args:
     takes about as long)."""
     router_hidden: int | None = None
     """Units of the policy's hidden layer, 0 for a linear policy; default: the data set's."""
-    num_envs: int = 64
-    """Inputs that walk side by side in one runner; of gates, a batch."""
+    num_envs: int | None = None
+    """Inputs that walk side by side in one runner; of gates, a batch; default: the data set's."""
     num_env_runners: int = 0
     """Remote processes that sample; 0 samples in this one. Of PPO only."""
-    price_range: tuple[float, float] = (0.002, 2.0)
-    """Lowest and highest price of the dense network's compute, in units of the accuracy term."""
+    price_range: tuple[float, float] | None = None
+    """Lowest and highest price of the dense network's compute, in units of the accuracy term; default: the data
+    set's."""
     accuracy_term: Literal["distillation", "log_likelihood", "correct"] = "distillation"
     """What the reward sets against the price."""
     threads: int | None = None
@@ -81,8 +82,11 @@ def main(args: Args) -> None:
         _check(args)
         config["data"] = data = args.data or decision(args.decision).data
         row = defaults(args.decision, data).changed(args.network)
-        config["steps"] = _steps(args, row)
-        config["router_hidden"] = row.router_hidden if args.router_hidden is None else args.router_hidden
+        config["finetune"] |= row.joint
+        config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)
+        for name in ("router_hidden", "num_envs", "price_range"):
+            if config[name] is None:
+                config[name] = getattr(row, name)
         # All that can be refused is refused before the folder is made.
         dataset = load_dataset(data)
         row.build(dataset, args.seed)
@@ -108,7 +112,8 @@ def main(args: Args) -> None:
 def _settings(args: Args) -> dict[str, Any]:
     left_out = ("out", "resume", "backbone", "threads")
     settings = {name: value for name, value in asdict(args).items() if name not in left_out}
-    return {**settings, "price_range": list(args.price_range), "network": list(args.network)}
+    prices = None if args.price_range is None else list(args.price_range)
+    return {**settings, "price_range": prices, "network": list(args.network)}
 
 
 _DEFAULT = _settings(Args("")) | {"decision": None}
@@ -120,7 +125,8 @@ _EARLIER = {"finetune": False, "network": [], "router_hidden": 64}  # of runs fr
 def _check(args: Args) -> None:
     from dynrl.envs.core import check_price_range
 
-    check_price_range(args.price_range)
+    if args.price_range is not None:
+        check_price_range(args.price_range)
     if args.backbone is not None and args.network:
         raise ValueError("--network is for a backbone that is pretrained here; leave it out, or --backbone")
     if args.agent == "gate" and args.accuracy_term == "correct":
@@ -133,14 +139,6 @@ def _check(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise ValueError(f"expected --{name.replace('_', '-')} of at least {least} and below 2^31, got {value}")
-
-
-def _steps(args: Args, row: Defaults) -> int:
-    if args.steps is not None:
-        return args.steps
-    if args.finetune and row.finetuning.warmup is not None:
-        return row.finetuning.warmup
-    return row.steps if args.agent == "ppo" else row.steps // 2
 
 
 def _backbone_folder(given: Path, decision: str, dataset: Dataset) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 
@@ -69,6 +70,19 @@ def test_full_routes_in_each_batch_keep_the_dense_network(small_backbone, tmp_pa
     assert found[0.5][0] > before[0] + 0.03
     assert found[0.5][1] > before[1] - 0.01 > found[0.0][1]
     assert found[0.5][2] == pytest.approx((1 + found[0.0][2]) / 2)
+
+
+def test_routes_are_drawn_from_the_policy_where_the_plan_says_so(tmp_path):
+    backbone = make_backbone("skip")
+    data, router = answered_by(backbone), untrained_policy(backbone)  # which favours choice 0
+    spent = {}
+    for sampled in (False, True):
+        plan = Finetuning(rounds=1, epochs=1, batch_size=32, full_share=0.0, sampled=sampled)
+        tuner = Finetuner(make_backbone("skip"), backbone, data, plan, PRICES, 0, tmp_path / f"{sampled}.pt")
+        spent[sampled] = tuner.train(router, 1)["macs_fraction"]
+    floor = (backbone.start_macs + int(backbone.costs[:, 0].sum())) / backbone.dense_macs
+    assert spent[False] == pytest.approx(floor)
+    assert spent[True] - floor == pytest.approx((1 - floor) / (1 + math.exp(2)), rel=0.1)
 
 
 def test_both_optimizers_descend_and_others_are_refused():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dynrl.backbones import END, SkipGRU, merge
+from dynrl.backbones.recurrent import KNOTS
 from dynrl.observation import Layout
 from dynrl.policies import Router
 from dynrl.routed import RoutedModel
@@ -87,7 +88,9 @@ def test_rows_refilled_in_mid_batch_go_as_they_go_alone(sees):
         assert walk.macs[row] == alone[row].walk.macs[0]
 
 
-@pytest.mark.parametrize(("sees", "expected"), [("state", HIDDEN + 2), ("state+input", HIDDEN + 2 + WIDTH)])
+@pytest.mark.parametrize(
+    ("sees", "expected"), [("state", HIDDEN + STEPS + 1), ("state+input", HIDDEN + STEPS + 1 + WIDTH)]
+)
 @torch.no_grad()
 def test_what_is_seen(sees, expected):
     network, inputs = backbone(sees=sees), torch.randn(2, STEPS, WIDTH)
@@ -97,11 +100,25 @@ def test_what_is_seen(sees, expected):
     seen = network.observe(state)
     assert seen.shape == (2, expected) == (2, network.feature_width)
     torch.testing.assert_close(seen[:, :HIDDEN], state.features)
-    torch.testing.assert_close(seen[:, HIDDEN] * STEPS, torch.tensor([4.0, 4.0]))
-    torch.testing.assert_close(seen[:, HIDDEN + 1] * STEPS, torch.tensor([1.0, 0.0]))
-    assert sees == "state" or torch.equal(seen[:, HIDDEN + 2 :], inputs[:, 4])
+    time, since, rest = seen[:, HIDDEN:].tensor_split((STEPS, STEPS + 1), 1)
+    torch.testing.assert_close(time, torch.eye(STEPS)[[4, 4]])  # fewer steps than knots: each has one of its own
+    torch.testing.assert_close(since.squeeze(1) * STEPS, torch.tensor([1.0, 0.0]))
+    assert sees == "state" or torch.equal(rest, inputs[:, 4])
     weight, start = torch.randn(expected, 3), torch.randn(2, 3)
     torch.testing.assert_close(network.project(state, weight, start), seen @ weight + start, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_long_sequences_tell_the_time_by_hats_that_sum_to_one():
+    network = SkipGRU((50, WIDTH), hidden=HIDDEN)
+    state, seen = network.begin(torch.randn(2, 50, WIDTH)), []
+    while state.point != END:
+        seen.append(network.observe(state)[0, HIDDEN : HIDDEN + KNOTS])
+        (state,) = network.advance(state, torch.tensor([1, 0]))
+    time = torch.stack(seen)
+    torch.testing.assert_close(time.sum(1), torch.ones(50))
+    torch.testing.assert_close(time @ torch.arange(KNOTS).float(), torch.linspace(0, KNOTS - 1, 50))
+    assert ((time > 0).sum(1) <= 2).all()
 
 
 @torch.no_grad()

@@ -267,7 +267,8 @@ def test_a_finished_run_is_finetuned(run, others):
 
 
 def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsys):
-    report = report_runs([run, others / "gate", run, others / "tuned"], tmp_path / "out", batch_size=32)
+    runs = [run, others / "gate", run, others / "tuned"]
+    report = report_runs(runs, tmp_path / "out", batch_size=32, smaller=others / "gate")
     assert report["seeds"] == {"learned": [0, 0], "gate": [0], "learned tuned": [0]}
     rows = [p for p in report["points"] if p["policy"] in report["seeds"]]
     assert {(p["policy"], p["runs"]) for p in rows} == {("learned", 2), ("gate", 1), ("learned tuned", 1)}
@@ -281,8 +282,26 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     assert dense["all_execute_accuracy"] == pytest.approx(pretrained)
     assert dense["tuned_accuracy"] == pytest.approx(tuned)
     assert dense["accuracy"] == pytest.approx(max(pretrained, tuned, dense["plain_accuracy"]))
+    smaller = next(p for p in report["points"] if p["policy"] == "smaller")
+    assert smaller["accuracy"] == pytest.approx(dense["plain_accuracy"])
+    assert smaller["macs_fraction"] == 1  # the twin itself, here
     assert "learned 0, 0; gate 0; learned tuned 0" in capsys.readouterr().out
     assert "| learned tuned | " in "\n".join(report_table(report))
+
+
+def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config: False)
+    for data, more in (("adding", []), ("adding", ["--num-envs", "8", "--price-range", "0.1", "2"]), ("digits", [])):
+        name = f"{data}-{len(more)}"
+        decision = "hidden-update" if data == "adding" else "skip"
+        main(["train", decision, "--data", data, "--out", str(tmp_path / name), "--threads", "2", *more])
+    row, found = DEFAULTS["hidden-update", "adding"], read_json(tmp_path / "adding-0" / "config.json")
+    assert (found["num_envs"], found["price_range"], found["steps"]) == (row.num_envs, list(row.price_range), row.steps)
+    assert found["finetune"]  # no backbone survives random routes there
+    found = read_json(tmp_path / "adding-5" / "config.json")
+    assert (found["num_envs"], found["price_range"], found["router_hidden"]) == (8, [0.1, 2.0], 0)
+    found = read_json(tmp_path / "digits-0" / "config.json")
+    assert (found["num_envs"], found["price_range"], found["finetune"]) == (64, [0.002, 2.0], False)
 
 
 def test_gates_are_resumed_by_the_command(others):

@@ -12,6 +12,7 @@ from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gru_cell
 
 SEES = ("state", "state+input")
+KNOTS = 16  # of the time that a policy is told, see `SkipGRU.observe`
 
 
 class SkipGRU(Backbone):
@@ -30,6 +31,7 @@ class SkipGRU(Backbone):
     Source: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state.
     """
 
+    _time: Tensor  # [steps, knots]
     family = "skip_gru"
     decision = "hidden-update"
 
@@ -46,7 +48,12 @@ class SkipGRU(Backbone):
         self.gru = nn.GRU(width, hidden, batch_first=True)
         self.fc = nn.Linear(hidden, classes)
         self.points = (Point("update", 2),)
-        self.feature_width = hidden + 2 + (width if self.sees_input else 0)
+        knots = min(self.max_steps, KNOTS)
+        at = torch.arange(self.max_steps) * ((knots - 1) / max(1, self.max_steps - 1))
+        self.register_buffer(
+            "_time", (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0), persistent=False
+        )
+        self.feature_width = hidden + knots + 1 + (width if self.sees_input else 0)
         self.full_route = (1,) * self.max_steps
         self._set_costs(hidden * classes, [[0, gated_cell_macs(1, width, hidden)]])
 
@@ -55,8 +62,8 @@ class SkipGRU(Backbone):
         return gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        if "clock" not in walk.own:
-            walk.own["clock"] = torch.zeros(len(walk), 2, device=inputs.device)
+        if "since" not in walk.own:  # the share of the sequence since each row's last update
+            walk.own["since"] = torch.zeros(len(walk), 1, device=inputs.device)
         return State(walk, 0, rows, inputs.new_zeros(inputs.shape[0], self.gru.hidden_size))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
@@ -83,14 +90,13 @@ class SkipGRU(Backbone):
         return self._end(on) if walk.gated_steps == self.max_steps else on
 
     def _tick(self, state: State, action: Tensor) -> None:
-        """Move each row's clock on: the share of the sequence that is behind, and of that, since the last update."""
-        clock, rows = state.walk.own["clock"], state.rows
+        since, rows = state.walk.own["since"], state.rows
+        copies = (1 - action).unsqueeze(1)
         if rows is state.walk.all_rows:
-            clock += 1 / self.max_steps
-            clock[:, 1] *= 1 - action
+            since += 1 / self.max_steps
+            since *= copies
         else:
-            kept = torch.stack([torch.ones_like(action), 1 - action], 1)
-            clock[rows] = (clock[rows] + 1 / self.max_steps) * kept
+            since[rows] = (since[rows] + 1 / self.max_steps) * copies
 
     def _end(self, state: State) -> State:
         assert state.features is not None
@@ -98,27 +104,41 @@ class SkipGRU(Backbone):
         return State(state.walk, END, state.rows, None)
 
     def observe(self, state: State) -> Tensor:
-        """The hidden state, the share of the sequence behind, the share since the last update, and with "state+input"
-        the step's input.
+        """The hidden state, the time, the share of the sequence since the last update, and with "state+input" the
+        step's input.
+
+        The time is told by hat functions on up to `KNOTS` even knots, so that a linear policy can tell any one part of
+        the sequence from all others; it costs a look into a table.
         """
         assert state.features is not None
-        return torch.cat([state.features.float(), *self._aside(state)], 1)
+        walk, rows = state.walk, state.rows
+        if rows is walk.all_rows:
+            time = self._time[walk.common_steps].expand(state.count, -1)
+        else:
+            time = self._time[walk.steps[rows]]
+        return torch.cat([state.features.float(), time, *self._aside(state)], 1)
 
     def _aside(self, state: State) -> list[Tensor]:
-        """What `observe` shows beside the hidden state."""
+        """What `observe` shows beside the hidden state and the time."""
         walk, rows = state.walk, state.rows
-        clock = walk.at(walk.own["clock"], rows)
+        since = walk.at(walk.own["since"], rows)
         if not self.sees_input:
-            return [clock]
+            return [since]
         together = rows is walk.all_rows
-        return [clock, (walk.inputs[:, walk.common_steps] if together else walk.inputs[rows, walk.steps[rows]]).float()]
+        return [since, (walk.inputs[:, walk.common_steps] if together else walk.inputs[rows, walk.steps[rows]]).float()]
 
     def project(self, state: State, weight: Tensor, start: Tensor) -> Tensor:
         """`Backbone.project` without a copy of the hidden state."""
         assert state.features is not None
-        size, aside = self.gru.hidden_size, self._aside(state)
-        scores = torch.addmm(start, state.features.float(), weight[:size])
-        return scores.addmm_(aside[0] if len(aside) == 1 else torch.cat(aside, 1), weight[size:])
+        walk, rows, size = state.walk, state.rows, self.gru.hidden_size
+        of_state, of_time, of_rest = weight.tensor_split((size, size + self._time.shape[1]))
+        if rows is walk.all_rows:
+            start = start + self._time[walk.common_steps] @ of_time
+        else:
+            start = start + (self._time @ of_time)[walk.steps[rows]]
+        scores = torch.addmm(start, state.features.float(), of_state)
+        aside = self._aside(state)
+        return scores.addmm_(aside[0] if len(aside) == 1 else torch.cat(aside, 1), of_rest)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """The cell on the first rows of the batch, as many as update at each step; see `Backbone.ideal`."""
