@@ -182,9 +182,13 @@ def measure(
         route = drawn[0][: len(batch)]
         add_sides(frozen, lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
 
-    def add_models(name: str, budget: float, reached: list[RoutedModel]) -> None:
+    def add_models(name: str, budget: float | None, reached: list[RoutedModel]) -> None:
         for model in reached:
-            model.set_budget(budget)
+            if budget is None:
+                assert model.price_range is not None
+                model.set_price(model.price_range[0])
+            else:
+                model.set_budget(budget)
         first, price = reached[0], reached[0].price
         add(name, budget, [ev.score(model, test) for model in reached], price)
 
@@ -200,7 +204,8 @@ def measure(
     candidates, rounds = 24, 11
     heuristics = HEURISTICS.get(backbone.decision, {})
     uniform = backbone.num_choices if backbone.num_choices > 2 else 0
-    total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + 1 + tries + found + uniform + candidates + rounds
+    total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + len(models) + 2
+    total += tries + found + uniform + candidates + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
         def full_route(network: Backbone) -> float:
@@ -214,10 +219,10 @@ def measure(
             "plain": None if plain is None else full_route(plain.for_inference()),
             "tuned": sum(tuned) / len(tuned) if tuned else None,
         }
-        for budget in BUDGETS:
+        for budget in (*BUDGETS, None):
             spent = None
             for name, mine in models.items():
-                if reached := [model for model in mine if _reaches(model, budget)]:
+                if reached := [model for model in mine if _shown_at(model, budget)]:
                     add_models(name, budget, reached)
                     spent = spent or points[-1]["macs_fraction"]
                 bar.update()
@@ -279,8 +284,11 @@ def measure(
     }
 
 
-def _reaches(model: RoutedModel, budget: float) -> bool:
+def _shown_at(model: RoutedModel, budget: float | None) -> bool:
+    """Whether a model has a row for `budget`; None: the lowest price, for models that reach no budget of `BUDGETS`."""
     fractions = [macs for _, macs in model.curve]
+    if budget is None:
+        return not any(_shown_at(model, other) for other in BUDGETS)
     return min(fractions) <= budget <= max(fractions)
 
 

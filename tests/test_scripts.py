@@ -225,6 +225,17 @@ def test_a_budget_that_no_random_route_reaches_has_no_random_point():
     assert {p["policy"] for p in points} == {"learned", "static", "oracle"}
 
 
+def test_a_policy_that_reaches_no_budget_is_shown_at_its_lowest_price():
+    split = numbers_split(48)
+    dataset = Dataset("numbers", 1, split, split, split, Augmentation())
+    backbone = GatedResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
+    model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=0))
+    model.curve = [(0.01, 0.44), (1.0, 0.43)]
+    points = measure(backbone, None, {"learned": [model]}, dataset, batch_size=16)["points"]
+    (learned,) = (p for p in points if p["policy"] == "learned")
+    assert (learned["budget"], learned["price"]) == (None, pytest.approx(0.01))
+
+
 def test_several_runs_make_one_report(run, tmp_path):
     before = (run / "report.json").read_text()
     report = report_runs([run, run], tmp_path / "out", batch_size=32)
