@@ -122,14 +122,14 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("hidden-update", "sequential-digits"): Defaults(
         family="skip_gru",
-        backbone={"hidden": 64, "sees": "state"},
+        backbone={"hidden": 64, "sees": "state", "knots": 32},
         pretraining=Recipe(epochs=60, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
         steps=600_000,
         router_hidden=0,
     ),
     ("hidden-update", "sequential-fashion-mnist"): Defaults(
         family="skip_gru",
-        backbone={"hidden": 128, "sees": "state"},
+        backbone={"hidden": 128, "sees": "state", "knots": 16},
         pretraining=Recipe(epochs=8, batch_size=128, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
         steps=1_000_000,
         router_hidden=0,
@@ -137,7 +137,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     # Half of the rows take the full route: on the others, most of which miss a number, little is to be learned.
     ("hidden-update", "adding"): Defaults(
         family="skip_gru",
-        backbone={"hidden": 110, "sees": "state"},
+        backbone={"hidden": 110, "sees": "state", "knots": 16},
         pretraining=Recipe(
             epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, least_rate=0.0,
             full_share=0.5, optimizer="adam",

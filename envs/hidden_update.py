@@ -12,11 +12,11 @@ class HiddenUpdateVectorEnv(RoutingVectorEnv):
     """At each step of a sequence: update the hidden state of a recurrent network, or copy it?
 
     ## Observation
-    A float32 vector, laid out as `dynrl.observation.Layout` says: the hidden state, the time (hat functions on up to 16
-    even knots), the share of the sequence since the last update, with a backbone that `sees` "state+input" the numbers
-    of this step, then the last choice, the share of the dense network's MACs spent, the price, and the mask of open
-    choices (both, always). Without the input the decision is taken before it is seen: a step that is copied need not
-    even be read.
+    A float32 vector, laid out as `dynrl.observation.Layout` says: the hidden state, the time (hat functions on the
+    backbone's `knots`), the share of the sequence since the last update, with a backbone that `sees` "state+input" the
+    numbers of this step, then the last choice, the share of the dense network's MACs spent, the price, and the mask of
+    open choices (both, always). Without the input the decision is taken before it is seen: a step that is copied need
+    not even be read.
 
     ## Action
     `Discrete(2)`: 1 updates the hidden state by the cell, 0 copies it.

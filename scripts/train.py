@@ -82,7 +82,7 @@ def main(args: Args) -> None:
         _check(args)
         config["data"] = data = args.data or decision(args.decision).data
         row = defaults(args.decision, data).changed(args.network)
-        config["finetune"] |= row.joint
+        config["finetune"] = args.finetune or row.joint
         config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)
         for name in ("router_hidden", "num_envs", "price_range"):
             if config[name] is None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from dynrl.backbones import END, SkipGRU, merge
-from dynrl.backbones.recurrent import KNOTS
 from dynrl.observation import Layout
 from dynrl.policies import Router
 from dynrl.routed import RoutedModel
@@ -110,14 +109,14 @@ def test_what_is_seen(sees, expected):
 
 @torch.no_grad()
 def test_long_sequences_tell_the_time_by_hats_that_sum_to_one():
-    network = SkipGRU((50, WIDTH), hidden=HIDDEN)
+    network = SkipGRU((50, WIDTH), hidden=HIDDEN, knots=16)
     state, seen = network.begin(torch.randn(2, 50, WIDTH)), []
     while state.point != END:
-        seen.append(network.observe(state)[0, HIDDEN : HIDDEN + KNOTS])
+        seen.append(network.observe(state)[0, HIDDEN : HIDDEN + 16])
         (state,) = network.advance(state, torch.tensor([1, 0]))
     time = torch.stack(seen)
     torch.testing.assert_close(time.sum(1), torch.ones(50))
-    torch.testing.assert_close(time @ torch.arange(KNOTS).float(), torch.linspace(0, KNOTS - 1, 50))
+    torch.testing.assert_close(time @ torch.arange(16).float(), torch.linspace(0, 15, 50))
     assert ((time > 0).sum(1) <= 2).all()
 
 
@@ -140,5 +139,7 @@ def test_a_policy_that_sees_the_state_only_decides_before_the_input():
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="expected inputs of shape"):
         SkipGRU((1, 24, 24))
+    with pytest.raises(ValueError, match="at least one knot"):
+        SkipGRU((4, 1), knots=0)
     with pytest.raises(ValueError, match="unknown sees 'input'"):
         SkipGRU((4, 1), sees="input")

@@ -12,7 +12,6 @@ from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gru_cell
 
 SEES = ("state", "state+input")
-KNOTS = 16  # of the time that a policy is told, see `SkipGRU.observe`
 
 
 class SkipGRU(Backbone):
@@ -27,6 +26,7 @@ class SkipGRU(Backbone):
         hidden: units.
         sees: what a policy is shown at a step: "state" (the hidden state, before the step's input is seen: an input
             that is not used need not even be read) or "state+input" (both).
+        knots: how finely a policy is told the time, see `observe`; at most as many as steps count.
 
     Source: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state.
     """
@@ -35,20 +35,31 @@ class SkipGRU(Backbone):
     family = "skip_gru"
     decision = "hidden-update"
 
-    def __init__(self, input_shape: tuple[int, int], classes: int = 10, hidden: int = 128, sees: str = "state") -> None:
+    def __init__(
+        self,
+        input_shape: tuple[int, int],
+        classes: int = 10,
+        hidden: int = 128,
+        sees: str = "state",
+        knots: int = 16,
+    ) -> None:
         super().__init__()
         if len(input_shape) != 2:
             raise ValueError(f"expected inputs of shape (steps, numbers a step), got {tuple(input_shape)}")
         if sees not in SEES:
             raise ValueError(f"unknown sees {sees!r}; expected one of {SEES}")
+        if knots < 1:
+            raise ValueError(f"expected at least one knot, got {knots}")
         self.input_shape = tuple(input_shape)
-        self.config = {"input_shape": list(input_shape), "classes": classes, "hidden": hidden, "sees": sees}
+        self.config = {
+            "input_shape": list(input_shape), "classes": classes, "hidden": hidden, "sees": sees, "knots": knots
+        }  # fmt: skip
         self.max_steps, width = input_shape
         self.sees_input = sees == "state+input"
         self.gru = nn.GRU(width, hidden, batch_first=True)
         self.fc = nn.Linear(hidden, classes)
         self.points = (Point("update", 2),)
-        knots = min(self.max_steps, KNOTS)
+        knots = min(self.max_steps, knots)
         at = torch.arange(self.max_steps) * ((knots - 1) / max(1, self.max_steps - 1))
         self.register_buffer(
             "_time", (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0), persistent=False
@@ -107,8 +118,8 @@ class SkipGRU(Backbone):
         """The hidden state, the time, the share of the sequence since the last update, and with "state+input" the
         step's input.
 
-        The time is told by hat functions on up to `KNOTS` even knots, so that a linear policy can tell any one part of
-        the sequence from all others; it costs a look into a table.
+        The time is told by hat functions on even knots, at most one a step, so that a linear policy can tell any one
+        part of the sequence from all others; it costs a look into a table.
         """
         assert state.features is not None
         walk, rows = state.walk, state.rows
