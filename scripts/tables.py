@@ -46,6 +46,30 @@ def report_table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """What reports say of half of the dense MACs, and of what has no budget, as one Markdown table; by their folders."""
+    from dynrl.scripts.evaluate import show_seeds
+    from dynrl.tasks import TASKS
+
+    lines = [
+        "| report | policy | accuracy % or mse | MACs | speed-up | of ideal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, report in reports.items():
+        dense, metric = report["dense"], report.get("metric", "accuracy")
+        show = TASKS[metric].show
+        lines.append(f"| [{name}](results/{name}) | dense | {show(dense[metric])} | 1.00 | 1.00 | |")
+        for p in report["points"]:
+            if p["budget"] in (0.5, None) and p["policy"] != "uniform":
+                spread = f" ±{show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
+                lines.append(
+                    f"| | {p['policy']} | {show(p[metric])}{spread} | {p['macs_fraction']:.2f} | {p['speedup']:.2f} "
+                    f"| {p['realised_ratio']:.2f} |"
+                )
+    lines += ["", "Policy seeds: " + ". ".join(f"{name}: {show_seeds(r)}" for name, r in reports.items()) + "."]
+    return lines
+
+
 def bench_env_table(result: dict[str, Any]) -> list[str]:
     """Rows of `dynrl bench env` as Markdown."""
     names = {
@@ -143,12 +167,17 @@ BENCHES = {
 
 def main(args: Args) -> None:
     """Rewrite the README; a mark without a results file is an error."""
+    from dynrl.envs import DECISIONS
     from dynrl.files import read_json, write_aside
 
     def table(mark: re.Match[str]) -> str:
         name = mark.group(1)
         if name == "decisions":
             lines = decisions_table()
+        elif name == "at-half":
+            found = {path.parent.name: read_json(path) for path in args.results.glob("*/report.json")}
+            order = sorted(found, key=lambda folder: (list(DECISIONS).index(found[folder]["decision"]), folder))
+            lines = at_half_table({folder: found[folder] for folder in order if found[folder]["data"] != "digits"})
         elif name in BENCHES:
             newest = max(args.results.glob(f"{name}-*.json"), default=args.results / f"{name}-DATE.json")
             lines = BENCHES[name](read_json(newest))

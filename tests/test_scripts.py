@@ -30,7 +30,7 @@ from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
 from dynrl.scripts.evaluate import BUDGETS, draw, measure, print_table, report_runs
 from dynrl.scripts.pretrain import pretrain_into
-from dynrl.scripts.tables import report_table
+from dynrl.scripts.tables import at_half_table, report_table
 from tests.cases import numbers_split
 
 COMMAND = [sys.executable, "-m", "dynrl.scripts.cli"]
@@ -298,6 +298,10 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     assert smaller["macs_fraction"] == 1  # the twin itself, here
     assert "learned 0, 0; gate 0; learned tuned 0" in capsys.readouterr().out
     assert "| learned tuned | " in "\n".join(report_table(report))
+    half = at_half_table({"out": report})
+    shown = [p for p in report["points"] if p["budget"] in (0.5, None)]
+    assert len(half) == 2 + 1 + len(shown) + 2
+    assert [line.split(" | ")[1] for line in half[2:-2]] == ["dense", *(p["policy"] for p in shown)]
 
 
 def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
