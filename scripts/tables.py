@@ -47,7 +47,7 @@ def report_table(report: dict[str, Any]) -> list[str]:
 
 
 def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
-    """What reports say of half of the dense MACs, and of what has no budget, as one Markdown table; by their folders."""
+    """What reports, by their folders, say of half of the dense MACs and of what has no budget: one Markdown table."""
     from dynrl.scripts.evaluate import show_seeds
     from dynrl.tasks import TASKS
 
