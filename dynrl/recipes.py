@@ -120,12 +120,20 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.25),
         steps=1_000_000,
     ),
+    # Dear prices: at others every pixel is worth its price as long as the network has not learned to do without.
     ("hidden-update", "sequential-digits"): Defaults(
         family="skip_gru",
         backbone={"hidden": 64, "sees": "state", "knots": 32},
-        pretraining=Recipe(epochs=60, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
-        steps=600_000,
+        pretraining=Recipe(epochs=45, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
+        steps=40_000,
         router_hidden=0,
+        num_envs=256,
+        price_range=(0.3, 5.0),
+        finetuning=Finetuning(
+            rounds=10, epochs=3, steps=60_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
+            sampled=True,
+        ),
+        joint=True,
     ),
     ("hidden-update", "sequential-fashion-mnist"): Defaults(
         family="skip_gru",
