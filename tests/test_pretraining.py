@@ -126,12 +126,14 @@ def test_defaults_build_what_they_say(decision, data):
 
 def test_settings_of_the_network_are_changed_by_name():
     row = defaults("hidden-update", "adding")
-    assert row.changed(["sees=state+input", "hidden=8"]).backbone == {"hidden": 8, "sees": "state+input"}
+    assert row.changed(["sees=state+input", "hidden=8"]).backbone == {
+        "hidden": 8, "sees": "state+input", "knots": 16
+    }  # fmt: skip
     assert defaults("skip", "digits").changed(["layers=[2, 2]"]).backbone["layers"] == (2, 2)
     assert row.changed([]) == row
     for bad, message in (
         ("hidden", "NAME=VALUE"),
-        ("nosuch=1", r"a name in \['hidden', 'sees'\]"),
+        ("nosuch=1", r"a name in \['hidden', 'knots', 'sees'\]"),
         ("hidden=x", "type of 110"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -120,6 +120,25 @@ def test_long_sequences_tell_the_time_by_hats_that_sum_to_one():
     assert ((time > 0).sum(1) <= 2).all()
 
 
+@pytest.mark.parametrize("sees", ["state", "state+input"])
+@torch.no_grad()
+def test_a_gated_walk_is_shown_the_same(sees):
+    network, inputs = backbone(sees=sees), torch.randn(ROWS, STEPS, WIDTH)
+    route, shown = torch.randint(0, 2, (ROWS, STEPS)), {"run": [], "gated": []}
+
+    def act(state):
+        shown["run"].append(network.observe(state))
+        return route[:, len(shown["run"]) - 1]
+
+    def gate(state):
+        shown["gated"].append(network.observe(state))
+        return torch.nn.functional.one_hot(route[:, len(shown["gated"]) - 1], 2).float()
+
+    network.run(inputs.clone(), act)
+    network.gated(inputs.clone(), gate)
+    torch.testing.assert_close(torch.stack(shown["gated"]), torch.stack(shown["run"]))
+
+
 @torch.no_grad()
 def test_a_policy_that_sees_the_state_only_decides_before_the_input():
     """Changing what is never read, nor shown, changes nothing."""

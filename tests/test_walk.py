@@ -157,7 +157,7 @@ def test_a_gated_walk_that_rows_leave_is_the_mean_over_routes(name):
     backbone = make_backbone(name)
     inputs, gates = inputs_for(backbone), torch.randn(ROWS, backbone.max_steps, 2).mul(2).softmax(2)
     walks = [(p, backbone.run_route(inputs, r.expand(ROWS, -1))) for r, p in every_route(backbone, gates)]
-    walk = backbone.gated(inputs, lambda state: gates[:, state.walk.gated_steps])
+    walk = backbone.gated(inputs, lambda state: gates[:, state.walk.common_steps])
     torch.testing.assert_close(walk.outputs, sum(p.unsqueeze(1) * w.outputs for p, w in walks))
     torch.testing.assert_close(walk.expected_macs, sum(p * w.macs for p, w in walks))
     torch.testing.assert_close(backbone(inputs, gates), walk.outputs)

@@ -87,7 +87,7 @@ class Looping(Backbone):
     def _gated_run(self, state: State, gates: Tensor) -> State:
         walk, x = state.walk, state.features
         walk.put_output(state.rows, self.head(x))
-        if walk.gated_steps == self.max_steps:
+        if walk.common_steps == self.max_steps:
             return State(walk, END, state.rows, None)
         walk.leave(gates, 0)
         return State(walk, 0, state.rows, torch.tanh(self.cell(x)))

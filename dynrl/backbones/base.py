@@ -44,19 +44,17 @@ class Walk:
         outputs: [B, ...] once some row has an output, else None.
         own: name to [B, ...], what a family keeps for each slot beside that; 0 where a slot is refilled.
         all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order, and all its
-            rows have taken `common_steps` decisions, a host int.
+            rows have taken `common_steps` decisions, a host int; of a gated walk, how often gates have been taken.
 
     A gated walk (`Backbone.gated`) takes every row everywhere and weights what it computes. The fields above then
     follow each row along its likeliest choices, and there are also:
 
     Attributes:
-        gated_steps: how often gates have been taken.
         weight: [B] float32, differentiable, the share of each row that is still walking.
         present: [B] bool, whether the row's likeliest choices have led it where the walk stands.
         expected_macs: [B] float32, differentiable, the MACs of all choices taken by their gates.
     """
 
-    gated_steps: int
     weight: Tensor
     present: Tensor
     expected_macs: Tensor
@@ -140,7 +138,7 @@ class Walk:
 
     def take_all(self) -> None:
         """Become a gated walk, at its begin; other walks pay nothing for what is made here."""
-        self.gated_steps, self._left = 0, None
+        self._left = None
         self.weight = torch.ones(len(self), device=self.all_rows.device)
         self.present = torch.ones_like(self.all_rows, dtype=torch.bool)
         self.expected_macs = self.macs.float()
@@ -155,7 +153,7 @@ class Walk:
         self.macs = self.macs + costs[action] * self.present
         self.expected_macs = self.expected_macs + self.weight * (gates.float() * costs).sum(1)
         self.steps = self.steps + 1
-        self.gated_steps += 1
+        self.common_steps += 1
 
     def leave(self, gates: Tensor, choice: int) -> None:
         """Let the share of each row that takes `choice` by `gates` [B, n] end, with the output it has now."""
@@ -168,7 +166,7 @@ class Walk:
     def follow(self) -> None:
         """Count each row's own steps, and give rows elsewhere the walk's: their gates have a weight all the same."""
         own, most = (self.route >= 0).sum(1), self.route.shape[1] - 1
-        self.steps = torch.where(self.present, own, min(self.gated_steps, most))
+        self.steps = torch.where(self.present, own, min(self.common_steps, most))
 
     def finish(self) -> None:
         """End a gated walk: what has not left has the last output."""
@@ -281,7 +279,7 @@ class Backbone(nn.Module):
         """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.
 
         At one-hot gates it gives what `_run` gives. Where rows may end, `walk.leave(gates, choice)` lets those that
-        take `choice` go with the output they have; a loop ends where `walk.gated_steps == max_steps`. Where ways part
+        take `choice` go with the output they have; a loop ends where `walk.common_steps == max_steps`. Where ways part
         and meet, it sets `walk.weight` and `walk.present` to who is at the point that it returns.
 
         Args:

@@ -96,9 +96,9 @@ class SkipGRU(Backbone):
         walk, h = state.walk, state.features
         assert h is not None
         self._tick(state, gates.argmax(1))
-        new = torch.gru_cell(walk.inputs[:, walk.gated_steps - 1], h, *self._weights())
+        new = torch.gru_cell(walk.inputs[:, walk.common_steps - 1], h, *self._weights())
         on = State(walk, 0, state.rows, gates[:, 1:] * new + gates[:, :1] * h)
-        return self._end(on) if walk.gated_steps == self.max_steps else on
+        return self._end(on) if walk.common_steps == self.max_steps else on
 
     def _tick(self, state: State, action: Tensor) -> None:
         since, rows = state.walk.own["since"], state.rows
