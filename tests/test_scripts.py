@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import dynrl
-from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.backbones import GatedResNet, SlimmableResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, load_dataset
 from dynrl.files import read_json
 from dynrl.finetuning import Finetuning
@@ -121,6 +121,11 @@ def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors"}
     _, notes = load_backbone(tmp_path / "backbone.safetensors")
     assert notes["mean"] == load_dataset("digits").mean
+    main(["pretrain", "skip", "--network", "layers=[1,2,1]", "--plain", "--out", str(tmp_path / "smaller")])
+    assert made == [False, True, False]
+    assert {p.name for p in (tmp_path / "smaller").iterdir()} == {"plain.safetensors", "config.json"}
+    smaller, notes = load_backbone(tmp_path / "smaller" / "plain.safetensors")
+    assert (smaller.max_steps, notes["random_routes"]) == (2, False)
 
 
 def test_help_and_list(tmp_path):
@@ -213,27 +218,37 @@ def test_a_regression_reports_its_own_metric(tmp_path, capsys):
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def numbers_report(backbone, models):
+    """The points of a report on small images; `models` are (name, the choice it favours, its curve)."""
+    split = numbers_split(48)
+    routed = {}
+    for name, start, curve in models:
+        router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=start)
+        routed[name] = [RoutedModel(backbone, router, curve)]
+    dataset = Dataset("numbers", 1, split, split, split, Augmentation())
+    return measure(backbone, None, routed, dataset, batch_size=16)["points"]
+
+
 def test_a_budget_that_no_random_route_reaches_has_no_random_point():
     """A policy that runs all and pays for its router, too, spends more than any route alone can."""
-    split = numbers_split(48)
-    dataset = Dataset("numbers", 1, split, split, split, Augmentation())
     backbone = GatedResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
-    model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1))
-    model.curve = [(0.01, 0.9), (1.0, 0.2)]
-    points = measure(backbone, None, {"learned": [model]}, dataset, batch_size=16)["points"]
+    points = numbers_report(backbone, [("learned", 1, [(0.01, 0.9), (1.0, 0.2)])])
     assert all(p["macs_fraction"] > 1 for p in points if p["policy"] == "learned")
     assert {p["policy"] for p in points} == {"learned", "static", "oracle"}
 
 
 def test_a_policy_that_reaches_no_budget_is_shown_at_its_lowest_price():
-    split = numbers_split(48)
-    dataset = Dataset("numbers", 1, split, split, split, Augmentation())
     backbone = GatedResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
-    model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=0))
-    model.curve = [(0.01, 0.44), (1.0, 0.43)]
-    points = measure(backbone, None, {"learned": [model]}, dataset, batch_size=16)["points"]
+    points = numbers_report(backbone, [("learned", 0, [(0.01, 0.44), (1.0, 0.43)])])
     (learned,) = (p for p in points if p["policy"] == "learned")
     assert (learned["budget"], learned["price"]) == (None, pytest.approx(0.01))
+
+
+def test_more_than_two_choices_are_each_shown_throughout():
+    backbone = SlimmableResNet((1, 8, 8), classes=1, layers=(2,), widths=(32,)).eval()
+    uniform = [p for p in numbers_report(backbone, []) if p["policy"] == "uniform"]
+    assert len(uniform) == backbone.num_choices > 2
+    assert uniform[0]["macs_fraction"] == 1 > uniform[-1]["macs_fraction"]
 
 
 def test_several_runs_make_one_report(run, tmp_path):

@@ -15,6 +15,7 @@ from dynrl.backbones.base import Point, State, Walk
 from dynrl.backbones.resnet import Block
 from dynrl.backbones.skip import GatedResNet
 from dynrl.ops.route import route
+from dynrl.ops.rows import take_rows
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 
 # In training mode, fewer rows than these are normalised by the running statistics and not counted in them: the mean and
@@ -82,20 +83,15 @@ class SlimmableBlock(Block):
         routing = route(choice, len(self.widths))
         if max(routing.sizes) == len(x):  # all chose the same
             return self.sliced(x, routing.sizes.index(len(x)))
-        groups = _rows(x, routing.order).split(routing.sizes)
+        groups = take_rows(x, routing.order).split(routing.sizes)
         # All groups are moved at once, there and back: a copy for each takes training a third longer (measured).
         done = torch.cat([self.sliced(rows, c) for c, rows in enumerate(groups) if len(rows)])
-        return _rows(done, routing.order.argsort())
+        return take_rows(done, routing.order.argsort())
 
     def folded(self) -> SlicedBlock:  # type: ignore[override]
         """A frozen copy for inference."""
         convolutions, norms = zip(*self.layers(), strict=True)
         return SlicedBlock(convolutions, norms, self.widths)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` in channels_last; plainly written it is many times slower there."""
-    return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
 
 def _normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
