@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.agents.metrics import choice_rates
 from dynrl.agents.training import Agent, router_arguments, walks
-from dynrl.backbones import State, load_backbone
+from dynrl.backbones import State, choice_rates, load_backbone
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs, accuracy
 from dynrl.files import write_aside

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-
-from dynrl.backbones import Point
-
-
-def choice_rates(points: Sequence[Point], route: Tensor) -> dict[str, float]:
-    """How often each choice but 0 was taken at each point, by the tags of `TrainingLog` without their `rate/`.
-
-    Args:
-        points: of a chain, met at step 0, 1 ..., or a loop's only one, met at every step.
-        route: [B, max_steps], what ran, -1 where nothing did.
-    """
-    rates = {}
-    for position, point in enumerate(points):
-        taken = route[:, position] if position < len(points) - 1 else route[:, position:]
-        for choice in range(1, point.n):
-            tag = point.name if point.n == 2 else f"{point.name}/{choice}"
-            rates[tag] = float((taken == choice).sum() / (taken >= 0).sum().clamp_min(1))
-    return rates
 
 
 class TrainingLog:

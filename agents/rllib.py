@@ -40,7 +40,7 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor, nn
 
-from dynrl.agents.metrics import choice_rates
+from dynrl.backbones import choice_rates
 from dynrl.envs.core import RoutingVectorEnv
 from dynrl.policies import Router
 

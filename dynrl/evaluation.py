@@ -10,12 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynrl.backbones import Backbone
+from dynrl.backbones import Backbone, choice_rates
 from dynrl.data import Split
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
@@ -29,13 +29,20 @@ ORACLE_PRICE = 1e-3  # of the dense MACs, in the task's error: below what polici
 class Score:
     """What one pass over a split gave: the mean of the task's metric, and shares of the dense network's MACs.
 
-    `macs_fraction` has the router in.
+    `macs_fraction` has the router in; `choice_rates` as the function of that name.
     """
 
     metric: float
     macs_fraction: float
     router_fraction: float
     distinct_routes: int
+    choice_rates: dict[str, float]
+
+    @classmethod
+    def of(cls, backbone: Backbone, metric: float, macs: float, router: float, routes: Tensor) -> Score:
+        """With what `routes` [n, max_steps] of the split's rows tell."""
+        distinct, rates = len(routes.unique(dim=0)), choice_rates(backbone.points, routes)
+        return cls(metric, macs, router, distinct, rates)
 
 
 def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
@@ -49,22 +56,27 @@ def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
         router += float(model.last_route.router_fraction.sum())
         routes.append(model.last_route.actions)
     count = len(split)
-    return Score(metric / count, macs / count, router / count, len(torch.cat(routes).unique(dim=0)))
+    return Score.of(model.backbone, metric / count, macs / count, router / count, torch.cat(routes))
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(split.inputs.split(size), split.targets.split(size), strict=True)
 
 
-@torch.inference_mode()
-def score_routes(
-    backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk each input of `split` along its row of `routes` [n, max_steps].
-
-    Returns:
-        the task's metric [n], log-likelihood of the target [n], share of the dense network's MACs [n].
+class Scored(NamedTuple):
+    """Row by row, what walking a split gave: the task's metric [n], log-likelihood of the target [n], share of the
+    dense network's MACs [n], and what ran [n, max_steps], -1 from a row's end on.
     """
+
+    metric: Tensor
+    likely: Tensor
+    macs: Tensor
+    route: Tensor
+
+
+@torch.inference_mode()
+def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256) -> Scored:
+    """Walk each input of `split` along its row of `routes` [n, max_steps]."""
     task, parts = split.task, []
     for inputs, targets, route in zip(
         *(t.split(batch_size) for t in (split.inputs, split.targets, routes)), strict=True
@@ -72,9 +84,8 @@ def score_routes(
         walk = backbone.run_route(inputs, route)
         assert walk.outputs is not None
         scored = (task.score(walk.outputs, targets), task.log_likelihood(walk.outputs, targets))
-        parts.append((*scored, walk.macs / backbone.dense_macs))
-    metric, likely, macs = (torch.cat(column) for column in zip(*parts, strict=True))
-    return metric, likely, macs
+        parts.append((*scored, walk.macs / backbone.dense_macs, walk.route))
+    return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def calibrate(
@@ -186,8 +197,8 @@ def static_routes(
     def judge(route: tuple[int, ...]) -> tuple[float, float]:
         """Mean log-likelihood and metric."""
         tick()
-        metric, likely, _ = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
-        return float(likely.mean()), float(metric.mean())
+        scored = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        return float(scored.likely.mean()), float(scored.metric.mean())
 
     if backbone.max_steps > LONG:
         found = [(route, cost(route), judge(route)[1]) for route in spaced_routes(backbone)]
@@ -219,8 +230,8 @@ def uniform_routes(
     found = []
     for choice in range(backbone.num_choices):
         route = (choice,) * backbone.max_steps
-        metric, _, macs = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
-        found.append((route, float(macs.mean()), float(metric.mean())))
+        scored = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        found.append((route, float(scored.macs.mean()), float(scored.metric.mean())))
         tick()
     return sorted(found, key=lambda of: (-of[1], split.task.error(of[2])))
 
@@ -240,8 +251,8 @@ def oracle_routes(
     chosen = torch.zeros(len(split), backbone.max_steps, dtype=torch.int64)
     for candidate in candidates:
         routes = StaticPolicy(candidate).route(split.inputs)
-        metric, _, macs = score_routes(backbone, routes, split)
-        cost = split.task.error(metric) + ORACLE_PRICE * macs
+        scored = score_routes(backbone, routes, split)
+        cost = split.task.error(scored.metric) + ORACLE_PRICE * scored.macs
         better = cost < best
         best = torch.where(better, cost, best)
         chosen[better] = torch.tensor(candidate)

@@ -84,6 +84,13 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         steps=1_000_000,
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
+    ("skip", "cluttered-fashion-mnist"): Defaults(
+        family="gated_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
+        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
+        steps=600_000,
+        finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
+    ),
     ("exit", "digits"): Defaults(
         family="exit_resnet",
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64), "exits": (0, 2, 4, 6, 8)},
@@ -120,20 +127,24 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.25),
         steps=1_000_000,
     ),
-    # Dear prices: at others every pixel is worth its price as long as the network has not learned to do without.
+    ("channel", "cluttered-fashion-mnist"): Defaults(
+        family="slimmable_resnet",
+        backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
+        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
+        steps=600_000,
+        finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
+    ),
     ("hidden-update", "sequential-digits"): Defaults(
         family="skip_gru",
         backbone={"hidden": 64, "sees": "state", "knots": 32},
-        pretraining=Recipe(epochs=45, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
-        steps=40_000,
+        pretraining=Recipe(epochs=200, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
+        steps=1_000_000,
         router_hidden=0,
         num_envs=256,
-        price_range=(0.3, 5.0),
         finetuning=Finetuning(
-            rounds=10, epochs=3, steps=60_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
+            rounds=4, epochs=10, steps=200_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
             sampled=True,
         ),
-        joint=True,
     ),
     ("hidden-update", "sequential-fashion-mnist"): Defaults(
         family="skip_gru",

@@ -165,6 +165,9 @@ def measure(
                 "mac_speedup": 1 / macs,
                 "router_fraction": sum(s.router_fraction for s in scores) / len(scores),
                 "distinct_routes": max(s.distinct_routes for s in scores),
+                "choice_rates": {
+                    name: sum(s.choice_rates[name] for s in scores) / len(scores) for name in scores[0].choice_rates
+                },
             }
         )  # fmt: skip
 
@@ -175,9 +178,9 @@ def measure(
     def add_routes(policy: str, budget: float | None, drawn: list[torch.Tensor]) -> None:
         scores = []
         for routes in drawn:
-            scored, _, macs = ev.score_routes(frozen, routes, test)
-            distinct = len(routes.unique(dim=0))
-            scores.append(ev.Score(float(scored.mean()), float(macs.mean()), 0.0, distinct))
+            scored = ev.score_routes(frozen, routes, test)
+            metrics, macs = float(scored.metric.mean()), float(scored.macs.mean())
+            scores.append(ev.Score.of(frozen, metrics, macs, 0.0, scored.route))
         add(policy, budget, scores)
         route = drawn[0][: len(batch)]
         add_sides(frozen, lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
@@ -209,7 +212,7 @@ def measure(
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
         def full_route(network: Backbone) -> float:
-            return float(ev.score_routes(network, network.dense_actions(len(test)), test)[0].mean())
+            return float(ev.score_routes(network, network.dense_actions(len(test)), test).metric.mean())
 
         original = frozen.fingerprint()
         own = [model.backbone for mine in models.values() for model in mine]
@@ -256,7 +259,7 @@ def measure(
         if smaller is not None:
             small = smaller.for_inference()
             share = small.dense_macs / frozen.dense_macs
-            add("smaller", None, [ev.Score(full_route(small), share, 0.0, 1)])
+            add("smaller", None, [ev.Score.of(small, full_route(small), share, 0.0, small.dense_actions(1))])
             add_sides(small, small.ideal(batch, small.dense_actions(len(batch))), small.dense_actions(len(batch)))
         generator = torch.Generator().manual_seed(0)
         rates = torch.linspace(0, 1, candidates)

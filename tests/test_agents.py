@@ -11,10 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from dynrl.agents.metrics import TrainingLog, choice_rates
+from dynrl.agents.metrics import TrainingLog
 from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, ppo_config, router_of
 from dynrl.agents.training import Settings, Stop, open_agent, train_policy
-from dynrl.backbones import GatedResNet, Point, load_backbone
+from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
 from dynrl.observation import Layout
@@ -285,14 +285,6 @@ def test_ppo_goes_on_with_the_new_version_of_its_backbone(remote, small_backbone
         assert seen == [backbone.for_inference().fingerprint()]
         agent.learn(before + 1, Stop())
         assert agent.steps == 2 * before
-
-
-def test_rates_of_chains_of_loops_and_of_more_choices():
-    route = torch.tensor([[1, 2, 0], [0, 1, 1], [1, -1, -1]])
-    chain = choice_rates([Point("a", 2), Point("b", 3), Point("c", 2)], route)
-    assert chain == pytest.approx({"a": 2 / 3, "b/1": 0.5, "b/2": 0.5, "c": 0.5})
-    assert choice_rates([Point("again", 3)], route) == pytest.approx({"again/1": 4 / 7, "again/2": 1 / 7})
-    assert choice_rates([Point("a", 2), Point("b", 2)], route[2:, :2]) == {"a": 1, "b": 0}
 
 
 def test_a_resumed_log_hides_what_was_written_after_the_checkpoint(tmp_path):

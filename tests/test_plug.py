@@ -362,13 +362,13 @@ def test_static_search_and_oracle(small_backbone):
     assert fractions == sorted(fractions, reverse=True)
     assert found[0][1] == pytest.approx(1)
     routes = oracle_routes(backbone, split, [route for route, _, _ in found])
-    right, _, macs = score_routes(backbone, routes, split)
+    right, _, macs, _ = score_routes(backbone, routes, split)
     for _, cost, accuracy in found:
         assert float(right.mean()) >= accuracy - 1e-6
         assert float(macs.mean()) <= cost + 0.2
     ever = torch.zeros(len(split))
     for route, _, _ in found:
-        ever = ever.maximum(score_routes(backbone, StaticPolicy(route).route(split.inputs), split)[0])
+        ever = ever.maximum(score_routes(backbone, StaticPolicy(route).route(split.inputs), split).metric)
     assert torch.equal(right, ever)
 
 
@@ -390,10 +390,10 @@ def test_oracle_of_a_regression():
     backbone = GatedResNet(split.inputs.shape[1:], classes=1, layers=(4,), widths=(4,)).eval()
     found = static_routes(backbone, split)
     assert len(found) == backbone.max_steps + 1
-    mse, _, macs = score_routes(backbone, oracle_routes(backbone, split, [route for route, _, _ in found]), split)
+    mse, _, macs, _ = score_routes(backbone, oracle_routes(backbone, split, [route for route, _, _ in found]), split)
     chosen = split.task.error(mse)
     for route, _, metric in found:
-        each, _, cost = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        each, _, cost, _ = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
         assert float(each.mean()) == pytest.approx(metric)
         error = split.task.error(each)
         assert not ((error <= chosen) & (cost < macs)).any()

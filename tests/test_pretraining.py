@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.backbones import GatedResNet, Point, choice_rates, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.pretraining import Recipe, metric_at_rate, pretrain
@@ -138,3 +138,11 @@ def test_settings_of_the_network_are_changed_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             row.changed([bad])
+
+
+def test_rates_of_chains_of_loops_and_of_more_choices():
+    route = torch.tensor([[1, 2, 0], [0, 1, 1], [1, -1, -1]])
+    chain = choice_rates([Point("a", 2), Point("b", 3), Point("c", 2)], route)
+    assert chain == pytest.approx({"a": 2 / 3, "b/1": 0.5, "b/2": 0.5, "c": 0.5})
+    assert choice_rates([Point("again", 3)], route) == pytest.approx({"again/1": 4 / 7, "again/2": 1 / 7})
+    assert choice_rates([Point("a", 2), Point("b", 2)], route[2:, :2]) == {"a": 1, "b": 0}

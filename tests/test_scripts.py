@@ -249,6 +249,9 @@ def test_more_than_two_choices_are_each_shown_throughout():
     uniform = [p for p in numbers_report(backbone, []) if p["policy"] == "uniform"]
     assert len(uniform) == backbone.num_choices > 2
     assert uniform[0]["macs_fraction"] == 1 > uniform[-1]["macs_fraction"]
+    for choice, point in zip(reversed(range(backbone.num_choices)), uniform, strict=True):
+        rates = {f"{at.name}/{c}": float(c == choice) for at in backbone.points for c in range(1, at.n)}
+        assert point["choice_rates"] == rates
 
 
 def test_several_runs_make_one_report(run, tmp_path):

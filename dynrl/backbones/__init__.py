@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from dynrl.backbones.base import END, Backbone, Point, State, Walk, merge, read_backbone_file
+from dynrl.backbones.base import END, Backbone, Point, State, Walk, choice_rates, merge, read_backbone_file
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
@@ -19,7 +19,7 @@ FAMILIES: dict[str, type[Backbone]] = {
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "ExitResNet", "ExpertNet", "GatedResNet", "Point", "SkipGRU", "SlimmableResNet",
-    "State", "Walk", "load_backbone", "merge",
+    "State", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -228,6 +228,22 @@ def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
     return distance.masked_fill(~mask.unsqueeze(1), torch.iinfo(torch.int64).max).argmin(2)
 
 
+def choice_rates(points: Sequence[Point], route: Tensor) -> dict[str, float]:
+    """How often each choice but 0 was taken at each point: by its name, and `/choice` where there are more than two.
+
+    Args:
+        points: of a backbone: of a chain, met at step 0, 1 ..., or a loop's only one, met at every step.
+        route: [B, max_steps], what ran, -1 where nothing did.
+    """
+    rates = {}
+    for position, point in enumerate(points):
+        taken = route[:, position] if position < len(points) - 1 else route[:, position:]
+        for choice in range(1, point.n):
+            tag = point.name if point.n == 2 else f"{point.name}/{choice}"
+            rates[tag] = float((taken == choice).sum() / (taken >= 0).sum().clamp_min(1))
+    return rates
+
+
 class Backbone(nn.Module):
     """A network with decision points. A family fills in the hooks of the first part.
 
