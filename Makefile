@@ -8,8 +8,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VISION := .venv-vision
 
-.PHONY: install demo test lint type bench wheel clean
+.PHONY: install demo test test-vision lint type bench wheel clean
 .DELETE_ON_ERROR:
 
 install: $(READY)
@@ -27,6 +28,16 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Real networks of torchvision and timm; apart, since torchvision fits one torch only and brings CUDA's gigabytes.
+test-vision: $(VISION)/.ready
+	$(VISION)/bin/python -m pytest tests/vision.py
+
+$(VISION)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VISION)
+	$(VISION)/bin/python -m pip install --disable-pip-version-check torch==2.12.1 torchvision==0.27.1 timm==1.0.31 pytest
+	$(VISION)/bin/python -m pip install --disable-pip-version-check -e .
+	@touch $(VISION)/.ready
 
 lint: install
 	$(BIN)/ruff check .
@@ -47,4 +58,4 @@ wheel: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VISION) build dist *.egg-info

@@ -63,3 +63,17 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
             )
     output = twin(*(torch.zeros(1, *shape) for shape in shapes))
     return total, tuple(output.shape[1:])
+
+
+def executed_macs(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
+    """The MACs that torch's FLOP counter sees `function` execute on `x`, and what it returns; for modules of any kind.
+
+    The counter does not know the products of `nn.LSTM` and its like: they count 0.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # With gradients and in plain steps: the counter does not know all fused ones of attention.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        y = function(x)
+    return counter.get_total_flops() // 2, y.detach()

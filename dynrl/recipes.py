@@ -137,12 +137,13 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("hidden-update", "sequential-digits"): Defaults(
         family="skip_gru",
         backbone={"hidden": 64, "sees": "state", "knots": 32},
-        pretraining=Recipe(epochs=200, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
+        pretraining=Recipe(epochs=100, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
         steps=1_000_000,
         router_hidden=0,
         num_envs=256,
+        price_range=(0.01, 5.0),
         finetuning=Finetuning(
-            rounds=4, epochs=10, steps=200_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
+            rounds=4, epochs=15, steps=500_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
             sampled=True,
         ),
     ),

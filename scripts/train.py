@@ -28,7 +28,7 @@ class Args:
     """RLlib's PPO, or gates trained by gradient (straight-through), which it must stand beside."""
     finetune: bool = False
     """Then train backbone and policy in turn, by the data set's plan; with --resume, of a run that did not, too. Where
-    no backbone survives random routes (recurrent ones on adding and sequential-digits) that is always done."""
+    no backbone survives random routes (recurrent ones on adding) that is always done."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
     network: tuple[str, ...] = ()

@@ -6,15 +6,22 @@ import torch
 from gymnasium.envs.registration import load_env_creator
 
 import dynrl  # noqa: F401 (registers the environments)
-from dynrl.backbones import Backbone
+from dynrl.backbones import Backbone, ExitModule, GatedModule
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.tasks import Regression
-from tests.toys import Branching, Exiting, Looping
+from tests.toys import Branching, Convolutional, Exiting, Looping, Transformer
 
 REGISTERED = sorted(DECISIONS)
 TOYS = {"exiting": Exiting, "looping": Looping, "branching": Branching}
-BACKBONES = [*REGISTERED, *TOYS]
+OWN = {  # modules of a user's
+    "skip in a transformer": lambda: GatedModule(Transformer(), (1, 8, 8), [f"blocks.{i}" for i in range(3)]),
+    "skip in a network": lambda: GatedModule(Convolutional(), (1, 8, 8), ["stage1.1", "stage1.2", "stage2.2"]),
+    "exits in a transformer": lambda: ExitModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.1"]),
+    "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
+}
+BUILT = [*REGISTERED, *OWN]
+BACKBONES = [*BUILT, *TOYS]
 
 
 def numbers_split(size: int) -> Split:
@@ -37,6 +44,6 @@ def vector_env(name: str):
 
 
 def make_backbone(name: str) -> Backbone:
-    if name in TOYS:
-        return TOYS[name]().eval()
+    if name in TOYS or name in OWN:
+        return {**TOYS, **OWN}[name]().eval()
     return vector_env(name).default_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()

@@ -1,8 +1,12 @@
-"""Backbones small enough to check by hand: one ends early, one loops and closes a choice, one branches and merges."""
+"""Backbones small enough to check by hand: one ends early, one loops and closes a choice, one branches and merges.
+
+And networks as users have them, which know nothing of dynrl.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones import END, Backbone, Point, State, Walk
@@ -152,3 +156,65 @@ class Branching(Backbone):
             return State(state.walk, 2, state.rows, x)
         state.walk.put_output(state.rows, self.head(x))
         return State(state.walk, END, state.rows, None)
+
+
+class Encoder(nn.Module):
+    """A transformer's block, its shortcuts inside."""
+
+    def __init__(self, width: int, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        split = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, width // self.heads)
+        seen = F.scaled_dot_product_attention(*split.permute(2, 0, 3, 1, 4))
+        x = x + self.out(seen.transpose(1, 2).reshape(n, tokens, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """A little ViT on images of 1x8x8."""
+
+    def __init__(self, width: int = 8, depth: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.patch = nn.Conv2d(1, width, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.register_buffer("place", torch.randn(1, 5, width))
+        self.blocks = nn.Sequential(*(Encoder(width) for _ in range(depth)))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        x = torch.cat([self.token.expand(n, -1, -1), self.patch(x).flatten(2).transpose(1, 2)], 1) + self.place
+        return self.head(self.blocks(F.dropout(x, self.dropout, self.training))[:, 0])
+
+
+class Bottle(nn.Module):
+    """A block of a convolutional network, with batch norm and a ReLU in place."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.same = width_in == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return F.relu(y + x if self.same else y, inplace=True)
+
+
+class Convolutional(nn.Module):
+    """Blocks in stages, the first of each changing the width; images of 1x8x8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage1 = nn.Sequential(Bottle(1, 4), Bottle(4, 4), Bottle(4, 4))
+        self.stage2 = nn.Sequential(nn.MaxPool2d(2), Bottle(4, 6), Bottle(6, 6))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stage2(self.stage1(x)).mean((2, 3)))

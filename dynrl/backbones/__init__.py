@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ from dynrl.backbones.base import END, Backbone, Point, State, Walk, choice_rates
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
+from dynrl.backbones.module import ExitModule, GatedModule
 from dynrl.backbones.recurrent import SkipGRU
 from dynrl.backbones.skip import GatedResNet
 
-FAMILIES: dict[str, type[Backbone]] = {
+# What builds the backbones of files, by family. Your own: FAMILIES["my-vit"] = a function of a file's `config`.
+FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family for family in (GatedResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU)
 }
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "ExitResNet", "ExpertNet", "GatedResNet", "Point", "SkipGRU", "SlimmableResNet",
-    "State", "Walk", "choice_rates", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "ExitModule", "ExitResNet", "ExpertNet", "GatedModule", "GatedResNet", "Point",
+    "SkipGRU", "SlimmableResNet", "State", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 
@@ -32,7 +35,10 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     tensors, metadata = read_backbone_file(path)
     family = FAMILIES.get(str(metadata.get("family")))
     if family is None:
-        raise ValueError(f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}")
+        raise ValueError(
+            f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}. One of your own "
+            "must be in dynrl.backbones.FAMILIES first: a function that builds it"
+        )
     backbone = family(**metadata["config"])
     backbone.load_state_dict(tensors)
     return backbone.eval(), metadata["notes"]

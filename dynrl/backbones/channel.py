@@ -129,6 +129,18 @@ class SlimmableResNet(GatedResNet):
         self.full_route = (len(shares) - 1,) * self.max_steps
         self._set_costs(self.start_macs, costs)
 
+    def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each width begins with its slice of the full one's batch norm; narrow ones are of use after training only."""
+        own, renamed = self.state_dict(), {}
+        for name, value in state.items():
+            layer, _, part = name.rpartition(".")
+            copies = [key for key in own if key.startswith(f"{layer}.") and key.endswith(f".{part}")]
+            for key in copies if name not in own else [name]:
+                renamed[key] = value[: len(own[key])] if value.dim() else value
+            if not copies:
+                renamed[name] = value
+        return renamed
+
     def _run(self, state: State, action: Tensor) -> list[State]:
         x, block = self._standing(state)
         x = sliced_conv(x, action, block) if isinstance(block, SlicedBlock) else block.mixed(x, action)

@@ -9,33 +9,121 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import END, Point, State, Walk
+from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.backbones.resnet import ResNet
 from dynrl.cost import count_macs
 from dynrl.ops.backend import counts_on_device
 from dynrl.ops.exit_scores import exit_scores
-from dynrl.ops.pooled import pooled
+from dynrl.ops.pooled import summary
 from dynrl.ops.rows import take_rows
 
 STOP, GO_ON = 0, 1
 CELLS = 4  # early classifiers see means over this many cells each way, or all pixels of smaller maps
 
 
-class ExitResNet(ResNet):
-    """A ResNet with classifiers between its blocks: at each, action 0 stops with its answer, 1 goes on to the next.
+class Exits(Backbone):
+    """What networks with classifiers on their way share: at each, action 0 stops with its answer, 1 goes on.
 
-    The blocks up to an exit and its classifier are charged on arrival there. The last exit is the network's own head:
-    who arrives there is done, so that K exits have K - 1 decision points. An early classifier is one linear layer on
-    the maps reduced to 4x4, as in Shallow-Deep Networks (Kaya et al. 2019, ICML). Measured on Fashion-MNIST (12,000
-    images, 6 epochs, validation): the first exit is right for 88.3 %, on channel means for 83.8 %, behind a 3x3
-    convolution of twice the channels for 86.7 %; the last exit for 90.4, 89.8 and 90.6 %.
+    What leads up to an exit and its classifier are charged on arrival there. The last exit is the network's own output:
+    who arrives there is done, so that K exits have K - 1 decision points. A family says what the stages are and what
+    each exit says.
+    """
+
+    decision = "exit"
+
+    def _advance_to(self, k: int, x: Tensor) -> Tensor:
+        """From exit k - 1 (or the inputs) to exit k."""
+        raise NotImplementedError
+
+    def _exit(self, k: int, x: Tensor) -> Tensor:
+        """[n, classes], what exit k says of what stands before it."""
+        raise NotImplementedError
+
+    def _set_points(self, names: list[str], stage_macs: list[int], widths: list[int]) -> None:
+        """Pose a point at each exit of `names`; `stage_macs` up to each and to the last, classifiers included."""
+        self.points = tuple(Point(name, 2) for name in names)
+        self.feature_width, self.max_steps, self.full_route = 3 + max(widths), len(names), (GO_ON,) * len(names)
+        self._set_costs(stage_macs[0], [[0, macs] for macs in stage_macs[1:]])
+
+    def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
+        """Run what leads up to exit k, and put down what it says."""
+        x = self._advance_to(k, x)
+        walk.put_output(rows, self._exit(k, x))
+        return State(walk, k, rows, x) if k < len(self.points) else State(walk, END, rows, None)
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        return self._arrive(walk, 0, rows, inputs)
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        if counts_on_device():
+            raise ValueError("rows leave at exits, and the host must know how many go on: this walk cannot be captured")
+        walk, rows, x = state.walk, state.rows, state.features
+        assert x is not None
+        going = action.nonzero().squeeze(1)
+        reached = []
+        if len(going) < len(rows):
+            reached.append(State(walk, END, rows[action == STOP], None))
+            rows, x = rows[going], take_rows(x, going)
+        if len(going):
+            reached.append(self._arrive(walk, state.point + 1, rows, x))
+        return reached
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        assert state.features is not None
+        state.walk.leave(gates, STOP)
+        return self._arrive(state.walk, state.point + 1, state.rows, state.features)
+
+    def observe(self, state: State) -> Tensor:
+        """How sure the exit is (`exit_scores`), then each channel's mean over the map or the tokens."""
+        assert state.features is not None
+        return torch.cat([exit_scores(self.output(state)), summary(state.features)], 1)
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        """All exits in one pass, weighted alike (Huang et al. 2018, section 4); without a rate, the last alone."""
+        x, outputs = inputs, []
+        for k in range(len(self.points) + 1):
+            x = self._advance_to(k, x)
+            if rate is not None or k == len(self.points):
+                outputs.append(self._exit(k, x))
+        yield torch.cat(outputs)
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
+        """Each stage and its exit on the first rows of the batch, as many as arrive; see `Backbone.ideal`."""
+        counts = [len(route), *(route == GO_ON).sum(0).tolist()]
+
+        def run() -> None:
+            x = inputs
+            for k, count in enumerate(counts):
+                if count:
+                    x = self._advance_to(k, x[:count])
+                    self._exit(k, x)
+
+        return run
+
+
+def early_inputs(x: Tensor) -> Tensor:
+    """[n, k], what an early classifier sees: maps as means over `CELLS` each way, tokens averaged."""
+    if x.dim() != 4:
+        return summary(x).to(x.dtype)
+    cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
+    return cells.permute(0, 2, 3, 1).flatten(1)  # in this order nothing is copied in channels_last
+
+
+class ExitResNet(Exits, ResNet):
+    """A ResNet with classifiers between its blocks.
+
+    An early classifier is one linear layer on the maps reduced to 4x4, as in Shallow-Deep Networks (Kaya et al. 2019,
+    ICML). Measured on Fashion-MNIST (12,000 images, 6 epochs, validation): the first exit is right for 88.3 %, on
+    channel means for 83.8 %, behind a 3x3 convolution of twice the channels for 86.7 %; the last exit for 90.4, 89.8
+    and 90.6 %.
 
     Args: those of `ResNet`, and
         exits: the blocks (0 is the first) behind which there is an exit, beside the last.
     """
 
     family = "exit_resnet"
-    decision = "exit"
 
     def __init__(self, *shape: Any, exits: tuple[int, ...] = (1, 3, 5, 7, 9), **settings: Any) -> None:
         super().__init__(*shape, **settings)
@@ -59,81 +147,18 @@ class ExitResNet(ResNet):
                 cost += count_macs(self.fc, (size[0],))[0]
             stage_macs.append(cost)
             cost = 0
-        self.points = tuple(Point(f"exit{i}", 2) for i in exits)
-        self.feature_width = 3 + max(widths)
-        self.max_steps = len(exits)
-        self.full_route = (GO_ON,) * len(exits)
-        self._set_costs(stage_macs[0], [[0, macs] for macs in stage_macs[1:]])
+        self._set_points([f"exit{i}" for i in exits], stage_macs, widths)
 
     def _stage(self, k: int) -> list[Any]:
         """The blocks between exit k - 1 (or the stem) and exit k."""
         return self._blocks[self._ends[k] : self._ends[k + 1]]
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
-        """[n, classes], what exit k says of its maps."""
-        if k == len(self.heads):
-            return self._head(x)
-        cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
-        return self.heads[k](cells.permute(0, 2, 3, 1).flatten(1))  # in this order nothing is copied in channels_last
+        return self._head(x) if k == len(self.heads) else self.heads[k](early_inputs(x))
 
     def _advance_to(self, k: int, x: Tensor) -> Tensor:
+        if k == 0:
+            x = self._stem(x)
         for block in self._stage(k):
             x = block(x)
         return x
-
-    def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
-        """Run the blocks up to exit k, and put down what it says."""
-        x = self._advance_to(k, x)
-        walk.put_output(rows, self._exit(k, x))
-        return State(walk, k, rows, x) if k < len(self.points) else State(walk, END, rows, None)
-
-    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        return self._arrive(walk, 0, rows, self._stem(inputs))
-
-    def _run(self, state: State, action: Tensor) -> list[State]:
-        if counts_on_device():
-            raise ValueError("rows leave at exits, and the host must know how many go on: this walk cannot be captured")
-        walk, rows, x = state.walk, state.rows, state.features
-        assert x is not None
-        going = action.nonzero().squeeze(1)
-        reached = []
-        if len(going) < len(rows):
-            reached.append(State(walk, END, rows[action == STOP], None))
-            rows, x = rows[going], take_rows(x, going)
-        if len(going):
-            reached.append(self._arrive(walk, state.point + 1, rows, x))
-        return reached
-
-    def _gated_run(self, state: State, gates: Tensor) -> State:
-        assert state.features is not None
-        state.walk.leave(gates, STOP)
-        return self._arrive(state.walk, state.point + 1, state.rows, state.features)
-
-    def observe(self, state: State) -> Tensor:
-        """How sure the exit is (`exit_scores`), then each channel's mean over the map."""
-        assert state.features is not None
-        return torch.cat([exit_scores(self.output(state)), pooled(state.features)], 1)
-
-    def training_outputs(
-        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor]:
-        """All exits in one pass, weighted alike (Huang et al. 2018, section 4); without a rate, the last alone."""
-        x, outputs = self._stem(inputs), []
-        for k in range(len(self.points) + 1):
-            x = self._advance_to(k, x)
-            if rate is not None or k == len(self.points):
-                outputs.append(self._exit(k, x))
-        yield torch.cat(outputs)
-
-    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
-        """Each stage and its exit on the first rows of the batch, as many as arrive; see `Backbone.ideal`."""
-        counts = [len(route), *(route == GO_ON).sum(0).tolist()]
-
-        def run() -> None:
-            x = self._stem(inputs)
-            for k, count in enumerate(counts):
-                if count:
-                    x = self._advance_to(k, x[:count])
-                    self._exit(k, x)
-
-        return run

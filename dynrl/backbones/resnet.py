@@ -150,6 +150,58 @@ class ResNet(Backbone):
         self._names = [f"layer{s}.{i}" for s, depth in enumerate(layers, start=1) for i in range(depth)]
         self._blocks: list[Any] = [self.get_submodule(name) for name in self._names]  # for speed
 
+    @classmethod
+    def from_module(cls, module: nn.Module, input_shape: tuple[int, int, int], **settings: Any) -> Self:
+        """A copy of a ResNet of torchvision's or timm's, or of another with torchvision's names, as this family.
+
+        The full route computes what `module` does in eval mode; this is checked on random inputs.
+
+        Args:
+            module: stays as it is.
+            input_shape: of the inputs that it is for.
+            settings: what the family takes beside a ResNet's shape (`exits`, `shares`).
+
+        Raises:
+            ValueError: other layers, names or outputs than a ResNet's.
+        """
+        kind, state = type(module).__name__, module.state_dict()
+        try:
+            stages = [stage for name, stage in module.named_children() if name.startswith("layer")]
+            first: Any = [stage[0] for stage in stages]  # type: ignore[index]
+            stem: Any = module.conv1
+            settings = {
+                "block": "bottleneck" if hasattr(first[0], "conv3") else "basic",
+                "layers": tuple(len(stage) for stage in stages),  # type: ignore[arg-type]
+                "widths": tuple(block.conv1.out_channels for block in first),
+                "stem": "imagenet" if stem.kernel_size == (7, 7) else "cifar",
+                "stem_stride": 1 if stem.kernel_size == (7, 7) else stem.stride[0],
+                "classes": len(state["fc.bias"]),
+                **settings,
+            }
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{kind} is no ResNet with torchvision's names ({error}); see GatedModule") from None
+        backbone = cls(input_shape, **settings)
+        try:
+            left_out, unknown = backbone.load_state_dict(backbone._renamed(state), strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"{kind} has other shapes than a ResNet of {settings}: {error}; see GatedModule") from None
+        left_out = [name for name in left_out if not name.startswith("heads.")]
+        if left_out or unknown:
+            raise ValueError(f"{kind} is no plain ResNet: it lacks {left_out} and has {unknown}; see GatedModule")
+        backbone.eval().to(next(module.parameters()))
+        twin, inputs = copy.deepcopy(module).eval(), torch.randn(2, *input_shape).to(next(module.parameters()))
+        with torch.no_grad():
+            expected, got = twin(inputs), backbone(inputs)
+        if expected.shape != got.shape or not torch.allclose(
+            expected, got, rtol=1e-3, atol=1e-3 * expected.abs().max()
+        ):
+            raise ValueError(f"{kind} has a ResNet's weights, but computes something else with them; see GatedModule")
+        return backbone
+
+    def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A plain ResNet's `state` under this family's names."""
+        return state
+
     def _stem(self, x: Tensor) -> Tensor:
         if isinstance(self.conv1, FoldedConv2d):
             return self.maxpool(self.conv1(x, relu=True))

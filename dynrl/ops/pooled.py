@@ -28,3 +28,12 @@ def pooled(x: Tensor) -> Tensor:
         last = x.contiguous(memory_format=torch.channels_last)
         return pool(last, torch.empty(x.shape[:2], dtype=torch.float32, device=x.device))
     return pooled_ref(x)
+
+
+def summary(x: Tensor) -> Tensor:
+    """What routers see of features of any kind, as float32: `pooled` maps [n, C, H, W], tokens [n, T, C] averaged, and
+    vectors [n, C] as they are.
+    """
+    if x.dim() == 4:
+        return pooled(x)
+    return x.mean(1).float() if x.dim() == 3 else x.to(torch.float32, copy=True)
