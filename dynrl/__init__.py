@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if importlib.util.find_spec("gymnasium") is not None:
 
     register()
     del register
+
+if os.environ.get("DYNRL_PLUGINS"):  # in a remote worker, say; see dynrl.plugins
+    from dynrl.plugins import load_plugins
+
+    load_plugins(os.environ["DYNRL_PLUGINS"].split(os.pathsep))
+    del load_plugins
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,8 @@ FORMULAS: dict[type[nn.Module], Callable[[nn.Module, Tensor], int]] = {
     nn.Conv2d: _convolution,
     nn.Linear: _linear,
     nn.BatchNorm2d: lambda layer, output: 0,
+    nn.GroupNorm: lambda layer, output: 0,
+    nn.LayerNorm: lambda layer, output: 0,
 }
 
 

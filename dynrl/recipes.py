@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from dynrl.backbones import FAMILIES, Backbone
-from dynrl.data import Dataset, check_dataset
+from dynrl.data import Dataset, check_dataset, load_dataset
 from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
 
@@ -69,6 +70,8 @@ class Defaults:
             return FAMILIES[self.family](input_shape=dataset.input_shape, classes=dataset.classes, **self.backbone)
 
 
+_FASHION_IMAGES = 55_000  # that fashion-mnist trains on
+
 DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "digits"): Defaults(
         family="gated_resnet",
@@ -114,6 +117,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"stem": 32, "channels": 128, "layers": 4, "widths": (0, 64, 128, 128, 256, 512)},
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.2),
         steps=600_000,
+        finetuning=Finetuning(rounds=2, epochs=4, steps=150_000, learning_rate=0.1),
     ),
     ("channel", "digits"): Defaults(
         family="slimmable_resnet",
@@ -126,6 +130,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.25),
         steps=1_000_000,
+        finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
     ("channel", "cluttered-fashion-mnist"): Defaults(
         family="slimmable_resnet",
@@ -176,9 +181,28 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
 
 
 def defaults(decision: str, data: str) -> Defaults:
-    """The row for that decision and data set, or a ValueError that lists the data sets there are for it."""
-    check_dataset(data)
-    if (decision, data) not in DEFAULTS:
-        known = sorted(d for name, d in DEFAULTS if name == decision)
+    """The row for that decision and data set.
+
+    Images without a row of their own (CIFAR, a folder, `DATASETS["mine"]`) take that of fashion-mnist, with as many
+    batches of training, and from 96 pixels on an ImageNet stem.
+
+    Raises:
+        ValueError: neither; it lists the data sets there are for the decision.
+    """
+    data = check_dataset(data)
+    if (decision, data) in DEFAULTS:
+        return DEFAULTS[decision, data]
+    row, known = DEFAULTS.get((decision, "fashion-mnist")), sorted(d for name, d in DEFAULTS if name == decision)
+    if row is None or len(load_dataset(data).input_shape) != 3:
         raise ValueError(f"no defaults for {decision!r} on {data!r}; there are for {known}")
-    return DEFAULTS[decision, data]
+    dataset = load_dataset(data)
+    backbone, longer = dict(row.backbone), _FASHION_IMAGES / len(dataset.train)
+    if backbone.pop("stem_stride", None):
+        backbone |= {"stem": "imagenet"} if dataset.input_shape[1] >= 96 else {"stem_stride": 2}
+    size = min(row.pretraining.batch_size, len(dataset.train))
+    return replace(
+        row,
+        backbone=backbone,
+        pretraining=replace(row.pretraining, epochs=math.ceil(longer * row.pretraining.epochs), batch_size=size),
+        finetuning=replace(row.finetuning, epochs=longer * row.finetuning.epochs, batch_size=size),
+    )

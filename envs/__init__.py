@@ -66,9 +66,21 @@ def decision(name: str) -> Decision:
     return DECISIONS[name]
 
 
+def add(row: Decision) -> None:
+    """Put a decision of your own into the table, and register it with Gymnasium."""
+    if row.name in DECISIONS:
+        raise ValueError(f"there is a decision {row.name!r} already")
+    DECISIONS[row.name] = row
+    _register(row)
+
+
 def register() -> None:
     """Register every decision with Gymnasium, as single and as batched environment."""
+    for row in DECISIONS.values():
+        _register(row)
+
+
+def _register(row: Decision) -> None:
     import gymnasium
 
-    for row in DECISIONS.values():
-        gymnasium.register(row.env_id, entry_point=row.entry_point, vector_entry_point=row.vector_entry_point)
+    gymnasium.register(row.env_id, entry_point=row.entry_point, vector_entry_point=row.vector_entry_point)

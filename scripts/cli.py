@@ -18,9 +18,12 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; bad input ends with a one-line reason and exit code 2."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given, plugins = list(sys.argv[1:] if argv is None else argv), []
+    while given[:1] == ["--plugin"] and len(given) > 1:
+        plugins.append(given[1])
+        given = given[2:]
     if given and given[0] in ("-h", "--help"):
-        print("usage: dynrl VERB ...; `dynrl VERB --help` tells more\n")
+        print("usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` tells more\n")
         print("\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items()))
         return
     if not given or given[0] not in VERBS:
@@ -28,16 +31,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"dynrl: expected a verb, one of {', '.join(VERBS)}; got {given[0] if given else 'none'}", file=sys.stderr
         )
         sys.exit(2)
-    run(given[0], given[1:])
+    run(given[0], given[1:], plugins)
 
 
-def run(verb: str, argv: Sequence[str] | None = None) -> None:
-    """Parse the verb's settings and run it."""
+def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = ()) -> None:
+    """Parse the verb's settings and run it, with what `plugins` add (see `dynrl.plugins`)."""
     import tyro
+
+    from dynrl.plugins import load_plugins
 
     module = importlib.import_module(f"dynrl.scripts.{verb}")
     args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
     try:
+        load_plugins(plugins)
         module.main(args)
     except (ValueError, OSError) as error:  # OSError: a path that cannot be read or written
         print(f"dynrl {verb}: error: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ class Args:
     decision: Annotated[str, tyro.conf.Positional]
     """The decision the backbone poses; see `dynrl list`."""
     data: str | None = None
-    """Data set; default: the decision's."""
+    """Data set, as of `dynrl train`; default: the decision's."""
     out: Path | None = None
     """Folder to make; default runs/backbone-DECISION-DATA-TIME."""
     network: tuple[str, ...] = ()
@@ -33,13 +33,13 @@ class Args:
 
 def main(args: Args) -> None:
     """Write `backbone.safetensors` and `plain.safetensors`, or only the latter, into a new folder."""
-    from dynrl.data import load_dataset
+    from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
     from dynrl.files import write_json
     from dynrl.recipes import defaults
     from dynrl.scripts.common import new_folder, use_threads
 
-    data = args.data or decision(args.decision).data
+    data = check_dataset(args.data or decision(args.decision).data)
     row = defaults(args.decision, data).changed(args.network)
     row.build(load_dataset(data), args.seed)  # before the folder is made: what can be refused is refused
     use_threads(args.threads)

@@ -23,7 +23,8 @@ class Args:
     decision: Annotated[str, tyro.conf.Positional]
     """What to decide; see `dynrl list`."""
     data: str | None = None
-    """Data set; default: the decision's."""
+    """A data set by name, a folder with a folder of images for each class, or FOLDER@SIZE, to which their squares are
+    brought; default: the decision's."""
     agent: Literal["ppo", "gate"] = "ppo"
     """RLlib's PPO, or gates trained by gradient (straight-through), which it must stand beside."""
     finetune: bool = False
@@ -59,7 +60,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, evaluate."""
-    from dynrl.data import load_dataset
+    from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
     from dynrl.envs.core import check_accuracy_term
     from dynrl.files import write_json
@@ -80,7 +81,7 @@ def main(args: Args) -> None:
     else:
         config = _settings(args)
         _check(args)
-        config["data"] = data = args.data or decision(args.decision).data
+        config["data"] = data = check_dataset(args.data or decision(args.decision).data)
         row = defaults(args.decision, data).changed(args.network)
         config["finetune"] = args.finetune or row.joint
         config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import shutil
+import tarfile
 
 import pytest
 import torch
+from PIL import Image
 
-from dynrl.data import DATASETS, Augmentation, images, load_dataset
+from dynrl.data import DATASETS, Augmentation, check_dataset, cifar, folder, image_folder, images, load_dataset
 from dynrl.data.images import CANVAS, PIECE, PIECES, clutter, parse_idx
 from dynrl.files import load_tensors, read_json, save_tensors, write_aside, write_json
 
@@ -118,20 +122,75 @@ def fashion_folder(tmp_path, monkeypatch):
     return folder
 
 
+def archive(files):
+    """A tar.gz of `files`, name to content, in a folder of its own."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"inner/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def records(count, labels):
+    """Each photo's class is its number's last digit; red is that, green twice, blue thrice it."""
+    rows = []
+    for i in range(count):
+        red = i % 10
+        rows.append(bytes([7] * (labels - 1) + [red]) + b"".join(bytes([red * c]) * 1024 for c in (1, 2, 3)))
+    return b"".join(rows)
+
+
+@pytest.fixture
+def cifar_folder(tmp_path, monkeypatch):
+    """Small stand-ins for the archives of CIFAR, in the cache."""
+    folder = tmp_path / "dynrl"
+    folder.mkdir(exist_ok=True)
+    for classes, labels, train, test in (
+        (10, 1, [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin"), (100, 2, ["train.bin"], "test.bin")
+    ):  # fmt: skip
+        files = {name: records(5010 // len(train), labels) for name in train} | {
+            test: records(12, labels),
+            "readme": b"",
+        }
+        content = archive(files)
+        (folder / f"cifar-{classes}-binary.tar.gz").write_bytes(content)
+        monkeypatch.setitem(cifar._DIGESTS, classes, hashlib.md5(content).hexdigest())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return folder
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar_is_read_from_the_cache_checked(classes, cifar_folder):
+    """The class is the last label byte; channels lie one after the other."""
+    loaded = DATASETS[f"cifar-{classes}"]()
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (10, 5000, 12)
+    assert (loaded.classes, loaded.input_shape) == (classes, (3, 32, 32))
+    raw = loaded.test.inputs * loaded.deviation + loaded.mean
+    assert loaded.test.targets.tolist() == [i % 10 for i in range(12)]
+    for channel, factor in enumerate((1, 2, 3)):
+        wanted = loaded.test.targets.view(-1, 1, 1).expand(-1, 32, 32) * factor / 255
+        torch.testing.assert_close(raw[:, channel], wanted, atol=1e-5, rtol=1e-4)
+    (cifar_folder / f"cifar-{classes}-binary.tar.gz").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="MD5"):
+        DATASETS[f"cifar-{classes}"]()
+
+
 def test_fashion_mnist_is_read_from_the_cache_checked(fashion_folder):
     """On small stand-ins: the loader, the cache's place, the checksum."""
     loaded = DATASETS["fashion-mnist"]()
     assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (10, 5000, 4)
     assert loaded.test.targets.tolist() == [1, 2, 3, 4]
     (fashion_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
-    with pytest.raises(ValueError, match="SHA-256"):
+    with pytest.raises(ValueError, match="SHA256"):
         DATASETS["fashion-mnist"]()
     (fashion_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"cut")
     with pytest.raises(ValueError, match="gzip"):
         DATASETS["fashion-mnist"]()
 
 
-@pytest.mark.usefixtures("fashion_folder")
+@pytest.mark.usefixtures("fashion_folder", "cifar_folder")
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_data_set_fits_its_task(name):
     """Three splits of one shape and task; a network of `classes` outputs can be trained on a batch of it."""
@@ -225,3 +284,87 @@ def test_augmentation_shifts_by_whole_pixels_and_flips():
     torch.testing.assert_close(moved.flatten(1).max(1).values, torch.ones(200), atol=1e-4, rtol=0)
     assert set((spots // 9).tolist()) == {2, 3, 4, 5, 6}
     assert set((spots % 9).tolist()) == {1, 2, 3, 4, 5, 6, 7}
+
+
+def paint(path, value, size=(6, 4), mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Ten grey images of each of two classes; cats are dark, dogs bright."""
+    for i in range(10):
+        paint(tmp_path / "photos" / "cat" / f"{i}.png", i)
+        paint(tmp_path / "photos" / "dog" / "more" / f"{i}.png", 200 + i)
+    (tmp_path / "photos" / ".hidden").mkdir()
+    (tmp_path / "photos" / "cat" / "notes.txt").write_text("no image")
+    return tmp_path / "photos"
+
+
+def test_a_folder_of_images_is_a_data_set(photos, monkeypatch):
+    data = load_dataset(str(photos))
+    assert (data.input_shape, data.classes) == ((1, 4, 6), 2)
+    assert [len(data.split(part)) for part in ("train", "validation", "test")] == [16, 2, 2]
+    seen = []
+    for part in ("train", "validation", "test"):
+        split = data.split(part)
+        values = (split.inputs * data.deviation + data.mean)[:, 0, 0, 0] * 255
+        assert torch.equal(values > 100, split.targets == 1)
+        assert split.targets.unique().tolist() == [0, 1]
+        seen += values.round().int().tolist()
+    assert sorted(seen) == [*range(10), *range(200, 210)]
+    assert torch.equal(image_folder(str(photos)).test.inputs, data.test.inputs)
+    monkeypatch.chdir(photos.parent)
+    assert check_dataset("photos@3") == f"{photos}@3"
+    assert load_dataset("photos@3").input_shape == (1, 3, 3)
+
+
+def test_parts_that_are_there_are_taken(photos, tmp_path):
+    for part, value in (("train", 10), ("test", 90)):
+        for name in ("cat", "dog"):
+            for i in range(4):
+                paint(tmp_path / "own" / part / name / f"{i}.png", (value + i, 0, 255), (8, 8), "RGB")
+    data = image_folder(str(tmp_path / "own"))
+    assert data.input_shape == (3, 8, 8)
+    assert [len(data.split(part)) for part in ("train", "validation", "test")] == [6, 2, 8]
+    raw = data.test.inputs * data.deviation + data.mean
+    assert sorted((raw[:, 0, 0, 0] * 255).round().int().tolist()) == sorted([90, 91, 92, 93] * 2)
+    assert (raw[:, 1] < 1e-5).all()
+    assert (raw[:, 2] > 1 - 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / "fox").mkdir(), r"fox holds no image"),
+        (lambda p: paint(p / "cat" / "large.png", 0, (9, 9)), r"9x9; say what to bring all to, by @SIZE"),
+        (lambda p: (p / "cat" / "3.png").write_bytes(b"none"), r"3\.png cannot be read as an image"),
+        (lambda p: (p / "cat" / "3.png").write_bytes((p / "cat" / "3.png").read_bytes()[:50]), r"3\.png cannot be read"),
+        (lambda p: paint(p / "dog" / "deep.png", 0, mode="I;16"), r"deep\.png has pixels of mode I;16"),
+        (lambda p: shutil.rmtree(p / "dog"), r"a folder for each of two classes"),
+        (lambda p: [f.unlink() for f in sorted((p / "cat").glob("*.png"))[2:]], r"too few images to draw"),
+        (lambda p: paint(p / "train" / "cat" / "0.png", 0), r"two classes or more in .*, found \['cat'\]"),
+    ],
+)  # fmt: skip
+def test_bad_folders_are_refused(spoil, message, photos):
+    spoil(photos)
+    with pytest.raises(ValueError, match=message):
+        image_folder(str(photos))
+
+
+def test_other_classes_in_another_part_are_refused(tmp_path):
+    for part, names in (("train", "ab"), ("test", "ac")):
+        for name in names:
+            paint(tmp_path / part / name / "0.png", 0)
+    with pytest.raises(ValueError, match=r"test has the classes \['a', 'c'\], .*train has \['a', 'b'\]"):
+        image_folder(str(tmp_path))
+
+
+def test_more_images_than_fit_are_refused(photos, monkeypatch):
+    monkeypatch.setattr(folder, "LARGEST", 20 * 6 * 4 * 4 - 1)
+    with pytest.raises(ValueError, match=r"name a smaller size: .*photos@3"):
+        image_folder(str(photos))
+    for size in ("0", "9999"):
+        with pytest.raises(ValueError, match="1 to 4096 pixels"):
+            check_dataset(f"{photos}@{size}")

@@ -20,7 +20,8 @@ FOLDERS = {
 
 # What a module may import of this package, by the longest prefix of its name. Names as strings are free.
 ALLOWED = {
-    "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.routed"},
+    "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.routed", "dynrl.plugins"},
+    "dynrl.plugins": set(),
     "dynrl.ops": {"dynrl.ops"},
     "dynrl.files": set(),
     "dynrl.tasks": set(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynrl.backbones import GatedResNet, Point, choice_rates, load_backbone
-from dynrl.data import Augmentation, Dataset, Split, load_dataset
+from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.pretraining import Recipe, metric_at_rate, pretrain
 from dynrl.recipes import DEFAULTS, defaults
@@ -122,6 +122,27 @@ def test_defaults_build_what_they_say(decision, data):
     assert first.fingerprint() == second.fingerprint() != other.fingerprint()
     with pytest.raises(ValueError, match="no defaults for"):
         defaults("nosuch", data)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "stem"), [(32, 55_000, {"stem_stride": 2}), (96, 1000, {"stem": "imagenet"})]
+)
+def test_images_of_ones_own_have_defaults(side, count, stem, monkeypatch):
+    split = Split(torch.zeros(1, 3, side, side).expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.int64))
+    mine = Dataset("mine", 7, split, split, split, Augmentation())
+    monkeypatch.setitem(DATASETS, "mine", lambda: mine)
+    load_dataset.cache_clear()
+    base = DEFAULTS["skip", "fashion-mnist"]
+    row = defaults("skip", "mine")
+    assert row.backbone == {name: base.backbone[name] for name in ("layers", "widths")} | stem
+    assert row.pretraining.epochs * count == pytest.approx(base.pretraining.epochs * 55_000, rel=0.01)
+    assert row.finetuning.epochs * count == pytest.approx(base.finetuning.epochs * 55_000)
+    backbone = row.build(mine, 0)
+    assert (backbone.input_shape, backbone.config["classes"]) == ((3, side, side), 7)
+    assert defaults("expert", "mine").backbone == DEFAULTS["expert", "fashion-mnist"].backbone
+    with pytest.raises(ValueError, match=r"no defaults for 'hidden-update' on 'mine'; there are for \['adding'"):
+        defaults("hidden-update", "mine")
+    load_dataset.cache_clear()
 
 
 def test_settings_of_the_network_are_changed_by_name():

@@ -8,16 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from dynrl.data.base import Augmentation, Dataset, Split
+from dynrl.data.base import Augmentation, Dataset, Split, standardised
+from dynrl.data.cifar import cifar_10, cifar_100
+from dynrl.data.folder import image_folder, split_name
 from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist
 from dynrl.data.sequences import adding, sequential_digits, sequential_fashion_mnist
 
-__all__ = ["DATASETS", "Augmentation", "Dataset", "Split", "check_dataset", "load_dataset"]
+__all__ = [
+    "DATASETS", "Augmentation", "Dataset", "Split", "check_dataset", "image_folder", "load_dataset", "standardised",
+]  # fmt: skip
 
+# Your own: DATASETS["mine"] = a function that makes a `Dataset` (`standardised` helps), before dynrl's commands run.
 DATASETS: dict[str, Callable[[], Dataset]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
     "cluttered-fashion-mnist": cluttered_fashion_mnist,
+    "cifar-10": cifar_10,
+    "cifar-100": cifar_100,
     "adding": adding,
     "sequential-digits": sequential_digits,
     "sequential-fashion-mnist": sequential_fashion_mnist,
@@ -25,13 +32,20 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
 
 
 def check_dataset(name: str) -> str:
-    """`name`, or a ValueError that lists the data sets there are."""
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; expected one of {sorted(DATASETS)}")
-    return name
+    """`name`, or the absolute path of a folder of images, or a ValueError that lists the data sets there are."""
+    if name in DATASETS:
+        return name
+    folder, size = split_name(name)
+    if not folder.is_dir():
+        raise ValueError(f"unknown data set {name!r}; expected one of {sorted(DATASETS)} or a folder of images")
+    return f"{folder.resolve()}" + ("" if size is None else f"@{size}")
 
 
 @lru_cache(maxsize=2)
 def load_dataset(name: str) -> Dataset:
-    """The data set of that name, loaded once a process. Its tensors are shared: do not write into them."""
-    return DATASETS[check_dataset(name)]()
+    """The data set of that name, or below that folder (`image_folder`), loaded once a process.
+
+    Its tensors are shared: do not write into them.
+    """
+    name = check_dataset(name)
+    return DATASETS[name]() if name in DATASETS else image_folder(name)

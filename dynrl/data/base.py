@@ -90,3 +90,14 @@ class Dataset:
         if name not in ("train", "validation", "test"):
             raise ValueError(f"unknown split {name!r}; expected 'train', 'validation' or 'test'")
         return getattr(self, name)
+
+
+# Inputs [n, ...] in 0 to 1 and labels [n], of the training, validation and test parts, in random order.
+Parts = list[tuple[Tensor, Tensor]]
+
+
+def standardised(name: str, classes: int, augmentation: Augmentation, parts: Parts) -> Dataset:
+    """The data set of `parts`, by the training inputs' mean and deviation."""
+    mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
+    train, validation, test = (Split((inputs - mean).div_(deviation), labels.long()) for inputs, labels in parts)
+    return Dataset(name, classes, train, validation, test, augmentation, mean, deviation)

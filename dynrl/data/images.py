@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
-import os
-import urllib.error
-import urllib.request
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.data.base import Augmentation, Dataset, Split
-from dynrl.files import write_aside
-
-# Images [n, 1, height, width] in 0 to 1 and labels [n], of the training, validation and test parts, in random order.
-Parts = list[tuple[Tensor, Tensor]]
-
-
-def standardised(name: str, augmentation: Augmentation, parts: Parts) -> Dataset:
-    """The data set of `parts`, ten classes."""
-    mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
-    train, validation, test = (Split((images - mean).div_(deviation), labels.long()) for images, labels in parts)
-    return Dataset(name, 10, train, validation, test, augmentation, mean, deviation)
+from dynrl.data.base import Augmentation, Dataset, Parts, standardised
+from dynrl.data.download import cache_folder, check_digest, fetch
 
 
 def digit_images() -> Parts:
@@ -46,7 +33,7 @@ def digit_images() -> Parts:
 def digits() -> Dataset:
     """The digits, enlarged to 24x24."""
     parts = [(F.interpolate(images, size=24, mode="bilinear"), labels) for images, labels in digit_images()]
-    return standardised("digits", Augmentation(shift=1, rotate=10, zoom=0.1), parts)
+    return standardised("digits", 10, Augmentation(shift=1, rotate=10, zoom=0.1), parts)
 
 
 # SHA-256 of the files' contents, unpacked: packers differ, contents do not.
@@ -60,40 +47,12 @@ _FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com
 _FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
-def cache_folder() -> Path:
-    """Where downloads go: $XDG_CACHE_HOME/dynrl, else ~/.cache/dynrl."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrl"
-
-
 def _unpack(packed: bytes, name: str, digest: str) -> bytes:
     try:
         content = gzip.decompress(packed)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{name}: not a whole gzip file ({error}); delete it and try again") from None
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(f"{name}: its contents are not the official ones (SHA-256 differs); delete it and try again")
-    return content
-
-
-def _download(url: str, target: Path, digest: str) -> bytes:
-    """Fetch a gzip file with progress, keep it if its contents are right, and return them unpacked."""
-    from tqdm import tqdm
-
-    chunks = []
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True, desc=target.name) as progress:
-                while chunk := response.read(1 << 16):
-                    chunks.append(chunk)
-                    progress.update(len(chunk))
-    except (urllib.error.URLError, OSError) as error:
-        raise ValueError(
-            f"could not download {url} ({error}); on Debian, `apt-get install dataset-fashion-mnist` needs no download"
-        ) from None
-    content = _unpack(b"".join(chunks), url, digest)
-    with write_aside(target) as aside:
-        aside.write_bytes(b"".join(chunks))
+    check_digest(content, name, "sha256", digest)
     return content
 
 
@@ -122,11 +81,13 @@ def fashion_images() -> Parts:
     for name, digest in _FASHION_MNIST.items():
         places = [folder / f"{name}.gz" for folder in (_FASHION_MNIST_DEBIAN, cache_folder() / "fashion-mnist")]
         found = next((place for place in places if place.is_file()), None)
-        if found is not None:
-            content = _unpack(found.read_bytes(), str(found), digest)
-        else:
-            content = _download(f"{_FASHION_MNIST_URL}/{name}.gz", places[-1], digest)
-        files[name] = parse_idx(content, name)
+        if found is None:
+            found = places[-1]
+            fetch(
+                f"{_FASHION_MNIST_URL}/{name}.gz", found, partial(_unpack, digest=digest),
+                "on Debian, `apt-get install dataset-fashion-mnist` needs no download",
+            )  # fmt: skip
+        files[name] = parse_idx(_unpack(found.read_bytes(), str(found), digest), name)
     images = files["train-images-idx3-ubyte"].unsqueeze(1).float() / 255
     labels = files["train-labels-idx1-ubyte"]
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
@@ -137,7 +98,7 @@ def fashion_images() -> Parts:
 
 def fashion_mnist() -> Dataset:
     """The clothes as they are."""
-    return standardised("fashion-mnist", Augmentation(flip=True, shift=1), fashion_images())
+    return standardised("fashion-mnist", 10, Augmentation(flip=True, shift=1), fashion_images())
 
 
 CANVAS, PIECES, PIECE = 48, 8, 8  # [pixels], pieces of clutter on each canvas, [pixels]
@@ -180,4 +141,4 @@ def cluttered_fashion_mnist() -> Dataset:
     """
     parts = zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)
     made = [(clutter(images[:count], seed), labels[:count]) for seed, ((images, labels), count) in enumerate(parts)]
-    return standardised("cluttered-fashion-mnist", Augmentation(flip=True, shift=1), made)
+    return standardised("cluttered-fashion-mnist", 10, Augmentation(flip=True, shift=1), made)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynrl.data.base import Augmentation, Dataset, Split
-from dynrl.data.images import digit_images, fashion_images, standardised
+from dynrl.data.base import Augmentation, Dataset, Split, standardised
+from dynrl.data.images import digit_images, fashion_images
 from dynrl.tasks import Regression
 
 STEPS = 50  # of the adding task
@@ -48,10 +48,10 @@ def sequential_digits() -> Dataset:
         (torch.cat([images.view(-1, 64, 1), place.expand(len(images), -1, -1)], 2), labels)
         for images, labels in digit_images()
     ]
-    return standardised("sequential-digits", Augmentation(), parts)
+    return standardised("sequential-digits", 10, Augmentation(), parts)
 
 
 def sequential_fashion_mnist() -> Dataset:
     """The clothes row by row, from the top: 28 steps of 28 numbers, split as fashion-mnist is."""
     parts = [(images.squeeze(1), labels) for images, labels in fashion_images()]
-    return standardised("sequential-fashion-mnist", Augmentation(), parts)
+    return standardised("sequential-fashion-mnist", 10, Augmentation(), parts)

@@ -1,0 +1,145 @@
+"""Your own images: a folder with a folder for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynrl.data.base import Augmentation, Dataset, standardised
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+LARGEST = 8 << 30  # [bytes] of all images as float32: they are held in memory
+SHARES = {"validation": 0.1, "test": 0.1}  # of the images of each class, where the folder does not say
+
+
+def image_folder(name: str) -> Dataset:
+    """The images below a folder, in memory.
+
+    Args:
+        name: the folder's path, or `PATH@SIZE`: the shorter side is brought to SIZE pixels, and the middle square
+            taken. Below it is a folder for each class; or `train`, `test` and, if wanted, `validation`, each with
+            these. Parts that are not there are drawn from `train` (or from all), the same images each time: a tenth of
+            each class.
+
+    Returns:
+        grey images [1, height, width] if all are grey, else [3, height, width] in red, green and blue.
+
+    Raises:
+        ValueError: no such folder, fewer than two classes, an empty one, other classes in another part, a file that is
+            no image, images of different sizes without SIZE, or more than fit in memory.
+    """
+    root, size = split_name(name)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder")
+    whole = not (root / "train").is_dir()
+    found = {part: _classes(root if whole else root / part) for part in (["train"] if whole else _parts(root))}
+    classes = list(found["train"])
+    if len(classes) < 2:
+        raise ValueError(f"expected a folder for each of two classes or more in {root}, found {classes}")
+    for part, images in found.items():
+        if list(images) != classes:
+            raise ValueError(f"{root / part} has the classes {list(images)}, {root / 'train'} has {classes}")
+    files = {part: [(file, i) for i, c in enumerate(classes) for file in found[part][c]] for part in found}
+    for part, share in SHARES.items():
+        if part not in files:
+            files["train"], files[part] = _drawn(files["train"], share, seed=len(part))
+    shape = _shape([file for part in files.values() for file, _ in part], size)
+    total = 4 * int(np.prod(shape)) * sum(len(part) for part in files.values())
+    if total > LARGEST:
+        raise ValueError(
+            f"the images of {root} at {shape} would take {total / 2**30:.0f} GB of memory; name a smaller size: "
+            f"{root}@{shape[-1] // 2}"
+        )
+    parts = []
+    for part in ("train", "validation", "test"):
+        order = np.random.default_rng(0).permutation(len(files[part]))
+        pixels = torch.empty(len(order), *shape)
+        for row, position in enumerate(order):
+            pixels[row] = _read(files[part][position][0], shape, size)
+        parts.append((pixels, torch.tensor([files[part][position][1] for position in order])))
+    return standardised(name, len(classes), Augmentation(flip=True, shift=max(1, shape[-1] // 16)), parts)
+
+
+def split_name(name: str) -> tuple[Path, int | None]:
+    """`PATH` or `PATH@SIZE` as its folder and its size."""
+    path, at, size = name.rpartition("@")
+    if not at or not size.isdecimal():
+        return Path(name), None
+    if not 1 <= int(size) <= 4096:
+        raise ValueError(f"expected a size of 1 to 4096 pixels behind the @ of {name!r}")
+    return Path(path), int(size)
+
+
+def _parts(root: Path) -> Iterator[str]:
+    return (part for part in ("train", *SHARES) if (root / part).is_dir())
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class, by its name."""
+    found = {}
+    for place in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        found[place.name] = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not found[place.name]:
+            raise ValueError(f"{place} holds no image ({', '.join(sorted(SUFFIXES))}); fill it or take it away")
+    return found
+
+
+def _drawn(files: list[tuple[Path, int]], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """`files` without `share` of each class, and these."""
+    rng, kept, drawn = np.random.default_rng(seed), [], []
+    for label in sorted({label for _, label in files}):
+        mine = [file for file in files if file[1] == label]
+        count = max(1, round(share * len(mine)))
+        if len(mine) < count + 1:
+            raise ValueError(f"{mine[0][0].parent} holds too few images to draw some for validation and test")
+        order = rng.permutation(len(mine))
+        drawn += [mine[i] for i in order[:count]]
+        kept += [mine[i] for i in order[count:]]
+    return kept, drawn
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read as an image ({error}); mend it or take it away") from None
+
+
+def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
+    """(channels, height, width) of all images, by what their headers say."""
+    grey, first = True, None
+    for file in files:
+        with _opened(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{file} has pixels of mode {image.mode}; convert it to 8 bits a channel")
+            grey = grey and image.mode in ("L", "1")
+            first = first or image.size
+            if size is None and image.size != first:
+                raise ValueError(
+                    f"{files[0]} has {first[0]}x{first[1]} pixels, {file} has {image.width}x{image.height}; say what "
+                    "to bring all to, by @SIZE behind the folder's name"
+                )
+    assert first is not None
+    width, height = first if size is None else (size, size)
+    return (1 if grey else 3), height, width
+
+
+def _read(file: Path, shape: tuple[int, int, int], size: int | None) -> Tensor:
+    from PIL import ImageOps
+
+    with _opened(file) as image:
+        converted = image.convert("L" if shape[0] == 1 else "RGB")
+    if size is not None:
+        converted = ImageOps.fit(converted, (size, size))
+    pixels = torch.from_numpy(np.array(converted, dtype=np.uint8)).view(shape[1], shape[2], shape[0])
+    return pixels.permute(2, 0, 1).float() / 255

@@ -1,0 +1,45 @@
+"""Your own backbones, data sets and decisions, in files that dynrl's commands and their remote workers import.
+
+Such a file adds to the registries: `dynrl.backbones.FAMILIES`, `dynrl.data.DATASETS`, `dynrl.recipes.DEFAULTS`, and
+decisions by `dynrl.envs.add`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+VARIABLE = "DYNRL_PLUGINS"  # files and modules, apart by os.pathsep; processes that are started inherit it
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Import each file (`*.py`, under its name without that) or module, once, and let workers to come do so.
+
+    Raises:
+        ValueError: one that cannot be found or imported, with the reason.
+    """
+    for name in names:
+        path = Path(name).resolve()
+        module = path.stem if name.endswith(".py") else name
+        if module in sys.modules:
+            continue
+        try:
+            if name.endswith(".py"):
+                spec = importlib.util.spec_from_file_location(module, path)
+                assert spec is not None
+                assert spec.loader is not None
+                sys.modules[module] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[module])
+            else:
+                importlib.import_module(name)
+        except Exception as error:  # whatever a user's file raises
+            sys.modules.pop(module, None)
+            raise ValueError(f"the plugin {name} cannot be imported: {type(error).__name__}: {error}") from error
+        known = [part for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+        entry = str(path) if name.endswith(".py") else name
+        if entry not in known:
+            os.environ[VARIABLE] = os.pathsep.join([*known, entry])

@@ -1,0 +1,97 @@
+"""What users add in files of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynrl.plugins import VARIABLE, load_plugins
+from dynrl.scripts.cli import main
+
+PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+QUICKLY = """
+from dataclasses import replace
+from dynrl.recipes import DEFAULTS
+row = DEFAULTS["unroll", "digits"]
+DEFAULTS["unroll", "digits"] = replace(
+    row, backbone={"width": 8, "most": 3}, pretraining=replace(row.pretraining, epochs=2), steps=2000
+)
+"""
+CHECKS = """
+import gymnasium, torch, torch.nn.functional as F
+import dynrl
+from dynrl.backbones import load_backbone
+model = dynrl.load("run")
+images = torch.randn(9, *model.input_shape)
+model(images)
+backbone, _ = load_backbone("run/backbone.safetensors")
+route = torch.randint(0, 2, (9, 3))
+with torch.no_grad():
+    walk = backbone.run_route(images, route)
+    torch.testing.assert_close(backbone(images, F.one_hot(route, 2).float()), walk.outputs, atol=1e-5, rtol=1e-5)
+env = gymnasium.make("dynrl/Unroll-v0")
+env.reset(seed=0)
+assert env.step(0)[2]
+"""
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    return tmp_path
+
+
+def test_a_plugin_is_imported_once_and_handed_on(clean):
+    (clean / "mine_once.py").write_text(
+        "from pathlib import Path\nwith open(__file__ + '.log', 'a') as f: f.write('x')"
+    )
+    for _ in range(2):
+        load_plugins([str(clean / "mine_once.py"), "json.tool"])
+    assert (clean / "mine_once.py.log").read_text() == "x"
+    assert os.environ[VARIABLE].split(os.pathsep) == [str(clean / "mine_once.py"), "json.tool"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("no_such_file.py", None, "FileNotFoundError"),
+        ("no_such_module", None, "ModuleNotFoundError"),
+        ("broken.py", "1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_bad_plugin_is_named(name, content, reason, clean, monkeypatch, capsys):
+    monkeypatch.chdir(clean)
+    if content:
+        (clean / name).write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--plugin", name, "list"])
+    assert stopped.value.code == 2
+    assert f"the plugin {name} cannot be imported: {reason}" in capsys.readouterr().err
+    assert not os.environ[VARIABLE]
+
+
+def test_the_sixth_decision_works_as_printed(tmp_path):
+    """Trained, evaluated, listed and plugged; found by other processes through the environment."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) < 80
+    (tmp_path / "unroll.py").write_text(code)
+    (tmp_path / "quickly.py").write_text(QUICKLY)
+    (tmp_path / "checks.py").write_text(CHECKS)
+
+    def run(*words, **more):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=os.environ | more, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    plugins = ["-m", "dynrl.scripts.cli", "--plugin", "unroll.py", "--plugin", "quickly.py"]
+    assert "dynrl/Unroll-v0" in run(*plugins, "list")
+    assert "learned" in run(*plugins, "train", "unroll", "--out", "run", "--threads", "2")
+    run("checks.py", **{VARIABLE: str(tmp_path / "unroll.py")})
