@@ -12,6 +12,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Print the registry as a table."""
+    from dynrl.data import DATASETS
     from dynrl.envs import DECISIONS
     from dynrl.recipes import DEFAULTS
 
@@ -22,6 +23,9 @@ def main(args: Args) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        f"\ndata sets: {', '.join(DATASETS)}; for decisions on images also FOLDER or FOLDER@SIZE, with a folder a class"
+    )
 
 
 if __name__ == "__main__":
