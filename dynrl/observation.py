@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dynrl.backbones import END, Backbone, State
 from dynrl.ops.decide import decide
@@ -84,7 +85,8 @@ def observation(backbone: Backbone, state: State, price: Tensor | float) -> Tens
         mask = backbone.open_choices(state)
         same = None if isinstance(price, Tensor) else price
         open_count = backbone.points[state.point].n
-        view = template(layout, state.point, open_count, same, rows.device).repeat(state.count, 1)
+        make = template.__wrapped__ if is_compiling() else template  # a tracer's tensors must not be kept
+        view = make(layout, state.point, open_count, same, rows.device).repeat(state.count, 1)
         if mask is not None:
             view[:, layout.mask : layout.mask + open_count] = mask.float()
         if isinstance(price, Tensor):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
+from dynrl.files import write_aside
 from dynrl.observation import FusedChoice, Layout, LinearChoice, observation, template
 from dynrl.ops.backend import device_counts, small_steps_by_kernels
 from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
+
+EXPORTED = ("skip", "exit")  # decisions that torch.export can carry
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,47 @@ class RoutedModel(nn.Module):
     def _route_of(self, walk: Walk) -> Route:
         return Route(walk.route, walk.macs, walk.steps * self._router_macs, self.backbone.dense_macs)
 
+    def export(self, path: str | Path) -> None:
+        """Write the walk at the present price, router included, as a torch.export program for two inputs or more.
+
+        `torch.export.load(path).module()(inputs)` needs torch alone. What is skipped is not computed there, either.
+
+        Raises:
+            ValueError: another decision than `EXPORTED`: its rows' choices set sizes that torch.export cannot carry.
+        """
+        if self.backbone.decision not in EXPORTED or not isinstance(self.policy, Router):
+            raise ValueError(
+                f"only learned policies for {' and '.join(EXPORTED)} can be exported, not {type(self.policy).__name__} "
+                f"for {self.backbone.decision}; plug it in Python, or capture it on CUDA"
+            )
+        weights = next(self.backbone.parameters())
+        example = torch.zeros(4, *self.input_shape, dtype=weights.dtype, device=weights.device)
+        batch = torch.export.Dim("batch", min=2)
+        with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            program = torch.export.export(_Walking(self), (example,), dynamic_shapes=({0: batch},))
+        content = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No complete tensor found")  # the router's transposed weights
+            torch.export.save(program, content)
+        with write_aside(Path(path)) as aside:
+            aside.write_bytes(content.getvalue())
+
     def capture(self, batch_size: int) -> CapturedModel:
         """The walk as one CUDA graph for inputs of one batch size at the present price; see `CapturedModel`."""
         return CapturedModel(self, batch_size)
+
+
+class _Walking(nn.Module):
+    """What is exported: no checks that would look at values, and no books kept."""
+
+    def __init__(self, model: RoutedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.model.backbone.run(inputs, self.model._choose).outputs
+        assert outputs is not None
+        return outputs
 
 
 class CapturedModel:

@@ -34,7 +34,9 @@ ALLOWED = {
     "dynrl.policies": {"dynrl.policies", "dynrl.files", "dynrl.routes"},
     "dynrl.observation": {"dynrl.backbones", "dynrl.ops"},
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
-    "dynrl.routed": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost"},
+    "dynrl.routed": {
+        "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost", "dynrl.files",
+    },
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops"},
     "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},

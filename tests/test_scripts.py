@@ -254,6 +254,14 @@ def test_more_than_two_choices_are_each_shown_throughout():
         assert point["choice_rates"] == rates
 
 
+def test_an_exported_run_is_the_plugged_one(run, tmp_path):
+    main(["export", str(run), "--out", str(tmp_path / "model.pt2"), "--budget", "0.7"])
+    model, inputs = dynrl.load(run), load_dataset("digits").test.inputs[:40]
+    model.set_budget(0.7)
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(exported(inputs), model(inputs), atol=1e-5, rtol=1e-5)
+
+
 def test_several_runs_make_one_report(run, tmp_path):
     before = (run / "report.json").read_text()
     report = report_runs([run, run], tmp_path / "out", batch_size=32)

@@ -7,12 +7,15 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from dynrl.backbones import GatedResNet
+from dynrl.backbones import ExitResNet, GatedResNet, SlimmableResNet
+from dynrl.observation import Layout, observation
 from dynrl.ops.gated_cell import gated_cell
 from dynrl.ops.route import route
 from dynrl.ops.routed_linear import routed_linear
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
+from dynrl.policies import Router, StaticPolicy
+from dynrl.routed import EXPORTED, RoutedModel
 
 
 class Everything(nn.Module):
@@ -79,6 +82,52 @@ def test_exported_for_any_batch_size(kind):
     for rows in (9, 5, 30):
         given = arguments(module, rows, rows)
         torch.testing.assert_close(exported(*given), module(*given), atol=1e-5, rtol=1e-5)
+
+
+def inputs_for(backbone, rows):
+    return torch.randn(rows, *backbone.input_shape) + 4 * torch.randn(rows, 1, 1, 1)
+
+
+def decided(name, hidden=8):
+    """A plugged model whose rows take routes of their own."""
+    backbone = {
+        "skip": GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)),
+        "exit": ExitResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), exits=(0, 1, 2)),
+        "channel": SlimmableResNet((1, 8, 8), layers=(2,), widths=(32,)),
+    }[name].eval()
+    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), hidden=hidden)
+    inputs = inputs_for(backbone, 64)
+    with torch.no_grad():
+        seen = torch.cat([observation(backbone, backbone.begin(inputs), price) for price in (0.01, 1.0)])
+        for parameter in router.parameters():
+            torch.nn.init.normal_(parameter)
+        scores = router._scores(seen)
+        router.head.bias[1] += (scores[:, 0] - scores[:, 1]).median()  # so that half of the rows go each way at first
+    return RoutedModel(backbone, router)
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize("name", EXPORTED)
+@torch.no_grad()
+def test_a_plugged_model_is_exported(name, hidden, tmp_path):
+    model, met = decided(name, hidden), set()
+    for price in (0.01, 1.0):
+        model.set_price(price)
+        model.export(tmp_path / "model.pt2")
+        exported = torch.export.load(tmp_path / "model.pt2").module()
+        for rows in (2, 9, 40):
+            inputs = inputs_for(model.backbone, rows)
+            torch.testing.assert_close(exported(inputs), model(inputs), atol=1e-5, rtol=1e-5)
+            met |= set(map(tuple, model.last_route.actions.tolist()))
+    assert len(met) > 2, met
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    model = decided("skip")
+    for bad in (decided("channel"), RoutedModel(model.backbone, StaticPolicy(model.backbone.full_route))):
+        with pytest.raises(ValueError, match="only learned policies for skip and exit can be exported"):
+            bad.export(tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_custom_ops_are_declared_right():

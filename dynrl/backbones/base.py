@@ -191,7 +191,7 @@ class State:
     @property
     def count(self) -> int:
         """How many rows stand here."""
-        return len(self.rows)
+        return self.rows.shape[0]  # len() would make a traced size a constant
 
     def copy(self) -> State:
         """Branch off: a state on a walk of its own. The only way to advance from one state twice."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.backbones.resnet import ResNet
@@ -60,6 +61,8 @@ class Exits(Backbone):
         walk, rows, x = state.walk, state.rows, state.features
         assert x is not None
         going = action.nonzero().squeeze(1)
+        if is_compiling():  # how many go on is data, and must not decide on a branch
+            return [self._arrive(walk, state.point + 1, rows[going], take_rows(x, going))]
         reached = []
         if len(going) < len(rows):
             reached.append(State(walk, END, rows[action == STOP], None))

@@ -188,5 +188,7 @@ def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """`x[index]`, in the memory format of `x`. Differentiable."""
+    if is_compiling():  # whose memory format is the compiler's affair, and cannot be asked for where a size is data
+        return x.index_select(0, index)
     rows = as_rows(x).index_select(0, index)
     return rows.permute(0, 3, 1, 2) if _channels_last(x) else rows
