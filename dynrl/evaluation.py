@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +124,31 @@ def calibrate(
     model.set_price(before)
     model.curve = curve
     return curve
+
+
+def calibrate_latency(
+    model: RoutedModel, inputs: Tensor, rounds: int = 11, tick: Callable[[], Any] = lambda: None
+) -> list[tuple[float, float]]:
+    """Time a batch at each price of `model.curve`; what `set_milliseconds` looks a price up in.
+
+    Args:
+        inputs: validation data, one batch.
+        rounds: as in `medians_in_turn`; `tick` is called after each.
+
+    Returns:
+        [(price, milliseconds)], prices rising and times falling: a dearer price takes no longer, so medians that say
+        otherwise are noise, and all are put in order (rearrangement: Chernozhukov et al. 2009, Biometrika).
+    """
+
+    def at(price: float) -> None:
+        if model.price != price:  # in the call before the timed one
+            model.set_price(price)
+        model(inputs)
+
+    before, prices = model.price, [price for price, _ in model.curve]
+    times = medians_in_turn({price: partial(at, price) for price in prices}, rounds, tick)
+    model.set_price(before)
+    return list(zip(prices, sorted(times.values(), reverse=True), strict=True))
 
 
 # What a learned policy must beat ----------------------------------------------------------------------------
@@ -325,23 +350,3 @@ def dense_sides(backbone: Backbone, inputs: Tensor) -> dict[str, Callable[[], An
         network: Any = copy.deepcopy(backbone).to(memory_format=form)  # type: ignore[call-overload]
         sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), route)
     return sides | {f"dense {name}": side for name, side in backbone.dense_twins(inputs).items()}
-
-
-def hardware() -> dict[str, Any]:
-    """What figures depend on: processor, threads, versions."""
-    return {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

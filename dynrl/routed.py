@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
-from dynrl.files import write_aside
+from dynrl.files import read_json, write_aside
+from dynrl.machine import hardware
 from dynrl.observation import FusedChoice, Layout, LinearChoice, observation, template
 from dynrl.ops.backend import device_counts, small_steps_by_kernels
 from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
@@ -57,6 +60,7 @@ class RoutedModel(nn.Module):
         input_shape: of one input.
         price_range: lowest and highest price; None for policies that know no price.
         curve: [(price, MACs fraction on validation data)], prices rising.
+        latency: [(price, milliseconds a batch)] on this machine, prices rising; of `dynrl calibrate`, else empty.
         last_route: the `Route` of the last call.
     """
 
@@ -74,6 +78,7 @@ class RoutedModel(nn.Module):
         self.policy = policy
         self.input_shape = backbone.input_shape
         self.curve = sorted(curve or [])
+        self.latency: list[tuple[float, float]] = []
         self.price_range: tuple[float, float] | None = None
         self._price: float = 0.0
         self._router_macs = 0
@@ -121,18 +126,17 @@ class RoutedModel(nn.Module):
         """
         if len(self.curve) < 2:
             raise ValueError("this policy has no calibrated budgets; train it with dynrl, or use set_price")
-        dearest, cheapest = max(m for _, m in self.curve), min(m for _, m in self.curve)
-        if not cheapest <= budget <= dearest:
-            raise ValueError(
-                f"the budget {budget} is out of reach; this policy reaches {cheapest:.3f} to {dearest:.3f}"
-            )
-        for (low, above), (high, below) in zip(self.curve, self.curve[1:], strict=False):
-            if min(above, below) <= budget <= max(above, below):
-                share = 0.5 if above == below else (above - budget) / (above - below)
-                # Prices were drawn evenly in their logarithm. Rounding must not carry the result out of the range.
-                self.set_price(min(max(low * (high / low) ** share, low), high))
-                return
-        raise AssertionError("a continuous curve reaches every value between its ends")
+        self.set_price(_price_at(self.curve, budget, "of the dense MACs"))
+
+    def set_milliseconds(self, budget: float) -> None:
+        """Choose the price at which a batch took `budget` milliseconds when `dynrl calibrate` timed it on this machine.
+
+        Raises:
+            ValueError: it was not timed on this machine, or `budget` lies outside what the policy can reach.
+        """
+        if len(self.latency) < 2:
+            raise ValueError("no times of this machine are known; run: dynrl calibrate RUN")
+        self.set_price(_price_at(self.latency, budget, "milliseconds"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
         super()._apply(fn, recurse)
@@ -197,6 +201,21 @@ class RoutedModel(nn.Module):
     def capture(self, batch_size: int) -> CapturedModel:
         """The walk as one CUDA graph for inputs of one batch size at the present price; see `CapturedModel`."""
         return CapturedModel(self, batch_size)
+
+
+def _price_at(curve: list[tuple[float, float]], budget: float, unit: str) -> float:
+    """The price at which `curve` [(price, what it costs)], prices rising, passes `budget`."""
+    dearest, cheapest = max(cost for _, cost in curve), min(cost for _, cost in curve)
+    if not cheapest <= budget <= dearest:
+        raise ValueError(
+            f"the budget {budget} is out of reach; this policy reaches {cheapest:.3f} to {dearest:.3f} {unit}"
+        )
+    for (low, above), (high, below) in pairwise(curve):
+        if min(above, below) <= budget <= max(above, below):
+            share = 0.5 if above == below else (above - budget) / (above - below)
+            # Prices were drawn evenly in their logarithm. Rounding must not carry the result out of the range.
+            return min(max(low * (high / low) ** share, low), high)
+    raise AssertionError("a continuous curve reaches every value between its ends")
 
 
 class _Walking(nn.Module):
@@ -305,10 +324,23 @@ def check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) 
         raise ValueError(f"{path} was trained for another backbone (fingerprints differ); plug it into its own")
 
 
+LATENCY = "latency.json"  # in a run: what a batch took on which machine
+
+
 def load(run: str | Path) -> RoutedModel:
-    """The routed model of a run folder: its backbone with its policy plugged in."""
+    """The routed model of a run folder: its backbone with its policy plugged in, and the times of this machine."""
     run = Path(run)
     if not run.is_dir():
         raise ValueError(f"{run} is no run folder")
     backbone, _ = load_backbone(run / "backbone.safetensors")
-    return plug(backbone, run / "policy.safetensors")
+    model = plug(backbone, run / "policy.safetensors")
+    if (run / LATENCY).is_file():
+        times = read_json(run / LATENCY)
+        if times["hardware"]["processor"] == hardware()["processor"] and times["policy"] == policy_digest(run):
+            model.latency = [(float(price), float(ms)) for price, ms in times["curve"]]
+    return model
+
+
+def policy_digest(run: Path) -> str:
+    """Tells whether the policy of a run is the one that was timed."""
+    return hashlib.sha256((run / "policy.safetensors").read_bytes()).hexdigest()

@@ -43,8 +43,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
-    from dynrl.evaluation import hardware
     from dynrl.files import write_json
+    from dynrl.machine import hardware
     from dynrl.scripts.common import commit, use_threads
 
     if args.rounds is not None and args.rounds < 1:

@@ -141,6 +141,7 @@ def measure(
 
     from dynrl import evaluation as ev
     from dynrl.heuristics import HEURISTICS
+    from dynrl.machine import hardware
     from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
     from dynrl.routed import RoutedModel
@@ -283,7 +284,7 @@ def measure(
             "batch_size": len(batch),
         },
         "points": points,
-        "hardware": ev.hardware(),
+        "hardware": hardware(),
     }
 
 

@@ -26,6 +26,7 @@ ALLOWED = {
     "dynrl.files": set(),
     "dynrl.tasks": set(),
     "dynrl.cost": set(),
+    "dynrl.machine": set(),
     "dynrl.progress": set(),
     "dynrl.routes": set(),
     "dynrl._version": set(),
@@ -36,6 +37,7 @@ ALLOWED = {
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
     "dynrl.routed": {
         "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.ops", "dynrl.cost", "dynrl.files",
+        "dynrl.machine",
     },
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops"},
     "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},

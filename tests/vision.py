@@ -20,7 +20,8 @@ from torch import nn
 
 import dynrl
 from dynrl.backbones import Backbone, ExitModule, ExitResNet, GatedModule, GatedResNet, SlimmableResNet
-from dynrl.evaluation import hardware, medians_in_turn
+from dynrl.evaluation import medians_in_turn
+from dynrl.machine import hardware
 from dynrl.policies import RandomPolicy, StaticPolicy
 
 SHAPE = (3, 224, 224)

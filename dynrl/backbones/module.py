@@ -173,7 +173,7 @@ class GatedModule(_OfModule, Skipping):
     their input's shape. The full route is the module itself, by the very same weights.
 
     Args:
-        module: one tensor [B, *input_shape] to outputs [B, classes]; is held, not copied.
+        module: one tensor [B, *input_shape] to outputs [B, classes]; is held, not copied, and put into eval mode.
         input_shape: of one input.
         blocks: names (as in `module.named_modules()`) in the order in which they run, of blocks that keep their
             input's shape, shortcut included.
@@ -229,7 +229,7 @@ class ExitModule(_OfModule, Exits):
     untrained: `dynrl.pretraining.pretrain` trains all exits together. The last exit is the module's own output.
 
     Args:
-        module: one tensor [B, *input_shape] to outputs [B, classes]; is held, not copied.
+        module: one tensor [B, *input_shape] to outputs [B, classes]; is held, not copied, and put into eval mode.
         input_shape: of one input.
         layers: names (as in `module.named_modules()`) in the order in which they run, of layers that everything the
             module computes goes through; there is an exit behind each.

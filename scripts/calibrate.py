@@ -1,0 +1,62 @@
+"""Time a run's routed model on this machine, so that budgets may be given in milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass
+class Args:
+    """Settings of `dynrl calibrate`."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder; latency.json is written into it."""
+    batch_size: int = 256
+    """Inputs a batch, as the model will be used."""
+    threads: int | None = None
+    """CPU threads, as the model will be used; default: all available cores."""
+
+
+def main(args: Args) -> None:
+    """Time a batch of validation data at each price that the policy was calibrated at."""
+    from dynrl.data import load_dataset
+    from dynrl.evaluation import calibrate_latency
+    from dynrl.files import write_json
+    from dynrl.machine import hardware
+    from dynrl.progress import progress
+    from dynrl.routed import LATENCY, load, policy_digest
+    from dynrl.scripts.common import read_config, use_threads
+
+    if args.batch_size < 1:
+        raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
+    data = read_config(args.run)["data"]
+    use_threads(args.threads)
+    model, inputs = load(args.run), load_dataset(data).validation.inputs[: args.batch_size]
+    if len(model.curve) < 2:
+        raise ValueError(f"the policy of {args.run} has no calibrated budgets; train it with dynrl")
+    if len(inputs) < args.batch_size:
+        raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
+    rounds = 11
+    with progress(total=rounds, desc="timing", unit="round") as bar:
+        curve = calibrate_latency(model, inputs, rounds, bar.update)
+    write_json(
+        args.run / LATENCY,
+        {
+            "curve": curve, "batch_size": args.batch_size, "policy": policy_digest(args.run), "date": f"{date.today()}",
+            "hardware": hardware(),
+        },
+    )  # fmt: skip
+    slow, fast = curve[0][1], curve[-1][1]
+    print(f"{args.run / LATENCY}: a batch of {args.batch_size} takes {fast:.1f} to {slow:.1f} ms")
+    print(f"use it:  model = dynrl.load({str(args.run)!r}); model.set_milliseconds({(fast + slow) / 2:.1f})")
+
+
+if __name__ == "__main__":
+    from dynrl.scripts.cli import run
+
+    run("calibrate")
