@@ -20,12 +20,15 @@ def load_plugins(names: Iterable[str]) -> None:
     """Import each file (`*.py`, under its name without that) or module, once, and let workers to come do so.
 
     Raises:
-        ValueError: one that cannot be found or imported, with the reason.
+        ValueError: one that cannot be found or imported, with the reason, or has the name of another module.
     """
     for name in names:
         path = Path(name).resolve()
         module = path.stem if name.endswith(".py") else name
         if module in sys.modules:
+            there = getattr(sys.modules[module], "__file__", None)
+            if name.endswith(".py") and (there is None or Path(there).resolve() != path):
+                raise ValueError(f"the plugin {name} has the name of a module that is there ({there}); rename the file")
             continue
         try:
             if name.endswith(".py"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
 from dynrl.cost import count_macs
-from dynrl.files import read_json, write_aside
+from dynrl.files import fingerprint, read_json, write_aside
 from dynrl.machine import hardware
 from dynrl.observation import FusedChoice, Layout, LinearChoice, observation, template
 from dynrl.ops.backend import device_counts, small_steps_by_kernels
@@ -336,11 +335,11 @@ def load(run: str | Path) -> RoutedModel:
     model = plug(backbone, run / "policy.safetensors")
     if (run / LATENCY).is_file():
         times = read_json(run / LATENCY)
-        if times["hardware"]["processor"] == hardware()["processor"] and times["policy"] == policy_digest(run):
+        if times["hardware"]["processor"] == hardware()["processor"] and times["policy"] == policy_fingerprint(model):
             model.latency = [(float(price), float(ms)) for price, ms in times["curve"]]
     return model
 
 
-def policy_digest(run: Path) -> str:
-    """Tells whether the policy of a run is the one that was timed."""
-    return hashlib.sha256((run / "policy.safetensors").read_bytes()).hexdigest()
+def policy_fingerprint(model: RoutedModel) -> str:
+    """Tells whether a model's policy is the one that was timed."""
+    return fingerprint(model.policy.state_dict(), model.curve)

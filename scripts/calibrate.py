@@ -29,7 +29,7 @@ def main(args: Args) -> None:
     from dynrl.files import write_json
     from dynrl.machine import hardware
     from dynrl.progress import progress
-    from dynrl.routed import LATENCY, load, policy_digest
+    from dynrl.routed import LATENCY, load, policy_fingerprint
     from dynrl.scripts.common import read_config, use_threads
 
     if args.batch_size < 1:
@@ -47,8 +47,8 @@ def main(args: Args) -> None:
     write_json(
         args.run / LATENCY,
         {
-            "curve": curve, "batch_size": args.batch_size, "policy": policy_digest(args.run), "date": f"{date.today()}",
-            "hardware": hardware(),
+            "curve": curve, "batch_size": args.batch_size, "policy": policy_fingerprint(model),
+            "date": f"{date.today()}", "hardware": hardware(),
         },
     )  # fmt: skip
     slow, fast = curve[0][1], curve[-1][1]

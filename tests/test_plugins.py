@@ -76,6 +76,12 @@ def test_a_bad_plugin_is_named(name, content, reason, clean, monkeypatch, capsys
     assert not os.environ[VARIABLE]
 
 
+def test_a_plugin_of_another_modules_name_is_refused(clean):
+    (clean / "json.py").write_text("")
+    with pytest.raises(ValueError, match=r"has the name of a module that is there.*rename the file"):
+        load_plugins([str(clean / "json.py")])
+
+
 def test_the_sixth_decision_works_as_printed(tmp_path):
     """Trained, evaluated, listed and plugged; found by other processes through the environment."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
