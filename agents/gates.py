@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dynrl.agents.training import Agent, router_arguments, walks
 from dynrl.backbones import State, choice_rates, load_backbone
+from dynrl.choice import logits_on
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs, accuracy
 from dynrl.files import write_aside
-from dynrl.observation import observation
-from dynrl.policies import Router
+from dynrl.policies import LearnedPolicy, build_policy
 from dynrl.routes import draw_prices
 
 LEARNING_RATE = 2e-3
@@ -53,7 +53,7 @@ class Gates(Agent):
         self.reload()
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self._router = Router(**router_arguments(self._backbone, settings))
+            self._router = build_policy(*router_arguments(self._backbone, settings))
         self._optimizer = torch.optim.Adam(self._router.parameters(), LEARNING_RATE)
         if self._file.exists():
             saved = torch.load(self._file, weights_only=True)
@@ -93,8 +93,10 @@ class Gates(Agent):
         prices = draw_prices(settings.price_range, len(rows), self._generator)
         entropies: list[Tensor] = []
 
+        logits_at = logits_on(backbone, self._router, inputs, prices)
+
         def choose(state: State) -> Tensor:
-            logits = self._router(observation(backbone, state, prices))
+            logits = logits_at(state)
             log_probs = logits.detach().log_softmax(1)
             entropies.append(-(log_probs.exp() * log_probs).sum(1)[state.walk.present])
             return straight_through(logits, self._generator)
@@ -114,7 +116,7 @@ class Gates(Agent):
             "macs_fraction": macs.detach(), "price": prices, "entropy": torch.cat(entropies), "route": walk.route,
         }  # fmt: skip
 
-    def router(self) -> Router:
+    def router(self) -> LearnedPolicy:
         """The router as it is."""
         return copy.deepcopy(self._router).eval()
 

@@ -12,12 +12,13 @@ from dynrl.agents.rllib import ppo_config, router_of, start_ray
 from dynrl.agents.training import Agent, router_arguments, walks
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
-from dynrl.policies import Router
+from dynrl.policies import LearnedPolicy
 
 KEEP_CHECKPOINTS = 2
 # The bonus for each decision of a walk of up to eight. Of a longer one each moves the return less: at the same bonus
 # policies stay undecided, and the likeliest choices, taken throughout, lead where training never was.
 ENTROPY = 0.01
+UPFRONT_WALKS = 16  # of each sub-environment a training iteration: a walk is one sample to learn from, not one a step
 
 
 class PPO(Agent):
@@ -31,11 +32,15 @@ class PPO(Agent):
         env_config = {
             "backbone": str(self.backbone_file.resolve()), "data": settings.data,
             "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
+            "upfront": settings.upfront,
         }  # fmt: skip
+        # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
+        self._decisions = backbone.max_steps if settings.upfront else 1
+        rollout = UPFRONT_WALKS if settings.upfront else walks(backbone) * backbone.max_steps
         config = ppo_config(
             decision(settings.decision).env_id, env_config, router_arguments(backbone, settings), seed=settings.seed,
-            num_envs=settings.num_envs, rollout=walks(backbone) * backbone.max_steps,
-            num_env_runners=settings.num_env_runners, total_steps=self.total,
+            num_envs=settings.num_envs, rollout=rollout, num_env_runners=settings.num_env_runners,
+            total_steps=self.total // self._decisions, baseline=settings.baseline,
             entropy=ENTROPY * min(1.0, 8 / backbone.max_steps),
         )  # fmt: skip
         self._algorithm = config.build_algo()
@@ -48,11 +53,11 @@ class PPO(Agent):
     def iterate(self) -> dict[str, float]:
         """One training iteration of RLlib's."""
         result = self._algorithm.train()
-        self.steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"])
+        self.steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"]) * self._decisions
         return scalars_of(result)
 
-    def router(self) -> Router:
-        """The router inside the algorithm."""
+    def router(self) -> LearnedPolicy:
+        """The policy inside the algorithm."""
         return router_of(self._algorithm)
 
     def save(self) -> None:

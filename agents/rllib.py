@@ -18,13 +18,13 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical
+from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchMultiCategorical
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
@@ -42,22 +42,28 @@ from torch import Tensor, nn
 
 from dynrl.backbones import choice_rates
 from dynrl.envs.core import RoutingVectorEnv
-from dynrl.policies import Router
+from dynrl.policies import LearnedPolicy, build_policy
 
 for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
-    """A `Router` (`net`, what is deployed) beside a value network. `model_config["router"]` holds its arguments."""
+    """A policy (`net`, what is deployed) beside a value network.
+
+    `model_config["router"]` holds `build_policy`'s arguments.
+    """
 
     def setup(self) -> None:
         """Build both networks."""
-        if not isinstance(self.action_space, Discrete):
-            raise ValueError(f"RouterModule takes Discrete actions, got {self.action_space}")
-        self.action_dist_cls = TorchCategorical
+        if not isinstance(self.action_space, (Discrete, MultiDiscrete)):
+            raise ValueError(f"RouterModule takes Discrete or MultiDiscrete actions, got {self.action_space}")
         settings: Any = self.model_config  # RLlib adds keys of its own beside "router"
-        self.net = Router(**settings["router"])
+        self.net = build_policy(*settings["router"])
+        self.action_dist_cls = TorchCategorical
+        if isinstance(self.action_space, MultiDiscrete):
+            several: Any = TorchMultiCategorical
+            self.action_dist_cls = several.get_partial_dist_cls(input_lens=[self.net.choices] * self.net.decisions)
         width, hidden = self.net.price + 1, 64
         self.value = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
@@ -83,13 +89,14 @@ class Slab:
     A plain class: RLlib takes dicts and tuples apart when it gathers samples.
 
     Attributes:
-        obs [T, N, D], actions [T, N], rewards [T, N], terminateds [T, N] bool, logp [T, N], logits [T, N, A];
+        obs [T, N, D], actions [T, N] (upfront [T, N, decisions]), rewards [T, N], terminateds [T, N] bool,
+        logp [T, N], logits [T, N, A]; greedy [T, N], what the likeliest actions would have earned, or [T, 0];
         last_obs [N, D]: what the next slab begins with.
     """
 
     def __init__(self, steps: list[tuple[Tensor, ...]], last_obs: Tensor) -> None:
         stacked = [torch.stack(column) for column in zip(*steps, strict=True)]
-        self.obs, self.actions, self.rewards, self.terminateds, self.logp, self.logits = stacked
+        self.obs, self.actions, self.rewards, self.terminateds, self.logp, self.logits, self.greedy = stacked
         self.last_obs = last_obs
 
     def __len__(self) -> int:
@@ -143,20 +150,26 @@ class SlabRunner(SingleAgentEnvRunner):
             ended: list[dict[str, Tensor]] = []
             obs, done = self._obs, 0
             module: Any = self.module
-            net: Router = module.net
+            net: LearnedPolicy = module.net
+            against_greedy = module.model_config.get("baseline") == "greedy"
             while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
                 logits = net(obs)
-                log_probs = torch.log_softmax(logits, 1)
+                # A row for each decision: one of each observation, or all of a walk's.
+                log_probs = torch.log_softmax(logits.view(-1, net.choices), 1)
+                likeliest = log_probs.argmax(1)
                 if random_actions:
-                    actions = torch.randint(env.backbone.num_choices, (count,))
+                    actions = torch.randint(env.backbone.num_choices, likeliest.shape)
                 elif explore:
                     # The largest of log-probability plus Gumbel noise is a draw from the distribution.
                     actions = (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
                 else:
-                    actions = logits.argmax(1)
-                logp = log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
+                    actions = likeliest
+                logp = log_probs.gather(1, actions.unsqueeze(1)).view(count, -1).sum(1)
+                if env.upfront:
+                    actions, likeliest = actions.view(count, -1), likeliest.view(count, -1)
+                greedy = env.foresee(likeliest) if against_greedy else torch.empty(0)
                 following, rewards, terminated, info = env.step_tensors(actions)
-                steps.append((obs, actions, rewards, terminated, logp, logits))
+                steps.append((obs, actions, rewards, terminated, logp, logits, greedy))
                 self._returns += rewards
                 self._lengths += 1
                 if "route" in info:
@@ -223,13 +236,16 @@ class SlabGAE(ConnectorV2):
             values = module.compute_values({Columns.OBS: torch.cat([flat, slab.last_obs.to(device)])})
             values = values.view(length + 1, count)
             advantages = gae(rewards, values, ended, self.gamma, self.lambda_)
+            targets = advantages + values[:-1]
+            if slab.greedy.numel():
+                advantages = rewards - slab.greedy.to(device)
             for name, column in (
                 (Columns.OBS, flat),
-                (Columns.ACTIONS, slab.actions.to(device).flatten()),
+                (Columns.ACTIONS, slab.actions.to(device).flatten(0, 1)),
                 (Columns.ACTION_LOGP, slab.logp.to(device).flatten()),
                 (Columns.ACTION_DIST_INPUTS, slab.logits.to(device).flatten(0, 1)),
                 (Postprocessing.ADVANTAGES, advantages.flatten()),
-                (Postprocessing.VALUE_TARGETS, (advantages + values[:-1]).flatten()),
+                (Postprocessing.VALUE_TARGETS, targets.flatten()),
             ):
                 columns.setdefault(name, []).append(column)
         # Neighbours in a slab stand at the same point; minibatches should not.
@@ -263,8 +279,9 @@ def gae(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, lambda_: f
 def ppo_config(
     env_id: str,
     env_config: dict[str, Any],
-    router: dict[str, Any],
+    router: tuple[str, dict[str, Any]],
     *,
+    baseline: str = "value",
     seed: int = 0,
     num_envs: int = 64,
     rollout: int = 72,
@@ -279,7 +296,8 @@ def ppo_config(
     Args:
         env_id: a registered dynrl environment; remote workers find it by `dynrl:` before the id.
         env_config: its arguments, without `autoreset_mode`.
-        router: `Router`'s arguments.
+        router: `build_policy`'s arguments.
+        baseline: of the advantages, see `Settings`.
         rollout: steps of each sub-environment a training iteration.
         total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
 
@@ -289,6 +307,7 @@ def ppo_config(
     if num_learners > 1:
         raise ValueError(f"expected at most one learner, got {num_learners}: a slab is not split between learners")
     per_runner = num_envs * rollout
+    model = {"router": list(router), "baseline": baseline}
     schedule: Any = [[0, entropy], [total_steps, entropy / 10]]
     config = (
         PPOConfig()
@@ -302,7 +321,7 @@ def ppo_config(
             sample_timeout_s=600,
         )
         .learners(num_learners=num_learners)
-        .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config={"router": router}))
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config=model))
         .training(
             train_batch_size_per_learner=per_runner * max(1, num_env_runners),
             minibatch_size=per_runner * max(1, num_env_runners) // 8,
@@ -332,10 +351,10 @@ def start_ray(num_cpus: int) -> bool:
     return True
 
 
-def router_of(algorithm: Any) -> Router:
-    """The router inside an algorithm, with its newest weights; a copy."""
+def router_of(algorithm: Any) -> LearnedPolicy:
+    """The policy inside an algorithm, with its newest weights; a copy."""
     module = algorithm.get_module(DEFAULT_MODULE_ID)
     assert module is not None
-    twin = Router(**module.net.config)
+    twin = build_policy(module.net.kind, module.net.config)
     twin.load_state_dict(module.net.state_dict())
     return twin.eval()

@@ -18,8 +18,8 @@ from dynrl.agents.metrics import TrainingLog
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import load_dataset
 from dynrl.finetuning import Finetuner, Finetuning
-from dynrl.observation import Layout
-from dynrl.policies import Router
+from dynrl.observation import Layout, View
+from dynrl.policies import LearnedPolicy
 from dynrl.progress import progress
 from dynrl.tasks import TASKS
 
@@ -39,7 +39,9 @@ class Settings:
         router_hidden: units of the policy's hidden layer, 0 for a linear one.
         num_envs: inputs that walk side by side in one runner; of gates, a batch.
         num_env_runners: remote processes that sample (PPO's only); 0 samples in this one.
-        price_range, accuracy_term: see `RoutingVectorEnv`.
+        price_range, accuracy_term, upfront: see `RoutingVectorEnv`.
+        baseline: of PPO's advantages: "value", or "greedy", what the likeliest route earns (upfront only; self-critical
+            training, Rennie et al. 2017, CVPR, which BlockDrop uses).
         checkpoint_every: training iterations between checkpoints.
     """
 
@@ -53,6 +55,8 @@ class Settings:
     num_env_runners: int = 0
     price_range: tuple[float, float] = (0.002, 2.0)
     accuracy_term: str = "distillation"
+    upfront: bool = False
+    baseline: str = "value"
     checkpoint_every: int = 10
 
 
@@ -93,7 +97,7 @@ class Agent:
         """Learn from some more decisions, counted in `steps`; scalars by the tags of `TrainingLog`."""
         raise NotImplementedError
 
-    def router(self) -> Router:
+    def router(self) -> LearnedPolicy:
         """The policy as it is; a copy."""
         raise NotImplementedError
 
@@ -155,15 +159,14 @@ def open_agent(settings: Settings, backbone_file: Path, folder: Path, total: int
     return agent
 
 
-def router_arguments(backbone: Backbone, settings: Settings) -> dict[str, Any]:
-    """`Router`'s arguments for a policy of `backbone`."""
-    return {
-        **Layout.of(backbone).to_dict(),
-        "price_range": list(settings.price_range),
-        "hidden": settings.router_hidden,
-        # The full network's choice is the favoured one at the start; where points differ in it, the commonest.
-        "start": statistics.mode(backbone.full_route),
-    }
+def router_arguments(backbone: Backbone, settings: Settings) -> tuple[str, dict[str, Any]]:
+    """`build_policy`'s arguments for a policy of `backbone`."""
+    common = {"price_range": list(settings.price_range), "hidden": settings.router_hidden}
+    # The full network's choice is the favoured one at the start.
+    if settings.upfront:
+        return "upfront", {**View.of(backbone).to_dict(), **common, "start": list(backbone.full_route)}
+    # Where points differ in it, the commonest.
+    return "sequential", {**Layout.of(backbone).to_dict(), **common, "start": statistics.mode(backbone.full_route)}
 
 
 def walks(backbone: Backbone) -> int:
@@ -171,7 +174,7 @@ def walks(backbone: Backbone) -> int:
     return max(1, min(8, 72 // backbone.max_steps))
 
 
-def train_policy(settings: Settings, backbone_file: Path, folder: Path) -> tuple[Router, bool]:
+def train_policy(settings: Settings, backbone_file: Path, folder: Path) -> tuple[LearnedPolicy, bool]:
     """Train a policy for a backbone that stays as it is, going on from the newest checkpoint in `folder`.
 
     Returns:
@@ -184,7 +187,7 @@ def train_policy(settings: Settings, backbone_file: Path, folder: Path) -> tuple
 
 def train_jointly(
     settings: Settings, plan: Finetuning, backbone_file: Path, reference: Backbone, folder: Path
-) -> tuple[Router, bool]:
+) -> tuple[LearnedPolicy, bool]:
     """Train a policy and its backbone in turn, going on where `folder` says they are.
 
     First the policy learns from `settings.steps` decisions; then each round fine-tunes the backbone on the routes of

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State
+from dynrl.choice import logits_on
 from dynrl.data import Dataset
 from dynrl.files import write_aside
-from dynrl.observation import observation
-from dynrl.policies import Router
+from dynrl.policies import LearnedPolicy
 from dynrl.pretraining import bf16_is_fast, make_optimizer
 from dynrl.routes import draw_prices
 
@@ -101,12 +101,12 @@ class Finetuner:
 
     def train(
         self,
-        router: Router,
+        policy: LearnedPolicy,
         rounds: int,
         stopped: Callable[[], bool] = lambda: False,
         tick: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
-        """Go on, on the routes of `router`, until `rounds` are done or `stopped` says so; writes a checkpoint.
+        """Go on, on the routes of `policy`, until `rounds` are done or `stopped` says so; writes a checkpoint.
 
         `tick` is called after each batch.
 
@@ -121,7 +121,7 @@ class Finetuner:
         first, until = self.batches, rounds * self._round
         self.backbone.train()
         while self.batches < until and not stopped():
-            for name, value in self._step(router).items():
+            for name, value in self._step(policy).items():
                 sums[name] = sums.get(name, 0.0) + value
             self.batches += 1
             tick()
@@ -132,7 +132,7 @@ class Finetuner:
         self.backbone.eval()
         return {name: value / (self.batches - first) for name, value in sums.items()}
 
-    def _step(self, router: Router) -> dict[str, float]:
+    def _step(self, policy: LearnedPolicy) -> dict[str, float]:
         plan, backbone, task = self._plan, self.backbone, self._dataset.task
         train, rows = self._dataset.train, self._rows()
         inputs, targets = self._dataset.augmentation(train.inputs[rows], self._generator), train.targets[rows]
@@ -142,16 +142,18 @@ class Finetuner:
         whole = torch.arange(len(rows)) < round(plan.full_share * len(rows))
         full_route = torch.tensor(backbone.full_route)
 
+        with torch.no_grad():
+            logits_at = logits_on(backbone, policy, inputs, prices)
+
         @torch.no_grad()
         def choose(state: State) -> Tensor:
-            walk = state.walk
             with torch.autocast("cpu", enabled=False):
-                seen = observation(backbone, state, prices)
-                if plan.sampled:
-                    action = torch.multinomial(router(seen).softmax(1), 1, generator=self._generator).squeeze(1)
-                else:
-                    action = router.act(seen)
-            return torch.where(whole[state.rows], full_route[walk.steps[state.rows]], action)
+                logits = logits_at(state)
+            if plan.sampled:
+                action = torch.multinomial(logits.softmax(1), 1, generator=self._generator).squeeze(1)
+            else:
+                action = logits.argmax(1)
+            return torch.where(whole[state.rows], full_route[state.walk.steps[state.rows]], action)
 
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
             walk = backbone.run(inputs, choose)

@@ -1,4 +1,7 @@
-"""What a policy sees: one function, for the environment and the plugged model alike."""
+"""What a policy sees: one function for those that decide step by step, one for those that decide upfront.
+
+The environment and the plugged model call the same.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from dynrl.backbones import END, Backbone, State
-from dynrl.ops.decide import decide
+
+VIEW = 16  # pixels that an upfront policy sees of an image, at most, in each direction
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class Layout:
     def to_dict(self) -> dict[str, int]:
         """Its numbers, for a policy's configuration."""
         return asdict(self)
+
+    @property
+    def counts(self) -> int:
+        """Choices of the one decision that an observation is for."""
+        return self.choices
 
     @property
     def last(self) -> int:
@@ -111,70 +121,56 @@ def template(layout: Layout, point: int, open_count: int, price: float | None, d
         return row
 
 
-class LinearChoice:
-    """The choice of largest score, scores being linear in the observation at one price, which is never built.
+@dataclass(frozen=True)
+class View:
+    """What stands in the observation of a policy that decides upfront: `view`, flat, and behind it the price.
 
-    A column that is constant, or one of a few numbers, costs a table here, not a product; features go where the
-    backbone has them (`Backbone.project`).
-
-    Args:
-        backbone: to be walked.
-        weight: [choices, columns of the observation before the price].
-        bias: [choices], the price's part in it.
+    Attributes:
+        view: (channels, height, width) of the input, average-pooled to at most `VIEW` pixels each way.
+        counts: choices of each decision.
     """
 
-    def __init__(self, backbone: Backbone, weight: Tensor, bias: Tensor) -> None:
-        layout = Layout.of(backbone)
-        self.backbone, self.masked = backbone, backbone.may_close
-        if layout.choices == 2 and not self.masked:
-            # The difference decides: one column instead of two.
-            weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
-        features, points, last, spent = weight.split((layout.features, layout.points, 1 + layout.choices, 1), 1)
-        # Transposed, and so kept: products with a contiguous [features, 2] take five times as long (measured).
-        self.features = features.contiguous().t()
-        self.spent = spent.t() / backbone.dense_macs
-        self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, scores]
-        for i, point in enumerate(backbone.points):
-            self.start[i, :, point.n :] = -torch.inf
+    view: tuple[int, ...]
+    counts: tuple[int, ...]
 
-    def __call__(self, state: State) -> Tensor:
-        """[n] int64, as `Router.act(observation(...))` but for rounding."""
-        walk, rows, backbone = state.walk, state.rows, self.backbone
-        start = self.start[state.point].index_select(0, walk.at(walk.last, rows))
-        scores = backbone.project(state, self.features, start)
-        scores.addcmul_(walk.at(walk.macs, rows).unsqueeze(1), self.spent)
-        if self.masked:
-            mask = backbone.open_choices(state)
-            if mask is not None:
-                scores[:, : mask.shape[1]].masked_fill_(~mask, -torch.inf)
-        elif scores.shape[1] == 1:
-            return (scores > 0).squeeze(1).long()
-        return scores.argmax(1)
+    @classmethod
+    def of(cls, backbone: Backbone) -> View:
+        """That of `backbone`.
+
+        Raises:
+            ValueError: its inputs are no images.
+        """
+        if len(backbone.input_shape) != 3:
+            raise ValueError(
+                f"deciding upfront needs images [channels, height, width], not inputs of shape {backbone.input_shape}; "
+                "decide step by step"
+            )
+        channels, height, width = backbone.input_shape
+        counts = tuple((backbone.step_costs >= 0).sum(1).tolist())
+        return cls((channels, min(height, VIEW), min(width, VIEW)), counts)
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """Its numbers, for a policy's configuration."""
+        return {name: list(numbers) for name, numbers in asdict(self).items()}
+
+    @property
+    def price(self) -> int:
+        """Column of the price, the last."""
+        return self.view[0] * self.view[1] * self.view[2]
+
+    @property
+    def width(self) -> int:
+        """Length of the vector."""
+        return self.price + 1
 
 
-class FusedChoice:
-    """What a router of two layers chooses at one price, by one op from the features on: for where a kernel runs it.
+def overview(inputs: Tensor, price: Tensor | float) -> Tensor:
+    """What a policy sees that decides upfront: [n, View.width] float32, from images [n, channels, height, width].
 
     Args:
-        backbone: to be walked; its choices never close.
-        weight: [units, columns of the observation before the price], the first layer.
-        bias: [units], the price's part in it.
-        head: the second layer.
+        price: of the dense network's compute, in units of the accuracy term: one number, or [n].
     """
-
-    def __init__(self, backbone: Backbone, weight: Tensor, bias: Tensor, head: nn.Linear) -> None:
-        layout = Layout.of(backbone)
-        self.backbone = backbone
-        features, points, last, spent = weight.split((layout.features, layout.points, 1 + layout.choices, 1), 1)
-        self.features, self.at_point = features.t().contiguous(), (points.t() + bias).contiguous()
-        self.after_last, self.spent = last.t().contiguous(), spent.flatten().contiguous()
-        self.head, self.head_bias = head.weight.detach().t().contiguous(), head.bias.detach()
-
-    def __call__(self, state: State) -> Tensor:
-        """[n] int64, as `Router.act(observation(...))` but for rounding."""
-        walk, rows, features = state.walk, state.rows, self.backbone.observe(state)
-        return decide(
-            features, walk.at(walk.last, rows), walk.at(walk.macs, rows), weight=self.features[: features.shape[1]],
-            bias=self.at_point[state.point], last_weight=self.after_last, spent_weight=self.spent, head=self.head,
-            head_bias=self.head_bias, dense_macs=self.backbone.dense_macs,
-        )  # fmt: skip
+    height, width = inputs.shape[2:]
+    seen = F.adaptive_avg_pool2d(inputs, (min(height, VIEW), min(width, VIEW))).flatten(1).float()
+    told = price.unsqueeze(1) if isinstance(price, Tensor) else seen.new_full((len(seen), 1), price)
+    return torch.cat([seen, told], 1)

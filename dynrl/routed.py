@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
+from dynrl.choice import FusedChoice, LinearChoice
 from dynrl.cost import count_macs
 from dynrl.files import fingerprint, read_json, write_aside
 from dynrl.machine import hardware
-from dynrl.observation import FusedChoice, Layout, LinearChoice, observation, template
+from dynrl.observation import Layout, View, observation, overview, template
 from dynrl.ops.backend import device_counts, small_steps_by_kernels
-from dynrl.policies import RoutePolicy, Router, StepPolicy, load_policy
+from dynrl.policies import LearnedPolicy, RoutePolicy, Router, StepPolicy, UpfrontRouter, load_policy
 
+Policy = StepPolicy | RoutePolicy | LearnedPolicy
 EXPORTED = ("skip", "exit")  # decisions that torch.export can carry
 
 
@@ -68,9 +70,7 @@ class RoutedModel(nn.Module):
     _linear: LinearChoice | None = None
     _fused: FusedChoice | None = None
 
-    def __init__(
-        self, backbone: Backbone, policy: StepPolicy | RoutePolicy, curve: list[tuple[float, float]] | None = None
-    ) -> None:
+    def __init__(self, backbone: Backbone, policy: Policy, curve: list[tuple[float, float]] | None = None) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
         policy = copy.deepcopy(policy).eval().requires_grad_(False)
@@ -82,14 +82,14 @@ class RoutedModel(nn.Module):
         self._price: float = 0.0
         self._router_macs = 0
         self.last_route = None
-        if isinstance(policy, StepPolicy):
-            expected = Layout.of(backbone)
+        if isinstance(policy, (StepPolicy, UpfrontRouter)):
+            expected = (View if isinstance(policy, UpfrontRouter) else Layout).of(backbone)
             if policy.width != expected.width:
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
             self._act: Callable[[Tensor], Tensor] = policy.act
-        if isinstance(policy, Router):
+        if isinstance(policy, LearnedPolicy):
             low, high = policy.price_range
             self.price_range = (low, high)
             self.set_price((low * high) ** 0.5)
@@ -108,10 +108,12 @@ class RoutedModel(nn.Module):
             raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
         self._price = float(price)
         router = self.policy
-        assert isinstance(router, Router)
+        assert isinstance(router, LearnedPolicy)
         self._act = router.at(self._price, self.backbone.may_close)
-        weight, bias = router.folded(self._price)
         self._linear = self._fused = None
+        if not isinstance(router, Router):
+            return
+        weight, bias = router.folded(self._price)
         if router.hidden is None:
             self._linear = LinearChoice(self.backbone, weight, bias)
         elif not self.backbone.may_close:
@@ -143,6 +145,13 @@ class RoutedModel(nn.Module):
             self.set_price(self._price)  # its constants live where the policy lives
         return self
 
+    def chooser(self, inputs: Tensor) -> Callable[[State], Tensor]:
+        """The policy, as `Backbone.run` asks for it."""
+        if isinstance(self.policy, UpfrontRouter):
+            route = self._act(overview(inputs, self._price))
+            return lambda state: state.along(route)
+        return self._choose
+
     def _choose(self, state: State) -> Tensor:
         if self._linear is not None:
             return self._linear(state)
@@ -155,7 +164,7 @@ class RoutedModel(nn.Module):
         """Walk `inputs` to their ends; `forward` with everything the walk knows."""
         if isinstance(self.policy, RoutePolicy):
             return self.backbone.run_route(inputs, self.policy.route(inputs))
-        return self.backbone.run(inputs, self._choose)
+        return self.backbone.run(inputs, self.chooser(inputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, *input_shape] to the backbone's outputs [B, ...]; what it did is in `last_route`.
@@ -170,7 +179,8 @@ class RoutedModel(nn.Module):
         return walk.outputs
 
     def _route_of(self, walk: Walk) -> Route:
-        return Route(walk.route, walk.macs, walk.steps * self._router_macs, self.backbone.dense_macs)
+        calls = torch.ones_like(walk.steps) if isinstance(self.policy, UpfrontRouter) else walk.steps
+        return Route(walk.route, walk.macs, calls * self._router_macs, self.backbone.dense_macs)
 
     def export(self, path: str | Path) -> None:
         """Write the walk at the present price, router included, as a torch.export program for two inputs or more.
@@ -180,7 +190,7 @@ class RoutedModel(nn.Module):
         Raises:
             ValueError: another decision than `EXPORTED`: its rows' choices set sizes that torch.export cannot carry.
         """
-        if self.backbone.decision not in EXPORTED or not isinstance(self.policy, Router):
+        if self.backbone.decision not in EXPORTED or not isinstance(self.policy, LearnedPolicy):
             raise ValueError(
                 f"only learned policies for {' and '.join(EXPORTED)} can be exported, not {type(self.policy).__name__} "
                 f"for {self.backbone.decision}; plug it in Python, or capture it on CUDA"
@@ -225,7 +235,7 @@ class _Walking(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs = self.model.backbone.run(inputs, self.model._choose).outputs
+        outputs = self.model.backbone.run(inputs, self.model.chooser(inputs)).outputs
         assert outputs is not None
         return outputs
 
@@ -249,7 +259,10 @@ class CapturedModel:
         if not weights.is_cuda:
             raise ValueError(f"expected a model on a CUDA device to capture, got one on {weights.device}; call .cuda()")
         if not isinstance(model.policy, Router):
-            raise ValueError(f"{type(model.policy).__name__} gives whole routes; only a learned policy can be captured")
+            raise ValueError(
+                f"{type(model.policy).__name__} gives whole routes; only a learned policy that decides step by step "
+                "can be captured"
+            )
         self.model, self.price = model, model.price
         # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
         layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
@@ -288,7 +301,7 @@ class CapturedModel:
         return self._walk.outputs
 
 
-def plug(backbone: Backbone, policy: str | Path | StepPolicy | RoutePolicy) -> RoutedModel:
+def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
     """Plug a policy into a backbone.
 
     Args:
@@ -307,7 +320,7 @@ def plug(backbone: Backbone, policy: str | Path | StepPolicy | RoutePolicy) -> R
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"the backbone's {name!r} holds NaN or infinity")
-    if isinstance(policy, (StepPolicy, RoutePolicy)):
+    if isinstance(policy, Policy):
         return RoutedModel(backbone, policy)
     router, metadata = load_policy(policy)
     check_match(policy, metadata, backbone)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dynrl.backbones import END, Backbone, State, merge, shared_backbone
 from dynrl.data import Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
-from dynrl.observation import Layout, observation
+from dynrl.observation import Layout, View, observation, overview
 from dynrl.tasks import CLASSIFICATION, Task
 
 Info = dict[str, Tensor]
@@ -38,18 +38,30 @@ def distillation(task: Task, output: Tensor, target: Tensor, dense: Tensor) -> T
     return task.log_likelihood(output, target) - task.divergence(output, dense)
 
 
-ACCURACY_TERMS = ("distillation", "log_likelihood", "correct")
+ACCURACY_TERMS = ("distillation", "log_likelihood", "correct", "blockdrop")
 
 
-def check_accuracy_term(name: str, task: Task) -> None:
+def check_accuracy_term(name: str, task: Task, upfront: bool = False) -> None:
     """Refuse, with a ValueError, an accuracy term that is unknown or makes no sense for `task`."""
     if name not in ACCURACY_TERMS:
         raise ValueError(f"unknown accuracy term {name!r}; expected one of {ACCURACY_TERMS}")
-    if name == "correct" and task != CLASSIFICATION:
+    if name in ("correct", "blockdrop") and task != CLASSIFICATION:
         raise ValueError(
-            f"the accuracy term 'correct' is for classes, this task's metric is {task.metric}; choose 'distillation' "
+            f"the accuracy term {name!r} is for classes, this task's metric is {task.metric}; choose 'distillation' "
             "or 'log_likelihood'"
         )
+    if name == "blockdrop" and not upfront:
+        raise ValueError("the reward 'blockdrop' has no share for each step: it is for deciding upfront")
+
+
+def blockdrop(right: Tensor, prices: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """[n] accuracy and [n] cost terms of BlockDrop's reward (Wu et al. 2018, equation 2), at the scale of the others.
+
+    1 - share^2 where the answer is right, -gamma where it is wrong; here times the price, which is 1 / gamma: a wrong
+    answer costs 1, and a right one earns the more of the price the less it spent. `share` is that of the dense MACs,
+    not of the blocks.
+    """
+    return right - 1 + prices * right, -prices * right * share**2
 
 
 def accuracy(name: str, task: Task, output: Tensor, target: Tensor, dense: Callable[[], Tensor]) -> Tensor:
@@ -112,7 +124,11 @@ class RoutingVectorEnv(VectorEnv):
         data: the data set the inputs come from, or its name; None for the decision's own (`Decision.data`).
         split: of the data set.
         accuracy_term: paid when a row ends: "distillation" (see there) or "log_likelihood" (`Task.log_likelihood`), in
-            nats, or "correct" (0 or 1: classes only).
+            nats, or "correct" (0 or 1: classes only); or "blockdrop" for BlockDrop's reward (see there), upfront only.
+        upfront: decide all at once, before the walk: an episode is one step. The observation is then the image,
+            average-pooled to at most 16 x 16 pixels, and the price (`dynrl.observation.View`); the action
+            `MultiDiscrete`, a choice for each step of the walk, of which those behind an exit are void; the mask
+            [decisions, choices]. For backbones whose inputs are images.
         price: of the dense network's MACs, fixed; None draws it per episode from `price_range`, uniformly in its
             logarithm.
         price_range: lowest and highest price.
@@ -143,6 +159,7 @@ class RoutingVectorEnv(VectorEnv):
         accuracy_term: str = "distillation",
         price: float | None = None,
         price_range: Sequence[float] = (0.002, 2.0),
+        upfront: bool = False,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         if num_envs < 1:
@@ -159,16 +176,21 @@ class RoutingVectorEnv(VectorEnv):
         self._fixed_price = price
         dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
         self.task = dataset.task
-        check_accuracy_term(accuracy_term, self.task)
+        check_accuracy_term(accuracy_term, self.task, upfront)
         self.accuracy_term = accuracy_term
         self._split = dataset.split(split)
         self.backbone = self._open(backbone, dataset)
-        self.layout = Layout.of(self.backbone)
+        self.upfront = upfront
+        self.layout = (View if upfront else Layout).of(self.backbone)
         self._same_step = mode is AutoresetMode.SAME_STEP
         self._next_step = mode is AutoresetMode.NEXT_STEP
         # The price reaches the observation as it is; features are means of activations, without a bound.
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.layout.width,), np.float32)
-        self.single_action_space = gym.spaces.Discrete(self.backbone.num_choices)
+        self.single_action_space: gym.Space[Any] = (
+            gym.spaces.MultiDiscrete(list(self.layout.counts))
+            if isinstance(self.layout, View)
+            else gym.spaces.Discrete(self.backbone.num_choices)
+        )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._seeds: np.ndarray | None = None
@@ -265,18 +287,42 @@ class RoutingVectorEnv(VectorEnv):
     def _observe(self) -> Tensor:
         standing = list(self._states.values()) + ([self._ended] if self._ended is not None else [])
         if len(standing) == 1 and standing[0].rows is self._walk.all_rows:
-            return observation(self.backbone, standing[0], self._prices)
+            return self._seen(standing[0])
         view = torch.empty(self.num_envs, self.layout.width)
         for state in standing:
-            view[state.rows] = observation(self.backbone, state, self._prices)
+            view[state.rows] = self._seen(state)
         return view
+
+    def _seen(self, state: State) -> Tensor:
+        if self.upfront:
+            walk = state.walk
+            return overview(walk.at(walk.inputs, state.rows), walk.at(self._prices, state.rows))
+        return observation(self.backbone, state, self._prices)
+
+    @torch.no_grad()
+    def foresee(self, routes: Tensor) -> Tensor:
+        """[N]: what deciding `routes` [N, decisions] would earn now; changes nothing. For environments upfront."""
+        assert self.upfront
+        walk = self.backbone.run_route(self._walk.inputs, routes)
+        assert walk.outputs is not None
+        earned, paid = self._terms(walk.outputs, self._walk.all_rows, walk.macs)
+        return earned + paid
+
+    def _terms(self, output: Tensor, rows: Tensor, macs: Tensor) -> tuple[Tensor, Tensor]:
+        """Accuracy and cost term of whole episodes: of `rows` [n] that end with `output` [n, ...] and `macs` [n]."""
+        drawn, prices, share = self._drawn[rows], self._prices[rows], macs / self.backbone.dense_macs
+        target = self._split.targets[drawn]
+        if self.accuracy_term == "blockdrop":
+            return blockdrop(self.task.score(output, target), prices, share)
+        earned = accuracy(self.accuracy_term, self.task, output, target, lambda: self._dense(drawn))
+        return earned, -prices * share
 
     @torch.no_grad()
     def step_tensors(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Info]:
-        """One decision of every row.
+        """One decision of every row; or all of them, upfront.
 
         Args:
-            actions: [N] int64, in range.
+            actions: [N] int64, in range; upfront [N, decisions].
 
         Returns:
             observations [N, width], a tensor of its own; rewards [N]; terminated [N] bool; and `info`, tensors of N
@@ -284,23 +330,30 @@ class RoutingVectorEnv(VectorEnv):
             (SAME_STEP only) holds the last observation of those.
         """
         walk = self._walk
-        reached: list[State] = []
-        for state in self._states.values():
-            reached += self.backbone.advance(state, walk.at(actions, state.rows))
         waiting, self._ended = self._ended, None
-        self._states = merge(reached)
-        end = self._states.pop(END, None)
+        ends: list[State] = []
+        while True:
+            reached: list[State] = []
+            for state in self._states.values():
+                chosen = state.along(actions) if self.upfront else walk.at(actions, state.rows)
+                reached += self.backbone.advance(state, chosen)
+            self._states = merge(reached)
+            ends += [self._states.pop(END)] if END in self._states else []
+            if not (self.upfront and self._states):
+                break
+        end = merge(ends).get(END)
         cost_term = -self._prices * ((walk.macs - self._billed) / self.backbone.dense_macs)
         self._billed = walk.macs.clone()
         accuracy_term = torch.zeros(self.num_envs)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool)
         info: Info = {"accuracy_term": accuracy_term, "cost_term": cost_term, "ended": terminated}
         if end is not None:
-            output, drawn = self.backbone.output(end), self._drawn[end.rows]
-            target = self._split.targets[drawn]
-            metric = self.task.score(output, target)
-            earned = accuracy(self.accuracy_term, self.task, output, target, lambda: self._dense(drawn))
+            output = self.backbone.output(end)
+            metric = self.task.score(output, self._split.targets[self._drawn[end.rows]])
+            earned, paid = self._terms(output, end.rows, walk.macs[end.rows])
             accuracy_term[end.rows] = earned
+            if self.upfront:  # else the bill of this step is only the last part of it
+                cost_term[end.rows] = paid
             terminated[end.rows] = True
             info[self.task.metric] = torch.zeros(self.num_envs).index_copy(0, end.rows, metric)
             info["macs_fraction"] = walk.macs / self.backbone.dense_macs
@@ -320,12 +373,14 @@ class RoutingVectorEnv(VectorEnv):
 
     def _observe_only(self, state: State) -> Tensor:
         view = torch.zeros(self.num_envs, self.layout.width)
-        view[state.rows] = observation(self.backbone, state, self._prices)
+        view[state.rows] = self._seen(state)
         return view
 
     # Gymnasium's edge --------------------------------------------------------------------------------------
 
     def _masks(self, observations: Tensor) -> np.ndarray:
+        if not isinstance(self.layout, Layout):
+            return (self.backbone.step_costs >= 0).expand(self.num_envs, -1, -1).to(torch.int8).numpy()
         return (observations[:, self.layout.mask :] > 0).to(torch.int8).numpy()
 
     def reset(
@@ -351,12 +406,12 @@ class RoutingVectorEnv(VectorEnv):
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Gymnasium's step."""
-        given = np.asarray(actions)
-        if given.shape != (self.num_envs,) or not np.issubdtype(given.dtype, np.integer):
-            raise ValueError(f"expected {self.num_envs} integer actions, got {given.dtype} of shape {given.shape}")
-        if given.min() < 0 or given.max() >= self.backbone.num_choices:
+        given, shape = np.asarray(actions), self.action_space.shape
+        if given.shape != shape or not np.issubdtype(given.dtype, np.integer):
+            raise ValueError(f"expected integer actions of shape {shape}, got {given.dtype} of shape {given.shape}")
+        if given.min() < 0 or (given >= self.layout.counts).any():
             raise ValueError(
-                f"expected actions in 0..{self.backbone.num_choices - 1}, got {given.min()}..{given.max()}"
+                f"expected actions from 0 and below {self.layout.counts}, got {given.min()}..{given.max()}"
             )
         if self._seeds is None:
             raise ValueError("reset the environment before its first step")

@@ -84,8 +84,9 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
 
     One thread. Forced: what runs does not depend on the policy, so that every path does the same work. Paths:
     `bare` is the walk in a loop with observation, router and draw, in torch, without environment or RLlib; `rllib` is
-    `SlabRunner`; `rllib-stock` is RLlib's own runner on the same batched environment; `naive` is RLlib's own runner
-    on single environments side by side. The last two read the same router through RLlib's connectors.
+    `SlabRunner`, `rllib-upfront` the same where all of a walk is decided at once; `rllib-stock` is RLlib's own runner
+    on the same batched environment; `naive` is RLlib's own runner on single environments side by side. The last two
+    read the same router through RLlib's connectors.
     """
     import torch
 
@@ -97,7 +98,7 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     from dynrl.agents.rllib import RouterModule, SlabRunner, ppo_config
     from dynrl.backbones import END, GatedResNet, State
     from dynrl.data import Augmentation, Dataset, Split
-    from dynrl.observation import Layout, observation
+    from dynrl.observation import Layout, View, observation
     from dynrl.policies import Router
 
     class ForcedHalf(GatedResNet):
@@ -109,8 +110,9 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     split = Split(torch.randn(512, 1, 28, 28), torch.randint(0, 10, (512,)))
     noise = Dataset("noise", 10, split, split, split, Augmentation())
     router: dict[str, Any] = {**Layout.of(backbone).to_dict(), "price_range": [0.01, 1.0], "start": 1}
+    upfront = {**View.of(backbone).to_dict(), "price_range": [0.01, 1.0]}
     env_config = {"backbone": backbone, "data": noise, "price_range": [0.01, 1.0], "accuracy_term": "correct"}
-    env_id = "dynrl/Skip-v0"
+    env_id, model = "dynrl/Skip-v0", {"router": ["sequential", router]}
 
     def bare(count: int) -> Callable[[int], int]:
         frozen, net = backbone.for_inference(), Router(**router)
@@ -129,18 +131,19 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
 
         return sample
 
-    def ours(count: int) -> Callable[[int], int]:
-        runner = SlabRunner(
-            config=ppo_config(env_id, env_config, router, num_envs=count), worker_index=0, num_workers=0
-        )
-        return lambda steps: sum(map(len, runner.sample(num_timesteps=steps * count)))
+    def ours(count: int, kind: str, arguments: dict[str, Any]) -> Callable[[int], int]:
+        settings = env_config | {"upfront": kind == "upfront"}
+        each = backbone.max_steps if kind == "upfront" else 1
+        config = ppo_config(env_id, settings, (kind, arguments), num_envs=count)
+        runner = SlabRunner(config=config, worker_index=0, num_workers=0)
+        return lambda steps: each * sum(map(len, runner.sample(num_timesteps=steps * count // each)))
 
     def stock(count: int, mode: str) -> Callable[[int], int]:
         config = (
             PPOConfig()
             .environment(env_id, env_config=env_config)
             .env_runners(num_env_runners=0, num_envs_per_env_runner=count, gym_env_vectorize_mode=mode)
-            .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config={"router": router}))
+            .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config=model))
             .debugging(seed=0)
         )
         runner = SingleAgentEnvRunner(config=config, worker_index=0, num_workers=0)
@@ -149,7 +152,8 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     paths: dict[tuple[str, int], Callable[[int], int]] = {}
     for count in (64, 256):
         paths["bare", count] = bare(count)
-        paths["rllib", count] = ours(count)
+        paths["rllib", count] = ours(count, "sequential", router)
+        paths["rllib-upfront", count] = ours(count, "upfront", upfront)
         paths["rllib-stock", count] = stock(count, "vector_entry_point")
     for count in (1, 16):
         paths["naive", count] = stock(count, "sync")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
 MARKERS = {  # of lines in the picture
-    "learned": "o-", "gate": "v-", "learned tuned": "D-", "gate tuned": "P-", "random": "s--", "static": "^:",
+    "learned": "o-", "gate": "v-", "learned tuned": "D-", "gate tuned": "P-", "learned upfront": "o:",
+    "gate upfront": "v:", "learned upfront tuned": "D:", "gate upfront tuned": "P:", "random": "s--", "static": "^:",
     "uniform": "<:", "smaller": "X", "oracle": "*",
 }  # fmt: skip
 
@@ -110,10 +111,11 @@ def _smaller(folder: Path, dataset: Dataset) -> Backbone:
 
 
 def _row_name(run: Path, config: dict[str, Any]) -> str:
-    """What a report calls a run: by its agent, and whether its backbone was fine-tuned."""
+    """What a report calls a run: by its agent, when it decides, and whether its backbone was fine-tuned."""
     from dynrl.scripts.common import PRETRAINED
 
     agent = {"ppo": "learned", "gate": "gate"}[config["agent"]]
+    agent += " upfront" if config.get("upfront") else ""
     return f"{agent} tuned" if (run / PRETRAINED).exists() else agent
 
 

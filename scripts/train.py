@@ -13,7 +13,7 @@ import tyro
 if TYPE_CHECKING:
     from dynrl.agents.training import Settings
     from dynrl.data import Dataset
-    from dynrl.policies import Router
+    from dynrl.policies import LearnedPolicy
 
 
 @dataclass
@@ -52,8 +52,13 @@ class Args:
     price_range: tuple[float, float] | None = None
     """Lowest and highest price of the dense network's compute, in units of the accuracy term; default: the data
     set's."""
-    accuracy_term: Literal["distillation", "log_likelihood", "correct"] = "distillation"
-    """What the reward sets against the price."""
+    accuracy_term: Literal["distillation", "log_likelihood", "correct", "blockdrop"] = "distillation"
+    """What the reward sets against the price; `blockdrop` is BlockDrop's reward (--upfront only)."""
+    upfront: bool = False
+    """Decide all at once from the input, before the network runs, instead of step by step from what it computes."""
+    baseline: Literal["value", "greedy"] = "value"
+    """What PPO compares a reward with: a learned value, or what the likeliest route earns (self-critical, as in
+    BlockDrop; --upfront only)."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
 
@@ -64,6 +69,7 @@ def main(args: Args) -> None:
     from dynrl.envs import decision
     from dynrl.envs.core import check_accuracy_term
     from dynrl.files import write_json
+    from dynrl.observation import View
     from dynrl.recipes import defaults
     from dynrl.scripts.common import PRETRAINED, new_folder, read_config, use_threads
 
@@ -90,8 +96,10 @@ def main(args: Args) -> None:
                 config[name] = getattr(row, name)
         # All that can be refused is refused before the folder is made.
         dataset = load_dataset(data)
-        row.build(dataset, args.seed)
-        check_accuracy_term(args.accuracy_term, dataset.task)
+        backbone = row.build(dataset, args.seed)
+        check_accuracy_term(args.accuracy_term, dataset.task, args.upfront)
+        if args.upfront:
+            View.of(backbone)
         source = _backbone_folder(args.backbone, args.decision, dataset) if args.backbone else None
         run = new_folder(args.out, args.decision, data)
         if source is not None:
@@ -120,7 +128,9 @@ def _settings(args: Args) -> dict[str, Any]:
 _DEFAULT = _settings(Args("")) | {"decision": None}
 
 
-_EARLIER = {"finetune": False, "network": [], "router_hidden": 64}  # of runs from before these could be set
+_EARLIER: dict[str, Any] = {  # of runs from before these could be set
+    "finetune": False, "network": [], "router_hidden": 64, "upfront": False, "baseline": "value",
+}  # fmt: skip
 
 
 def _check(args: Args) -> None:
@@ -130,8 +140,12 @@ def _check(args: Args) -> None:
         check_price_range(args.price_range)
     if args.backbone is not None and args.network:
         raise ValueError("--network is for a backbone that is pretrained here; leave it out, or --backbone")
-    if args.agent == "gate" and args.accuracy_term == "correct":
-        raise ValueError("the accuracy term 'correct' has no gradient for gates; choose another, or --agent ppo")
+    if args.agent == "gate" and args.accuracy_term in ("correct", "blockdrop"):
+        raise ValueError(
+            f"the accuracy term {args.accuracy_term!r} has no gradient for gates; choose another, or --agent ppo"
+        )
+    if args.baseline == "greedy" and not (args.upfront and args.agent == "ppo"):
+        raise ValueError("--baseline greedy is for --agent ppo with --upfront: one reward for a whole route")
     if args.agent == "gate" and args.num_env_runners:
         raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
     for name, least in (
@@ -194,7 +208,7 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
     return finished
 
 
-def _train_jointly(run: Path, settings: Settings, working: Path) -> tuple[Router, bool]:
+def _train_jointly(run: Path, settings: Settings, working: Path) -> tuple[LearnedPolicy, bool]:
     """`train_jointly` on `working`, which begins as a copy of the run's backbone; that one is kept."""
     from dynrl.agents.training import train_jointly
     from dynrl.backbones import load_backbone

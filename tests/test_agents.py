@@ -25,7 +25,7 @@ PRICES = [0.01, 1.0]
 
 
 def config_for(backbone, path, **changes):
-    router = {**Layout.of(backbone).to_dict(), "price_range": PRICES, "start": 1}
+    router = ("sequential", {**Layout.of(backbone).to_dict(), "price_range": PRICES, "start": 1})
     env = {"backbone": str(path), "price_range": PRICES, "accuracy_term": "log_likelihood"}
     return ppo_config("dynrl/Skip-v0", env, router, **{"num_envs": 8, "rollout": 12, **changes})
 
@@ -139,7 +139,7 @@ def test_slabs_stay_whole_in_rllibs_hands():
     import tree
 
     zero = torch.zeros(3)
-    slab = Slab([(zero, zero, zero, zero, zero, zero)] * 2, zero)
+    slab = Slab([(zero,) * 7] * 2, zero)
     assert tree.flatten([slab]) == [slab]
     assert len(slab) == 6
 
@@ -155,7 +155,7 @@ def test_a_high_price_skips_all_and_no_price_keeps_what_accuracy_needs(small_bac
     """Invariant 5: the same policy, told the two ends of its price range."""
     backbone, _ = load_backbone(small_backbone)
     config = config_for(backbone, small_backbone, num_envs=64, rollout=24, learning_rate=5e-3, total_steps=40_000)
-    config.env_config["price_range"] = config.rl_module_spec.model_config["router"]["price_range"] = [1e-4, 30.0]
+    config.env_config["price_range"] = config.rl_module_spec.model_config["router"][1]["price_range"] = [1e-4, 30.0]
     config.env_config["accuracy_term"] = "distillation"
     algorithm = config.build_algo()
     train(algorithm, 26)

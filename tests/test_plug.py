@@ -14,6 +14,7 @@ import torch
 
 import dynrl
 from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.choice import FusedChoice, LinearChoice
 from dynrl.cost import count_macs
 from dynrl.data import Split, load_dataset
 from dynrl.evaluation import (
@@ -27,7 +28,7 @@ from dynrl.evaluation import (
     static_tries,
     uniform_routes,
 )  # fmt: skip
-from dynrl.observation import FusedChoice, Layout, LinearChoice, observation
+from dynrl.observation import Layout, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
 from dynrl.routed import RoutedModel
 from tests.cases import BACKBONES, REGISTERED, make_backbone, numbers_split, vector_env

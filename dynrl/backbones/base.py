@@ -204,6 +204,11 @@ class State:
         features = None if self.features is None else self.features[chosen]
         return State(self.walk, point, self.rows[chosen], features)
 
+    def along(self, route: Tensor) -> Tensor:
+        """[n], the next action of each row in `route` [B, max_steps]."""
+        walk, rows = self.walk, self.rows
+        return route[:, walk.common_steps] if rows is walk.all_rows else route[rows, walk.steps[rows]]
+
 
 def merge(states: list[State]) -> dict[int, State]:
     """Join states of one walk that stand at the same point; empty ones vanish. The result is keyed by point."""
@@ -516,14 +521,7 @@ class Backbone(nn.Module):
                 f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}"
             )
         route = route.to(inputs.device, torch.int64)
-
-        def choose(state: State) -> Tensor:
-            walk, rows = state.walk, state.rows
-            if rows is walk.all_rows:
-                return route[:, walk.common_steps]
-            return route[rows, walk.steps[rows]]
-
-        return self.run(inputs, choose)
+        return self.run(inputs, lambda state: state.along(route))
 
     def dense_actions(self, size: int, device: torch.device | str = "cpu") -> Tensor:
         """[size, max_steps]: the full route, for every row."""

@@ -1,0 +1,257 @@
+"""Deciding all at once from the input: environment, policy, training and plug. Cases from the registry."""
+
+from __future__ import annotations
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import MultiDiscrete
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+from dynrl.agents.rllib import RouterModule, SlabGAE, SlabRunner, ppo_config, router_of
+from dynrl.agents.training import Settings, open_agent, router_arguments, train_policy
+from dynrl.backbones import load_backbone
+from dynrl.data import load_dataset
+from dynrl.envs import DECISIONS
+from dynrl.evaluation import calibrate, score
+from dynrl.finetuning import Finetuner, Finetuning
+from dynrl.observation import VIEW, View, overview
+from dynrl.policies import UpfrontRouter, load_policy, save_policy
+from dynrl.routed import RoutedModel, plug
+from tests.cases import REGISTERED, answered_by, make_backbone, vector_env
+from tests.test_agents import train, two_kinds
+
+PRICES = (0.01, 1.0)
+IMAGES = [name for name in REGISTERED if len(make_backbone(name).input_shape) == 3]
+
+
+@torch.no_grad()
+def random_policy(backbone) -> UpfrontRouter:
+    """Its routes hang on the input."""
+    policy = UpfrontRouter(**View.of(backbone).to_dict(), price_range=PRICES).eval()
+    inputs = load_dataset(DECISIONS[backbone.decision].data).train.inputs[:64]
+    torch.nn.init.normal_(policy.head.weight)
+    policy.head.bias -= policy._scores(overview(inputs, 0.1)).median(0).values  # no choice is the best for all
+    return policy
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_gymnasiums_checker(name):
+    env = gym.make(DECISIONS[name].env_id, upfront=True)
+    assert isinstance(env.action_space, MultiDiscrete)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*Box observation space (minimum|maximum) value is -?infinity.*")
+        check_env(env.unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_step_is_a_whole_walk(name, mode):
+    """Against the backbone's own walk, episode by episode, by a few lines of NumPy."""
+    env = vector_env(name)(5, upfront=True, autoreset_mode=mode, accuracy_term="log_likelihood")
+    obs, _ = env.reset(seed=7)
+    env.action_space.seed(0)
+    data, over, met = load_dataset(DECISIONS[name].data).train, np.zeros(5, bool), set()
+    for _ in range(6):
+        action = env.action_space.sample()
+        drawn, prices = env._drawn.clone(), env._prices.clone()
+        np.testing.assert_allclose(obs, overview(data.inputs[drawn], prices).numpy(), rtol=1e-5)
+        foreseen = env.foresee(torch.from_numpy(action))
+        following, reward, terminated, _, info = env.step(action)
+        if mode is AutoresetMode.NEXT_STEP and over.all():
+            assert not terminated.any()
+            assert not reward.any()
+        else:
+            walk = env.backbone.run_route(data.inputs[drawn], torch.from_numpy(action))
+            likely = walk.outputs.log_softmax(1).numpy()[np.arange(5), data.targets[drawn].numpy()]
+            share = walk.macs.numpy() / env.backbone.dense_macs
+            np.testing.assert_allclose(reward, likely - prices.numpy() * share, atol=1e-4)
+            np.testing.assert_allclose(reward, foreseen.numpy(), atol=1e-4)
+            np.testing.assert_allclose(info["macs_fraction"], share)
+            assert np.array_equal(info["route"], walk.route.numpy())
+            assert terminated.all()
+            met |= set(map(tuple, info["route"].tolist()))
+            if mode is AutoresetMode.SAME_STEP:
+                np.testing.assert_array_equal(np.stack(list(info["final_obs"])), obs)
+        obs, over = following, terminated
+    assert len(met) > 3
+    assert np.array_equal(info["action_mask"].sum(2), np.tile(env.layout.counts, (5, 1)))
+
+
+def test_many_are_as_many_single_ones():
+    batch = vector_env("skip")(4, upfront=True, autoreset_mode=AutoresetMode.SAME_STEP)
+    singles = [gym.make("dynrl/Skip-v0", upfront=True).unwrapped for _ in range(4)]
+    obs, _ = batch.reset(seed=3)
+    for i, env in enumerate(singles):
+        np.testing.assert_allclose(env.reset(seed=3 + i)[0], obs[i], atol=1e-6)
+    for _ in range(3):
+        action = batch.action_space.sample()
+        following, reward, _, _, _ = batch.step(action)
+        for i, env in enumerate(singles):
+            _, alone, over, _, _ = env.step(action[i])
+            assert over
+            assert alone == pytest.approx(reward[i], abs=1e-5)
+            np.testing.assert_allclose(env.reset()[0], following[i], atol=1e-6)
+
+
+def test_blockdrops_reward():
+    env = vector_env("skip")(16, upfront=True, accuracy_term="blockdrop", autoreset_mode=AutoresetMode.SAME_STEP)
+    env.reset(seed=0)
+    prices, actions = env._prices.clone(), torch.from_numpy(env.action_space.sample())
+    _, reward, _, info = env.step_tensors(actions)
+    gamma, right, share = 1 / prices, info["accuracy"], info["macs_fraction"]
+    expected = torch.where(right > 0, 1 - share**2, -gamma) / gamma  # equation 2, at the scale where a mistake costs 1
+    torch.testing.assert_close(reward, expected)
+    assert 0 < right.mean() < 1
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="needs images"):
+        vector_env("hidden-update")(2, upfront=True)
+    with pytest.raises(ValueError, match="upfront"):
+        vector_env("skip")(2, accuracy_term="blockdrop")
+    env = vector_env("expert")(2, upfront=True)
+    env.reset(seed=0)
+    good = env.action_space.sample()
+    for bad in (good[:, :-1], good[0], good.astype(float), good - 10, good + 10):
+        with pytest.raises(ValueError, match="expected (integer )?actions"):
+            env.step(bad)
+    with pytest.raises(ValueError, match="observations of"):
+        plug(make_backbone("skip"), UpfrontRouter((1, 4, 4), (2, 2), PRICES))
+
+
+def test_large_images_are_seen_small():
+    images = torch.randn(3, 2, 40, 10)
+    seen = overview(images, 0.5)
+    assert seen.shape == (3, 2 * VIEW * 10 + 1)
+    assert (seen[:, -1] == 0.5).all()
+    torch.testing.assert_close(seen[:, :-1].mean(1), images.mean((1, 2, 3)), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_what_is_trained_is_what_is_plugged(name, tmp_path):
+    """The policy that sees the environment's observations decides as the model that it is plugged into, by its file."""
+    env = vector_env(name)(32, upfront=True, price=0.3, price_range=PRICES, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, policy = env.reset_tensors(5), random_policy(env.backbone)
+    decided, inputs = policy.act(obs), env._walk.inputs.clone()
+    _, _, _, info = env.step_tensors(decided)
+    backbone = make_backbone(name)
+    save_policy(
+        tmp_path / "p", policy,
+        {"decision": name, "backbone": backbone.fingerprint(), "curve": [[0.01, 1.0], [1.0, 0.5]]},
+    )  # fmt: skip
+    loaded, _ = load_policy(tmp_path / "p")
+    torch.testing.assert_close(loaded(obs), policy(obs))
+    model = plug(backbone, tmp_path / "p")
+    model.set_price(0.3)
+    outputs = model(inputs)
+    assert torch.equal(model.last_route.actions, info["route"])
+    torch.testing.assert_close(outputs, backbone(inputs, decided), atol=1e-4, rtol=1e-4)
+    # The router is asked once, whatever the walk's length.
+    assert (model.last_route.router_macs == model.last_route.router_macs[0]).all()
+    assert int(model.last_route.router_macs[0]) > 16 * 9 * 8 * 8
+    assert len(model.last_route.actions.unique(dim=0)) > 1
+
+
+def test_choices_that_a_step_has_not_are_never_drawn():
+    policy = UpfrontRouter((1, 8, 8), (2, 4, 3), PRICES, hidden=0, start=(1, 3, 2))
+    logits = policy(torch.rand(50, 65) + 0.01).view(50, 3, 4)
+    assert (logits[:, 0, 2:] < -1e8).all()
+    assert (logits[:, 2, 3] < -1e8).all()
+    assert (logits[:, 1].abs() <= 5).all()
+    assert torch.equal(policy.act(torch.rand(5, 65) + 0.01), torch.tensor([[1, 3, 2]]).expand(5, -1))
+
+
+def config_for(backbone, path, baseline="value", **changes):
+    settings = Settings("skip", "digits", 1, upfront=True, price_range=PRICES)
+    env = {"backbone": path, "price_range": PRICES, "upfront": True, "accuracy_term": "log_likelihood"}
+    arguments = router_arguments(backbone, settings)
+    return ppo_config("dynrl/Skip-v0", env, arguments, baseline=baseline, **{"num_envs": 8, "rollout": 4, **changes})
+
+
+@pytest.mark.parametrize("baseline", ["value", "greedy"])
+def test_the_slab_is_what_the_environment_did(baseline, small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    config = config_for(backbone, str(small_backbone), baseline)
+    runner = SlabRunner(config=config, worker_index=0, num_workers=0)
+    (slab,) = runner.sample(num_timesteps=24)
+    assert slab.actions.shape == (3, 8, backbone.max_steps)
+    env, net = runner.env.unwrapped, runner.module.net
+    replay = env.reset_tensors([int(s) for s in env._seeds])
+    for t in range(3):
+        torch.testing.assert_close(replay, slab.obs[t])
+        log_probs = net(replay).view(8, -1, 2).log_softmax(2).gather(2, slab.actions[t].unsqueeze(2))
+        torch.testing.assert_close(log_probs.sum((1, 2)), slab.logp[t], atol=1e-5, rtol=1e-5)
+        greedy = env.foresee(net.act(replay))
+        replay, paid, over, _ = env.step_tensors(slab.actions[t])
+        torch.testing.assert_close(paid, slab.rewards[t])
+        assert over.all()
+        if baseline == "greedy":
+            torch.testing.assert_close(greedy, slab.greedy[t])
+    module = RouterModule(
+        observation_space=runner.env.single_observation_space, action_space=runner.env.single_action_space,
+        model_config=runner.config.rl_module_spec.model_config, inference_only=False,
+    )  # fmt: skip
+    batch = SlabGAE(gamma=1.0, lambda_=0.95)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
+    columns = batch["default_policy"]
+    logp = module.action_dist_cls.from_logits(columns["action_dist_inputs"]).logp(columns["actions"])
+    torch.testing.assert_close(logp, columns["action_logp"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(columns["value_targets"].sort().values, slab.rewards.flatten().sort().values)
+    if baseline == "greedy":
+        raw = (slab.rewards - slab.greedy).flatten()
+        expected = ((raw - raw.mean()) / raw.std()).sort().values
+        torch.testing.assert_close(columns["advantages"].sort().values, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("baseline", ["value", "greedy"])
+def test_two_kinds_of_inputs_get_two_routes(baseline):
+    """Invariant 5."""
+    backbone, data = two_kinds()
+    config = config_for(backbone, "unused", baseline, num_envs=64, rollout=8, learning_rate=1e-2, total_steps=15_000)
+    config.env_config |= {"backbone": backbone, "data": data}
+    algorithm = config.build_algo()
+    train(algorithm, 20)
+    model = RoutedModel(backbone, router_of(algorithm))
+    algorithm.stop()
+    model.set_price(0.05)
+    model(data.test.inputs)
+    assert torch.equal(model.last_route.actions[:, 0], torch.arange(64) % 2)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
+    settings = Settings("skip", "digits", steps=300, num_envs=8, upfront=True)
+    with open_agent(settings, small_backbone, tmp_path, 300) as agent:
+        agent.iterate()
+        assert agent.steps == 16 * 8 * load_backbone(small_backbone)[0].max_steps
+        assert isinstance(agent.router(), UpfrontRouter)
+
+
+def test_gates_learn_upfront_too(small_backbone, tmp_path):
+    """A high price takes the cheapest route, a low one keeps what accuracy needs."""
+    settings = Settings(
+        "skip", "digits", steps=40_000, agent="gate", num_envs=16, upfront=True, price_range=(1e-3, 30.0)
+    )
+    policy, finished = train_policy(settings, small_backbone, tmp_path)
+    assert finished
+    backbone, data = load_backbone(small_backbone)[0], load_dataset("digits")
+    curve = calibrate(RoutedModel(backbone, policy), data.validation, points=5)
+    assert curve[-1][1] < curve[0][1] - 0.2
+    model = RoutedModel(backbone, policy)
+    model.set_price(1e-3)
+    assert score(model, data.validation).macs_fraction > 0.85
+
+
+def test_a_backbone_is_tuned_on_its_routes(tmp_path):
+    backbone, reference = make_backbone("skip"), make_backbone("skip")
+    data, policy = answered_by(reference), random_policy(backbone)
+    before = score(RoutedModel(backbone, policy), data.train).metric
+    plan = Finetuning(rounds=1, epochs=8, batch_size=32)
+    Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.pt").train(policy, 1)
+    assert score(RoutedModel(backbone, policy), data.train).metric < 0.8 * before
