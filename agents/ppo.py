@@ -32,7 +32,7 @@ class PPO(Agent):
         env_config = {
             "backbone": str(self.backbone_file.resolve()), "data": settings.data,
             "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
-            "upfront": settings.upfront,
+            "upfront": settings.upfront, "times": settings.times,
         }  # fmt: skip
         # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
         self._decisions = backbone.max_steps if settings.upfront else 1

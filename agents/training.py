@@ -42,6 +42,7 @@ class Settings:
         price_range, accuracy_term, upfront: see `RoutingVectorEnv`.
         baseline: of PPO's advantages: "value", or "greedy", what the likeliest route earns (upfront only; self-critical
             training, Rennie et al. 2017, CVPR, which BlockDrop uses).
+        times: what is charged instead of MACs; see `RoutingVectorEnv`. PPO's only.
         checkpoint_every: training iterations between checkpoints.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     accuracy_term: str = "distillation"
     upfront: bool = False
     baseline: str = "value"
+    times: dict[str, Any] | None = None
     checkpoint_every: int = 10
 
 

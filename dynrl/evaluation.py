@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynrl.backbones import Backbone, choice_rates
+from dynrl.backbones import END, Backbone, choice_rates
 from dynrl.data import Split
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
@@ -127,7 +127,7 @@ def calibrate(
 
 
 def calibrate_latency(
-    model: RoutedModel, inputs: Tensor, rounds: int = 11, tick: Callable[[], Any] = lambda: None
+    model: RoutedModel, inputs: Tensor, rounds: int = 5, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:
     """Time a batch at each price of `model.curve`; what `set_milliseconds` looks a price up in.
 
@@ -146,7 +146,7 @@ def calibrate_latency(
         model(inputs)
 
     before, prices = model.price, [price for price, _ in model.curve]
-    times = medians_in_turn({price: partial(at, price) for price in prices}, rounds, tick)
+    times = medians_in_turn({price: partial(at, price) for price in prices}, rounds, tick, calls=5)
     model.set_price(before)
     return list(zip(prices, sorted(times.values(), reverse=True), strict=True))
 
@@ -293,8 +293,9 @@ def medians_in_turn(
     rounds: int,
     tick: Callable[[], Any] = lambda: None,
     wait: Callable[[], Any] = lambda: None,
+    calls: int = 1,
 ) -> dict[Any, float]:
-    """Median milliseconds of each side, all sides timed once a round, in a new order each, after one of warming up.
+    """Median milliseconds of each side, all sides timed each round, in a new order, after a round of warming up.
 
     In turn, since a machine's speed drifts: sides timed one after the other meet different machines. Each timed call
     follows one of the same side that is not, so that no side pays for what another left in caches and memory.
@@ -304,6 +305,7 @@ def medians_in_turn(
         rounds: how often.
         tick: called after each round.
         wait: called before each reading of the clock: for a device that works on its own.
+        calls: of a side that are timed in a row: more of them tell what one costs that is called again and again.
     """
     times: dict[Any, list[float]] = {name: [] for name in sides}
     order, names = random.Random(0), list(sides)
@@ -313,11 +315,12 @@ def medians_in_turn(
             side = sides[name]
             side()
             wait()
-            start = time.perf_counter()
-            side()
-            wait()
-            if i:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            for _ in range(calls):
+                start = time.perf_counter()
+                side()
+                wait()
+                if i:
+                    times[name].append((time.perf_counter() - start) * 1e3)
         if i:
             tick()
     return {name: statistics.median(values) for name, values in times.items()}
@@ -337,6 +340,48 @@ def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
             for _ in range(repeats):
                 side()
     return graph.replay
+
+
+@torch.inference_mode()
+def step_times(
+    backbone: Backbone, inputs: Tensor, rounds: int = 11, tick: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
+    """What each choice takes on this machine: the latency table that a reward may charge instead of MACs.
+
+    At each point every row of a batch that has come along the full route takes the same choice.
+
+    Args:
+        backbone: its `for_inference` copy is timed.
+        inputs: a batch, as large as the model will meet.
+        rounds: each choice is timed once in each, in a new order; `tick` is called after it. Medians count.
+
+    Returns:
+        {"start": ms, "choices": [[ms of each choice] of each point]}, of the whole batch.
+    """
+    frozen, walks = backbone.for_inference(), 0
+    times: dict[tuple[int, int], list[float]] = {}
+    full = torch.tensor(frozen.full_route)
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        state = frozen.begin(inputs)
+        times.setdefault((END, 0), []).append(time.perf_counter() - start)
+        while state.point != END:
+            choices = list(range(frozen.points[state.point].n))
+            random.Random(walks).shuffle(choices)
+            walks += 1
+            for choice in choices:
+                branch, action = state.copy(), torch.full_like(state.rows, choice)
+                start = time.perf_counter()
+                frozen.advance(branch, action)
+                times.setdefault((state.point, choice), []).append(time.perf_counter() - start)
+            (state,) = frozen.advance(state, full[state.walk.steps])
+        tick()
+    # The first round warms up. A loop's point is met many times in each.
+    ms = {key: 1e3 * statistics.median(taken[len(taken) // (rounds + 1) :]) for key, taken in times.items()}
+    return {
+        "start": ms[END, 0],
+        "choices": [[ms[point, choice] for choice in range(p.n)] for point, p in enumerate(frozen.points)],
+    }
 
 
 def dense_sides(backbone: Backbone, inputs: Tensor) -> dict[str, Callable[[], Any]]:

@@ -7,7 +7,7 @@ Gymnasium's edge is crossed. The single environment is the batched one with one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,6 +71,28 @@ def accuracy(name: str, task: Task, output: Tensor, target: Tensor, dense: Calla
     return task.log_likelihood(output, target) if name == "log_likelihood" else task.score(output, target)
 
 
+def cost_shares(backbone: Backbone, times: Mapping[str, Any] | None) -> tuple[float, Tensor]:
+    """What is charged, in shares of the dense network: before the first decision, and [points, choices] for each.
+
+    Raises:
+        ValueError: `times` are not one positive number for each choice at each point.
+    """
+    if times is None:
+        return backbone.start_macs / backbone.dense_macs, backbone.costs / backbone.dense_macs
+    counts = [point.n for point in backbone.points]
+    given = [len(row) for row in times.get("choices", [])]
+    if set(times) != {"start", "choices"} or given != counts:
+        raise ValueError(f"expected times 'start' and 'choices', those of {counts} choices, got {dict(times)}")
+    table = torch.full(backbone.costs.shape, -1.0)
+    for point, row in enumerate(times["choices"]):
+        table[point, : len(row)] = torch.tensor(row)
+    if not (table[backbone.costs >= 0] >= 0).all() or not times["start"] > 0:
+        raise ValueError(f"expected times of at least 0 milliseconds, and more before the first choice, got {times}")
+    at = torch.arange(backbone.max_steps).clamp_max(len(counts) - 1)
+    dense = times["start"] + float(table[at, torch.tensor(backbone.full_route)].sum())
+    return times["start"] / dense, table / dense
+
+
 class DenseOutputs:
     """What the dense network says of the inputs of a split, computed when first asked for and kept."""
 
@@ -129,14 +151,17 @@ class RoutingVectorEnv(VectorEnv):
             average-pooled to at most 16 x 16 pixels, and the price (`dynrl.observation.View`); the action
             `MultiDiscrete`, a choice for each step of the walk, of which those behind an exit are void; the mask
             [decisions, choices]. For backbones whose inputs are images.
-        price: of the dense network's MACs, fixed; None draws it per episode from `price_range`, uniformly in its
+        times: what is charged instead of MACs: {"start": milliseconds before the first decision, "choices": those of
+            each choice at each point}, as `dynrl.evaluation.step_times` measures them on one machine.
+        price: of the dense network's compute, fixed; None draws it per episode from `price_range`, uniformly in its
             logarithm.
         price_range: lowest and highest price.
         autoreset_mode: NEXT_STEP (what stock RLlib expects), SAME_STEP (no step is wasted; our runner, SB3) or
             DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
 
-    Rewards and `info`: reward = `accuracy_term` - price x MACs since the last bill / MACs of the dense network; the
-    first step's bill holds what ran before the first decision, so a return is accuracy - price x MACs. `info` holds
+    Rewards and `info`: reward = `accuracy_term` - price x compute since the last bill / compute of the dense network,
+    in MACs or by `times`; the first step's bill holds what ran before the first decision, so a return is
+    accuracy - price x compute. `info` holds
     both terms (`accuracy_term`, `cost_term`) of every step and, for rows that ended (mask `_route` etc.), the task's
     metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and `route`. `action_mask` belongs to the
     observation returned beside it.
@@ -160,6 +185,7 @@ class RoutingVectorEnv(VectorEnv):
         price: float | None = None,
         price_range: Sequence[float] = (0.002, 2.0),
         upfront: bool = False,
+        times: Mapping[str, Any] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         if num_envs < 1:
@@ -182,6 +208,7 @@ class RoutingVectorEnv(VectorEnv):
         self.backbone = self._open(backbone, dataset)
         self.upfront = upfront
         self.layout = (View if upfront else Layout).of(self.backbone)
+        self._start_cost, self._costs = cost_shares(self.backbone, times)
         self._same_step = mode is AutoresetMode.SAME_STEP
         self._next_step = mode is AutoresetMode.NEXT_STEP
         # The price reaches the observation as it is; features are means of activations, without a bound.
@@ -275,12 +302,12 @@ class RoutingVectorEnv(VectorEnv):
         inputs = self._split.inputs[chosen]
         if every:
             self._prices, self._drawn = prices, chosen
-            self._billed = torch.zeros(self.num_envs, dtype=torch.int64)
+            self._unpaid = torch.full((self.num_envs,), self._start_cost)
             begun = self.backbone.begin(inputs)
             self._walk = begun.walk
         else:
             assert rows is not None
-            self._prices[rows], self._drawn[rows], self._billed[rows] = prices, chosen, 0
+            self._prices[rows], self._drawn[rows], self._unpaid[rows] = prices, chosen, self._start_cost
             begun = self.backbone.begin(inputs, self._walk, rows)
         self._states = merge([*self._states.values(), begun])
 
@@ -303,14 +330,40 @@ class RoutingVectorEnv(VectorEnv):
     def foresee(self, routes: Tensor) -> Tensor:
         """[N]: what deciding `routes` [N, decisions] would earn now; changes nothing. For environments upfront."""
         assert self.upfront
-        walk = self.backbone.run_route(self._walk.inputs, routes)
-        assert walk.outputs is not None
-        earned, paid = self._terms(walk.outputs, self._walk.all_rows, walk.macs)
-        return earned + paid
+        state, share = self.backbone.begin(self._walk.inputs), torch.full((self.num_envs,), self._start_cost)
+        _, end = self._go({state.point: state}, routes, share)
+        assert end is not None
+        earned, paid = self._terms(end, share)
+        return torch.empty(self.num_envs).index_copy(0, end.rows, earned + paid)
 
-    def _terms(self, output: Tensor, rows: Tensor, macs: Tensor) -> tuple[Tensor, Tensor]:
-        """Accuracy and cost term of whole episodes: of `rows` [n] that end with `output` [n, ...] and `macs` [n]."""
-        drawn, prices, share = self._drawn[rows], self._prices[rows], macs / self.backbone.dense_macs
+    def _go(self, states: dict[int, State], actions: Tensor, costs: Tensor) -> tuple[dict[int, State], State | None]:
+        """One decision of every row, or all of them (upfront); `costs` [N] goes up by each row's.
+
+        Returns:
+            where the rows stand that go on, and those that have ended.
+        """
+        ends: list[State] = []
+        while True:
+            reached: list[State] = []
+            for state in states.values():
+                walk, rows, point = state.walk, state.rows, state.point
+                reached += self.backbone.advance(
+                    state, state.along(actions) if self.upfront else walk.at(actions, rows)
+                )
+                spent = self._costs[point].index_select(0, walk.at(walk.last, rows) - 1)  # by what ran
+                if rows is walk.all_rows:
+                    costs += spent
+                else:
+                    costs[rows] += spent
+            states = merge(reached)
+            ends += [states.pop(END)] if END in states else []
+            if not (self.upfront and states):
+                return states, merge(ends).get(END)
+
+    def _terms(self, end: State, share: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] accuracy and [n] cost term of whole episodes that ended and took `share` [N] of the dense compute."""
+        rows, output = end.rows, self.backbone.output(end)
+        drawn, prices, share = self._drawn[rows], self._prices[rows], share[rows]
         target = self._split.targets[drawn]
         if self.accuracy_term == "blockdrop":
             return blockdrop(self.task.score(output, target), prices, share)
@@ -331,28 +384,17 @@ class RoutingVectorEnv(VectorEnv):
         """
         walk = self._walk
         waiting, self._ended = self._ended, None
-        ends: list[State] = []
-        while True:
-            reached: list[State] = []
-            for state in self._states.values():
-                chosen = state.along(actions) if self.upfront else walk.at(actions, state.rows)
-                reached += self.backbone.advance(state, chosen)
-            self._states = merge(reached)
-            ends += [self._states.pop(END)] if END in self._states else []
-            if not (self.upfront and self._states):
-                break
-        end = merge(ends).get(END)
-        cost_term = -self._prices * ((walk.macs - self._billed) / self.backbone.dense_macs)
-        self._billed = walk.macs.clone()
+        bill, self._unpaid = self._unpaid, torch.zeros(self.num_envs)
+        self._states, end = self._go(self._states, actions, bill)
+        cost_term = -self._prices * bill
         accuracy_term = torch.zeros(self.num_envs)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool)
         info: Info = {"accuracy_term": accuracy_term, "cost_term": cost_term, "ended": terminated}
         if end is not None:
-            output = self.backbone.output(end)
-            metric = self.task.score(output, self._split.targets[self._drawn[end.rows]])
-            earned, paid = self._terms(output, end.rows, walk.macs[end.rows])
+            metric = self.task.score(self.backbone.output(end), self._split.targets[self._drawn[end.rows]])
+            earned, paid = self._terms(end, bill)
             accuracy_term[end.rows] = earned
-            if self.upfront:  # else the bill of this step is only the last part of it
+            if self.upfront:  # else this step's bill is only the last part of what the walk has cost
                 cost_term[end.rows] = paid
             terminated[end.rows] = True
             info[self.task.metric] = torch.zeros(self.num_envs).index_copy(0, end.rows, metric)

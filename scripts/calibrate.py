@@ -41,7 +41,7 @@ def main(args: Args) -> None:
         raise ValueError(f"the policy of {args.run} has no calibrated budgets; train it with dynrl")
     if len(inputs) < args.batch_size:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
-    rounds = 11
+    rounds = 5
     with progress(total=rounds, desc="timing", unit="round") as bar:
         curve = calibrate_latency(model, inputs, rounds, bar.update)
     write_json(

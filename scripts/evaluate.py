@@ -116,6 +116,7 @@ def _row_name(run: Path, config: dict[str, Any]) -> str:
 
     agent = {"ppo": "learned", "gate": "gate"}[config["agent"]]
     agent += " upfront" if config.get("upfront") else ""
+    agent += " by time" if config.get("cost") == "time" else ""
     return f"{agent} tuned" if (run / PRETRAINED).exists() else agent
 
 

@@ -59,6 +59,9 @@ class Args:
     baseline: Literal["value", "greedy"] = "value"
     """What PPO compares a reward with: a learned value, or what the likeliest route earns (self-critical, as in
     BlockDrop; --upfront only)."""
+    cost: Literal["macs", "time"] = "macs"
+    """What the price is of: multiply-accumulates, or the time that each choice takes on this machine, which is measured
+    first (batches of 256, of PPO only). Budgets stay shares of the MACs, or milliseconds after dynrl calibrate."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
 
@@ -130,6 +133,7 @@ _DEFAULT = _settings(Args("")) | {"decision": None}
 
 _EARLIER: dict[str, Any] = {  # of runs from before these could be set
     "finetune": False, "network": [], "router_hidden": 64, "upfront": False, "baseline": "value",
+    "cost": "macs",
 }  # fmt: skip
 
 
@@ -148,6 +152,8 @@ def _check(args: Args) -> None:
         raise ValueError("--baseline greedy is for --agent ppo with --upfront: one reward for a whole route")
     if args.agent == "gate" and args.num_env_runners:
         raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
+    if args.cost == "time" and args.agent != "ppo":
+        raise ValueError("--cost time is for --agent ppo: a gated walk counts MACs")
     for name, least in (
         ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1), ("seed", 0),
     ):  # fmt: skip
@@ -184,7 +190,8 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
     file = newest = run / "backbone.safetensors"
     if not file.exists():
         pretrain_into(run, config["decision"], config["data"], config["seed"], config["network"])
-    settings = Settings(**{name: value for name, value in config.items() if name not in ("finetune", "network")})
+    given = {name: value for name, value in config.items() if name not in ("finetune", "network", "cost")}
+    settings = Settings(**given, times=_times(run, file, config["data"]) if config["cost"] == "time" else None)
     if config["finetune"]:
         newest = run / "checkpoints" / "backbone.safetensors"
         router, finished = _train_jointly(run, settings, newest)
@@ -206,6 +213,25 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
     if not finished:
         print(f"stopped early; go on with: dynrl train {config['decision']} --resume {run}", file=sys.stderr)
     return finished
+
+
+def _times(run: Path, file: Path, data: str) -> dict[str, Any]:
+    """What each choice takes on this machine, measured once a run: times.json."""
+    from dynrl.backbones import load_backbone
+    from dynrl.data import load_dataset
+    from dynrl.evaluation import step_times
+    from dynrl.files import read_json, write_json
+    from dynrl.machine import hardware
+    from dynrl.progress import progress
+
+    kept, rounds = run / "times.json", 11
+    if not kept.exists():
+        inputs = load_dataset(data).validation.inputs[:256]
+        with progress(total=rounds + 1, desc="timing choices", unit="round") as bar:
+            measured = step_times(load_backbone(file)[0], inputs, rounds, bar.update)
+        write_json(kept, {**measured, "batch_size": len(inputs), "hardware": hardware()})
+    written = read_json(kept)
+    return {"start": written["start"], "choices": written["choices"]}
 
 
 def _train_jointly(run: Path, settings: Settings, working: Path) -> tuple[LearnedPolicy, bool]:

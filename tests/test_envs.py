@@ -170,6 +170,44 @@ def test_a_five_line_loop_recomputes_the_returns():
         assert paid[i] == pytest.approx(right - 0.25 * float(walk.macs[0]) / backbone.dense_macs, abs=1e-5)
 
 
+def any_times(backbone) -> dict:
+    """A latency table of no machine."""
+    rows = [[float(1 + 3 * point + choice**2) for choice in range(p.n)] for point, p in enumerate(backbone.points)]
+    return {"start": 5.0, "choices": rows}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_times_may_be_charged_instead_of_macs(name):
+    given = any_times(TOYS.get(name) or make_backbone(name))
+    env = make_vec(name, 4, autoreset_mode="SameStep", price=0.5, times=given)
+    rng, backbone = np.random.default_rng(1), env.backbone
+    env.reset(seed=2)
+    dense = given["start"] + sum(
+        given["choices"][min(t, len(backbone.points) - 1)][choice] for t, choice in enumerate(backbone.full_route)
+    )
+    paid, episodes = np.zeros(4), 0
+    while episodes < 12:
+        _, _, terminated, _, info = env.step(rng.integers(0, env.single_action_space.n, 4))
+        paid += info["cost_term"]
+        for i in np.flatnonzero(terminated):
+            ran = [choice for choice in info["route"][i] if choice >= 0]
+            spent = given["start"] + sum(
+                given["choices"][min(t, len(backbone.points) - 1)][c] for t, c in enumerate(ran)
+            )
+            assert paid[i] == pytest.approx(-0.5 * spent / dense, rel=1e-4)
+            paid[i], episodes = 0, episodes + 1
+
+
+def test_times_that_do_not_fit_are_refused():
+    given = any_times(make_backbone("skip"))
+    for bad in (
+        {}, {"start": 1.0}, {**given, "more": 1}, {**given, "choices": given["choices"][1:]}, {**given, "start": 0.0},
+        {**given, "choices": [[1.0, float("nan")]] * len(given["choices"])},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="expected times"):
+            make_vec("skip", 2, times=bad)
+
+
 def test_seeds_reproduce_and_differ():
     def trace(seed):
         env = make_vec("skip", 3)

@@ -26,6 +26,7 @@ from dynrl.evaluation import (
     score_routes,
     static_routes,
     static_tries,
+    step_times,
     uniform_routes,
 )  # fmt: skip
 from dynrl.observation import Layout, observation
@@ -478,3 +479,13 @@ def test_choices_without_an_observation_are_the_routers(kind):
     with torch.no_grad():
         backbone.run(inputs, choose)
     assert len(torch.cat(met).unique()) == 2
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_each_choice_is_timed(name):
+    backbone, ticks = make_backbone(name), []
+    times = step_times(backbone, torch.randn(8, *backbone.input_shape), rounds=2, tick=lambda: ticks.append(1))
+    assert [len(row) for row in times["choices"]] == [point.n for point in backbone.points]
+    assert times["start"] > 0
+    assert all(ms > 0 for row in times["choices"] for ms in row)
+    assert len(ticks) == 3

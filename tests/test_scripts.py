@@ -86,6 +86,8 @@ def run(tmp_path_factory, backbone_folder):
         ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
         ("train", "skip", "--agent", "gate", "--accuracy-term", "correct"),
         ("train", "skip", "--agent", "gate", "--num-env-runners", "1"),
+        ("train", "skip", "--accuracy-term", "blockdrop"), ("train", "skip", "--baseline", "greedy"),
+        ("train", "hidden-update", "--upfront"), ("train", "skip", "--agent", "gate", "--cost", "time"),
         ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
         ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),
         ("bench", "nosuch"), ("bench", "env", "--rounds", "0"), ("list", "nosuch"),
@@ -270,7 +272,7 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="run: dynrl calibrate"):
         dynrl.load(folder).set_milliseconds(5)
 
-    def medians(sides, rounds, tick):
+    def medians(sides, rounds, tick, calls):
         for side in sides.values():
             side()
         times = [10.0 + 2 * i for i in range(len(sides))][::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import gymnasium as gym
@@ -18,10 +19,12 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import calibrate, score
+from dynrl.files import read_json
 from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.observation import VIEW, View, overview
 from dynrl.policies import UpfrontRouter, load_policy, save_policy
 from dynrl.routed import RoutedModel, plug
+from dynrl.scripts.cli import main
 from tests.cases import REGISTERED, answered_by, make_backbone, vector_env
 from tests.test_agents import train, two_kinds
 
@@ -255,3 +258,21 @@ def test_a_backbone_is_tuned_on_its_routes(tmp_path):
     plan = Finetuning(rounds=1, epochs=8, batch_size=32)
     Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.pt").train(policy, 1)
     assert score(RoutedModel(backbone, policy), data.train).metric < 0.8 * before
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_by_the_command_charged_by_time(small_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("dynrl.scripts.evaluate.report_runs", lambda *args: None)
+    given, out = tmp_path / "given", tmp_path / "run"
+    given.mkdir()
+    shutil.copyfile(small_backbone, given / "backbone.safetensors")
+    words = ("--upfront", "--baseline", "greedy", "--cost", "time", "--steps", "500", "--num-envs", "8")
+    main(["train", "skip", "--backbone", str(given), "--out", str(out), *words])
+    times, backbone = read_json(out / "times.json"), load_backbone(small_backbone)[0]
+    assert [len(row) for row in times["choices"]] == [2] * len(backbone.points)
+    assert times["start"] > 0
+    assert all(run > 0 and skip > 0 for skip, run in times["choices"])
+    assert isinstance(load_policy(out / "policy.safetensors")[0], UpfrontRouter)
+    written = (out / "times.json").read_bytes()
+    main(["train", "skip", "--resume", str(out)])
+    assert (out / "times.json").read_bytes() == written, "a resumed run charges what it began with"
