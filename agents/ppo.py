@@ -27,12 +27,13 @@ class PPO(Agent):
     def start(self) -> None:
         """Start ray and build the algorithm."""
         settings, (backbone, _) = self.settings, load_backbone(self.backbone_file)
-        if start_ray(num_cpus=max(2, settings.num_env_runners + 1)):
+        if start_ray(max(2, settings.num_env_runners + settings.num_learners + 1), settings.address):
             self._held.callback(ray.shutdown)  # what follows is timed: ray's processes should not share its cores
         env_config = {
             "backbone": str(self.backbone_file.resolve()), "data": settings.data,
             "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
             "upfront": settings.upfront, "times": settings.times,
+            "device": settings.device, "dtype": settings.dtype,
         }  # fmt: skip
         # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
         self._decisions = backbone.max_steps if settings.upfront else 1
@@ -40,7 +41,9 @@ class PPO(Agent):
         config = ppo_config(
             decision(settings.decision).env_id, env_config, router_arguments(backbone, settings), seed=settings.seed,
             num_envs=settings.num_envs, rollout=rollout, num_env_runners=settings.num_env_runners,
-            total_steps=self.total // self._decisions, baseline=settings.baseline,
+            num_learners=settings.num_learners, total_steps=self.total // self._decisions, baseline=settings.baseline,
+            # Remote runners see no GPU that ray has not given them.
+            num_gpus_per_env_runner=(settings.device != "cpu") / max(1, settings.num_env_runners),
             entropy=ENTROPY * min(1.0, 8 / backbone.max_steps),
         )  # fmt: skip
         self._algorithm = config.build_algo()

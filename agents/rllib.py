@@ -99,6 +99,12 @@ class Slab:
         self.obs, self.actions, self.rewards, self.terminateds, self.logp, self.logits, self.greedy = stacked
         self.last_obs = last_obs
 
+    def to_host(self) -> Slab:
+        """All of it moved to the CPU."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.cpu())
+        return self
+
     def __len__(self) -> int:
         return self.rewards.numel()
 
@@ -119,6 +125,12 @@ class SlabRunner(SingleAgentEnvRunner):
                 f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}"
             )
         self._obs: Tensor | None = None
+
+    def make_module(self) -> None:
+        """As RLlib makes it, where the environment's tensors are."""
+        if self.env is not None:
+            self._device = self.env.unwrapped.device
+        super().make_module()
 
     def sample(  # type: ignore[override]
         self,
@@ -145,7 +157,7 @@ class SlabRunner(SingleAgentEnvRunner):
                     None if seed is None else seed * 1_000_003 + 31 * self.num_env_steps_sampled_lifetime
                 )
                 self._needs_initial_reset = False
-                self._returns, self._lengths = torch.zeros(count), torch.zeros(count)
+                self._returns, self._lengths = torch.zeros(2, count, device=env.device)
             steps: list[tuple[Tensor, ...]] = []
             ended: list[dict[str, Tensor]] = []
             obs, done = self._obs, 0
@@ -158,7 +170,7 @@ class SlabRunner(SingleAgentEnvRunner):
                 log_probs = torch.log_softmax(logits.view(-1, net.choices), 1)
                 likeliest = log_probs.argmax(1)
                 if random_actions:
-                    actions = torch.randint(env.backbone.num_choices, likeliest.shape)
+                    actions = torch.randint(env.backbone.num_choices, likeliest.shape, device=env.device)
                 elif explore:
                     # The largest of log-probability plus Gumbel noise is a draw from the distribution.
                     actions = (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
@@ -182,7 +194,8 @@ class SlabRunner(SingleAgentEnvRunner):
                 obs = following
             self._obs = obs
         self._report(len(steps) * count, done, ended)
-        return [Slab(steps, obs)]
+        slab = Slab(steps, obs)
+        return [slab if env.device.type == "cpu" else slab.to_host()]  # it may travel to another process
 
     def _report(self, steps: int, episodes: int, ended: list[dict[str, Tensor]]) -> None:
         """Log once a sample; the stock runner's counters are what PPO's training step reads."""
@@ -287,6 +300,8 @@ def ppo_config(
     rollout: int = 72,
     num_env_runners: int = 0,
     num_learners: int = 0,
+    num_gpus_per_learner: float = 0,
+    num_gpus_per_env_runner: float = 0,
     total_steps: int = 500_000,
     learning_rate: float = 2e-3,
     entropy: float = 0.01,
@@ -299,6 +314,8 @@ def ppo_config(
         router: `build_policy`'s arguments.
         baseline: of the advantages, see `Settings`.
         rollout: steps of each sub-environment a training iteration.
+        num_env_runners, num_learners: remote processes that sample and that learn; 0: this one does.
+        num_gpus_per_env_runner, num_gpus_per_learner: which ray sets aside for each; fractions share one.
         total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
 
     Raises:
@@ -315,12 +332,13 @@ def ppo_config(
         .env_runners(
             env_runner_cls=SlabRunner,
             num_env_runners=num_env_runners,
+            num_gpus_per_env_runner=num_gpus_per_env_runner,
             num_envs_per_env_runner=num_envs,
             gym_env_vectorize_mode="vector_entry_point",
             rollout_fragment_length=rollout,
             sample_timeout_s=600,
         )
-        .learners(num_learners=num_learners)
+        .learners(num_learners=num_learners, num_gpus_per_learner=num_gpus_per_learner)
         .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config=model))
         .training(
             train_batch_size_per_learner=per_runner * max(1, num_env_runners),
@@ -343,10 +361,13 @@ def ppo_config(
     return config.training(learner_connector=lambda *spaces: SlabGAE(gamma=gamma, lambda_=lambda_))
 
 
-def start_ray(num_cpus: int) -> bool:
-    """Start a quiet local ray; whether it did: False where ray runs already."""
+def start_ray(num_cpus: int, address: str | None = None) -> bool:
+    """Start a quiet local ray, or join the cluster at `address`; whether it did: False where ray runs already."""
     if ray.is_initialized():
         return False
+    if address is not None:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        return True
     ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
 

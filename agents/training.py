@@ -43,6 +43,9 @@ class Settings:
         baseline: of PPO's advantages: "value", or "greedy", what the likeliest route earns (upfront only; self-critical
             training, Rennie et al. 2017, CVPR, which BlockDrop uses).
         times: what is charged instead of MACs; see `RoutingVectorEnv`. PPO's only.
+        device, dtype: of the backbone; see `RoutingVectorEnv`. Of gates: the CPU, in float32.
+        num_learners: remote processes that learn, at most one (PPO's only); 0: this one does.
+        address: of a ray cluster to join (PPO's only), "auto" for the one on this machine; None starts ray here.
         checkpoint_every: training iterations between checkpoints.
     """
 
@@ -59,6 +62,10 @@ class Settings:
     upfront: bool = False
     baseline: str = "value"
     times: dict[str, Any] | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    num_learners: int = 0
+    address: str | None = None
     checkpoint_every: int = 10
 
 
@@ -207,7 +214,7 @@ def train_jointly(
     done, total = notes.get("rounds", 0), settings.steps + plan.rounds * plan.steps
     tuner = Finetuner(
         backbone, reference, load_dataset(settings.data), plan, settings.price_range, settings.seed,
-        folder / "checkpoints" / "finetuning.pt",
+        folder / "checkpoints" / "finetuning.pt", settings.device,
     )  # fmt: skip
     with (
         stop_on_interrupt() as stop,

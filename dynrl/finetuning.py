@@ -15,7 +15,7 @@ from dynrl.choice import logits_on
 from dynrl.data import Dataset
 from dynrl.files import write_aside
 from dynrl.policies import LearnedPolicy
-from dynrl.pretraining import bf16_is_fast, make_optimizer
+from dynrl.pretraining import autocast, make_optimizer
 from dynrl.routes import draw_prices
 
 CHECKPOINT_EVERY = 100  # batches
@@ -61,6 +61,7 @@ class Finetuner:
         reference: the dense network that it is distilled from, on its full route.
         price_range: each input draws the price that the policy is told.
         checkpoint: saved now and then and, if it is there, continued from.
+        device: to train on; the backbone moves there.
 
     Attributes:
         batches: done so far.
@@ -76,8 +77,10 @@ class Finetuner:
         price_range: tuple[float, float],
         seed: int,
         checkpoint: Path,
+        device: str | torch.device = "cpu",
     ) -> None:
-        self.backbone, self._reference = backbone, reference.for_inference()
+        self._device = torch.device(device)
+        self.backbone, self._reference = backbone.to(self._device), reference.for_inference().to(self._device)
         self._dataset, self._plan, self._price_range = dataset, plan, price_range
         self._seed, self._checkpoint = seed, checkpoint
         self._epoch = len(dataset.train) // plan.batch_size  # in batches
@@ -90,7 +93,7 @@ class Finetuner:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.total)
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster, as in pretraining
         if checkpoint.exists():
-            saved = torch.load(checkpoint, weights_only=True)
+            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
             for name, part in self._parts().items():
                 part.load_state_dict(saved[name])
             self._generator.set_state(saved["generator"])
@@ -133,29 +136,31 @@ class Finetuner:
         return {name: value / (self.batches - first) for name, value in sums.items()}
 
     def _step(self, policy: LearnedPolicy) -> dict[str, float]:
-        plan, backbone, task = self._plan, self.backbone, self._dataset.task
+        plan, backbone, task, device = self._plan, self.backbone, self._dataset.task, self._device
         train, rows = self._dataset.train, self._rows()
         inputs, targets = self._dataset.augmentation(train.inputs[rows], self._generator), train.targets[rows]
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         prices = draw_prices(self._price_range, len(rows), self._generator)
-        whole = torch.arange(len(rows)) < round(plan.full_share * len(rows))
-        full_route = torch.tensor(backbone.full_route)
+        inputs, targets, prices = inputs.to(device), targets.to(device), prices.to(device)
+        policy.to(device)
+        whole = torch.arange(len(rows), device=device) < round(plan.full_share * len(rows))
+        full_route = torch.tensor(backbone.full_route, device=device)
 
         with torch.no_grad():
             logits_at = logits_on(backbone, policy, inputs, prices)
 
         @torch.no_grad()
         def choose(state: State) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(device.type, enabled=False):
                 logits = logits_at(state)
             if plan.sampled:
-                action = torch.multinomial(logits.softmax(1), 1, generator=self._generator).squeeze(1)
+                action = torch.multinomial(logits.softmax(1).cpu(), 1, generator=self._generator).squeeze(1).to(device)
             else:
                 action = logits.argmax(1)
             return torch.where(whole[state.rows], full_route[state.walk.steps[state.rows]], action)
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+        with autocast(device):
             walk = backbone.run(inputs, choose)
         assert walk.outputs is not None
         output = walk.outputs.float()

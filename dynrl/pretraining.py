@@ -31,9 +31,10 @@ class Recipe:
     optimizer: Literal["sgd", "adam"] = "sgd"  # with momentum; or AdamW
 
 
-def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere autocast to it only slows training down."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def autocast(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the device multiplies it in hardware; other CPUs it would only slow down."""
+    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def make_optimizer(backbone: Backbone, name: str, learning_rate: float, weight_decay: float) -> Optimizer:
@@ -57,17 +58,20 @@ def pretrain(
     seed: int = 0,
     checkpoint: Path | None = None,
     label: str = "pretraining",
+    device: str | torch.device = "cpu",
 ) -> Backbone:
-    """Train `backbone` in place and return it, in eval mode.
+    """Train `backbone` in place and return it, on the CPU in eval mode.
 
     Args:
         random_routes: False trains the full route only: the plain network that learned routes must stand beside.
         checkpoint: saved after each epoch and, if it is there, continued from; removed at the end.
+        device: to train on; batches are augmented on the CPU.
 
     Raises:
         ValueError: the loss is no longer finite; the last checkpoint stays.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), torch.device(device)
+    backbone.to(device)
     optimizer = make_optimizer(backbone, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     train = dataset.train
     batches = len(train) // recipe.batch_size
@@ -78,7 +82,7 @@ def pretrain(
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
         backbone.load_state_dict(saved["backbone"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -93,17 +97,18 @@ def pretrain(
                 images = dataset.augmentation(train.inputs[index], generator)
                 if images.dim() == 4:
                     images = images.contiguous(memory_format=torch.channels_last)
+                images, labels = images.to(device), train.targets[index].to(device)
                 rate = recipe.least_rate + (1 - recipe.least_rate) * torch.rand(len(index), generator=generator)
                 rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
                 outputs = backbone.training_outputs(images, rate if random_routes else None, generator)
                 optimizer.zero_grad()
                 while True:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast()):
+                    with autocast(device):
                         output = next(outputs, None)
                     if output is None:
                         break
                     each = len(output) // len(index)
-                    targets = train.targets[index].repeat(each, *[1] * (train.targets.dim() - 1))
+                    targets = labels.repeat(each, *[1] * (labels.dim() - 1))
                     loss = each * dataset.task.loss(output.float(), targets, recipe.label_smoothing)
                     loss.backward()
                     total += loss.item()
@@ -123,7 +128,7 @@ def pretrain(
                     torch.save(state, aside)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    return backbone.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    return backbone.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
 @torch.inference_mode()

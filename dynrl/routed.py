@@ -140,7 +140,9 @@ class RoutedModel(nn.Module):
         self.set_price(_price_at(self.latency, budget, "milliseconds"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
-        super()._apply(fn, recurse)
+        # The policy follows to another device; its few products stay in float32, as what it sees does.
+        self.backbone._apply(fn, recurse)
+        self.policy.to(fn(torch.empty(0, device=next(self.backbone.parameters()).device)).device)
         if self.price_range is not None:
             self.set_price(self._price)  # its constants live where the policy lives
         return self

@@ -38,6 +38,7 @@ def distillation(task: Task, output: Tensor, target: Tensor, dense: Tensor) -> T
     return task.log_likelihood(output, target) - task.divergence(output, dense)
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACCURACY_TERMS = ("distillation", "log_likelihood", "correct", "blockdrop")
 
 
@@ -83,10 +84,10 @@ def cost_shares(backbone: Backbone, times: Mapping[str, Any] | None) -> tuple[fl
     given = [len(row) for row in times.get("choices", [])]
     if set(times) != {"start", "choices"} or given != counts:
         raise ValueError(f"expected times 'start' and 'choices', those of {counts} choices, got {dict(times)}")
-    table = torch.full(backbone.costs.shape, -1.0)
+    table = torch.full(backbone.costs.shape, -1.0)  # on the CPU, wherever the backbone is
     for point, row in enumerate(times["choices"]):
         table[point, : len(row)] = torch.tensor(row)
-    if not (table[backbone.costs >= 0] >= 0).all() or not times["start"] > 0:
+    if not (table[backbone.costs.cpu() >= 0] >= 0).all() or not times["start"] > 0:
         raise ValueError(f"expected times of at least 0 milliseconds, and more before the first choice, got {times}")
     at = torch.arange(backbone.max_steps).clamp_max(len(counts) - 1)
     dense = times["start"] + float(table[at, torch.tensor(backbone.full_route)].sum())
@@ -105,12 +106,19 @@ class DenseOutputs:
         """[n, ...] for `rows` [n] of the split."""
         inputs = self._split.inputs
         if self._known is None:
-            first = self._backbone(inputs[rows[:1]])
+            first = self._backbone(inputs[rows[:1]]).float()
             self._known = first.new_full((len(inputs), *first.shape[1:]), torch.nan)
         missing = rows[self._known[rows].flatten(1)[:, 0].isnan()].unique()
         if len(missing):
-            self._known[missing] = self._backbone(inputs[missing])
+            self._known[missing] = self._backbone(inputs[missing]).float()
         return self._known[rows]
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """The dtype of that name, or a ValueError."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; expected one of {sorted(DTYPES)}")
+    return DTYPES[name]
 
 
 def check_price_range(prices: Sequence[float]) -> tuple[float, float]:
@@ -153,6 +161,8 @@ class RoutingVectorEnv(VectorEnv):
             [decisions, choices]. For backbones whose inputs are images.
         times: what is charged instead of MACs: {"start": milliseconds before the first decision, "choices": those of
             each choice at each point}, as `dynrl.evaluation.step_times` measures them on one machine.
+        device: where the backbone runs, the inputs lie and tensors are made: "cpu" or "cuda", say.
+        dtype: of the backbone and its inputs: one of `DTYPES`. What is observed and paid stays in float32.
         price: of the dense network's compute, fixed; None draws it per episode from `price_range`, uniformly in its
             logarithm.
         price_range: lowest and highest price.
@@ -186,6 +196,8 @@ class RoutingVectorEnv(VectorEnv):
         price_range: Sequence[float] = (0.002, 2.0),
         upfront: bool = False,
         times: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         if num_envs < 1:
@@ -204,11 +216,18 @@ class RoutingVectorEnv(VectorEnv):
         self.task = dataset.task
         check_accuracy_term(accuracy_term, self.task, upfront)
         self.accuracy_term = accuracy_term
-        self._split = dataset.split(split)
+        self.device, kind = torch.device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)
+        self._split = dataset.split(split)
+        if self.device.type != "cpu" or kind is not torch.float32:
+            self.backbone = copy.deepcopy(self.backbone).to(self.device, kind)
+            self._split = Split(
+                self._split.inputs.to(self.device, kind), self._split.targets.to(self.device), self.task
+            )
         self.upfront = upfront
         self.layout = (View if upfront else Layout).of(self.backbone)
-        self._start_cost, self._costs = cost_shares(self.backbone, times)
+        self._start_cost, costs = cost_shares(self.backbone, times)
+        self._costs = costs.to(self.device)
         self._same_step = mode is AutoresetMode.SAME_STEP
         self._next_step = mode is AutoresetMode.NEXT_STEP
         # The price reaches the observation as it is; features are means of activations, without a bound.
@@ -222,9 +241,7 @@ class RoutingVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._seeds: np.ndarray | None = None
         self._episodes = np.zeros(num_envs, np.int64)
-        self._prices = torch.zeros(num_envs)
         self._dense = DenseOutputs(self.backbone, self._split)
-        self._drawn = torch.zeros(num_envs, dtype=torch.int64)  # which input of the split each row walks with
         self._states: dict[int, State] = {}
         self._ended: State | None = None  # rows that stand at the end and wait for their reset
 
@@ -267,7 +284,7 @@ class RoutingVectorEnv(VectorEnv):
             given = seed + np.arange(self.num_envs) if isinstance(seed, (int, np.integer)) else np.asarray(seed)
             if given.shape != (self.num_envs,):
                 raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {given.shape}")
-            at = slice(None) if rows is None or self._seeds is None else rows.numpy()
+            at = slice(None) if rows is None or self._seeds is None else rows.cpu().numpy()
             if self._seeds is None:
                 self._seeds = given.astype(np.int64)
             self._seeds[at] = given[at]
@@ -276,7 +293,7 @@ class RoutingVectorEnv(VectorEnv):
             self._states, self._ended = {}, None
             self._start(None)
         else:
-            keep = torch.ones(self.num_envs, dtype=torch.bool)
+            keep = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
             keep[rows] = False
             left = [s.where(keep[s.rows], s.point) for s in self._states.values()]
             ended = None if self._ended is None else self._ended.where(keep[self._ended.rows], END)
@@ -288,21 +305,23 @@ class RoutingVectorEnv(VectorEnv):
     def _start(self, rows: Tensor | None) -> None:
         """Draw inputs and prices for `rows` (None: all) and put them at the first point."""
         every = rows is None
-        at = np.arange(self.num_envs) if rows is None else rows.numpy()
+        at = np.arange(self.num_envs) if rows is None else rows.cpu().numpy()
         assert self._seeds is not None
         seeds, episodes = self._seeds[at], self._episodes[at]
         self._episodes[at] += 1
-        chosen = torch.from_numpy((draw(seeds, episodes, 0) % np.uint64(len(self._split))).astype(np.int64))
+        chosen = torch.from_numpy((draw(seeds, episodes, 0) % np.uint64(len(self._split))).astype(np.int64)).to(
+            self.device
+        )
         if self._fixed_price is None:
             low, high = np.log(self.price_range)
             share = draw(seeds, episodes, 1).astype(np.float64) / 2.0**64
-            prices = torch.from_numpy(np.exp(low + (high - low) * share)).float()
+            prices = torch.from_numpy(np.exp(low + (high - low) * share)).float().to(self.device)
         else:
-            prices = torch.full((len(at),), self._fixed_price)
+            prices = torch.full((len(at),), self._fixed_price, device=self.device)
         inputs = self._split.inputs[chosen]
         if every:
             self._prices, self._drawn = prices, chosen
-            self._unpaid = torch.full((self.num_envs,), self._start_cost)
+            self._unpaid = torch.full((self.num_envs,), self._start_cost, device=self.device)
             begun = self.backbone.begin(inputs)
             self._walk = begun.walk
         else:
@@ -315,7 +334,7 @@ class RoutingVectorEnv(VectorEnv):
         standing = list(self._states.values()) + ([self._ended] if self._ended is not None else [])
         if len(standing) == 1 and standing[0].rows is self._walk.all_rows:
             return self._seen(standing[0])
-        view = torch.empty(self.num_envs, self.layout.width)
+        view = torch.empty(self.num_envs, self.layout.width, device=self.device)
         for state in standing:
             view[state.rows] = self._seen(state)
         return view
@@ -330,11 +349,12 @@ class RoutingVectorEnv(VectorEnv):
     def foresee(self, routes: Tensor) -> Tensor:
         """[N]: what deciding `routes` [N, decisions] would earn now; changes nothing. For environments upfront."""
         assert self.upfront
-        state, share = self.backbone.begin(self._walk.inputs), torch.full((self.num_envs,), self._start_cost)
+        share = torch.full((self.num_envs,), self._start_cost, device=self.device)
+        state = self.backbone.begin(self._walk.inputs)
         _, end = self._go({state.point: state}, routes, share)
         assert end is not None
         earned, paid = self._terms(end, share)
-        return torch.empty(self.num_envs).index_copy(0, end.rows, earned + paid)
+        return torch.empty(self.num_envs, device=self.device).index_copy(0, end.rows, earned + paid)
 
     def _go(self, states: dict[int, State], actions: Tensor, costs: Tensor) -> tuple[dict[int, State], State | None]:
         """One decision of every row, or all of them (upfront); `costs` [N] goes up by each row's.
@@ -362,7 +382,7 @@ class RoutingVectorEnv(VectorEnv):
 
     def _terms(self, end: State, share: Tensor) -> tuple[Tensor, Tensor]:
         """[n] accuracy and [n] cost term of whole episodes that ended and took `share` [N] of the dense compute."""
-        rows, output = end.rows, self.backbone.output(end)
+        rows, output = end.rows, self.backbone.output(end).float()
         drawn, prices, share = self._drawn[rows], self._prices[rows], share[rows]
         target = self._split.targets[drawn]
         if self.accuracy_term == "blockdrop":
@@ -384,20 +404,20 @@ class RoutingVectorEnv(VectorEnv):
         """
         walk = self._walk
         waiting, self._ended = self._ended, None
-        bill, self._unpaid = self._unpaid, torch.zeros(self.num_envs)
+        bill, self._unpaid = self._unpaid, torch.zeros(self.num_envs, device=self.device)
         self._states, end = self._go(self._states, actions, bill)
         cost_term = -self._prices * bill
-        accuracy_term = torch.zeros(self.num_envs)
-        terminated = torch.zeros(self.num_envs, dtype=torch.bool)
+        accuracy_term = torch.zeros(self.num_envs, device=self.device)
+        terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         info: Info = {"accuracy_term": accuracy_term, "cost_term": cost_term, "ended": terminated}
         if end is not None:
-            metric = self.task.score(self.backbone.output(end), self._split.targets[self._drawn[end.rows]])
+            metric = self.task.score(self.backbone.output(end).float(), self._split.targets[self._drawn[end.rows]])
             earned, paid = self._terms(end, bill)
             accuracy_term[end.rows] = earned
             if self.upfront:  # else this step's bill is only the last part of what the walk has cost
                 cost_term[end.rows] = paid
             terminated[end.rows] = True
-            info[self.task.metric] = torch.zeros(self.num_envs).index_copy(0, end.rows, metric)
+            info[self.task.metric] = torch.zeros_like(accuracy_term).index_copy(0, end.rows, metric)
             info["macs_fraction"] = walk.macs / self.backbone.dense_macs
             info["route"] = walk.route.clone()
             info["price"] = self._prices.clone()
@@ -414,7 +434,7 @@ class RoutingVectorEnv(VectorEnv):
         return self._observe(), accuracy_term + cost_term, terminated, info
 
     def _observe_only(self, state: State) -> Tensor:
-        view = torch.zeros(self.num_envs, self.layout.width)
+        view = torch.zeros(self.num_envs, self.layout.width, device=self.device)
         view[state.rows] = self._seen(state)
         return view
 
@@ -423,7 +443,7 @@ class RoutingVectorEnv(VectorEnv):
     def _masks(self, observations: Tensor) -> np.ndarray:
         if not isinstance(self.layout, Layout):
             return (self.backbone.step_costs >= 0).expand(self.num_envs, -1, -1).to(torch.int8).numpy()
-        return (observations[:, self.layout.mask :] > 0).to(torch.int8).numpy()
+        return (observations[:, self.layout.mask :] > 0).to(torch.int8).cpu().numpy()
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -442,9 +462,9 @@ class RoutingVectorEnv(VectorEnv):
                     f"reset_mask is for autoreset_mode DISABLED, [{self.num_envs}] bool; got {mask.dtype} of shape "
                     f"{mask.shape} and {self.metadata['autoreset_mode']}"
                 )
-            rows = torch.from_numpy(np.flatnonzero(mask))
+            rows = torch.from_numpy(np.flatnonzero(mask)).to(self.device)
         view = self.reset_tensors(seed, rows)
-        return view.numpy(), {"action_mask": self._masks(view)}
+        return view.cpu().numpy(), {"action_mask": self._masks(view)}
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Gymnasium's step."""
@@ -457,24 +477,25 @@ class RoutingVectorEnv(VectorEnv):
             )
         if self._seeds is None:
             raise ValueError("reset the environment before its first step")
-        view, reward, terminated, tensors = self.step_tensors(torch.from_numpy(given.astype(np.int64)))
-        ended = terminated.numpy()
+        view, reward, terminated, tensors = self.step_tensors(torch.from_numpy(given.astype(np.int64)).to(self.device))
+        ended = terminated.cpu().numpy()
         info: dict[str, Any] = {"action_mask": self._masks(view)}
         for name in ("accuracy_term", "cost_term"):
-            info[name] = tensors[name].numpy()
+            info[name] = tensors[name].cpu().numpy()
         if ended.any():
             for name in (self.task.metric, "macs_fraction", "route"):
-                info[name], info[f"_{name}"] = tensors[name].numpy(), ended
+                info[name], info[f"_{name}"] = tensors[name].cpu().numpy(), ended
         if "final_obs" in tensors:
             # One object a row, filled one by one: NumPy would make a matrix of equally long rows.
             final = np.full(self.num_envs, None, dtype=object)
+            last = tensors["final_obs"].cpu().numpy()
             for i in np.flatnonzero(ended):
-                final[i] = tensors["final_obs"][i].numpy()
+                final[i] = last[i]
             info["final_obs"], info["_final_obs"] = final, ended
             names = [name for name in info if not name.startswith("_") and name not in ("action_mask", "final_obs")]
             info["final_info"] = {name: info[name] for name in names} | {f"_{name}": ended for name in names}
             info["_final_info"] = ended
-        return view.numpy(), reward.numpy(), ended, np.zeros(self.num_envs, bool), info
+        return view.cpu().numpy(), reward.cpu().numpy(), ended, np.zeros(self.num_envs, bool), info
 
 
 class RoutingEnv(gym.Env):

@@ -29,6 +29,16 @@ def use_threads(count: int | None) -> None:
     torch.set_num_threads(count or cores)
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not know or that is not there."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # builds without CUDA assert
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+
+
 def new_folder(out: Path | None, *parts: str) -> Path:
     """Make the folder `out`, or `runs/<parts>-<time>`; one that exists is refused."""
     folder = out or Path("runs") / "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])

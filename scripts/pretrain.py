@@ -27,6 +27,8 @@ class Args:
     (`dynrl evaluate --smaller`)."""
     seed: int = 0
     """Seed of weights, order, augmentation and routes."""
+    device: str = "cpu"
+    """Where to train, `cuda` say."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
 
@@ -37,23 +39,30 @@ def main(args: Args) -> None:
     from dynrl.envs import decision
     from dynrl.files import write_json
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import new_folder, use_threads
+    from dynrl.scripts.common import check_device, new_folder, use_threads
 
     data = check_dataset(args.data or decision(args.decision).data)
     row = defaults(args.decision, data).changed(args.network)
     row.build(load_dataset(data), args.seed)  # before the folder is made: what can be refused is refused
+    check_device(args.device)
     use_threads(args.threads)
     folder = new_folder(args.out, "backbone", args.decision, data)
-    settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
+    settings = {name: value for name, value in asdict(args).items() if name not in ("out", "device", "threads")}
     write_json(folder / "config.json", settings | {"data": data})
-    pretrain_into(folder, args.decision, data, args.seed, args.network, plain_only=args.plain)
+    pretrain_into(folder, args.decision, data, args.seed, args.network, plain_only=args.plain, device=args.device)
     print(
         f"{'plain network' if args.plain else 'backbone'}: {folder}/{'plain' if args.plain else 'backbone'}.safetensors"
     )
 
 
 def pretrain_into(
-    folder: Path, decision: str, data: str, seed: int, network: Sequence[str] = (), plain_only: bool = False
+    folder: Path,
+    decision: str,
+    data: str,
+    seed: int,
+    network: Sequence[str] = (),
+    plain_only: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Make whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resumable."""
     from dynrl.data import load_dataset
@@ -72,7 +81,7 @@ def pretrain_into(
         backbone = row.build(dataset, seed)
         pretrain(
             backbone, dataset, row.pretraining, random_routes=random_routes, seed=seed,
-            checkpoint=folder / "checkpoints" / f"{name}.pt", label=label,
+            checkpoint=folder / "checkpoints" / f"{name}.pt", label=label, device=device,
         )  # fmt: skip
         value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
         backbone.save(

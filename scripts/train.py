@@ -62,6 +62,14 @@ class Args:
     cost: Literal["macs", "time"] = "macs"
     """What the price is of: multiply-accumulates, or the time that each choice takes on this machine, which is measured
     first (batches of 256, of PPO only). Budgets stay shares of the MACs, or milliseconds after dynrl calibrate."""
+    num_learners: int = 0
+    """Remote processes that learn, at most one; 0: this one does. Of PPO only."""
+    address: str | None = None
+    """Of a ray cluster to run on, `auto` for the one on this machine; default: ray is started here. Of PPO only."""
+    device: str = "cpu"
+    """Where the backbone runs and is trained, `cuda` say; the policy, which is small, learns on the CPU."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the backbone, while the policy learns on it."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
 
@@ -113,7 +121,7 @@ def main(args: Args) -> None:
         write_json(run / "config.json", config)
     use_threads(args.threads)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.parent})", flush=True)
-    if learn(run, config):
+    if learn(run, config, args.address):
         from dynrl.scripts.evaluate import report_runs
 
         report_runs([run], run)
@@ -122,7 +130,7 @@ def main(args: Args) -> None:
 
 
 def _settings(args: Args) -> dict[str, Any]:
-    left_out = ("out", "resume", "backbone", "threads")
+    left_out = ("out", "resume", "backbone", "threads", "address")
     settings = {name: value for name, value in asdict(args).items() if name not in left_out}
     prices = None if args.price_range is None else list(args.price_range)
     return {**settings, "price_range": prices, "network": list(args.network)}
@@ -133,12 +141,13 @@ _DEFAULT = _settings(Args("")) | {"decision": None}
 
 _EARLIER: dict[str, Any] = {  # of runs from before these could be set
     "finetune": False, "network": [], "router_hidden": 64, "upfront": False, "baseline": "value",
-    "cost": "macs",
+    "cost": "macs", "num_learners": 0, "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 
 
 def _check(args: Args) -> None:
     from dynrl.envs.core import check_price_range
+    from dynrl.scripts.common import check_device
 
     if args.price_range is not None:
         check_price_range(args.price_range)
@@ -152,10 +161,14 @@ def _check(args: Args) -> None:
         raise ValueError("--baseline greedy is for --agent ppo with --upfront: one reward for a whole route")
     if args.agent == "gate" and args.num_env_runners:
         raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
+    if args.agent == "gate" and (args.num_learners or args.address or (args.device, args.dtype) != ("cpu", "float32")):
+        raise ValueError("--num-learners, --address, --device and --dtype are for --agent ppo")
+    check_device(args.device)
     if args.cost == "time" and args.agent != "ppo":
         raise ValueError("--cost time is for --agent ppo: a gated walk counts MACs")
     for name, least in (
-        ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1), ("seed", 0),
+        ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("num_learners", 0),
+        ("threads", 1), ("seed", 0),
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
@@ -176,7 +189,7 @@ def _backbone_folder(given: Path, decision: str, dataset: Dataset) -> Path:
     return given
 
 
-def learn(run: Path, config: dict[str, Any]) -> bool:
+def learn(run: Path, config: dict[str, Any], address: str | None = None) -> bool:
     """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
     from dynrl.agents.training import Settings, train_policy
     from dynrl.backbones import load_backbone
@@ -189,9 +202,13 @@ def learn(run: Path, config: dict[str, Any]) -> bool:
 
     file = newest = run / "backbone.safetensors"
     if not file.exists():
-        pretrain_into(run, config["decision"], config["data"], config["seed"], config["network"])
+        pretrain_into(
+            run, config["decision"], config["data"], config["seed"], config["network"], device=config["device"]
+        )
     given = {name: value for name, value in config.items() if name not in ("finetune", "network", "cost")}
-    settings = Settings(**given, times=_times(run, file, config["data"]) if config["cost"] == "time" else None)
+    settings = Settings(
+        **given, address=address, times=_times(run, file, config["data"]) if config["cost"] == "time" else None
+    )
     if config["finetune"]:
         newest = run / "checkpoints" / "backbone.safetensors"
         router, finished = _train_jointly(run, settings, newest)

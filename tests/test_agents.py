@@ -231,12 +231,15 @@ def test_stock_rllib_trains_on_the_registered_id():
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_remote_runners_find_the_environment(small_backbone):
+@pytest.mark.parametrize("learners", [0, 1])
+def test_remote_runners_find_the_environment(learners, small_backbone):
     backbone, _ = load_backbone(small_backbone)
-    algorithm = config_for(backbone, small_backbone, num_env_runners=1).build_algo()
+    algorithm = config_for(backbone, small_backbone, num_env_runners=1, num_learners=learners).build_algo()
+    before = router_of(algorithm)
     result = algorithm.train()
     router = router_of(algorithm)
     algorithm.stop()
+    assert not torch.equal(before.head.weight, router.head.weight)
     assert result["env_runners"]["num_env_steps_sampled_lifetime"] == 96
     assert 0 < result["env_runners"]["route"]["mean"]["macs_fraction"] <= 1
     assert all(torch.isfinite(p).all() for p in router.parameters())

@@ -198,6 +198,29 @@ def test_times_may_be_charged_instead_of_macs(name):
             paid[i], episodes = 0, episodes + 1
 
 
+@pytest.mark.parametrize("name", REGISTERED)
+def test_a_backbone_in_bf16_is_paid_in_float32(name):
+    """Nearly the same rewards for the same actions, and the file's backbone, shared in a process, stays as it is."""
+    wide, narrow = (make_vec(name, 8, autoreset_mode="SameStep", price=0.1, dtype=d) for d in ("float32", "bfloat16"))
+    first, second = (env.reset(seed=1)[0] for env in (wide, narrow))
+    np.testing.assert_allclose(first, second, atol=0.1, rtol=0.1)
+    assert next(narrow.backbone.parameters()).dtype is torch.bfloat16
+    assert next(wide.backbone.parameters()).dtype is torch.float32
+    wide.action_space.seed(0)
+    for _ in range(wide.backbone.max_steps + 1):
+        actions = wide.action_space.sample()
+        _, wanted, over, _, _ = wide.step(actions)
+        obs, paid, ended, _, _ = narrow.step(actions)
+        assert obs.dtype == paid.dtype == np.float32
+        assert np.array_equal(over, ended)
+        np.testing.assert_allclose(paid, wanted, atol=0.15, rtol=0.1)
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        make_vec("skip", 2, dtype="int8")
+
+
 def test_times_that_do_not_fit_are_refused():
     given = any_times(make_backbone("skip"))
     for bad in (

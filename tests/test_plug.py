@@ -489,3 +489,22 @@ def test_each_choice_is_timed(name):
     assert times["start"] > 0
     assert all(ms > 0 for row in times["choices"] for ms in row)
     assert len(ticks) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_a_plugged_model_runs_in_other_dtypes(name, dtype):
+    """The policy stays in float32; batches of any size go through one model."""
+    backbone = make_backbone(name)
+    model = RoutedModel(backbone, make_router(backbone)).to(dtype)
+    weights = {p.dtype for p in model.policy.parameters()}
+    assert weights == {torch.float32}
+    inputs = torch.randn(1024 if name == "skip" else 65, *backbone.input_shape)
+    routes = model(inputs.to(dtype)), model.last_route.actions
+    for rows in (1, 2, 33):
+        torch.testing.assert_close(model(inputs[:rows].to(dtype)), routes[0][:rows], atol=0.1, rtol=0.1)
+    expected = backbone(inputs, routes[1].clamp_min(0)).detach().double()
+    error = (routes[0].double() - expected).norm()
+    assert float(error / routes[0].double().norm()) < (0.05 if dtype is torch.bfloat16 else 0.005)
+    with pytest.raises(ValueError, match="expected inputs of"):
+        model(inputs)

@@ -145,9 +145,9 @@ class SkipGRU(Backbone):
         assert state.features is not None
         walk, rows = state.walk, state.rows
         if rows is walk.all_rows:
-            time = self._time[walk.common_steps].expand(state.count, -1)
+            time = self._time[walk.common_steps].float().expand(state.count, -1)
         else:
-            time = self._time[walk.steps[rows]]
+            time = self._time[walk.steps[rows]].float()
         return torch.cat([state.features.float(), time, *self._aside(state)], 1)
 
     def _aside(self, state: State) -> list[Tensor]:
@@ -165,9 +165,9 @@ class SkipGRU(Backbone):
         walk, rows, size = state.walk, state.rows, self.gru.hidden_size
         of_state, of_time, of_rest = weight.tensor_split((size, size + self._time.shape[1]))
         if rows is walk.all_rows:
-            start = start + self._time[walk.common_steps] @ of_time
+            start = start + self._time[walk.common_steps].float() @ of_time
         else:
-            start = start + (self._time @ of_time)[walk.steps[rows]]
+            start = start + (self._time.float() @ of_time)[walk.steps[rows]]
         scores = torch.addmm(start, state.features.float(), of_state)
         aside = self._aside(state)
         return scores.addmm_(aside[0] if len(aside) == 1 else torch.cat(aside, 1), of_rest)
