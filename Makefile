@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VISION := .venv-vision
 
-.PHONY: install demo test test-vision lint type bench wheel clean
+.PHONY: install demo pretrained test test-vision lint type bench wheel clean
 .DELETE_ON_ERROR:
 
 install: $(READY)
@@ -28,6 +28,20 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The small models that come with the package, each by its own recipe. `make -B pretrained` makes them anew.
+SHIPPED := skip-digits exit-digits expert-digits channel-digits hidden-update-sequential-digits
+pretrained: $(SHIPPED:%=dynrl/pretrained/%/report.json)
+dynrl/pretrained/skip-digits/%: RUN = skip --finetune --network 'widths=[8,16,32]'
+dynrl/pretrained/exit-digits/%: RUN = exit --network 'widths=[8,16,32]'
+dynrl/pretrained/expert-digits/%: RUN = expert --finetune --network stem=8 channels=32 'widths=[0,16,32,32,64,128]'
+dynrl/pretrained/channel-digits/%: RUN = channel --finetune --network 'widths=[16,32,64]' 'layers=[2,2,2]'
+dynrl/pretrained/hidden-update-sequential-digits/%: RUN = hidden-update --finetune
+dynrl/pretrained/%/report.json: | install
+	rm -rf build/pretrained/$*
+	$(BIN)/dynrl train $(RUN) --out build/pretrained/$*
+	mkdir -p $(@D)
+	cd build/pretrained/$* && cp backbone.safetensors policy.safetensors config.json report.json $(CURDIR)/$(@D)
 
 # Real networks of torchvision and timm; apart, since torchvision fits one torch only and brings CUDA's gigabytes.
 test-vision: $(VISION)/.ready

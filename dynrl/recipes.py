@@ -148,7 +148,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         num_envs=256,
         price_range=(0.01, 5.0),
         finetuning=Finetuning(
-            rounds=4, epochs=15, steps=500_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
+            rounds=8, epochs=15, steps=400_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
             sampled=True,
         ),
     ),

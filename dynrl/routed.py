@@ -341,11 +341,25 @@ def check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) 
 LATENCY = "latency.json"  # in a run: what a batch took on which machine
 
 
+SHIPPED = Path(__file__).parent / "pretrained"  # small models that come with the package, by name
+
+
+def shipped() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir())
+
+
 def load(run: str | Path) -> RoutedModel:
-    """The routed model of a run folder: its backbone with its policy plugged in, and the times of this machine."""
+    """The routed model of a run folder: its backbone with its policy plugged in, and the times of this machine.
+
+    Args:
+        run: a folder, or the name of a model that comes with the package (`shipped`), such as "skip-digits".
+    """
+    if not Path(run).is_dir() and str(run) in shipped():
+        run = SHIPPED / run
     run = Path(run)
     if not run.is_dir():
-        raise ValueError(f"{run} is no run folder")
+        raise ValueError(f"{run} is no run folder, nor one of the models that come with dynrl: {shipped()}")
     backbone, _ = load_backbone(run / "backbone.safetensors")
     model = plug(backbone, run / "policy.safetensors")
     if (run / LATENCY).is_file():
