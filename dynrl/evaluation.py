@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -127,12 +128,13 @@ def calibrate(
 
 
 def calibrate_latency(
-    model: RoutedModel, inputs: Tensor, rounds: int = 5, tick: Callable[[], Any] = lambda: None
+    model: RoutedModel, batches: Sequence[Tensor], rounds: int = 5, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:
     """Time a batch at each price of `model.curve`; what `set_milliseconds` looks a price up in.
 
     Args:
-        inputs: validation data, one batch.
+        batches: validation data, batches of one size. Each call takes the next: what is plugged in meets new ones, too,
+            whose routes set other sizes, and one batch alone may be easier than most.
         rounds: as in `medians_in_turn`; `tick` is called after each.
 
     Returns:
@@ -140,13 +142,14 @@ def calibrate_latency(
         otherwise are noise, and all are put in order (rearrangement: Chernozhukov et al. 2009, Biometrika).
     """
 
-    def at(price: float) -> None:
-        if model.price != price:  # in the call before the timed one
+    def at(price: float, following: Iterator[Tensor]) -> None:
+        if model.price != price:  # in the call before the timed ones
             model.set_price(price)
-        model(inputs)
+        model(next(following))
 
     before, prices = model.price, [price for price, _ in model.curve]
-    times = medians_in_turn({price: partial(at, price) for price in prices}, rounds, tick, calls=5)
+    sides: dict[float, Callable[[], Any]] = {price: partial(at, price, itertools.cycle(batches)) for price in prices}
+    times = medians_in_turn(sides, rounds, tick, calls=5)
     model.set_price(before)
     return list(zip(prices, sorted(times.values(), reverse=True), strict=True))
 

@@ -36,14 +36,15 @@ def main(args: Args) -> None:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
     data = read_config(args.run)["data"]
     use_threads(args.threads)
-    model, inputs = load(args.run), load_dataset(data).validation.inputs[: args.batch_size]
+    model, inputs = load(args.run), load_dataset(data).validation.inputs
     if len(model.curve) < 2:
         raise ValueError(f"the policy of {args.run} has no calibrated budgets; train it with dynrl")
     if len(inputs) < args.batch_size:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
     rounds = 5
     with progress(total=rounds, desc="timing", unit="round") as bar:
-        curve = calibrate_latency(model, inputs, rounds, bar.update)
+        whole = len(inputs) // args.batch_size * args.batch_size
+        curve = calibrate_latency(model, inputs[:whole].split(args.batch_size), rounds, bar.update)
     write_json(
         args.run / LATENCY,
         {

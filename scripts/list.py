@@ -11,10 +11,11 @@ class Args:
 
 
 def main(args: Args) -> None:
-    """Print the registry as a table."""
+    """Print the registry as a table, and the names of data sets and shipped models."""
     from dynrl.data import DATASETS
     from dynrl.envs import DECISIONS
     from dynrl.recipes import DEFAULTS
+    from dynrl.routed import shipped
 
     rows = [("decision", "environment", "backbone", "data sets with defaults", "action", "source")]
     for d in DECISIONS.values():
@@ -26,6 +27,7 @@ def main(args: Args) -> None:
     print(
         f"\ndata sets: {', '.join(DATASETS)}; for decisions on images also FOLDER or FOLDER@SIZE, with a folder a class"
     )
+    print(f"models that come with dynrl, for dynrl.load: {', '.join(shipped())}")
 
 
 if __name__ == "__main__":

@@ -70,11 +70,35 @@ def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def shipped_table() -> list[str]:
+    """The models that come with the package, by their reports: at half of the dense MACs, as Markdown."""
+    from dynrl.files import read_json
+    from dynrl.routed import SHIPPED, shipped
+
+    lines = [
+        "| `dynrl.load` | kB | dense | at half of the MACs | random routes | speed-up, batch 256 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in shipped():
+        report = read_json(SHIPPED / name / "report.json")
+        size = sum(file.stat().st_size for file in (SHIPPED / name).glob("*.safetensors")) / 1e3
+        learned, rival = (
+            next(p for p in report["points"] if p["budget"] == 0.5 and p["policy"].startswith(kind))
+            for kind in ("learned", "random")
+        )
+        lines.append(
+            f"| `{name}` | {size:.0f} | {100 * report['dense']['accuracy']:.2f} % | {100 * learned['accuracy']:.2f} % "
+            f"| {100 * rival['accuracy']:.2f} % | {learned['speedup']:.2f} |"
+        )
+    return lines
+
+
 def bench_env_table(result: dict[str, Any]) -> list[str]:
     """Rows of `dynrl bench env` as Markdown."""
     names = {
-        "bare": "bare loop (ceiling)", "rllib": "our runner", "rllib-stock": "RLlib's runner, same batched environment",
-        "naive": "RLlib's runner, single environments",
+        "bare": "bare loop (ceiling)", "rllib": "our runner",
+        "rllib-upfront": "our runner, all of a walk decided at once",
+        "rllib-stock": "RLlib's runner, same batched environment", "naive": "RLlib's runner, single environments",
     }  # fmt: skip
     lines = ["| path | sub-environments | decisions a second |", "|---|---|---|"]
     lines += [f"| {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |" for r in result["rows"]]
@@ -174,6 +198,8 @@ def main(args: Args) -> None:
         name = mark.group(1)
         if name == "decisions":
             lines = decisions_table()
+        elif name == "shipped":
+            lines = shipped_table()
         elif name == "at-half":
             found = {path.parent.name: read_json(path) for path in args.results.glob("*/report.json")}
             order = sorted(found, key=lambda folder: (list(DECISIONS).index(found[folder]["decision"]), folder))

@@ -29,9 +29,10 @@ from dynrl.evaluation import (
     step_times,
     uniform_routes,
 )  # fmt: skip
+from dynrl.files import read_json
 from dynrl.observation import Layout, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
-from dynrl.routed import RoutedModel
+from dynrl.routed import SHIPPED, RoutedModel, shipped
 from tests.cases import BACKBONES, REGISTERED, make_backbone, numbers_split, vector_env
 from tests.toys import Branching, Exiting, Looping
 
@@ -508,3 +509,26 @@ def test_a_plugged_model_runs_in_other_dtypes(name, dtype):
     assert float(error / routes[0].double().norm()) < (0.05 if dtype is torch.bfloat16 else 0.005)
     with pytest.raises(ValueError, match="expected inputs of"):
         model(inputs)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_models_that_come_with_dynrl_are_as_their_reports_say(name, monkeypatch):
+    monkeypatch.chdir("/")
+    folder = SHIPPED / name
+    assert {f.name for f in folder.iterdir()} == {
+        "backbone.safetensors", "policy.safetensors", "config.json", "report.json",
+    }  # fmt: skip
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 1e6
+    model, report = dynrl.load(name), read_json(folder / "report.json")
+    model.set_budget(0.5)
+    point = next(p for p in report["points"] if p["budget"] == 0.5 and p["policy"].startswith("learned"))
+    got = score(model, load_dataset(report["data"]).test)
+    assert got.metric == pytest.approx(point["accuracy"], abs=0.006)  # two images: rounding differs between machines
+    assert got.macs_fraction == pytest.approx(point["macs_fraction"], abs=0.01)
+    assert got.metric > 0.97
+
+
+def test_one_model_for_each_decision_comes_with_dynrl():
+    assert {read_json(SHIPPED / name / "config.json")["decision"] for name in shipped()} == set(REGISTERED)
+    with pytest.raises(ValueError, match="nor one of the models that come with dynrl"):
+        dynrl.load("nosuch")
