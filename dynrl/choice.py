@@ -46,11 +46,19 @@ class LinearChoice:
         self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, scores]
         for i, point in enumerate(backbone.points):
             self.start[i, :, point.n :] = -torch.inf
+        by_step = backbone.foreknown(self.features)
+        self.by_step = by_step is not None
+        if by_step is not None:  # a loop, then: of one point
+            self.start = self.start + by_step.unsqueeze(1)  # [max_steps, last choices, scores]
 
     def __call__(self, state: State) -> Tensor:
         """[n] int64, as `Router.act(observation(...))` but for rounding."""
         walk, rows, backbone = state.walk, state.rows, self.backbone
-        start = self.start[state.point].index_select(0, walk.at(walk.last, rows))
+        last = walk.at(walk.last, rows)
+        if self.by_step and rows is not walk.all_rows:
+            start = self.start[walk.steps[rows], last]
+        else:
+            start = self.start[walk.common_steps if self.by_step else state.point].index_select(0, last)
         scores = backbone.project(state, self.features, start)
         scores.addcmul_(walk.at(walk.macs, rows).unsqueeze(1), self.spent)
         if self.masked:

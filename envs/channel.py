@@ -20,6 +20,7 @@ class ChannelVectorEnv(RoutingVectorEnv):
     `Discrete(n)`, n the number of the backbone's `shares` (4: a quarter, a half, three quarters, all): the higher, the
     wider. Channels are nested: a wider choice computes all that a narrower one does. The features that go from block to
     block keep their full width. Blocks that change the shape always run whole and are no decisions.
+    `MultiDiscrete` with `upfront=True`, all at once: see `RoutingVectorEnv`.
 
     ## Reward
     At each step minus price x (MACs of this step / MACs of the dense network); at the last step also the accuracy

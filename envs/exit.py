@@ -19,6 +19,7 @@ class ExitVectorEnv(RoutingVectorEnv):
 
     ## Action
     `Discrete(2)`: 0 stops, 1 goes on: the blocks up to the next exit and its classifier run.
+    `MultiDiscrete` with `upfront=True`, all at once: see `RoutingVectorEnv`.
 
     ## Reward
     At each step minus price x (MACs of this step / MACs of the dense network); at the last step also the accuracy

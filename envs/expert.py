@@ -19,6 +19,7 @@ class ExpertVectorEnv(RoutingVectorEnv):
     ## Action
     `Discrete(E)`: e takes the layer's expert e, two products of so many hidden units. Experts stand from narrow to
     wide; some may have the same width, and the first may have none: it hands the features through at no cost.
+    `MultiDiscrete` with `upfront=True`, all at once: see `RoutingVectorEnv`.
 
     ## Reward
     At each step minus price x (MACs of this step / MACs of the dense network, which takes the last, a widest expert in

@@ -18,6 +18,7 @@ class SkipVectorEnv(RoutingVectorEnv):
 
     ## Action
     `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and are no decisions.
+    `MultiDiscrete` with `upfront=True`, all at once: see `RoutingVectorEnv`.
 
     ## Reward
     At each step minus price x (MACs of this step / MACs of the dense network); at the last step also the accuracy

@@ -104,7 +104,8 @@ def test_what_is_seen(sees, expected):
     torch.testing.assert_close(since.squeeze(1) * STEPS, torch.tensor([1.0, 0.0]))
     assert sees == "state" or torch.equal(rest, inputs[:, 4])
     weight, start = torch.randn(expected, 3), torch.randn(2, 3)
-    torch.testing.assert_close(network.project(state, weight, start), seen @ weight + start, atol=1e-5, rtol=1e-5)
+    got = network.project(state, weight, start) + network.foreknown(weight)[state.walk.steps[state.rows]]
+    torch.testing.assert_close(got, seen @ weight + start, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -292,9 +292,16 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def project(self, state: State, weight: Tensor, start: Tensor) -> Tensor:
-        """[n, k]: `start` [n, k] + `observe(state)` @ `weight` [feature_width, k]: what is linear in the features."""
+        """[n, k]: `start` [n, k] + `observe(state)` @ `weight` [feature_width, k]: what is linear in the features.
+
+        Without what `foreknown(weight)` gives.
+        """
         features = self.observe(state)
         return torch.addmm(start, features, weight[: features.shape[1]])
+
+    def foreknown(self, weight: Tensor) -> Tensor | None:
+        """[max_steps, k], the part of `observe(state)` @ `weight` that hangs on the step alone; None: there is none."""
+        return None
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.

@@ -162,15 +162,16 @@ class SkipGRU(Backbone):
     def project(self, state: State, weight: Tensor, start: Tensor) -> Tensor:
         """`Backbone.project` without a copy of the hidden state."""
         assert state.features is not None
-        walk, rows, size = state.walk, state.rows, self.gru.hidden_size
-        of_state, of_time, of_rest = weight.tensor_split((size, size + self._time.shape[1]))
-        if rows is walk.all_rows:
-            start = start + self._time[walk.common_steps].float() @ of_time
-        else:
-            start = start + (self._time.float() @ of_time)[walk.steps[rows]]
+        size = self.gru.hidden_size
+        of_state, of_rest = weight[:size], weight[size + self._time.shape[1] :]
         scores = torch.addmm(start, state.features.float(), of_state)
         aside = self._aside(state)
         return scores.addmm_(aside[0] if len(aside) == 1 else torch.cat(aside, 1), of_rest)
+
+    def foreknown(self, weight: Tensor) -> Tensor:
+        """The time's part: one product for all steps, not one a step."""
+        size, knots = self.gru.hidden_size, self._time.shape[1]
+        return self._time.float() @ weight[size : size + knots]
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
