@@ -43,7 +43,7 @@ class PPO(Agent):
             num_envs=settings.num_envs, rollout=rollout, num_env_runners=settings.num_env_runners,
             num_learners=settings.num_learners, total_steps=self.total // self._decisions, baseline=settings.baseline,
             # Remote runners see no GPU that ray has not given them.
-            num_gpus_per_env_runner=(settings.device != "cpu") / max(1, settings.num_env_runners),
+            num_gpus_per_env_runner=settings.device.startswith("cuda") / max(1, settings.num_env_runners),
             entropy=ENTROPY * min(1.0, 8 / backbone.max_steps),
         )  # fmt: skip
         self._algorithm = config.build_algo()

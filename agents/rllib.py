@@ -362,11 +362,18 @@ def ppo_config(
 
 
 def start_ray(num_cpus: int, address: str | None = None) -> bool:
-    """Start a quiet local ray, or join the cluster at `address`; whether it did: False where ray runs already."""
+    """Start a quiet local ray, or join the cluster at `address`; whether it did: False where ray runs already.
+
+    Raises:
+        ValueError: no cluster there.
+    """
     if ray.is_initialized():
         return False
     if address is not None:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ValueError(f"no ray cluster at {address!r}: {error}") from None
         return True
     ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True

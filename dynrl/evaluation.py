@@ -347,7 +347,11 @@ def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
 
 @torch.inference_mode()
 def step_times(
-    backbone: Backbone, inputs: Tensor, rounds: int = 11, tick: Callable[[], Any] = lambda: None
+    backbone: Backbone,
+    inputs: Tensor,
+    rounds: int = 11,
+    tick: Callable[[], Any] = lambda: None,
+    wait: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """What each choice takes on this machine: the latency table that a reward may charge instead of MACs.
 
@@ -357,26 +361,32 @@ def step_times(
         backbone: its `for_inference` copy is timed.
         inputs: a batch, as large as the model will meet.
         rounds: each choice is timed once in each, in a new order; `tick` is called after it. Medians count.
+        wait: called before each reading of the clock: for a device that works on its own.
 
     Returns:
         {"start": ms, "choices": [[ms of each choice] of each point]}, of the whole batch.
     """
     frozen, walks = backbone.for_inference(), 0
     times: dict[tuple[int, int], list[float]] = {}
-    full = torch.tensor(frozen.full_route)
+    full = torch.tensor(frozen.full_route, device=inputs.device)
+
+    def clock() -> float:
+        wait()
+        return time.perf_counter()
+
     for _ in range(rounds + 1):
-        start = time.perf_counter()
+        start = clock()
         state = frozen.begin(inputs)
-        times.setdefault((END, 0), []).append(time.perf_counter() - start)
+        times.setdefault((END, 0), []).append(clock() - start)
         while state.point != END:
             choices = list(range(frozen.points[state.point].n))
             random.Random(walks).shuffle(choices)
             walks += 1
             for choice in choices:
                 branch, action = state.copy(), torch.full_like(state.rows, choice)
-                start = time.perf_counter()
+                start = clock()
                 frozen.advance(branch, action)
-                times.setdefault((state.point, choice), []).append(time.perf_counter() - start)
+                times.setdefault((state.point, choice), []).append(clock() - start)
             (state,) = frozen.advance(state, full[state.walk.steps])
         tick()
     # The first round warms up. A loop's point is met many times in each.

@@ -171,6 +171,6 @@ def overview(inputs: Tensor, price: Tensor | float) -> Tensor:
         price: of the dense network's compute, in units of the accuracy term: one number, or [n].
     """
     height, width = inputs.shape[2:]
-    seen = F.adaptive_avg_pool2d(inputs, (min(height, VIEW), min(width, VIEW))).flatten(1).float()
-    told = price.unsqueeze(1) if isinstance(price, Tensor) else seen.new_full((len(seen), 1), price)
+    seen = F.adaptive_avg_pool2d(inputs.float(), (min(height, VIEW), min(width, VIEW))).flatten(1)
+    told = price.unsqueeze(1) if isinstance(price, Tensor) else torch.full_like(seen[:, :1], price)
     return torch.cat([seen, told], 1)

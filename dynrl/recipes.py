@@ -115,8 +115,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("expert", "fashion-mnist"): Defaults(
         family="expert_net",
         backbone={"stem": 32, "channels": 128, "layers": 4, "widths": (0, 64, 128, 128, 256, 512)},
-        # Experts that meet all routes alike learn the same; with dear ones preferred, and half of the images on the full
-        # route, the network on that route is 0.3 points below the plain one, not 2 (measured).
+        # Experts that meet all routes alike learn the same. With dear ones preferred, and half of the images on the
+        # full route, that route gets 90.3 % of the validation images right instead of 88.9 (measured).
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.3, full_share=0.5),
         steps=600_000,
         finetuning=Finetuning(rounds=2, epochs=6, steps=150_000, learning_rate=0.1),

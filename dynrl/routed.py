@@ -73,7 +73,7 @@ class RoutedModel(nn.Module):
     def __init__(self, backbone: Backbone, policy: Policy, curve: list[tuple[float, float]] | None = None) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
-        policy = copy.deepcopy(policy).eval().requires_grad_(False)
+        policy = copy.deepcopy(policy).eval().requires_grad_(False).to(next(backbone.parameters()).device)
         self.policy = policy
         self.input_shape = backbone.input_shape
         self.curve = sorted(curve or [])
@@ -82,8 +82,12 @@ class RoutedModel(nn.Module):
         self._price: float = 0.0
         self._router_macs = 0
         self.last_route = None
-        if isinstance(policy, (StepPolicy, UpfrontRouter)):
-            expected = (View if isinstance(policy, UpfrontRouter) else Layout).of(backbone)
+        if isinstance(policy, UpfrontRouter):
+            given, wanted = View(policy.view, policy.counts), View.of(backbone)
+            if given != wanted:
+                raise ValueError(f"the policy is for {given}, the backbone poses {wanted}")
+        if isinstance(policy, StepPolicy):
+            expected = Layout.of(backbone)
             if policy.width != expected.width:
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
@@ -140,7 +144,7 @@ class RoutedModel(nn.Module):
         self.set_price(_price_at(self.latency, budget, "milliseconds"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
-        # The policy follows to another device; its few products stay in float32, as what it sees does.
+        # The policy follows to another device, and no further: it stays in float32, as what it sees does.
         self.backbone._apply(fn, recurse)
         self.policy.to(fn(torch.empty(0, device=next(self.backbone.parameters()).device)).device)
         if self.price_range is not None:
@@ -346,7 +350,7 @@ SHIPPED = Path(__file__).parent / "pretrained"  # small models that come with th
 
 def shipped() -> list[str]:
     """The names of the models that come with the package."""
-    return sorted(folder.name for folder in SHIPPED.iterdir())
+    return sorted(file.parent.name for file in SHIPPED.glob("*/policy.safetensors"))
 
 
 def load(run: str | Path) -> RoutedModel:
@@ -355,9 +359,9 @@ def load(run: str | Path) -> RoutedModel:
     Args:
         run: a folder, or the name of a model that comes with the package (`shipped`), such as "skip-digits".
     """
-    if not Path(run).is_dir() and str(run) in shipped():
-        run = SHIPPED / run
     run = Path(run)
+    if not run.is_dir() and str(run) in shipped():
+        run = SHIPPED / run
     if not run.is_dir():
         raise ValueError(f"{run} is no run folder, nor one of the models that come with dynrl: {shipped()}")
     backbone, _ = load_backbone(run / "backbone.safetensors")

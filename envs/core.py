@@ -7,6 +7,7 @@ Gymnasium's edge is crossed. The single environment is the batched one with one 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,22 +77,26 @@ def cost_shares(backbone: Backbone, times: Mapping[str, Any] | None) -> tuple[fl
     """What is charged, in shares of the dense network: before the first decision, and [points, choices] for each.
 
     Raises:
-        ValueError: `times` are not one positive number for each choice at each point.
+        ValueError: `times` are not one finite number for each choice at each point.
     """
     if times is None:
         return backbone.start_macs / backbone.dense_macs, backbone.costs / backbone.dense_macs
     counts = [point.n for point in backbone.points]
-    given = [len(row) for row in times.get("choices", [])]
-    if set(times) != {"start", "choices"} or given != counts:
-        raise ValueError(f"expected times 'start' and 'choices', those of {counts} choices, got {dict(times)}")
-    table = torch.full(backbone.costs.shape, -1.0)  # on the CPU, wherever the backbone is
-    for point, row in enumerate(times["choices"]):
-        table[point, : len(row)] = torch.tensor(row)
-    if not (table[backbone.costs.cpu() >= 0] >= 0).all() or not times["start"] > 0:
+    try:
+        start, rows = float(times["start"]), [torch.tensor(row, dtype=torch.float32) for row in times["choices"]]
+        fits = set(times) == {"start", "choices"} and [len(row) for row in rows] == counts
+    except (TypeError, ValueError, KeyError, RuntimeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"expected times 'start' and 'choices', those of {counts} choices, got {times}")
+    if not 0 < start < math.inf or not all(bool((row >= 0).all() and row.isfinite().all()) for row in rows):
         raise ValueError(f"expected times of at least 0 milliseconds, and more before the first choice, got {times}")
+    table = torch.full(backbone.costs.shape, -1.0)  # on the CPU, wherever the backbone is
+    for point, row in enumerate(rows):
+        table[point, : len(row)] = row
     at = torch.arange(backbone.max_steps).clamp_max(len(counts) - 1)
-    dense = times["start"] + float(table[at, torch.tensor(backbone.full_route)].sum())
-    return times["start"] / dense, table / dense
+    dense = start + float(table[at, torch.tensor(backbone.full_route)].sum())
+    return start / dense, table / dense
 
 
 class DenseOutputs:

@@ -15,9 +15,12 @@ KINDS: dict[str, type[LearnedPolicy]] = {policy.kind: policy for policy in (Rout
 
 def build_policy(kind: str, config: dict[str, Any]) -> LearnedPolicy:
     """An untrained policy of a kind in `KINDS`, or a ValueError."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"unknown kind of policy {kind!r}; expected one of {sorted(KINDS)}")
-    return KINDS[kind](**config)
+    try:
+        return KINDS[kind](**config)
+    except TypeError as error:
+        raise ValueError(f"these are no settings of a policy of kind {kind!r}: {error}") from None
 
 
 def save_policy(path: str | Path, policy: LearnedPolicy, metadata: dict[str, Any]) -> None:

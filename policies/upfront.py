@@ -24,7 +24,7 @@ class UpfrontRouter(LearnedPolicy):
         start: [decisions], the route that an untrained policy favours (e^2 to 1): the full network's.
 
     Raises:
-        ValueError: a price range that is not positive and rising.
+        ValueError: a price range that is not positive and rising, or a start that is no route.
     """
 
     kind = "upfront"
@@ -40,8 +40,10 @@ class UpfrontRouter(LearnedPolicy):
     ) -> None:
         super().__init__()
         self._set_price_range(price_range)
-        self.view, self.decisions, self.choices = tuple(view), len(counts), max(counts)
         start = [0] * len(counts) if start is None else list(start)
+        if len(start) != len(counts) or not all(0 <= first < count for first, count in zip(start, counts, strict=True)):
+            raise ValueError(f"expected a start within the choices of each decision, {list(counts)}, got {start}")
+        self.view, self.counts, self.decisions, self.choices = tuple(view), tuple(counts), len(counts), max(counts)
         self.config = {
             "view": list(view), "counts": list(counts), "price_range": list(self.price_range), "hidden": hidden,
             "start": start,
@@ -79,4 +81,4 @@ class UpfrontRouter(LearnedPolicy):
     def act(self, observation: Tensor) -> Tensor:
         """[n, decisions], the likeliest route of each row (without the cap, which changes no order)."""
         scores = self._scores(observation) + self.closed
-        return scores.view(len(observation), self.decisions, self.choices).argmax(2)
+        return scores.view(-1, self.decisions, self.choices).argmax(2)

@@ -6,9 +6,12 @@ import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynrl.files import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 PRETRAINED = "backbone-pretrained.safetensors"  # in a run that fine-tuned its backbone: what that was before
 
@@ -29,14 +32,18 @@ def use_threads(count: int | None) -> None:
     torch.set_num_threads(count or cores)
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not know or that is not there."""
+def check_device(name: str) -> torch.device:
+    """The device of that name, "cpu" or one of CUDA; a ValueError where it is not there."""
     import torch
 
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # builds without CUDA assert
         raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected the device cpu or cuda, got {name!r}")
+    return device
 
 
 def new_folder(out: Path | None, *parts: str) -> Path:

@@ -26,7 +26,7 @@ BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
 MARKERS = {  # of lines in the picture
     "learned": "o-", "gate": "v-", "learned tuned": "D-", "gate tuned": "P-", "learned upfront": "o:",
-    "gate upfront": "v:", "learned upfront tuned": "D:", "gate upfront tuned": "P:", "random": "s--", "static": "^:",
+    "learned upfront greedy": "o-.", "gate upfront": "v:", "learned by time": "h-", "random": "s--", "static": "^:",
     "uniform": "<:", "smaller": "X", "oracle": "*",
 }  # fmt: skip
 
@@ -111,12 +111,19 @@ def _smaller(folder: Path, dataset: Dataset) -> Backbone:
 
 
 def _row_name(run: Path, config: dict[str, Any]) -> str:
-    """What a report calls a run: by its agent, when it decides, and whether its backbone was fine-tuned."""
+    """What a report calls a run: by its agent, how that was trained, and whether its backbone was fine-tuned."""
     from dynrl.scripts.common import PRETRAINED
 
+    if config.get("finetune") and not (run / PRETRAINED).exists():
+        raise ValueError(
+            f"{run} was fine-tuned, but its {PRETRAINED} is not there: evaluate the run it was copied from"
+        )
     agent = {"ppo": "learned", "gate": "gate"}[config["agent"]]
-    agent += " upfront" if config.get("upfront") else ""
-    agent += " by time" if config.get("cost") == "time" else ""
+    for setting, value, said in (
+        ("upfront", True, "upfront"), ("baseline", "greedy", "greedy"), ("accuracy_term", "blockdrop", "blockdrop"),
+        ("cost", "time", "by time"),
+    ):  # fmt: skip
+        agent += f" {said}" if config.get(setting) == value else ""
     return f"{agent} tuned" if (run / PRETRAINED).exists() else agent
 
 

@@ -65,7 +65,8 @@ class Args:
     num_learners: int = 0
     """Remote processes that learn, at most one; 0: this one does. Of PPO only."""
     address: str | None = None
-    """Of a ray cluster to run on, `auto` for the one on this machine; default: ray is started here. Of PPO only."""
+    """Of a ray cluster to run on, `auto` for the one on this machine; its machines must share the run's folder.
+    Default: ray is started here. Of PPO only."""
     device: str = "cpu"
     """Where the backbone runs and is trained, `cuda` say; the policy, which is small, learns on the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -85,6 +86,7 @@ def main(args: Args) -> None:
     from dynrl.scripts.common import PRETRAINED, new_folder, read_config, use_threads
 
     decision(args.decision)
+    _check_place(args)
     if args.resume is not None:
         run = args.resume
         config = _EARLIER | read_config(run)
@@ -121,7 +123,7 @@ def main(args: Args) -> None:
         write_json(run / "config.json", config)
     use_threads(args.threads)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.parent})", flush=True)
-    if learn(run, config, args.address):
+    if learn(run, config, args.device, args.num_learners, args.address):
         from dynrl.scripts.evaluate import report_runs
 
         report_runs([run], run)
@@ -130,7 +132,7 @@ def main(args: Args) -> None:
 
 
 def _settings(args: Args) -> dict[str, Any]:
-    left_out = ("out", "resume", "backbone", "threads", "address")
+    left_out = ("out", "resume", "backbone", "threads", "num_learners", "address", "device")
     settings = {name: value for name, value in asdict(args).items() if name not in left_out}
     prices = None if args.price_range is None else list(args.price_range)
     return {**settings, "price_range": prices, "network": list(args.network)}
@@ -141,13 +143,29 @@ _DEFAULT = _settings(Args("")) | {"decision": None}
 
 _EARLIER: dict[str, Any] = {  # of runs from before these could be set
     "finetune": False, "network": [], "router_hidden": 64, "upfront": False, "baseline": "value",
-    "cost": "macs", "num_learners": 0, "device": "cpu", "dtype": "float32",
+    "cost": "macs", "dtype": "float32",
 }  # fmt: skip
+
+
+def _check_place(args: Args) -> None:
+    """What says where a run runs, and may change when it is resumed."""
+    from dynrl.scripts.common import check_device
+
+    device = check_device(args.device)
+    if args.agent == "gate" and (args.num_learners or args.address or device.type != "cpu"):
+        raise ValueError("--num-learners, --address and --device are for --agent ppo")
+    if not 0 <= args.num_learners <= 1:
+        raise ValueError(f"expected --num-learners of 0 or 1, got {args.num_learners}: a slab is not split")
+    if args.num_env_runners and device.index is not None:
+        raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
+    if args.address is not None:
+        from dynrl.agents.rllib import start_ray
+
+        start_ray(0, args.address)
 
 
 def _check(args: Args) -> None:
     from dynrl.envs.core import check_price_range
-    from dynrl.scripts.common import check_device
 
     if args.price_range is not None:
         check_price_range(args.price_range)
@@ -161,14 +179,13 @@ def _check(args: Args) -> None:
         raise ValueError("--baseline greedy is for --agent ppo with --upfront: one reward for a whole route")
     if args.agent == "gate" and args.num_env_runners:
         raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
-    if args.agent == "gate" and (args.num_learners or args.address or (args.device, args.dtype) != ("cpu", "float32")):
-        raise ValueError("--num-learners, --address, --device and --dtype are for --agent ppo")
-    check_device(args.device)
+    if args.agent == "gate" and args.dtype != "float32":
+        raise ValueError("--dtype is for --agent ppo")
     if args.cost == "time" and args.agent != "ppo":
         raise ValueError("--cost time is for --agent ppo: a gated walk counts MACs")
     for name, least in (
-        ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("num_learners", 0),
-        ("threads", 1), ("seed", 0),
+        ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1),
+        ("seed", 0),
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
@@ -189,7 +206,9 @@ def _backbone_folder(given: Path, decision: str, dataset: Dataset) -> Path:
     return given
 
 
-def learn(run: Path, config: dict[str, Any], address: str | None = None) -> bool:
+def learn(
+    run: Path, config: dict[str, Any], device: str = "cpu", num_learners: int = 0, address: str | None = None
+) -> bool:
     """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
     from dynrl.agents.training import Settings, train_policy
     from dynrl.backbones import load_backbone
@@ -202,13 +221,10 @@ def learn(run: Path, config: dict[str, Any], address: str | None = None) -> bool
 
     file = newest = run / "backbone.safetensors"
     if not file.exists():
-        pretrain_into(
-            run, config["decision"], config["data"], config["seed"], config["network"], device=config["device"]
-        )
+        pretrain_into(run, config["decision"], config["data"], config["seed"], config["network"], device=device)
     given = {name: value for name, value in config.items() if name not in ("finetune", "network", "cost")}
-    settings = Settings(
-        **given, address=address, times=_times(run, file, config["data"]) if config["cost"] == "time" else None
-    )
+    times = _times(run, file, config["data"], device, config["dtype"]) if config["cost"] == "time" else None
+    settings = Settings(**given, times=times, device=device, num_learners=num_learners, address=address)
     if config["finetune"]:
         newest = run / "checkpoints" / "backbone.safetensors"
         router, finished = _train_jointly(run, settings, newest)
@@ -232,10 +248,13 @@ def learn(run: Path, config: dict[str, Any], address: str | None = None) -> bool
     return finished
 
 
-def _times(run: Path, file: Path, data: str) -> dict[str, Any]:
+def _times(run: Path, file: Path, data: str, device: str, dtype: str) -> dict[str, Any]:
     """What each choice takes on this machine, measured once a run: times.json."""
+    import torch
+
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
+    from dynrl.envs.core import check_dtype
     from dynrl.evaluation import step_times
     from dynrl.files import read_json, write_json
     from dynrl.machine import hardware
@@ -243,10 +262,12 @@ def _times(run: Path, file: Path, data: str) -> dict[str, Any]:
 
     kept, rounds = run / "times.json", 11
     if not kept.exists():
-        inputs = load_dataset(data).validation.inputs[:256]
+        inputs = load_dataset(data).validation.inputs[:256].to(device, check_dtype(dtype))
+        backbone = load_backbone(file)[0].for_inference().to(device, check_dtype(dtype))
+        wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
         with progress(total=rounds + 1, desc="timing choices", unit="round") as bar:
-            measured = step_times(load_backbone(file)[0], inputs, rounds, bar.update)
-        write_json(kept, {**measured, "batch_size": len(inputs), "hardware": hardware()})
+            measured = step_times(backbone, inputs, rounds, bar.update, wait)
+        write_json(kept, {**measured, "batch_size": len(inputs), "device": device, "hardware": hardware()})
     written = read_json(kept)
     return {"start": written["start"], "choices": written["choices"]}
 

@@ -225,7 +225,8 @@ def test_times_that_do_not_fit_are_refused():
     given = any_times(make_backbone("skip"))
     for bad in (
         {}, {"start": 1.0}, {**given, "more": 1}, {**given, "choices": given["choices"][1:]}, {**given, "start": 0.0},
-        {**given, "choices": [[1.0, float("nan")]] * len(given["choices"])},
+        {**given, "choices": [[1.0, float("nan")]] * len(given["choices"])}, {**given, "start": float("inf")}, [1, 2],
+        {**given, "start": None}, {**given, "choices": 5}, {**given, "choices": [["a", "b"]] * len(given["choices"])},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="expected times"):
             make_vec("skip", 2, times=bad)

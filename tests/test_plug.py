@@ -530,5 +530,7 @@ def test_the_models_that_come_with_dynrl_are_as_their_reports_say(name, monkeypa
 
 def test_one_model_for_each_decision_comes_with_dynrl():
     assert {read_json(SHIPPED / name / "config.json")["decision"] for name in shipped()} == set(REGISTERED)
-    with pytest.raises(ValueError, match="nor one of the models that come with dynrl"):
-        dynrl.load("nosuch")
+    assert dynrl.load("skip-digits/").curve == dynrl.load(Path("skip-digits")).curve
+    for bad in ("nosuch", "/skip-digits"):
+        with pytest.raises(ValueError, match="nor one of the models that come with dynrl"):
+            dynrl.load(bad)

@@ -89,6 +89,7 @@ def run(tmp_path_factory, backbone_folder):
         ("train", "skip", "--accuracy-term", "blockdrop"), ("train", "skip", "--baseline", "greedy"),
         ("train", "skip", "--device", "nosuch"), ("train", "skip", "--dtype", "int8"), ("pretrain", "skip", "--device", "nosuch"),
         ("train", "skip", "--agent", "gate", "--dtype", "bfloat16"), ("train", "skip", "--num-learners", "-1"),
+        ("train", "skip", "--num-learners", "2"), ("train", "skip", "--device", "meta"),
         ("train", "skip", "--agent", "gate", "--address", "auto"), ("train", "hidden-update", "--upfront"), ("train", "skip", "--agent", "gate", "--cost", "time"),
         ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
         ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),

@@ -22,8 +22,8 @@ from dynrl.evaluation import calibrate, score
 from dynrl.files import read_json
 from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.observation import VIEW, View, overview
-from dynrl.policies import UpfrontRouter, load_policy, save_policy
-from dynrl.routed import RoutedModel, plug
+from dynrl.policies import UpfrontRouter, build_policy, load_policy, save_policy
+from dynrl.routed import EXPORTED, RoutedModel, plug
 from dynrl.scripts.cli import main
 from tests.cases import REGISTERED, answered_by, make_backbone, vector_env
 from tests.test_agents import train, two_kinds
@@ -124,8 +124,17 @@ def test_what_makes_no_sense_is_refused():
     for bad in (good[:, :-1], good[0], good.astype(float), good - 10, good + 10):
         with pytest.raises(ValueError, match="expected (integer )?actions"):
             env.step(bad)
-    with pytest.raises(ValueError, match="observations of"):
-        plug(make_backbone("skip"), UpfrontRouter((1, 4, 4), (2, 2), PRICES))
+    right = View.of(make_backbone("skip"))
+    for view, counts in (((1, 4, 4), right.counts), (right.view, right.counts * 2), (right.view, (3,) * 3)):
+        with pytest.raises(ValueError, match="the policy is for View"):
+            plug(make_backbone("skip"), UpfrontRouter(view, counts, PRICES))
+    for start in ((0,), (0, 2)):
+        with pytest.raises(ValueError, match="start within the choices"):
+            UpfrontRouter((1, 4, 4), (2, 2), PRICES, start=start)
+    with pytest.raises(ValueError, match="no settings of a policy of kind 'upfront'"):
+        build_policy("upfront", {"choices": 3})
+    with pytest.raises(ValueError, match="unknown kind"):
+        build_policy(["upfront"], {})
 
 
 def test_large_images_are_seen_small():
@@ -158,6 +167,17 @@ def test_what_is_trained_is_what_is_plugged(name, tmp_path):
     # The router is asked once, whatever the walk's length.
     assert (model.last_route.router_macs == model.last_route.router_macs[0]).all()
     assert int(model.last_route.router_macs[0]) > 16 * 9 * 8 * 8
+    assert len(model.last_route.actions.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_it_is_exported(name, tmp_path):
+    backbone = make_backbone(name)
+    model, inputs = RoutedModel(backbone, random_policy(backbone)), load_dataset("digits").test.inputs[:9]
+    model.export(tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(inputs), model(inputs), atol=1e-5, rtol=1e-5)
     assert len(model.last_route.actions.unique(dim=0)) > 1
 
 

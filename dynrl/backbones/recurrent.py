@@ -14,6 +14,12 @@ from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gru_cell
 SEES = ("state", "state+input")
 
 
+def _hats(steps: int, knots: int) -> Tensor:
+    """[steps, knots]: hat functions on even knots, at each step."""
+    at = torch.arange(steps) * ((knots - 1) / max(1, steps - 1))
+    return (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0)
+
+
 class SkipGRU(Backbone):
     """A GRU that reads a sequence: at each step a row updates its hidden state (choice 1) or copies it (choice 0).
 
@@ -60,10 +66,7 @@ class SkipGRU(Backbone):
         self.fc = nn.Linear(hidden, classes)
         self.points = (Point("update", 2),)
         knots = min(self.max_steps, knots)
-        at = torch.arange(self.max_steps) * ((knots - 1) / max(1, self.max_steps - 1))
-        self.register_buffer(
-            "_time", (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0), persistent=False
-        )
+        self.register_buffer("_time", _hats(self.max_steps, knots), persistent=False)
         self.feature_width = hidden + knots + 1 + (width if self.sees_input else 0)
         self.full_route = (1,) * self.max_steps
         self._set_costs(hidden * classes, [[0, gated_cell_macs(1, width, hidden)]])
@@ -88,6 +91,12 @@ class SkipGRU(Backbone):
         backbone.gru.load_state_dict(gru.state_dict())
         backbone.fc.load_state_dict(head.state_dict())
         return backbone.eval().to(head.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # What is seen is in float32, whatever the weights are.
+        self._time = _hats(*self._time.shape).to(self._time.device)
+        return self
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gru: Any = self.gru  # whose parameters are made by name
@@ -145,9 +154,9 @@ class SkipGRU(Backbone):
         assert state.features is not None
         walk, rows = state.walk, state.rows
         if rows is walk.all_rows:
-            time = self._time[walk.common_steps].float().expand(state.count, -1)
+            time = self._time[walk.common_steps].expand(state.count, -1)
         else:
-            time = self._time[walk.steps[rows]].float()
+            time = self._time[walk.steps[rows]]
         return torch.cat([state.features.float(), time, *self._aside(state)], 1)
 
     def _aside(self, state: State) -> list[Tensor]:
@@ -171,7 +180,7 @@ class SkipGRU(Backbone):
     def foreknown(self, weight: Tensor) -> Tensor:
         """The time's part: one product for all steps, not one a step."""
         size, knots = self.gru.hidden_size, self._time.shape[1]
-        return self._time.float() @ weight[size : size + knots]
+        return self._time @ weight[size : size + knots]
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
