@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -128,28 +127,29 @@ def calibrate(
 
 
 def calibrate_latency(
-    model: RoutedModel, batches: Sequence[Tensor], rounds: int = 5, tick: Callable[[], Any] = lambda: None
+    model: RoutedModel, inputs: Tensor, batch_size: int, rounds: int = 5, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:
     """Time a batch at each price of `model.curve`; what `set_milliseconds` looks a price up in.
 
     Args:
-        batches: validation data, batches of one size. Each call takes the next: what is plugged in meets new ones, too,
-            whose routes set other sizes, and one batch alone may be easier than most.
+        inputs: validation data, at least one batch. Each call takes other neighbours of it: what is plugged in meets
+            new batches, too, whose routes set sizes that no layer has seen, and one batch may be easier than most.
         rounds: as in `medians_in_turn`; `tick` is called after each.
 
     Returns:
         [(price, milliseconds)], prices rising and times falling: a dearer price takes no longer, so medians that say
         otherwise are noise, and all are put in order (rearrangement: Chernozhukov et al. 2009, Biometrika).
     """
+    draw = random.Random(0)
 
-    def at(price: float, following: Iterator[Tensor]) -> None:
+    def at(price: float) -> None:
         if model.price != price:  # in the call before the timed ones
             model.set_price(price)
-        model(next(following))
+        start = draw.randint(0, len(inputs) - batch_size)
+        model(inputs[start : start + batch_size])
 
     before, prices = model.price, [price for price, _ in model.curve]
-    sides: dict[float, Callable[[], Any]] = {price: partial(at, price, itertools.cycle(batches)) for price in prices}
-    times = medians_in_turn(sides, rounds, tick, calls=5)
+    times = medians_in_turn({price: partial(at, price) for price in prices}, rounds, tick, calls=5)
     model.set_price(before)
     return list(zip(prices, sorted(times.values(), reverse=True), strict=True))
 

@@ -43,8 +43,7 @@ def main(args: Args) -> None:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
     rounds = 5
     with progress(total=rounds, desc="timing", unit="round") as bar:
-        whole = len(inputs) // args.batch_size * args.batch_size
-        curve = calibrate_latency(model, inputs[:whole].split(args.batch_size), rounds, bar.update)
+        curve = calibrate_latency(model, inputs, args.batch_size, rounds, bar.update)
     write_json(
         args.run / LATENCY,
         {
