@@ -374,7 +374,7 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
 
 
 def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config: False)
+    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config, *where: False)
     for data, more in (("adding", []), ("adding", ["--num-envs", "8", "--price-range", "0.1", "2"]), ("digits", [])):
         name = f"{data}-{len(more)}"
         decision = "hidden-update" if data == "adding" else "skip"
