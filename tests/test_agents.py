@@ -199,18 +199,23 @@ def two_kinds() -> tuple[TwoKinds, Dataset]:
     return backbone, Dataset("kinds", 2, split, split, split, Augmentation())
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_two_kinds_of_inputs_get_two_routes():
-    backbone, data = two_kinds()
-    config = config_for(backbone, "unused", num_envs=64, rollout=8, learning_rate=1e-2, total_steps=20_000)
+def assert_two_routes(config, backbone, data, iterations):
+    """Trained by `config`, the policy runs the block for the inputs that need it and for no others."""
     config.env_config |= {"backbone": backbone, "data": data}
     algorithm = config.build_algo()
-    train(algorithm, 25)
+    train(algorithm, iterations)
     model = RoutedModel(backbone, router_of(algorithm))
     algorithm.stop()
     model.set_price(0.05)
     model(data.test.inputs)
     assert torch.equal(model.last_route.actions[:, 0], torch.arange(64) % 2)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_two_kinds_of_inputs_get_two_routes():
+    backbone, data = two_kinds()
+    config = config_for(backbone, "unused", num_envs=64, rollout=8, learning_rate=1e-2, total_steps=20_000)
+    assert_two_routes(config, backbone, data, iterations=25)
 
 
 @pytest.mark.usefixtures("ray_local")

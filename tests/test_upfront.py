@@ -13,7 +13,7 @@ from gymnasium.spaces import MultiDiscrete
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from dynrl.agents.rllib import RouterModule, SlabGAE, SlabRunner, ppo_config, router_of
+from dynrl.agents.rllib import RouterModule, SlabGAE, SlabRunner, ppo_config
 from dynrl.agents.training import Settings, open_agent, router_arguments, train_policy
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
@@ -26,7 +26,7 @@ from dynrl.policies import UpfrontRouter, build_policy, load_policy, save_policy
 from dynrl.routed import EXPORTED, RoutedModel, plug
 from dynrl.scripts.cli import main
 from tests.cases import REGISTERED, answered_by, make_backbone, vector_env
-from tests.test_agents import train, two_kinds
+from tests.test_agents import assert_two_routes, two_kinds
 
 PRICES = (0.01, 1.0)
 IMAGES = [name for name in REGISTERED if len(make_backbone(name).input_shape) == 3]
@@ -237,14 +237,7 @@ def test_two_kinds_of_inputs_get_two_routes(baseline):
     """Invariant 5."""
     backbone, data = two_kinds()
     config = config_for(backbone, "unused", baseline, num_envs=64, rollout=8, learning_rate=1e-2, total_steps=15_000)
-    config.env_config |= {"backbone": backbone, "data": data}
-    algorithm = config.build_algo()
-    train(algorithm, 20)
-    model = RoutedModel(backbone, router_of(algorithm))
-    algorithm.stop()
-    model.set_price(0.05)
-    model(data.test.inputs)
-    assert torch.equal(model.last_route.actions[:, 0], torch.arange(64) % 2)
+    assert_two_routes(config, backbone, data, iterations=20)
 
 
 @pytest.mark.usefixtures("ray_local")
