@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -189,29 +191,38 @@ class RoutedModel(nn.Module):
         return Route(walk.route, walk.macs, calls * self._router_macs, self.backbone.dense_macs)
 
     def export(self, path: str | Path) -> None:
-        """Write the walk at the present price, router included, as a torch.export program for two inputs or more.
+        """Write the walk at the present price, router included, for batches of any size (a *.pt2: of two or more).
 
-        `torch.export.load(path).module()(inputs)` needs torch alone. What is skipped is not computed there, either.
+        A *.pt2 is a torch.export program: `torch.export.load(path).module()(inputs)` needs torch alone. A *.onnx is for
+        onnxruntime and others; to write one takes the packages onnx and onnxscript. What is skipped is not computed
+        there, either.
 
         Raises:
-            ValueError: another decision than `EXPORTED`: its rows' choices set sizes that torch.export cannot carry.
+            ValueError: another ending; another decision than `EXPORTED`: its rows' choices set sizes that torch.export
+                cannot carry; packages that are missing.
         """
+        path = Path(path)
+        if path.suffix not in (".pt2", ".onnx"):
+            raise ValueError(f"expected a file *.pt2 (torch.export) or *.onnx (ONNX) to write, got {path}")
         if self.backbone.decision not in EXPORTED or not isinstance(self.policy, LearnedPolicy):
             raise ValueError(
                 f"only learned policies for {' and '.join(EXPORTED)} can be exported, not {type(self.policy).__name__} "
                 f"for {self.backbone.decision}; plug it in Python, or capture it on CUDA"
             )
+        missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)] if path.suffix == ".onnx" else []
+        if missing:
+            raise ValueError(f"to write {path} takes {' and '.join(missing)}: pip install onnx onnxscript")
         weights = next(self.backbone.parameters())
         example = torch.zeros(4, *self.input_shape, dtype=weights.dtype, device=weights.device)
         batch = torch.export.Dim("batch", min=2)
         with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             program = torch.export.export(_Walking(self), (example,), dynamic_shapes=({0: batch},))
-        content = io.BytesIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No complete tensor found")  # the router's transposed weights
-            torch.export.save(program, content)
-        with write_aside(Path(path)) as aside:
-            aside.write_bytes(content.getvalue())
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch about its own, when it copies the program
+            content = _as_onnx(program) if path.suffix == ".onnx" else _as_pt2(program)
+        with write_aside(path) as aside:
+            aside.write_bytes(content)
 
     def capture(self, batch_size: int) -> CapturedModel:
         """The walk as one CUDA graph for inputs of one batch size at the present price; see `CapturedModel`."""
@@ -244,6 +255,27 @@ class _Walking(nn.Module):
         outputs = self.model.backbone.run(inputs, self.model.chooser(inputs)).outputs
         assert outputs is not None
         return outputs
+
+
+def _as_pt2(program: torch.export.ExportedProgram) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getvalue()
+
+
+def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.ERROR)  # torchvision's ops are missing, empty attributes are taken for integers
+        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+    assert converted is not None
+    content: bytes = converted.model_proto.SerializeToString()
+    return content
 
 
 class CapturedModel:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dynrl.evaluation import captured, medians_in_turn
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.exit_scores import exit_scores
-from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, gru_cell
+from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, recurrent_cell
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.route import route, route_ref
 from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_ref
@@ -357,10 +357,10 @@ def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.
             "gated_cell", shape, batch, kept,
             routed=lambda: gated_cell(x, h, run, *weights),
             check=lambda: (gated_cell(x, h.clone(), run, *weights), gated_cell_ref(x, h, run, *weights)),
-            dense={"ours": lambda: gru_cell(x, h, *weights), "torch": lambda: cell(x, h)},
+            dense={"ours": lambda: recurrent_cell(x, h, *weights), "torch": lambda: cell(x, h)},
             masked=lambda: torch.where(run.unsqueeze(1), cell(x, h), h), indexed=indexed,
             ideal={
-                "ours": lambda: gru_cell(some_x, some_h, *weights),
+                "ours": lambda: recurrent_cell(some_x, some_h, *weights),
                 "torch": lambda: cell(some_x, some_h),
             } if count else {},
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Write a run's routed model, at one budget, as a program that needs torch alone (torch.export)."""
+"""Write a run's routed model, at one budget, as a program that needs no dynrl: torch.export's, or ONNX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     out: Path
-    """File to write, *.pt2 by custom."""
+    """File to write: *.pt2 (for torch alone) or *.onnx (for onnxruntime)."""
     budget: float = 0.5
     """Share of the dense MACs, on average; it is fixed in the file."""
 
@@ -29,7 +29,7 @@ def main(args: Args) -> None:
     model.set_budget(args.budget)
     model.export(args.out)
     shape = ", ".join(map(str, model.input_shape))
-    print(f"{args.out}: inputs [batch of 2 or more, {shape}] to outputs, at {args.budget} of the dense MACs")
+    print(f"{args.out}: inputs [batch, {shape}] to outputs, at {args.budget} of the dense MACs")
 
 
 if __name__ == "__main__":

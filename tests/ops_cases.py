@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -438,17 +439,17 @@ SLICED_CONV = [
 # gated_cell
 
 
-def cell(s: Setting) -> Args:
-    gru = nn.GRUCell(6, 9).to(s.device, s.dtype)
+def cell(s: Setting, kind: type[nn.RNNCellBase] = nn.GRUCell) -> Args:
+    parameters = kind(6, 9).to(s.device, s.dtype).parameters()
     weights = {
-        name: value.detach().clone()
-        for name, value in zip(("w_ih", "w_hh", "b_ih", "b_hh"), gru.parameters(), strict=True)
+        name: value.detach().clone() for name, value in zip(("w_ih", "w_hh", "b_ih", "b_hh"), parameters, strict=True)
     }
-    return {"x": s.rows(s.n, 6), "h": s.rows(s.n, 9), "update": s.choice(2).bool(), **weights}
+    width = 18 if kind is nn.LSTMCell else 9
+    return {"x": s.rows(s.n, 6), "h": s.rows(s.n, width), "update": s.choice(2).bool(), **weights}
 
 
-def sequence_cell(s: Setting) -> Args:
-    args = cell(s)
+def sequence_cell(s: Setting, kind: type[nn.RNNCellBase] = nn.GRUCell) -> Args:
+    args = cell(s, kind)
     x = s.rows(3 * s.n, 6)
     return args | {"x": x, "update": s.choice(2), "x_rows": torch.randperm(3 * s.n)[: s.n].to(s.device)}
 
@@ -512,4 +513,6 @@ CASES = [
     *SLICED_CONV,
     cell_case("", cell),
     cell_case("of a sequence", sequence_cell),
+    cell_case("lstm", partial(cell, kind=nn.LSTMCell)),
+    cell_case("lstm of a sequence", partial(sequence_cell, kind=nn.LSTMCell)),
 ]

@@ -16,6 +16,7 @@ from dynrl.backbones import (
     GatedModule,
     GatedResNet,
     SkipGRU,
+    SkipLSTM,
     SlimmableResNet,
     load_backbone,
 )
@@ -153,11 +154,13 @@ def test_a_trained_gru_becomes_a_backbone():
     backbone = SkipGRU.from_module(gru, head, steps=7, sees="state+input")
     torch.testing.assert_close(backbone(x), head(gru(x)[0][:, -1]))
     assert backbone.sees_input
-    for bad, match in ((nn.GRU(3, 5, 2), "of one layer"), (nn.LSTM(3, 5), "of one layer")):
+    for bad, match in ((nn.GRU(3, 5, 2), "of one layer"), (nn.LSTM(3, 5), "nn.LSTM for SkipLSTM")):
         with pytest.raises(ValueError, match=match):
             SkipGRU.from_module(bad, head, steps=7)
     with pytest.raises(ValueError, match="a linear head on 5 units"):
         SkipGRU.from_module(gru, nn.Linear(4, 2), steps=7)
+    with pytest.raises(ValueError, match="unprojected"):
+        SkipLSTM.from_module(nn.LSTM(3, 5, proj_size=2), head, steps=7)
 
 
 class Odd(nn.Module):

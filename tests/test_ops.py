@@ -351,8 +351,8 @@ def of_one_choice(case: str, rows: int) -> tuple[Callable[[], Any], Callable[[],
         args = (x, zeros, SlicedLinear(nn.Linear(11, 6), nn.Linear(6, 7), (6,)))
         return lambda: sliced_linear(*args), lambda: sliced_linear_ref(*args), sliced_linear_macs(rows, 11, 6, 7)
     assert case == "gated_cell_macs", "how is it called?"
-    args = (x, torch.randn(rows, 7), zeros == 0, *nn.GRUCell(11, 7).parameters())
-    return lambda: gated_cell(*args), lambda: gated_cell_ref(*args), gated_cell_macs(rows, 11, 7)
+    args = (x, torch.randn(rows, 14), zeros == 0, *nn.LSTMCell(11, 7).parameters())
+    return lambda: gated_cell(*args), lambda: gated_cell_ref(*args), gated_cell_macs(rows, 11, 7, gates=4)
 
 
 def counted(call: Callable[[], Any]) -> float:

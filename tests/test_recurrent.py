@@ -1,12 +1,11 @@
-"""The recurrent backbone against torch's own GRU, and rows that stand at different steps."""
+"""The recurrent backbones against torch's own layers, and rows that stand at different steps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from dynrl.backbones import END, SkipGRU, merge
+from dynrl.backbones import END, SkipGRU, SkipLSTM, merge
 from dynrl.observation import Layout
 from dynrl.policies import Router
 from dynrl.routed import RoutedModel
@@ -14,32 +13,37 @@ from dynrl.routed import RoutedModel
 STEPS, WIDTH, HIDDEN, ROWS = 7, 3, 20, 13
 
 
-def backbone(**settings) -> SkipGRU:
-    return SkipGRU((STEPS, WIDTH), classes=4, hidden=HIDDEN, **settings).eval()
+def backbone(kind=SkipGRU, **settings):
+    return kind((STEPS, WIDTH), classes=4, hidden=HIDDEN, **settings).eval()
 
 
+both = pytest.mark.parametrize("kind", [SkipGRU, SkipLSTM])
+
+
+@both
 @torch.no_grad()
-def test_always_updating_is_torchs_gru_with_the_same_weights():
-    ours, theirs = backbone(), nn.GRU(WIDTH, HIDDEN)
-    ours.gru.load_state_dict(theirs.state_dict())
+def test_always_updating_is_torchs_layer_with_the_same_weights(kind):
+    ours, theirs = backbone(kind), kind.layer(WIDTH, HIDDEN)
+    ours.rnn.load_state_dict(theirs.state_dict())
     inputs = torch.randn(ROWS, STEPS, WIDTH)
-    _, last = theirs(inputs.transpose(0, 1))
-    expected = last[0] @ ours.fc.weight.t() + ours.fc.bias
+    last = theirs(inputs.transpose(0, 1))[0][-1]
+    expected = last @ ours.fc.weight.t() + ours.fc.bias
     for network in (ours, ours.for_inference()):
         torch.testing.assert_close(network(inputs), expected, atol=1e-5, rtol=0)
         for side in (network.ideal(inputs, network.dense_actions(ROWS)), *network.dense_twins(inputs).values()):
             torch.testing.assert_close(side(), expected, atol=1e-5, rtol=0)
 
 
+@both
 @torch.no_grad()
-def test_updating_at_some_steps_is_torchs_gru_on_those_alone():
-    network, inputs = backbone(), torch.randn(ROWS, STEPS, WIDTH)
+def test_updating_at_some_steps_is_torchs_layer_on_those_alone(kind):
+    network, inputs = backbone(kind), torch.randn(ROWS, STEPS, WIDTH)
     route = torch.randint(0, 2, (ROWS, STEPS))
     route[:, 2] = 1
     outputs = network(inputs, route)
     for row, chosen, output in zip(inputs, route.bool(), outputs, strict=True):
-        _, last = network.gru(row[chosen].unsqueeze(0))
-        torch.testing.assert_close(network.fc(last[0])[0], output, atol=1e-5, rtol=0)
+        states, _ = network.rnn(row[chosen].unsqueeze(0))
+        torch.testing.assert_close(network.fc(states[0, -1]), output, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -50,10 +54,11 @@ def test_never_updating_costs_the_head_only():
     torch.testing.assert_close(walk.outputs, network.fc.bias.expand(ROWS, -1))
 
 
+@both
 @pytest.mark.parametrize("sees", ["state", "state+input"])
 @torch.no_grad()
-def test_rows_refilled_in_mid_batch_go_as_they_go_alone(sees):
-    network, inputs = backbone(sees=sees), torch.randn(ROWS, STEPS, WIDTH)
+def test_rows_refilled_in_mid_batch_go_as_they_go_alone(sees, kind):
+    network, inputs = backbone(kind, sees=sees), torch.randn(ROWS, STEPS, WIDTH)
     late, rows = torch.randn(3, STEPS, WIDTH), torch.tensor([8, 0, 5])
     route, late_route = torch.randint(0, 2, (ROWS, STEPS)), torch.randint(0, 2, (3, STEPS))
     alone = {i: network.begin(inputs[i : i + 1].clone()) for i in range(ROWS) if i not in rows}
@@ -87,19 +92,18 @@ def test_rows_refilled_in_mid_batch_go_as_they_go_alone(sees):
         assert walk.macs[row] == alone[row].walk.macs[0]
 
 
-@pytest.mark.parametrize(
-    ("sees", "expected"), [("state", HIDDEN + STEPS + 1), ("state+input", HIDDEN + STEPS + 1 + WIDTH)]
-)
+@both
+@pytest.mark.parametrize("sees", ["state", "state+input"])
 @torch.no_grad()
-def test_what_is_seen(sees, expected):
-    network, inputs = backbone(sees=sees), torch.randn(2, STEPS, WIDTH)
+def test_what_is_seen(sees, kind):
+    network, inputs = backbone(kind, sees=sees), torch.randn(2, STEPS, WIDTH)
     state = network.begin(inputs.clone())
     for action in ([1, 0], [0, 0], [1, 1], [0, 1]):
         (state,) = network.advance(state, torch.tensor(action))
     seen = network.observe(state)
-    assert seen.shape == (2, expected) == (2, network.feature_width)
-    torch.testing.assert_close(seen[:, :HIDDEN], state.features)
-    time, since, rest = seen[:, HIDDEN:].tensor_split((STEPS, STEPS + 1), 1)
+    expected = network.feature_width
+    states, time, since, rest = seen.split([network.state_width, STEPS, 1, WIDTH if sees == "state+input" else 0], 1)
+    torch.testing.assert_close(states, state.features)
     torch.testing.assert_close(time, torch.eye(STEPS)[[4, 4]])  # fewer steps than knots: each has one of its own
     torch.testing.assert_close(since.squeeze(1) * STEPS, torch.tensor([1.0, 0.0]))
     assert sees == "state" or torch.equal(rest, inputs[:, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -106,27 +107,39 @@ def decided(name, hidden=8):
     return RoutedModel(backbone, router)
 
 
-@pytest.mark.parametrize("hidden", [0, 8])
+def as_exported(model, path):
+    model.export(path)
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    session = onnxruntime.InferenceSession(path)
+    return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0])
+
+
+@pytest.mark.parametrize(("hidden", "file"), [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")])
 @pytest.mark.parametrize("name", EXPORTED)
 @torch.no_grad()
-def test_a_plugged_model_is_exported(name, hidden, tmp_path):
+def test_a_plugged_model_is_exported(name, hidden, file, tmp_path):
     model, met = decided(name, hidden), set()
     for price in (0.01, 1.0):
         model.set_price(price)
-        model.export(tmp_path / "model.pt2")
-        exported = torch.export.load(tmp_path / "model.pt2").module()
-        for rows in (2, 9, 40):
+        exported = as_exported(model, tmp_path / file)
+        for rows in (2, 9, 40) if file.endswith("pt2") else (1, 9, 40):
             inputs = inputs_for(model.backbone, rows)
             torch.testing.assert_close(exported(inputs), model(inputs), atol=1e-5, rtol=1e-5)
             met |= set(map(tuple, model.last_route.actions.tolist()))
     assert len(met) > 2, met
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path):
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     model = decided("skip")
     for bad in (decided("channel"), RoutedModel(model.backbone, StaticPolicy(model.backbone.full_route))):
         with pytest.raises(ValueError, match="only learned policies for skip and exit can be exported"):
             bad.export(tmp_path / "model.pt2")
+    with pytest.raises(ValueError, match=r"expected a file \*.pt2 .* or \*.onnx"):
+        model.export(tmp_path / "model.pt")
+    monkeypatch.setattr("dynrl.routed.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="takes onnx and onnxscript: pip install"):
+        model.export(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 

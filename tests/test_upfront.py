@@ -27,6 +27,7 @@ from dynrl.routed import EXPORTED, RoutedModel, plug
 from dynrl.scripts.cli import main
 from tests.cases import REGISTERED, answered_by, make_backbone, vector_env
 from tests.test_agents import assert_two_routes, two_kinds
+from tests.test_traced import as_exported
 
 PRICES = (0.01, 1.0)
 IMAGES = [name for name in REGISTERED if len(make_backbone(name).input_shape) == 3]
@@ -170,12 +171,12 @@ def test_what_is_trained_is_what_is_plugged(name, tmp_path):
     assert len(model.last_route.actions.unique(dim=0)) > 1
 
 
+@pytest.mark.parametrize("file", ["model.pt2", "model.onnx"])
 @pytest.mark.parametrize("name", EXPORTED)
-def test_it_is_exported(name, tmp_path):
+def test_it_is_exported(name, file, tmp_path):
     backbone = make_backbone(name)
     model, inputs = RoutedModel(backbone, random_policy(backbone)), load_dataset("digits").test.inputs[:9]
-    model.export(tmp_path / "model.pt2")
-    exported = torch.export.load(tmp_path / "model.pt2").module()
+    exported = as_exported(model, tmp_path / file)
     with torch.no_grad():
         torch.testing.assert_close(exported(inputs), model(inputs), atol=1e-5, rtol=1e-5)
     assert len(model.last_route.actions.unique(dim=0)) > 1

@@ -12,17 +12,17 @@ from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
 from dynrl.backbones.module import ExitModule, GatedModule
-from dynrl.backbones.recurrent import SkipGRU
+from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import GatedResNet
 
 # What builds the backbones of files, by family. Your own: FAMILIES["my-vit"] = a function of a file's `config`.
 FAMILIES: dict[str, Callable[..., Backbone]] = {
-    family.family: family for family in (GatedResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU)
+    family.family: family for family in (GatedResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM)
 }
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "ExitModule", "ExitResNet", "ExpertNet", "GatedModule", "GatedResNet", "Point",
-    "SkipGRU", "SlimmableResNet", "State", "Walk", "choice_rates", "load_backbone", "merge",
+    "SkipGRU", "SkipLSTM", "SlimmableResNet", "State", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -140,7 +140,9 @@ class _OfModule(Backbone):
         super().__init__()
         uncounted = [name for name, part in module.named_modules() if isinstance(part, nn.RNNBase)]
         if uncounted:
-            raise ValueError(f"the compute of {uncounted} cannot be counted; recurrent layers are for SkipGRU")
+            raise ValueError(
+                f"the compute of {uncounted} cannot be counted; recurrent layers are for SkipGRU and SkipLSTM"
+            )
         self.module, self._parts_named = module, list(parts)
         if family is not None:
             self.family = family  # type: ignore[misc]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk
-from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gru_cell
+from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref, recurrent_cell
 
 SEES = ("state", "state+input")
 
@@ -20,26 +20,26 @@ def _hats(steps: int, knots: int) -> Tensor:
     return (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0)
 
 
-class SkipGRU(Backbone):
-    """A GRU that reads a sequence: at each step a row updates its hidden state (choice 1) or copies it (choice 0).
+class SkipRNN(Backbone):
+    """A recurrent network that reads a sequence: at each step a row updates its state (choice 1) or copies it (0).
 
-    A linear layer reads the output off the last hidden state; all rows pay it. The full route is `nn.GRU`, whose
-    parameter names `gru` has: the state_dict of an `nn.GRU` of one layer and direction loads into it.
+    A linear layer reads the output off the last hidden state; all rows pay it. Its kinds are `SkipGRU` and `SkipLSTM`.
 
     Args:
         input_shape: (steps, numbers a step).
         classes: outputs of the head.
         hidden: units.
-        sees: what a policy is shown at a step: "state" (the hidden state, before the step's input is seen: an input
-            that is not used need not even be read) or "state+input" (both).
+        sees: what a policy is shown at a step: "state" (before the step's input is seen: an input that is not used need
+            not even be read) or "state+input" (both).
         knots: how finely a policy is told the time, see `observe`; at most as many as steps count.
 
     Source: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state.
     """
 
     _time: Tensor  # [steps, knots]
-    family = "skip_gru"
     decision = "hidden-update"
+    layer: type[nn.GRU] | type[nn.LSTM]  # torch's, whose parameters and names these are
+    name: str  # of the layer in the state_dict
 
     def __init__(
         self,
@@ -62,33 +62,41 @@ class SkipGRU(Backbone):
         }  # fmt: skip
         self.max_steps, width = input_shape
         self.sees_input = sees == "state+input"
-        self.gru = nn.GRU(width, hidden, batch_first=True)
+        self.hidden = hidden
+        rnn = self.layer(width, hidden, batch_first=True)
+        self.add_module(self.name, rnn)
         self.fc = nn.Linear(hidden, classes)
         self.points = (Point("update", 2),)
         knots = min(self.max_steps, knots)
         self.register_buffer("_time", _hats(self.max_steps, knots), persistent=False)
-        self.feature_width = hidden + knots + 1 + (width if self.sees_input else 0)
+        self.state_width = 2 * hidden if isinstance(rnn, nn.LSTM) else hidden
+        self.feature_width = self.state_width + knots + 1 + (width if self.sees_input else 0)
         self.full_route = (1,) * self.max_steps
-        self._set_costs(hidden * classes, [[0, gated_cell_macs(1, width, hidden)]])
+        gates = len(self.rnn.weight_hh_l0) // hidden
+        self._set_costs(hidden * classes, [[0, gated_cell_macs(1, width, hidden, gates)]])
 
     @classmethod
-    def from_module(cls, gru: nn.GRU, head: nn.Linear, steps: int, **settings: Any) -> Self:
-        """A copy of a trained GRU with the layer that reads its last hidden state, for sequences of `steps` steps.
+    def from_module(cls, rnn: nn.GRU | nn.LSTM, head: nn.Linear, steps: int, **settings: Any) -> Self:
+        """A copy of a trained layer with the one that reads its last hidden state, for sequences of `steps` steps.
 
         Args:
-            gru, head: stay as they are.
+            rnn: an `nn.GRU` for `SkipGRU`, an `nn.LSTM` for `SkipLSTM`; stays as it is.
+            head: stays as it is.
             steps: of the sequences that it is for.
             settings: `sees` and `knots`.
 
         Raises:
-            ValueError: no `nn.GRU` of one layer and direction, or a head of another width.
+            ValueError: another layer, or not of one layer and direction, or a head of another width.
         """
-        if not isinstance(gru, nn.GRU) or gru.num_layers > 1 or gru.bidirectional or not gru.bias:
-            raise ValueError(f"expected an nn.GRU of one layer and direction with biases, got {gru}")
-        if not isinstance(head, nn.Linear) or head.in_features != gru.hidden_size or head.bias is None:
-            raise ValueError(f"expected a linear head on {gru.hidden_size} units with biases, got {head}")
-        backbone = cls((steps, gru.input_size), head.out_features, gru.hidden_size, **settings)
-        backbone.gru.load_state_dict(gru.state_dict())
+        kind = cls.layer.__name__
+        if type(rnn) is not cls.layer:
+            raise ValueError(f"expected an nn.{kind}, got {rnn}; nn.GRU is for SkipGRU, nn.LSTM for SkipLSTM")
+        if rnn.num_layers > 1 or rnn.bidirectional or not rnn.bias or rnn.proj_size:
+            raise ValueError(f"expected an nn.{kind} of one layer and direction, with biases, unprojected; got {rnn}")
+        if not isinstance(head, nn.Linear) or head.in_features != rnn.hidden_size or head.bias is None:
+            raise ValueError(f"expected a linear head on {rnn.hidden_size} units with biases, got {head}")
+        backbone = cls((steps, rnn.input_size), head.out_features, rnn.hidden_size, **settings)
+        backbone.rnn.load_state_dict(rnn.state_dict())
         backbone.fc.load_state_dict(head.state_dict())
         return backbone.eval().to(head.weight)
 
@@ -98,14 +106,19 @@ class SkipGRU(Backbone):
         self._time = _hats(*self._time.shape).to(self._time.device)
         return self
 
+    @property
+    def rnn(self) -> Any:
+        """Torch's layer."""
+        return self._modules[self.name]
+
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gru: Any = self.gru  # whose parameters are made by name
-        return gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
+        rnn = self.rnn
+        return rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         if "since" not in walk.own:  # the share of the sequence since each row's last update
             walk.own["since"] = torch.zeros(len(walk), 1, device=inputs.device)
-        return State(walk, 0, rows, inputs.new_zeros(inputs.shape[0], self.gru.hidden_size))
+        return State(walk, 0, rows, inputs.new_zeros(inputs.shape[0], self.state_width))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, rows, h = state.walk, state.rows, state.features
@@ -126,7 +139,8 @@ class SkipGRU(Backbone):
         walk, h = state.walk, state.features
         assert h is not None
         self._tick(state, gates.argmax(1))
-        new = torch.gru_cell(walk.inputs[:, walk.common_steps - 1], h, *self._weights())
+        every = torch.ones_like(state.rows)
+        new = gated_cell_ref(walk.inputs[:, walk.common_steps - 1], h, every, *self._weights())
         on = State(walk, 0, state.rows, gates[:, 1:] * new + gates[:, :1] * h)
         return self._end(on) if walk.common_steps == self.max_steps else on
 
@@ -141,12 +155,12 @@ class SkipGRU(Backbone):
 
     def _end(self, state: State) -> State:
         assert state.features is not None
-        state.walk.put_output(state.rows, self.fc(state.features))
+        state.walk.put_output(state.rows, self.fc(state.features[:, : self.hidden]))
         return State(state.walk, END, state.rows, None)
 
     def observe(self, state: State) -> Tensor:
-        """The hidden state, the time, the share of the sequence since the last update, and with "state+input" the
-        step's input.
+        """The state (an LSTM's cell's, too), the time, the share of the sequence since the last update, and with
+        "state+input" the step's input.
 
         The time is told by hat functions on even knots, at most one a step, so that a linear policy can tell any one
         part of the sequence from all others; it costs a look into a table.
@@ -171,7 +185,7 @@ class SkipGRU(Backbone):
     def project(self, state: State, weight: Tensor, start: Tensor) -> Tensor:
         """`Backbone.project` without a copy of the hidden state."""
         assert state.features is not None
-        size = self.gru.hidden_size
+        size = self.state_width
         of_state, of_rest = weight[:size], weight[size + self._time.shape[1] :]
         scores = torch.addmm(start, state.features.float(), of_state)
         aside = self._aside(state)
@@ -179,7 +193,7 @@ class SkipGRU(Backbone):
 
     def foreknown(self, weight: Tensor) -> Tensor:
         """The time's part: one product for all steps, not one a step."""
-        size, knots = self.gru.hidden_size, self._time.shape[1]
+        size, knots = self.state_width, self._time.shape[1]
         return self._time @ weight[size : size + knots]
 
     def training_outputs(
@@ -192,21 +206,35 @@ class SkipGRU(Backbone):
             yield from super().training_outputs(inputs, rate, generator)
 
     def _whole(self, inputs: Tensor) -> Tensor:
-        return self.fc(self.gru(inputs)[0][:, -1])
+        return self.fc(self.rnn(inputs)[0][:, -1])
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """The cell on the first rows of the batch, as many as update at each step; see `Backbone.ideal`."""
         counts = (route == 1).sum(0).tolist()
 
         def run() -> Tensor:
-            h = inputs.new_zeros(inputs.shape[0], self.gru.hidden_size)
+            h = inputs.new_zeros(inputs.shape[0], self.state_width)
             for step, count in enumerate(counts):
                 if count:
-                    gru_cell(inputs[:count, step], h[:count], *self._weights(), out=h[:count])
-            return self.fc(h)
+                    recurrent_cell(inputs[:count, step], h[:count], *self._weights(), out=h[:count])
+            return self.fc(h[:, : self.hidden])
 
         return run
 
     def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """The same GRU by torch's own layer, over whole sequences."""
-        return {"nn.GRU": lambda: self._whole(inputs)}
+        """The same by torch's own layer, over whole sequences."""
+        return {f"nn.{self.layer.__name__}": lambda: self._whole(inputs)}
+
+
+class SkipGRU(SkipRNN):
+    """A `SkipRNN` of GRU cells. The full route is `nn.GRU`, whose state_dict (one layer and direction) `gru` takes."""
+
+    family, layer, name = "skip_gru", nn.GRU, "gru"
+
+
+class SkipLSTM(SkipRNN):
+    """A `SkipRNN` of LSTM cells, both of whose states are copied, or not, and shown to a policy. The full route is
+    `nn.LSTM`, whose state_dict (one layer and direction) `lstm` takes.
+    """
+
+    family, layer, name = "skip_lstm", nn.LSTM, "lstm"

@@ -1,4 +1,4 @@
-"""`gated_cell`: a GRU cell on the rows that update their state; the others keep it untouched."""
+"""`gated_cell`: a GRU or LSTM cell on the rows that update their state; the others keep it untouched."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from dynrl.ops.backend import on_host, use_ref, use_triton
 from dynrl.ops.route import route
+from dynrl.ops.routed_linear import GroupedProduct
 from dynrl.ops.rows import put_rows
 
 # The occupancy rule: smaller batches are computed whole, and selected from. Measured on 2 cores, warm: 8 rows of 128
@@ -21,9 +22,9 @@ WORTH_ROWS = 12
 WORTH_MACS = 2_000_000
 
 
-def gated_cell_macs(rows: int, inputs: int, hidden: int) -> int:
-    """MACs of `rows` rows that update."""
-    return rows * 3 * hidden * (inputs + hidden)
+def gated_cell_macs(rows: int, inputs: int, hidden: int, gates: int = 3) -> int:
+    """MACs of `rows` rows that update, by a GRU (3 gates) or an LSTM (4)."""
+    return rows * gates * hidden * (inputs + hidden)
 
 
 def gated_cell_ref(
@@ -40,20 +41,26 @@ def gated_cell_ref(
 
     Args:
         x: [m, I], inputs; m = n without `x_rows`.
-        h: [n, H], hidden states.
+        h: [n, H], hidden states; of an LSTM [n, 2H], the hidden state and behind it the cell's.
         update: [n] bool (or 0/1), the rows that update.
-        w_ih: [3H, I], for the reset, update and new gates, as in `torch.nn.GRUCell`.
-        w_hh: [3H, H].
-        b_ih: [3H].
-        b_hh: [3H].
+        w_ih: [3H, I], for the reset, update and new gates, as in `torch.nn.GRUCell`; or [4H, I], as in
+            `torch.nn.LSTMCell`: by these the two are told apart.
+        w_hh: [3H, H] or [4H, H].
+        b_ih: [3H] or [4H].
+        b_hh: [3H] or [4H].
         x_rows: [n], row i's input is x[x_rows[i]]: a step of a sequence, say.
 
     Returns:
-        [n, H]: the cell's new state where `update`, else `h`.
+        [n, H] or [n, 2H]: the cell's new state where `update`, else `h`.
 
-    Source: Cho et al. 2014 (EMNLP), in torch's form; the copied state of Skip RNN (Campos et al. 2018, ICLR, eq. 6).
+    Source: Cho et al. 2014 (EMNLP), Hochreiter & Schmidhuber 1997 (Neural Computation 9), in torch's forms; the copied
+    state of Skip RNN (Campos et al. 2018, ICLR, eq. 6).
     """
-    new = torch.gru_cell(x if x_rows is None else x[x_rows], h, w_ih, w_hh, b_ih, b_hh)
+    x = x if x_rows is None else x[x_rows]
+    if _is_lstm(w_hh):
+        new = torch.cat(torch.lstm_cell(x, h.chunk(2, 1), w_ih, w_hh, b_ih, b_hh), 1)
+    else:
+        new = torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh)
     return torch.where(update.bool().unsqueeze(1), new, h)
 
 
@@ -89,25 +96,38 @@ def gated_cell(
             return h
         x = x if x_rows is None else x[x_rows]
         if count == n:
-            return gru_cell(x, h, *weights, out=into)
+            return recurrent_cell(x, h, *weights, out=into)
         mask = (update if update.dtype is torch.bool else update != 0).unsqueeze(1)
-        new = gru_cell(x, h, *weights)
+        new = recurrent_cell(x, h, *weights)
         return torch.where(mask, new, h, out=h)
     index = update.nonzero().squeeze(1)
     count = index.shape[0]
     if count == 0:
         return h
     if count == n:
-        return gru_cell(x if x_rows is None else x[x_rows], h, *weights, out=into)
+        return recurrent_cell(x if x_rows is None else x[x_rows], h, *weights, out=into)
     inputs = index if x_rows is None else x_rows.index_select(0, index)
-    new = gru_cell(x.index_select(0, inputs), h.index_select(0, index), *weights)
+    new = recurrent_cell(x.index_select(0, inputs), h.index_select(0, index), *weights)
     return h.index_copy(0, index, new) if into is None else put_rows(h, index, new)
 
 
-def gru_cell(
+def recurrent_cell(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """torch.gru_cell; without gradients in fewer and smaller steps, and into `out`, which may be `h`."""
+    """The cell on all rows, as `gated_cell_ref` with every row updating: without gradients in fewer and smaller steps
+    than torch's, and into `out`, which may be `h`.
+    """
+    step = _lstm_cell if _is_lstm(w_hh) else _gru_cell
+    return step(x, h, w_ih, w_hh, b_ih, b_hh, out)
+
+
+def _is_lstm(w_hh: Tensor) -> bool:
+    return w_hh.shape[0] == 4 * w_hh.shape[1]
+
+
+def _gru_cell(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, out: Tensor | None
+) -> Tensor:
     if torch.is_grad_enabled():
         return torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh)
     size = h.shape[1]
@@ -115,6 +135,31 @@ def gru_cell(
     reset, keep = of_x[:, : 2 * size].add_(of_h[:, : 2 * size]).sigmoid_().chunk(2, 1)
     new = of_x[:, 2 * size :].addcmul_(reset, of_h[:, 2 * size :]).tanh_()
     return torch.lerp(new, h, keep) if out is None else torch.lerp(new, h, keep, out=out)
+
+
+def _lstm_cell(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, out: Tensor | None
+) -> Tensor:
+    if torch.is_grad_enabled():
+        return torch.cat(torch.lstm_cell(x, h.chunk(2, 1), w_ih, w_hh, b_ih, b_hh), 1)
+    size = w_hh.shape[1]
+    gates = F.linear(x, w_ih, b_ih).add_(b_hh)
+    torch.addmm(gates, h[:, :size], w_hh.t(), out=gates)
+    return _lstm_state(gates, h[:, size:], out)
+
+
+def _lstm_state(gates: Tensor, before: Tensor, out: Tensor | None = None) -> Tensor:
+    """[n, 4H] sums for the input, forget, new and output gates, [n, H] the cell's state, to [n, 2H]."""
+    size = before.shape[1]
+    admit, forget = gates[:, : 2 * size].sigmoid().chunk(2, 1)
+    new, show = gates[:, 2 * size : 3 * size].tanh(), gates[:, 3 * size :].sigmoid()
+    if torch.is_grad_enabled():
+        after = forget * before + admit * new
+        return torch.cat([show * after.tanh(), after], 1)
+    out = gates.new_empty(len(gates), 2 * size) if out is None else out
+    after = torch.mul(forget, before, out=out[:, size:]).addcmul_(admit, new)
+    torch.mul(show, after.tanh(), out=out[:, :size])
+    return out
 
 
 def _on_triton(
@@ -125,6 +170,9 @@ def _on_triton(
     order, offsets = routing.order, routing.offsets
     # Items offsets[1] ... n - 1 of `order` are the rows that update.
     inputs = order if x_rows is None else x_rows.index_select(0, order)
+    if _is_lstm(w_hh):
+        new = _lstm_on_triton(x, h, order, offsets[1:], inputs, w_ih, w_hh, b_ih, b_hh)
+        return new if torch.is_grad_enabled() else before.copy_(new)
     if torch.is_grad_enabled():
         return _Cell.apply(x, h, order, offsets[1:], inputs, w_ih, w_hh, b_ih, b_hh)
     from dynrl.ops.kernels.gru import gru_rows, scatter_rows
@@ -133,6 +181,23 @@ def _on_triton(
     gru_rows(x, h, w_ih, w_hh, b_ih, b_hh, new, offsets[1:], x_rows=inputs, h_rows=order)
     scatter_rows(new, h, order, offsets[1:])
     return h if h is before else before.copy_(h)
+
+
+def _lstm_on_triton(
+    x: Tensor, h: Tensor, order: Tensor, offsets: Tensor, inputs: Tensor,
+    w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
+) -> Tensor:  # fmt: skip
+    """[n, 2H]: the products by `routed_linear`'s kernels, with its gradients; what is pointwise on all rows."""
+    size, starts = w_hh.shape[1], torch.zeros(1, dtype=torch.int64, device=h.device)
+    ran = (torch.arange(len(order), device=h.device) >= offsets[0]).unsqueeze(1)
+    ways = dict.fromkeys(("in_rows", "out_rows", "in_widths", "out_widths"))
+    state = h[order]
+    gates = b_ih + b_hh
+    for rows, weight in ((x[inputs], w_ih), (state[:, :size], w_hh)):
+        gates = gates + GroupedProduct.apply(rows, weight, offsets, starts, 4 * size, ways)
+    # What is NaN in a row that keeps its state must not reach the weights as 0 * NaN.
+    new = _lstm_state(gates, torch.where(ran, state[:, size:], 0.0))
+    return torch.empty_like(h).index_copy(0, order, torch.where(ran, new, state))
 
 
 class _Cell(torch.autograd.Function):

@@ -188,7 +188,7 @@ def _on_triton(
             x.contiguous(), weight, out, routing.offsets, starts, gate=gates, relu=relu, **bias_at, **ways
         )  # fmt: skip
     # Only the product needs a backward pass of its own; what is pointwise is left to autograd.
-    out = _Product.apply(x, weight, routing.offsets, starts, width, ways)
+    out = GroupedProduct.apply(x, weight, routing.offsets, starts, width, ways)
     if bias is not None:
         out = out + _bias_rows(bias, routing, splits, sorted_out, width)
     out = out.relu() if relu else out
@@ -205,11 +205,11 @@ def _bias_rows(bias: Tensor, routing: Routing, splits: tuple[int, ...] | None, s
     return rows if sorted_out else torch.zeros_like(rows).index_copy(0, order, rows)
 
 
-class _Product(torch.autograd.Function):
-    """The grouped product with its gradients, by the kernels."""
+class GroupedProduct(torch.autograd.Function):
+    """The grouped product with its gradients, by the kernels; `ways` are arguments of `linear_rows`."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, starts: Tensor, width: int, ways: dict[str, Any]
     ) -> Tensor:
         from dynrl.ops.kernels.linear import linear_rows
@@ -220,7 +220,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         from dynrl.ops.kernels.linear import grad_weight_rows, linear_rows
 
         x, weight, offsets, starts = ctx.saved_tensors
