@@ -19,7 +19,7 @@ from dynrl.backbones import END, Backbone, choice_rates
 from dynrl.data import Split
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
-from dynrl.routed import RoutedModel
+from dynrl.routed import Route, RoutedModel
 
 LONG = 16  # steps of a walk; see `static_routes`
 ORACLE_PRICE = 1e-3  # of the dense MACs, in the task's error: below what policies are told
@@ -47,16 +47,22 @@ class Score:
 
 def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
     """One pass over `split` through the plugged model, each row once."""
-    metric, macs, router = 0.0, 0.0, 0.0
-    routes: list[Tensor] = []
+    metric, route = score_rows(model, split, batch_size)
+    macs, router = float(route.macs_fraction.mean()), float(route.router_fraction.mean())
+    return Score.of(model.backbone, float(metric.mean()), macs, router, route.actions)
+
+
+def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple[Tensor, Route]:
+    """The same row by row: the task's metric [n], and the route of the whole split."""
+    metric, routes = [], []
     for inputs, targets in _batches(split, batch_size):
-        metric += float(split.task.score(model(inputs), targets).sum())
+        metric.append(split.task.score(model(inputs), targets))
         assert model.last_route is not None
-        macs += float(model.last_route.macs_fraction.sum())
-        router += float(model.last_route.router_fraction.sum())
-        routes.append(model.last_route.actions)
-    count = len(split)
-    return Score.of(model.backbone, metric / count, macs / count, router / count, torch.cat(routes))
+        routes.append(model.last_route)
+    actions, macs, router = (
+        torch.cat([getattr(r, name) for r in routes]) for name in ("actions", "macs", "router_macs")
+    )
+    return torch.cat(metric), Route(actions, macs, router, routes[0].dense_macs)
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

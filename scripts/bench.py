@@ -18,17 +18,18 @@ import tyro
 class Args:
     """Settings of `dynrl bench`."""
 
-    suite: Annotated[Literal["env", "ops", "model"], tyro.conf.Positional]
+    suite: Annotated[Literal["env", "ops", "model", "known"], tyro.conf.Positional]
     """What to measure. env: decisions sampled a second, by four paths. ops: each op against its ideal. model: whole
-    plugged networks against dense ones."""
+    plugged networks against dense ones. known: how soon the default agent finds routes that are known to be best."""
     out: Path | None = None
     """File to write; default results/bench-SUITE-DATE.json."""
     rounds: int | None = None
-    """Times each side is measured, its median counts; default 5 for env, 15 for model. ops decides by `seconds`."""
+    """Times each side is measured, its median counts; default 5 for env, 15 for model. ops decides by `seconds`. Of
+    known, policy seeds; default 3."""
     seconds: float = 1.5
     """Time for each shape and batch size of ops."""
     only: tuple[str, ...] = ()
-    """Ops or networks to measure; default all."""
+    """Ops, networks or decisions to measure; default all."""
     batches: tuple[int, ...] = ()
     """Batch sizes of ops and model; default all."""
     runs: tuple[Path, ...] = ()
@@ -54,6 +55,12 @@ def main(args: Args) -> None:
     summaries: list[dict[str, Any]] = []
     if args.suite == "env":
         rows = bench_env(args.rounds or 5)
+    elif args.suite == "known":
+        from dynrl.envs import DECISIONS
+        from dynrl.scripts.bench_known import bench_known
+
+        use_threads(args.threads)
+        rows = bench_known(args.only or DECISIONS, args.rounds or 3)
     else:
         use_threads(args.threads)
         if args.suite == "ops":

@@ -72,8 +72,36 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256, smaller: Pat
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.files import write_json
+    from dynrl.scripts.common import commit
+
+    configs, pretrained, models, seeds = load_runs(runs)
+    plain_file = runs[0] / "plain.safetensors"
+    plain = load_backbone(plain_file)[0] if plain_file.is_file() else None
+    dataset = load_dataset(configs[0]["data"])
+    beside = None if smaller is None else plain_network(smaller, dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    report = {
+        "decision": configs[0]["decision"], "data": dataset.name, "metric": dataset.task.metric,
+        "seeds": seeds, "date": f"{date.today()}", "commit": commit(),
+        **measure(pretrained, plain, models, dataset, batch_size, beside),
+    }  # fmt: skip
+    write_json(out / "report.json", report)
+    draw(report, out / "report.png")
+    print_table(report)
+    return report
+
+
+def load_runs(
+    runs: list[Path],
+) -> tuple[list[dict[str, Any]], Backbone, dict[str, list[RoutedModel]], dict[str, list[int]]]:
+    """Runs of one backbone: their settings, the backbone as pretrained, and by names of rows their models and seeds.
+
+    Raises:
+        ValueError: runs of several backbones or data sets, or that are not what `dynrl train` writes.
+    """
+    from dynrl.backbones import load_backbone
     from dynrl.routed import load
-    from dynrl.scripts.common import commit, pretrained_file, read_config
+    from dynrl.scripts.common import pretrained_file, read_config
 
     configs = [read_config(run) for run in runs]
     backbones = [load_backbone(pretrained_file(run))[0] for run in runs]
@@ -85,23 +113,11 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256, smaller: Pat
         name = _row_name(run, config)
         models.setdefault(name, []).append(load(run))
         seeds.setdefault(name, []).append(config["seed"])
-    plain_file = runs[0] / "plain.safetensors"
-    plain = load_backbone(plain_file)[0] if plain_file.is_file() else None
-    dataset = load_dataset(configs[0]["data"])
-    beside = None if smaller is None else _smaller(smaller, dataset)
-    out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "decision": configs[0]["decision"], "data": dataset.name, "metric": dataset.task.metric,
-        "seeds": seeds, "date": f"{date.today()}", "commit": commit(),
-        **measure(backbones[0], plain, models, dataset, batch_size, beside),
-    }  # fmt: skip
-    write_json(out / "report.json", report)
-    draw(report, out / "report.png")
-    print_table(report)
-    return report
+    return configs, backbones[0], models, seeds
 
 
-def _smaller(folder: Path, dataset: Dataset) -> Backbone:
+def plain_network(folder: Path, dataset: Dataset) -> Backbone:
+    """The plain network in a folder of `dynrl pretrain`, or a ValueError where it is for another data set."""
     from dynrl.backbones import load_backbone
 
     backbone, notes = load_backbone(folder / "plain.safetensors")

@@ -77,13 +77,28 @@ class Args:
 
 def main(args: Args) -> None:
     """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, evaluate."""
+    from dynrl.scripts.common import use_threads
+
+    run, config = open_run(args)
+    use_threads(args.threads)
+    print(f"run folder: {run}   (watch: tensorboard --logdir {run.parent})", flush=True)
+    if learn(run, config, args.device, args.num_learners, args.address):
+        from dynrl.scripts.evaluate import report_runs
+
+        report_runs([run], run)
+        print(f"\ncurves:   tensorboard --logdir {run.parent}\npicture:  {run}/report.png")
+        print(f"plug it:  model = dynrl.load({str(run)!r}); model.set_budget(0.5); outputs = model(inputs)")
+
+
+def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
+    """Make the run folder, or find the one to go on with: its path and settings. What can be refused is, before."""
     from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
     from dynrl.envs.core import check_accuracy_term
     from dynrl.files import write_json
     from dynrl.observation import View
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import PRETRAINED, new_folder, read_config, use_threads
+    from dynrl.scripts.common import PRETRAINED, new_folder, read_config
 
     decision(args.decision)
     _check_place(args)
@@ -121,14 +136,7 @@ def main(args: Args) -> None:
                     shutil.copyfile(source / name, run / name)
         # Last: a folder with settings has its backbone, so resuming never trains another.
         write_json(run / "config.json", config)
-    use_threads(args.threads)
-    print(f"run folder: {run}   (watch: tensorboard --logdir {run.parent})", flush=True)
-    if learn(run, config, args.device, args.num_learners, args.address):
-        from dynrl.scripts.evaluate import report_runs
-
-        report_runs([run], run)
-        print(f"\ncurves:   tensorboard --logdir {run.parent}\npicture:  {run}/report.png")
-        print(f"plug it:  model = dynrl.load({str(run)!r}); model.set_budget(0.5); outputs = model(inputs)")
+    return run, config
 
 
 def _settings(args: Args) -> dict[str, Any]:
@@ -239,7 +247,10 @@ def learn(
         backbone.save(file, **notes)
     save_policy(
         run / "policy.safetensors", router,
-        {"decision": config["decision"], "data": config["data"], "backbone": backbone.fingerprint(), "curve": curve},
+        {
+            "decision": config["decision"], "data": config["data"], "backbone": backbone.fingerprint(), "curve": curve,
+            "finished": finished,
+        },
     )  # fmt: skip
     low, high = min(macs for _, macs in curve), max(macs for _, macs in curve)
     print(f"policy: {run}/policy.safetensors, budgets from {low:.2f} to {high:.2f} of the dense MACs", flush=True)

@@ -40,6 +40,10 @@ ALLOWED = {
         "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.choice", "dynrl.ops", "dynrl.cost",
         "dynrl.files", "dynrl.machine",
     },
+    "dynrl.comparison": {
+        "dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.evaluation", "dynrl.heuristics",
+        "dynrl.tasks",
+    },
     "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops"},
     "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},

@@ -1,0 +1,193 @@
+"""Whether one policy beats another: what each says of every input at equal compute, and how sure the difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynrl import evaluation as ev
+from dynrl.backbones import Backbone
+from dynrl.data import Split
+from dynrl.heuristics import Fit
+from dynrl.policies import RandomPolicy, StaticPolicy
+from dynrl.routed import RoutedModel
+from dynrl.tasks import Task
+
+BUDGETS = (0.3, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the dense MACs
+
+# What is reached with a budget: the metric of each input [n], and the mean share of the dense MACs. None: nothing is so
+# cheap. Where a budget is more than can be spent, what spends most.
+Reach = Callable[[float], tuple[Tensor, float] | None]
+
+
+@dataclass(frozen=True)
+class Front:
+    """What one contender reaches at each of `BUDGETS`.
+
+    Attributes:
+        metric: [seeds, budgets, n], of each input; NaN where no seed, or not every one, is so cheap.
+        macs: [seeds, budgets], shares of the dense network's.
+    """
+
+    metric: Tensor
+    macs: Tensor
+
+    @classmethod
+    def of(cls, seeds: Iterable[Reach], count: int, tick: Callable[[], Any] = lambda: None) -> Front:
+        """Ask each seed for each budget; `count` inputs; `tick` is called after each."""
+        nothing = (torch.full((count,), torch.nan), torch.nan)
+        found = []
+        for reach in seeds:
+            row = []
+            for budget in BUDGETS:
+                row.append(reach(budget) or nothing)
+                tick()
+            found.append(row)
+        metric = torch.stack([torch.stack([m for m, _ in row]) for row in found])
+        macs = torch.tensor([[spent for _, spent in row] for row in found])
+        missing = macs.isnan().any(0)
+        metric[:, missing], macs[:, missing] = torch.nan, torch.nan
+        return cls(metric, macs)
+
+    @property
+    def reached(self) -> Tensor:
+        """[budgets] bool."""
+        return ~self.macs[0].isnan()
+
+
+def model_reach(model: RoutedModel, split: Split) -> Reach:
+    """A calibrated policy's."""
+    fractions, known = [macs for _, macs in model.curve], {}
+
+    def reach(budget: float) -> tuple[Tensor, float] | None:
+        if budget < min(fractions):
+            return None
+        model.set_budget(min(budget, max(fractions)))
+        if model.price not in known:
+            metric, route = ev.score_rows(model, split)
+            known[model.price] = metric, float(route.macs_fraction.mean())
+        return known[model.price]
+
+    return reach
+
+
+def random_reach(backbone: Backbone, split: Split, validation: Split, seed: int) -> Reach:
+    """Random routes of as many MACs."""
+
+    def reach(budget: float) -> tuple[Tensor, float] | None:
+        rate = ev.random_rate(backbone, validation.inputs[:256], budget)
+        return None if rate is None else _along(backbone, RandomPolicy(backbone.step_costs, rate, seed), split)
+
+    return reach
+
+
+def routes_reach(backbone: Backbone, split: Split, found: Sequence[tuple[tuple[int, ...], float, float]]) -> Reach:
+    """One route for all inputs: of those `found` (route, MACs fraction, metric on validation data) that a budget
+    allows, the best.
+    """
+
+    def reach(budget: float) -> tuple[Tensor, float] | None:
+        best = _affordable([(macs, metric, route) for route, macs, metric in found], budget, split.task)
+        return None if best is None else _along(backbone, StaticPolicy(best), split)
+
+    return reach
+
+
+def networks_reach(networks: Sequence[Backbone], dense_macs: int, split: Split, validation: Split) -> Reach:
+    """Plain networks, each trained alone: of those that a budget allows, the best on validation data."""
+
+    def rows(network: Backbone, of: Split) -> Tensor:
+        return ev.score_routes(network, network.dense_actions(len(of)), of).metric
+
+    known = [(n.dense_macs / dense_macs, float(rows(n, validation).mean()), n) for n in networks]
+
+    def reach(budget: float) -> tuple[Tensor, float] | None:
+        best = _affordable(known, budget, split.task)
+        return None if best is None else (rows(best, split), best.dense_macs / dense_macs)
+
+    return reach
+
+
+def rule_reach(fit: Fit, backbone: Backbone, split: Split, validation: Split) -> Reach:
+    """A rule fitted on validation data (see `dynrl.heuristics`)."""
+    policy_for = fit(backbone, validation)
+
+    def reach(budget: float) -> tuple[Tensor, float] | None:
+        rule = policy_for(budget)
+        if rule is None:
+            return None
+        metric, route = ev.score_rows(RoutedModel(backbone, rule), split)
+        return metric, float(route.macs_fraction.mean())
+
+    return reach
+
+
+def fixed_reach(metric: Tensor, macs: float) -> Reach:
+    """The same at every budget: what is shown beside contenders and is none itself."""
+    return lambda budget: (metric, macs)
+
+
+def _along(backbone: Backbone, policy: RandomPolicy | StaticPolicy, split: Split) -> tuple[Tensor, float]:
+    scored = ev.score_routes(backbone, policy.route(split.inputs), split)
+    return scored.metric, float(scored.macs.mean())
+
+
+def _affordable(found: Sequence[tuple[float, float, Any]], budget: float, task: Task) -> Any:
+    """Of (MACs fraction, metric, what) the one of least error within `budget`, of equals the cheapest; or None."""
+    within = [(task.error(metric), macs, i) for i, (macs, metric, _) in enumerate(found) if macs <= budget]
+    return found[min(within)[2]][2] if within else None
+
+
+# How sure ---------------------------------------------------------------------------------------------------
+
+
+def area(front: Front, reached: Tensor) -> Tensor:
+    """[seeds, n]: the metric's mean over the budgets `reached` [budgets] bool, by the trapezoidal rule."""
+    at = torch.tensor(BUDGETS)[reached]
+    if len(at) == 1:
+        return front.metric[:, reached].squeeze(1)
+    return torch.trapezoid(front.metric[:, reached].transpose(1, 2), at) / (at[-1] - at[0])
+
+
+def paired(ours: Tensor, theirs: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of `ours` less mean of `theirs`, with the ends of its 95 % interval.
+
+    The interval is a percentile bootstrap's (Efron & Tibshirani 1993, chapter 13) over inputs, drawn for both sides
+    together, and over the seeds of each side; inputs are counted by Poisson draws, which are a bootstrap's in the
+    limit. Of one seed nothing is known of the spread over seeds: the interval is that over inputs alone.
+
+    Args:
+        ours: [seeds, n].
+        theirs: [other seeds, n], the same inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for chunk in torch.arange(draws).split(100):
+        counts = torch.poisson(torch.ones(len(chunk), ours.shape[1]), generator=generator)
+        means = []
+        for side in (ours, theirs):
+            drawn = torch.randint(len(side), (len(chunk), len(side)), generator=generator)
+            means.append((counts @ side.t() / counts.sum(1, keepdim=True)).gather(1, drawn).mean(1))
+        found.append(means[0] - means[1])
+    low, high = torch.cat(found).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return float(ours.mean() - theirs.mean()), low, high
+
+
+def differences(ours: Front, theirs: Front, task: Task) -> dict[str, dict[str, float]]:
+    """How much better `ours` is, in the metric (turned so that more is better): by area over the budgets that both
+    reach (`area`), and at each of them (`0.5`).
+    """
+    both = ours.reached & theirs.reached
+    sides: dict[str, tuple[Tensor, Tensor]] = {}
+    if both.any():
+        sides["area"] = (area(ours, both), area(theirs, both))
+    for i in both.nonzero().flatten().tolist():
+        sides[f"{BUDGETS[i]:.3g}"] = (ours.metric[:, i], theirs.metric[:, i])
+    return {
+        name: dict(zip(("difference", "low", "high"), paired(-task.error(a), -task.error(b)), strict=True))
+        for name, (a, b) in sides.items()
+    }

@@ -1,0 +1,114 @@
+"""Comparisons: fronts on known numbers, intervals that cover, and the command from end to end."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dynrl import comparison as cp
+from dynrl.backbones import load_backbone
+from dynrl.data import load_dataset
+from dynrl.evaluation import score
+from dynrl.files import read_json
+from dynrl.routed import load
+from dynrl.scripts.cli import main
+from dynrl.tasks import CLASSIFICATION
+
+
+def constant(value: float, count: int = 8) -> torch.Tensor:
+    return torch.full((count,), value)
+
+
+def test_a_front_has_what_every_seed_reaches_and_its_area_is_the_mean_over_the_budgets_of_both():
+    def reach(least, slope):
+        return lambda budget: None if budget < least else (constant(slope * budget), budget)
+
+    ours = cp.Front.of([reach(0.35, 1.0), reach(0.3, 3.0)], 8)
+    theirs = cp.Front.of([cp.fixed_reach(constant(0.5), 0.2)], 8)
+    assert ours.reached.tolist() == [b >= 0.35 for b in cp.BUDGETS] and theirs.reached.all()
+    # Of lines the trapezoidal rule gives the value in the middle, here of 0.4 to 0.9.
+    torch.testing.assert_close(cp.area(ours, ours.reached), torch.stack([constant(0.65), constant(1.95)]))
+    found = cp.differences(ours, theirs, CLASSIFICATION)
+    assert set(found) == {"area", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"}
+    assert found["area"]["difference"] == pytest.approx(1.3 - 0.5)
+    assert found["0.5"]["difference"] == pytest.approx(1.0 - 0.5)
+
+
+def test_out_of_reach_takes_the_nearest_cheaper_point_and_too_dear_takes_none():
+    known = [(0.4, 0.9, "middle"), (0.2, 0.8, "cheap"), (0.4, 0.9, "same"), (0.7, 0.85, "worse")]
+    assert cp._affordable(known, 0.9, CLASSIFICATION) == "middle"
+    assert cp._affordable(known, 0.39, CLASSIFICATION) == "cheap"
+    assert cp._affordable(known, 0.1, CLASSIFICATION) is None
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """Sides of three seeds on 300 inputs: what inputs have in common cancels, what seeds differ in does not."""
+    rng, hits, widths = np.random.default_rng(0), 0, []
+    for trial in range(60):
+        common = rng.normal(0, 3, 300)
+        ours, theirs = (
+            torch.tensor(common + shift + rng.normal(0, 0.02, (3, 1)) + rng.normal(0, 0.5, (3, 300))).float()
+            for shift in (0.1, 0.0)
+        )
+        difference, low, high = cp.paired(ours, theirs, draws=400, seed=trial)
+        assert low < difference < high
+        hits += low <= 0.1 <= high
+        widths.append(high - low)
+    assert hits >= 50  # 57 are to be expected; a bootstrap over three seeds is a little narrow
+    assert np.mean(widths) < 0.2, "what is common to both sides must not widen the interval"
+    same = torch.randn(1, 50)
+    assert cp.paired(same, same) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path, monkeypatch):
+    cells = tmp_path / "skip-digits"
+    (cells / "backbone").mkdir(parents=True)
+    for name in ("backbone", "plain"):
+        shutil.copyfile(small_backbone, cells / "backbone" / f"{name}.safetensors")
+    shutil.copytree(cells / "backbone", cells / "plain-itself")
+    from dynrl.scripts import compare
+
+    wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0, 1), threads=1)
+    from dynrl.scripts import train
+
+    opened = train.open_run
+
+    def short(args):
+        if args.resume is None:
+            args.steps, args.price_range = 6000, (0.05, 20.0)
+        return opened(args)
+
+    monkeypatch.setattr(train, "open_run", short)
+    compare.main(wanted)
+    result = read_json(cells / "comparison.json")
+    assert result["seeds"] == {"gate": [0, 1]} and (cells / "comparison.png").is_file()
+    assert set(result["fronts"]) == {"gate", "random", "static", "smaller", "dense", "oracle"}
+    # By hand: both at 0.7 of the MACs on the test split.
+    at, means = result["budgets"].index(0.7), []
+    for seed in (0, 1):
+        model = load(cells / f"gate-{seed}")
+        model.set_budget(0.7)
+        means.append(score(model, load_dataset("digits").test).metric)
+    assert result["fronts"]["gate"]["metric"][at] == pytest.approx(np.mean(means), abs=1e-6)
+    # A second time nothing is trained: what is there stays as it is.
+    before = {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
+    monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("trained again"))
+    main(["compare", "skip", "--out", str(tmp_path), "--agents", "gate", "--seeds", "0", "1"])
+    assert before == {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
+    assert read_json(cells / "comparison.json")["fronts"] == result["fronts"]
+    backbone, _ = load_backbone(small_backbone)
+    dense = backbone.for_inference()(load_dataset("digits").test.inputs).argmax(1)
+    assert result["fronts"]["smaller"]["metric"] == [None] * len(cp.BUDGETS), "it costs as much as dense"
+    assert result["fronts"]["dense"]["metric"][0] == pytest.approx(
+        float((dense == load_dataset("digits").test.targets).float().mean())
+    )
+
+
+def test_an_empty_matrix_is_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["compare", "--out", str(tmp_path / "x")])
+    assert not list(tmp_path.iterdir())
