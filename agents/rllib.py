@@ -40,6 +40,7 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor, nn
 
+from dynrl.agents.training import GROUP
 from dynrl.backbones import choice_rates
 from dynrl.envs.core import RoutingVectorEnv
 from dynrl.policies import LearnedPolicy, build_policy
@@ -91,12 +92,14 @@ class Slab:
     Attributes:
         obs [T, N, D], actions [T, N] (upfront [T, N, decisions]), rewards [T, N], terminateds [T, N] bool,
         logp [T, N], logits [T, N, A]; greedy [T, N], what the likeliest actions would have earned, or [T, 0];
+        episodes [T, N] int64, the number of each row's episode, -1 where it began before the slab, or [T, 0];
         last_obs [N, D]: what the next slab begins with.
     """
 
     def __init__(self, steps: list[tuple[Tensor, ...]], last_obs: Tensor) -> None:
         stacked = [torch.stack(column) for column in zip(*steps, strict=True)]
-        self.obs, self.actions, self.rewards, self.terminateds, self.logp, self.logits, self.greedy = stacked
+        self.obs, self.actions, self.rewards, self.terminateds, self.logp, self.logits, *rest = stacked
+        self.greedy, self.episodes = rest
         self.last_obs = last_obs
 
     def to_host(self) -> Slab:
@@ -163,7 +166,10 @@ class SlabRunner(SingleAgentEnvRunner):
             obs, done = self._obs, 0
             module: Any = self.module
             net: LearnedPolicy = module.net
-            against_greedy = module.model_config.get("baseline") == "greedy"
+            baseline = module.model_config.get("baseline")
+            leads = torch.arange(count, device=env.device) % GROUP == 0
+            # Whose episodes began before this slab, and which those are.
+            earlier = torch.where(self._lengths > 0, env.episodes, -1)
             while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
                 logits = net(obs)
                 # A row for each decision: one of each observation, or all of a walk's.
@@ -176,12 +182,17 @@ class SlabRunner(SingleAgentEnvRunner):
                     actions = (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
                 else:
                     actions = likeliest
+                if baseline == "group":
+                    actions = torch.where(leads.repeat_interleave(net.decisions), likeliest, actions)
                 logp = log_probs.gather(1, actions.unsqueeze(1)).view(count, -1).sum(1)
                 if env.upfront:
                     actions, likeliest = actions.view(count, -1), likeliest.view(count, -1)
-                greedy = env.foresee(likeliest) if against_greedy else torch.empty(0)
+                greedy = env.foresee(likeliest) if baseline == "greedy" else torch.empty(0)
+                number = env.episodes if baseline == "group" else torch.empty(0)
+                if baseline == "group":
+                    number = torch.where(number == earlier, -1, number)
                 following, rewards, terminated, info = env.step_tensors(actions)
-                steps.append((obs, actions, rewards, terminated, logp, logits, greedy))
+                steps.append((obs, actions, rewards, terminated, logp, logits, greedy, number))
                 self._returns += rewards
                 self._lengths += 1
                 if "route" in info:
@@ -250,8 +261,12 @@ class SlabGAE(ConnectorV2):
             values = values.view(length + 1, count)
             advantages = gae(rewards, values, ended, self.gamma, self.lambda_)
             targets = advantages + values[:-1]
+            kept = torch.ones_like(ended)
             if slab.greedy.numel():
                 advantages = rewards - slab.greedy.to(device)
+            if slab.episodes.numel():
+                advantages, kept = group_advantages(rewards, ended, slab.episodes.to(device), GROUP)
+            kept = kept.flatten()
             for name, column in (
                 (Columns.OBS, flat),
                 (Columns.ACTIONS, slab.actions.to(device).flatten(0, 1)),
@@ -260,9 +275,9 @@ class SlabGAE(ConnectorV2):
                 (Postprocessing.ADVANTAGES, advantages.flatten()),
                 (Postprocessing.VALUE_TARGETS, targets.flatten()),
             ):
-                columns.setdefault(name, []).append(column)
+                columns.setdefault(name, []).append(column if kept.all() else column[kept])
         # Neighbours in a slab stand at the same point; minibatches should not.
-        order = torch.randperm(sum(map(len, episodes)), device=device)
+        order = torch.randperm(sum(map(len, columns[Columns.OBS])), device=device)
         flat_batch = {name: torch.cat(parts)[order] for name, parts in columns.items()}
         raw = flat_batch[Postprocessing.ADVANTAGES]
         flat_batch[Postprocessing.ADVANTAGES] = (raw - raw.mean()) / raw.std().clamp_min(1e-4)
@@ -287,6 +302,36 @@ def gae(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, lambda_: f
         running = delta[t] + gamma * lambda_ * alive[t] * running
         advantages[t] = running
     return advantages
+
+
+def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """What each route earned, less what its group did on average: of one input, at one price (Shao et al. 2024,
+    "DeepSeekMath", section 4.1, without their division by the group's spread: inputs whose routes differ little should
+    not count as much as others).
+
+    The first of each group is the greedy route, which is compared with and not learned from, as it was not drawn.
+
+    Args:
+        rewards, ended: [T, N].
+        episodes: [T, N] int64; -1 where an episode began earlier.
+
+    Returns:
+        [T, N] each: advantages, the same for all steps of a route, and which steps to learn from: those of groups whose
+        routes lie in the slab as wholes.
+    """
+    count = rewards.shape[1]
+    valid = episodes >= 0
+    number = (episodes - episodes[valid].min()).clamp_min(0) if valid.any() else episodes.clamp_min(0)
+    key = number * count + torch.arange(count, device=rewards.device)
+    size = (int(number.max()) + 1) * count
+    returns = rewards.new_zeros(size).index_add(0, key[valid], rewards[valid])
+    whole = torch.zeros(size, dtype=torch.bool, device=rewards.device)
+    whole[key[valid & ended]] = True
+    grouped = returns.view(-1, group)
+    relative = (grouped - grouped.mean(1, keepdim=True)).flatten()
+    whole = whole.view(-1, group).all(1, keepdim=True).expand(-1, group).flatten()
+    drawn = torch.arange(count, device=rewards.device) % group > 0
+    return relative[key], valid & whole[key] & drawn
 
 
 def ppo_config(
@@ -319,8 +364,14 @@ def ppo_config(
         total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
 
     Raises:
-        ValueError: more than one learner: a slab is not split between learners.
+        ValueError: more than one learner: a slab is not split between learners; environments that make no groups.
     """
+    if baseline == "group":
+        if num_envs % GROUP:
+            raise ValueError(
+                f"groups of {GROUP} routes of one input: expected {GROUP} x n environments, got {num_envs}"
+            )
+        env_config = {**env_config, "group": GROUP}
     if num_learners > 1:
         raise ValueError(f"expected at most one learner, got {num_learners}: a slab is not split between learners")
     per_runner = num_envs * rollout

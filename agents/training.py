@@ -25,6 +25,7 @@ from dynrl.policies import LearnedPolicy
 from dynrl.progress import progress
 from dynrl.tasks import TASKS
 
+GROUP = 8  # routes of one input that are compared with each other, where the baseline is "group"
 # Names are strings, so that gates are trained without ray.
 AGENTS = {"ppo": "dynrl.agents.ppo:PPO", "gate": "dynrl.agents.gates:Gates"}
 
@@ -42,8 +43,9 @@ class Settings:
         num_envs: inputs that walk side by side in one runner; of gates, a batch.
         num_env_runners: remote processes that sample (PPO's only); 0 samples in this one.
         price_range, accuracy_term, upfront: see `RoutingVectorEnv`.
-        baseline: of PPO's advantages: "value", or "greedy", what the likeliest route earns (upfront only; self-critical
-            training, Rennie et al. 2017, CVPR, which BlockDrop uses).
+        baseline: of PPO's advantages: "value"; "group", what several routes of the same input earn on average, the
+            likeliest among them; or "greedy", what the likeliest alone earns (upfront only; self-critical training,
+            Rennie et al. 2017, CVPR, which BlockDrop uses).
         times: what is charged instead of MACs; see `RoutingVectorEnv`. PPO's only.
         device, dtype: of the backbone; see `RoutingVectorEnv`. Of gates: the CPU, in float32.
         num_learners: remote processes that learn, at most one (PPO's only); 0: this one does.

@@ -132,6 +132,33 @@ def calibrate(
     return curve
 
 
+def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
+    """What a calibrated policy has failed to learn, with advice, or None.
+
+    A policy may end up deaf to the price (one point instead of a front) or to the inputs (one route for all: a static
+    network, which needs no router); reinforcement learning stays there, since nothing else is tried any more.
+    """
+    macs = [spent for _, spent in model.curve]
+    reach = f"{min(macs):.2f} to {max(macs):.2f} of the dense MACs"
+    if max(macs) - min(macs) < 0.02:
+        return (
+            f"collapsed: the price changes nothing (it spends {reach}). Widen the price range (--price-range; at "
+            "its ends all and almost nothing should be spent), or train for more steps"
+        )
+    before, routes = model.price, 0
+    for i in range(prices):
+        model.set_price(model.curve[i * (len(macs) - 1) // (prices - 1)][0])
+        routes = max(routes, score(model, split).distinct_routes)
+    model.set_price(before)
+    if routes > 1:
+        return None
+    return (
+        f"collapsed: every input takes the same route at each price (it spends {reach}). Train for more steps, or with "
+        "another seed; see in TensorBoard when routes/distinct fell. If it recurs, inputs may not differ in what they "
+        "need: then the static routes of the report are as good"
+    )
+
+
 def calibrate_latency(
     model: RoutedModel, inputs: Tensor, batch_size: int, rounds: int = 5, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:

@@ -171,6 +171,8 @@ class RoutingVectorEnv(VectorEnv):
         price: of the dense network's compute, fixed; None draws it per episode from `price_range`, uniformly in its
             logarithm.
         price_range: lowest and highest price.
+        group: so many neighbouring sub-environments meet the same inputs and prices, each in its k-th episode: several
+            routes of one input. It divides `num_envs`.
         autoreset_mode: NEXT_STEP (what stock RLlib expects), SAME_STEP (no step is wasted; our runner, SB3) or
             DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
 
@@ -203,10 +205,14 @@ class RoutingVectorEnv(VectorEnv):
         times: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "float32",
+        group: int = 1,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"expected at least one environment, got num_envs={num_envs}")
+        if group < 1 or num_envs % group:
+            raise ValueError(f"expected a group that divides the {num_envs} environments, got {group}")
+        self.group = group
         mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self.num_envs = num_envs
@@ -280,13 +286,14 @@ class RoutingVectorEnv(VectorEnv):
         """Start new episodes in all rows (or in `rows` [n] only) and return all observations [N, width].
 
         Args:
-            seed: sub-environment i then draws by `seed + i` (or by `seed[i]`), from episode 0 on. None goes on with
-                the next episodes.
+            seed: sub-environment i then draws by `seed + i` (its group's number, if there are groups; or by
+                `seed[i]`), from episode 0 on. None goes on with the next episodes.
         """
         if seed is not None or self._seeds is None:
             if seed is None:
                 seed = int(np.random.SeedSequence().entropy) % 2**63  # type: ignore[arg-type]
-            given = seed + np.arange(self.num_envs) if isinstance(seed, (int, np.integer)) else np.asarray(seed)
+            each = np.arange(self.num_envs) // self.group
+            given = seed + each if isinstance(seed, (int, np.integer)) else np.asarray(seed)
             if given.shape != (self.num_envs,):
                 raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {given.shape}")
             at = slice(None) if rows is None or self._seeds is None else rows.cpu().numpy()
@@ -349,6 +356,11 @@ class RoutingVectorEnv(VectorEnv):
             walk = state.walk
             return overview(walk.at(walk.inputs, state.rows), walk.at(self._prices, state.rows))
         return observation(self.backbone, state, self._prices)
+
+    @property
+    def episodes(self) -> Tensor:
+        """[N] int64, the number of each row's episode, from 0 on."""
+        return torch.from_numpy(self._episodes - 1).to(self.device)
 
     @torch.no_grad()
     def foresee(self, routes: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.tasks import Regression
 
 IMAGES, SEQUENCES = (1, 12, 12), (8, 2)
-SECONDS, ENOUGH, CHECKS = 60.0, 0.95, 100
+SECONDS, ENOUGH, CHECKS = 20.0, 0.95, 100
 PRICES = 9  # evenly spaced in their logarithm
 
 

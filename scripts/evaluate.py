@@ -136,7 +136,8 @@ def _row_name(run: Path, config: dict[str, Any]) -> str:
         )
     agent = {"ppo": "learned", "gate": "gate"}[config["agent"]]
     for setting, value, said in (
-        ("upfront", True, "upfront"), ("baseline", "greedy", "greedy"), ("accuracy_term", "blockdrop", "blockdrop"),
+        ("upfront", True, "upfront"), ("baseline", "greedy", "greedy"),
+        ("baseline", "group", "group"), ("accuracy_term", "blockdrop", "blockdrop"),
         ("cost", "time", "by time"),
     ):  # fmt: skip
         agent += f" {said}" if config.get(setting) == value else ""

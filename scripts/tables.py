@@ -70,6 +70,44 @@ def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def comparison_table(results: list[dict[str, Any]]) -> list[str]:
+    """What comparisons say of areas under the fronts and of half of the dense MACs, as Markdown."""
+    from dynrl.scripts.compare import REFERENCES, verdict
+    from dynrl.tasks import TASKS
+
+    lines = [
+        "| decision, data | policy (seeds) | less | area, 0.3 to 0.9 of the MACs | at half | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        show = TASKS[result["metric"]].show
+        for row in result["differences"]:
+            if row["rival"] in REFERENCES and row["rival"] != "dense":
+                continue
+            cells = [
+                f"{show(of['difference'])} [{show(of['low'])}, {show(of['high'])}]" if (of := row.get(at)) else ""
+                for at in ("area", "0.5")
+            ]
+            lines.append(
+                f"| {result['decision']}, {result['data']} | {row['policy']} ({len(result['seeds'][row['policy']])}) "
+                f"| {row['rival']} | {' | '.join(cells)} | {verdict(row['area']) if 'area' in row else ''} |"
+            )
+    dates = sorted({result["date"] for result in results})
+    return [*lines, "", f"{', '.join(dates)}; accuracy in points, mse in its own units turned so that more is better."]
+
+
+def bench_known_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench known` as Markdown, the slowest of each decision's seeds."""
+    lines = ["| decision | seeds | 95 % of the gap after | of the gap at the end |", "|---|---|---|---|"]
+    for decision in dict.fromkeys(row["decision"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["decision"] == decision]
+        slowest = [row["seconds_to_enough"] for row in mine]
+        shown = "not by all" if None in slowest else f"{max(slowest):.1f} s"
+        ends = f"{min(row['share'] for row in mine):.1%} in {max(row['seconds'] for row in mine):.0f} s"
+        lines.append(f"| {decision} | {len(mine)} | {shown} | {ends} |")
+    return [*lines, "", _machine(result)]
+
+
 def shipped_table() -> list[str]:
     """The models that come with the package, by their reports: at half of the dense MACs, as Markdown."""
     from dynrl.files import read_json
@@ -185,7 +223,8 @@ def decisions_table() -> list[str]:
 
 
 BENCHES = {
-    "bench-env": bench_env_table, "bench-ops": bench_ops_table, "bench-model": bench_model_table, "gpu": gpu_table
+    "bench-known": bench_known_table, "bench-env": bench_env_table, "bench-ops": bench_ops_table,
+    "bench-model": bench_model_table, "gpu": gpu_table,
 }  # fmt: skip
 
 
@@ -200,6 +239,8 @@ def main(args: Args) -> None:
             lines = decisions_table()
         elif name == "shipped":
             lines = shipped_table()
+        elif name == "comparison":
+            lines = comparison_table([read_json(path) for path in sorted(args.results.glob("*/comparison.json"))])
         elif name == "at-half":
             found = {path.parent.name: read_json(path) for path in args.results.glob("*/report.json")}
             order = sorted(found, key=lambda folder: (list(DECISIONS).index(found[folder]["decision"]), folder))

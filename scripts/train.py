@@ -56,9 +56,9 @@ class Args:
     """What the reward sets against the price; `blockdrop` is BlockDrop's reward (--upfront only)."""
     upfront: bool = False
     """Decide all at once from the input, before the network runs, instead of step by step from what it computes."""
-    baseline: Literal["value", "greedy"] = "value"
-    """What PPO compares a reward with: a learned value, or what the likeliest route earns (self-critical, as in
-    BlockDrop; --upfront only)."""
+    baseline: Literal["value", "group", "greedy"] = "value"
+    """What PPO compares a reward with: a learned value; what eight routes of the same input earn on average, the
+    likeliest among them; or what the likeliest alone earns (self-critical, as in BlockDrop; --upfront only)."""
     cost: Literal["macs", "time"] = "macs"
     """What the price is of: multiply-accumulates, or the time that each choice takes on this machine, which is measured
     first (batches of 256, of PPO only). Budgets stay shares of the MACs, or milliseconds after dynrl calibrate."""
@@ -173,6 +173,7 @@ def _check_place(args: Args) -> None:
 
 
 def _check(args: Args) -> None:
+    from dynrl.agents.training import GROUP
     from dynrl.envs.core import check_price_range
 
     if args.price_range is not None:
@@ -185,6 +186,12 @@ def _check(args: Args) -> None:
         )
     if args.baseline == "greedy" and not (args.upfront and args.agent == "ppo"):
         raise ValueError("--baseline greedy is for --agent ppo with --upfront: one reward for a whole route")
+    if args.baseline == "group" and args.agent != "ppo":
+        raise ValueError("--baseline group is for --agent ppo")
+    if args.baseline == "group" and args.num_envs and args.num_envs % GROUP:
+        raise ValueError(
+            f"--baseline group makes groups of {GROUP}: expected {GROUP} x n --num-envs, got {args.num_envs}"
+        )
     if args.agent == "gate" and args.num_env_runners:
         raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
     if args.agent == "gate" and args.dtype != "float32":
@@ -221,7 +228,7 @@ def learn(
     from dynrl.agents.training import Settings, train_policy
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
-    from dynrl.evaluation import calibrate
+    from dynrl.evaluation import calibrate, collapse
     from dynrl.policies import save_policy
     from dynrl.progress import progress
     from dynrl.routed import RoutedModel
@@ -254,6 +261,8 @@ def learn(
     )  # fmt: skip
     low, high = min(macs for _, macs in curve), max(macs for _, macs in curve)
     print(f"policy: {run}/policy.safetensors, budgets from {low:.2f} to {high:.2f} of the dense MACs", flush=True)
+    if advice := collapse(model, validation.head(1024)):
+        print(advice, file=sys.stderr)
     if not finished:
         print(f"stopped early; go on with: dynrl train {config['decision']} --resume {run}", file=sys.stderr)
     return finished

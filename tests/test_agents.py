@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from dynrl.agents.metrics import TrainingLog
-from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, ppo_config, router_of
-from dynrl.agents.training import Settings, Stop, open_agent, router_arguments, train_policy
+from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, group_advantages, ppo_config, router_of
+from dynrl.agents.training import GROUP, Settings, Stop, open_agent, router_arguments, train_policy
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
@@ -52,6 +52,56 @@ def test_advantages_in_five_lines_of_numpy():
                 if ended[k, n]:
                     break
             assert float(got[t, n]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_advantages_in_groups_by_a_plain_loop():
+    """Sub-environments whose episodes end when they like; two groups of four."""
+    rng, (steps, count, group) = np.random.default_rng(1), (15, 8, 4)
+    rewards, ended = rng.normal(size=(steps, count)), rng.random((steps, count)) < 0.35
+    number = np.concatenate([np.zeros((1, count), int), np.cumsum(ended, 0)[:-1]]) + 5
+    number[(number == 5) & (np.arange(count) % 3 == 0)] = -1  # these began before the slab
+    got, kept = group_advantages(*map(torch.from_numpy, (rewards, ended, number)), group)
+    learned_from = 0
+    for n in range(count):
+        for t in range(steps):
+            mine = number[t, n]
+            peers = [number[:, m] == mine for m in range(n // group * group, n // group * group + group)]
+            over = [
+                bool((ended[:, m] & peer).any())
+                for m, peer in zip(range(n // group * group, n // group * group + group), peers, strict=True)
+            ]
+            whole = mine >= 0 and all(over)
+            assert bool(kept[t, n]) == (whole and n % group > 0)
+            if whole:
+                earned = [rewards[peer, n // group * group + i].sum() for i, peer in enumerate(peers)]
+                assert float(got[t, n]) == pytest.approx(earned[n % group] - np.mean(earned))
+                learned_from += int(kept[t, n])
+    assert 10 < learned_from < steps * count
+
+
+def test_a_group_meets_one_input_and_its_first_takes_the_likeliest_route(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    config = config_for(backbone, small_backbone, num_envs=2 * GROUP, rollout=6, baseline="group")
+    runner = SlabRunner(config=config, worker_index=0, num_workers=0)
+    steps = backbone.max_steps
+    slab, second = runner.sample(num_timesteps=2 * GROUP * (2 * steps + 1))[0], runner.sample(num_timesteps=1)[0]
+    for first in (0, steps):  # of an episode: all are as long
+        starts = slab.obs[first].view(2, GROUP, -1)
+        assert torch.equal(starts, starts[:, :1].expand_as(starts))
+        assert not torch.equal(starts[0, 0], starts[1, 0])
+    likeliest = slab.logits.argmax(-1)
+    assert torch.equal(slab.actions[:, ::GROUP], likeliest[:, ::GROUP])
+    assert not torch.equal(slab.actions, likeliest)
+    assert torch.equal(slab.episodes[:, 0], torch.tensor([0] * steps + [1] * steps + [2]))
+    assert (second.episodes == -1).all(), "they began in the slab before"
+    module = RouterModule(
+        observation_space=runner.env.single_observation_space, action_space=runner.env.single_action_space,
+        model_config=runner.config.rl_module_spec.model_config, inference_only=False,
+    )  # fmt: skip
+    batch = SlabGAE(gamma=1.0, lambda_=1.0)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
+    assert {len(column) for column in batch["default_policy"].values()} == {2 * steps * 2 * (GROUP - 1)}
+    with pytest.raises(ValueError, match=f"expected {GROUP} x n environments, got 12"):
+        config_for(backbone, small_backbone, num_envs=12, baseline="group")
 
 
 def test_the_slab_is_what_the_environment_did(runner):
@@ -140,7 +190,7 @@ def test_slabs_stay_whole_in_rllibs_hands():
     import tree
 
     zero = torch.zeros(3)
-    slab = Slab([(zero,) * 7] * 2, zero)
+    slab = Slab([(zero,) * 8] * 2, zero)
     assert tree.flatten([slab]) == [slab]
     assert len(slab) == 6
 
@@ -213,9 +263,11 @@ def assert_two_routes(config, backbone, data, iterations):
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_two_kinds_of_inputs_get_two_routes():
+@pytest.mark.parametrize("baseline", ["value", "group"])
+def test_two_kinds_of_inputs_get_two_routes(baseline):
     backbone, data = two_kinds()
-    config = config_for(backbone, "unused", num_envs=64, rollout=8, learning_rate=1e-2, total_steps=20_000)
+    settings = {"learning_rate": 1e-2, "total_steps": 20_000, "baseline": baseline}
+    config = config_for(backbone, "unused", num_envs=64, rollout=8, **settings)
     assert_two_routes(config, backbone, data, iterations=25)
 
 

@@ -328,6 +328,7 @@ def test_one_backbone_file_is_loaded_once(small_backbone):
     ("settings", "message"),
     [
         ({"num_envs": 0}, "at least one environment"),
+        ({"num_envs": 6, "group": 4}, "a group that divides the 6"),
         ({"data": "nosuch"}, "unknown data set"),
         ({"split": "nosuch"}, "unknown split"),
         ({"accuracy_term": "nosuch"}, "unknown accuracy term"),

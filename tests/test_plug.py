@@ -20,6 +20,7 @@ from dynrl.data import Split, load_dataset
 from dynrl.evaluation import (
     ORACLE_PRICE,
     calibrate,
+    collapse,
     oracle_routes,
     random_rate,
     score,
@@ -487,6 +488,25 @@ def test_choices_without_an_observation_are_the_routers(kind):
     with torch.no_grad():
         backbone.run(inputs, choose)
     assert len(torch.cat(met).unique()) == 2
+
+
+def test_collapsed_policies_are_told_of():
+    backbone, split = make_backbone("skip"), load_dataset("digits").validation.head(64)
+
+    def found(router):
+        model = RoutedModel(backbone, router)
+        calibrate(model, split)
+        return collapse(model, split)
+
+    router = make_router(backbone, hidden=0)
+    assert found(router) is None
+    with torch.no_grad():
+        router.head.weight[:, : router.price] = 0
+        router.head.weight[1, router.price] -= 9
+    assert "every input takes the same route" in found(router)
+    with torch.no_grad():
+        router.head.bias[1] = 99
+    assert "the price changes nothing" in found(router)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

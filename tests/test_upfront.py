@@ -233,7 +233,7 @@ def test_the_slab_is_what_the_environment_did(baseline, small_backbone):
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("baseline", ["value", "greedy"])
+@pytest.mark.parametrize("baseline", ["value", "greedy", "group"])
 def test_two_kinds_of_inputs_get_two_routes(baseline):
     """Invariant 5."""
     backbone, data = two_kinds()
