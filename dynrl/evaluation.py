@@ -53,16 +53,16 @@ def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
 
 
 def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple[Tensor, Route]:
-    """The same row by row: the task's metric [n], and the route of the whole split."""
+    """The same row by row, on the CPU: the task's metric [n], and the route of the whole split."""
     metric, routes = [], []
     for inputs, targets in _batches(split, batch_size):
-        metric.append(split.task.score(model(inputs), targets))
+        metric.append(split.task.score(model(inputs).float(), targets))
         assert model.last_route is not None
         routes.append(model.last_route)
     actions, macs, router = (
-        torch.cat([getattr(r, name) for r in routes]) for name in ("actions", "macs", "router_macs")
+        torch.cat([getattr(r, name) for r in routes]).cpu() for name in ("actions", "macs", "router_macs")
     )
-    return torch.cat(metric), Route(actions, macs, router, routes[0].dense_macs)
+    return torch.cat(metric).cpu(), Route(actions, macs, router, routes[0].dense_macs)
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -82,16 +82,17 @@ class Scored(NamedTuple):
 
 @torch.inference_mode()
 def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256) -> Scored:
-    """Walk each input of `split` along its row of `routes` [n, max_steps]."""
+    """Walk each input of `split` along its row of `routes` [n, max_steps]; what is returned is on the CPU."""
     task, parts = split.task, []
     for inputs, targets, route in zip(
         *(t.split(batch_size) for t in (split.inputs, split.targets, routes)), strict=True
     ):
         walk = backbone.run_route(inputs, route)
         assert walk.outputs is not None
-        scored = (task.score(walk.outputs, targets), task.log_likelihood(walk.outputs, targets))
+        outputs = walk.outputs.float()
+        scored = (task.score(outputs, targets), task.log_likelihood(outputs, targets))
         parts.append((*scored, walk.macs / backbone.dense_macs, walk.route))
-    return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Scored(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def calibrate(

@@ -232,9 +232,7 @@ class RoutingVectorEnv(VectorEnv):
         self._split = dataset.split(split)
         if self.device.type != "cpu" or kind is not torch.float32:
             self.backbone = copy.deepcopy(self.backbone).to(self.device, kind)
-            self._split = Split(
-                self._split.inputs.to(self.device, kind), self._split.targets.to(self.device), self.task
-            )
+            self._split = self._split.to(self.device, kind)
         self.upfront = upfront
         self.layout = (View if upfront else Layout).of(self.backbone)
         self._start_cost, costs = cost_shares(self.backbone, times)

@@ -11,12 +11,14 @@ from datetime import date
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from dynrl.backbones import Backbone
     from dynrl.data import Dataset
@@ -43,13 +45,17 @@ class Args:
     """Folder for report.json and report.png; default: the run folder, if there is one only."""
     batch_size: int = 256
     """Inputs a batch, of what is timed."""
+    device: str = "cpu"
+    """Where networks run, `cuda` say."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of networks and inputs; policies stay in float32."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
 
 
 def main(args: Args) -> None:
     """Check everything, then write the report."""
-    from dynrl.scripts.common import read_config, use_threads
+    from dynrl.scripts.common import check_device, read_config, use_threads
 
     if not args.runs:
         raise ValueError("expected at least one run folder")
@@ -59,21 +65,33 @@ def main(args: Args) -> None:
         raise ValueError("several runs make one report: say where with --out")
     if args.batch_size < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
+    check_device(args.device)
     use_threads(args.threads)
-    report_runs(list(args.runs), args.out or args.runs[0], args.batch_size, args.smaller)
+    report_runs(list(args.runs), args.out or args.runs[0], args.batch_size, args.smaller, args.device, args.dtype)
 
 
-def report_runs(runs: list[Path], out: Path, batch_size: int = 256, smaller: Path | None = None) -> dict[str, Any]:
+def report_runs(
+    runs: list[Path],
+    out: Path,
+    batch_size: int = 256,
+    smaller: Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict[str, Any]:
     """Evaluate runs of one backbone on the test split; write and print the report, and return it.
 
     Args:
         smaller: a folder whose `plain.safetensors` stands beside them.
+        device, dtype: of networks and inputs.
     """
+    import torch
+
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.files import write_json
     from dynrl.scripts.common import commit
 
+    place = (torch.device(device), getattr(torch, dtype))
     configs, pretrained, models, seeds = load_runs(runs)
     plain_file = runs[0] / "plain.safetensors"
     plain = load_backbone(plain_file)[0] if plain_file.is_file() else None
@@ -82,8 +100,8 @@ def report_runs(runs: list[Path], out: Path, batch_size: int = 256, smaller: Pat
     out.mkdir(parents=True, exist_ok=True)
     report = {
         "decision": configs[0]["decision"], "data": dataset.name, "metric": dataset.task.metric,
-        "seeds": seeds, "date": f"{date.today()}", "commit": commit(),
-        **measure(pretrained, plain, models, dataset, batch_size, beside),
+        "seeds": seeds, "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
+        **measure(pretrained, plain, models, dataset, batch_size, beside, place),
     }  # fmt: skip
     write_json(out / "report.json", report)
     draw(report, out / "report.png")
@@ -156,6 +174,7 @@ def measure(
     dataset: Dataset,
     batch_size: int,
     smaller: Backbone | None = None,
+    place: tuple[torch.device, torch.dtype] | None = None,
 ) -> dict[str, Any]:
     """All figures of a report; see README, "Reading a report".
 
@@ -163,6 +182,7 @@ def measure(
         backbone: pretrained; what random, static and oracle routes run on.
         models: by the names of their rows; those of fine-tuned runs have backbones of their own.
         smaller: a plain network of fewer MACs.
+        place: device and type of networks and inputs; None: the CPU, float32. Batch norm is folded before.
     """
     import torch
 
@@ -174,9 +194,13 @@ def measure(
     from dynrl.routed import RoutedModel
     from dynrl.routes import draw_routes
 
-    test, task, metric = dataset.test, dataset.task, dataset.task.metric
-    validation = dataset.validation.head(1024)
-    frozen = backbone.for_inference()
+    place = place or (torch.device("cpu"), torch.float32)
+    task, metric = dataset.task, dataset.task.metric
+    test, every = dataset.test.to(*place), dataset.validation.to(*place)
+    validation, frozen = every.head(1024), backbone.for_inference().to(*place)
+    wait = torch.cuda.synchronize if place[0].type == "cuda" else lambda: None
+    for model in (model for mine in models.values() for model in mine):
+        model.to(*place)
     batch = test.inputs[:batch_size]
     points: list[dict[str, Any]] = []
     sides: dict[str, Callable[[], Any]] = {}  # what is timed; point i by the names i/routed and i/ideal
@@ -247,7 +271,7 @@ def measure(
         tuned = [full_route(network) for network in own if network.fingerprint() != original]
         full_routes = {
             "all_execute": full_route(frozen),
-            "plain": None if plain is None else full_route(plain.for_inference()),
+            "plain": None if plain is None else full_route(plain.for_inference().to(*place)),
             "tuned": sum(tuned) / len(tuned) if tuned else None,
         }
         for budget in (*BUDGETS, None):
@@ -264,7 +288,7 @@ def measure(
                     add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
             bar.update()
         for name, fit in heuristics.items():
-            policy_for = fit(frozen, dataset.validation)
+            policy_for = fit(frozen, every)
             for budget in BUDGETS:
                 rule = policy_for(budget)
                 if rule is not None:
@@ -285,7 +309,7 @@ def measure(
             for route, _, _ in ev.uniform_routes(frozen, validation, bar.update):
                 add_routes("uniform", None, [StaticPolicy(route).route(test.inputs)])
         if smaller is not None:
-            small = smaller.for_inference()
+            small = smaller.for_inference().to(*place)
             share = small.dense_macs / frozen.dense_macs
             add("smaller", None, [ev.Score.of(small, full_route(small), share, 0.0, small.dense_actions(1))])
             add_sides(small, small.ideal(batch, small.dense_actions(len(batch))), small.dense_actions(len(batch)))
@@ -296,7 +320,7 @@ def measure(
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
         dense_sides = ev.dense_sides(frozen, batch)
         with torch.inference_mode():
-            times = ev.medians_in_turn(sides | dense_sides, rounds, bar.update)
+            times = ev.medians_in_turn(sides | dense_sides, rounds, bar.update, wait)
     dense = min(times[name] for name in dense_sides)
     for i, point in enumerate(points):
         ms, ideal = times[f"{i}/routed"], times[f"{i}/ideal"]

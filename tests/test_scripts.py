@@ -334,6 +334,17 @@ def others(run, backbone_folder, tmp_path_factory):
     return folder
 
 
+def test_a_run_is_evaluated_in_bf16(run, tmp_path):
+    main(["evaluate", str(run), "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16", "--batch-size", "16"])
+    half, full = read_json(tmp_path / "bf16" / "report.json"), read_json(run / "report.json")
+    assert (half["device"], half["dtype"], full["dtype"]) == ("cpu", "bfloat16", "float32")
+    assert [(p["policy"], p["budget"]) for p in half["points"]] == [(p["policy"], p["budget"]) for p in full["points"]]
+    for of, other in zip(half["points"], full["points"], strict=True):
+        if of["policy"] in ("learned", "static"):  # the oracle picks what is right by chance, too
+            assert of["accuracy"] == pytest.approx(other["accuracy"], abs=0.05)
+            assert of["macs_fraction"] == pytest.approx(other["macs_fraction"], abs=0.05)
+
+
 def test_a_finished_run_is_finetuned(run, others):
     tuned = others / "tuned"
     before, after = (load_backbone(folder / "backbone.safetensors") for folder in (run, tuned))

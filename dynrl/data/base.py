@@ -27,6 +27,10 @@ class Split:
         """The first `count` rows (all splits are in random order)."""
         return Split(self.inputs[:count], self.targets[:count], self.task)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Split:
+        """The same elsewhere, inputs in another type; targets keep theirs."""
+        return Split(self.inputs.to(device, dtype), self.targets.to(device), self.task)
+
 
 @dataclass(frozen=True)
 class Augmentation:
