@@ -289,6 +289,26 @@ def test_stock_rllib_trains_on_the_registered_id():
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_one_rare_and_bad_draw_does_not_flip_a_settled_policy(small_backbone):
+    """After a long time of next to no gradient Adam's memory is empty; see `ADAM_EPSILON`."""
+    backbone, _ = load_backbone(small_backbone)
+    algorithm = config_for(backbone, small_backbone).build_algo()
+    learner = algorithm.learner_group._learner
+    (optimizer,) = learner.get_optimizers_for_module("default_policy")
+    parameters = list(optimizer.param_groups[0]["params"])
+    before = [p.detach().clone() for p in parameters]
+    for size in (*[1e-9] * 2000, 1e-6):
+        for p in parameters:
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+    moved = max(float((p - b).abs().max()) for p, b in zip(parameters, before, strict=True))
+    rate = optimizer.param_groups[0]["lr"]
+    algorithm.stop()
+    # Torch's default would move each weight by some 200 and 3 times the learning rate.
+    assert 0 < moved < rate
+
+
+@pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("learners", [0, 1])
 def test_remote_runners_find_the_environment(learners, small_backbone):
     backbone, _ = load_backbone(small_backbone)
