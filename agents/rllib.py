@@ -50,10 +50,10 @@ for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-# Of Adam (torch's and RLlib's is 1e-8). A policy that has found the best routes has next to no gradient for long; then one
-# draw of a choice of probability 5e-5 that costs much is a gradient some thousand times as large as Adam's memory of them,
-# and its step has flipped the policy for good (measured, `dynrl bench known`: one of three seeds fell from 100 to 43 % of
-# the gap; with this none of five did, through the same draws).
+# Of Adam (torch's and RLlib's is 1e-8). A policy that has found the best routes has next to no gradient for long; then
+# one draw of a choice of probability 5e-5 that costs much is a gradient some thousand times as large as those that Adam
+# remembers, and its step has flipped the policy for good (measured, `dynrl bench known`: one of three seeds fell from
+# 100 to 43 % of the gap; with this none of five did, through draws of that kind).
 ADAM_EPSILON = 1e-5
 
 
@@ -97,6 +97,7 @@ class RouterLearner(PPOTorchLearner):
 
     def configure_optimizers_for_module(self, module_id: Any, config: Any = None) -> None:
         """As RLlib's, with `ADAM_EPSILON`."""
+        assert self._module is not None
         module = self._module[module_id]
         parameters = self.get_parameters(module)
         optimizer = torch.optim.Adam(parameters, eps=ADAM_EPSILON)

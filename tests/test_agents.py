@@ -294,7 +294,7 @@ def test_one_rare_and_bad_draw_does_not_flip_a_settled_policy(small_backbone):
     backbone, _ = load_backbone(small_backbone)
     algorithm = config_for(backbone, small_backbone).build_algo()
     learner = algorithm.learner_group._learner
-    (optimizer,) = learner.get_optimizers_for_module("default_policy")
+    ((_, optimizer),) = learner.get_optimizers_for_module("default_policy")
     parameters = list(optimizer.param_groups[0]["params"])
     before = [p.detach().clone() for p in parameters]
     for size in (*[1e-9] * 2000, 1e-6):
