@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dynrl.agents.metrics import TrainingLog
-from dynrl.backbones import Backbone, State, load_backbone
+from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import load_dataset
 from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.observation import Layout, View
@@ -178,28 +176,8 @@ def router_arguments(backbone: Backbone, settings: Settings) -> tuple[str, dict[
     # The full network's choice is the favoured one at the start.
     if settings.upfront:
         return "upfront", {**View.of(backbone).to_dict(), **common, "start": list(backbone.full_route)}
-    mean, deviation = standard(backbone, load_dataset(settings.data).train.inputs[:512])
-    return "sequential", {
-        **Layout.of(backbone).to_dict(), **common, "mean": mean, "deviation": deviation,
-        "start": statistics.mode(backbone.full_route),  # where points differ in it, the commonest
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def standard(backbone: Backbone, inputs: Tensor) -> tuple[list[float], list[float]]:
-    """[features] each: mean and deviation of what policies are shown of `inputs` on random routes, at all points."""
-    seen: list[Tensor] = []
-    frozen, generator = backbone.for_inference(), torch.Generator().manual_seed(0)
-
-    def choose(state: State) -> Tensor:
-        features = frozen.observe(state)
-        seen.append(F.pad(features, (0, frozen.feature_width - features.shape[1])))
-        count = frozen.points[state.point].n
-        return torch.randint(count, state.rows.shape, generator=generator)
-
-    frozen.run(inputs, choose)
-    every = torch.cat(seen)
-    return every.mean(0).tolist(), every.std(0).clamp_min(1e-2).tolist()
+    # Where points differ in it, the commonest.
+    return "sequential", {**Layout.of(backbone).to_dict(), **common, "start": statistics.mode(backbone.full_route)}
 
 
 def walks(backbone: Backbone) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ class Router(LearnedPolicy, StepPolicy):
         hidden: units of the hidden layer; 0 for one layer from observation to logits.
         start: the choice that an untrained router favours (e^2 to 1): the full network's. From a start without
             favour, early routes are too poor to learn from.
-        mean, deviation: [features], what is taken off each feature and what that is divided by; none: 0 and 1.
 
     Raises:
         ValueError: a price range that is not positive and rising.
@@ -28,8 +27,6 @@ class Router(LearnedPolicy, StepPolicy):
 
     kind = "sequential"
     decisions = 1
-    _mean: Tensor
-    _scale: Tensor
 
     def __init__(
         self,
@@ -39,8 +36,6 @@ class Router(LearnedPolicy, StepPolicy):
         price_range: tuple[float, float],
         hidden: int = 64,
         start: int = 0,
-        mean: Sequence[float] | None = None,
-        deviation: Sequence[float] | None = None,
     ) -> None:
         StepPolicy.__init__(self, features, points, choices)
         self._set_price_range(price_range)
@@ -48,22 +43,12 @@ class Router(LearnedPolicy, StepPolicy):
             "features": features, "points": points, "choices": choices, "price_range": list(self.price_range),
             "hidden": hidden, "start": start,
         }  # fmt: skip
-        if mean is not None and deviation is not None:
-            self.config |= {"mean": list(mean), "deviation": list(deviation)}
-        rest = [0.0] * (self.price + 1 - features)
-        self.register_buffer("_mean", torch.tensor([*(mean or [0.0] * features), *rest]), persistent=False)
-        scales = [1 / d for d in deviation or [1.0] * features]
-        self.register_buffer("_scale", torch.tensor([*scales, *[1.0] * len(rest)]), persistent=False)
         self.hidden = nn.Linear(self.price + 1, hidden) if hidden else None
         self.head = nn.Linear(hidden or self.price + 1, choices)
         nn.init.zeros_(self.head.bias)
         nn.init.normal_(self.head.weight, std=0.01)
         with torch.no_grad():
             self.head.bias[start] = 2.0
-
-    def trunk(self, observation: Tensor) -> Tensor:
-        """As any policy's, features standardised."""
-        return (super().trunk(observation) - self._mean) * self._scale
 
     def _scores(self, observation: Tensor) -> Tensor:
         seen = self.trunk(observation)
@@ -102,5 +87,4 @@ class Router(LearnedPolicy, StepPolicy):
         """The first layer's weight [units, columns before the price] and its bias [units] with this price in it."""
         first = self.head if self.hidden is None else self.hidden
         told = (math.log(price) - self._log_middle) / self._log_reach
-        weight = first.weight * self._scale
-        return weight[:, : self.price], first.bias - weight @ self._mean + told * weight[:, self.price]
+        return first.weight[:, : self.price], first.bias + told * first.weight[:, self.price]

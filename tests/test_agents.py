@@ -13,12 +13,11 @@ from torch import nn
 
 from dynrl.agents.metrics import TrainingLog
 from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, group_advantages, ppo_config, router_of
-from dynrl.agents.training import GROUP, Settings, Stop, open_agent, router_arguments, train_policy
+from dynrl.agents.training import GROUP, Settings, Stop, open_agent, train_policy
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
-from dynrl.observation import Layout, observation
-from dynrl.policies import build_policy, load_policy, save_policy
+from dynrl.observation import Layout
 from dynrl.routed import RoutedModel
 from tests.cases import make_backbone, numbers_split
 
@@ -366,34 +365,6 @@ def test_ppo_goes_on_with_the_new_version_of_its_backbone(remote, small_backbone
         assert seen == [backbone.for_inference().fingerprint()]
         agent.learn(before + 1, Stop())
         assert agent.steps == 2 * before
-
-
-@torch.no_grad()
-def test_what_a_policy_is_shown_is_standardised_and_its_file_says_by_what(small_backbone, tmp_path):
-    backbone, _ = load_backbone(small_backbone)
-    kind, arguments = router_arguments(backbone, Settings("skip", "digits", steps=1))
-    router = build_policy(kind, arguments)
-    torch.nn.init.normal_(router.head.weight)
-    seen = []
-
-    def choose(state):
-        seen.append(observation(backbone, state, 0.3))
-        return torch.randint(0, 2, state.rows.shape)
-
-    backbone.run(load_dataset("digits").train.inputs[-512:], choose)
-    shown = router.trunk(torch.cat(seen))
-    features = shown[:, : router.features]
-    moved = features.std(0) > 0.3  # those that move at all; the others are divided by no less than 0.01
-    assert moved.float().mean() > 0.5
-    assert float(features.mean(0).abs().max()) < 0.3
-    torch.testing.assert_close(features[:, moved].std(0), torch.ones(int(moved.sum())), atol=0.3, rtol=0)
-    assert torch.equal(shown[:, router.features : router.price], torch.cat(seen)[:, router.features : router.price])
-    save_policy(tmp_path / "policy.safetensors", router, {"decision": "skip"})
-    again, _ = load_policy(tmp_path / "policy.safetensors")
-    assert torch.equal(again(torch.cat(seen)), router(torch.cat(seen)))
-    fast = router.at(0.3)
-    agree = [torch.equal(fast(o), router.act(o)) for o in seen]
-    assert all(agree)
 
 
 def test_a_resumed_log_hides_what_was_written_after_the_checkpoint(tmp_path):

@@ -466,17 +466,10 @@ def test_the_wheel_holds_all_and_runs_without_the_training_stack(wheel_tree, run
 @pytest.mark.parametrize("kind", [LinearChoice, FusedChoice])
 def test_choices_without_an_observation_are_the_routers(kind):
     backbone = make_backbone("skip")
-    layout = Layout.of(backbone)
-    mean, deviation = torch.rand(layout.features).tolist(), torch.empty(layout.features).uniform_(0.1, 0.5).tolist()
-    router = Router(
-        **layout.to_dict(), price_range=PRICES, hidden=64 if kind is FusedChoice else 0, mean=mean, deviation=deviation
-    )
+    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=64 if kind is FusedChoice else 0)
     torch.nn.init.normal_(router.head.weight)
     torch.nn.init.zeros_(router.head.bias)
     inputs = torch.randn(50, *backbone.input_shape)
-    with torch.no_grad():
-        scores = router._scores(observation(backbone, backbone.begin(inputs.clone()), 0.3))
-        router.head.bias[1] += (scores[:, 0] - scores[:, 1]).median()  # half of the rows go each way at first
     rest = (router.head,) if kind is FusedChoice else ()
     choice, met = kind(backbone, *router.folded(0.3), *rest), []
 
