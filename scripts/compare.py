@@ -48,13 +48,17 @@ class Args:
 
 def main(args: Args) -> None:
     """Train what is missing, then compare."""
-    from dynrl.data import check_dataset
+    from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
+    from dynrl.recipes import defaults
     from dynrl.scripts.common import use_threads
 
     if not args.decisions or not args.agents or not args.seeds:
         raise ValueError("expected at least one decision, one agent and one seed")
     cells = [(name, check_dataset(args.data or decision(name).data)) for name in args.decisions]
+    for name, data in cells:  # what can be refused is, before hours of training
+        for setting in args.plain:
+            defaults(name, data).changed((setting,)).build(load_dataset(data), args.seeds[0])
     use_threads(args.threads)
     for name, data in cells:
         folder = args.out / f"{name}-{data}"

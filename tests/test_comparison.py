@@ -108,7 +108,8 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
     )
 
 
-def test_an_empty_matrix_is_refused(tmp_path):
+@pytest.mark.parametrize("words", [[], ["nosuch"], ["skip", "--plain", "nosuch=1"], ["skip", "--data", "nosuch"]])
+def test_a_matrix_that_cannot_be_is_refused_before_anything_is_made(words, tmp_path):
     with pytest.raises(SystemExit):
-        main(["compare", "--out", str(tmp_path / "x")])
+        main(["compare", *words, "--out", str(tmp_path / "x")])
     assert not list(tmp_path.iterdir())
