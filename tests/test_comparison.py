@@ -79,7 +79,7 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
 
     def short(args):
         if args.resume is None:
-            args.steps, args.price_range = 6000, (0.05, 20.0)
+            args.steps, args.price_range = 24_000, (0.05, 20.0)
         return opened(args)
 
     monkeypatch.setattr(train, "open_run", short)
