@@ -52,8 +52,9 @@ for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
 
 # Of Adam (torch's and RLlib's is 1e-8). A policy that has found the best routes has next to no gradient for long; then
 # one draw of a choice of probability 5e-5 that costs much is a gradient some thousand times as large as those that Adam
-# remembers, and its step has flipped the policy for good (measured, `dynrl bench known`: one of three seeds fell from
-# 100 to 43 % of the gap; with this none of five did, through draws of that kind).
+# remembers, and its step has flipped the policy for good (measured on skipping of `dynrl bench known`, by routers whose
+# features were standardised: one of three seeds fell from 100 to 43 % of the gap; with this none of five did, through
+# draws of that kind).
 ADAM_EPSILON = 1e-5
 
 
@@ -210,8 +211,9 @@ class SlabRunner(SingleAgentEnvRunner):
                 if env.upfront:
                     actions, likeliest = actions.view(count, -1), likeliest.view(count, -1)
                 greedy = env.foresee(likeliest) if baseline == "greedy" else torch.empty(0)
-                number = env.episodes if baseline == "group" else torch.empty(0)
+                number = torch.empty(0)
                 if baseline == "group":
+                    number = env.episodes
                     number = torch.where(number == earlier, -1, number)
                 following, rewards, terminated, info = env.step_tensors(actions)
                 steps.append((obs, actions, rewards, terminated, logp, logits, greedy, number))
@@ -283,12 +285,12 @@ class SlabGAE(ConnectorV2):
             values = values.view(length + 1, count)
             advantages = gae(rewards, values, ended, self.gamma, self.lambda_)
             targets = advantages + values[:-1]
-            kept = torch.ones_like(ended)
+            kept: slice | Tensor = slice(None)
             if slab.greedy.numel():
                 advantages = rewards - slab.greedy.to(device)
             if slab.episodes.numel():
-                advantages, kept = group_advantages(rewards, ended, slab.episodes.to(device), GROUP)
-            kept = kept.flatten()
+                advantages, learned_from = group_advantages(rewards, ended, slab.episodes.to(device), GROUP)
+                kept = learned_from.flatten()
             for name, column in (
                 (Columns.OBS, flat),
                 (Columns.ACTIONS, slab.actions.to(device).flatten(0, 1)),
@@ -297,7 +299,7 @@ class SlabGAE(ConnectorV2):
                 (Postprocessing.ADVANTAGES, advantages.flatten()),
                 (Postprocessing.VALUE_TARGETS, targets.flatten()),
             ):
-                columns.setdefault(name, []).append(column if kept.all() else column[kept])
+                columns.setdefault(name, []).append(column[kept])
         # Neighbours in a slab stand at the same point; minibatches should not.
         order = torch.randperm(sum(map(len, columns[Columns.OBS])), device=device)
         flat_batch = {name: torch.cat(parts)[order] for name, parts in columns.items()}
@@ -340,10 +342,13 @@ def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: in
     Returns:
         [T, N] each: advantages, the same for all steps of a route, and which steps to learn from: those of groups whose
         routes lie in the slab as wholes.
+
+    Raises:
+        ValueError: there are none.
     """
     count = rewards.shape[1]
     valid = episodes >= 0
-    number = (episodes - episodes[valid].min()).clamp_min(0) if valid.any() else episodes.clamp_min(0)
+    number = (episodes - episodes.where(valid, episodes.max()).min()).clamp_min(0)
     key = number * count + torch.arange(count, device=rewards.device)
     size = (int(number.max()) + 1) * count
     returns = rewards.new_zeros(size).index_add(0, key[valid], rewards[valid])
@@ -352,8 +357,10 @@ def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: in
     grouped = returns.view(-1, group)
     relative = (grouped - grouped.mean(1, keepdim=True)).flatten()
     whole = whole.view(-1, group).all(1, keepdim=True).expand(-1, group).flatten()
-    drawn = torch.arange(count, device=rewards.device) % group > 0
-    return relative[key], valid & whole[key] & drawn
+    kept = valid & whole[key] & (torch.arange(count, device=rewards.device) % group > 0)
+    if not kept.any():
+        raise ValueError(f"no {group} routes of one input end within {len(rewards)} steps; sample more at a time")
+    return relative[key], kept
 
 
 def ppo_config(

@@ -20,8 +20,10 @@ from dynrl.data import Split
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routed import Route, RoutedModel
+from dynrl.routes import draw_routes
 
 LONG = 16  # steps of a walk; see `static_routes`
+ORACLE_DRAWS = 24
 ORACLE_PRICE = 1e-3  # of the dense MACs, in the task's error: below what policies are told
 
 
@@ -296,6 +298,14 @@ def uniform_routes(
         found.append((route, float(scored.macs.mean()), float(scored.metric.mean())))
         tick()
     return sorted(found, key=lambda of: (-of[1], split.task.error(of[2])))
+
+
+def oracle_candidates(
+    backbone: Backbone, static: list[tuple[tuple[int, ...], float, float]], drawn: int = ORACLE_DRAWS
+) -> list[tuple[int, ...]]:
+    """What the oracle chooses from: the routes of `static_routes`, and `drawn` at random, from cheap to dear."""
+    routes = draw_routes(backbone.step_costs, torch.linspace(0, 1, drawn), torch.Generator().manual_seed(0))
+    return [route for route, _, _ in static] + [tuple(route) for route in routes.tolist()]
 
 
 def oracle_routes(

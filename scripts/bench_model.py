@@ -86,7 +86,7 @@ def bench_model(
         network = NETWORKS[name]
         torch.manual_seed(0)
         backbone = FAMILIES[network.family](**network.settings).eval().to(device, getattr(torch, dtype))
-        layout: dict[str, Any] = {**Layout.of(backbone).to_dict()}
+        layout = Layout.of(backbone).to_dict()
         model = _Forced(
             backbone, Router(**layout, price_range=(0.01, 1.0), hidden=network.router_hidden, start=1).to(device)
         )

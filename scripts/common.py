@@ -65,6 +65,18 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG, all or nothing, and close it."""
+    from matplotlib import pyplot
+
+    from dynrl.files import write_aside
+
+    figure.tight_layout()
+    with write_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+    pyplot.close(figure)
+
+
 def commit() -> str:
     """The commit of the sources this runs from, with `+` if they were changed; empty outside a checkout."""
 

@@ -19,9 +19,6 @@ import tyro
 if TYPE_CHECKING:
     from dynrl.comparison import Front
 
-RANDOM_SEEDS = 3
-REFERENCES = ("dense", "oracle")  # what no policy of its budget could be
-
 
 @dataclass
 class Args:
@@ -101,8 +98,6 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
 
 def compare_runs(folder: Path) -> dict[str, Any]:
     """Compare all runs and plain networks in `folder`; write, print and return the comparison."""
-    import torch
-
     from dynrl import comparison as cp
     from dynrl import evaluation as ev
     from dynrl.backbones import load_backbone
@@ -110,9 +105,8 @@ def compare_runs(folder: Path) -> dict[str, Any]:
     from dynrl.files import write_json
     from dynrl.heuristics import HEURISTICS
     from dynrl.progress import progress
-    from dynrl.routes import draw_routes
     from dynrl.scripts.common import commit
-    from dynrl.scripts.evaluate import load_runs, plain_network
+    from dynrl.scripts.evaluate import RANDOM_SEEDS, load_runs, plain_network
 
     runs = [run for run in sorted(folder.iterdir()) if (run / "policy.safetensors").is_file()]
     configs, pretrained, models, seeds = load_runs(runs)
@@ -126,9 +120,9 @@ def compare_runs(folder: Path) -> dict[str, Any]:
     dense = [backbone, *(model.backbone for mine in models.values() for model in mine)]
     dense += [load_backbone(plain)[0].for_inference()] if plain.is_file() else []
     fronts: dict[str, Front] = {}
-    budgets, tries, candidates = len(cp.BUDGETS), sum(ev.static_tries(backbone)), 24
+    budgets, tries = len(cp.BUDGETS), sum(ev.static_tries(backbone))
     rules = HEURISTICS.get(backbone.decision, {})
-    total = budgets * (len(runs) + RANDOM_SEEDS + len(rules) + bool(networks) + 1) + tries + candidates + budgets
+    total = budgets * (len(runs) + RANDOM_SEEDS + len(rules) + bool(networks) + 1) + tries + ev.ORACLE_DRAWS
     with progress(total=total, desc="comparing", unit="pass") as bar:
 
         def front(name: str, *reaches: cp.Reach) -> None:
@@ -150,8 +144,7 @@ def compare_runs(folder: Path) -> dict[str, Any]:
 
         best = min(dense, key=lambda n: dataset.task.error(float(full(n, dataset.validation).mean())))
         fronts["dense"] = cp.Front.of([cp.fixed_reach(full(best, test), 1.0)], len(test))
-        drawn = draw_routes(backbone.step_costs, torch.linspace(0, 1, candidates), torch.Generator().manual_seed(0))
-        known = [route for route, _, _ in static] + [tuple(route) for route in drawn.tolist()]
+        known = ev.oracle_candidates(backbone, static)
         oracle = ev.score_routes(backbone, ev.oracle_routes(backbone, test, known, bar.update), test)
         fronts["oracle"] = cp.Front.of([cp.fixed_reach(oracle.metric, float(oracle.macs.mean()))], len(test))
     contenders = [name for name in models if name.startswith("learned")]
@@ -207,7 +200,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from dynrl.files import write_aside
+    from dynrl.scripts.common import save_picture
     from dynrl.scripts.evaluate import MARKERS
     from dynrl.tasks import TASKS
 
@@ -230,10 +223,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.set_title(f"{result['decision']} on {result['data']}")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.tight_layout()
-    with write_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
-    pyplot.close(figure)
+    save_picture(figure, path)
 
 
 if __name__ == "__main__":

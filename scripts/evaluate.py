@@ -192,7 +192,6 @@ def measure(
     from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
     from dynrl.routed import RoutedModel
-    from dynrl.routes import draw_routes
 
     place = place or (torch.device("cpu"), torch.float32)
     task, metric = dataset.task, dataset.task.metric
@@ -256,11 +255,11 @@ def measure(
         add_sides(first.backbone, routed, first.last_route.actions)
 
     tries, found = ev.static_tries(backbone)
-    candidates, rounds = 24, 11
+    rounds = 11
     heuristics = HEURISTICS.get(backbone.decision, {})
     uniform = backbone.num_choices if backbone.num_choices > 2 else 0
     total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + len(models) + 2
-    total += tries + found + uniform + candidates + rounds
+    total += tries + found + uniform + ev.ORACLE_DRAWS + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
         def full_route(network: Backbone) -> float:
@@ -313,10 +312,7 @@ def measure(
             share = small.dense_macs / frozen.dense_macs
             add("smaller", None, [ev.Score.of(small, full_route(small), share, 0.0, small.dense_actions(1))])
             add_sides(small, small.ideal(batch, small.dense_actions(len(batch))), small.dense_actions(len(batch)))
-        generator = torch.Generator().manual_seed(0)
-        rates = torch.linspace(0, 1, candidates)
-        tried = draw_routes(frozen.step_costs, rates, generator).tolist()
-        known = [route for route, _, _ in static] + [tuple(route) for route in tried]
+        known = ev.oracle_candidates(frozen, static)
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
         dense_sides = ev.dense_sides(frozen, batch)
         with torch.inference_mode():
@@ -378,7 +374,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from dynrl.files import write_aside
+    from dynrl.scripts.common import save_picture
     from dynrl.tasks import TASKS
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
@@ -401,10 +397,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel(f"test {task.heading}")
     axes[0].legend()
     figure.suptitle(f"{report['decision']} on {report['data']}, policy seeds: {show_seeds(report)}")
-    figure.tight_layout()
-    with write_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
-    pyplot.close(figure)
+    save_picture(figure, path)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
 
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:
     """What comparisons say of areas under the fronts and of half of the dense MACs, as Markdown."""
-    from dynrl.scripts.compare import REFERENCES, verdict
+    from dynrl.scripts.compare import verdict
     from dynrl.tasks import TASKS
 
     lines = [
@@ -82,7 +82,7 @@ def comparison_table(results: list[dict[str, Any]]) -> list[str]:
     for result in results:
         show = TASKS[result["metric"]].show
         for row in result["differences"]:
-            if row["rival"] in REFERENCES and row["rival"] != "dense":
+            if row["rival"] == "oracle":
                 continue
             cells = [
                 f"{show(of['difference'])} [{show(of['low'])}, {show(of['high'])}]" if (of := row.get(at)) else ""
