@@ -177,6 +177,27 @@ def paired(ours: Tensor, theirs: Tensor, draws: int = 2000, seed: int = 0) -> tu
     return float(ours.mean() - theirs.mean()), low, high
 
 
+def at_equal_macs(
+    models: Sequence[RoutedModel], one_price: Sequence[RoutedModel], split: Split, task: Task
+) -> dict[str, float]:
+    """How much better policies for all prices (`models`) are than some that were trained at one price only
+    (`one_price`, seeds of it), told to spend what those do on average; what both spend and reach, too.
+    """
+    alone = [ev.score_rows(model, split) for model in one_price]
+    theirs = torch.stack([metric for metric, _ in alone])
+    budget = sum(float(route.macs_fraction.mean()) for _, route in alone) / len(alone)
+    reached = [found for model in models if (found := model_reach(model, split)(budget))]
+    if len(reached) < len(models):
+        raise ValueError(f"a policy for all prices is not as cheap as one for one price: {budget:.3f} of the MACs")
+    ours = torch.stack([metric for metric, _ in reached])
+    gain, low, high = paired(-task.error(ours), -task.error(theirs))
+    return {
+        "difference": gain, "low": low, "high": high,
+        "macs_fraction": sum(macs for _, macs in reached) / len(reached), "one_price_macs_fraction": budget,
+        "metric": float(ours.mean()), "one_price_metric": float(theirs.mean()),
+    }  # fmt: skip
+
+
 def differences(ours: Front, theirs: Front, task: Task) -> dict[str, dict[str, float]]:
     """How much better `ours` is, in the metric (turned so that more is better): by area over the budgets that both
     reach (`area`), and at each of them (`0.5`).

@@ -122,7 +122,8 @@ def calibrate(
         tick()
         return model.price, fraction
 
-    curve = [measure(low * (high / low) ** (i / (points - 1))) for i in range(points)]
+    count = points if low < high else 1
+    curve = [measure(low * (high / low) ** (i / (points - 1))) for i in range(count)]
     position = 0
     while position + 1 < len(curve):
         (cheap, above), (dear, below) = curve[position], curve[position + 1]
@@ -143,7 +144,7 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
     """
     macs = [spent for _, spent in model.curve]
     reach = f"{min(macs):.2f} to {max(macs):.2f} of the dense MACs"
-    if max(macs) - min(macs) < 0.02:
+    if len(macs) > 1 and max(macs) - min(macs) < 0.02:
         return (
             f"collapsed: the price changes nothing (it spends {reach}). Widen the price range (--price-range; at "
             "its ends all and almost nothing should be spent), or train for more steps"

@@ -98,7 +98,7 @@ class RoutedModel(nn.Module):
         if isinstance(policy, LearnedPolicy):
             low, high = policy.price_range
             self.price_range = (low, high)
-            self.set_price((low * high) ** 0.5)
+            self.set_price(min(max((low * high) ** 0.5, low), high))  # of one price the root may round to another
             self._router_macs = count_macs(policy, (policy.width,))[0]
 
     @property
@@ -132,7 +132,9 @@ class RoutedModel(nn.Module):
             ValueError: the policy was not calibrated, or `budget` lies outside what it can reach.
         """
         if len(self.curve) < 2:
-            raise ValueError("this policy has no calibrated budgets; train it with dynrl, or use set_price")
+            raise ValueError(
+                "this policy has no calibrated budgets (it was trained at one price, or not by dynrl); use set_price"
+            )
         self.set_price(_price_at(self.curve, budget, "of the dense MACs"))
 
     def set_milliseconds(self, budget: float) -> None:

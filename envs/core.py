@@ -128,8 +128,8 @@ def check_dtype(name: str) -> torch.dtype:
 
 def check_price_range(prices: Sequence[float]) -> tuple[float, float]:
     """`(low, high)`, or a ValueError."""
-    if len(prices) != 2 or not 0 < prices[0] < prices[1] < float("inf"):
-        raise ValueError(f"expected a price range (low, high) with 0 < low < high, got {tuple(prices)}")
+    if len(prices) != 2 or not 0 < prices[0] <= prices[1] < float("inf"):
+        raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {tuple(prices)}")
     return float(prices[0]), float(prices[1])
 
 

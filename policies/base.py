@@ -48,7 +48,8 @@ class LearnedPolicy(nn.Module):
     Attributes:
         kind: its name in files.
         config: JSON-able keyword arguments that rebuild it.
-        price_range: lowest and highest price; the policy sees its logarithm, scaled to [-1, 1].
+        price_range: lowest and highest price, the same if there is but one; the policy sees its logarithm, scaled to
+            [-1, 1].
         width: length of an observation.
         price: column of the price in it.
         decisions: how many one observation is for.
@@ -64,11 +65,11 @@ class LearnedPolicy(nn.Module):
 
     def _set_price_range(self, price_range: tuple[float, float]) -> None:
         low, high = price_range
-        if not 0 < low < high < math.inf:
-            raise ValueError(f"expected a price range with 0 < low < high, got {tuple(price_range)}")
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"expected a price range with 0 < low <= high, got {tuple(price_range)}")
         self.price_range = (float(low), float(high))
         self._log_middle = (math.log(high) + math.log(low)) / 2
-        self._log_reach = (math.log(high) - math.log(low)) / 2
+        self._log_reach = (math.log(high) - math.log(low)) / 2 or 1.0  # of one price the policy is told nothing
 
     def trunk(self, observation: Tensor) -> Tensor:
         """[n, price + 1]: the observation without its mask, its price as a centred logarithm."""

@@ -22,7 +22,7 @@ class Router(LearnedPolicy, StepPolicy):
             favour, early routes are too poor to learn from.
 
     Raises:
-        ValueError: a price range that is not positive and rising.
+        ValueError: a price range that is not positive, or falls.
     """
 
     kind = "sequential"

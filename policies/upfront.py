@@ -24,7 +24,7 @@ class UpfrontRouter(LearnedPolicy):
         start: [decisions], the route that an untrained policy favours (e^2 to 1): the full network's.
 
     Raises:
-        ValueError: a price range that is not positive and rising, or a start that is no route.
+        ValueError: a price range that is not positive or falls, or a start that is no route.
     """
 
     kind = "upfront"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,6 +37,8 @@ class Args:
     """Policy seeds; the backbone's is the first of them."""
     finetune: bool = False
     """Train backbones and policies in turn, as of `dynrl train`."""
+    prices: tuple[float, ...] = ()
+    """Policies to train at one price each, PPO's: what one policy for all prices must stand beside."""
     plain: tuple[str, ...] = ()
     """Smaller networks to train alone by the same recipe, each a NAME=VALUE that differs from the backbone's settings:
     layers=[2,2,2], widths=[16,32,64]."""
@@ -47,6 +50,7 @@ def main(args: Args) -> None:
     """Train what is missing, then compare."""
     from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
+    from dynrl.envs.core import check_price_range
     from dynrl.recipes import defaults
     from dynrl.scripts.common import use_threads
 
@@ -56,6 +60,8 @@ def main(args: Args) -> None:
     for name, data in cells:  # what can be refused is, before hours of training
         for setting in args.plain:
             defaults(name, data).changed((setting,)).build(load_dataset(data), args.seeds[0])
+    for price in args.prices:
+        check_price_range((price, price))
     use_threads(args.threads)
     for name, data in cells:
         folder = args.out / f"{name}-{data}"
@@ -78,21 +84,23 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
         plain = folder / f"plain-{re.sub(r'[^a-z0-9]+', '-', setting.lower()).strip('-')}"
         plain.mkdir(exist_ok=True)
         pretrain_into(plain, decision, data, args.seeds[0], (setting,), plain_only=True)
-    for agent in args.agents:
-        for seed in args.seeds:
-            run = folder / f"{agent}{'-tuned' if args.finetune else ''}-{seed}"
-            policy = run / "policy.safetensors"
-            if policy.is_file() and load_policy(policy)[1].get("finished", True):
-                continue
-            if (run / "config.json").is_file():
-                settings = Training(decision, resume=run)
-            else:
-                settings = Training(
-                    decision, data=data, agent=agent, finetune=args.finetune, backbone=backbone, out=run, seed=seed
-                )
-            print(f"cell: {run}", flush=True)
-            if not learn(*open_run(settings)):
-                return False
+    kinds: list[tuple[str, Any, tuple[float, float] | None]] = [(agent, agent, None) for agent in args.agents]
+    kinds += [(f"ppo-at-{price:g}", "ppo", (price, price)) for price in args.prices]
+    for (kind, agent, price_range), seed in product(kinds, args.seeds):
+        run = folder / f"{kind}{'-tuned' if args.finetune else ''}-{seed}"
+        policy = run / "policy.safetensors"
+        if policy.is_file() and load_policy(policy)[1].get("finished", True):
+            continue
+        if (run / "config.json").is_file():
+            settings = Training(decision, resume=run)
+        else:
+            settings = Training(
+                decision, data=data, agent=agent, finetune=args.finetune, backbone=backbone, out=run, seed=seed,
+                price_range=price_range,
+            )  # fmt: skip
+        print(f"cell: {run}", flush=True)
+        if not learn(*open_run(settings)):
+            return False
     return True
 
 
@@ -113,16 +121,20 @@ def compare_runs(folder: Path) -> dict[str, Any]:
     dataset = load_dataset(configs[0]["data"])
     test, validation = dataset.test, dataset.validation.head(1024)
     backbone, dense_macs = pretrained.for_inference(), pretrained.dense_macs
+    every = [model for mine in models.values() for model in mine]
+    one_price = {name: mine for name, mine in models.items() if len(mine[0].curve) == 1}
+    models = {name: mine for name, mine in models.items() if name not in one_price}
     plain = runs[0] / "plain.safetensors"
     smaller = [plain_network(path, dataset) for path in sorted(folder.glob("plain-*"))]
     networks = [network.for_inference() for network in smaller]
     # What dense is: the best there is on the full route, by validation data.
-    dense = [backbone, *(model.backbone for mine in models.values() for model in mine)]
+    dense = [backbone, *(model.backbone for model in every)]
     dense += [load_backbone(plain)[0].for_inference()] if plain.is_file() else []
     fronts: dict[str, Front] = {}
     budgets, tries = len(cp.BUDGETS), sum(ev.static_tries(backbone))
     rules = HEURISTICS.get(backbone.decision, {})
-    total = budgets * (len(runs) + RANDOM_SEEDS + len(rules) + bool(networks) + 1) + tries + ev.ORACLE_DRAWS
+    contestants = sum(map(len, models.values())) + RANDOM_SEEDS + len(rules) + bool(networks)
+    total = budgets * contestants + tries + ev.ORACLE_DRAWS + len(one_price)
     with progress(total=total, desc="comparing", unit="pass") as bar:
 
         def front(name: str, *reaches: cp.Reach) -> None:
@@ -138,6 +150,12 @@ def compare_runs(folder: Path) -> dict[str, Any]:
             front(name, cp.rule_reach(fit, backbone, test, dataset.validation))
         if networks:
             front("smaller", cp.networks_reach(networks, dense_macs, test, validation))
+
+        known_prices = []
+        for name, alone in one_price.items():  # beside what is trained in the same way, but for all prices
+            if twins := models.get(re.sub(r" at [^ ]+", "", name)):
+                known_prices.append({"policy": name, **cp.at_equal_macs(twins, alone, test, dataset.task)})
+            bar.update()
 
         def full(network: Any, split: Any) -> Any:
             return ev.score_routes(network, network.dense_actions(len(split)), split).metric
@@ -156,6 +174,7 @@ def compare_runs(folder: Path) -> dict[str, Any]:
             {"policy": name, "rival": rival, **cp.differences(fronts[name], fronts[rival], dataset.task)}
             for name in contenders for rival in fronts if rival != name
         ],
+        "one_price": known_prices,
     }  # fmt: skip
     write_json(folder / "comparison.json", result)
     draw(result, folder / "comparison.png")
@@ -191,6 +210,10 @@ def print_differences(result: dict[str, Any]) -> None:
             if of := row.get(at):
                 gain, low, high = (task.show(of[name]) for name in ("difference", "low", "high"))
                 print(f"{row['policy']} less {row['rival']:20} {at:>6} {gain:>8} [{low}, {high}]  {verdict(of)}")
+    for row in result["one_price"]:
+        gain, low, high = (task.show(row[name]) for name in ("difference", "low", "high"))
+        said = f"at {row['macs_fraction']:.3f} and {row['one_price_macs_fraction']:.3f} of the MACs"
+        print(f"all prices less {row['policy']}, {said}: {gain} [{low}, {high}]  {verdict(row)}")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

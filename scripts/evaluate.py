@@ -159,6 +159,8 @@ def _row_name(run: Path, config: dict[str, Any]) -> str:
         ("cost", "time", "by time"),
     ):  # fmt: skip
         agent += f" {said}" if config.get(setting) == value else ""
+    low, high = config.get("price_range") or (0, 1)
+    agent += f" at {low:g}" if low == high else ""
     return f"{agent} tuned" if (run / PRETRAINED).exists() else agent
 
 

@@ -94,12 +94,29 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
         model.set_budget(0.7)
         means.append(score(model, load_dataset("digits").test).metric)
     assert result["fronts"]["gate"]["metric"][at] == pytest.approx(np.mean(means), abs=1e-6)
+    # One more beside them, trained at one price: it is no contender, but held against those for all prices.
+    alone = opened(
+        train.Args("skip", "digits", "gate", backbone=cells / "backbone", out=cells / "alone", steps=12_000,
+                   price_range=(2.0, 2.0))
+    )  # fmt: skip
+    assert train.learn(*alone)
     # A second time nothing is trained: what is there stays as it is.
     before = {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
     monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("trained again"))
     main(["compare", "skip", "--out", str(tmp_path), "--agents", "gate", "--seeds", "0", "1"])
     assert before == {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
-    assert read_json(cells / "comparison.json")["fronts"] == result["fronts"]
+    again = read_json(cells / "comparison.json")
+    assert again["fronts"] == result["fronts"] and not result["one_price"]
+    (at_one,) = again["one_price"]
+    alone_score, found = score(load(cells / "alone"), load_dataset("digits").test), []
+    for seed in (0, 1):
+        model = load(cells / f"gate-{seed}")
+        model.set_budget(alone_score.macs_fraction)
+        found.append(score(model, load_dataset("digits").test))
+    assert at_one["policy"] == "gate at 2" and at_one["one_price_metric"] == pytest.approx(alone_score.metric)
+    assert at_one["metric"] == pytest.approx(np.mean([s.metric for s in found]), abs=1e-6)
+    assert at_one["macs_fraction"] == pytest.approx(alone_score.macs_fraction, abs=0.1)
+    assert at_one["difference"] == pytest.approx(at_one["metric"] - at_one["one_price_metric"], abs=1e-6)
     backbone, _ = load_backbone(small_backbone)
     dense = backbone.for_inference()(load_dataset("digits").test.inputs).argmax(1)
     assert result["fronts"]["smaller"]["metric"] == [None] * len(cp.BUDGETS), "it costs as much as dense"
@@ -108,7 +125,9 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
     )
 
 
-@pytest.mark.parametrize("words", [[], ["nosuch"], ["skip", "--plain", "nosuch=1"], ["skip", "--data", "nosuch"]])
+@pytest.mark.parametrize(
+    "words", [[], ["nosuch"], ["skip", "--plain", "nosuch=1"], ["skip", "--data", "nosuch"], ["skip", "--prices", "-1"]]
+)
 def test_a_matrix_that_cannot_be_is_refused_before_anything_is_made(words, tmp_path):
     with pytest.raises(SystemExit):
         main(["compare", *words, "--out", str(tmp_path / "x")])

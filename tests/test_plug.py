@@ -237,9 +237,19 @@ def test_policy_files_carry_json_and_come_back(run):
     )
 
 
+def test_a_policy_of_one_price_is_told_nothing_of_it(small_backbone):
+    backbone = load_backbone(small_backbone)[0]
+    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.3, 0.3))
+    assert router.trunk(torch.full((1, router.width), 0.3))[0, router.price] == pytest.approx(0, abs=1e-6)
+    model = dynrl.plug(backbone, router)
+    assert model.price == 0.3 and len(calibrate(model, load_dataset("digits").validation)) == 1
+    with pytest.raises(ValueError, match="no calibrated budgets"):
+        model.set_budget(0.5)
+
+
 def test_router_needs_a_price_range():
     for bad in ((0.0, 1.0), (1.0, 0.5), (0.1, float("inf"))):
-        with pytest.raises(ValueError, match="0 < low < high"):
+        with pytest.raises(ValueError, match="0 < low <= high"):
             Router(2, 1, 2, bad)
 
 
