@@ -1,14 +1,16 @@
-"""RLlib's PPO on a routing environment: the router as RLModule, a runner without episode objects, and its GAE.
+"""RLlib on a routing environment: the router as RLModule, runners, and the agent that all its algorithms share.
 
-RLlib's training step, learners, checkpoints, evaluation and Tune stay stock. Its own runner costs 40 to 150
+RLlib's training steps, learners, checkpoints, evaluation and Tune stay stock. Its own runner costs 40 to 150
 microseconds of Python a step and knows next-step autoreset only; `SlabRunner` steps the environment in torch and
-returns one time-major slab, which `SlabGAE` turns into the learner's batch.
+returns one time-major slab; `EpisodesRunner` cuts that into RLlib's episodes, for algorithms that ask for them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 # Before ray is imported: it reads them once. No telemetry; no warnings about machines without accelerators.
@@ -20,9 +22,6 @@ import ray
 import torch
 from gymnasium.spaces import Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
-from ray.rllib.algorithms.ppo import PPOConfig
-from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
-from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchMultiCategorical
@@ -30,7 +29,7 @@ from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import (
     EPISODE_LEN_MEAN,
     EPISODE_RETURN_MAX,
@@ -41,21 +40,20 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor, nn
 
-from dynrl.agents.training import GROUP
-from dynrl.backbones import choice_rates
+from dynrl.agents.training import GROUP, Agent, router_arguments, walks
+from dynrl.backbones import choice_rates, load_backbone
+from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
 from dynrl.policies import LearnedPolicy, build_policy
 
 for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-
-# Of Adam (torch's and RLlib's is 1e-8). A policy that has found the best routes has next to no gradient for long; then
-# one draw of a choice of probability 5e-5 that costs much is a gradient some thousand times as large as those that Adam
-# remembers, and its step has flipped the policy for good (measured on skipping of `dynrl bench known`, by routers whose
-# features were standardised: one of three seeds fell from 100 to 43 % of the gap; with this none of five did, through
-# draws of that kind).
-ADAM_EPSILON = 1e-5
+KEEP_CHECKPOINTS = 2
+# The bonus for each decision of a walk of up to eight. Of a longer one each moves the return less: at the same bonus
+# policies stay undecided, and the likeliest choices, taken throughout, lead where training never was.
+ENTROPY = 0.01
+UPFRONT_WALKS = 16  # of each sub-environment a training iteration: a walk is one sample to learn from, not one a step
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
@@ -85,26 +83,22 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
         """None: policies are stateless."""
         return {}
 
+    def logits(self, observation: Tensor) -> Tensor:
+        """[n, decisions * choices], what choices are drawn by."""
+        logits: Tensor = self.net(observation)
+        return logits
+
+    def explore(self, log_probs: Tensor, steps: int) -> Tensor:
+        """[rows] int64: a choice for each row of `log_probs` [rows, choices], after so many environment steps."""
+        # The largest of log-probability plus Gumbel noise is a draw from the distribution.
+        return (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
+
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return {Columns.ACTION_DIST_INPUTS: self.net(batch[Columns.OBS])}
+        return {Columns.ACTION_DIST_INPUTS: self.logits(batch[Columns.OBS])}
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
         """[n], the return expected from each observation."""
         return self.value(self.net.trunk(batch[Columns.OBS])).squeeze(-1)
-
-
-class RouterLearner(PPOTorchLearner):
-    """RLlib's PPO learner with an Adam that does not leap where gradients have long been next to nothing."""
-
-    def configure_optimizers_for_module(self, module_id: Any, config: Any = None) -> None:
-        """As RLlib's, with `ADAM_EPSILON`."""
-        assert self._module is not None
-        module = self._module[module_id]
-        parameters = self.get_parameters(module)
-        optimizer = torch.optim.Adam(parameters, eps=ADAM_EPSILON)
-        self.register_optimizer(
-            module_id=module_id, optimizer=optimizer, params=parameters, lr_or_lr_schedule=config.lr
-        )
 
 
 class Slab:
@@ -166,7 +160,7 @@ class SlabRunner(SingleAgentEnvRunner):
         explore: bool | None = None,
         random_actions: bool = False,
         force_reset: bool = False,
-    ) -> list[Slab]:
+    ) -> list[Any]:
         """Collect at least `num_timesteps` steps, or `num_episodes` episodes from fresh ones on."""
         explore = self.config.explore if explore is None else explore
         env: RoutingVectorEnv = self.env.unwrapped
@@ -189,20 +183,20 @@ class SlabRunner(SingleAgentEnvRunner):
             obs, done = self._obs, 0
             module: Any = self.module
             net: LearnedPolicy = module.net
+            before = self.num_env_steps_sampled_lifetime
             baseline = module.model_config.get("baseline")
             leads = torch.arange(count, device=env.device) % GROUP == 0
             # Whose episodes began before this slab, and which those are.
             earlier = torch.where(self._lengths > 0, env.episodes, -1)
             while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
-                logits = net(obs)
+                logits = module.logits(obs)
                 # A row for each decision: one of each observation, or all of a walk's.
                 log_probs = torch.log_softmax(logits.view(-1, net.choices), 1)
                 likeliest = log_probs.argmax(1)
                 if random_actions:
                     actions = torch.randint(env.backbone.num_choices, likeliest.shape, device=env.device)
                 elif explore:
-                    # The largest of log-probability plus Gumbel noise is a draw from the distribution.
-                    actions = (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
+                    actions = module.explore(log_probs, before + len(steps) * count)
                 else:
                     actions = likeliest
                 if baseline == "group":
@@ -230,7 +224,11 @@ class SlabRunner(SingleAgentEnvRunner):
             self._obs = obs
         self._report(len(steps) * count, done, ended)
         slab = Slab(steps, obs)
-        return [slab if env.device.type == "cpu" else slab.to_host()]  # it may travel to another process
+        return self._hand_over(slab if env.device.type == "cpu" else slab.to_host())
+
+    def _hand_over(self, slab: Slab) -> list[Any]:
+        """What a sample returns; it may travel to another process."""
+        return [slab]
 
     def _report(self, steps: int, episodes: int, ended: list[dict[str, Tensor]]) -> None:
         """Log once a sample; the stock runner's counters are what PPO's training step reads."""
@@ -264,111 +262,45 @@ class SlabRunner(SingleAgentEnvRunner):
         return spaces
 
 
-class SlabGAE(ConnectorV2):
-    """The whole learner pipeline: slabs to one flat, shuffled batch with advantages (Schulman et al. 2016)."""
+class EpisodesRunner(SlabRunner):
+    """`SlabRunner` for algorithms that ask for RLlib's episodes; what is cut at a slab's end goes on as one more."""
 
-    def __init__(self, *args: Any, gamma: float, lambda_: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gamma, self.lambda_ = gamma, lambda_
-
-    @torch.no_grad()
-    def __call__(self, *, rl_module: Any, batch: Any, episodes: Any, **kwargs: Any) -> dict[str, Any]:
-        """Values, advantages (standardised over the batch), and value targets for every step of every slab."""
-        module = rl_module[DEFAULT_MODULE_ID]
-        device = next(module.parameters()).device
-        columns: dict[str, list[Tensor]] = {}
-        for slab in episodes:
-            length, count = slab.rewards.shape
-            obs, rewards, ended = slab.obs.to(device), slab.rewards.to(device), slab.terminateds.to(device)
-            flat = obs.flatten(0, 1)
-            values = module.compute_values({Columns.OBS: torch.cat([flat, slab.last_obs.to(device)])})
-            values = values.view(length + 1, count)
-            advantages = gae(rewards, values, ended, self.gamma, self.lambda_)
-            targets = advantages + values[:-1]
-            kept: slice | Tensor = slice(None)
-            if slab.greedy.numel():
-                advantages = rewards - slab.greedy.to(device)
-            if slab.episodes.numel():
-                advantages, learned_from = group_advantages(rewards, ended, slab.episodes.to(device), GROUP)
-                kept = learned_from.flatten()
-            for name, column in (
-                (Columns.OBS, flat),
-                (Columns.ACTIONS, slab.actions.to(device).flatten(0, 1)),
-                (Columns.ACTION_LOGP, slab.logp.to(device).flatten()),
-                (Columns.ACTION_DIST_INPUTS, slab.logits.to(device).flatten(0, 1)),
-                (Postprocessing.ADVANTAGES, advantages.flatten()),
-                (Postprocessing.VALUE_TARGETS, targets.flatten()),
-            ):
-                columns.setdefault(name, []).append(column[kept])
-        # Neighbours in a slab stand at the same point; minibatches should not.
-        order = torch.randperm(sum(map(len, columns[Columns.OBS])), device=device)
-        flat_batch = {name: torch.cat(parts)[order] for name, parts in columns.items()}
-        raw = flat_batch[Postprocessing.ADVANTAGES]
-        flat_batch[Postprocessing.ADVANTAGES] = (raw - raw.mean()) / raw.std().clamp_min(1e-4)
-        return {DEFAULT_MODULE_ID: flat_batch}
+    def _hand_over(self, slab: Slab) -> list[Any]:
+        found = []
+        seen = torch.cat([slab.obs, slab.last_obs.unsqueeze(0)]).transpose(0, 1).numpy()
+        actions, rewards, logp, logits = (
+            column.transpose(0, 1).numpy() for column in (slab.actions, slab.rewards, slab.logp, slab.logits)
+        )
+        for row, ended in enumerate(slab.terminateds.t()):
+            start = 0
+            for end in [*(ended.nonzero().flatten() + 1).tolist(), len(ended)]:
+                if start == end:  # the slab ends with a walk
+                    continue
+                obs, over = seen[row, start : end + 1], bool(ended[end - 1])
+                if over:  # behind it begins the next walk; nobody may look there
+                    obs = obs.copy()
+                    obs[-1] = obs[-2]
+                found.append(
+                    SingleAgentEpisode(
+                        observations=obs, infos=[{}] * len(obs), actions=actions[row, start:end],
+                        rewards=rewards[row, start:end], terminated=over, len_lookback_buffer=0, t_started=0,
+                        extra_model_outputs={
+                            Columns.ACTION_LOGP: logp[row, start:end],
+                            Columns.ACTION_DIST_INPUTS: logits[row, start:end],
+                        },
+                    )
+                )  # fmt: skip
+                start = end
+        return found
 
 
-def gae(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, equation 16), episodes cut where `ended`.
-
-    Args:
-        rewards, ended: [T, N]; `ended` where the episode ended with that step.
-        values: [T + 1, N], of each observation and of the one after the last.
-
-    Returns:
-        [T, N].
-    """
-    alive = (~ended).float()
-    delta = rewards + gamma * values[1:] * alive - values[:-1]
-    advantages = torch.zeros_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        running = delta[t] + gamma * lambda_ * alive[t] * running
-        advantages[t] = running
-    return advantages
-
-
-def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """What each route earned, less what its group did on average: of one input, at one price (Shao et al. 2024,
-    "DeepSeekMath", section 4.1, without their division by the group's spread: inputs whose routes differ little should
-    not count as much as others).
-
-    The first of each group is the greedy route, which is compared with and not learned from, as it was not drawn.
-
-    Args:
-        rewards, ended: [T, N].
-        episodes: [T, N] int64; -1 where an episode began earlier.
-
-    Returns:
-        [T, N] each: advantages, the same for all steps of a route, and which steps to learn from: those of groups whose
-        routes lie in the slab as wholes.
-
-    Raises:
-        ValueError: there are none.
-    """
-    count = rewards.shape[1]
-    valid = episodes >= 0
-    number = (episodes - episodes.where(valid, episodes.max()).min()).clamp_min(0)
-    key = number * count + torch.arange(count, device=rewards.device)
-    size = (int(number.max()) + 1) * count
-    returns = rewards.new_zeros(size).index_add(0, key[valid], rewards[valid])
-    whole = torch.zeros(size, dtype=torch.bool, device=rewards.device)
-    whole[key[valid & ended]] = True
-    grouped = returns.view(-1, group)
-    relative = (grouped - grouped.mean(1, keepdim=True)).flatten()
-    whole = whole.view(-1, group).all(1, keepdim=True).expand(-1, group).flatten()
-    kept = valid & whole[key] & (torch.arange(count, device=rewards.device) % group > 0)
-    if not kept.any():
-        raise ValueError(f"no {group} routes of one input end within {len(rewards)} steps; sample more at a time")
-    return relative[key], kept
-
-
-def ppo_config(
+def routing_config(
+    config: Any,
     env_id: str,
     env_config: dict[str, Any],
-    router: tuple[str, dict[str, Any]],
+    module: RLModuleSpec,
+    runner: type[SlabRunner] = SlabRunner,
     *,
-    baseline: str = "value",
     seed: int = 0,
     num_envs: int = 64,
     rollout: int = 72,
@@ -376,41 +308,22 @@ def ppo_config(
     num_learners: int = 0,
     num_gpus_per_learner: float = 0,
     num_gpus_per_env_runner: float = 0,
-    total_steps: int = 500_000,
-    learning_rate: float = 2e-3,
-    entropy: float = 0.01,
-) -> PPOConfig:
-    """PPO with our runner and connector; any further RLlib setting can be changed on what is returned.
+) -> Any:
+    """`config`, an RLlib algorithm's, with a routing environment, a module and a runner; and returned.
 
     Args:
         env_id: a registered dynrl environment; remote workers find it by `dynrl:` before the id.
         env_config: its arguments, without `autoreset_mode`.
-        router: `build_policy`'s arguments.
-        baseline: of the advantages, see `Settings`.
         rollout: steps of each sub-environment a training iteration.
         num_env_runners, num_learners: remote processes that sample and that learn; 0: this one does.
         num_gpus_per_env_runner, num_gpus_per_learner: which ray sets aside for each; fractions share one.
-        total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
-
-    Raises:
-        ValueError: more than one learner: a slab is not split between learners; environments that make no groups.
     """
-    if baseline == "group":
-        if num_envs % GROUP:
-            raise ValueError(
-                f"groups of {GROUP} routes of one input: expected {GROUP} x n environments, got {num_envs}"
-            )
-        env_config = {**env_config, "group": GROUP}
-    if num_learners > 1:
-        raise ValueError(f"expected at most one learner, got {num_learners}: a slab is not split between learners")
-    per_runner = num_envs * rollout
-    model = {"router": list(router), "baseline": baseline}
-    schedule: Any = [[0, entropy], [total_steps, entropy / 10]]
-    config = (
-        PPOConfig()
-        .environment(f"dynrl:{env_id}", env_config={**env_config, "autoreset_mode": AutoresetMode.SAME_STEP.value})
+    return (
+        config.environment(
+            f"dynrl:{env_id}", env_config={**env_config, "autoreset_mode": AutoresetMode.SAME_STEP.value}
+        )
         .env_runners(
-            env_runner_cls=SlabRunner,
+            env_runner_cls=runner,
             num_env_runners=num_env_runners,
             num_gpus_per_env_runner=num_gpus_per_env_runner,
             num_envs_per_env_runner=num_envs,
@@ -419,27 +332,9 @@ def ppo_config(
             sample_timeout_s=600,
         )
         .learners(num_learners=num_learners, num_gpus_per_learner=num_gpus_per_learner)
-        .rl_module(rl_module_spec=RLModuleSpec(module_class=RouterModule, model_config=model))
-        .training(
-            train_batch_size_per_learner=per_runner * max(1, num_env_runners),
-            minibatch_size=per_runner * max(1, num_env_runners) // 8,
-            num_epochs=4,
-            lr=[[0, learning_rate], [total_steps, learning_rate / 10]],
-            entropy_coeff=schedule,
-            gamma=1.0,
-            lambda_=0.95,
-            clip_param=0.2,
-            grad_clip=0.5,
-            vf_loss_coeff=0.5,
-            vf_clip_param=float("inf"),  # RLlib clips the squared error at 10: no gradient where the critic is far off
-            use_kl_loss=False,
-            add_default_connectors_to_learner_pipeline=False,
-            learner_class=RouterLearner,
-        )
+        .rl_module(rl_module_spec=module)
         .debugging(seed=seed, log_level="ERROR")
     )
-    gamma, lambda_ = config.gamma, config.lambda_
-    return config.training(learner_connector=lambda *spaces: SlabGAE(gamma=gamma, lambda_=lambda_))
 
 
 def start_ray(num_cpus: int, address: str | None = None) -> bool:
@@ -467,3 +362,104 @@ def router_of(algorithm: Any) -> LearnedPolicy:
     twin = build_policy(module.net.kind, module.net.config)
     twin.load_state_dict(module.net.state_dict())
     return twin.eval()
+
+
+class RLlibAgent(Agent):
+    """An algorithm of RLlib's on the decision's environment; its file fills in `configure`."""
+
+    def configure(
+        self, env_id: str, env_config: dict[str, Any], router: tuple[str, dict[str, Any]], steps: int, **place: Any
+    ) -> Any:
+        """The algorithm's config.
+
+        Args:
+            env_id, env_config, place: as of `routing_config`.
+            router: `build_policy`'s arguments.
+            steps: of the environment in all, for schedules.
+        """
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start ray and build the algorithm."""
+        settings, (backbone, _) = self.settings, load_backbone(self.backbone_file)
+        if start_ray(max(2, settings.num_env_runners + settings.num_learners + 1), settings.address):
+            self._held.callback(ray.shutdown)  # what follows is timed: ray's processes should not share its cores
+        env_config = {
+            "backbone": str(self.backbone_file.resolve()), "data": settings.data,
+            "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
+            "upfront": settings.upfront, "times": settings.times,
+            "device": settings.device, "dtype": settings.dtype,
+        }  # fmt: skip
+        # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
+        self._decisions = backbone.max_steps if settings.upfront else 1
+        self._entropy = ENTROPY * min(1.0, 8 / backbone.max_steps)
+        config = self.configure(
+            decision(settings.decision).env_id, env_config, router_arguments(backbone, settings),
+            self.total // self._decisions, seed=settings.seed, num_envs=settings.num_envs,
+            rollout=UPFRONT_WALKS if settings.upfront else walks(backbone) * backbone.max_steps,
+            num_env_runners=settings.num_env_runners, num_learners=settings.num_learners,
+            # Remote runners see no GPU that ray has not given them.
+            num_gpus_per_env_runner=settings.device.startswith("cuda") / max(1, settings.num_env_runners),
+        )  # fmt: skip
+        self._algorithm = config.build_algo()
+        self._held.callback(self._algorithm.stop)
+        self.steps, newest = 0, newest_checkpoint(self.checkpoints)
+        if newest is not None:
+            self._algorithm.restore_from_path(newest.resolve())
+            self.steps = int(newest.name.removeprefix("checkpoint_"))
+
+    def iterate(self) -> dict[str, float]:
+        """One training iteration of RLlib's."""
+        result = self._algorithm.train()
+        self.steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"]) * self._decisions
+        return scalars_of(result)
+
+    def router(self) -> LearnedPolicy:
+        """The policy inside the algorithm."""
+        return router_of(self._algorithm)
+
+    def save(self) -> None:
+        """RLlib's own checkpoint."""
+        save_checkpoint(self._algorithm, self.checkpoints, self.steps)
+
+    def reload(self) -> None:
+        """New environments in every runner: they load the file again, since it has changed."""
+        runners = self._algorithm.env_runner_group
+        assert runners is not None
+        # Given the method's name only, the local runner would not call it.
+        runners.foreach_env_runner(
+            lambda runner: runner.make_env(), local_env_runner=self.settings.num_env_runners == 0
+        )
+
+
+def scalars_of(result: dict[str, Any]) -> dict[str, float]:
+    """The scalars of one RLlib training result, by the tags of `TrainingLog`."""
+    sampled, learned = result["env_runners"], result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
+    route = sampled.get("route", {})
+    scalars: dict[str, Any] = {"reward": sampled.get("episode_return_mean"), **route.get("mean", {})}
+    scalars["routes/distinct"] = route.get("distinct")
+    scalars |= {f"rate/{tag}": value for tag, value in route.get("rate", {}).items()}
+    for name, key in (
+        ("loss/policy", "policy_loss"), ("loss/value", "vf_loss"), ("loss/value_explained", "vf_explained_var"),
+        ("loss/q", "qf_loss"), ("entropy", "entropy"),
+    ):  # fmt: skip
+        scalars[name] = learned.get(key)
+    return {tag: float(value) for tag, value in scalars.items() if value is not None}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return max(folder.glob("checkpoint_*"), default=None)
+
+
+def save_checkpoint(algorithm: Any, folder: Path, steps: int) -> None:
+    """Save aside, then rename: a checkpoint that bears its name is whole. Older ones than the last two go."""
+    aside = folder / ".unfinished"
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    algorithm.save_to_path(aside.resolve())
+    target = folder / f"checkpoint_{steps:012d}"
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    for old in sorted(folder.glob("checkpoint_*"))[:-KEEP_CHECKPOINTS]:
+        shutil.rmtree(old)

@@ -25,7 +25,10 @@ from dynrl.tasks import TASKS
 
 GROUP = 8  # routes of one input that are compared with each other, where the baseline is "group"
 # Names are strings, so that gates are trained without ray.
-AGENTS = {"ppo": "dynrl.agents.ppo:PPO", "gate": "dynrl.agents.gates:Gates"}
+AGENTS = {
+    "ppo": "dynrl.agents.ppo:PPO", "appo": "dynrl.agents.appo:APPO", "dqn": "dynrl.agents.dqn:DQN",
+    "sb3-ppo": "dynrl.agents.sb3:SB3PPO", "sb3-dqn": "dynrl.agents.sb3:SB3DQN", "gate": "dynrl.agents.gates:Gates",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

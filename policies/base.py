@@ -77,6 +77,10 @@ class LearnedPolicy(nn.Module):
         seen[:, self.price] = (observation[:, self.price].log() - self._log_middle) / self._log_reach
         return seen
 
+    def scores(self, observation: Tensor) -> Tensor:
+        """[n, width] float32 to [n, decisions * choices], without the cap; closed choices get -1e9."""
+        return self._scores(observation) + self._closed(observation)
+
     def forward(self, observation: Tensor) -> Tensor:
         """[n, width] float32 to logits [n, decisions * choices] within +-CAP; closed choices get -1e9."""
         return CAP * torch.tanh(self._scores(observation) / CAP) + self._closed(observation)

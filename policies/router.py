@@ -60,7 +60,7 @@ class Router(LearnedPolicy, StepPolicy):
 
     def act(self, observation: Tensor) -> Tensor:
         """The likeliest choice of each row (without the cap, which changes no order)."""
-        return (self._scores(observation) + self._closed(observation)).argmax(1)
+        return self.scores(observation).argmax(1)
 
     def at(self, price: float, masked: bool = True) -> Callable[[Tensor], Tensor]:
         """`act` for observations that all have this price, in half as many steps: it is folded into the biases.

@@ -80,5 +80,4 @@ class UpfrontRouter(LearnedPolicy):
 
     def act(self, observation: Tensor) -> Tensor:
         """[n, decisions], the likeliest route of each row (without the cap, which changes no order)."""
-        scores = self._scores(observation) + self.closed
-        return scores.view(-1, self.decisions, self.choices).argmax(2)
+        return self.scores(observation).view(-1, self.decisions, self.choices).argmax(2)

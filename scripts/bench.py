@@ -102,7 +102,8 @@ def bench_env(rounds: int) -> list[dict[str, Any]]:
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
-    from dynrl.agents.rllib import RouterModule, SlabRunner, ppo_config
+    from dynrl.agents.ppo import ppo_config
+    from dynrl.agents.rllib import RouterModule, SlabRunner
     from dynrl.backbones import END, GatedResNet, State
     from dynrl.data import Augmentation, Dataset, Split
     from dynrl.observation import Layout, View, observation

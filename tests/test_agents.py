@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from dynrl.agents.metrics import TrainingLog
-from dynrl.agents.rllib import RouterModule, Slab, SlabGAE, SlabRunner, gae, group_advantages, ppo_config, router_of
+from dynrl.agents.ppo import SlabGAE, gae, group_advantages, ppo_config
+from dynrl.agents.rllib import RouterModule, Slab, SlabRunner, router_of
 from dynrl.agents.training import GROUP, Settings, Stop, open_agent, train_policy
 from dynrl.backbones import GatedResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset

@@ -13,7 +13,8 @@ from gymnasium.spaces import MultiDiscrete
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from dynrl.agents.rllib import RouterModule, SlabGAE, SlabRunner, ppo_config
+from dynrl.agents.ppo import SlabGAE, ppo_config
+from dynrl.agents.rllib import RouterModule, SlabRunner
 from dynrl.agents.training import Settings, open_agent, router_arguments, train_policy
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
