@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynrl.agents.metrics import episode_scalars
 from dynrl.agents.training import Agent, router_arguments, walks
-from dynrl.backbones import State, choice_rates, load_backbone
+from dynrl.backbones import State, load_backbone
 from dynrl.choice import logits_on
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs, accuracy
@@ -80,10 +81,7 @@ class Gates(Agent):
         parts = [self._descend() for _ in range(walks(self._backbone))]
         self.steps += len(parts) * self.settings.num_envs * self._backbone.max_steps
         over = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        route = over.pop("route")
-        scalars = {name: float(values.mean()) for name, values in over.items()}
-        scalars["routes/distinct"] = float(len(route.unique(dim=0)))
-        return scalars | {f"rate/{tag}": rate for tag, rate in choice_rates(self._backbone.points, route).items()}
+        return episode_scalars(over, self._backbone.points)
 
     def _descend(self) -> dict[str, Tensor]:
         """One batch."""
@@ -112,7 +110,7 @@ class Gates(Agent):
         torch.nn.utils.clip_grad_norm_(self._router.parameters(), 0.5)
         self._optimizer.step()
         return {
-            "reward": reward.detach(), task.metric: task.score(output.detach(), targets),
+            "return": reward.detach(), task.metric: task.score(output.detach(), targets),
             "macs_fraction": macs.detach(), "price": prices, "entropy": torch.cat(entropies), "route": walk.route,
         }  # fmt: skip
 

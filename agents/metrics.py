@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from dynrl.backbones import Point, choice_rates
+from dynrl.envs.core import Info, RoutingVectorEnv
+
+
+def ended_episodes(env: RoutingVectorEnv, info: Info, returns: Tensor) -> dict[str, Tensor]:
+    """What is logged of the episodes that ended with a step: [n] each, routes [n, steps].
+
+    Args:
+        info: that step's.
+        returns: [N], of each row's episode so far.
+    """
+    ended = info["ended"]
+    found = {name: info[name][ended] for name in (env.task.metric, "macs_fraction", "price", "route")}
+    return {**found, "return": returns[ended]}
+
+
+def episode_scalars(over: Mapping[str, Tensor], points: Sequence[Point]) -> dict[str, float]:
+    """Means over episodes that ended (see `ended_episodes`), by the tags of `TrainingLog`."""
+    scalars = {name: float(values.mean()) for name, values in over.items() if name not in ("route", "return", "length")}
+    scalars |= {"reward": float(over["return"].mean()), "routes/distinct": float(len(over["route"].unique(dim=0)))}
+    return scalars | {f"rate/{tag}": rate for tag, rate in choice_rates(points, over["route"]).items()}
 
 
 class TrainingLog:

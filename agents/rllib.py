@@ -40,8 +40,9 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor, nn
 
-from dynrl.agents.training import GROUP, Agent, router_arguments, walks
-from dynrl.backbones import choice_rates, load_backbone
+from dynrl.agents.metrics import ended_episodes, episode_scalars
+from dynrl.agents.training import ENTROPY, GROUP, UPFRONT_WALKS, Agent, router_arguments, walks
+from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
 from dynrl.policies import LearnedPolicy, build_policy
@@ -50,10 +51,6 @@ for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 KEEP_CHECKPOINTS = 2
-# The bonus for each decision of a walk of up to eight. Of a longer one each moves the return less: at the same bonus
-# policies stay undecided, and the likeliest choices, taken throughout, lead where training never was.
-ENTROPY = 0.01
-UPFRONT_WALKS = 16  # of each sub-environment a training iteration: a walk is one sample to learn from, not one a step
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
@@ -214,9 +211,7 @@ class SlabRunner(SingleAgentEnvRunner):
                 self._returns += rewards
                 self._lengths += 1
                 if "route" in info:
-                    names = (env.task.metric, "macs_fraction", "price", "route")
-                    over = {name: info[name][terminated] for name in names}
-                    over |= {"return": self._returns[terminated], "length": self._lengths[terminated]}
+                    over = ended_episodes(env, info, self._returns) | {"length": self._lengths[terminated]}
                     ended.append(over)
                     done += len(over["return"])
                     self._returns[terminated], self._lengths[terminated] = 0, 0
@@ -242,12 +237,8 @@ class SlabRunner(SingleAgentEnvRunner):
         log(EPISODE_RETURN_MIN, float(over["return"].min()), reduce="min", window=1)
         log(EPISODE_RETURN_MAX, float(over["return"].max()), reduce="max", window=1)
         log(EPISODE_LEN_MEAN, float(over["length"].mean()), window=1)
-        for name in (self.env.unwrapped.task.metric, "macs_fraction", "price"):
-            log(("route", "mean", name), float(over[name].mean()), window=1)
-        route = over["route"]
-        log(("route", "distinct"), float(len(route.unique(dim=0))), window=1)
-        for tag, share in choice_rates(self.env.unwrapped.backbone.points, route).items():
-            log(("route", "rate", tag), share, window=1)
+        for tag, value in episode_scalars(over, self.env.unwrapped.backbone.points).items():
+            log(("route", tag), value, window=1)
 
     def get_metrics(self) -> Any:
         """What was logged since the last call."""
@@ -267,7 +258,9 @@ class EpisodesRunner(SlabRunner):
 
     def _hand_over(self, slab: Slab) -> list[Any]:
         found = []
-        seen = torch.cat([slab.obs, slab.last_obs.unsqueeze(0)]).transpose(0, 1).numpy()
+        seen: Any = torch.cat([slab.obs, slab.last_obs.unsqueeze(0)]).transpose(0, 1).numpy()
+        actions: Any
+        rewards: Any
         actions, rewards, logp, logits = (
             column.transpose(0, 1).numpy() for column in (slab.actions, slab.rewards, slab.logp, slab.logits)
         )
@@ -356,11 +349,12 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
 
 
 def router_of(algorithm: Any) -> LearnedPolicy:
-    """The policy inside an algorithm, with its newest weights; a copy."""
-    module = algorithm.get_module(DEFAULT_MODULE_ID)
-    assert module is not None
-    twin = build_policy(module.net.kind, module.net.config)
-    twin.load_state_dict(module.net.state_dict())
+    """The policy inside an algorithm, with its newest weights, those of the learner; a copy."""
+    kind, config = algorithm.config.rl_module_spec.model_config["router"]
+    twin = build_policy(kind, config)
+    weights = algorithm.learner_group.get_weights()[DEFAULT_MODULE_ID]
+    own = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
+    twin.load_state_dict({name: torch.as_tensor(value) for name, value in own.items()})
     return twin.eval()
 
 
@@ -392,6 +386,7 @@ class RLlibAgent(Agent):
         }  # fmt: skip
         # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
         self._decisions = backbone.max_steps if settings.upfront else 1
+        self._walk = backbone.max_steps // self._decisions
         self._entropy = ENTROPY * min(1.0, 8 / backbone.max_steps)
         config = self.configure(
             decision(settings.decision).env_id, env_config, router_arguments(backbone, settings),
@@ -434,11 +429,8 @@ class RLlibAgent(Agent):
 
 def scalars_of(result: dict[str, Any]) -> dict[str, float]:
     """The scalars of one RLlib training result, by the tags of `TrainingLog`."""
-    sampled, learned = result["env_runners"], result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
-    route = sampled.get("route", {})
-    scalars: dict[str, Any] = {"reward": sampled.get("episode_return_mean"), **route.get("mean", {})}
-    scalars["routes/distinct"] = route.get("distinct")
-    scalars |= {f"rate/{tag}": value for tag, value in route.get("rate", {}).items()}
+    learned = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
+    scalars: dict[str, Any] = dict(result["env_runners"].get("route", {}))
     for name, key in (
         ("loss/policy", "policy_loss"), ("loss/value", "vf_loss"), ("loss/value_explained", "vf_explained_var"),
         ("loss/q", "qf_loss"), ("entropy", "entropy"),

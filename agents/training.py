@@ -19,10 +19,15 @@ from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import load_dataset
 from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.observation import Layout, View
-from dynrl.policies import LearnedPolicy
+from dynrl.policies import LearnedPolicy, build_policy
 from dynrl.progress import progress
 from dynrl.tasks import TASKS
 
+# The bonus for each decision of a walk of up to eight. Of a longer one each moves the return less: at the same bonus
+# policies stay undecided, and the likeliest choices, taken throughout, lead where training never was.
+ENTROPY = 0.01
+EXPLORATION = (1.0, 0.05)  # DQN's share of random choices, at the first step and from a fifth of all on
+UPFRONT_WALKS = 16  # of each sub-environment a training iteration: a walk is one sample to learn from, not one a step
 GROUP = 8  # routes of one input that are compared with each other, where the baseline is "group"
 # Names are strings, so that gates are trained without ray.
 AGENTS = {
@@ -42,15 +47,16 @@ class Settings:
         seed: of weights, inputs, prices and exploration.
         router_hidden: units of the policy's hidden layer, 0 for a linear one.
         num_envs: inputs that walk side by side in one runner; of gates, a batch.
-        num_env_runners: remote processes that sample (PPO's only); 0 samples in this one.
+        num_env_runners: remote processes that sample (RLlib's agents only); 0 samples in this one.
         price_range, accuracy_term, upfront: see `RoutingVectorEnv`.
         baseline: of PPO's advantages: "value"; "group", what several routes of the same input earn on average, the
             likeliest among them; or "greedy", what the likeliest alone earns (upfront only; self-critical training,
             Rennie et al. 2017, CVPR, which BlockDrop uses).
-        times: what is charged instead of MACs; see `RoutingVectorEnv`. PPO's only.
+        times: what is charged instead of MACs; see `RoutingVectorEnv`. Not of gates.
         device, dtype: of the backbone; see `RoutingVectorEnv`. Of gates: the CPU, in float32.
-        num_learners: remote processes that learn, at most one (PPO's only); 0: this one does.
-        address: of a ray cluster to join (PPO's only), "auto" for the one on this machine; None starts ray here.
+        num_learners: remote processes that learn, at most one (RLlib's agents only); 0: this one does.
+        address: of a ray cluster to join (RLlib's agents only), "auto" for the one on this machine; None starts ray
+            here.
         checkpoint_every: training iterations between checkpoints.
     """
 
@@ -181,6 +187,14 @@ def router_arguments(backbone: Backbone, settings: Settings) -> tuple[str, dict[
         return "upfront", {**View.of(backbone).to_dict(), **common, "start": list(backbone.full_route)}
     # Where points differ in it, the commonest.
     return "sequential", {**Layout.of(backbone).to_dict(), **common, "start": statistics.mode(backbone.full_route)}
+
+
+def build_q(kind: str, config: dict[str, Any]) -> LearnedPolicy:
+    """`build_policy` for Q-learning: the favour for the full network's choice would be an expected return here."""
+    net = build_policy(kind, config)
+    head: Any = net.head
+    torch.nn.init.zeros_(head.bias)
+    return net
 
 
 def walks(backbone: Backbone) -> int:

@@ -31,7 +31,7 @@ class Args:
     """Folder of all runs; the same command goes on with it."""
     data: str | None = None
     """Data set, as of `dynrl train`; default: each decision's."""
-    agents: tuple[Literal["ppo", "gate"], ...] = ("ppo", "gate")
+    agents: tuple[Literal["ppo", "appo", "dqn", "sb3-ppo", "sb3-dqn", "gate"], ...] = ("ppo", "gate")
     """What learns, as of `dynrl train`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Policy seeds; the backbone's is the first of them."""

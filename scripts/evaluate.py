@@ -152,7 +152,7 @@ def _row_name(run: Path, config: dict[str, Any]) -> str:
         raise ValueError(
             f"{run} was fine-tuned, but its {PRETRAINED} is not there: evaluate the run it was copied from"
         )
-    agent = {"ppo": "learned", "gate": "gate"}[config["agent"]]
+    agent = "learned" if config["agent"] == "ppo" else config["agent"]
     for setting, value, said in (
         ("upfront", True, "upfront"), ("baseline", "greedy", "greedy"),
         ("baseline", "group", "group"), ("accuracy_term", "blockdrop", "blockdrop"),

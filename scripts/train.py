@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+RLLIB = ("ppo", "appo", "dqn")  # agents
+
 if TYPE_CHECKING:
     from dynrl.agents.training import Settings
     from dynrl.data import Dataset
@@ -25,8 +27,9 @@ class Args:
     data: str | None = None
     """A data set by name, a folder with a folder of images for each class, or FOLDER@SIZE, to which their squares are
     brought; default: the decision's."""
-    agent: Literal["ppo", "gate"] = "ppo"
-    """RLlib's PPO, or gates trained by gradient (straight-through), which it must stand beside."""
+    agent: Literal["ppo", "appo", "dqn", "sb3-ppo", "sb3-dqn", "gate"] = "ppo"
+    """RLlib's PPO, APPO (for many runners) or DQN; Stable-Baselines3's PPO or DQN; or gates trained by gradient
+    (straight-through), which they must stand beside."""
     finetune: bool = False
     """Then train backbone and policy in turn, by the data set's plan; with --resume, of a run that did not, too. Where
     no backbone survives random routes (recurrent ones on adding) that is always done."""
@@ -48,7 +51,7 @@ class Args:
     num_envs: int | None = None
     """Inputs that walk side by side in one runner; of gates, a batch; default: the data set's."""
     num_env_runners: int = 0
-    """Remote processes that sample; 0 samples in this one. Of PPO only."""
+    """Remote processes that sample; 0 samples in this one. Of RLlib's agents."""
     price_range: tuple[float, float] | None = None
     """Lowest and highest price of the dense network's compute, in units of the accuracy term; default: the data
     set's."""
@@ -61,12 +64,12 @@ class Args:
     likeliest among them; or what the likeliest alone earns (self-critical, as in BlockDrop; --upfront only)."""
     cost: Literal["macs", "time"] = "macs"
     """What the price is of: multiply-accumulates, or the time that each choice takes on this machine, which is measured
-    first (batches of 256, of PPO only). Budgets stay shares of the MACs, or milliseconds after dynrl calibrate."""
+    first (batches of 256; not of gates). Budgets stay shares of the MACs, or milliseconds after dynrl calibrate."""
     num_learners: int = 0
-    """Remote processes that learn, at most one; 0: this one does. Of PPO only."""
+    """Remote processes that learn, at most one; 0: this one does. Of RLlib's agents."""
     address: str | None = None
     """Of a ray cluster to run on, `auto` for the one on this machine; its machines must share the run's folder.
-    Default: ray is started here. Of PPO only."""
+    Default: ray is started here. Of RLlib's agents."""
     device: str = "cpu"
     """Where the backbone runs and is trained, `cuda` say; the policy, which is small, learns on the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -118,7 +121,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         config["data"] = data = check_dataset(args.data or decision(args.decision).data)
         row = defaults(args.decision, data).changed(args.network)
         config["finetune"] = args.finetune or row.joint
-        config["steps"] = args.steps or (row.steps if args.agent == "ppo" else row.steps // 2)
+        config["steps"] = args.steps or (row.steps // 2 if args.agent == "gate" else row.steps)
         for name in ("router_hidden", "num_envs", "price_range"):
             if config[name] is None:
                 config[name] = getattr(row, name)
@@ -160,8 +163,10 @@ def _check_place(args: Args) -> None:
     from dynrl.scripts.common import check_device
 
     device = check_device(args.device)
-    if args.agent == "gate" and (args.num_learners or args.address or device.type != "cpu"):
-        raise ValueError("--num-learners, --address and --device are for --agent ppo")
+    if args.agent not in RLLIB and (args.num_learners or args.address):
+        raise ValueError(f"--num-learners and --address are for the agents of RLlib: {', '.join(RLLIB)}")
+    if args.agent == "gate" and device.type != "cpu":
+        raise ValueError("gates are trained on the CPU; leave out --device")
     if not 0 <= args.num_learners <= 1:
         raise ValueError(f"expected --num-learners of 0 or 1, got {args.num_learners}: a slab is not split")
     if args.num_env_runners and device.index is not None:
@@ -186,18 +191,20 @@ def _check(args: Args) -> None:
         )
     if args.baseline == "greedy" and not (args.upfront and args.agent == "ppo"):
         raise ValueError("--baseline greedy is for --agent ppo with --upfront: one reward for a whole route")
+    if args.agent in ("dqn", "sb3-dqn") and args.upfront:
+        raise ValueError(f"--agent {args.agent} takes one choice a step; choose another for --upfront")
     if args.baseline == "group" and args.agent != "ppo":
         raise ValueError("--baseline group is for --agent ppo")
     if args.baseline == "group" and args.num_envs and args.num_envs % GROUP:
         raise ValueError(
             f"--baseline group makes groups of {GROUP}: expected {GROUP} x n --num-envs, got {args.num_envs}"
         )
-    if args.agent == "gate" and args.num_env_runners:
-        raise ValueError("--num-env-runners is for --agent ppo; gates are trained in one process")
+    if args.agent not in RLLIB and args.num_env_runners:
+        raise ValueError(f"--num-env-runners is for the agents of RLlib: {', '.join(RLLIB)}")
     if args.agent == "gate" and args.dtype != "float32":
-        raise ValueError("--dtype is for --agent ppo")
-    if args.cost == "time" and args.agent != "ppo":
-        raise ValueError("--cost time is for --agent ppo: a gated walk counts MACs")
+        raise ValueError("gates are trained in float32; leave out --dtype")
+    if args.agent == "gate" and args.cost == "time":
+        raise ValueError("--cost time is not for gates: a gated walk counts MACs")
     for name, least in (
         ("steps", 1), ("router_hidden", 0), ("num_envs", 1), ("num_env_runners", 0), ("threads", 1),
         ("seed", 0),

@@ -1,0 +1,303 @@
+"""Stable-Baselines3 on a routing environment: the adapter, the router as its policies, its PPO and DQN as agents."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Discrete
+from gymnasium.vector import AutoresetMode
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.distributions import MultiCategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.dqn.policies import DQNPolicy
+from torch import Tensor, nn
+
+from dynrl.agents.metrics import ended_episodes, episode_scalars
+from dynrl.agents.training import ENTROPY, EXPLORATION, UPFRONT_WALKS, Agent, build_q, router_arguments, walks
+from dynrl.backbones import load_backbone
+from dynrl.envs import decision
+from dynrl.envs.core import RoutingVectorEnv
+from dynrl.files import write_aside
+from dynrl.policies import LearnedPolicy, build_policy
+
+
+class RoutingVecEnv(VecEnv):
+    """A `RoutingVectorEnv` with same-step autoreset as Stable-Baselines3's `VecEnv`, for any of its algorithms.
+
+    Args:
+        env: as `gymnasium.make_vec` makes it.
+
+    Raises:
+        ValueError: another environment, or another autoreset mode, which would lose transitions.
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv) -> None:
+        inner = env.unwrapped
+        mode = inner.metadata.get("autoreset_mode")
+        if not isinstance(inner, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
+            raise ValueError(f"expected a dynrl environment with autoreset_mode='SameStep', got {env}, {mode}")
+        self.env = inner
+        self.render_mode = None
+        self.ended: list[dict[str, Tensor]] = []  # what `ended_episodes` says of each step, until somebody clears it
+        super().__init__(inner.num_envs, inner.single_observation_space, inner.single_action_space)
+
+    def reset(self) -> np.ndarray:
+        """Begin new episodes."""
+        seed = self._seeds[0]
+        self._reset_seeds()
+        self._returns = torch.zeros(self.num_envs)
+        self._lengths = torch.zeros(self.num_envs, dtype=torch.int64)
+        return self.env.reset_tensors(seed).cpu().numpy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Take note of the actions."""
+        self._actions = torch.as_tensor(actions, dtype=torch.int64, device=self.env.device)
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """One decision of every row."""
+        obs, rewards, terminated, info = self.env.step_tensors(self._actions)
+        self._returns += rewards.cpu()
+        self._lengths += 1
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if "final_obs" in info:
+            last, rows = info["final_obs"].cpu().numpy(), terminated.nonzero().flatten().tolist()
+            self.ended.append(ended_episodes(self.env, info, self._returns.to(self.env.device)))
+            for row in rows:
+                episode = {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": 0.0}
+                infos[row] = {"terminal_observation": last[row], "TimeLimit.truncated": False, "episode": episode}
+            self._returns[rows], self._lengths[rows] = 0, 0
+        return obs.cpu().numpy(), rewards.cpu().numpy(), terminated.cpu().numpy(), infos
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """An attribute of the environment, once a row."""
+        return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Refused: rows share one environment."""
+        raise ValueError("rows of a routing environment share its attributes; make another one")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Refused: rows share one environment."""
+        raise ValueError("rows of a routing environment have no methods of their own")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """Never."""
+        return [False] * len(list(self._get_indices(indices)))
+
+
+class _Sight(nn.Module):
+    """What SB3's actor and critic read: the whole observation, and it without its mask."""
+
+    def __init__(self, net: LearnedPolicy) -> None:
+        super().__init__()
+        self.net = net
+        self.latent_dim_pi, self.latent_dim_vf = net.width, net.price + 1
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        return observation, self.net.trunk(observation)
+
+    def forward_actor(self, observation: Tensor) -> Tensor:
+        return observation
+
+    def forward_critic(self, observation: Tensor) -> Tensor:
+        return self.net.trunk(observation)
+
+
+class RouterActorCritic(ActorCriticPolicy):
+    """SB3's actor is the router, its critic the value network that RLlib's PPO has.
+
+    Args:
+        router: `build_policy`'s arguments.
+    """
+
+    def __init__(self, *args: Any, router: tuple[str, dict[str, Any]], **kwargs: Any) -> None:
+        self.router_arguments = router
+        super().__init__(*args, **kwargs)
+
+    def _build(self, lr_schedule: Any) -> None:
+        net = build_policy(*self.router_arguments)
+        if not isinstance(self.action_space, Discrete):  # where points differ, the router has columns for the most
+            self.action_dist = MultiCategoricalDistribution([net.choices] * net.decisions)
+        self.mlp_extractor: Any = _Sight(net)
+        self.action_net: Any = net
+        self.value_net: Any = nn.Sequential(nn.Linear(net.price + 1, 64), nn.Tanh(), nn.Linear(64, 1))
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5)
+
+
+class _Returns(BasePolicy):
+    """The router's scores as what each choice is expected to return."""
+
+    def __init__(self, net: LearnedPolicy, *spaces: Any) -> None:
+        super().__init__(*spaces)
+        self.net = net
+
+    def forward(self, observation: Any) -> Tensor:
+        return self.net.scores(observation)
+
+    def _predict(self, observation: Any, deterministic: bool = True) -> Tensor:
+        return self(observation).argmax(1)
+
+
+class RouterQ(DQNPolicy):
+    """SB3's Q-network is the router.
+
+    Args:
+        router: `build_policy`'s arguments.
+    """
+
+    def __init__(self, *args: Any, router: tuple[str, dict[str, Any]], **kwargs: Any) -> None:
+        self.router_arguments = router
+        super().__init__(*args, **kwargs)
+
+    def make_q_net(self) -> Any:
+        """A fresh one."""
+        return _Returns(build_q(*self.router_arguments), self.observation_space, self.action_space)
+
+
+class SB3Agent(Agent):
+    """An algorithm of Stable-Baselines3's on the decision's environment; its classes fill in `build`."""
+
+    def build(self, env: RoutingVecEnv, router: tuple[str, dict[str, Any]], walk: int, samples: int) -> Any:
+        """The algorithm.
+
+        Args:
+            router: `build_policy`'s arguments.
+            walk: environment steps of a whole walk.
+            samples: those of each row in a training iteration.
+        """
+        raise NotImplementedError
+
+    def schedule(self) -> None:
+        """Set what changes with `steps`."""
+
+    def start(self) -> None:
+        """Build the environment and the algorithm."""
+        settings, (backbone, _) = self.settings, load_backbone(self.backbone_file)
+        self._decisions = backbone.max_steps if settings.upfront else 1
+        walk = backbone.max_steps // self._decisions
+        self._samples = UPFRONT_WALKS if settings.upfront else walks(backbone) * walk
+        self._entropy = ENTROPY * min(1.0, 8 / backbone.max_steps)
+        self._env, self.steps = self._make_env(), 0
+        self._algorithm = self.build(self._env, router_arguments(backbone, settings), walk, self._samples)
+        file = self.checkpoints / "sb3.pt"
+        if file.exists():
+            saved = torch.load(file, weights_only=True)
+            self._algorithm.policy.load_state_dict(saved["policy"])
+            self._algorithm.policy.optimizer.load_state_dict(saved["optimizer"])
+            self.steps = saved["steps"]
+            self._algorithm.num_timesteps = self.steps // self._decisions
+        # As RLlib's: other inputs for each seed, and after a restart not the first ones again.
+        self._env.seed(settings.seed * 1_000_003 + 31 * self.steps)
+
+    def _make_env(self) -> RoutingVecEnv:
+        settings = self.settings
+        env_id = decision(settings.decision).env_id
+        arguments: dict[str, Any] = {
+            "backbone": str(self.backbone_file), "data": settings.data, "price_range": settings.price_range,
+            "accuracy_term": settings.accuracy_term, "upfront": settings.upfront, "times": settings.times,
+            "device": settings.device, "dtype": settings.dtype, "autoreset_mode": AutoresetMode.SAME_STEP,
+        }  # fmt: skip
+        return RoutingVecEnv(
+            gym.make_vec(env_id, settings.num_envs, vectorization_mode="vector_entry_point", **arguments)
+        )
+
+    def iterate(self) -> dict[str, float]:
+        """One rollout and what is learned from it."""
+        self.schedule()
+        self._algorithm.learn(self._samples * self.settings.num_envs, reset_num_timesteps=False, log_interval=None)
+        self.steps = self._algorithm.num_timesteps * self._decisions
+        ended, self._env.ended = self._env.ended, []
+        over = {name: torch.cat([part[name] for part in ended]) for name in ended[0]}
+        scalars = episode_scalars(over, self._env.env.backbone.points)
+        logged = self._algorithm.logger.name_to_value
+        for tag, key in (
+            ("loss/policy", "train/policy_gradient_loss"), ("loss/value", "train/value_loss"), ("loss/q", "train/loss"),
+            ("loss/value_explained", "train/explained_variance"),
+        ):  # fmt: skip
+            if key in logged:
+                scalars[tag] = float(logged[key])
+        if "train/entropy_loss" in logged:
+            scalars["entropy"] = -float(logged["train/entropy_loss"])
+        return scalars
+
+    def router(self) -> LearnedPolicy:
+        """The router as it is."""
+        return copy.deepcopy(self.net()).eval()
+
+    def net(self) -> LearnedPolicy:
+        """The router inside the algorithm."""
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """One file; not SB3's own, which are pickles."""
+        policy = self._algorithm.policy
+        state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "steps": self.steps}
+        with write_aside(self._file) as aside:
+            torch.save(state, aside)
+
+    @property
+    def _file(self) -> Path:
+        return self.checkpoints / "sb3.pt"
+
+    def reload(self) -> None:
+        """A new environment: it loads the file again, since it has changed."""
+        self._env = self._make_env()
+        self._algorithm.set_env(self._env)
+
+
+class SB3PPO(SB3Agent):
+    """SB3's PPO with the settings of RLlib's."""
+
+    def build(self, env: RoutingVecEnv, router: tuple[str, dict[str, Any]], walk: int, samples: int) -> PPO:
+        """With a learning rate that falls to a tenth."""
+        batch = samples * env.num_envs
+        return PPO(
+            RouterActorCritic, env, policy_kwargs={"router": router},
+            learning_rate=lambda _: 2e-3 * self._left, n_steps=samples, batch_size=max(2, batch // 8), n_epochs=4,
+            gamma=1.0, gae_lambda=0.95, clip_range=0.2, ent_coef=self._entropy, vf_coef=0.5, max_grad_norm=0.5,
+            seed=self.settings.seed, device="cpu",
+        )  # fmt: skip
+
+    @property
+    def _left(self) -> float:
+        return 1 - 0.9 * min(1.0, self.steps / self.total)
+
+    def schedule(self) -> None:
+        """The entropy bonus falls to a tenth, too."""
+        self._algorithm.ent_coef = self._entropy * self._left
+
+    def net(self) -> LearnedPolicy:
+        """The actor."""
+        net: LearnedPolicy = self._algorithm.policy.action_net
+        return net
+
+
+class SB3DQN(SB3Agent):
+    """SB3's DQN with the settings of RLlib's. For one choice a step only; resumed with an empty buffer."""
+
+    def build(self, env: RoutingVecEnv, router: tuple[str, dict[str, Any]], walk: int, samples: int) -> DQN:
+        """Each step sampled is learned from about four times."""
+        model = DQN(
+            RouterQ, env, policy_kwargs={"router": router},
+            learning_rate=lambda _: 1e-3 * (1 - 0.9 * min(1.0, self.steps / self.total)), buffer_size=100_000,
+            learning_starts=min(10_000, self.total // 10), batch_size=128, gamma=1.0, n_steps=3,
+            train_freq=(walk, "step"), gradient_steps=max(1, round(4 * walk * env.num_envs / 128)),
+            target_update_interval=1_000, max_grad_norm=10.0, seed=self.settings.seed, device="cpu",
+        )  # fmt: skip
+        (first, last) = EXPLORATION
+        model.exploration_schedule = lambda _: max(last, first + (last - first) * 5 * model.num_timesteps / self.total)
+        return model
+
+    def net(self) -> LearnedPolicy:
+        """The Q-network."""
+        net: LearnedPolicy = self._algorithm.policy.q_net.net
+        return net

@@ -1,0 +1,152 @@
+"""Agents beside PPO: RLlib's APPO and DQN, Stable-Baselines3's PPO and DQN; episodes and adapter step by step."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import stable_baselines3 as sb3
+import torch
+from gymnasium.vector import AutoresetMode
+from ray.rllib.core.columns import Columns
+
+from dynrl.agents.rllib import EpisodesRunner, SlabRunner
+from dynrl.agents.sb3 import RoutingVecEnv
+from dynrl.agents.training import Settings, Stop, open_agent
+from dynrl.backbones import load_backbone
+from dynrl.data import load_dataset
+from dynrl.evaluation import score, score_routes
+from dynrl.routed import RoutedModel
+from dynrl.scripts.cli import main
+from tests.cases import make_backbone
+from tests.test_agents import config_for
+
+OTHERS = ["appo", "dqn", "sb3-ppo", "sb3-dqn"]
+
+
+def test_episodes_hold_every_step_of_the_slab_once():
+    """Exits end walks when they like: episodes begin and end within slabs."""
+    backbone = make_backbone("exit")
+    config = config_for(backbone, "unused")
+    config.environment("dynrl:dynrl/Exit-v0")
+    config.env_config |= {"backbone": backbone, "data": load_dataset("digits")}
+    slabs = SlabRunner(config=config, worker_index=0, num_workers=0)
+    torch.manual_seed(3)
+    first = [slabs.sample(num_timesteps=56)[0] for _ in range(2)]
+    episodes = EpisodesRunner(config=config, worker_index=0, num_workers=0)
+    torch.manual_seed(3)
+    for slab in first:
+        found = iter(episodes.sample(num_timesteps=56))
+        for row in range(8):
+            t = 0
+            while t < len(slab.rewards):
+                episode = next(found)
+                span = slice(t, t + len(episode))
+                assert np.array_equal(episode.get_actions(), slab.actions[span, row])
+                assert np.array_equal(episode.get_rewards(), slab.rewards[span, row])
+                assert np.array_equal(episode.get_observations(slice(0, len(episode))), slab.obs[span, row])
+                logp = episode.get_extra_model_outputs(Columns.ACTION_LOGP)
+                assert np.array_equal(logp, slab.logp[span, row])
+                t += len(episode)
+                assert episode.is_terminated == bool(slab.terminateds[t - 1, row]) and not episode.is_truncated
+                if not episode.is_terminated:
+                    following = slab.last_obs[row] if t == len(slab.rewards) else slab.obs[t, row]
+                    assert t == len(slab.rewards) and np.array_equal(episode.get_observations(-1), following)
+        assert next(found, None) is None
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("agent", OTHERS)
+def test_a_high_price_is_obeyed_and_training_goes_on_where_it_stopped(agent, small_backbone, tmp_path):
+    settings = Settings(
+        "skip", "digits", steps=8_000, agent=agent, num_envs=32, price_range=(20.0, 20.0),
+        accuracy_term="log_likelihood",
+    )  # fmt: skip
+    scalars = {}
+    with open_agent(settings, small_backbone, tmp_path, 8_000) as trained:
+        trained.write = lambda given: scalars.update(given)
+        trained.learn(6_000, Stop())
+        before, weights = trained.steps, trained.router().state_dict()
+    assert {"reward", "accuracy", "macs_fraction", "price", "routes/distinct", "rate/layer1.1"} <= set(scalars)
+    assert any(tag.startswith("loss/") for tag in scalars)
+    with open_agent(settings, small_backbone, tmp_path, 8_000) as trained:
+        assert trained.steps == before
+        for name, value in trained.router().state_dict().items():
+            # APPO's learner may have learned a little more before `router` asked.
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=0.02 if agent == "appo" else 0)
+        trained.learn(8_000, Stop())
+        assert trained.steps > before
+        router = trained.router()
+    backbone, _ = load_backbone(small_backbone)
+    model = RoutedModel(backbone, router)
+    test = load_dataset("digits").test
+    nothing = score_routes(model.backbone, torch.zeros(len(test), backbone.max_steps, dtype=torch.int64), test)
+    assert score(model, test).macs_fraction == pytest.approx(float(nothing.macs.mean()), abs=0.05)
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("agent", ["appo", "sb3-ppo"])
+def test_whole_routes_at_once(agent, small_backbone, tmp_path):
+    settings = Settings("skip", "digits", steps=3_000, agent=agent, num_envs=16, upfront=True)
+    with open_agent(settings, small_backbone, tmp_path, 3_000) as trained:
+        trained.learn(3_000, Stop())
+        assert trained.steps >= 3_000 and trained.router().kind == "upfront"
+
+
+def make(decision="Skip", **arguments):
+    arguments = {"autoreset_mode": AutoresetMode.SAME_STEP, "data": "digits", **arguments}
+    return gym.make_vec(f"dynrl/{decision}-v0", 6, vectorization_mode="vector_entry_point", **arguments)
+
+
+def test_the_adapter_is_the_environment():
+    given, plain = RoutingVecEnv(make("Exit")), make("Exit")
+    given.seed(5)
+    rng = np.random.default_rng(0)
+    obs, (expected, _) = given.reset(), plain.reset(seed=5)
+    assert np.array_equal(obs, expected)
+    returns, lengths, ended = np.zeros(6), np.zeros(6, int), 0
+    for _ in range(12):
+        actions = rng.integers(plain.single_action_space.n, size=6)
+        obs, rewards, dones, infos = given.step(actions)
+        expected, paid, over, _, told = plain.step(actions)
+        assert np.array_equal(obs, expected) and np.array_equal(rewards, paid) and np.array_equal(dones, over)
+        returns, lengths = returns + paid, lengths + 1
+        for row in range(6):
+            if over[row]:
+                assert np.array_equal(infos[row]["terminal_observation"], told["final_obs"][row])
+                assert infos[row]["episode"]["r"] == pytest.approx(returns[row], abs=1e-6)
+                assert infos[row]["episode"]["l"] == lengths[row]
+                returns[row], lengths[row], ended = 0, 0, ended + 1
+            else:
+                assert infos[row] == {}
+    assert ended == sum(len(part["return"]) for part in given.ended) > 6
+
+
+@pytest.mark.parametrize("upfront", [False, True])
+def test_the_adapter_serves_policies_of_sb3s_own(upfront):
+    env = RoutingVecEnv(make(upfront=upfront))
+    model = sb3.PPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=1, device="cpu").learn(96)
+    assert model.num_timesteps == 96 and len(model.ep_info_buffer) > 0
+
+
+def test_the_adapter_refuses_what_would_lose_transitions():
+    with pytest.raises(ValueError, match="SameStep"):
+        RoutingVecEnv(make(autoreset_mode=AutoresetMode.NEXT_STEP))
+    with pytest.raises(ValueError, match="SameStep"):
+        RoutingVecEnv(gym.make_vec("CartPole-v1", 2))
+    with pytest.raises(ValueError, match="share"):
+        RoutingVecEnv(make()).set_attr("x", 1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--agent", "dqn", "--upfront"], ["--agent", "sb3-dqn", "--upfront"], ["--agent", "sb3-ppo", "--num-learners", "1"],
+        ["--agent", "sb3-ppo", "--num-env-runners", "1"], ["--agent", "appo", "--baseline", "group"],
+        ["--agent", "gate", "--cost", "time"], ["--agent", "nosuch"],
+    ],
+)  # fmt: skip
+def test_what_an_agent_cannot_do_is_refused(words, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["train", "skip", "--data", "digits", "--out", str(tmp_path / "x"), *words])
+    assert not list(tmp_path.iterdir())
