@@ -21,6 +21,7 @@ from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routed import Route, RoutedModel
 from dynrl.routes import draw_routes
+from dynrl.tasks import CLASSIFICATION
 
 LONG = 16  # steps of a walk; see `static_routes`
 ORACLE_DRAWS = 24
@@ -69,6 +70,54 @@ def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(split.inputs.split(size), split.targets.split(size), strict=True)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Where a routed model spends its compute on a split, and on which inputs.
+
+    Attributes:
+        groups: [{"class", "inputs", the metric, "macs_fraction", "choice_rates"}], one a class; of a regression one
+            for all inputs, whose class is None.
+        by_step: [groups, max_steps], what is spent at each step, as a share of what its dearest choice takes; 0 behind
+            an input's end.
+        cheapest, dearest: rows of the split by what was spent on them, the extreme first.
+        distinct_routes: how many.
+        commonest: share of the inputs that take the commonest route.
+    """
+
+    groups: list[dict[str, Any]]
+    by_step: list[list[float]]
+    cheapest: list[int]
+    dearest: list[int]
+    distinct_routes: int
+    commonest: float
+
+    @classmethod
+    def of(cls, model: RoutedModel, split: Split, shown: int = 8) -> Usage:
+        """Of a model at its present price; `shown` rows are named at either end."""
+        metric, route = score_rows(model, split)
+        macs, actions, classes = route.macs_fraction, route.actions, split.targets.cpu()
+        dearest = model.backbone.step_costs.max(1).values
+        costs = model.backbone.step_costs.gather(1, actions.t().clamp_min(0)).t()
+        spent = torch.where(actions >= 0, costs / dearest, 0.0)
+        groups: list[dict[str, Any]] = []
+        by_step = []
+        for name in classes.unique().tolist() if split.task == CLASSIFICATION else [None]:
+            mine = torch.ones(len(macs), dtype=torch.bool) if name is None else classes == name
+            groups.append(
+                {
+                    "class": name, "inputs": int(mine.sum()), split.task.metric: float(metric[mine].mean()),
+                    "macs_fraction": float(macs[mine].mean()),
+                    "choice_rates": choice_rates(model.backbone.points, actions[mine]),
+                }
+            )  # fmt: skip
+            by_step.append(spent[mine].mean(0).tolist())
+        order = macs.argsort(stable=True).tolist()
+        _, counts = actions.unique(dim=0, return_counts=True)
+        return cls(
+            groups, by_step, order[:shown], order[-shown:][::-1], len(counts), float(counts.max() / len(actions))
+        )
 
 
 class Scored(NamedTuple):

@@ -18,28 +18,30 @@ import tyro
 class Args:
     """Settings of `dynrl bench`."""
 
-    suite: Annotated[Literal["env", "ops", "model", "known"], tyro.conf.Positional]
+    suite: Annotated[Literal["env", "ops", "model", "known", "agents"], tyro.conf.Positional]
     """What to measure. env: decisions sampled a second, by four paths. ops: each op against its ideal. model: whole
-    plugged networks against dense ones. known: how soon the default agent finds routes that are known to be best."""
+    plugged networks against dense ones. known: how soon the default agent finds routes that are known to be best.
+    agents: how soon it learns skip on fashion-mnist, beside SB3 and stock RLlib, and where its time goes."""
     out: Path | None = None
     """File to write; default results/bench-SUITE-DATE.json."""
     rounds: int | None = None
     """Times each side is measured, its median counts; default 5 for env, 15 for model. ops decides by `seconds`. Of
-    known, policy seeds; default 3."""
+    known and agents, policy seeds; default 3."""
     seconds: float = 1.5
     """Time for each shape and batch size of ops."""
     only: tuple[str, ...] = ()
-    """Ops, networks or decisions to measure; default all."""
+    """Ops, networks, decisions or agents to measure; default all."""
     batches: tuple[int, ...] = ()
     """Batch sizes of ops and model; default all."""
     runs: tuple[Path, ...] = ()
-    """Run folders whose learned policy model measures, too, at half the MACs."""
+    """Run folders whose learned policy model measures, too, at half the MACs; of agents one, whose backbone is taken
+    (default: one is pretrained)."""
     device: str = "cpu"
     """Where ops and model run."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of ops' and model's numbers."""
     threads: int = 2
-    """Threads of ops and model; env uses one."""
+    """Threads; env uses one."""
 
 
 def main(args: Args) -> None:
@@ -61,6 +63,13 @@ def main(args: Args) -> None:
 
         use_threads(args.threads)
         rows = bench_known(args.only or DECISIONS, args.rounds or 3)
+    elif args.suite == "agents":
+        from dynrl.scripts.bench_agents import CONTENDERS, bench_agents
+
+        use_threads(args.threads)
+        if unknown := set(args.only) - set(CONTENDERS):
+            raise ValueError(f"unknown agents {sorted(unknown)}; expected some of {list(CONTENDERS)}")
+        rows = bench_agents(args.only or CONTENDERS, args.rounds or 3, args.runs)
     else:
         use_threads(args.threads)
         if args.suite == "ops":

@@ -6,7 +6,7 @@ of run, with mean and spread over its seeds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from operator import itemgetter
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from dynrl.backbones import Backbone
-    from dynrl.data import Dataset
+    from dynrl.data import Dataset, Split
     from dynrl.routed import RoutedModel
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -104,9 +104,20 @@ def report_runs(
         **measure(pretrained, plain, models, dataset, batch_size, beside, place),
     }  # fmt: skip
     write_json(out / "report.json", report)
-    draw(report, out / "report.png")
+    draw(report, dataset.test, out / "report.png")
+    if out in runs:
+        show_in_tensorboard(out / "report.png", out)
     print_table(report)
     return report
+
+
+def show_in_tensorboard(picture: Path, run: Path) -> None:
+    """Put a picture beside the run's curves."""
+    from matplotlib.image import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run)) as writer:
+        writer.add_image(picture.stem, imread(picture), dataformats="HWC")
 
 
 def load_runs(
@@ -288,6 +299,11 @@ def measure(
                     policies = [RandomPolicy(frozen.step_costs, rate, seed) for seed in range(RANDOM_SEEDS)]
                     add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
             bar.update()
+        usage = None
+        for name, (shown, *_) in list(models.items())[:1]:
+            if _shown_at(shown, 0.5):  # else it stands at its lowest price
+                shown.set_budget(0.5)
+            usage = {"policy": name, **asdict(ev.Usage.of(shown, test))}
         for name, fit in heuristics.items():
             policy_for = fit(frozen, every)
             for budget in BUDGETS:
@@ -333,6 +349,7 @@ def measure(
             "batch_size": len(batch),
         },
         "points": points,
+        "usage": usage,
         "hardware": hardware(),
     }
 
@@ -363,14 +380,19 @@ def print_table(report: dict[str, Any]) -> None:
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
     print("MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those.")
+    if (usage := report["usage"]) is not None:
+        spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}
+        least, most = (choose(spent, key=lambda of: spent[of]) for choose in (min, max))
+        between = f"; class {least} takes {spent[least]:.2f}, class {most} {spent[most]:.2f}" if len(spent) > 1 else ""
+        print(f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}")
     for name in report["seeds"]:
         missed = sorted(set(BUDGETS) - {p["budget"] for p in report["points"] if p["policy"] == name})
         if missed:
             print(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """The metric against MACs and against measured time."""
+def draw(report: dict[str, Any], test: Split, path: Path) -> None:
+    """The metric against MACs and against measured time; where one policy spends, and on which inputs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -379,7 +401,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from dynrl.scripts.common import save_picture
     from dynrl.tasks import TASKS
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure = pyplot.figure(figsize=(11, 8))
+    halves: Any = figure.subfigures(2, 1)
+    upper, lower = halves
+    axes = upper.subplots(1, 2, sharey=True)
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     full_height = task.factor * dense[metric]
     for axis, x, label, full in (
@@ -397,9 +422,39 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_yscale(task.axis)
     axes[0].set_ylabel(f"test {task.heading}")
-    axes[0].legend()
-    figure.suptitle(f"{report['decision']} on {report['data']}, policy seeds: {show_seeds(report)}")
+    axes[0].legend(fontsize="small")
+    upper.suptitle(f"{report['decision']} on {report['data']}, policy seeds: {show_seeds(report)}", fontsize="medium")
+    if report["usage"] is not None:
+        draw_usage(report["usage"], test, lower)
     save_picture(figure, path)
+
+
+def draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
+    """What is spent at each step on each class; of images, those most and least is spent on."""
+    images = test.inputs.ndim == 4 and test.inputs.shape[1] in (1, 3)
+    halves: Any = figure.subfigures(1, 2) if images else (figure, None)
+    left, right = halves
+    axis = left.subplots()
+    names = [f"{'all' if g['class'] is None else g['class']}  {g['macs_fraction']:.2f}" for g in usage["groups"]]
+    picture = axis.imshow(usage["by_step"], aspect="auto", vmin=0, vmax=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="decision", ylabel="class, and what it takes of the dense MACs")
+    routes = f"{usage['distinct_routes']} routes, the commonest for {usage['commonest']:.0%}"
+    axis.set_title(f"{usage['policy']}: {routes}", fontsize="medium")
+    left.colorbar(picture, label="spent, share of the dearest choice")
+    if right is None:
+        return
+    rows = {"least": usage["cheapest"], "most": usage["dearest"]}
+    grid = right.subplots(len(rows), len(usage["cheapest"]), squeeze=False)
+    for (name, mine), line in zip(rows.items(), grid, strict=True):
+        for row, axis in zip(mine, line, strict=False):
+            image = test.inputs[row].float().cpu().permute(1, 2, 0)
+            low, high = image.min(), image.max()
+            axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
+            axis.set_title(str(int(test.targets[row])), fontsize="small")
+        for axis in line:
+            axis.set_axis_off()
+        line[0].text(0, -0.3, f"{name} is spent on", transform=line[0].transAxes)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ ALLOWED = {
         "dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.evaluation", "dynrl.heuristics",
         "dynrl.tasks",
     },
-    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops", "dynrl.routes"},
+    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks"},
     "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.finetuning": {

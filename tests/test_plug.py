@@ -19,6 +19,7 @@ from dynrl.cost import count_macs
 from dynrl.data import Split, load_dataset
 from dynrl.evaluation import (
     ORACLE_PRICE,
+    Usage,
     calibrate,
     collapse,
     oracle_routes,
@@ -235,6 +236,30 @@ def test_policy_files_carry_json_and_come_back(run):
     assert all(
         torch.equal(a, b) for a, b in zip(router.state_dict().values(), again.state_dict().values(), strict=True)
     )
+
+
+def test_where_compute_goes():
+    """Routes known by their inputs: class 0 skips the second of three blocks, class 1 all but the first."""
+    backbone = GatedResNet((1, 8, 8), classes=2, layers=(3,), widths=(4,)).eval()
+    routes = torch.tensor([[1, 0, 1], [1, 0, 0]])
+    inputs = torch.rand(12, 1, 8, 8)
+    inputs[:, 0, 0, 0] = classes = torch.arange(12) % 3 // 2
+
+    class ByClass(StaticPolicy):
+        def route(self, seen):
+            return routes[seen[:, 0, 0, 0].long()]
+
+    usage = Usage.of(RoutedModel(backbone, ByClass([1, 1, 1])), Split(inputs, classes), shown=3)
+    assert usage.distinct_routes == 2 and usage.commonest == pytest.approx(8 / 12)
+    shares = (backbone.step_costs[:, 0] / backbone.step_costs[:, 1]).tolist()
+    expected = [[1.0 if ran else share for ran, share in zip(route, shares, strict=True)] for route in routes.tolist()]
+    for got, wanted in zip(usage.by_step, expected, strict=True):
+        assert got == pytest.approx(wanted)
+    assert [group["inputs"] for group in usage.groups] == [8, 4]
+    assert set(usage.cheapest) < set((classes == 1).nonzero().flatten().tolist())
+    assert set(usage.dearest) < set((classes == 0).nonzero().flatten().tolist())
+    names = [point.name for point in backbone.points]
+    assert usage.groups[1]["choice_rates"] == dict(zip(names, [1.0, 0.0, 0.0], strict=True))
 
 
 def test_a_policy_of_one_price_is_told_nothing_of_it(small_backbone):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dynrl
 from dynrl.backbones import GatedResNet, SlimmableResNet, load_backbone
@@ -196,6 +197,15 @@ def test_report(run):
     (oracle,) = by_policy["oracle"]
     assert oracle["accuracy"] >= max(p["accuracy"] for p in by_policy["static"])
     assert run.joinpath("report.png").read_bytes()[:4] == b"\x89PNG"
+    # By class: together they spend what the row at half of the MACs says.
+    usage, test = report["usage"], load_dataset("digits").test
+    assert usage["policy"] == "learned" and [group["class"] for group in usage["groups"]] == list(range(10))
+    assert sum(group["inputs"] for group in usage["groups"]) == len(test)
+    for key in ("macs_fraction", "accuracy"):
+        mean = sum(group["inputs"] * group[key] for group in usage["groups"]) / len(test)
+        assert mean == pytest.approx(learned[0.5][key], abs=1e-6)
+    shown = EventAccumulator(str(run)).Reload()
+    assert shown.Tags()["images"] == ["report"]
 
 
 def test_a_regression_reports_its_own_metric(tmp_path, capsys):
@@ -219,7 +229,9 @@ def test_a_regression_reports_its_own_metric(tmp_path, capsys):
     table = report_table(report)
     assert " mse " in table[0]
     assert f"| oracle |  | {oracle['mse']:.2g} |" in "\n".join(table)
-    draw(report, tmp_path / "report.png")
+    (group,) = measured["usage"]["groups"]
+    assert group["class"] is None and group["inputs"] == 48
+    draw(report, dataset.test, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 

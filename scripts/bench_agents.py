@@ -1,0 +1,204 @@
+"""How soon agents learn a whole front, and where the time goes: `dynrl bench agents`.
+
+One pretrained backbone; each agent learns as many decisions, by the same settings. Every now and then its policy is put
+aside (training waits; that time does not count) and judged afterwards on validation data: by how much its routes beat
+random ones of as many MACs, on average over budgets.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium.vector import AutoresetMode
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from torch import Tensor
+
+from dynrl import evaluation as ev
+from dynrl.agents.ppo import PPO
+from dynrl.agents.sb3 import SB3PPO
+from dynrl.agents.training import Agent, Settings, Stop
+from dynrl.backbones import Backbone, load_backbone
+from dynrl.data import Split, load_dataset
+from dynrl.envs.core import distillation
+from dynrl.policies import LearnedPolicy, RandomPolicy
+from dynrl.recipes import defaults
+from dynrl.routed import RoutedModel
+from dynrl.scripts.pretrain import pretrain_into
+
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # of random routes that are walked
+DATA = "fashion-mnist"
+SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+ENOUGH = 0.95
+
+
+class StockPPO(PPO):
+    """The same algorithm, module and settings with RLlib's own runner and connectors, on the same environment."""
+
+    def configure(self, *args: Any, **place: Any) -> Any:
+        """Ours, undone."""
+        config: Any = super().configure(*args, **place)
+        config.env_config = {**config.env_config, "autoreset_mode": AutoresetMode.NEXT_STEP.value}
+        config.env_runners(env_runner_cls=SingleAgentEnvRunner)
+        return config.training(learner_connector=None, add_default_connectors_to_learner_pipeline=True)
+
+
+CONTENDERS: dict[str, type[Agent]] = {"ours": PPO, "sb3": SB3PPO, "rllib-stock": StockPPO}
+
+
+class Judge:
+    """By how much a policy's routes beat random ones of as many MACs, on average over `BUDGETS`."""
+
+    def __init__(self, backbone: Backbone, split: Split) -> None:
+        self._frozen, self._split = backbone.for_inference(), split
+        self._dense = torch.cat([self._frozen(inputs).float() for inputs in split.inputs.split(256)])
+        known = [self._worth(self._random_walk(RandomPolicy(self._frozen.step_costs, rate))) for rate in RATES]
+        self._random = torch.tensor(known).t()  # MACs, accuracy term, metric
+
+    def _random_walk(self, policy: RandomPolicy) -> Callable[[Tensor], Any]:
+        return lambda inputs: self._frozen.run_route(inputs, policy.route(inputs))
+
+    @torch.inference_mode()
+    def _worth(self, walk: Callable[[Tensor], Any]) -> tuple[float, float, float]:
+        """Share of the dense MACs, what the reward sets against it, and the metric: means over the split."""
+        task, sums = self._split.task, torch.zeros(3, dtype=torch.float64)
+        columns = (self._split.inputs, self._split.targets, self._dense)
+        for inputs, targets, dense in zip(*(column.split(256) for column in columns), strict=True):
+            walked = walk(inputs)
+            outputs = walked.outputs.float()
+            terms = (walked.macs / self._frozen.dense_macs, distillation(task, outputs, targets, dense))
+            sums += torch.stack([term.double().sum() for term in (*terms, task.score(outputs, targets))])
+        macs, term, metric = (sums / len(self._dense)).tolist()
+        return macs, term, metric
+
+    def gap(self, policy: LearnedPolicy) -> tuple[float, float]:
+        """In the accuracy term and in the metric; 0 counts where a policy has no point so cheap."""
+        model = RoutedModel(self._frozen, policy)
+        fractions = [macs for _, macs in ev.calibrate(model, self._split.head(1024))]
+        gaps = torch.zeros(2)
+        for budget in BUDGETS:
+            if budget >= min(fractions):
+                model.set_budget(min(budget, max(fractions)))
+                macs, *worth = self._worth(model.walk)
+                gaps += torch.tensor(worth) - self._random_at(macs)
+        term, metric = (gaps / len(BUDGETS)).tolist()
+        return term, metric
+
+    def _random_at(self, macs: float) -> Tensor:
+        """[2], on the line between the two rates nearest to these MACs."""
+        spent, worth = self._random[0], self._random[1:]
+        i = int((spent[1:-1] < macs).sum())
+        return worth[:, i] + (worth[:, i + 1] - worth[:, i]) * (macs - spent[i]) / (spent[i + 1] - spent[i])
+
+
+def bench_agents(names: Iterable[str], seeds: int, runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """`measure_agents` on the backbone of the first of `runs`, or on one pretrained for it."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        if not runs:
+            pretrain_into(folder, "skip", DATA, 0)
+        return measure_agents(names, seeds, runs[0] if runs else folder, folder)
+
+
+def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path) -> list[dict[str, Any]]:
+    """Rows {"agent", "seed", "curve", "seconds", "steps", "seconds_to_enough", "steps_per_s", ...}; of ours the shares
+    of training time, too.
+
+    Args:
+        names: of `CONTENDERS`; ours comes first, since `seconds_to_enough` is to 95 % of its last gap.
+        source: a folder with a pretrained backbone for skip on fashion-mnist.
+        folder: for what agents write.
+    """
+    row, file = defaults("skip", DATA), source / "backbone.safetensors"
+    judge, rows = Judge(load_backbone(file)[0], load_dataset(DATA).validation.head(2048)), []
+    for seed in range(seeds):
+        enough = None
+        for name in sorted(names, key=list(CONTENDERS).index):
+            settings = Settings(
+                "skip", DATA, row.steps, seed=seed, router_hidden=row.router_hidden, num_envs=row.num_envs,
+                checkpoint_every=10**9,
+            )  # fmt: skip
+            with CONTENDERS[name](settings, file, folder / f"{name}-{seed}", row.steps) as agent:
+                kept = learn(agent, row.steps)
+                shares = time_shares(agent) if name == "ours" else {}
+            curve = [(seconds, steps, *judge.gap(policy)) for seconds, steps, policy in kept]
+            enough = ENOUGH * curve[-1][2] if name == "ours" else enough
+            reached = [seconds for seconds, _, gap, _ in curve if enough is not None and gap >= enough]
+            seconds, steps, gap, metric = curve[-1]
+            rows.append(
+                {
+                    "agent": name, "seed": seed, "seconds": seconds, "steps": steps, "steps_per_s": steps / seconds,
+                    "gap": gap, "gap_in_metric": metric, "seconds_to_enough": reached[0] if reached else None,
+                    "curve": curve, "shares": shares,
+                }
+            )  # fmt: skip
+            shown = f"{reached[0]:.0f} s" if reached else "not reached"
+            print(
+                f"{name} seed {seed}: {steps} decisions in {seconds:.0f} s; gap to random routes {gap:.4f} nats, "
+                f"{100 * metric:.2f} points; {ENOUGH:.0%} of ours after {shown} {shares or ''}", flush=True,
+            )  # fmt: skip
+    return rows
+
+
+def learn(agent: Agent, steps: int) -> list[tuple[float, int, LearnedPolicy]]:
+    """Learn to the end: (seconds, decisions, policy) at `SHARES` of it."""
+    seconds, kept = 0.0, []
+    for share in SHARES:
+        start = time.perf_counter()
+        agent.learn(int(share * steps), Stop())
+        seconds += time.perf_counter() - start
+        kept.append((seconds, agent.steps, agent.router()))
+    return kept
+
+
+def time_shares(agent: Any, iterations: int = 20) -> dict[str, float]:
+    """Shares of the time of some more training iterations: the backbone's walk, the router's choices, the learner's
+    networks (advantages, losses, gradients, steps of the optimiser), and the framework: all else.
+    """
+    algorithm = agent._algorithm
+    runner, learner = algorithm.env_runner, algorithm.learner_group._learner
+    spent = dict.fromkeys(("backbone", "router", "learner"), 0.0)
+    inside = False
+
+    def timed(owner: Any, name: str, part: str) -> None:
+        method = getattr(owner, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            nonlocal inside
+            if inside:  # it is part of what is timed already
+                return method(*given, **named)
+            inside, start = True, time.perf_counter()
+            try:
+                return method(*given, **named)
+            finally:
+                spent[part] += time.perf_counter() - start
+                inside = False
+
+        setattr(owner, name, call)
+
+    env = runner.env.unwrapped
+    for name in ("begin", "observe", "advance", "output"):
+        timed(env.backbone, name, "backbone")
+    timed(env, "_dense", "backbone")
+    for name in ("logits", "explore"):
+        timed(runner.module, name, "router")
+    for name in (
+        "compute_losses",
+        "compute_gradients",
+        "postprocess_gradients",
+        "apply_gradients",
+        "_learner_connector",
+    ):
+        timed(learner, name, "learner")
+    timed(learner.module, "forward_train", "learner")
+    start = time.perf_counter()
+    for _ in range(iterations):
+        agent.iterate()
+    whole = time.perf_counter() - start
+    shares = {part: seconds / whole for part, seconds in spent.items()}
+    return {**shares, "framework": 1 - sum(shares.values())}
