@@ -71,7 +71,6 @@ def save_picture(figure: Any, path: Path) -> None:
 
     from dynrl.files import write_aside
 
-    figure.tight_layout()
     with write_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
     pyplot.close(figure)

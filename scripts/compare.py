@@ -228,7 +228,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from dynrl.tasks import TASKS
 
     task = TASKS[result["metric"]]
-    figure, axis = pyplot.subplots(figsize=(7, 4.6))
+    figure, axis = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
     for name, front in result["fronts"].items():
         columns = zip(front["macs_fraction"], front["metric"], front["std"], strict=True)
         rows = [row for row in columns if row[0] is not None]

@@ -401,7 +401,7 @@ def draw(report: dict[str, Any], test: Split, path: Path) -> None:
     from dynrl.scripts.common import save_picture
     from dynrl.tasks import TASKS
 
-    figure = pyplot.figure(figsize=(11, 8))
+    figure = pyplot.figure(figsize=(11, 8.4), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
     upper, lower = halves
     axes = upper.subplots(1, 2, sharey=True)
@@ -439,22 +439,23 @@ def draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
     picture = axis.imshow(usage["by_step"], aspect="auto", vmin=0, vmax=1)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="decision", ylabel="class, and what it takes of the dense MACs")
-    routes = f"{usage['distinct_routes']} routes, the commonest for {usage['commonest']:.0%}"
+    routes = f"{usage['distinct_routes']} distinct routes, the commonest for {usage['commonest']:.0%}"
     axis.set_title(f"{usage['policy']}: {routes}", fontsize="medium")
     left.colorbar(picture, label="spent, share of the dearest choice")
     if right is None:
         return
-    rows = {"least": usage["cheapest"], "most": usage["dearest"]}
-    grid = right.subplots(len(rows), len(usage["cheapest"]), squeeze=False)
-    for (name, mine), line in zip(rows.items(), grid, strict=True):
-        for row, axis in zip(mine, line, strict=False):
+    for name, mine, half in zip(
+        ("least", "most"), (usage["cheapest"], usage["dearest"]), right.subfigures(2, 1), strict=True
+    ):
+        half.suptitle(f"{name} is spent on (and their classes)", fontsize="medium")
+        grid = half.subplots(2, -(-len(mine) // 2), squeeze=False).flatten()
+        for axis in grid:
+            axis.set_axis_off()
+        for row, axis in zip(mine, grid, strict=False):
             image = test.inputs[row].float().cpu().permute(1, 2, 0)
             low, high = image.min(), image.max()
             axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
             axis.set_title(str(int(test.targets[row])), fontsize="small")
-        for axis in line:
-            axis.set_axis_off()
-        line[0].text(0, -0.3, f"{name} is spent on", transform=line[0].transAxes)
 
 
 if __name__ == "__main__":
