@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VISION := .venv-vision
 
-.PHONY: install demo pretrained test test-vision lint type bench wheel clean
+.PHONY: install demo pretrained test test-vision test-scale lint type bench wheel clean
 .DELETE_ON_ERROR:
 
 install: $(READY)
@@ -46,6 +46,10 @@ dynrl/pretrained/%/report.json: | install
 # Real networks of torchvision and timm; apart, since torchvision fits one torch only and brings CUDA's gigabytes.
 test-vision: $(VISION)/.ready
 	$(VISION)/bin/python -m pytest tests/vision.py
+
+# Several processes, some of them killed.
+test-scale: install
+	$(BIN)/python -m pytest tests/scale.py
 
 $(VISION)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VISION)

@@ -48,9 +48,10 @@ class APPO(RLlibAgent):
         batch = place["num_envs"] * place["rollout"]
         spec = RLModuleSpec(module_class=OldRouterModule, model_config={"router": list(router)})
         config: APPOConfig = routing_config(APPOConfig(), env_id, env_config, spec, EpisodesRunner, **place)
-        # RLlib's own runner would ask a server for weights when it samples; ours are sent them.
+        # RLlib's own runner would ask a server for weights when it samples; ours are sent them. Where all remote runners
+        # have died and are not back yet, this process samples: it needs an environment.
         return (
-            config.env_runners(use_env_runner_state_server=False)
+            config.env_runners(use_env_runner_state_server=False, create_env_on_local_worker=True)
             .training(
                 train_batch_size_per_learner=batch,
                 circular_buffer_num_batches=2,

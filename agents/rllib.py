@@ -422,9 +422,7 @@ class RLlibAgent(Agent):
         runners = self._algorithm.env_runner_group
         assert runners is not None
         # Given the method's name only, the local runner would not call it.
-        runners.foreach_env_runner(
-            lambda runner: runner.make_env(), local_env_runner=self.settings.num_env_runners == 0
-        )
+        runners.foreach_env_runner(lambda runner: runner.make_env() if runner.env is not None else None)
 
 
 def scalars_of(result: dict[str, Any]) -> dict[str, float]:
