@@ -44,19 +44,19 @@ class APPO(RLlibAgent):
         self, env_id: str, env_config: dict[str, Any], router: tuple[str, dict[str, Any]], steps: int, **place: Any
     ) -> APPOConfig:
         """Each batch is one walk of each sub-environment of one runner, learned from four times."""
-        place["rollout"] = self._walk
+        place["rollout"], rate = self._walk, self.settings.learning_rate or 2e-3
         batch = place["num_envs"] * place["rollout"]
         spec = RLModuleSpec(module_class=OldRouterModule, model_config={"router": list(router)})
         config: APPOConfig = routing_config(APPOConfig(), env_id, env_config, spec, EpisodesRunner, **place)
-        # RLlib's own runner would ask a server for weights when it samples; ours are sent them. Where all remote runners
-        # have died and are not back yet, this process samples: it needs an environment.
+        # RLlib's own runner would ask a server for weights when it samples; ours are sent them. Where all remote
+        # runners have died and are not back yet, this process samples: it needs an environment.
         return (
             config.env_runners(use_env_runner_state_server=False, create_env_on_local_worker=True)
             .training(
                 train_batch_size_per_learner=batch,
                 circular_buffer_num_batches=2,
                 circular_buffer_iterations_per_batch=4,
-                lr=[[0, 2e-3], [steps, 2e-4]],
+                lr=[[0, rate], [steps, rate / 10]],
                 entropy_coeff=[[0, self._entropy], [steps, self._entropy / 10]],
                 gamma=1.0,
                 clip_param=0.2,

@@ -84,7 +84,7 @@ class DQN(RLlibAgent):
         self, env_id: str, env_config: dict[str, Any], router: tuple[str, dict[str, Any]], steps: int, **place: Any
     ) -> DQNConfig:
         """Each step sampled is learned from about twice; a sample is one walk of each sub-environment."""
-        place["rollout"] = self._walk
+        place["rollout"], rate = self._walk, self.settings.learning_rate or 1e-3
         model = {"router": list(router), "total_steps": steps}
         spec = RLModuleSpec(module_class=QRouterModule, model_config=model)
         config: DQNConfig = routing_config(DQNConfig(), env_id, env_config, spec, EpisodesRunner, **place)
@@ -99,7 +99,7 @@ class DQN(RLlibAgent):
             n_step=1,
             double_q=True,
             dueling=False,
-            lr=[[0, 1e-3], [steps, 1e-4]],
+            lr=[[0, rate], [steps, rate / 10]],
             gamma=1.0,
             grad_clip=10,
             training_intensity=2.0,

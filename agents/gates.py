@@ -55,7 +55,8 @@ class Gates(Agent):
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self._router = build_policy(*router_arguments(self._backbone, settings))
-        self._optimizer = torch.optim.Adam(self._router.parameters(), LEARNING_RATE)
+        self._rate = settings.learning_rate or LEARNING_RATE
+        self._optimizer = torch.optim.Adam(self._router.parameters(), self._rate)
         if self._file.exists():
             saved = torch.load(self._file, weights_only=True)
             self._router.load_state_dict(saved["router"])
@@ -77,7 +78,7 @@ class Gates(Agent):
         """Some batches of gradient descent."""
         # As PPO's, the learning rate falls to a tenth.
         for group in self._optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - 0.9 * min(1.0, self.steps / self.total))
+            group["lr"] = self._rate * (1 - 0.9 * min(1.0, self.steps / self.total))
         parts = [self._descend() for _ in range(walks(self._backbone))]
         self.steps += len(parts) * self.settings.num_envs * self._backbone.max_steps
         over = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -206,5 +206,6 @@ class PPO(RLlibAgent):
         """As `ppo_config` says."""
         return ppo_config(
             env_id, env_config, router,
-            baseline=self.settings.baseline, total_steps=steps, entropy=self._entropy, **place,
+            baseline=self.settings.baseline, total_steps=steps, entropy=self._entropy,
+            learning_rate=self.settings.learning_rate or 2e-3, **place,
         )  # fmt: skip

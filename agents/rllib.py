@@ -41,7 +41,7 @@ from ray.rllib.utils.metrics import (
 from torch import Tensor, nn
 
 from dynrl.agents.metrics import ended_episodes, episode_scalars
-from dynrl.agents.training import ENTROPY, GROUP, UPFRONT_WALKS, Agent, router_arguments, walks
+from dynrl.agents.training import GROUP, UPFRONT_WALKS, Agent, entropy_bonus, router_arguments, walks
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
@@ -387,7 +387,7 @@ class RLlibAgent(Agent):
         # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
         self._decisions = backbone.max_steps if settings.upfront else 1
         self._walk = backbone.max_steps // self._decisions
-        self._entropy = ENTROPY * min(1.0, 8 / backbone.max_steps)
+        self._entropy = entropy_bonus(settings, backbone)
         config = self.configure(
             decision(settings.decision).env_id, env_config, router_arguments(backbone, settings),
             self.total // self._decisions, seed=settings.seed, num_envs=settings.num_envs,

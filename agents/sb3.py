@@ -19,7 +19,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
 from dynrl.agents.metrics import ended_episodes, episode_scalars
-from dynrl.agents.training import ENTROPY, EXPLORATION, UPFRONT_WALKS, Agent, build_q, router_arguments, walks
+from dynrl.agents.training import EXPLORATION, UPFRONT_WALKS, Agent, build_q, entropy_bonus, router_arguments, walks
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
@@ -176,6 +176,10 @@ class SB3Agent(Agent):
         """
         raise NotImplementedError
 
+    @property
+    def _left(self) -> float:
+        return 1 - 0.9 * min(1.0, self.steps / self.total)
+
     def schedule(self) -> None:
         """Set what changes with `steps`."""
 
@@ -185,7 +189,7 @@ class SB3Agent(Agent):
         self._decisions = backbone.max_steps if settings.upfront else 1
         walk = backbone.max_steps // self._decisions
         self._samples = UPFRONT_WALKS if settings.upfront else walks(backbone) * walk
-        self._entropy = ENTROPY * min(1.0, 8 / backbone.max_steps)
+        self._entropy = entropy_bonus(settings, backbone)
         self._env, self.steps = self._make_env(), 0
         self._algorithm = self.build(self._env, router_arguments(backbone, settings), walk, self._samples)
         file = self.checkpoints / "sb3.pt"
@@ -262,14 +266,11 @@ class SB3PPO(SB3Agent):
         batch = samples * env.num_envs
         return PPO(
             RouterActorCritic, env, policy_kwargs={"router": router},
-            learning_rate=lambda _: 2e-3 * self._left, n_steps=samples, batch_size=max(2, batch // 8), n_epochs=4,
+            learning_rate=lambda _: (self.settings.learning_rate or 2e-3) * self._left,
+            n_steps=samples, batch_size=max(2, batch // 8), n_epochs=4,
             gamma=1.0, gae_lambda=0.95, clip_range=0.2, ent_coef=self._entropy, vf_coef=0.5, max_grad_norm=0.5,
             seed=self.settings.seed, device="cpu",
         )  # fmt: skip
-
-    @property
-    def _left(self) -> float:
-        return 1 - 0.9 * min(1.0, self.steps / self.total)
 
     def schedule(self) -> None:
         """The entropy bonus falls to a tenth, too."""
@@ -288,7 +289,7 @@ class SB3DQN(SB3Agent):
         """Each step sampled is learned from about four times."""
         model = DQN(
             RouterQ, env, policy_kwargs={"router": router},
-            learning_rate=lambda _: 1e-3 * (1 - 0.9 * min(1.0, self.steps / self.total)), buffer_size=100_000,
+            learning_rate=lambda _: (self.settings.learning_rate or 1e-3) * self._left, buffer_size=100_000,
             learning_starts=min(10_000, self.total // 10), batch_size=128, gamma=1.0, n_steps=3,
             train_freq=(walk, "step"), gradient_steps=max(1, round(4 * walk * env.num_envs / 128)),
             target_update_interval=1_000, max_grad_norm=10.0, seed=self.settings.seed, device="cpu",

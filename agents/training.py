@@ -23,9 +23,6 @@ from dynrl.policies import LearnedPolicy, build_policy
 from dynrl.progress import progress
 from dynrl.tasks import TASKS
 
-# The bonus for each decision of a walk of up to eight. Of a longer one each moves the return less: at the same bonus
-# policies stay undecided, and the likeliest choices, taken throughout, lead where training never was.
-ENTROPY = 0.01
 EXPLORATION = (1.0, 0.05)  # DQN's share of random choices, at the first step and from a fifth of all on
 UPFRONT_WALKS = 16  # of each sub-environment a training iteration: a walk is one sample to learn from, not one a step
 GROUP = 8  # routes of one input that are compared with each other, where the baseline is "group"
@@ -52,6 +49,8 @@ class Settings:
         baseline: of PPO's advantages: "value"; "group", what several routes of the same input earn on average, the
             likeliest among them; or "greedy", what the likeliest alone earns (upfront only; self-critical training,
             Rennie et al. 2017, CVPR, which BlockDrop uses).
+        learning_rate: at the start; it falls to a tenth. None: the agent's own.
+        entropy: the bonus of PPO and APPO for undecided policies at the start, see `entropy_bonus`; falls to a tenth.
         times: what is charged instead of MACs; see `RoutingVectorEnv`. Not of gates.
         device, dtype: of the backbone; see `RoutingVectorEnv`. Of gates: the CPU, in float32.
         num_learners: remote processes that learn, at most one (RLlib's agents only); 0: this one does.
@@ -72,6 +71,8 @@ class Settings:
     accuracy_term: str = "distillation"
     upfront: bool = False
     baseline: str = "value"
+    learning_rate: float | None = None
+    entropy: float = 0.01
     times: dict[str, Any] | None = None
     device: str = "cpu"
     dtype: str = "float32"
@@ -195,6 +196,13 @@ def build_q(kind: str, config: dict[str, Any]) -> LearnedPolicy:
     head: Any = net.head
     torch.nn.init.zeros_(head.bias)
     return net
+
+
+def entropy_bonus(settings: Settings, backbone: Backbone) -> float:
+    """For each decision: what the settings say for walks of up to eight. Of a longer one each moves the return less: at
+    the same bonus policies stay undecided, and the likeliest choices, taken throughout, lead where training never was.
+    """
+    return settings.entropy * min(1.0, 8 / backbone.max_steps)
 
 
 def walks(backbone: Backbone) -> int:

@@ -10,6 +10,7 @@ VERBS = {
     "train": "learn a policy (pretrains a backbone first where none is given), evaluate it, write a run folder",
     "evaluate": "report accuracy, MACs and time of one or more run folders",
     "compare": "train a matrix of policies, and tell which is better by how much, and how surely",
+    "sweep": "search settings of training with Ray Tune",
     "pretrain": "train a backbone under random routes, and its plain twin",
     "calibrate": "time a routed model on this machine, for budgets in milliseconds",
     "export": "write a routed model as a program that needs torch alone",

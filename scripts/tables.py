@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 
@@ -94,6 +94,50 @@ def comparison_table(results: list[dict[str, Any]]) -> list[str]:
             )
     dates = sorted({result["date"] for result in results})
     return [*lines, "", f"{', '.join(dates)}; accuracy in points, mse in its own units turned so that more is better."]
+
+
+def one_price_table(results: list[dict[str, Any]]) -> list[str]:
+    """Policies for all prices beside those for one, at equal MACs, as Markdown."""
+    from dynrl.tasks import TASKS
+
+    lines = [
+        "| decision, data | at one price | MACs | alone | for all prices | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        show = TASKS[result["metric"]].show
+        for row in sorted(result.get("one_price", []), key=lambda row: row["one_price_macs_fraction"]):
+            price = row["policy"].partition(" at ")[2]
+            lines.append(
+                f"| {result['decision']}, {result['data']} | {price} | {row['one_price_macs_fraction']:.2f} "
+                f"| {show(row['one_price_metric'])} | {show(row['metric'])} "
+                f"| {show(row['difference'])} [{show(row['low'])}, {show(row['high'])}] |"
+            )
+    return lines
+
+
+def bench_agents_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench agents` as Markdown, medians over seeds."""
+    names = {"ours": "RLlib's PPO, our runner", "sb3": "SB3's PPO", "rllib-stock": "RLlib's PPO, its own runner"}
+    lines = [
+        "| agent | seeds | decisions a second | 95 % of ours after | gap to random routes | all decisions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for agent, name in names.items():
+        mine = [row for row in result["rows"] if row["agent"] == agent]
+        if not mine:
+            continue
+        reached = [row["seconds_to_enough"] for row in mine]
+        shown = "not by all" if None in reached else f"{median(reached):.0f} s"
+        lines.append(
+            f"| {name} | {len(mine)} | {median(row['steps_per_s'] for row in mine):.0f} | {shown} "
+            f"| {100 * median(row['gap_in_metric'] for row in mine):.2f} points "
+            f"| {median(row['seconds'] for row in mine):.0f} s |"
+        )
+    shares = [row["shares"] for row in result["rows"] if row["shares"]]
+    means = {part: sum(of[part] for of in shares) / len(shares) for part in shares[0]}
+    lines += ["", "Of our training time: " + ", ".join(f"{part} {100 * of:.0f} %" for part, of in means.items()) + "."]
+    return [*lines, "", _machine(result)]
 
 
 def bench_known_table(result: dict[str, Any]) -> list[str]:
@@ -223,7 +267,7 @@ def decisions_table() -> list[str]:
 
 
 BENCHES = {
-    "bench-known": bench_known_table, "bench-env": bench_env_table, "bench-ops": bench_ops_table,
+    "bench-known": bench_known_table, "bench-agents": bench_agents_table, "bench-env": bench_env_table, "bench-ops": bench_ops_table,
     "bench-model": bench_model_table, "gpu": gpu_table,
 }  # fmt: skip
 
@@ -239,8 +283,9 @@ def main(args: Args) -> None:
             lines = decisions_table()
         elif name == "shipped":
             lines = shipped_table()
-        elif name == "comparison":
-            lines = comparison_table([read_json(path) for path in sorted(args.results.glob("*/comparison.json"))])
+        elif name in ("comparison", "one-price"):
+            compared = [read_json(path) for path in sorted(args.results.glob("*/comparison.json"))]
+            lines = comparison_table(compared) if name == "comparison" else one_price_table(compared)
         elif name == "at-half":
             found = {path.parent.name: read_json(path) for path in args.results.glob("*/report.json")}
             order = sorted(found, key=lambda folder: (list(DECISIONS).index(found[folder]["decision"]), folder))

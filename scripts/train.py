@@ -62,6 +62,10 @@ class Args:
     baseline: Literal["value", "group", "greedy"] = "value"
     """What PPO compares a reward with: a learned value; what eight routes of the same input earn on average, the
     likeliest among them; or what the likeliest alone earns (self-critical, as in BlockDrop; --upfront only)."""
+    learning_rate: float | None = None
+    """Of the optimiser, at the start; it falls to a tenth. Default: the agent's own."""
+    entropy: float = 0.01
+    """Bonus for undecided policies, at the start; it falls to a tenth. Of PPO and APPO."""
     cost: Literal["macs", "time"] = "macs"
     """What the price is of: multiply-accumulates, or the time that each choice takes on this machine, which is measured
     first (batches of 256; not of gates). Budgets stay shares of the MACs, or milliseconds after dynrl calibrate."""
@@ -117,7 +121,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         write_json(run / "config.json", config)
     else:
         config = _settings(args)
-        _check(args)
+        check_args(args)
         config["data"] = data = check_dataset(args.data or decision(args.decision).data)
         row = defaults(args.decision, data).changed(args.network)
         config["finetune"] = args.finetune or row.joint
@@ -154,7 +158,7 @@ _DEFAULT = _settings(Args("")) | {"decision": None}
 
 _EARLIER: dict[str, Any] = {  # of runs from before these could be set
     "finetune": False, "network": [], "router_hidden": 64, "upfront": False, "baseline": "value",
-    "cost": "macs", "dtype": "float32",
+    "cost": "macs", "dtype": "float32", "learning_rate": None, "entropy": 0.01,
 }  # fmt: skip
 
 
@@ -177,7 +181,8 @@ def _check_place(args: Args) -> None:
         start_ray(0, args.address)
 
 
-def _check(args: Args) -> None:
+def check_args(args: Args) -> None:
+    """Refuse, with a ValueError, what does not go together or is out of range."""
     from dynrl.agents.training import GROUP
     from dynrl.envs.core import check_price_range
 
@@ -201,6 +206,12 @@ def _check(args: Args) -> None:
         )
     if args.agent not in RLLIB and args.num_env_runners:
         raise ValueError(f"--num-env-runners is for the agents of RLlib: {', '.join(RLLIB)}")
+    if args.learning_rate is not None and not 0 < args.learning_rate < 1:
+        raise ValueError(f"expected --learning-rate above 0 and below 1, got {args.learning_rate}")
+    if not 0 <= args.entropy < 1:
+        raise ValueError(f"expected --entropy of at least 0 and below 1, got {args.entropy}")
+    if args.entropy != 0.01 and args.agent not in ("ppo", "appo", "sb3-ppo"):
+        raise ValueError("--entropy is for the agents ppo, appo and sb3-ppo")
     if args.agent == "gate" and args.dtype != "float32":
         raise ValueError("gates are trained in float32; leave out --dtype")
     if args.agent == "gate" and args.cost == "time":
@@ -232,7 +243,7 @@ def learn(
     run: Path, config: dict[str, Any], device: str = "cpu", num_learners: int = 0, address: str | None = None
 ) -> bool:
     """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
-    from dynrl.agents.training import Settings, train_policy
+    from dynrl.agents.training import train_policy
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.evaluation import calibrate, collapse
@@ -244,9 +255,8 @@ def learn(
     file = newest = run / "backbone.safetensors"
     if not file.exists():
         pretrain_into(run, config["decision"], config["data"], config["seed"], config["network"], device=device)
-    given = {name: value for name, value in config.items() if name not in ("finetune", "network", "cost")}
     times = _times(run, file, config["data"], device, config["dtype"]) if config["cost"] == "time" else None
-    settings = Settings(**given, times=times, device=device, num_learners=num_learners, address=address)
+    settings = settings_of(config, times=times, device=device, num_learners=num_learners, address=address)
     if config["finetune"]:
         newest = run / "checkpoints" / "backbone.safetensors"
         router, finished = _train_jointly(run, settings, newest)
@@ -273,6 +283,15 @@ def learn(
     if not finished:
         print(f"stopped early; go on with: dynrl train {config['decision']} --resume {run}", file=sys.stderr)
     return finished
+
+
+def settings_of(config: dict[str, Any], **more: Any) -> Settings:
+    """What a run's config.json says of training, and what it does not: where, and by what times."""
+    from dynrl.agents.training import Settings
+
+    return Settings(
+        **{name: value for name, value in config.items() if name not in ("finetune", "network", "cost")}, **more
+    )
 
 
 def _times(run: Path, file: Path, data: str, device: str, dtype: str) -> dict[str, Any]:

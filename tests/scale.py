@@ -1,4 +1,4 @@
-"""Several processes that sample, some of which die: `make test-scale`, outside the ordinary run (a minute or two)."""
+"""Several processes, some of which die; a sweep: `make test-scale`, outside the ordinary run (a minute or two)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from dynrl.agents.training import Settings, Stop, open_agent
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.evaluation import score, score_routes
+from dynrl.files import read_json
 from dynrl.routed import RoutedModel
+from dynrl.scripts.cli import main
 
 STEPS = 24_000
 
@@ -44,3 +46,22 @@ def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp
     model, test = RoutedModel(backbone, router), load_dataset("digits").test
     nothing = score_routes(model.backbone, torch.zeros(len(test), backbone.max_steps, dtype=torch.int64), test)
     assert score(model, test).macs_fraction == pytest.approx(float(nothing.macs.mean()), abs=0.05)
+
+
+def test_a_sweep_trains_all_ranks_them_and_goes_on(small_backbone, tmp_path, capsys):
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "backbone.safetensors").symlink_to(small_backbone)
+    out = tmp_path / "sweep"
+    words = ["sweep", "skip", "--data", "digits", "--backbone", str(given), "--out", str(out), "--steps", "20000"]
+    words += ["--vary", "learning_rate=0.002,1e-07"]
+    main(words)
+    shown = capsys.readouterr().out
+    rows = read_json(out / "sweep.json")
+    assert [row["run"].rpartition("/")[2] for row in rows] == ["learning_rate=0.002", "learning_rate=1e-07"]
+    assert rows[0]["quarter"] == 4 and rows[0]["steps"] >= 20_000 and rows[0]["area"] > rows[1]["area"]
+    assert "report of the best: dynrl train skip --resume" in shown and "quarter 1 of 4" in shown
+    main(words)  # nothing is left to do
+    assert read_json(out / "sweep.json") == rows
+    main(["train", "skip", "--resume", str(out / "learning_rate=0.002")])
+    assert (out / "learning_rate=0.002" / "report.json").is_file()

@@ -30,6 +30,7 @@ from dynrl.routed import RoutedModel
 from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
 from dynrl.scripts.evaluate import BUDGETS, draw, measure, print_table, report_runs
+from dynrl.scripts.sweep import front_area
 from dynrl.scripts.pretrain import pretrain_into
 from dynrl.scripts.tables import at_half_table, report_table
 from tests.cases import numbers_split
@@ -493,3 +494,28 @@ def test_bench_env_rows():
         ("naive", 1),
     }
     assert all(r["steps_per_s"] > 0 for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--vary", "nosuch=1"], "names of"), (["--vary", "entropy="], "names of"),
+        (["--vary", "entropy=a"], "numbers for entropy"), (["--vary", "num_envs=8,1.5"], "numbers for num_envs"),
+        (["--vary", "entropy=0.1,2"], "--entropy"), (["--vary", "learning_rate=0"], "--learning-rate"),
+        (["--vary", "baseline=group,greedy"], "--upfront"), (["--vary", "entropy=0.1", "entropy=0.2"], "once each"),
+        (["--agent", "dqn"], "--entropy is for"), (["--backbone", "/nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_cannot_be_is_refused_before_anything_is_made(words, reason, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["sweep", "skip", "--data", "digits", "--out", str(tmp_path / "x"), *words])
+    assert reason in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_front_counts_the_cheapest_network_where_a_policy_has_no_point(small_backbone):
+    backbone, split = load_backbone(small_backbone)[0], load_dataset("digits").validation
+    full = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1)
+    with torch.no_grad():
+        full.head.weight.zero_()
+    nothing = score_routes(backbone.for_inference(), torch.zeros(len(split), 3, dtype=torch.int64), split).metric.mean()
+    assert front_area(backbone, full, split) == pytest.approx(float(nothing), abs=1e-6)

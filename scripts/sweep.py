@@ -1,0 +1,210 @@
+"""Search settings of training with Ray Tune: every combination, the poor ones stopped early, the best named.
+
+Each combination is a run folder, OUT/NAME=VALUE,..., on one backbone; as many are trained side by side as there are
+cores. After each quarter of its steps a policy is judged on validation data by the area under its accuracy-compute
+front from 0.3 to 0.9 of the dense MACs; of those that have come as far, the worse half stops there (asynchronous
+successive halving; Li et al. 2020, MLSys). The same command goes on with what was interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from dynrl.scripts.train import Args as Training
+
+NUMBERS = {"learning_rate": float, "entropy": float, "router_hidden": int, "num_envs": int, "steps": int}
+VARIED = (*NUMBERS, "accuracy_term", "baseline")
+QUARTERS = 4
+
+
+@dataclass
+class Args:
+    """Settings of `dynrl sweep`."""
+
+    decision: Annotated[str, tyro.conf.Positional]
+    """What to decide; see `dynrl list`."""
+    out: Path
+    """Folder of all runs; the same command goes on with it."""
+    vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "entropy=0.003,0.01,0.03")
+    """What to try, each NAME=VALUE,VALUE...; names: learning_rate, entropy, router_hidden, num_envs, steps,
+    accuracy_term, baseline, all as of `dynrl train`."""
+    data: str | None = None
+    """Data set, as of `dynrl train`; default: the decision's."""
+    agent: Literal["ppo", "appo", "dqn", "sb3-ppo", "sb3-dqn", "gate"] = "ppo"
+    """What learns, as of `dynrl train`."""
+    backbone: Path | None = None
+    """A folder from `dynrl pretrain` or a run; default: pretrain one first, in OUT/backbone."""
+    steps: int | None = None
+    """Decisions to learn from, of those that are not stopped; default: the data set's."""
+    seed: int = 0
+    """Policy seed of all."""
+    side_by_side: int | None = None
+    """Runs at a time; default: one a core."""
+
+
+def main(args: Args) -> None:
+    """Check all combinations, train them, rank them."""
+    import torch
+
+    from dynrl.agents.rllib import start_ray
+    from dynrl.files import write_json
+    from dynrl.scripts.common import use_threads
+    from dynrl.scripts.pretrain import pretrain_into
+    from dynrl.scripts.train import Args as Training
+    from dynrl.scripts.train import open_run
+
+    use_threads(None)
+    found = combinations(args)
+    backbone = args.backbone or args.out / "backbone"
+    if args.backbone is None:
+        backbone.mkdir(parents=True, exist_ok=True)
+        pretrain_into(backbone, args.decision, str(found[0].data), args.seed)
+    runs = []
+    for training in found:
+        run = args.out / name_of(training, args.vary)
+        resumed = (run / "config.json").is_file()
+        open_run(Training(args.decision, resume=run) if resumed else replace(training, backbone=backbone, out=run))
+        runs.append(str(run.resolve()))
+    start_ray(args.side_by_side or torch.get_num_threads())
+    rows = search(runs, args.out.resolve())
+    write_json(args.out / "sweep.json", rows)
+    print(f"\n{'area':>8} {'steps':>10} {'seconds':>8}  run")
+    for row in rows:
+        print(f"{row['area']:8.4f} {row['steps']:10} {row['seconds']:8.0f}  {Path(row['run']).name}")
+    best = args.out / Path(rows[0]["run"]).name
+    print(f"\nreport of the best: dynrl train {args.decision} --resume {best}\ncurves: tensorboard --logdir {args.out}")
+
+
+def combinations(args: Args) -> list[Training]:
+    """`dynrl train`'s arguments of each; a ValueError for any that it would refuse."""
+    from dynrl.data import check_dataset
+    from dynrl.envs import decision
+    from dynrl.recipes import defaults
+    from dynrl.scripts.train import Args as Training
+    from dynrl.scripts.train import check_args
+
+    data = check_dataset(args.data or decision(args.decision).data)
+    if defaults(args.decision, data).joint:
+        raise ValueError(
+            f"{args.decision} on {data} is trained with its backbone; a sweep is for policies on a frozen one"
+        )
+    given = Training(args.decision, data=data, agent=args.agent, steps=args.steps, seed=args.seed)
+    choices: dict[str, list[Any]] = {}
+    for setting in args.vary:
+        name, _, words = setting.partition("=")
+        if name not in VARIED or not words or name in choices:
+            raise ValueError(
+                f"expected --vary NAME=VALUE,... with names of {', '.join(VARIED)}, once each; got {setting}"
+            )
+        try:
+            choices[name] = [NUMBERS.get(name, str)(word) for word in words.split(",")]
+        except ValueError:
+            raise ValueError(f"expected numbers for {name}, got {words}") from None
+    found = [replace(given, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())]
+    for training in found:
+        check_args(training)
+    return found
+
+
+def name_of(training: Training, vary: tuple[str, ...]) -> str:
+    """The run folder's name."""
+    names = [setting.partition("=")[0] for setting in vary]
+    return ",".join(f"{name}={getattr(training, name)}" for name in names) or "default"
+
+
+def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
+    """Train all by Ray Tune, whose own files go to `out/tune`: a row each, those that came furthest first, the best of
+    them before the others.
+    """
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    from dynrl.data import load_dataset
+    from dynrl.files import read_json
+
+    class Shown(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            quarter, run = result["quarter"], Path(result["config"]["run"]).name
+            print(f"{run}: area {result['area']:.4f} after quarter {quarter} of {QUARTERS}", flush=True)
+
+    task = load_dataset(read_json(Path(runs[0]) / "config.json")["data"]).task
+    mode = "max" if task.error(1.0) < task.error(0.0) else "min"
+    trainable = tune.with_resources(learn_in_quarters, {"cpu": 1})
+    if tune.Tuner.can_restore(str(out / "tune")):
+        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"run": tune.grid_search(runs)},
+            tune_config=tune.TuneConfig(
+                metric="area", mode=mode,
+                scheduler=ASHAScheduler(time_attr="quarter", max_t=QUARTERS, grace_period=1, reduction_factor=2),
+            ),
+            run_config=tune.RunConfig("tune", str(out), verbose=0, callbacks=[Shown()]),
+        )  # fmt: skip
+    results = tuner.fit()
+    if results.errors:
+        raise ValueError(f"{len(results.errors)} runs failed, the first with: {results.errors[0]}")
+    last: list[dict[str, Any]] = [results[i].metrics or {} for i in range(len(results))]
+    rows = [{name: metrics[name] for name in ("run", "quarter", "steps", "seconds", "area")} for metrics in last]
+    return sorted(rows, key=lambda row: (-row["quarter"], task.error(row["area"])))
+
+
+def learn_in_quarters(config: dict[str, Any]) -> None:
+    """Train the run folder `config["run"]` from its newest checkpoint on; in a process of Ray's."""
+    import time
+
+    import torch
+    from ray import tune
+
+    from dynrl.agents.training import Stop, open_agent
+    from dynrl.backbones import load_backbone
+    from dynrl.data import load_dataset
+    from dynrl.files import read_json
+    from dynrl.scripts.train import settings_of
+
+    torch.set_num_threads(1)
+    run = Path(config["run"])
+    written = read_json(run / "config.json")
+    settings, start = settings_of(written), time.perf_counter()
+    file, validation = run / "backbone.safetensors", load_dataset(settings.data).validation.head(1024)
+    with open_agent(settings, file, run, settings.steps) as agent:
+        for quarter in range(1, QUARTERS + 1):
+            agent.learn(settings.steps * quarter // QUARTERS, Stop())
+            tune.report(
+                {
+                    "run": str(run), "quarter": quarter, "steps": agent.steps, "seconds": time.perf_counter() - start,
+                    "area": front_area(load_backbone(file)[0], agent.router(), validation),
+                }
+            )  # fmt: skip
+
+
+def front_area(backbone: Any, router: Any, split: Any) -> float:
+    """The metric's mean over budgets from 0.3 to 0.9 of the dense MACs. What a policy cannot reach is the cheapest
+    choice at all points, which everybody can take.
+    """
+    from dynrl import comparison as cp
+    from dynrl import evaluation as ev
+    from dynrl.routed import RoutedModel
+
+    model = RoutedModel(backbone, router)
+    ev.calibrate(model, split)
+    costs = backbone.step_costs
+    cheapest = costs.where(costs >= 0, costs.max() + 1).argmin(1)
+    nothing = ev.score_routes(model.backbone, cheapest.expand(len(split), -1), split).metric
+    reach = cp.model_reach(model, split)
+    fallback = cp.fixed_reach(nothing, 0.0)
+    front = cp.Front.of([lambda budget: reach(budget) or fallback(budget)], len(split))
+    return float(cp.area(front, front.reached).mean())
+
+
+if __name__ == "__main__":
+    from dynrl.scripts.cli import run
+
+    run("sweep")
