@@ -15,7 +15,7 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
 
 from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
-from dynrl.agents.training import GROUP
+from dynrl.agents.training import GROUP, check_shares
 
 # Of Adam (torch's and RLlib's is 1e-8). A policy that has found the best routes has next to no gradient for long; then
 # one draw of a choice of probability 5e-5 that costs much is a gradient some thousand times as large as those that Adam
@@ -49,7 +49,7 @@ class SlabGAE(ConnectorV2):
     @torch.no_grad()
     def __call__(self, *, rl_module: Any, batch: Any, episodes: Any, **kwargs: Any) -> dict[str, Any]:
         """Values, advantages (standardised over the batch), and value targets for every step of every slab."""
-        module = rl_module[DEFAULT_MODULE_ID]
+        module = rl_module[DEFAULT_MODULE_ID].unwrapped()  # of several learners each wraps it
         device = next(module.parameters()).device
         columns: dict[str, list[Tensor]] = {}
         for slab in episodes:
@@ -162,17 +162,12 @@ def ppo_config(
         total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
 
     Raises:
-        ValueError: more than one learner: a slab is not split between learners; environments that make no groups.
+        ValueError: environments that cannot be shared out among learners, or make no groups.
     """
     if baseline == "group":
-        if num_envs % GROUP:
-            raise ValueError(
-                f"groups of {GROUP} routes of one input: expected {GROUP} x n environments, got {num_envs}"
-            )
         env_config = {**env_config, "group": GROUP}
-    if num_learners > 1:
-        raise ValueError(f"expected at most one learner, got {num_learners}: a slab is not split between learners")
-    batch = num_envs * rollout * max(1, num_env_runners)
+    check_shares(num_envs, num_learners, baseline)
+    batch = num_envs * rollout * max(1, num_env_runners) // max(1, num_learners)
     model = {"router": list(router), "baseline": baseline}
     config: PPOConfig = routing_config(
         PPOConfig(), env_id, env_config, RLModuleSpec(module_class=RouterModule, model_config=model),

@@ -7,6 +7,7 @@ returns one time-major slab; `EpisodesRunner` cuts that into RLlib's episodes, f
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -122,6 +123,16 @@ class Slab:
             setattr(self, name, value.cpu())
         return self
 
+    def split(self, parts: int) -> list[Slab]:
+        """As many slabs, each of some of the sub-environments; their number must be a multiple of `parts`."""
+        found = [copy.copy(self) for _ in range(parts)]
+        for name, value in vars(self).items():
+            axis = 0 if name == "last_obs" else 1
+            pieces = value.chunk(parts, axis) if value.shape[axis] else [value] * parts
+            for slab, piece in zip(found, pieces, strict=True):
+                setattr(slab, name, piece)
+        return found
+
     def __len__(self) -> int:
         return self.rewards.numel()
 
@@ -222,8 +233,8 @@ class SlabRunner(SingleAgentEnvRunner):
         return self._hand_over(slab if env.device.type == "cpu" else slab.to_host())
 
     def _hand_over(self, slab: Slab) -> list[Any]:
-        """What a sample returns; it may travel to another process."""
-        return [slab]
+        """What a sample returns; it may travel to another process. Slabs of one size, which RLlib shares out whole."""
+        return slab.split(max(1, self.config.num_learners))
 
     def _report(self, steps: int, episodes: int, ended: list[dict[str, Tensor]]) -> None:
         """Log once a sample; the stock runner's counters are what PPO's training step reads."""
@@ -354,7 +365,7 @@ def router_of(algorithm: Any) -> LearnedPolicy:
     twin = build_policy(kind, config)
     weights = algorithm.learner_group.get_weights()[DEFAULT_MODULE_ID]
     own = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
-    twin.load_state_dict({name: torch.as_tensor(value) for name, value in own.items()})
+    twin.load_state_dict({name: torch.tensor(value) for name, value in own.items()})
     return twin.eval()
 
 

@@ -53,7 +53,7 @@ class Settings:
         entropy: the bonus of PPO and APPO for undecided policies at the start, see `entropy_bonus`; falls to a tenth.
         times: what is charged instead of MACs; see `RoutingVectorEnv`. Not of gates.
         device, dtype: of the backbone; see `RoutingVectorEnv`. Of gates: the CPU, in float32.
-        num_learners: remote processes that learn, at most one (RLlib's agents only); 0: this one does.
+        num_learners: remote processes that learn (RLlib's agents only); 0: this one does.
         address: of a ray cluster to join (RLlib's agents only), "auto" for the one on this machine; None starts ray
             here.
         checkpoint_every: training iterations between checkpoints.
@@ -196,6 +196,16 @@ def build_q(kind: str, config: dict[str, Any]) -> LearnedPolicy:
     head: Any = net.head
     torch.nn.init.zeros_(head.bias)
     return net
+
+
+def check_shares(num_envs: int, num_learners: int, baseline: str) -> None:
+    """Refuse, with a ValueError, environments of which PPO's learners cannot have equal shares, of whole groups."""
+    learners, group = max(1, num_learners), GROUP if baseline == "group" else 1
+    if num_envs % (learners * group):
+        raise ValueError(
+            f"{learners} learners, groups of {group} routes of one input: expected {learners * group} x n environments "
+            f"(--num-envs), got {num_envs}"
+        )
 
 
 def entropy_bonus(settings: Settings, backbone: Backbone) -> float:

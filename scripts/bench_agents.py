@@ -33,7 +33,7 @@ from dynrl.scripts.pretrain import pretrain_into
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # of random routes that are walked
 DATA = "fashion-mnist"
-SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 ENOUGH = 0.95
 
 

@@ -267,8 +267,8 @@ def decisions_table() -> list[str]:
 
 
 BENCHES = {
-    "bench-known": bench_known_table, "bench-agents": bench_agents_table, "bench-env": bench_env_table, "bench-ops": bench_ops_table,
-    "bench-model": bench_model_table, "gpu": gpu_table,
+    "bench-known": bench_known_table, "bench-agents": bench_agents_table, "bench-env": bench_env_table,
+    "bench-ops": bench_ops_table, "bench-model": bench_model_table, "gpu": gpu_table,
 }  # fmt: skip
 
 

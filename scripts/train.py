@@ -70,7 +70,7 @@ class Args:
     """What the price is of: multiply-accumulates, or the time that each choice takes on this machine, which is measured
     first (batches of 256; not of gates). Budgets stay shares of the MACs, or milliseconds after dynrl calibrate."""
     num_learners: int = 0
-    """Remote processes that learn, at most one; 0: this one does. Of RLlib's agents."""
+    """Remote processes that learn, each from its share of the environments; 0: this one does. Of RLlib's agents."""
     address: str | None = None
     """Of a ray cluster to run on, `auto` for the one on this machine; its machines must share the run's folder.
     Default: ray is started here. Of RLlib's agents."""
@@ -99,6 +99,7 @@ def main(args: Args) -> None:
 
 def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
     """Make the run folder, or find the one to go on with: its path and settings. What can be refused is, before."""
+    from dynrl.agents.training import check_shares
     from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
     from dynrl.envs.core import check_accuracy_term
@@ -118,6 +119,8 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         changed = [name for name, value in _settings(args).items() if value not in (config[name], _DEFAULT[name])]
         if changed or args.out or args.backbone:
             raise ValueError(f"--resume goes on by {run}'s own settings; leave out {changed or '--out and --backbone'}")
+        if config["agent"] == "ppo":
+            check_shares(config["num_envs"], args.num_learners, config["baseline"])
         write_json(run / "config.json", config)
     else:
         config = _settings(args)
@@ -130,6 +133,8 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
             if config[name] is None:
                 config[name] = getattr(row, name)
         # All that can be refused is refused before the folder is made.
+        if args.agent == "ppo":
+            check_shares(config["num_envs"], args.num_learners, args.baseline)
         dataset = load_dataset(data)
         backbone = row.build(dataset, args.seed)
         check_accuracy_term(args.accuracy_term, dataset.task, args.upfront)
@@ -171,8 +176,8 @@ def _check_place(args: Args) -> None:
         raise ValueError(f"--num-learners and --address are for the agents of RLlib: {', '.join(RLLIB)}")
     if args.agent == "gate" and device.type != "cpu":
         raise ValueError("gates are trained on the CPU; leave out --device")
-    if not 0 <= args.num_learners <= 1:
-        raise ValueError(f"expected --num-learners of 0 or 1, got {args.num_learners}: a slab is not split")
+    if args.num_learners < 0:
+        raise ValueError(f"expected --num-learners of at least 0, got {args.num_learners}")
     if args.num_env_runners and device.index is not None:
         raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
     if args.address is not None:
@@ -183,7 +188,6 @@ def _check_place(args: Args) -> None:
 
 def check_args(args: Args) -> None:
     """Refuse, with a ValueError, what does not go together or is out of range."""
-    from dynrl.agents.training import GROUP
     from dynrl.envs.core import check_price_range
 
     if args.price_range is not None:
@@ -200,10 +204,6 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--agent {args.agent} takes one choice a step; choose another for --upfront")
     if args.baseline == "group" and args.agent != "ppo":
         raise ValueError("--baseline group is for --agent ppo")
-    if args.baseline == "group" and args.num_envs and args.num_envs % GROUP:
-        raise ValueError(
-            f"--baseline group makes groups of {GROUP}: expected {GROUP} x n --num-envs, got {args.num_envs}"
-        )
     if args.agent not in RLLIB and args.num_env_runners:
         raise ValueError(f"--num-env-runners is for the agents of RLlib: {', '.join(RLLIB)}")
     if args.learning_rate is not None and not 0 < args.learning_rate < 1:

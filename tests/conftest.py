@@ -54,6 +54,6 @@ def ray_local():
 
     from dynrl.agents.rllib import start_ray
 
-    start_ray(num_cpus=2)
+    start_ray(num_cpus=4)  # on paper: a runner, two learners, this process
     yield
     ray.shutdown()

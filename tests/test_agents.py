@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -100,7 +101,7 @@ def test_a_group_meets_one_input_and_its_first_takes_the_likeliest_route(small_b
     )  # fmt: skip
     batch = SlabGAE(gamma=1.0, lambda_=1.0)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
     assert {len(column) for column in batch["default_policy"].values()} == {2 * steps * 2 * (GROUP - 1)}
-    with pytest.raises(ValueError, match=f"expected {GROUP} x n environments, got 12"):
+    with pytest.raises(ValueError, match=f"expected {GROUP} x n environments .--num-envs., got 12"):
         config_for(backbone, small_backbone, num_envs=12, baseline="group")
 
 
@@ -180,10 +181,26 @@ def test_next_step_environments_are_refused(small_backbone):
         SlabRunner(config=config, worker_index=0, num_workers=0)
 
 
-def test_several_learners_are_refused(small_backbone):
+@pytest.mark.parametrize(("count", "baseline"), [(9, "value"), (8, "group")])
+def test_learners_that_cannot_share_are_refused(count, baseline, small_backbone):
     backbone, _ = load_backbone(small_backbone)
-    with pytest.raises(ValueError, match="at most one learner"):
-        config_for(backbone, small_backbone, num_learners=2)
+    with pytest.raises(ValueError, match=f"got {count}"):
+        config_for(backbone, small_backbone, num_learners=2, num_envs=count, baseline=baseline)
+
+
+def test_learners_share_the_environments(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    config = config_for(backbone, small_backbone, num_envs=32, num_learners=2, baseline="group")
+    slabs = SlabRunner(config=config, worker_index=0, num_workers=0).sample()
+    assert [len(slab) for slab in slabs] == [12 * 16, 12 * 16]
+    whole = config_for(backbone, small_backbone, num_envs=32, baseline="group")
+    (slab,) = SlabRunner(config=whole, worker_index=0, num_workers=0).sample()
+    assert vars(slab).keys() == vars(slabs[0]).keys()
+    for name in ("obs", "rewards", "episodes", "last_obs"):
+        shape = getattr(slab, name).shape
+        assert torch.cat([getattr(s, name) for s in slabs], 0 if name == "last_obs" else 1).shape == shape
+    # Drawn by the same seeds up to the first choice.
+    assert torch.equal(torch.cat([s.obs[0] for s in slabs]), slab.obs[0])
 
 
 def test_slabs_stay_whole_in_rllibs_hands():
@@ -309,13 +326,19 @@ def test_one_rare_and_bad_draw_does_not_flip_a_settled_policy(small_backbone):
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("learners", [0, 1])
+@pytest.mark.parametrize("learners", [0, 2])
 def test_remote_runners_find_the_environment(learners, small_backbone):
     backbone, _ = load_backbone(small_backbone)
     algorithm = config_for(backbone, small_backbone, num_env_runners=1, num_learners=learners).build_algo()
     before = router_of(algorithm)
     result = algorithm.train()
     router = router_of(algorithm)
+    if learners:  # each learned from its share, and all are the same again
+        held = algorithm.learner_group.foreach_learner(
+            lambda learner: learner.module[DEFAULT_MODULE_ID].unwrapped().state_dict()
+        )
+        one, other = (result.get() for result in held)
+        assert all(torch.equal(one[name], other[name]) for name in one)
     algorithm.stop()
     assert not torch.equal(before.head.weight, router.head.weight)
     assert result["env_runners"]["num_env_steps_sampled_lifetime"] == 96

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dynrl
 from dynrl.backbones import GatedResNet, SlimmableResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, load_dataset
+from dynrl.evaluation import score_routes
 from dynrl.files import read_json, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.observation import Layout
@@ -30,8 +31,8 @@ from dynrl.routed import RoutedModel
 from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
 from dynrl.scripts.evaluate import BUDGETS, draw, measure, print_table, report_runs
-from dynrl.scripts.sweep import front_area
 from dynrl.scripts.pretrain import pretrain_into
+from dynrl.scripts.sweep import front_area
 from dynrl.scripts.tables import at_half_table, report_table
 from tests.cases import numbers_split
 
@@ -91,7 +92,7 @@ def run(tmp_path_factory, backbone_folder):
         ("train", "skip", "--accuracy-term", "blockdrop"), ("train", "skip", "--baseline", "greedy"),
         ("train", "skip", "--device", "nosuch"), ("train", "skip", "--dtype", "int8"), ("pretrain", "skip", "--device", "nosuch"),
         ("train", "skip", "--agent", "gate", "--dtype", "bfloat16"), ("train", "skip", "--num-learners", "-1"),
-        ("train", "skip", "--num-learners", "2"), ("train", "skip", "--device", "meta"),
+        ("train", "skip", "--num-learners", "3"), ("train", "skip", "--device", "meta"),
         ("train", "skip", "--agent", "gate", "--address", "auto"), ("train", "hidden-update", "--upfront"), ("train", "skip", "--agent", "gate", "--cost", "time"),
         ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
         ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),
