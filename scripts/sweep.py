@@ -8,6 +8,7 @@ successive halving; Li et al. 2020, MLSys). The same command goes on with what w
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -56,7 +57,6 @@ def main(args: Args) -> None:
     from dynrl.files import write_json
     from dynrl.scripts.common import use_threads
     from dynrl.scripts.pretrain import pretrain_into
-    from dynrl.scripts.train import Args as Training
     from dynrl.scripts.train import open_run
 
     use_threads(None)
@@ -68,8 +68,8 @@ def main(args: Args) -> None:
     runs = []
     for training in found:
         run = args.out / name_of(training, args.vary)
-        resumed = (run / "config.json").is_file()
-        open_run(Training(args.decision, resume=run) if resumed else replace(training, backbone=backbone, out=run))
+        made = (run / "config.json").is_file()
+        open_run(replace(training, resume=run) if made else replace(training, backbone=backbone, out=run))
         runs.append(str(run.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())
@@ -83,6 +83,7 @@ def main(args: Args) -> None:
 
 def combinations(args: Args) -> list[Training]:
     """`dynrl train`'s arguments of each; a ValueError for any that it would refuse."""
+    from dynrl.agents.training import check_shares
     from dynrl.data import check_dataset
     from dynrl.envs import decision
     from dynrl.recipes import defaults
@@ -90,7 +91,8 @@ def combinations(args: Args) -> list[Training]:
     from dynrl.scripts.train import check_args
 
     data = check_dataset(args.data or decision(args.decision).data)
-    if defaults(args.decision, data).joint:
+    row = defaults(args.decision, data)
+    if row.joint:
         raise ValueError(
             f"{args.decision} on {data} is trained with its backbone; a sweep is for policies on a frozen one"
         )
@@ -109,6 +111,8 @@ def combinations(args: Args) -> list[Training]:
     found = [replace(given, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())]
     for training in found:
         check_args(training)
+        if args.agent == "ppo":
+            check_shares(training.num_envs or row.num_envs, 0, training.baseline)
     return found
 
 
@@ -119,8 +123,8 @@ def name_of(training: Training, vary: tuple[str, ...]) -> str:
 
 
 def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
-    """Train all by Ray Tune, whose own files go to `out/tune`: a row each, those that came furthest first, the best of
-    them before the others.
+    """Train all by Ray Tune, whose own files go to `out/tune-*`: a row each, those that came furthest first, of them the
+    best first.
     """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -136,8 +140,10 @@ def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
     task = load_dataset(read_json(Path(runs[0]) / "config.json")["data"]).task
     mode = "max" if task.error(1.0) < task.error(0.0) else "min"
     trainable = tune.with_resources(learn_in_quarters, {"cpu": 1})
-    if tune.Tuner.can_restore(str(out / "tune")):
-        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_errored=True)
+    # Of these very runs: others are another search, in which runs that are done report at once.
+    name = f"tune-{hashlib.sha256(' '.join(runs).encode()).hexdigest()[:8]}"
+    if tune.Tuner.can_restore(str(out / name)):
+        tuner = tune.Tuner.restore(str(out / name), trainable, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
@@ -146,7 +152,7 @@ def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
                 metric="area", mode=mode,
                 scheduler=ASHAScheduler(time_attr="quarter", max_t=QUARTERS, grace_period=1, reduction_factor=2),
             ),
-            run_config=tune.RunConfig("tune", str(out), verbose=0, callbacks=[Shown()]),
+            run_config=tune.RunConfig(name, str(out), verbose=0, callbacks=[Shown()]),
         )  # fmt: skip
     results = tuner.fit()
     if results.errors:

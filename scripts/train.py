@@ -109,10 +109,10 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
     from dynrl.scripts.common import PRETRAINED, new_folder, read_config
 
     decision(args.decision)
-    _check_place(args)
     if args.resume is not None:
         run = args.resume
         config = _EARLIER | read_config(run)
+        _check_place(args, config["agent"])
         if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
         config["finetune"] = bool(config["finetune"]) or args.finetune
@@ -125,6 +125,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
     else:
         config = _settings(args)
         check_args(args)
+        _check_place(args, args.agent)
         config["data"] = data = check_dataset(args.data or decision(args.decision).data)
         row = defaults(args.decision, data).changed(args.network)
         config["finetune"] = args.finetune or row.joint
@@ -167,14 +168,14 @@ _EARLIER: dict[str, Any] = {  # of runs from before these could be set
 }  # fmt: skip
 
 
-def _check_place(args: Args) -> None:
+def _check_place(args: Args, agent: str) -> None:
     """What says where a run runs, and may change when it is resumed."""
     from dynrl.scripts.common import check_device
 
     device = check_device(args.device)
-    if args.agent not in RLLIB and (args.num_learners or args.address):
+    if agent not in RLLIB and (args.num_learners or args.address):
         raise ValueError(f"--num-learners and --address are for the agents of RLlib: {', '.join(RLLIB)}")
-    if args.agent == "gate" and device.type != "cpu":
+    if agent == "gate" and device.type != "cpu":
         raise ValueError("gates are trained on the CPU; leave out --device")
     if args.num_learners < 0:
         raise ValueError(f"expected --num-learners of at least 0, got {args.num_learners}")

@@ -63,5 +63,8 @@ def test_a_sweep_trains_all_ranks_them_and_goes_on(small_backbone, tmp_path, cap
     assert "report of the best: dynrl train skip --resume" in shown and "quarter 1 of 4" in shown
     main(words)  # nothing is left to do
     assert read_json(out / "sweep.json") == rows
+    with pytest.raises(SystemExit):  # other settings than those runs have
+        main([*words[:-3], "30000", *words[-2:]])
+    assert "leave out ['steps']" in capsys.readouterr().err
     main(["train", "skip", "--resume", str(out / "learning_rate=0.002")])
     assert (out / "learning_rate=0.002" / "report.json").is_file()
