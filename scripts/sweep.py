@@ -123,8 +123,8 @@ def name_of(training: Training, vary: tuple[str, ...]) -> str:
 
 
 def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
-    """Train all by Ray Tune, whose own files go to `out/tune-*`: a row each, those that came furthest first, of them the
-    best first.
+    """Train all by Ray Tune, whose own files go to `out/tune-*`: a row each, those that came furthest first, and of
+    them the best.
     """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
