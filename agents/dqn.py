@@ -41,7 +41,8 @@ class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
         settings: Any = self.model_config
         (first, last), falling = EXPLORATION, settings["total_steps"] / 5
         rate = last + (first - last) * max(0.0, 1 - steps / falling)
-        any_choice = torch.randint(log_probs.shape[1], log_probs.shape[:1], device=log_probs.device)
+        # Among those that are open: a closed one's score is far below any return, and would be learned from.
+        any_choice = (log_probs > -1e8).float().multinomial(1).squeeze(1)
         return torch.where(torch.rand(len(log_probs), device=log_probs.device) < rate, any_choice, log_probs.argmax(1))
 
     def make_target_networks(self) -> None:

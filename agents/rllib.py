@@ -130,7 +130,9 @@ class Slab:
             axis = 0 if name == "last_obs" else 1
             pieces = value.chunk(parts, axis) if value.shape[axis] else [value] * parts
             for slab, piece in zip(found, pieces, strict=True):
-                setattr(slab, name, piece)
+                setattr(
+                    slab, name, piece.clone() if parts > 1 else piece
+                )  # a view would travel with all it is a view of
         return found
 
     def __len__(self) -> int:

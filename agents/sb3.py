@@ -28,7 +28,8 @@ from dynrl.policies import LearnedPolicy, build_policy
 
 
 class RoutingVecEnv(VecEnv):
-    """A `RoutingVectorEnv` with same-step autoreset as Stable-Baselines3's `VecEnv`, for any of its algorithms.
+    """A `RoutingVectorEnv` with same-step autoreset as Stable-Baselines3's `VecEnv`, for any of its
+    algorithms that take discrete choices.
 
     Args:
         env: as `gymnasium.make_vec` makes it.
@@ -44,7 +45,7 @@ class RoutingVecEnv(VecEnv):
             raise ValueError(f"expected a dynrl environment with autoreset_mode='SameStep', got {env}, {mode}")
         self.env = inner
         self.render_mode = None
-        self.ended: list[dict[str, Tensor]] = []  # what `ended_episodes` says of each step, until somebody clears it
+        self.ended: list[dict[str, Tensor]] | None = None  # a list there gets what `ended_episodes` says of each step
         super().__init__(inner.num_envs, inner.single_observation_space, inner.single_action_space)
 
     def reset(self) -> np.ndarray:
@@ -67,7 +68,8 @@ class RoutingVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if "final_obs" in info:
             last, rows = info["final_obs"].cpu().numpy(), terminated.nonzero().flatten().tolist()
-            self.ended.append(ended_episodes(self.env, info, self._returns.to(self.env.device)))
+            if self.ended is not None:
+                self.ended.append(ended_episodes(self.env, info, self._returns.to(self.env.device)))
             for row in rows:
                 episode = {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": 0.0}
                 infos[row] = {"terminal_observation": last[row], "TimeLimit.truncated": False, "episode": episode}
@@ -190,17 +192,14 @@ class SB3Agent(Agent):
         walk = backbone.max_steps // self._decisions
         self._samples = UPFRONT_WALKS if settings.upfront else walks(backbone) * walk
         self._entropy = entropy_bonus(settings, backbone)
-        self._env, self.steps = self._make_env(), 0
+        self.steps = torch.load(self._file, weights_only=True)["steps"] if self._file.exists() else 0
+        self._env = self._make_env()
         self._algorithm = self.build(self._env, router_arguments(backbone, settings), walk, self._samples)
-        file = self.checkpoints / "sb3.pt"
-        if file.exists():
-            saved = torch.load(file, weights_only=True)
+        if self._file.exists():
+            saved = torch.load(self._file, weights_only=True)
             self._algorithm.policy.load_state_dict(saved["policy"])
             self._algorithm.policy.optimizer.load_state_dict(saved["optimizer"])
-            self.steps = saved["steps"]
             self._algorithm.num_timesteps = self.steps // self._decisions
-        # As RLlib's: other inputs for each seed, and after a restart not the first ones again.
-        self._env.seed(settings.seed * 1_000_003 + 31 * self.steps)
 
     def _make_env(self) -> RoutingVecEnv:
         settings = self.settings
@@ -210,9 +209,13 @@ class SB3Agent(Agent):
             "accuracy_term": settings.accuracy_term, "upfront": settings.upfront, "times": settings.times,
             "device": settings.device, "dtype": settings.dtype, "autoreset_mode": AutoresetMode.SAME_STEP,
         }  # fmt: skip
-        return RoutingVecEnv(
+        env = RoutingVecEnv(
             gym.make_vec(env_id, settings.num_envs, vectorization_mode="vector_entry_point", **arguments)
         )
+        env.ended = []
+        # As RLlib's: other inputs for each seed, and after a restart not the first ones again.
+        env.seed(settings.seed * 1_000_003 + 31 * self.steps)
+        return env
 
     def iterate(self) -> dict[str, float]:
         """One rollout and what is learned from it."""
@@ -220,6 +223,7 @@ class SB3Agent(Agent):
         self._algorithm.learn(self._samples * self.settings.num_envs, reset_num_timesteps=False, log_interval=None)
         self.steps = self._algorithm.num_timesteps * self._decisions
         ended, self._env.ended = self._env.ended, []
+        assert ended
         over = {name: torch.cat([part[name] for part in ended]) for name in ended[0]}
         scalars = episode_scalars(over, self._env.env.backbone.points)
         logged = self._algorithm.logger.name_to_value
@@ -287,6 +291,8 @@ class SB3DQN(SB3Agent):
 
     def build(self, env: RoutingVecEnv, router: tuple[str, dict[str, Any]], walk: int, samples: int) -> DQN:
         """Each step sampled is learned from about four times."""
+        if env.env.backbone.may_close:  # SB3 explores among all, and would learn what a closed one is said to return
+            raise ValueError("sb3-dqn is for backbones whose choices are all open everywhere; choose another --agent")
         model = DQN(
             RouterQ, env, policy_kwargs={"router": router},
             learning_rate=lambda _: (self.settings.learning_rate or 1e-3) * self._left, buffer_size=100_000,

@@ -1,7 +1,7 @@
 """How soon agents learn a whole front, and where the time goes: `dynrl bench agents`.
 
 One pretrained backbone; each agent learns as many decisions, by the same settings. Every now and then its policy is put
-aside (training waits; that time does not count) and judged afterwards on validation data: by how much its routes beat
+aside, with a checkpoint, and judged afterwards (which is not counted) on validation data: by how much its routes beat
 random ones of as many MACs, on average over budgets.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ class Judge:
 
 
 def bench_agents(names: Iterable[str], seeds: int, runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """`measure_agents` on the backbone of the first of `runs`, or on one pretrained for it."""
+    """`measure_agents` on the backbone of the one of `runs`, or on one pretrained for it."""
+    if len(runs) > 1:
+        raise ValueError(f"expected one run folder of skip on {DATA}, got {len(runs)}")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         if not runs:
@@ -164,7 +167,7 @@ def time_shares(agent: Any, iterations: int = 20) -> dict[str, float]:
     algorithm = agent._algorithm
     runner, learner = algorithm.env_runner, algorithm.learner_group._learner
     spent = dict.fromkeys(("backbone", "router", "learner"), 0.0)
-    inside = False
+    inside, held = False, ExitStack()
 
     def timed(owner: Any, name: str, part: str) -> None:
         method = getattr(owner, name)
@@ -181,6 +184,7 @@ def time_shares(agent: Any, iterations: int = 20) -> dict[str, float]:
                 inside = False
 
         setattr(owner, name, call)
+        held.callback(setattr, owner, name, method)  # the backbone is shared with who comes next
 
     env = runner.env.unwrapped
     for name in ("begin", "observe", "advance", "output"):
@@ -197,9 +201,10 @@ def time_shares(agent: Any, iterations: int = 20) -> dict[str, float]:
     ):
         timed(learner, name, "learner")
     timed(learner.module, "forward_train", "learner")
-    start = time.perf_counter()
-    for _ in range(iterations):
-        agent.iterate()
-    whole = time.perf_counter() - start
+    with held:
+        start = time.perf_counter()
+        for _ in range(iterations):
+            agent.iterate()
+        whole = time.perf_counter() - start
     shares = {part: seconds / whole for part, seconds in spent.items()}
     return {**shares, "framework": 1 - sum(shares.values())}

@@ -14,7 +14,7 @@ VERBS = {
     "pretrain": "train a backbone under random routes, and its plain twin",
     "calibrate": "time a routed model on this machine, for budgets in milliseconds",
     "export": "write a routed model as a program that needs torch alone",
-    "bench": "measure: sampling speed of the environment, ops against their ideals, whole networks",
+    "bench": "measure: ops and whole networks against their ideals, sampling speed, how soon agents learn",
     "list": "list decisions, data sets and backbones",
     "tables": "write the tables of the README from results/",
 }

@@ -1,9 +1,10 @@
 """Train a matrix of policies (decisions x agents x seeds), and tell which is better, by how much, and how surely.
 
-Every cell is a run folder, OUT/DECISION-DATA/AGENT-SEED, on one backbone; what is there already, killed or finished, is
-gone on with or left as it is, and run folders that you put beside them are compared, too. For each decision the result
-is `comparison.json`, `comparison.png` and a table: areas under the accuracy-compute fronts of the test split, operating
-points chosen on validation data, and paired differences with 95 % intervals over inputs and seeds.
+Every cell is a run folder, OUT/DECISION-DATA/AGENT-SEED (ppo-at-PRICE-SEED), on one backbone; what is there already,
+killed or finished, is gone on with or left as it is, and run folders that you put beside them are compared, too. For
+each decision the result is `comparison.json`, `comparison.png` and a table: areas under the accuracy-compute fronts of
+the test split, operating points chosen on validation data, and paired differences of PPO's policies (without them, of
+all) to each other contender, with 95 % intervals over inputs and seeds.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def main(args: Args) -> None:
             defaults(name, data).changed((setting,)).build(load_dataset(data), args.seeds[0])
     for price in args.prices:
         check_price_range((price, price))
+    if args.prices and "ppo" not in args.agents:
+        raise ValueError("--prices trains PPO at one price each, to stand beside PPO: add ppo to --agents")
     use_threads(args.threads)
     for name, data in cells:
         folder = args.out / f"{name}-{data}"
@@ -153,8 +156,9 @@ def compare_runs(folder: Path) -> dict[str, Any]:
 
         known_prices = []
         for name, alone in one_price.items():  # beside what is trained in the same way, but for all prices
-            if twins := models.get(re.sub(r" at [^ ]+", "", name)):
-                known_prices.append({"policy": name, **cp.at_equal_macs(twins, alone, test, dataset.task)})
+            twins = models.get(re.sub(r" at [^ ]+", "", name))
+            if twins and (row := cp.at_equal_macs(twins, alone, test, dataset.task)):
+                known_prices.append({"policy": name, **row})
             bar.update()
 
         def full(network: Any, split: Any) -> Any:
@@ -165,7 +169,7 @@ def compare_runs(folder: Path) -> dict[str, Any]:
         known = ev.oracle_candidates(backbone, static)
         oracle = ev.score_routes(backbone, ev.oracle_routes(backbone, test, known, bar.update), test)
         fronts["oracle"] = cp.Front.of([cp.fixed_reach(oracle.metric, float(oracle.macs.mean()))], len(test))
-    contenders = [name for name in models if name.startswith("learned")]
+    contenders = [name for name in models if name.startswith("learned")] or list(models)
     result = {
         "decision": backbone.decision, "data": dataset.name, "metric": dataset.task.metric, "seeds": seeds,
         "date": f"{date.today()}", "commit": commit(), "budgets": list(cp.BUDGETS), "inputs": len(test),

@@ -301,9 +301,11 @@ def measure(
             bar.update()
         usage = None
         for name, (shown, *_) in list(models.items())[:1]:
-            if _shown_at(shown, 0.5):  # else it stands at its lowest price
+            if _shown_at(shown, 0.5):
                 shown.set_budget(0.5)
-            usage = {"policy": name, **asdict(ev.Usage.of(shown, test))}
+            elif shown.price_range is not None:
+                shown.set_price(shown.price_range[0])
+            usage = {"policy": name, "price": shown.price, **asdict(ev.Usage.of(shown, test))}
         for name, fit in heuristics.items():
             policy_for = fit(frozen, every)
             for budget in BUDGETS:
@@ -431,6 +433,8 @@ def draw(report: dict[str, Any], test: Split, path: Path) -> None:
 
 def draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
     """What is spent at each step on each class; of images, those most and least is spent on."""
+    from dynrl.tasks import CLASSIFICATION
+
     images = test.inputs.ndim == 4 and test.inputs.shape[1] in (1, 3)
     halves: Any = figure.subfigures(1, 2) if images else (figure, None)
     left, right = halves
@@ -440,14 +444,14 @@ def draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="decision", ylabel="class, and what it takes of the dense MACs")
     routes = f"{usage['distinct_routes']} distinct routes, the commonest for {usage['commonest']:.0%}"
-    axis.set_title(f"{usage['policy']}: {routes}", fontsize="medium")
+    axis.set_title(f"{usage['policy']}, first seed, price {usage['price']:.3g}: {routes}", fontsize="medium")
     left.colorbar(picture, label="spent, share of the dearest choice")
     if right is None:
         return
     for name, mine, half in zip(
         ("least", "most"), (usage["cheapest"], usage["dearest"]), right.subfigures(2, 1), strict=True
     ):
-        half.suptitle(f"{name} is spent on (and their classes)", fontsize="medium")
+        half.suptitle(f"{name} is spent on", fontsize="medium")
         grid = half.subplots(2, -(-len(mine) // 2), squeeze=False).flatten()
         for axis in grid:
             axis.set_axis_off()
@@ -455,7 +459,8 @@ def draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
             image = test.inputs[row].float().cpu().permute(1, 2, 0)
             low, high = image.min(), image.max()
             axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
-            axis.set_title(str(int(test.targets[row])), fontsize="small")
+            if test.task == CLASSIFICATION:
+                axis.set_title(str(int(test.targets[row])), fontsize="small")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 Each combination is a run folder, OUT/NAME=VALUE,..., on one backbone; as many are trained side by side as there are
 cores. After each quarter of its steps a policy is judged on validation data by the area under its accuracy-compute
-front from 0.3 to 0.9 of the dense MACs; of those that have come as far, the worse half stops there (asynchronous
-successive halving; Li et al. 2020, MLSys). The same command goes on with what was interrupted.
+front from 0.3 to 0.9 of the dense MACs; after one quarter and after two, the worse half of those that have come as far
+stops (asynchronous successive halving; Li et al. 2020, MLSys). The same command goes on with what was interrupted, and
+with more values of what is varied.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,7 +33,7 @@ class Args:
     """What to decide; see `dynrl list`."""
     out: Path
     """Folder of all runs; the same command goes on with it."""
-    vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "entropy=0.003,0.01,0.03")
+    vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "router_hidden=32,128")
     """What to try, each NAME=VALUE,VALUE...; names: learning_rate, entropy, router_hidden, num_envs, steps,
     accuracy_term, baseline, all as of `dynrl train`."""
     data: str | None = None
@@ -59,8 +60,11 @@ def main(args: Args) -> None:
     from dynrl.scripts.pretrain import pretrain_into
     from dynrl.scripts.train import open_run
 
+    if args.side_by_side is not None and args.side_by_side < 1:
+        raise ValueError(f"expected --side-by-side of at least 1, got {args.side_by_side}")
     use_threads(None)
     found = combinations(args)
+    check_same(args)
     backbone = args.backbone or args.out / "backbone"
     if args.backbone is None:
         backbone.mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,8 @@ def main(args: Args) -> None:
         runs.append(str(run.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())
+    if not rows:
+        raise KeyboardInterrupt
     write_json(args.out / "sweep.json", rows)
     print(f"\n{'area':>8} {'steps':>10} {'seconds':>8}  run")
     for row in rows:
@@ -81,11 +87,26 @@ def main(args: Args) -> None:
     print(f"\nreport of the best: dynrl train {args.decision} --resume {best}\ncurves: tensorboard --logdir {args.out}")
 
 
+def check_same(args: Args) -> None:
+    """Keep what all runs of a sweep have in common; a ValueError for a sweep that goes on with something else."""
+    from dynrl.files import read_json, write_json
+
+    common = {name: value for name, value in asdict(args).items() if name not in ("out", "vary", "side_by_side")}
+    common["backbone"] = None if args.backbone is None else str(args.backbone.resolve())
+    kept = args.out / "sweep-settings.json"
+    if kept.is_file() and (before := read_json(kept)) != common:
+        changed = [name for name in common if before.get(name) != common[name]]
+        raise ValueError(f"{args.out} is a sweep with another {', '.join(changed)}; choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(kept, common)
+
+
 def combinations(args: Args) -> list[Training]:
     """`dynrl train`'s arguments of each; a ValueError for any that it would refuse."""
     from dynrl.agents.training import check_shares
-    from dynrl.data import check_dataset
+    from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
+    from dynrl.envs.core import check_accuracy_term
     from dynrl.recipes import defaults
     from dynrl.scripts.train import Args as Training
     from dynrl.scripts.train import check_args
@@ -108,6 +129,13 @@ def combinations(args: Args) -> list[Training]:
             choices[name] = [NUMBERS.get(name, str)(word) for word in words.split(",")]
         except ValueError:
             raise ValueError(f"expected numbers for {name}, got {words}") from None
+        if len(set(choices[name])) < len(choices[name]):
+            raise ValueError(f"expected each value of {name} once, got {words}")
+        if name == "accuracy_term":
+            for term in choices[name]:
+                check_accuracy_term(term, load_dataset(data).task)
+        if name == "baseline" and (unknown := set(choices[name]) - {"value", "group"}):
+            raise ValueError(f"expected baselines value or group, got {', '.join(map(str, unknown))}")
     found = [replace(given, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())]
     for training in found:
         check_args(training)
@@ -140,7 +168,7 @@ def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
     task = load_dataset(read_json(Path(runs[0]) / "config.json")["data"]).task
     mode = "max" if task.error(1.0) < task.error(0.0) else "min"
     trainable = tune.with_resources(learn_in_quarters, {"cpu": 1})
-    # Of these very runs: others are another search, in which runs that are done report at once.
+    # Of these very runs: others are another search, in which runs say once more what they said before.
     name = f"tune-{hashlib.sha256(' '.join(runs).encode()).hexdigest()[:8]}"
     if tune.Tuner.can_restore(str(out / name)):
         tuner = tune.Tuner.restore(str(out / name), trainable, resume_errored=True)
@@ -154,11 +182,11 @@ def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
             ),
             run_config=tune.RunConfig(name, str(out), verbose=0, callbacks=[Shown()]),
         )  # fmt: skip
-    results = tuner.fit()
+    results = tuner.fit()  # after Ctrl-C, too, it returns: what there is so far
     if results.errors:
         raise ValueError(f"{len(results.errors)} runs failed, the first with: {results.errors[0]}")
-    last: list[dict[str, Any]] = [results[i].metrics or {} for i in range(len(results))]
-    rows = [{name: metrics[name] for name in ("run", "quarter", "steps", "seconds", "area")} for metrics in last]
+    last = [of for i in range(len(results)) if "area" in (of := results[i].metrics or {})]
+    rows = [{name: of[name] for name in ("run", "quarter", "steps", "seconds", "area")} for of in last]
     return sorted(rows, key=lambda row: (-row["quarter"], task.error(row["area"])))
 
 
@@ -172,23 +200,26 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
     from dynrl.agents.training import Stop, open_agent
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
-    from dynrl.files import read_json
+    from dynrl.files import read_json, write_json
     from dynrl.scripts.train import settings_of
 
     torch.set_num_threads(1)
     run = Path(config["run"])
-    written = read_json(run / "config.json")
-    settings, start = settings_of(written), time.perf_counter()
+    settings, kept = settings_of(read_json(run / "config.json")), run / "quarters.json"
+    said: list[dict[str, Any]] = read_json(kept) if kept.is_file() else []
     file, validation = run / "backbone.safetensors", load_dataset(settings.data).validation.head(1024)
     with open_agent(settings, file, run, settings.steps) as agent:
         for quarter in range(1, QUARTERS + 1):
-            agent.learn(settings.steps * quarter // QUARTERS, Stop())
-            tune.report(
-                {
-                    "run": str(run), "quarter": quarter, "steps": agent.steps, "seconds": time.perf_counter() - start,
-                    "area": front_area(load_backbone(file)[0], agent.router(), validation),
-                }
-            )  # fmt: skip
+            if quarter > len(said):
+                start = time.perf_counter()
+                agent.learn(settings.steps * quarter // QUARTERS, Stop())
+                seconds = (said[-1]["seconds"] if said else 0.0) + time.perf_counter() - start
+                area = front_area(load_backbone(file)[0], agent.router(), validation)
+                said.append(
+                    {"run": str(run), "quarter": quarter, "steps": agent.steps, "seconds": seconds, "area": area}
+                )
+                write_json(kept, said)
+            tune.report(said[quarter - 1])
 
 
 def front_area(backbone: Any, router: Any, split: Any) -> float:

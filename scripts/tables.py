@@ -135,6 +135,8 @@ def bench_agents_table(result: dict[str, Any]) -> list[str]:
             f"| {median(row['seconds'] for row in mine):.0f} s |"
         )
     shares = [row["shares"] for row in result["rows"] if row["shares"]]
+    if not shares:
+        return [*lines, "", _machine(result)]
     means = {part: sum(of[part] for of in shares) / len(shares) for part in shares[0]}
     lines += ["", "Of our training time: " + ", ".join(f"{part} {100 * of:.0f} %" for part, of in means.items()) + "."]
     return [*lines, "", _machine(result)]

@@ -94,7 +94,8 @@ def main(args: Args) -> None:
 
         report_runs([run], run)
         print(f"\ncurves:   tensorboard --logdir {run.parent}\npicture:  {run}/report.png")
-        print(f"plug it:  model = dynrl.load({str(run)!r}); model.set_budget(0.5); outputs = model(inputs)")
+        budget = "" if config["price_range"][0] == config["price_range"][1] else "model.set_budget(0.5); "
+        print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
 
 
 def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
@@ -116,6 +117,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
         config["finetune"] = bool(config["finetune"]) or args.finetune
+        _check_finetune(config["finetune"], config["agent"])
         changed = [name for name, value in _settings(args).items() if value not in (config[name], _DEFAULT[name])]
         if changed or args.out or args.backbone:
             raise ValueError(f"--resume goes on by {run}'s own settings; leave out {changed or '--out and --backbone'}")
@@ -129,6 +131,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         config["data"] = data = check_dataset(args.data or decision(args.decision).data)
         row = defaults(args.decision, data).changed(args.network)
         config["finetune"] = args.finetune or row.joint
+        _check_finetune(config["finetune"], args.agent)
         config["steps"] = args.steps or (row.steps // 2 if args.agent == "gate" else row.steps)
         for name in ("router_hidden", "num_envs", "price_range"):
             if config[name] is None:
@@ -166,6 +169,13 @@ _EARLIER: dict[str, Any] = {  # of runs from before these could be set
     "finetune": False, "network": [], "router_hidden": 64, "upfront": False, "baseline": "value",
     "cost": "macs", "dtype": "float32", "learning_rate": None, "entropy": 0.01,
 }  # fmt: skip
+
+
+def _check_finetune(finetune: bool, agent: str) -> None:
+    if finetune and agent in ("dqn", "sb3-dqn"):
+        raise ValueError(
+            f"--agent {agent} replays what it met on the backbone as it was; choose another for --finetune"
+        )
 
 
 def _check_place(args: Args, agent: str) -> None:

@@ -65,6 +65,9 @@ def test_a_sweep_trains_all_ranks_them_and_goes_on(small_backbone, tmp_path, cap
     assert read_json(out / "sweep.json") == rows
     with pytest.raises(SystemExit):  # other settings than those runs have
         main([*words[:-3], "30000", *words[-2:]])
-    assert "leave out ['steps']" in capsys.readouterr().err
+    assert "a sweep with another steps" in capsys.readouterr().err
+    main([*words[:-1], "learning_rate=0.002,1e-07,0.004"])  # one value more
+    more = {row["run"].rpartition("=")[2]: row for row in read_json(out / "sweep.json")}
+    assert set(more) == {"0.002", "1e-07", "0.004"} and more["0.002"] == rows[0]
     main(["train", "skip", "--resume", str(out / "learning_rate=0.002")])
     assert (out / "learning_rate=0.002" / "report.json").is_file()

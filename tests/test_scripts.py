@@ -503,8 +503,10 @@ def test_bench_env_rows():
         (["--vary", "nosuch=1"], "names of"), (["--vary", "entropy="], "names of"),
         (["--vary", "entropy=a"], "numbers for entropy"), (["--vary", "num_envs=8,1.5"], "numbers for num_envs"),
         (["--vary", "entropy=0.1,2"], "--entropy"), (["--vary", "learning_rate=0"], "--learning-rate"),
-        (["--vary", "baseline=group,greedy"], "--upfront"), (["--vary", "entropy=0.1", "entropy=0.2"], "once each"),
-        (["--agent", "dqn"], "--entropy is for"), (["--backbone", "/nowhere"], "nowhere"),
+        (["--vary", "baseline=group,greedy"], "baselines"), (["--vary", "entropy=0.1", "entropy=0.2"], "once each"),
+        (["--agent", "dqn", "--vary", "entropy=0.1"], "--entropy is for"),
+        (["--vary", "baseline=nosuch"], "baselines"), (["--vary", "accuracy_term=nosuch"], "accuracy term"),
+        (["--vary", "entropy=0.01,0.010"], "once"), (["--side-by-side", "0"], "--side-by-side"),
     ],
 )  # fmt: skip
 def test_a_sweep_that_cannot_be_is_refused_before_anything_is_made(words, reason, tmp_path, capsys):
