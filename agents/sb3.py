@@ -192,14 +192,21 @@ class SB3Agent(Agent):
         walk = backbone.max_steps // self._decisions
         self._samples = UPFRONT_WALKS if settings.upfront else walks(backbone) * walk
         self._entropy = entropy_bonus(settings, backbone)
-        self.steps = torch.load(self._file, weights_only=True)["steps"] if self._file.exists() else 0
-        self._env = self._make_env()
+        self._env, self.steps = self._make_env(), 0
         self._algorithm = self.build(self._env, router_arguments(backbone, settings), walk, self._samples)
         if self._file.exists():
             saved = torch.load(self._file, weights_only=True)
             self._algorithm.policy.load_state_dict(saved["policy"])
             self._algorithm.policy.optimizer.load_state_dict(saved["optimizer"])
+            self.steps = saved["steps"]
             self._algorithm.num_timesteps = self.steps // self._decisions
+        self._seed()
+
+    def _seed(self) -> None:
+        """As RLlib's: other inputs for each seed, and after a restart not the first ones again. SB3 seeds it, too, by
+        its own seed alone, when an algorithm is built: before this.
+        """
+        self._env.seed(self.settings.seed * 1_000_003 + 31 * self.steps)
 
     def _make_env(self) -> RoutingVecEnv:
         settings = self.settings
@@ -213,8 +220,6 @@ class SB3Agent(Agent):
             gym.make_vec(env_id, settings.num_envs, vectorization_mode="vector_entry_point", **arguments)
         )
         env.ended = []
-        # As RLlib's: other inputs for each seed, and after a restart not the first ones again.
-        env.seed(settings.seed * 1_000_003 + 31 * self.steps)
         return env
 
     def iterate(self) -> dict[str, float]:
@@ -246,7 +251,7 @@ class SB3Agent(Agent):
         raise NotImplementedError
 
     def save(self) -> None:
-        """One file; not SB3's own, which are pickles."""
+        """One file of tensors and numbers; SB3's own would run code when it is loaded."""
         policy = self._algorithm.policy
         state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "steps": self.steps}
         with write_aside(self._file) as aside:
@@ -259,6 +264,7 @@ class SB3Agent(Agent):
     def reload(self) -> None:
         """A new environment: it loads the file again, since it has changed."""
         self._env = self._make_env()
+        self._seed()
         self._algorithm.set_env(self._env)
 
 

@@ -38,9 +38,7 @@ def main(args: Args) -> None:
     use_threads(args.threads)
     model, inputs = load(args.run), load_dataset(data).validation.inputs
     if len(model.curve) < 2:
-        raise ValueError(
-            f"the policy of {args.run} has no calibrated budgets: it was trained at one price, or not by dynrl"
-        )
+        raise ValueError(f"{args.run} has no calibrated budgets: it was trained at one price, or not by dynrl")
     if len(inputs) < args.batch_size:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
     rounds = 5

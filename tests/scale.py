@@ -11,7 +11,7 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.evaluation import score, score_routes
 from dynrl.files import read_json
-from dynrl.routed import RoutedModel
+from dynrl.routed import SHIPPED, RoutedModel
 from dynrl.scripts.cli import main
 
 STEPS = 24_000
@@ -48,23 +48,20 @@ def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp
     assert score(model, test).macs_fraction == pytest.approx(float(nothing.macs.mean()), abs=0.05)
 
 
-def test_a_sweep_trains_all_ranks_them_and_goes_on(small_backbone, tmp_path, capsys):
-    given = tmp_path / "given"
-    given.mkdir()
-    (given / "backbone.safetensors").symlink_to(small_backbone)
-    out = tmp_path / "sweep"
-    words = ["sweep", "skip", "--data", "digits", "--backbone", str(given), "--out", str(out), "--steps", "20000"]
+def test_a_sweep_trains_all_ranks_them_and_goes_on(tmp_path, capsys):
+    given, out = SHIPPED / "skip-digits", tmp_path / "sweep"
+    words = ["sweep", "skip", "--data", "digits", "--backbone", str(given), "--out", str(out), "--steps", "60000"]
     words += ["--vary", "learning_rate=0.002,1e-07"]
     main(words)
     shown = capsys.readouterr().out
     rows = read_json(out / "sweep.json")
     assert [row["run"].rpartition("/")[2] for row in rows] == ["learning_rate=0.002", "learning_rate=1e-07"]
-    assert rows[0]["quarter"] == 4 and rows[0]["steps"] >= 20_000 and rows[0]["area"] > rows[1]["area"]
+    assert rows[0]["quarter"] == 4 and rows[0]["steps"] >= 60_000 and rows[0]["area"] > rows[1]["area"]
     assert "report of the best: dynrl train skip --resume" in shown and "quarter 1 of 4" in shown
     main(words)  # nothing is left to do
     assert read_json(out / "sweep.json") == rows
     with pytest.raises(SystemExit):  # other settings than those runs have
-        main([*words[:-3], "30000", *words[-2:]])
+        main([*words[:-3], "90000", *words[-2:]])
     assert "a sweep with another steps" in capsys.readouterr().err
     main([*words[:-1], "learning_rate=0.002,1e-07,0.004"])  # one value more
     more = {row["run"].rpartition("=")[2]: row for row in read_json(out / "sweep.json")}

@@ -134,7 +134,7 @@ def test_a_regression_is_logged_by_its_own_metric():
     (slab,) = runner.sample(num_timesteps=80)
     assert torch.isfinite(slab.rewards).all()
     shown = runner.get_metrics()["route"]
-    assert set(shown) == {"mse", "macs_fraction", "price"}
+    assert set(shown) == {"mse", "macs_fraction", "price", "reward", "routes/distinct", "rate/layer1.0"}
 
 
 def test_exploration_draws_from_the_policys_distribution(runner):

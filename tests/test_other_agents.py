@@ -93,6 +93,23 @@ def test_whole_routes_at_once(agent, small_backbone, tmp_path):
         assert trained.steps >= 3_000 and trained.router().kind == "upfront"
 
 
+@pytest.mark.parametrize("agent", ["ppo", "sb3-ppo"])
+@pytest.mark.usefixtures("ray_local")
+def test_each_seed_meets_inputs_of_its_own_and_a_reload_others_again(agent, small_backbone, tmp_path):
+    met = []
+    for seed in (0, 1):
+        settings = Settings("skip", "digits", steps=500, agent=agent, num_envs=8, seed=seed)
+        with open_agent(settings, small_backbone, tmp_path / str(seed), 500) as trained:
+            envs = (lambda t: t._env.env) if agent == "sb3-ppo" else (lambda t: t._algorithm.env_runner.env.unwrapped)
+            trained.learn(1, Stop())
+            met.append(set(envs(trained)._seeds.tolist()))
+            trained.reload()
+            trained.learn(trained.steps + 1, Stop())
+            met.append(set(envs(trained)._seeds.tolist()))
+    assert all(len(one) == 8 for one in met)
+    assert not any(one & other for i, one in enumerate(met) for other in met[:i])
+
+
 def make(decision="Skip", **arguments):
     arguments = {"autoreset_mode": AutoresetMode.SAME_STEP, "data": "digits", **arguments}
     return gym.make_vec(f"dynrl/{decision}-v0", 6, vectorization_mode="vector_entry_point", **arguments)
@@ -100,6 +117,7 @@ def make(decision="Skip", **arguments):
 
 def test_the_adapter_is_the_environment():
     given, plain = RoutingVecEnv(make("Exit")), make("Exit")
+    given.ended = []
     given.seed(5)
     rng = np.random.default_rng(0)
     obs, (expected, _) = given.reset(), plain.reset(seed=5)
@@ -143,7 +161,7 @@ def test_the_adapter_refuses_what_would_lose_transitions():
     [
         ["--agent", "dqn", "--upfront"], ["--agent", "sb3-dqn", "--upfront"], ["--agent", "sb3-ppo", "--num-learners", "1"],
         ["--agent", "sb3-ppo", "--num-env-runners", "1"], ["--agent", "appo", "--baseline", "group"],
-        ["--agent", "gate", "--cost", "time"], ["--agent", "nosuch"],
+        ["--agent", "gate", "--cost", "time"], ["--agent", "nosuch"], ["--agent", "dqn", "--finetune"],
     ],
 )  # fmt: skip
 def test_what_an_agent_cannot_do_is_refused(words, tmp_path):
