@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
 
 from dynrl.agents.training import Settings, Stop, open_agent
 from dynrl.backbones import load_backbone
@@ -46,6 +47,21 @@ def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp
     model, test = RoutedModel(backbone, router), load_dataset("digits").test
     nothing = score_routes(model.backbone, torch.zeros(len(test), backbone.max_steps, dtype=torch.int64), test)
     assert score(model, test).macs_fraction == pytest.approx(float(nothing.macs.mean()), abs=0.05)
+
+
+def test_learners_share_the_work_and_stay_equal(small_backbone, tmp_path):
+    settings = Settings("skip", "digits", steps=STEPS, num_envs=32, num_env_runners=1, num_learners=2)
+    with open_agent(settings, small_backbone, tmp_path, STEPS) as trained:
+        start = trained.router().state_dict()
+        trained.learn(STEPS // 2, Stop())
+        held = trained._algorithm.learner_group.foreach_learner(
+            lambda learner: learner.module[DEFAULT_MODULE_ID].unwrapped().state_dict()
+        )
+        one, other = (result.get() for result in held)
+        router = trained.router().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(one[f"net.{name}"], value) for name, value in router.items())
+    assert not torch.equal(start["head.weight"], router["head.weight"])
 
 
 def test_a_sweep_trains_all_ranks_them_and_goes_on(tmp_path, capsys):

@@ -8,7 +8,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from ray.rllib.core import DEFAULT_MODULE_ID
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -326,19 +325,12 @@ def test_one_rare_and_bad_draw_does_not_flip_a_settled_policy(small_backbone):
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("learners", [0, 2])
-def test_remote_runners_find_the_environment(learners, small_backbone):
+def test_remote_runners_find_the_environment(small_backbone):
     backbone, _ = load_backbone(small_backbone)
-    algorithm = config_for(backbone, small_backbone, num_env_runners=1, num_learners=learners).build_algo()
+    algorithm = config_for(backbone, small_backbone, num_env_runners=1).build_algo()
     before = router_of(algorithm)
     result = algorithm.train()
     router = router_of(algorithm)
-    if learners:  # each learned from its share, and all are the same again
-        held = algorithm.learner_group.foreach_learner(
-            lambda learner: learner.module[DEFAULT_MODULE_ID].unwrapped().state_dict()
-        )
-        one, other = (result.get() for result in held)
-        assert all(torch.equal(one[name], other[name]) for name in one)
     algorithm.stop()
     assert not torch.equal(before.head.weight, router.head.weight)
     assert result["env_runners"]["num_env_steps_sampled_lifetime"] == 96
