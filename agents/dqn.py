@@ -76,7 +76,7 @@ class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
 
 
 class DQN(RLlibAgent):
-    """Double Q-learning (van Hasselt et al. 2016) with returns of three steps, from a buffer of replayed episodes.
+    """Double Q-learning (van Hasselt et al. 2016) from a buffer of replayed episodes.
 
     For one choice a step only. Training that is resumed begins with an empty buffer.
     """

@@ -42,7 +42,7 @@ from ray.rllib.utils.metrics import (
 from torch import Tensor, nn
 
 from dynrl.agents.metrics import ended_episodes, episode_scalars
-from dynrl.agents.training import GROUP, UPFRONT_WALKS, Agent, entropy_bonus, router_arguments, walks
+from dynrl.agents.training import GROUP, Agent, entropy_bonus, env_arguments, rollout_steps, router_arguments
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
@@ -272,11 +272,9 @@ class EpisodesRunner(SlabRunner):
     def _hand_over(self, slab: Slab) -> list[Any]:
         found = []
         seen: Any = torch.cat([slab.obs, slab.last_obs.unsqueeze(0)]).transpose(0, 1).numpy()
-        actions: Any
-        rewards: Any
-        actions, rewards, logp, logits = (
-            column.transpose(0, 1).numpy() for column in (slab.actions, slab.rewards, slab.logp, slab.logits)
-        )
+        columns = (slab.actions, slab.rewards, slab.logp, slab.logits)
+        by_row: list[Any] = [column.transpose(0, 1).numpy() for column in columns]
+        actions, rewards, logp, logits = by_row
         for row, ended in enumerate(slab.terminateds.t()):
             start = 0
             for end in [*(ended.nonzero().flatten() + 1).tolist(), len(ended)]:
@@ -391,20 +389,15 @@ class RLlibAgent(Agent):
         settings, (backbone, _) = self.settings, load_backbone(self.backbone_file)
         if start_ray(max(2, settings.num_env_runners + settings.num_learners + 1), settings.address):
             self._held.callback(ray.shutdown)  # what follows is timed: ray's processes should not share its cores
-        env_config = {
-            "backbone": str(self.backbone_file.resolve()), "data": settings.data,
-            "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
-            "upfront": settings.upfront, "times": settings.times,
-            "device": settings.device, "dtype": settings.dtype,
-        }  # fmt: skip
         # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
         self._decisions = backbone.max_steps if settings.upfront else 1
         self._walk = backbone.max_steps // self._decisions
         self._entropy = entropy_bonus(settings, backbone)
         config = self.configure(
-            decision(settings.decision).env_id, env_config, router_arguments(backbone, settings),
+            decision(settings.decision).env_id, env_arguments(settings, self.backbone_file),
+            router_arguments(backbone, settings),
             self.total // self._decisions, seed=settings.seed, num_envs=settings.num_envs,
-            rollout=UPFRONT_WALKS if settings.upfront else walks(backbone) * backbone.max_steps,
+            rollout=rollout_steps(settings, backbone),
             num_env_runners=settings.num_env_runners, num_learners=settings.num_learners,
             # Remote runners see no GPU that ray has not given them.
             num_gpus_per_env_runner=settings.device.startswith("cuda") / max(1, settings.num_env_runners),

@@ -19,7 +19,15 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
 from dynrl.agents.metrics import ended_episodes, episode_scalars
-from dynrl.agents.training import EXPLORATION, UPFRONT_WALKS, Agent, build_q, entropy_bonus, router_arguments, walks
+from dynrl.agents.training import (
+    EXPLORATION,
+    Agent,
+    build_q,
+    entropy_bonus,
+    env_arguments,
+    rollout_steps,
+    router_arguments,
+)  # fmt: skip
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
@@ -190,7 +198,7 @@ class SB3Agent(Agent):
         settings, (backbone, _) = self.settings, load_backbone(self.backbone_file)
         self._decisions = backbone.max_steps if settings.upfront else 1
         walk = backbone.max_steps // self._decisions
-        self._samples = UPFRONT_WALKS if settings.upfront else walks(backbone) * walk
+        self._samples = rollout_steps(settings, backbone)
         self._entropy = entropy_bonus(settings, backbone)
         self._env, self.steps = self._make_env(), 0
         self._algorithm = self.build(self._env, router_arguments(backbone, settings), walk, self._samples)
@@ -210,15 +218,12 @@ class SB3Agent(Agent):
 
     def _make_env(self) -> RoutingVecEnv:
         settings = self.settings
-        env_id = decision(settings.decision).env_id
-        arguments: dict[str, Any] = {
-            "backbone": str(self.backbone_file), "data": settings.data, "price_range": settings.price_range,
-            "accuracy_term": settings.accuracy_term, "upfront": settings.upfront, "times": settings.times,
-            "device": settings.device, "dtype": settings.dtype, "autoreset_mode": AutoresetMode.SAME_STEP,
-        }  # fmt: skip
         env = RoutingVecEnv(
-            gym.make_vec(env_id, settings.num_envs, vectorization_mode="vector_entry_point", **arguments)
-        )
+            gym.make_vec(
+                decision(settings.decision).env_id, settings.num_envs, vectorization_mode="vector_entry_point",
+                autoreset_mode=AutoresetMode.SAME_STEP, **env_arguments(settings, self.backbone_file),
+            )
+        )  # fmt: skip
         env.ended = []
         return env
 

@@ -190,6 +190,20 @@ def router_arguments(backbone: Backbone, settings: Settings) -> tuple[str, dict[
     return "sequential", {**Layout.of(backbone).to_dict(), **common, "start": statistics.mode(backbone.full_route)}
 
 
+def env_arguments(settings: Settings, backbone_file: Path) -> dict[str, Any]:
+    """The environment's arguments, but for how many rows it has and how it resets."""
+    return {
+        "backbone": str(backbone_file.resolve()), "data": settings.data,
+        "price_range": list(settings.price_range), "accuracy_term": settings.accuracy_term,
+        "upfront": settings.upfront, "times": settings.times, "device": settings.device, "dtype": settings.dtype,
+    }  # fmt: skip
+
+
+def rollout_steps(settings: Settings, backbone: Backbone) -> int:
+    """Environment steps of each row in a training iteration; upfront one is all of a walk."""
+    return UPFRONT_WALKS if settings.upfront else walks(backbone) * backbone.max_steps
+
+
 def build_q(kind: str, config: dict[str, Any]) -> LearnedPolicy:
     """`build_policy` for Q-learning: the favour for the full network's choice would be an expected return here."""
     net = build_policy(kind, config)

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from dynrl.scripts.train import AgentName
 
 if TYPE_CHECKING:
     from dynrl.comparison import Front
@@ -32,7 +34,7 @@ class Args:
     """Folder of all runs; the same command goes on with it."""
     data: str | None = None
     """Data set, as of `dynrl train`; default: each decision's."""
-    agents: tuple[Literal["ppo", "appo", "dqn", "sb3-ppo", "sb3-dqn", "gate"], ...] = ("ppo", "gate")
+    agents: tuple[AgentName, ...] = ("ppo", "gate")
     """What learns, as of `dynrl train`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Policy seeds; the backbone's is the first of them."""

@@ -13,9 +13,11 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from dynrl.scripts.train import AgentName
 
 if TYPE_CHECKING:
     from dynrl.scripts.train import Args as Training
@@ -38,7 +40,7 @@ class Args:
     accuracy_term, baseline, all as of `dynrl train`."""
     data: str | None = None
     """Data set, as of `dynrl train`; default: the decision's."""
-    agent: Literal["ppo", "appo", "dqn", "sb3-ppo", "sb3-dqn", "gate"] = "ppo"
+    agent: AgentName = "ppo"
     """What learns, as of `dynrl train`."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or a run; default: pretrain one first, in OUT/backbone."""

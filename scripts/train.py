@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-RLLIB = ("ppo", "appo", "dqn")  # agents
+AgentName = Literal["ppo", "appo", "dqn", "sb3-ppo", "sb3-dqn", "gate"]
+RLLIB = ("ppo", "appo", "dqn")  # of those
 
 if TYPE_CHECKING:
     from dynrl.agents.training import Settings
@@ -27,7 +28,7 @@ class Args:
     data: str | None = None
     """A data set by name, a folder with a folder of images for each class, or FOLDER@SIZE, to which their squares are
     brought; default: the decision's."""
-    agent: Literal["ppo", "appo", "dqn", "sb3-ppo", "sb3-dqn", "gate"] = "ppo"
+    agent: AgentName = "ppo"
     """RLlib's PPO, APPO (for many runners) or DQN; Stable-Baselines3's PPO or DQN; or gates trained by gradient
     (straight-through), which they must stand beside."""
     finetune: bool = False

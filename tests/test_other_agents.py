@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from ray.rllib.core.columns import Columns
 
 from dynrl.agents.rllib import EpisodesRunner, SlabRunner
 from dynrl.agents.sb3 import RoutingVecEnv
-from dynrl.agents.training import Settings, Stop, open_agent
+from dynrl.agents.training import AGENTS, Settings, Stop, open_agent
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.evaluation import score, score_routes
 from dynrl.routed import RoutedModel
 from dynrl.scripts.cli import main
+from dynrl.scripts.train import AgentName
 from tests.cases import make_backbone
 from tests.test_agents import config_for
 
@@ -157,14 +160,22 @@ def test_the_adapter_refuses_what_would_lose_transitions():
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "reason"),
     [
-        ["--agent", "dqn", "--upfront"], ["--agent", "sb3-dqn", "--upfront"], ["--agent", "sb3-ppo", "--num-learners", "1"],
-        ["--agent", "sb3-ppo", "--num-env-runners", "1"], ["--agent", "appo", "--baseline", "group"],
-        ["--agent", "gate", "--cost", "time"], ["--agent", "nosuch"], ["--agent", "dqn", "--finetune"],
+        (["--agent", "dqn", "--upfront"], "one choice a step"), (["--agent", "sb3-dqn", "--upfront"], "one choice a step"),
+        (["--agent", "sb3-ppo", "--num-learners", "1"], "agents of RLlib"),
+        (["--agent", "sb3-ppo", "--num-env-runners", "1"], "agents of RLlib"),
+        (["--agent", "appo", "--baseline", "group"], "for --agent ppo"),
+        (["--agent", "gate", "--cost", "time"], "counts MACs"), (["--agent", "nosuch"], "nosuch"),
+        (["--agent", "dqn", "--finetune"], "as it was"), (["--num-learners", "3"], "3 learners"),
     ],
 )  # fmt: skip
-def test_what_an_agent_cannot_do_is_refused(words, tmp_path):
+def test_what_an_agent_cannot_do_is_refused(words, reason, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "skip", "--data", "digits", "--out", str(tmp_path / "x"), *words])
-    assert not list(tmp_path.iterdir())
+    told = capsys.readouterr()
+    assert reason in told.err + told.out and not list(tmp_path.iterdir())
+
+
+def test_every_agent_can_be_named():
+    assert set(get_args(AgentName)) == set(AGENTS)
