@@ -113,6 +113,7 @@ class Gates(Agent):
         return {
             "return": reward.detach(), task.metric: task.score(output.detach(), targets),
             "macs_fraction": macs.detach(), "price": prices, "entropy": torch.cat(entropies), "route": walk.route,
+            "target": targets,
         }  # fmt: skip
 
     def router(self) -> LearnedPolicy:

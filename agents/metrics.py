@@ -13,6 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from dynrl.backbones import Point, choice_rates
 from dynrl.envs.core import Info, RoutingVectorEnv
 
+SHOWN_CLASSES = 20  # the first of many: a thousand curves are of use to nobody, and take longer than learning does
+
 
 def ended_episodes(env: RoutingVectorEnv, info: Info, returns: Tensor) -> dict[str, Tensor]:
     """What is logged of the episodes that ended with a step: [n] each, routes [n, steps].
@@ -22,14 +24,18 @@ def ended_episodes(env: RoutingVectorEnv, info: Info, returns: Tensor) -> dict[s
         returns: [N], of each row's episode so far.
     """
     ended = info["ended"]
-    found = {name: info[name][ended] for name in (env.task.metric, "macs_fraction", "price", "route")}
+    found = {name: info[name][ended] for name in (env.task.metric, "macs_fraction", "price", "route", "target")}
     return {**found, "return": returns[ended]}
 
 
 def episode_scalars(over: Mapping[str, Tensor], points: Sequence[Point]) -> dict[str, float]:
     """Means over episodes that ended (see `ended_episodes`), by the tags of `TrainingLog`."""
-    scalars = {name: float(values.mean()) for name, values in over.items() if name not in ("route", "return", "length")}
+    target, not_means = over["target"], ("route", "return", "length", "target")
+    scalars = {name: float(values.mean()) for name, values in over.items() if name not in not_means}
     scalars |= {"reward": float(over["return"].mean()), "routes/distinct": float(len(over["route"].unique(dim=0)))}
+    if not target.is_floating_point():  # a regression's has no classes
+        for label in target[target < SHOWN_CLASSES].unique().tolist():
+            scalars[f"macs_by_class/{label}"] = float(over["macs_fraction"][target == label].mean())
     return scalars | {f"rate/{tag}": rate for tag, rate in choice_rates(points, over["route"]).items()}
 
 
@@ -38,8 +44,9 @@ class TrainingLog:
 
     Tags: `reward`, the task's metric (`accuracy` or `mse`), `macs_fraction`, `price`, `routes/distinct` (few of them:
     the policy has collapsed), `rate/<point>` (share of the decisions there that were choice 1; `rate/<point>/<choice>`
-    where there are more than two), `loss/...`, `entropy`, `throughput/steps_per_s`; after each round of fine-tuning
-    `finetuning/...`, means over its batches.
+    where there are more than two), `macs_by_class/<class>` (what inputs of that class spend; of the first 20),
+    `loss/...`, `entropy`, `throughput/steps_per_s`; after each round of fine-tuning `finetuning/...`, means over its
+    batches.
 
     Args:
         begins_after: the step training goes on from; what a killed run wrote after it is hidden.

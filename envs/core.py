@@ -436,6 +436,7 @@ class RoutingVectorEnv(VectorEnv):
             info["macs_fraction"] = walk.macs / self.backbone.dense_macs
             info["route"] = walk.route.clone()
             info["price"] = self._prices.clone()
+            info["target"] = self._split.targets[self._drawn]
             self._ended = end
         if self._same_step and end is not None:
             info["final_obs"] = self._observe_only(end)

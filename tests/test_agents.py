@@ -11,11 +11,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from dynrl.agents.metrics import TrainingLog
+from dynrl.agents.metrics import TrainingLog, ended_episodes, episode_scalars
 from dynrl.agents.ppo import SlabGAE, gae, group_advantages, ppo_config
 from dynrl.agents.rllib import RouterModule, Slab, SlabRunner, router_of
 from dynrl.agents.training import GROUP, Settings, Stop, open_agent, train_policy
-from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.backbones import GatedResNet, Point, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.evaluation import score
 from dynrl.observation import Layout
@@ -134,6 +134,29 @@ def test_a_regression_is_logged_by_its_own_metric():
     assert torch.isfinite(slab.rewards).all()
     shown = runner.get_metrics()["route"]
     assert set(shown) == {"mse", "macs_fraction", "price", "reward", "routes/distinct", "rate/layer1.0"}
+
+
+def test_what_each_class_spends_is_logged():
+    over = {
+        "accuracy": torch.tensor([1.0, 0.0, 1.0, 1.0]), "macs_fraction": torch.tensor([0.2, 0.6, 0.4, 0.9]),
+        "route": torch.tensor([[0], [1], [0], [1]]), "return": torch.zeros(4), "target": torch.tensor([3, 0, 3, 70]),
+    }  # fmt: skip
+    shown = episode_scalars(over, [Point("layer1.0", 2)])
+    by_class = {tag: value for tag, value in shown.items() if tag.startswith("macs_by_class")}
+    assert by_class == {"macs_by_class/3": pytest.approx(0.3), "macs_by_class/0": pytest.approx(0.6)}  # 70: too many
+
+
+def test_classes_in_the_log_are_those_of_the_inputs_that_ended(runner):
+    env = runner.env.unwrapped
+    env.reset_tensors(0)
+    met = []
+    for _ in range(2 * env.backbone.max_steps):
+        drawn = env._drawn.clone()
+        *_, info = env.step_tensors(torch.ones(env.num_envs, dtype=torch.int64))
+        if "route" in info:
+            met.append((ended_episodes(env, info, torch.zeros(env.num_envs))["target"], env._split.targets[drawn]))
+    assert len(met) == 2
+    assert all(torch.equal(logged, expected) for logged, expected in met)
 
 
 def test_exploration_draws_from_the_policys_distribution(runner):
