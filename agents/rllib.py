@@ -350,8 +350,10 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
+        plugins = os.environ.get("DYNRL_PLUGINS")  # the cluster starts its workers: they inherit nothing from here
+        told = {"env_vars": {"DYNRL_PLUGINS": plugins}} if plugins else None
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=told)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"no ray cluster at {address!r}: {error}") from None
         return True

@@ -19,12 +19,6 @@ if importlib.util.find_spec("gymnasium") is not None:
     register()
     del register
 
-if os.environ.get("DYNRL_PLUGINS"):  # in a remote worker, say; see dynrl.plugins
-    from dynrl.plugins import load_plugins
-
-    load_plugins(os.environ["DYNRL_PLUGINS"].split(os.pathsep))
-    del load_plugins
-
 
 def __getattr__(name: str) -> Any:
     """Load the plug on first use, so that `import dynrl` (and a remote worker's look for env ids) stays cheap."""
@@ -33,3 +27,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(routed, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# In a remote worker, say; see dynrl.plugins. Last: what is imported here may itself import from dynrl.
+if os.environ.get("DYNRL_PLUGINS"):
+    from dynrl.plugins import load_plugins
+
+    load_plugins(os.environ["DYNRL_PLUGINS"].split(os.pathsep))
+    del load_plugins

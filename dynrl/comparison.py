@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from dynrl import evaluation as ev
@@ -153,28 +154,29 @@ def area(front: Front, reached: Tensor) -> Tensor:
     return torch.trapezoid(front.metric[:, reached].transpose(1, 2), at) / (at[-1] - at[0])
 
 
-def paired(ours: Tensor, theirs: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def paired(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
     """Mean of `ours` less mean of `theirs`, with the ends of its 95 % interval.
 
-    The interval is a percentile bootstrap's (Efron & Tibshirani 1993, chapter 13) over inputs, drawn for both sides
-    together, and over the seeds of each side; inputs are counted by Poisson draws, which are a bootstrap's in the
-    limit. Of one seed nothing is known of the spread over seeds: the interval is that over inputs alone.
+    Student's t, its variance the sum of those of a mean over inputs (of the difference on each, so that what both sides
+    have in common cancels) and of a mean over the seeds of each side, its degrees of freedom by Satterthwaite (1946,
+    Biometrics Bulletin 2). A bootstrap over three seeds covers the truth in 80 % of cases, not 95 (measured). Of one
+    seed nothing is known of the spread over seeds: the interval is that over inputs alone.
 
     Args:
         ours: [seeds, n].
         theirs: [other seeds, n], the same inputs.
     """
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for chunk in torch.arange(draws).split(100):
-        counts = torch.poisson(torch.ones(len(chunk), ours.shape[1]), generator=generator)
-        means = []
-        for side in (ours, theirs):
-            drawn = torch.randint(len(side), (len(chunk), len(side)), generator=generator)
-            means.append((counts @ side.t() / counts.sum(1, keepdim=True)).gather(1, drawn).mean(1))
-        found.append(means[0] - means[1])
-    low, high = torch.cat(found).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return float(ours.mean() - theirs.mean()), low, high
+    ours, theirs = ours.double(), theirs.double()
+    parts = [(ours.mean(0) - theirs.mean(0), ours.shape[1])]
+    parts += [(side.mean(1), len(side)) for side in (ours, theirs) if len(side) > 1]
+    variances = [(float(values.var()) / count, count - 1) for values, count in parts]
+    total = sum(variance for variance, _ in variances)
+    difference = float(ours.mean() - theirs.mean())
+    if total == 0:
+        return difference, difference, difference
+    freedom = total**2 / sum(variance**2 / known for variance, known in variances)
+    reach = float(student.ppf(0.975, freedom)) * total**0.5
+    return difference, difference - reach, difference + reach
 
 
 def at_equal_macs(
@@ -193,7 +195,7 @@ def at_equal_macs(
     if len(reached) < len(models):
         return None
     ours = torch.stack([metric for metric, _ in reached])
-    gain, low, high = paired(-task.error(ours), -task.error(theirs))
+    gain, low, high = _better(ours, theirs, task)
     return {
         "difference": gain, "low": low, "high": high,
         "macs_fraction": sum(macs for _, macs in reached) / len(reached), "one_price_macs_fraction": budget,
@@ -201,9 +203,14 @@ def at_equal_macs(
     }  # fmt: skip
 
 
+def _better(ours: Tensor, theirs: Tensor, task: Task) -> tuple[float, float, float]:
+    """`paired`, of [seeds, n] each of the task's metric, so that more is better."""
+    return paired(ours, theirs) if task.error(0.0) > task.error(1.0) else paired(-ours, -theirs)
+
+
 def differences(ours: Front, theirs: Front, task: Task) -> dict[str, dict[str, float]]:
-    """How much better `ours` is, in the metric (turned so that more is better): by area over the budgets that both
-    reach (`area`), and at each of them (`0.5`).
+    """How much better `ours` is, in the metric's units (more is better, whichever it is): by area over the budgets that
+    both reach (`area`), and at each of them (`0.5`).
     """
     both = ours.reached & theirs.reached
     sides: dict[str, tuple[Tensor, Tensor]] = {}
@@ -212,6 +219,6 @@ def differences(ours: Front, theirs: Front, task: Task) -> dict[str, dict[str, f
     for i in both.nonzero().flatten().tolist():
         sides[f"{BUDGETS[i]:.3g}"] = (ours.metric[:, i], theirs.metric[:, i])
     return {
-        name: dict(zip(("difference", "low", "high"), paired(-task.error(a), -task.error(b)), strict=True))
+        name: dict(zip(("difference", "low", "high"), _better(a, b, task), strict=True))
         for name, (a, b) in sides.items()
     }

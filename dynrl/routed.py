@@ -27,6 +27,7 @@ from dynrl.policies import LearnedPolicy, RoutePolicy, Router, StepPolicy, Upfro
 
 Policy = StepPolicy | RoutePolicy | LearnedPolicy
 EXPORTED = ("skip", "exit")  # decisions that torch.export can carry
+JUMP = 0.1  # share of the dearest cost by which neighbours on a curve differ that have all but the same price
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
+    # Of the policy's weights at the present price; `_renew` makes them anew.
     _act: Callable[[Tensor], Tensor]
     _linear: LinearChoice | None = None
     _fused: FusedChoice | None = None
@@ -94,12 +96,13 @@ class RoutedModel(nn.Module):
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
-            self._act: Callable[[Tensor], Tensor] = policy.act
+            self._act = policy.act
         if isinstance(policy, LearnedPolicy):
             low, high = policy.price_range
             self.price_range = (low, high)
             self.set_price(min(max((low * high) ** 0.5, low), high))  # of one price the root may round to another
             self._router_macs = count_macs(policy, (policy.width,))[0]
+        self.register_load_state_dict_post_hook(_renewed)
 
     @property
     def price(self) -> float:
@@ -144,16 +147,36 @@ class RoutedModel(nn.Module):
             ValueError: it was not timed on this machine, or `budget` lies outside what the policy can reach.
         """
         if len(self.latency) < 2:
-            raise ValueError("no times of this machine are known; run: dynrl calibrate RUN")
+            count = torch.get_num_threads()
+            raise ValueError(
+                f"no times are known of this machine with {count} threads; run: dynrl calibrate RUN --threads {count}"
+            )
         self.set_price(_price_at(self.latency, budget, "milliseconds"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
         # The policy follows to another device, and no further: it stays in float32, as what it sees does.
+        first = next(self.backbone.parameters())
+        before = first.device, first.dtype
         self.backbone._apply(fn, recurse)
-        self.policy.to(fn(torch.empty(0, device=next(self.backbone.parameters()).device)).device)
-        if self.price_range is not None:
-            self.set_price(self._price)  # its constants live where the policy lives
+        first = next(self.backbone.parameters())
+        if (first.device, first.dtype) != before:
+            self.latency = []  # of what it was
+        self.policy.to(first.device)
+        self._renew()
         return self
+
+    def _renew(self) -> None:
+        if self.price_range is not None:
+            self.set_price(self._price)
+        elif isinstance(self.policy, StepPolicy):
+            self._act = self.policy.act
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_act", "_linear", "_fused")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._renew()
 
     def chooser(self, inputs: Tensor) -> Callable[[State], Tensor]:
         """The policy, as `Backbone.run` asks for it."""
@@ -172,9 +195,10 @@ class RoutedModel(nn.Module):
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
         """Walk `inputs` to their ends; `forward` with everything the walk knows."""
-        if isinstance(self.policy, RoutePolicy):
-            return self.backbone.run_route(inputs, self.policy.route(inputs))
-        return self.backbone.run(inputs, self.chooser(inputs))
+        with torch.autocast(inputs.device.type, enabled=False):  # a caller's, for other models: this one has one dtype
+            if isinstance(self.policy, RoutePolicy):
+                return self.backbone.run_route(inputs, self.policy.route(inputs))
+            return self.backbone.run(inputs, self.chooser(inputs))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, *input_shape] to the backbone's outputs [B, ...]; what it did is in `last_route`.
@@ -231,8 +255,16 @@ class RoutedModel(nn.Module):
         return CapturedModel(self, batch_size)
 
 
+def _renewed(model: RoutedModel, keys: Any) -> None:
+    model._renew()
+
+
 def _price_at(curve: list[tuple[float, float]], budget: float, unit: str) -> float:
-    """The price at which `curve` [(price, what it costs)], prices rising, passes `budget`."""
+    """The price at which `curve` [(price, what it costs)], prices rising, passes `budget`.
+
+    Where the curve jumps over it, because a policy changes its mind for most inputs at one price: the price behind the
+    jump, which costs less, and a warning.
+    """
     dearest, cheapest = max(cost for _, cost in curve), min(cost for _, cost in curve)
     if not cheapest <= budget <= dearest:
         raise ValueError(
@@ -240,6 +272,13 @@ def _price_at(curve: list[tuple[float, float]], budget: float, unit: str) -> flo
         )
     for (low, above), (high, below) in pairwise(curve):
         if min(above, below) <= budget <= max(above, below):
+            if above - below > JUMP * dearest and high < 1.02 * low and above > budget:
+                warnings.warn(
+                    f"no price leads to {budget:.3g} {unit}: from {low:.4g} to {high:.4g} this policy jumps from "
+                    f"{above:.3f} to {below:.3f}, and {below:.3f} is taken",
+                    stacklevel=3,
+                )
+                return high
             share = 0.5 if above == below else (above - budget) / (above - below)
             # Prices were drawn evenly in their logarithm. Rounding must not carry the result out of the range.
             return min(max(low * (high / low) ** share, low), high)
@@ -402,7 +441,9 @@ def load(run: str | Path) -> RoutedModel:
     model = plug(backbone, run / "policy.safetensors")
     if (run / LATENCY).is_file():
         times = read_json(run / LATENCY)
-        if times["hardware"]["processor"] == hardware()["processor"] and times["policy"] == policy_fingerprint(model):
+        here, there = hardware(), times["hardware"]
+        same = all(there.get(name) == here[name] for name in ("processor", "threads", "torch"))
+        if same and times["policy"] == policy_fingerprint(model):
             model.latency = [(float(price), float(ms)) for price, ms in times["curve"]]
     return model
 

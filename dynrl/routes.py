@@ -12,8 +12,8 @@ def draw_routes(costs: Tensor, rate: Tensor, generator: torch.Generator | None =
     """Routes of independent choices, from the cheapest (rate 0) over any choice alike (1/2) to the dearest (rate 1).
 
     Choice c is drawn with probability in proportion to rate^s (1 - rate)^(1 - s), where s in [0, 1] is how far its cost
-    is from the step's least to its greatest: of two choices the dearer one with probability `rate`. Of all independent
-    draws that spend as much on average, these have the most entropy. Choices that cost the same are equally likely.
+    is from the step's least to its greatest: of two choices the dearer one with probability `rate`. Of all draws that
+    spend as much at a step, on average, these have the most entropy. Choices that cost the same are equally likely.
 
     Args:
         costs: [T, n], what each choice costs at each step; negative where there is no such choice.

@@ -40,15 +40,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = ()) -> None:
     """Parse the verb's settings and run it, with what `plugins` add (see `dynrl.plugins`)."""
-    import tyro
-
     from dynrl.plugins import load_plugins
 
-    module = importlib.import_module(f"dynrl.scripts.{verb}")
-    args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
     try:
+        import tyro
+
+        module = importlib.import_module(f"dynrl.scripts.{verb}")
+        args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
         load_plugins(plugins)
         module.main(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "dynrl").partition(".")[0] in {"dynrl", *sys.stdlib_module_names}:
+            raise
+        print(
+            f"dynrl {verb}: error: {error.name} is not installed; the commands take more than dynrl itself: "
+            "pip install 'dynrl[train]' (from a checkout: pip install '.[train]')",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (ValueError, OSError) as error:  # OSError: a path that cannot be read or written
         print(f"dynrl {verb}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -46,11 +46,18 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def folder_name(data: str) -> str:
+    """What a data set is called in the names of folders: images of one's own by the last part of their path."""
+    return Path(data).name
+
+
 def new_folder(out: Path | None, *parts: str) -> Path:
-    """Make the folder `out`, or `runs/<parts>-<time>`; one that exists is refused."""
-    folder = out or Path("runs") / "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    """Make the folder `out`, or `runs/<parts>-<time>`, data sets by `folder_name`; one that exists is refused."""
+    folder = out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")])
     if folder.exists():
-        raise ValueError(f"{folder} exists; choose another --out, or go on with it by --resume {folder}")
+        raise ValueError(
+            f"{folder} exists; choose another --out, or, if it is a run, go on with it by dynrl train --resume {folder}"
+        )
     folder.mkdir(parents=True)
     return folder
 
@@ -62,6 +69,11 @@ def read_config(run: Path) -> dict[str, Any]:
     config = read_json(run / "config.json")
     if not isinstance(config, dict) or not {"decision", "data", "seed"} <= set(config):
         raise ValueError(f"{run}/config.json is not what dynrl train writes")
+    if "agent" not in config and not (run / "policy.safetensors").is_file():
+        raise ValueError(
+            f"{run} is from dynrl pretrain, it holds no policy; train one: "
+            f"dynrl train {config['decision']} --backbone {run}"
+        )
     return config
 
 

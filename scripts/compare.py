@@ -10,6 +10,7 @@ all) to each other contender, with 95 % intervals over inputs and seeds.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
@@ -55,21 +56,26 @@ def main(args: Args) -> None:
     from dynrl.envs import decision
     from dynrl.envs.core import check_price_range
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import use_threads
+    from dynrl.scripts.common import folder_name, use_threads
+    from dynrl.scripts.train import Args as Training
+    from dynrl.scripts.train import check_args
 
     if not args.decisions or not args.agents or not args.seeds:
         raise ValueError("expected at least one decision, one agent and one seed")
     cells = [(name, check_dataset(args.data or decision(name).data)) for name in args.decisions]
     for name, data in cells:  # what can be refused is, before hours of training
+        row = defaults(name, data)
+        for agent, seed in product(args.agents, args.seeds):
+            check_args(Training(name, agent=agent, seed=seed, finetune=args.finetune or row.joint))
         for setting in args.plain:
-            defaults(name, data).changed((setting,)).build(load_dataset(data), args.seeds[0])
+            row.changed((setting,)).build(load_dataset(data), args.seeds[0])
     for price in args.prices:
         check_price_range((price, price))
     if args.prices and "ppo" not in args.agents:
         raise ValueError("--prices trains PPO at one price each, to stand beside PPO: add ppo to --agents")
     use_threads(args.threads)
     for name, data in cells:
-        folder = args.out / f"{name}-{data}"
+        folder = args.out / f"{name}-{folder_name(data)}"
         if not train_cells(folder, name, data, args):
             return
         compare_runs(folder)
@@ -78,6 +84,7 @@ def main(args: Args) -> None:
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train what is missing in `folder`; False after Ctrl-C."""
     from dynrl.policies import load_policy
+    from dynrl.scripts.common import read_config
     from dynrl.scripts.pretrain import pretrain_into
     from dynrl.scripts.train import Args as Training
     from dynrl.scripts.train import learn, open_run
@@ -97,6 +104,8 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
         if policy.is_file() and load_policy(policy)[1].get("finished", True):
             continue
         if (run / "config.json").is_file():
+            if (met := read_config(run)["data"]) != data:  # folders of images may bear the same name
+                raise ValueError(f"{run} was trained on {met}, not {data}; choose another --out")
             settings = Training(decision, resume=run)
         else:
             settings = Training(
@@ -117,11 +126,18 @@ def compare_runs(folder: Path) -> dict[str, Any]:
     from dynrl.data import load_dataset
     from dynrl.files import write_json
     from dynrl.heuristics import HEURISTICS
+    from dynrl.policies import load_policy
     from dynrl.progress import progress
     from dynrl.scripts.common import commit
     from dynrl.scripts.evaluate import RANDOM_SEEDS, load_runs, plain_network
 
-    runs = [run for run in sorted(folder.iterdir()) if (run / "policy.safetensors").is_file()]
+    runs = []
+    for run in sorted(folder.iterdir()):
+        policy = run / "policy.safetensors"
+        if policy.is_file() and load_policy(policy)[1].get("finished", True):
+            runs.append(run)
+        elif policy.is_file():
+            print(f"left out, since it was stopped early: {run}", file=sys.stderr)
     configs, pretrained, models, seeds = load_runs(runs)
     dataset = load_dataset(configs[0]["data"])
     test, validation = dataset.test, dataset.validation.head(1024)

@@ -126,20 +126,29 @@ def load_runs(
     """Runs of one backbone: their settings, the backbone as pretrained, and by names of rows their models and seeds.
 
     Raises:
-        ValueError: runs of several backbones or data sets, or that are not what `dynrl train` writes.
+        ValueError: runs of several backbones or data sets, or that are not what `dynrl train` writes; runs that would
+            pass for seeds of one another and were not trained alike, or one seed twice.
     """
     from dynrl.backbones import load_backbone
     from dynrl.routed import load
     from dynrl.scripts.common import pretrained_file, read_config
+    from dynrl.scripts.train import EARLIER
 
-    configs = [read_config(run) for run in runs]
+    configs = [EARLIER | read_config(run) for run in runs]
     backbones = [load_backbone(pretrained_file(run))[0] for run in runs]
     if len({b.fingerprint() for b in backbones}) > 1 or len({c["data"] for c in configs}) > 1:
         raise ValueError("these runs have different backbones or data sets; only policies of one backbone compare")
     models: dict[str, list[RoutedModel]] = {}
     seeds: dict[str, list[int]] = {}
+    firsts: dict[str, tuple[Path, dict[str, Any]]] = {}
     for run, config in zip(runs, configs, strict=True):
         name = _row_name(run, config)
+        first, alike = firsts.setdefault(name, (run, config))
+        differ = {key for key in config if config[key] != alike.get(key)} - {"seed", "num_env_runners", "network"}
+        if differ:
+            raise ValueError(f"{first} and {run} are both {name!r} and differ in {sorted(differ)}; report them apart")
+        if config["seed"] in seeds.get(name, []):
+            raise ValueError(f"{run} is {name!r} of seed {config['seed']} a second time; leave one of them out")
         models.setdefault(name, []).append(load(run))
         seeds.setdefault(name, []).append(config["seed"])
     return configs, backbones[0], models, seeds
@@ -157,22 +166,26 @@ def plain_network(folder: Path, dataset: Dataset) -> Backbone:
 
 def _row_name(run: Path, config: dict[str, Any]) -> str:
     """What a report calls a run: by its agent, how that was trained, and whether its backbone was fine-tuned."""
+    from dynrl.backbones import load_backbone
+    from dynrl.policies import load_policy
     from dynrl.scripts.common import PRETRAINED
 
-    if config.get("finetune") and not (run / PRETRAINED).exists():
+    if config["finetune"] and not (run / PRETRAINED).exists():
         raise ValueError(
             f"{run} was fine-tuned, but its {PRETRAINED} is not there: evaluate the run it was copied from"
         )
-    agent = "learned" if config["agent"] == "ppo" else config["agent"]
+    name = "learned" if config["agent"] == "ppo" else config["agent"]
     for setting, value, said in (
         ("upfront", True, "upfront"), ("baseline", "greedy", "greedy"),
         ("baseline", "group", "group"), ("accuracy_term", "blockdrop", "blockdrop"),
         ("cost", "time", "by time"),
     ):  # fmt: skip
-        agent += f" {said}" if config.get(setting) == value else ""
-    low, high = config.get("price_range") or (0, 1)
-    agent += f" at {low:g}" if low == high else ""
-    return f"{agent} tuned" if (run / PRETRAINED).exists() else agent
+        name += f" {said}" if config[setting] == value else ""
+    low, high = config["price_range"]
+    name += f" at {low:g}" if low == high else ""
+    # By the backbone's own notes: a run that was killed while it was fine-tuned still has its frozen policy.
+    name += " tuned" if "rounds" in load_backbone(run / "backbone.safetensors")[1] else ""
+    return name if load_policy(run / "policy.safetensors")[1].get("finished", True) else f"{name} unfinished"
 
 
 def show_seeds(report: dict[str, Any]) -> str:
@@ -275,17 +288,20 @@ def measure(
     total += tries + found + uniform + ev.ORACLE_DRAWS + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
-        def full_route(network: Backbone) -> float:
-            return float(ev.score_routes(network, network.dense_actions(len(test)), test).metric.mean())
+        def full_route(networks: list[Backbone], split: Split) -> float:
+            metrics = [float(ev.score_routes(n, n.dense_actions(len(split)), split).metric.mean()) for n in networks]
+            return sum(metrics) / len(metrics)
 
         original = frozen.fingerprint()
         own = [model.backbone for mine in models.values() for model in mine]
-        tuned = [full_route(network) for network in own if network.fingerprint() != original]
-        full_routes = {
-            "all_execute": full_route(frozen),
-            "plain": None if plain is None else full_route(plain.for_inference().to(*place)),
-            "tuned": sum(tuned) / len(tuned) if tuned else None,
+        on_full_route = {
+            "all_execute": [frozen],
+            "plain": [] if plain is None else [plain.for_inference().to(*place)],
+            "tuned": [network for network in own if network.fingerprint() != original],
         }
+        full_routes = {name: full_route(mine, test) if mine else None for name, mine in on_full_route.items()}
+        # By validation data, as all that is chosen.
+        _, best_dense = min((task.error(full_route(mine, every)), name) for name, mine in on_full_route.items() if mine)
         for budget in (*BUDGETS, None):
             spent = None
             for name, mine in models.items():
@@ -330,7 +346,7 @@ def measure(
         if smaller is not None:
             small = smaller.for_inference().to(*place)
             share = small.dense_macs / frozen.dense_macs
-            add("smaller", None, [ev.Score.of(small, full_route(small), share, 0.0, small.dense_actions(1))])
+            add("smaller", None, [ev.Score.of(small, full_route([small], test), share, 0.0, small.dense_actions(1))])
             add_sides(small, small.ideal(batch, small.dense_actions(len(batch))), small.dense_actions(len(batch)))
         known = ev.oracle_candidates(frozen, static)
         add_routes("oracle", None, [ev.oracle_routes(frozen, test, known, bar.update)])
@@ -343,7 +359,7 @@ def measure(
         point |= {"latency_ms": ms, "speedup": dense / ms, "realised_ratio": ideal / ms}
     return {
         "dense": {
-            metric: min((value for value in full_routes.values() if value is not None), key=task.error),
+            metric: full_routes[best_dense],
             **{f"{name}_{metric}": value for name, value in full_routes.items()},
             "macs": backbone.dense_macs,
             "latency_ms": dense,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,7 +19,7 @@ class Args:
     data: str | None = None
     """Data set, as of `dynrl train`; default: the decision's."""
     out: Path | None = None
-    """Folder to make; default runs/backbone-DECISION-DATA-TIME."""
+    """Folder to make; the same command goes on with it after a kill. Default: runs/backbone-DECISION-DATA-TIME."""
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     plain: bool = False
@@ -34,7 +34,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    """Write `backbone.safetensors` and `plain.safetensors`, or only the latter, into a new folder."""
+    """Write `backbone.safetensors` and `plain.safetensors`, or only the latter, into a new folder or one of before."""
     from dynrl.data import check_dataset, load_dataset
     from dynrl.envs import decision
     from dynrl.files import write_json
@@ -46,13 +46,30 @@ def main(args: Args) -> None:
     row.build(load_dataset(data), args.seed)  # before the folder is made: what can be refused is refused
     check_device(args.device)
     use_threads(args.threads)
-    folder = new_folder(args.out, "backbone", args.decision, data)
     settings = {name: value for name, value in asdict(args).items() if name not in ("out", "device", "threads")}
-    write_json(folder / "config.json", settings | {"data": data})
+    settings |= {"data": data, "network": list(args.network)}
+    if args.out is not None and args.out.exists():
+        folder = args.out
+        check_same(folder, settings)
+    else:
+        folder = new_folder(args.out, "backbone", args.decision, data)
+        write_json(folder / "config.json", settings)
     pretrain_into(folder, args.decision, data, args.seed, args.network, plain_only=args.plain, device=args.device)
     print(
         f"{'plain network' if args.plain else 'backbone'}: {folder}/{'plain' if args.plain else 'backbone'}.safetensors"
     )
+
+
+def check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """A ValueError for a folder that `dynrl pretrain` did not make by the same settings."""
+    from dynrl.files import read_json
+
+    kept = folder / "config.json"
+    before = read_json(kept) if kept.is_file() else None
+    if not isinstance(before, dict) or before.keys() != settings.keys():
+        raise ValueError(f"{folder} exists, and is no folder of dynrl pretrain to go on with; choose another --out")
+    if changed := [name for name, value in settings.items() if before[name] != value]:
+        raise ValueError(f"{folder} was made by dynrl pretrain with another {', '.join(changed)}; choose another --out")
 
 
 def pretrain_into(

@@ -10,6 +10,7 @@ with more values of what is varied.
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -154,7 +155,10 @@ def name_of(training: Training, vary: tuple[str, ...]) -> str:
 
 def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
     """Train all by Ray Tune, whose own files go to `out/tune-*`: a row each, those that came furthest first, and of
-    them the best.
+    them the best. Runs that failed are named on stderr, and have none.
+
+    Raises:
+        ValueError: all failed.
     """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -185,9 +189,14 @@ def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
             run_config=tune.RunConfig(name, str(out), verbose=0, callbacks=[Shown()]),
         )  # fmt: skip
     results = tuner.fit()  # after Ctrl-C, too, it returns: what there is so far
-    if results.errors:
-        raise ValueError(f"{len(results.errors)} runs failed, the first with: {results.errors[0]}")
-    last = [of for i in range(len(results)) if "area" in (of := results[i].metrics or {})]
+    ended = [results[i] for i in range(len(results))]
+    failed = [of for of in ended if of.error is not None]
+    for of in failed:
+        run, reason = Path((of.config or {}).get("run", of.path)).name, str(of.error).strip().rpartition("\n")[2]
+        print(f"{run} failed: {reason}", file=sys.stderr)
+    if failed and len(failed) == len(ended):
+        raise ValueError(f"all {len(failed)} runs failed, for the reasons above")
+    last = [metrics for of in ended if of.error is None and "area" in (metrics := of.metrics or {})]
     rows = [{name: of[name] for name in ("run", "quarter", "steps", "seconds", "area")} for of in last]
     return sorted(rows, key=lambda row: (-row["quarter"], task.error(row["area"])))
 

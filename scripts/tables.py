@@ -76,21 +76,24 @@ def comparison_table(results: list[dict[str, Any]]) -> list[str]:
     from dynrl.tasks import TASKS
 
     lines = [
-        "| decision, data | policy (seeds) | less | area, 0.3 to 0.9 of the MACs | at half | |",
+        "| decision, data | policy (seeds) | less (seeds) | area, 0.3 to 0.9 of the MACs | at half | |",
         "|---|---|---|---|---|---|",
     ]
     for result in results:
-        show = TASKS[result["metric"]].show
+        show, seeds = TASKS[result["metric"]].show, result["seeds"]
         for row in result["differences"]:
             if row["rival"] == "oracle":
                 continue
+            policy, rival = (
+                f"{name} ({len(seeds[name])})" if name in seeds else name for name in (row["policy"], row["rival"])
+            )
             cells = [
                 f"{show(of['difference'])} [{show(of['low'])}, {show(of['high'])}]" if (of := row.get(at)) else ""
                 for at in ("area", "0.5")
             ]
             lines.append(
-                f"| {result['decision']}, {result['data']} | {row['policy']} ({len(result['seeds'][row['policy']])}) "
-                f"| {row['rival']} | {' | '.join(cells)} | {verdict(row['area']) if 'area' in row else ''} |"
+                f"| {result['decision']}, {result['data']} | {policy} | {rival} | {' | '.join(cells)} "
+                f"| {verdict(row['area']) if 'area' in row else ''} |"
             )
     dates = sorted({result["date"] for result in results})
     return [*lines, "", f"{', '.join(dates)}; accuracy in points, mse in its own units turned so that more is better."]

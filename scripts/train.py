@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -113,12 +113,12 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
     decision(args.decision)
     if args.resume is not None:
         run = args.resume
-        config = _EARLIER | read_config(run)
+        config = EARLIER | read_config(run)
         _check_place(args, config["agent"])
         if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
         config["finetune"] = bool(config["finetune"]) or args.finetune
-        _check_finetune(config["finetune"], config["agent"])
+        check_args(Args(config["decision"], agent=config["agent"], finetune=config["finetune"]))
         changed = [name for name, value in _settings(args).items() if value not in (config[name], _DEFAULT[name])]
         if changed or args.out or args.backbone:
             raise ValueError(f"--resume goes on by {run}'s own settings; leave out {changed or '--out and --backbone'}")
@@ -127,12 +127,11 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         write_json(run / "config.json", config)
     else:
         config = _settings(args)
-        check_args(args)
         _check_place(args, args.agent)
         config["data"] = data = check_dataset(args.data or decision(args.decision).data)
         row = defaults(args.decision, data).changed(args.network)
         config["finetune"] = args.finetune or row.joint
-        _check_finetune(config["finetune"], args.agent)
+        check_args(replace(args, finetune=config["finetune"]))
         config["steps"] = args.steps or (row.steps // 2 if args.agent == "gate" else row.steps)
         for name in ("router_hidden", "num_envs", "price_range"):
             if config[name] is None:
@@ -166,17 +165,10 @@ def _settings(args: Args) -> dict[str, Any]:
 _DEFAULT = _settings(Args("")) | {"decision": None}
 
 
-_EARLIER: dict[str, Any] = {  # of runs from before these could be set
+EARLIER: dict[str, Any] = {  # of runs from before these could be set
     "finetune": False, "network": [], "router_hidden": 64, "upfront": False, "baseline": "value",
     "cost": "macs", "dtype": "float32", "learning_rate": None, "entropy": 0.01,
 }  # fmt: skip
-
-
-def _check_finetune(finetune: bool, agent: str) -> None:
-    if finetune and agent in ("dqn", "sb3-dqn"):
-        raise ValueError(
-            f"--agent {agent} replays what it met on the backbone as it was; choose another for --finetune"
-        )
 
 
 def _check_place(args: Args, agent: str) -> None:
@@ -214,6 +206,10 @@ def check_args(args: Args) -> None:
         raise ValueError("--baseline greedy is for --agent ppo with --upfront: one reward for a whole route")
     if args.agent in ("dqn", "sb3-dqn") and args.upfront:
         raise ValueError(f"--agent {args.agent} takes one choice a step; choose another for --upfront")
+    if args.agent in ("dqn", "sb3-dqn") and args.finetune:
+        raise ValueError(
+            f"--agent {args.agent} replays what it met on the backbone as it was; choose another for --finetune"
+        )
     if args.baseline == "group" and args.agent != "ppo":
         raise ValueError("--baseline group is for --agent ppo")
     if args.agent not in RLLIB and args.num_env_runners:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import ray
 import torch
+from ray.cluster_utils import Cluster
 from ray.rllib.core import DEFAULT_MODULE_ID
 
+from dynrl.agents.rllib import start_ray
 from dynrl.agents.training import Settings, Stop, open_agent
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.evaluation import score, score_routes
 from dynrl.files import read_json
+from dynrl.plugins import VARIABLE
 from dynrl.routed import SHIPPED, RoutedModel
 from dynrl.scripts.cli import main
 
@@ -84,3 +87,46 @@ def test_a_sweep_trains_all_ranks_them_and_goes_on(tmp_path, capsys):
     assert set(more) == {"0.002", "1e-07", "0.004"} and more["0.002"] == rows[0]
     main(["train", "skip", "--resume", str(out / "learning_rate=0.002")])
     assert (out / "learning_rate=0.002" / "report.json").is_file()
+
+
+def test_a_sweep_ranks_what_is_left_and_tries_again_what_failed(tmp_path, capsys, monkeypatch):
+    words = ["sweep", "skip", "--backbone", str(SHIPPED / "skip-digits"), "--out", str(tmp_path), "--steps", "4000"]
+    words += ["--vary", "learning_rate=0.002,0.004"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # make the run folders only
+        patch.setattr("dynrl.scripts.sweep.search", lambda *given: [])
+        main(words)
+    file = tmp_path / "learning_rate=0.004" / "backbone.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes(b"none")
+    capsys.readouterr()
+    for whole in (False, True):
+        if whole:
+            file.write_bytes(kept)
+        main(words)
+        names = {row["run"].rpartition("/")[2] for row in read_json(tmp_path / "sweep.json")}
+        assert names == {"learning_rate=0.002"} | ({"learning_rate=0.004"} if whole else set())
+        failed = [line for line in capsys.readouterr().err.splitlines() if " failed: " in line]
+        assert len(failed) == (not whole)
+        assert all("learning_rate=0.004 failed: ValueError: " in line and "cut short" in line for line in failed)
+
+
+def test_workers_of_a_cluster_load_plugins(tmp_path, monkeypatch):
+    """A cluster of before the command: what its workers are started with is its own environment."""
+    ray.shutdown()
+    monkeypatch.delenv(VARIABLE, raising=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        (tmp_path / "told.py").write_text("from dynrl.data import DATASETS\nDATASETS['told'] = None\n")
+        monkeypatch.setenv(VARIABLE, str(tmp_path / "told.py"))
+        assert start_ray(0, cluster.address)
+
+        @ray.remote
+        def known():
+            from dynrl.data import DATASETS
+
+            return "told" in DATASETS
+
+        assert ray.get(known.remote(), timeout=120)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

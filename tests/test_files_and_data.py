@@ -305,7 +305,6 @@ def photos(tmp_path):
 def test_a_folder_of_images_is_a_data_set(photos, monkeypatch):
     data = load_dataset(str(photos))
     assert (data.input_shape, data.classes) == ((1, 4, 6), 2)
-    assert [len(data.split(part)) for part in ("train", "validation", "test")] == [16, 2, 2]
     seen = []
     for part in ("train", "validation", "test"):
         split = data.split(part)
@@ -318,6 +317,57 @@ def test_a_folder_of_images_is_a_data_set(photos, monkeypatch):
     monkeypatch.chdir(photos.parent)
     assert check_dataset("photos@3") == f"{photos}@3"
     assert load_dataset("photos@3").input_shape == (1, 3, 3)
+
+
+def parts_of(root):
+    """The part of each image of `photos`, by its grey value."""
+    data = image_folder(str(root))
+    drawn = {part: data.split(part).inputs * data.deviation + data.mean for part in ("train", "validation", "test")}
+    return {value: part for part, raw in drawn.items() for value in (raw[:, 0, 0, 0] * 255).round().int().tolist()}
+
+
+def test_images_keep_their_part_when_others_come_and_go(tmp_path):
+    """Else what was tested on becomes what is trained on, as soon as one image is added."""
+    shown = {value: f"{'cat' if value < 100 else 'dog'}/{value}.png" for value in range(200)}
+    for value, file in shown.items():
+        paint(tmp_path / file, value)
+    before = parts_of(tmp_path)
+    assert before.keys() == shown.keys()
+
+    def share(part, file):  # where the file stands in the draw for a part, from 0 to 1
+        return int(hashlib.sha256(f"{part}/{file}".encode()).hexdigest(), 16) / 16**64
+
+    for value, file in shown.items():
+        drawn = [part for part in ("test", "validation") if share(part, file) < 0.1]
+        assert before[value] == [*drawn, "train"][0]
+    for low in (0, 100):
+        of = [before[value] for value in range(low, low + 100)]
+        assert 4 <= of.count("test") <= 17 and 4 <= of.count("validation") <= 17
+    for value in (3, 50, 120):
+        (tmp_path / shown.pop(value)).unlink()
+    for value in (200, 210, 220, 230, 240, 250):
+        paint(tmp_path / "dog" / f"a{value}.png", value)
+    after = parts_of(tmp_path)
+    assert {value: after[value] for value in shown} == {value: before[value] for value in shown}
+    (tmp_path / "train").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    assert parts_of(tmp_path) == after
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("count", [3, 10])
+def test_no_part_is_without_a_class(share, count, tmp_path, monkeypatch):
+    """However the draw falls out, three images of a class are enough."""
+    monkeypatch.setattr(folder, "SHARES", dict.fromkeys(folder.SHARES, share))
+    for value in (*range(count), *range(200, 200 + count)):
+        paint(tmp_path / ("cat" if value < 100 else "dog") / f"{value}.png", value)
+    parts = parts_of(tmp_path)
+    for low, high in ((0, 99), (200, 255)):
+        mine = sorted(part for value, part in parts.items() if low <= value <= high)
+        assert len(mine) == count and set(mine) == {"train", "validation", "test"}
+        if share != 0.1:
+            assert mine.count("train") == (count - 2 if share == 0.0 else 1)
 
 
 def test_parts_that_are_there_are_taken(photos, tmp_path):

@@ -66,6 +66,58 @@ def test_skipped_blocks_are_left_out_and_inputs_stay_as_they_are():
     assert torch.equal(x, kept), "the block's input is the user's tensor"
 
 
+class Reshaped(nn.Module):
+    """What stands before the first block hands on the very memory of its input."""
+
+    def __init__(self, lead):
+        super().__init__()
+        self.lead, self.block = lead, Bottle(3, 3)
+        self.out = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+
+    def forward(self, x):
+        return self.out(self.block(self.lead(x)))
+
+
+class Channels(nn.Module):
+    def forward(self, x):
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("lead", "shape"), [(nn.Flatten(1, 2), (3, 1, 8, 8)), (Channels(), (3, 8, 8))])
+@torch.inference_mode()
+def test_views_of_the_inputs_are_not_written_to(lead, shape):
+    backbone, x = GatedModule(Reshaped(lead).eval(), shape, ["block"]), torch.randn(6, *shape)
+    if isinstance(lead, Channels):  # so laid out already: nothing is copied, though it is for the example
+        x = x.contiguous(memory_format=torch.channels_last)
+    kept = x.clone()
+    backbone.for_inference()(x, torch.tensor([[1], [0], [1], [0], [0], [1]]))
+    assert torch.equal(x, kept)
+
+
+class Placed(nn.Module):
+    """A parameter that is no layer's stands before the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.block = nn.Parameter(torch.randn(1, 8, 8)), Bottle(1, 1)
+        self.out = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+    def forward(self, x):
+        return self.out(self.block(x + self.place))
+
+
+@torch.no_grad()
+def test_parameters_that_are_put_in_place_are_used():
+    backbone, other, x = GatedModule(Placed().eval(), SHAPE, ["block"]), Placed().eval(), images()
+    backbone.module.load_state_dict(other.state_dict())
+    torch.testing.assert_close(backbone(x), other(x))
+    other.place.mul_(3.0)
+    backbone.load_state_dict(
+        {f"module.{name}": value.clone() for name, value in other.state_dict().items()}, assign=True
+    )
+    torch.testing.assert_close(backbone(x), other(x))
+
+
 def test_attention_is_counted():
     block, tokens, width = Transformer().blocks[0], 5, 8
     layers = sum(count_macs(layer, (tokens, width))[0] for layer in (block.qkv, block.out, block.mlp[0]))

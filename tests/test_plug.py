@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -173,6 +175,47 @@ def test_budgets_are_met_or_refused(run):
             model.set_budget(budget)
     with pytest.raises(ValueError, match="outside the policy's range"):
         model.set_price(2.0)
+
+
+def test_a_budget_that_the_policy_jumps_over_takes_the_cheaper_side(run):
+    model = dynrl.load(run)
+    model.curve = [(0.01, 0.95), (0.1, 0.9), (0.1005, 0.3), (1.0, 0.2)]
+    with pytest.warns(UserWarning, match=r"no price leads to 0.5 .*jumps from 0.900 to 0.300"):
+        model.set_budget(0.5)
+    assert model.price == 0.1005
+    model.set_budget(0.25)
+    assert 0.1005 < model.price < 1.0
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_constants_follow_weights_that_are_loaded_copied_and_pickled(small_backbone, hidden):
+    backbone, inputs = load_backbone(small_backbone)[0], load_dataset("digits").test.inputs[:50]
+    first, second = make_router(backbone, hidden), make_router(backbone, hidden)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(-1)
+    models = [RoutedModel(backbone, router) for router in (first, second)]
+    routes = []
+    for model in models:
+        model.set_price(0.05)
+        model(inputs)
+        routes.append(model.last_route.actions)
+    assert not torch.equal(*routes)
+    twin, brought = copy.deepcopy(models[0]), pickle.loads(pickle.dumps(models[0]))
+    models[0].load_state_dict(models[1].state_dict())
+    for model, expected in ((models[0], routes[1]), (twin, routes[0]), (brought, routes[0])):
+        model(inputs)
+        assert torch.equal(model.last_route.actions, expected)
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_a_plugged_model_has_its_own_dtype_under_autocast(name, hidden):
+    backbone = make_backbone(name)
+    model, inputs = RoutedModel(backbone, make_router(backbone, hidden)), torch.randn(9, *backbone.input_shape)
+    expected = model(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(inputs), expected)
 
 
 def test_an_uncalibrated_policy_says_so(small_backbone):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dynrl.agents.rllib import start_ray
 from dynrl.plugins import VARIABLE, load_plugins
 from dynrl.scripts.cli import main
 
@@ -80,6 +81,30 @@ def test_a_plugin_of_another_modules_name_is_refused(clean):
     (clean / "json.py").write_text("")
     with pytest.raises(ValueError, match=r"has the name of a module that is there.*rename the file"):
         load_plugins([str(clean / "json.py")])
+
+
+def test_a_plugin_may_ask_for_all_of_dynrl(tmp_path):
+    """Workers read it while dynrl itself is being imported."""
+    (tmp_path / "asking.py").write_text("from dynrl import RoutedModel, __version__, load, plug\nprint(plug.__name__)")
+    for words in (["-c", "import dynrl"], ["-m", "dynrl.scripts.cli", "--plugin", "asking.py", "list"]):
+        inherited = {} if "--plugin" in words else {VARIABLE: str(tmp_path / "asking.py")}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=os.environ | inherited, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("plug\n")
+
+
+def test_workers_of_a_cluster_are_told_of_plugins(clean, monkeypatch):
+    """They are started by the cluster, not by the command, and inherit nothing from it."""
+    given = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda address, **more: given.append(more.get("runtime_env")))
+    start_ray(0, "auto")
+    (clean / "told.py").write_text("")
+    load_plugins([str(clean / "told.py")])
+    start_ray(0, "auto")
+    assert given == [None, {"env_vars": {VARIABLE: str(clean / "told.py")}}]
 
 
 def test_the_sixth_decision_works_as_printed(tmp_path):

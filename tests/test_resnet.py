@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dynrl.backbones import GatedResNet
+from dynrl.ops import convolution
 
 RESNET18 = dict(layers=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="imagenet")
 
@@ -114,3 +115,33 @@ def test_published_costs():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         GatedResNet((1, 16, 16), **settings)
+
+
+def trained(backbone):
+    """As after training: no norm is the identity."""
+    for norm in (m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.running_mean)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return backbone.eval()
+
+
+@torch.inference_mode()
+def test_norms_of_other_kinds_are_folded_or_refused():
+    backbone, x = trained(GatedResNet((1, 8, 8), layers=(2,), widths=(8,))), torch.randn(4, 1, 8, 8)
+    expected = backbone(x)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in synchronised.modules())
+    torch.testing.assert_close(synchronised.for_inference()(x), expected, atol=1e-5, rtol=1e-4)
+    backbone.bn1 = torch.nn.GroupNorm(2, 8)
+    with pytest.raises(ValueError, match="batch norm with running statistics .*GroupNorm"):
+        backbone.for_inference()
+
+
+@torch.inference_mode()
+def test_a_cpu_without_bf16_convolves_as_torch_does(monkeypatch):
+    backbone, x = trained(GatedResNet((1, 8, 8), layers=(2,), widths=(8,))), torch.randn(4, 1, 8, 8)
+    expected = backbone(x)
+    monkeypatch.setattr(convolution, "_runs_bf16", lambda: False)
+    monkeypatch.setattr(convolution.FoldedConv2d, "fused", None)  # calling it fails
+    plain = backbone.for_inference().to(torch.bfloat16)
+    torch.testing.assert_close(plain(x.bfloat16()).float(), expected, atol=0.05, rtol=0.05)

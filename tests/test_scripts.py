@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,13 +25,14 @@ from dynrl.evaluation import score_routes
 from dynrl.files import read_json, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.observation import Layout
-from dynrl.policies import Router
+from dynrl.policies import Router, load_policy, save_policy
 from dynrl.pretraining import metric_at_rate
 from dynrl.recipes import DEFAULTS
-from dynrl.routed import RoutedModel
+from dynrl.routed import SHIPPED, RoutedModel
 from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
-from dynrl.scripts.evaluate import BUDGETS, draw, measure, print_table, report_runs
+from dynrl.scripts.common import folder_name, new_folder, read_config
+from dynrl.scripts.evaluate import BUDGETS, draw, load_runs, measure, print_table, report_runs
 from dynrl.scripts.pretrain import pretrain_into
 from dynrl.scripts.sweep import front_area
 from dynrl.scripts.tables import at_half_table, report_table
@@ -134,6 +136,71 @@ def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "smaller").iterdir()} == {"plain.safetensors", "config.json"}
     smaller, notes = load_backbone(tmp_path / "smaller" / "plain.safetensors")
     assert (smaller.max_steps, notes["random_routes"]) == (2, False)
+
+
+def test_a_killed_pretraining_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
+    made, killed = [], [True]
+
+    def pretrain(backbone, *rest, random_routes, checkpoint, **more):
+        made.append(checkpoint.name)
+        if random_routes and killed:
+            killed.pop()
+            raise KeyboardInterrupt
+        return backbone
+
+    def refused(*words):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        return left.value.code, capsys.readouterr().err
+
+    monkeypatch.setattr("dynrl.pretraining.pretrain", pretrain)
+    out = tmp_path / "made"
+    words = ["pretrain", "skip", "--network", "layers=[1,2,1]", "--out", str(out)]
+    assert refused(*words)[0] == 130
+    kept = (out / "config.json").read_text()
+    assert "another seed" in refused(*words, "--seed", "3")[1]
+    assert "another decision, network" in refused("pretrain", "exit", "--out", str(out))[1]
+    main([*words, "--threads", "2"])  # where it runs may change
+    assert made == ["plain.pt", "backbone.pt", "backbone.pt"]
+    assert {p.name for p in out.iterdir()} == {"plain.safetensors", "backbone.safetensors", "config.json"}
+    assert (out / "config.json").read_text() == kept
+    (tmp_path / "else").mkdir()
+    assert "no folder of dynrl pretrain" in refused("pretrain", "skip", "--out", str(tmp_path / "else"))[1]
+    shutil.copyfile(SHIPPED / "skip-digits" / "config.json", tmp_path / "else" / "config.json")
+    assert "no folder of dynrl pretrain" in refused("pretrain", "skip", "--out", str(tmp_path / "else"))[1]
+    # It holds no policy.
+    for other in (("train", "skip", "--resume"), ("evaluate",), ("calibrate",)):
+        code, said = refused(*other, str(out))
+        assert code == 2 and f"{out} is from dynrl pretrain" in said and f"--backbone {out}" in said
+    assert {p.name for p in (tmp_path / "else").iterdir()} == {"config.json"}
+    (out / "policy.safetensors").touch()  # one put there by hand: `dynrl calibrate` needs no more
+    assert read_config(out)["data"] == "digits"
+
+
+def test_folders_are_named_by_the_last_part_of_a_data_sets_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [new_folder(None, "exit", "/tmp/my/photos@96"), new_folder(None, "backbone", "skip", "digits")]
+    assert [re.sub(r"\d{8}-\d{6}", "TIME", str(path)) for path in made] == [
+        "runs/exit-photos@96-TIME", "runs/backbone-skip-digits-TIME",
+    ]  # fmt: skip
+    assert [folder_name(data) for data in ("digits", "/photos@96", "/a/b/photos")] == ["digits", "photos@96", "photos"]
+    with pytest.raises(ValueError, match="made exists; choose another --out, .*dynrl train .*--resume"):
+        (tmp_path / "made").mkdir()
+        new_folder(tmp_path / "made")
+
+
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
+    """`pip install dynrl` leaves out what the commands need."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tyro", None)
+        with pytest.raises(SystemExit) as left:
+            main(["list"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "tyro" in said and "pip install 'dynrl[train]'" in said and "'.[train]'" in said
+    monkeypatch.setitem(sys.modules, "dynrl.scripts.list", None)  # a fault of dynrl's own
+    with pytest.raises(ModuleNotFoundError, match=r"dynrl\.scripts\.list"):
+        main(["list"])
 
 
 def test_help_and_list(tmp_path):
@@ -285,6 +352,7 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
     """Times are made up: of two medians that contradict the prices, the larger one belongs to the lower price."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
+    others = ({"processor": "other"}, {"threads": 99}, {"torch": "1.0"})
     assert not dynrl.load(folder).latency
     with pytest.raises(ValueError, match="run: dynrl calibrate"):
         dynrl.load(folder).set_milliseconds(5)
@@ -309,8 +377,9 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
     assert model.price == pytest.approx(prices[0])
     with pytest.raises(ValueError, match=r"reaches 10\.000 to .* milliseconds"):
         model.set_milliseconds(9.0)
-    for name, value in (("policy", "other"), ("hardware", {"processor": "other"})):
-        kept = read_json(folder / "latency.json")
+    assert not model.to(torch.bfloat16).latency, "times of another type"
+    kept = read_json(folder / "latency.json")
+    for name, value in (("policy", "other"), *(("hardware", kept["hardware"] | other) for other in others)):
         write_json(folder / "latency.json", kept | {name: value})
         assert not dynrl.load(folder).latency, "times of another policy or machine"
         write_json(folder / "latency.json", kept)
@@ -319,10 +388,17 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
     assert "a batch of 500 is larger than the 180 validation inputs" in capsys.readouterr().err
 
 
+def twin(run, folder, **changes):
+    """A copy of a run that says it was trained otherwise."""
+    shutil.copytree(run, folder)
+    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    return folder
+
+
 def test_several_runs_make_one_report(run, tmp_path):
     before = (run / "report.json").read_text()
-    report = report_runs([run, run], tmp_path / "out", batch_size=32)
-    assert report["seeds"] == {"learned": [0, 0]}
+    report = report_runs([run, twin(run, tmp_path / "again", seed=1)], tmp_path / "out", batch_size=32)
+    assert report["seeds"] == {"learned": [0, 1]}
     assert (run / "report.json").read_text() == before
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     done = call("evaluate", run, run, cwd=tmp_path)
@@ -371,10 +447,27 @@ def test_a_finished_run_is_finetuned(run, others):
     assert read_json(tuned / "config.json") == read_json(run / "config.json") | {"finetune": True}
 
 
+def test_runs_that_were_not_trained_alike_are_no_seeds_of_one_another(run, others, tmp_path):
+    other = twin(run, tmp_path / "other", seed=1, steps=7, entropy=0.5)
+    with pytest.raises(ValueError, match=r"are both 'learned' and differ in \['entropy', 'steps'\]"):
+        load_runs([run, other])
+    with pytest.raises(ValueError, match="of seed 0 a second time"):
+        load_runs([run, twin(run, tmp_path / "again")])
+    stopped = twin(run, tmp_path / "stopped", seed=1)
+    router, metadata = load_policy(stopped / "policy.safetensors")
+    save_policy(stopped / "policy.safetensors", router, metadata | {"finished": False})
+    assert load_runs([run, stopped])[3] == {"learned": [0], "learned unfinished": [1]}
+    killed = twin(run, tmp_path / "killed", seed=2, finetune=True)  # while its backbone was fine-tuned
+    shutil.copyfile(run / "backbone.safetensors", killed / "backbone-pretrained.safetensors")
+    with pytest.raises(ValueError, match="finetune"):
+        load_runs([run, killed])
+
+
 def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsys):
-    runs = [run, others / "gate", run, others / "tuned"]
+    again = twin(run, tmp_path / "again", seed=1)
+    runs = [run, others / "gate", again, others / "tuned"]
     report = report_runs(runs, tmp_path / "out", batch_size=32, smaller=others / "gate")
-    assert report["seeds"] == {"learned": [0, 0], "gate": [0], "learned tuned": [0]}
+    assert report["seeds"] == {"learned": [0, 1], "gate": [0], "learned tuned": [0]}
     rows = [p for p in report["points"] if p["policy"] in report["seeds"]]
     assert {(p["policy"], p["runs"]) for p in rows} == {("learned", 2), ("gate", 1), ("learned tuned", 1)}
     drawn = [p["budget"] for p in report["points"] if p["policy"] == "random"]
@@ -386,11 +479,19 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     dense = report["dense"]
     assert dense["all_execute_accuracy"] == pytest.approx(pretrained)
     assert dense["tuned_accuracy"] == pytest.approx(tuned)
-    assert dense["accuracy"] == pytest.approx(max(pretrained, tuned, dense["plain_accuracy"]))
+    on_validation = {
+        name: metric_at_rate(load_backbone(file)[0], load_dataset("digits").validation, None)
+        for name, file in (
+            ("all_execute", run / "backbone.safetensors"), ("plain", run / "plain.safetensors"),
+            ("tuned", others / "tuned" / "backbone.safetensors"),
+        )
+    }  # fmt: skip
+    best = [name for name, value in on_validation.items() if value == max(on_validation.values())]
+    assert dense["accuracy"] in [dense[f"{name}_accuracy"] for name in best]
     smaller = next(p for p in report["points"] if p["policy"] == "smaller")
     assert smaller["accuracy"] == pytest.approx(dense["plain_accuracy"])
     assert smaller["macs_fraction"] == 1  # the twin itself, here
-    assert "learned 0, 0; gate 0; learned tuned 0" in capsys.readouterr().out
+    assert "learned 0, 1; gate 0; learned tuned 0" in capsys.readouterr().out
     assert "| learned tuned | " in "\n".join(report_table(report))
     half = at_half_table({"out": report})
     shown = [p for p in report["points"] if p["budget"] in (0.5, None)]
@@ -513,6 +614,46 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_is_made(words, reason
     with pytest.raises(SystemExit):
         main(["sweep", "skip", "--data", "digits", "--out", str(tmp_path / "x"), *words])
     assert reason in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_sweep_outlives_a_run_that_fails(left, tmp_path, monkeypatch, capsys):
+    """Else nothing is ever ranked: what diverges does so again."""
+
+    def result(rate, area, error=None):
+        run = {
+            "run": str(tmp_path / f"learning_rate={rate}"),
+            "config": {"run": str(tmp_path / f"learning_rate={rate}")},
+        }
+        more = {} if area is None else {"quarter": 4, "steps": 9, "seconds": 1.0, "area": area}
+        return SimpleNamespace(metrics=run | more, config=run["config"], path="trial", error=error)
+
+    class Results(list):
+        errors = property(lambda self: [of.error for of in self if of.error])
+
+    failed = ValueError("Traceback\nValueError: the loss is nan")
+    results = Results([result(0.5, None, failed), result(0.6, 0.95, failed)])
+    results += [result(0.1, 0.7), result(0.2, 0.9)] if left else []
+    monkeypatch.setattr("ray.tune.Tuner.fit", lambda self: results)
+    monkeypatch.setattr("dynrl.agents.rllib.start_ray", lambda *where: True)
+    monkeypatch.setattr("ray.tune.Tuner.can_restore", lambda path: False)
+    monkeypatch.setattr("ray.tune.Tuner.__init__", lambda self, *given, **more: None)
+    words = ["sweep", "skip", "--backbone", str(SHIPPED / "skip-digits"), "--out", str(tmp_path)]
+    words += ["--vary", "learning_rate=0.1,0.2,0.5,0.6"]
+    if left:
+        main(words)
+        said = capsys.readouterr()
+        rows = read_json(tmp_path / "sweep.json")
+        assert [row["run"].rpartition("=")[2] for row in rows] == ["0.2", "0.1"]  # a policy that failed is no best one
+        assert "--resume" in said.out and "learning_rate=0.2" in said.out
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2 and not (tmp_path / "sweep.json").exists()
+        said = capsys.readouterr()
+        assert "all 2 runs" in said.err
+    for rate in ("0.5", "0.6"):
+        assert f"learning_rate={rate} failed: ValueError: the loss is nan" in said.err
 
 
 def test_a_front_counts_the_cheapest_network_where_a_policy_has_no_point(small_backbone):

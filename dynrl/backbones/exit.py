@@ -67,7 +67,7 @@ class Exits(Backbone):
         if len(going) < len(rows):
             reached.append(State(walk, END, rows[action == STOP], None))
             rows, x = rows[going], take_rows(x, going)
-        if len(going):
+        if len(going) or not len(action):  # none of none: on to the end
             reached.append(self._arrive(walk, state.point + 1, rows, x))
         return reached
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.exit import Exits, early_inputs
@@ -148,6 +149,7 @@ class _OfModule(Backbone):
             self.family = family  # type: ignore[misc]
         self.input_shape = tuple(input_shape)
         self.config = {"input_shape": list(input_shape), **config}
+        self.register_load_state_dict_post_hook(_cut_again)  # assign=True puts other parameters in place
         self.eval()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -199,8 +201,8 @@ class GatedModule(_OfModule, Skipping):
     ) -> None:
         super().__init__(module, input_shape, blocks, family, blocks=list(blocks))
         gate_macs, width, x = [], 1, self._example()
-        macs, x = executed_macs(self._between[0], x)
-        fixed_macs = [macs]
+        macs, lead = executed_macs(self._between[0], x)
+        self._lead_is_view, x, fixed_macs = _same_memory(lead, x), lead, [macs]
         for name, block, behind in zip(blocks, self._named, self._between[1:], strict=True):
             width = max(width, summary(x).shape[1])
             macs, y = executed_macs(block, x.clone())
@@ -215,7 +217,10 @@ class GatedModule(_OfModule, Skipping):
 
     def _lead(self, inputs: Tensor) -> Tensor:
         x = self._between[0](inputs)
-        return x.clone() if x is inputs else x  # what is skipped lies in place, and inputs are the user's
+        # What is skipped lies in place, and inputs are the user's. Whether a layer copies (`contiguous`, `reshape`) may
+        # depend on their strides; a tracer has no addresses, and goes by the example's.
+        view = self._lead_is_view if is_compiling() else _same_memory(x, inputs)
+        return x.clone() if view else x
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
         return self._named[point]
@@ -271,6 +276,14 @@ class ExitModule(_OfModule, Exits):
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
         return x if k == len(self._named) else self.heads[k](early_inputs(x))
+
+
+def _cut_again(backbone: _OfModule, keys: Any) -> None:
+    backbone._cut()
+
+
+def _same_memory(x: Tensor, inputs: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
 
 
 def _set_classes(backbone: Backbone, output: Tensor, classes: int | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,8 @@ from dynrl.data.base import Augmentation, Dataset, standardised
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 LARGEST = 8 << 30  # [bytes] of all images as float32: they are held in memory
-SHARES = {"validation": 0.1, "test": 0.1}  # of the images of each class, where the folder does not say
+# Of the images of each class, where the folder does not say. Test comes first: no other draw can move it.
+SHARES = {"test": 0.1, "validation": 0.1}
 
 
 def image_folder(name: str) -> Dataset:
@@ -24,8 +27,10 @@ def image_folder(name: str) -> Dataset:
     Args:
         name: the folder's path, or `PATH@SIZE`: the shorter side is brought to SIZE pixels, and the middle square
             taken. Below it is a folder for each class; or `train`, `test` and, if wanted, `validation`, each with
-            these. Parts that are not there are drawn from `train` (or from all), the same images each time: a tenth of
-            each class.
+            these. Of parts that are not there about a tenth of each class is drawn from `train` (or from all), and
+            one image of each class at least. A hash of CLASS/FILE says which, so images keep their part when others
+            come and go; only in a class so small that the hashes left it out of a part may the one image that stands
+            in there change.
 
     Returns:
         grey images [1, height, width] if all are grey, else [3, height, width] in red, green and blue.
@@ -46,9 +51,10 @@ def image_folder(name: str) -> Dataset:
         if list(images) != classes:
             raise ValueError(f"{root / part} has the classes {list(images)}, {root / 'train'} has {classes}")
     files = {part: [(file, i) for i, c in enumerate(classes) for file in found[part][c]] for part in found}
-    for part, share in SHARES.items():
-        if part not in files:
-            files["train"], files[part] = _drawn(files["train"], share, seed=len(part))
+    missing = [part for part in SHARES if part not in files]
+    for i, part in enumerate(missing):
+        below = root if whole else root / "train"
+        files["train"], files[part] = _drawn(files["train"], below, part, leave=len(missing) - i)
     shape = _shape([file for part in files.values() for file, _ in part], size)
     total = 4 * int(np.prod(shape)) * sum(len(part) for part in files.values())
     if total > LARGEST:
@@ -90,17 +96,22 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _drawn(files: list[tuple[Path, int]], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """`files` without `share` of each class, and these."""
-    rng, kept, drawn = np.random.default_rng(seed), [], []
+def _drawn(files: list[tuple[Path, int]], root: Path, part: str, leave: int) -> tuple[list[Any], list[Any]]:
+    """`files` without those drawn for `part`, and these: of each class one at least, and `leave` are left at least."""
+
+    def place(file: Path) -> float:  # from 0 to 1, by its own name alone
+        name = os.fsencode(f"{part}/{file.relative_to(root).as_posix()}")
+        return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
+
+    kept, drawn = [], []
     for label in sorted({label for _, label in files}):
-        mine = [file for file in files if file[1] == label]
-        count = max(1, round(share * len(mine)))
-        if len(mine) < count + 1:
-            raise ValueError(f"{mine[0][0].parent} holds too few images to draw some for validation and test")
-        order = rng.permutation(len(mine))
-        drawn += [mine[i] for i in order[:count]]
-        kept += [mine[i] for i in order[count:]]
+        mine = sorted((place(file), file) for file, of in files if of == label)
+        if len(mine) < 1 + leave:
+            raise ValueError(f"{mine[0][1].parent} holds too few images to draw some for validation and test")
+        below = sum(at < SHARES[part] for at, _ in mine)
+        count = min(max(1, below), len(mine) - leave)
+        drawn += [(file, label) for _, file in mine[:count]]
+        kept += [(file, label) for _, file in mine[count:]]
     return kept, drawn
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # One small image is convolved faster by torch's own loop: 64 channels of 7x7 in 37 instead of 52 us, 1 of 28x28 in 16
 # instead of 42; 32 channels of 16x16 take the same.
@@ -18,13 +20,20 @@ def fusible(x: Tensor) -> bool:
     return (
         not is_compiling()  # packed weights mean nothing to a tracer
         and not x.is_cuda
-        and x.dtype in (torch.float32, torch.bfloat16)  # fp16 needs instructions that few CPUs have
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _runs_bf16()))  # few CPUs have fp16
         and not torch.is_grad_enabled()
         and x.is_contiguous(memory_format=torch.channels_last)
         and (x.shape[0] > 1 or x.numel() >= SMALL)
         and torch.backends.mkldnn.is_available()
         and x.device.type == "cpu"
     )
+
+
+@cache
+def _runs_bf16() -> bool:
+    # In hardware or emulated; where neither, oneDNN refuses to lay out weights.
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 def _vendor_fuses(x: Tensor, outputs: int) -> bool:
@@ -44,12 +53,17 @@ def _vendor_fuses(x: Tensor, outputs: int) -> bool:
 
 
 def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift, [K] each, that a batch norm (or none) makes of a convolution's output, its bias included."""
+    """Scale and shift, [K] each, that a batch norm (or none) makes of a convolution's output, its bias included.
+
+    Raises:
+        ValueError: another norm, or one without running statistics: what it does depends on what it is given.
+    """
     scale, shift = weight.new_ones(len(weight)), weight.new_zeros(len(weight))
-    if isinstance(norm, nn.BatchNorm2d):
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
-        shift = norm.bias.detach() - norm.running_mean * scale
+    if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+        scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
+        shift = (0 if norm.bias is None else norm.bias.detach()) - norm.running_mean * scale
+    elif not (norm is None or isinstance(norm, nn.Identity)):
+        raise ValueError(f"expected a batch norm with running statistics behind a convolution, got {norm}")
     return scale, shift if bias is None else shift + bias.detach() * scale
 
 
@@ -66,11 +80,11 @@ class FoldedConv2d(nn.Conv2d):
 
     @classmethod
     def of(cls, convolution: nn.Conv2d, norm: nn.Module | None = None) -> FoldedConv2d:
-        """A frozen copy of `convolution` followed by `norm`, a batch norm or an identity."""
+        """A frozen copy of `convolution` followed by `norm`, a batch norm or an identity; a ValueError for others."""
         if convolution.padding_mode != "zeros":
             raise ValueError(f"expected a convolution with zero padding, got padding_mode={convolution.padding_mode!r}")
         weight, bias = convolution.weight.detach().clone(), convolution.bias
-        if isinstance(norm, nn.BatchNorm2d) or bias is not None:
+        if not (norm is None or isinstance(norm, nn.Identity)) or bias is not None:
             scale, bias = fold(norm, weight, bias)
             weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
         layout = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
