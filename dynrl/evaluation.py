@@ -155,7 +155,7 @@ def calibrate(
         split: validation data.
         points: prices tried at first, evenly spaced in their logarithm.
         gap: then, between neighbours further apart than this share of the dense MACs, a price is tried halfway,
-            until none is or their prices differ by less than one percent.
+            until none is or their prices differ by less than half a thousandth.
         tick: called after each price.
 
     Returns:
@@ -176,7 +176,7 @@ def calibrate(
     position = 0
     while position + 1 < len(curve):
         (cheap, above), (dear, below) = curve[position], curve[position + 1]
-        if abs(above - below) > gap and dear / cheap > 1.01 and len(curve) < 6 * points:
+        if abs(above - below) > gap and dear / cheap > 1.0005 and len(curve) < 6 * points:
             curve.insert(position + 1, measure((cheap * dear) ** 0.5))
         else:
             position += 1

@@ -272,7 +272,7 @@ def _price_at(curve: list[tuple[float, float]], budget: float, unit: str) -> flo
         )
     for (low, above), (high, below) in pairwise(curve):
         if min(above, below) <= budget <= max(above, below):
-            if above - below > JUMP * dearest and high < 1.02 * low and above > budget:
+            if above - below > JUMP * dearest and high < 1.001 * low and above > budget:
                 warnings.warn(
                     f"no price leads to {budget:.3g} {unit}: from {low:.4g} to {high:.4g} this policy jumps from "
                     f"{above:.3f} to {below:.3f}, and {below:.3f} is taken",

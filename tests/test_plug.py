@@ -179,12 +179,12 @@ def test_budgets_are_met_or_refused(run):
 
 def test_a_budget_that_the_policy_jumps_over_takes_the_cheaper_side(run):
     model = dynrl.load(run)
-    model.curve = [(0.01, 0.95), (0.1, 0.9), (0.1005, 0.3), (1.0, 0.2)]
+    model.curve = [(0.01, 0.95), (0.1, 0.9), (0.10005, 0.3), (1.0, 0.2)]
     with pytest.warns(UserWarning, match=r"no price leads to 0.5 .*jumps from 0.900 to 0.300"):
         model.set_budget(0.5)
-    assert model.price == 0.1005
+    assert model.price == 0.10005
     model.set_budget(0.25)
-    assert 0.1005 < model.price < 1.0
+    assert 0.10005 < model.price < 1.0
 
 
 @pytest.mark.parametrize("hidden", [0, 16])
