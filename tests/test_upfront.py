@@ -105,8 +105,9 @@ def test_many_are_as_many_single_ones():
 
 
 def test_blockdrops_reward():
-    env = vector_env("skip")(16, upfront=True, accuracy_term="blockdrop", autoreset_mode=AutoresetMode.SAME_STEP)
+    env = vector_env("skip")(64, upfront=True, accuracy_term="blockdrop", autoreset_mode=AutoresetMode.SAME_STEP)
     env.reset(seed=0)
+    env.action_space.seed(0)
     prices, actions = env._prices.clone(), torch.from_numpy(env.action_space.sample())
     _, reward, _, info = env.step_tensors(actions)
     gamma, right, share = 1 / prices, info["accuracy"], info["macs_fraction"]
