@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -34,8 +35,11 @@ def episode_scalars(over: Mapping[str, Tensor], points: Sequence[Point]) -> dict
     scalars = {name: float(values.mean()) for name, values in over.items() if name not in not_means}
     scalars |= {"reward": float(over["return"].mean()), "routes/distinct": float(len(over["route"].unique(dim=0)))}
     if not target.is_floating_point():  # a regression's has no classes
-        for label in target[target < SHOWN_CLASSES].unique().tolist():
-            scalars[f"macs_by_class/{label}"] = float(over["macs_fraction"][target == label].mean())
+        few = target < SHOWN_CLASSES
+        spent, met = (torch.bincount(target[few], weights) for weights in (over["macs_fraction"][few], None))
+        for label, mean in enumerate((spent / met).tolist()):
+            if not math.isnan(mean):  # none of them was met
+                scalars[f"macs_by_class/{label}"] = mean
     return scalars | {f"rate/{tag}": rate for tag, rate in choice_rates(points, over["route"]).items()}
 
 

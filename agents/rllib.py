@@ -46,6 +46,7 @@ from dynrl.agents.training import GROUP, Agent, entropy_bonus, env_arguments, ro
 from dynrl.backbones import load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
+from dynrl.plugins import VARIABLE
 from dynrl.policies import LearnedPolicy, build_policy
 
 for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
@@ -350,8 +351,8 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
-        plugins = os.environ.get("DYNRL_PLUGINS")  # the cluster starts its workers: they inherit nothing from here
-        told = {"env_vars": {"DYNRL_PLUGINS": plugins}} if plugins else None
+        plugins = os.environ.get(VARIABLE)  # the cluster starts its workers: they inherit nothing from here
+        told = {"env_vars": {VARIABLE: plugins}} if plugins else None
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=told)
         except (ConnectionError, ValueError, RuntimeError) as error:

@@ -109,6 +109,7 @@ def test_no_rows_walk_to_the_end():
     assert backbone(torch.zeros(0, 1, 16, 16), torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 10)
 
 
+@torch.no_grad()
 def test_rows_taken_keep_their_memory_format():
     index = torch.tensor([1, 3, 4])
     for form in (torch.contiguous_format, torch.channels_last):

@@ -103,9 +103,12 @@ def _drawn(files: list[tuple[Path, int]], root: Path, part: str, leave: int) -> 
         name = os.fsencode(f"{part}/{file.relative_to(root).as_posix()}")
         return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
+    by_class: dict[int, list[tuple[float, Path]]] = {}
+    for file, label in files:
+        by_class.setdefault(label, []).append((place(file), file))
     kept, drawn = [], []
-    for label in sorted({label for _, label in files}):
-        mine = sorted((place(file), file) for file, of in files if of == label)
+    for label, mine in sorted(by_class.items()):
+        mine.sort()
         if len(mine) < 1 + leave:
             raise ValueError(f"{mine[0][1].parent} holds too few images to draw some for validation and test")
         below = sum(at < SHARES[part] for at, _ in mine)
