@@ -26,8 +26,9 @@ $(READY): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/dynrl train skip --data digits
 
+# A process for each of two cores; a file stays in one, since its tests share what takes long to make.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The small models that come with the package, each by its own recipe. `make -B pretrained` makes them anew.
 SHIPPED := skip-digits exit-digits expert-digits channel-digits hidden-update-sequential-digits

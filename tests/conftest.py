@@ -7,6 +7,13 @@ import pytest
 import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+THREADS = 2
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # A core for each of the processes that share the tests out, and for whatever it starts: threads that outnumber
+    # their cores spend most of their time waiting for each other.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+    THREADS = 1
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
 
@@ -15,7 +22,7 @@ pytest_plugins = ["tests.kernel_counts"]
 
 @pytest.fixture(autouse=True)
 def _few_threads_and_a_seed():
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     torch.backends.cudnn.deterministic = True  # gradients taken twice are compared bit by bit
 

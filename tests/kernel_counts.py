@@ -7,20 +7,20 @@ from collections import Counter
 import pytest
 import torch
 
-COUNTS = pytest.StashKey[Counter[str]]()
-
 
 @pytest.fixture
 def kernel_case(request: pytest.FixtureRequest) -> str:
-    """Counts the test as one that runs kernels; the device that they run on here."""
+    """Marks the test as one that runs kernels; the device that they run on here."""
     pytest.importorskip("triton")
     on_cuda = torch.cuda.is_available()
-    request.config.stash.setdefault(COUNTS, Counter())["on CUDA" if on_cuda else "interpreted"] += 1
+    # Properties come back from the processes that tests are shared out to.
+    request.node.user_properties.append(("kernels", "on CUDA" if on_cuda else "interpreted"))
     return "cuda" if on_cuda else "cpu"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    counts = config.stash.get(COUNTS, Counter())
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    counts = Counter(value for report in ran for name, value in report.user_properties if name == "kernels")
     terminalreporter.write_line(
         f"Triton kernels: {counts['interpreted']} cases ran interpreted, {counts['on CUDA']} on CUDA"
     )

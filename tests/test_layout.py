@@ -55,6 +55,7 @@ ALLOWED = {
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.observation", "dynrl.choice",
         "dynrl.progress", "dynrl.tasks", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning",
+        "dynrl.plugins",
     },
     "dynrl.scripts": {"dynrl"},
 }  # fmt: skip

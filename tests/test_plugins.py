@@ -124,5 +124,5 @@ def test_the_sixth_decision_works_as_printed(tmp_path):
 
     plugins = ["-m", "dynrl.scripts.cli", "--plugin", "unroll.py", "--plugin", "quickly.py"]
     assert "dynrl/Unroll-v0" in run(*plugins, "list")
-    assert "learned" in run(*plugins, "train", "unroll", "--out", "run", "--threads", "2")
+    assert "learned" in run(*plugins, "train", "unroll", "--out", "run")
     run("checks.py", **{VARIABLE: str(tmp_path / "unroll.py")})

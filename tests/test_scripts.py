@@ -547,7 +547,7 @@ def files(folder):
     return {re.sub(r"\d+", "N", p.name.split(".tfevents")[0]) for p in folder.iterdir()}
 
 
-def test_killed_and_resumed(run, backbone_folder, tmp_path):
+def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
     out = tmp_path / "killed"
     process = start("train", "skip", "--backbone", backbone_folder, "--steps", 60_000, "--out", out, cwd=tmp_path)
     wait_for(out / "checkpoints", "checkpoint_*", process)
@@ -566,12 +566,10 @@ def test_killed_and_resumed(run, backbone_folder, tmp_path):
     assert target <= done_after < target + 64 * 8 * 3
     assert files(out) == files(run)
     dynrl.load(out)
-    refused = call("train", "skip", "--resume", out, "--seed", 5, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "own settings" in refused.stderr
-    exists = call("train", "skip", "--out", out, cwd=tmp_path)
-    assert exists.returncode == 2
-    assert "exists" in exists.stderr
+    for words, reason in ((("--resume", out, "--seed", 5), "own settings"), (("--out", out), "exists")):
+        with pytest.raises(SystemExit) as refused:
+            main(["train", "skip", *map(str, words)])
+        assert refused.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
