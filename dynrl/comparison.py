@@ -92,7 +92,7 @@ def routes_reach(backbone: Backbone, split: Split, found: Sequence[tuple[tuple[i
     """
 
     def reach(budget: float) -> tuple[Tensor, float] | None:
-        best = _affordable([(macs, metric, route) for route, macs, metric in found], budget, split.task)
+        best = ev.affordable(found, budget, split.task)
         return None if best is None else _along(backbone, StaticPolicy(best), split)
 
     return reach
@@ -104,10 +104,10 @@ def networks_reach(networks: Sequence[Backbone], dense_macs: int, split: Split, 
     def rows(network: Backbone, of: Split) -> Tensor:
         return ev.score_routes(network, network.dense_actions(len(of)), of).metric
 
-    known = [(n.dense_macs / dense_macs, float(rows(n, validation).mean()), n) for n in networks]
+    known = [(n, n.dense_macs / dense_macs, float(rows(n, validation).mean())) for n in networks]
 
     def reach(budget: float) -> tuple[Tensor, float] | None:
-        best = _affordable(known, budget, split.task)
+        best = ev.affordable(known, budget, split.task)
         return None if best is None else (rows(best, split), best.dense_macs / dense_macs)
 
     return reach
@@ -135,12 +135,6 @@ def fixed_reach(metric: Tensor, macs: float) -> Reach:
 def _along(backbone: Backbone, policy: RandomPolicy | StaticPolicy, split: Split) -> tuple[Tensor, float]:
     scored = ev.score_routes(backbone, policy.route(split.inputs), split)
     return scored.metric, float(scored.macs.mean())
-
-
-def _affordable(found: Sequence[tuple[float, float, Any]], budget: float, task: Task) -> Any:
-    """Of (MACs fraction, metric, what) the one of least error within `budget`, of equals the cheapest; or None."""
-    within = [(task.error(metric), macs, i) for i, (macs, metric, _) in enumerate(found) if macs <= budget]
-    return found[min(within)[2]][2] if within else None
 
 
 # How sure ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routed import Route, RoutedModel
 from dynrl.routes import draw_routes
-from dynrl.tasks import CLASSIFICATION
+from dynrl.tasks import CLASSIFICATION, Task
 
 LONG = 16  # steps of a walk; see `static_routes`
 ORACLE_DRAWS = 24
@@ -348,6 +348,14 @@ def uniform_routes(
         found.append((route, float(scored.macs.mean()), float(scored.metric.mean())))
         tick()
     return sorted(found, key=lambda of: (-of[1], split.task.error(of[2])))
+
+
+def affordable(found: Sequence[tuple[Any, float, float]], budget: float, task: Task) -> Any:
+    """Of `found` (what, MACs fraction, metric) what has the least error within `budget`, of equals the cheapest; or
+    None.
+    """
+    within = [(task.error(metric), macs, i) for i, (_, macs, metric) in enumerate(found) if macs <= budget]
+    return found[min(within)[2]][0] if within else None
 
 
 def oracle_candidates(

@@ -69,16 +69,19 @@ class RoutedModel(nn.Module):
     """
 
     last_route: Route | None
-    # Of the policy's weights at the present price; `_renew` makes them anew.
+    # Of the policy's weights at the present price; `_renew` makes them anew, and `_renewals` counts how often.
     _act: Callable[[Tensor], Tensor]
     _linear: LinearChoice | None = None
     _fused: FusedChoice | None = None
+    _renewals: int = 0
 
     def __init__(self, backbone: Backbone, policy: Policy, curve: list[tuple[float, float]] | None = None) -> None:
         super().__init__()
         self.backbone = backbone.for_inference()
         policy = copy.deepcopy(policy).eval().requires_grad_(False).to(next(backbone.parameters()).device)
         self.policy = policy
+        policy.outdated = False  # type: ignore[assignment]  # whether others than these weights were loaded
+        policy.register_load_state_dict_post_hook(_outdate)
         self.input_shape = backbone.input_shape
         self.curve = sorted(curve or [])
         self.latency: list[tuple[float, float]] = []
@@ -102,7 +105,7 @@ class RoutedModel(nn.Module):
             self.price_range = (low, high)
             self.set_price(min(max((low * high) ** 0.5, low), high))  # of one price the root may round to another
             self._router_macs = count_macs(policy, (policy.width,))[0]
-        self.register_load_state_dict_post_hook(_renewed)
+        self.eval()
 
     @property
     def price(self) -> float:
@@ -161,11 +164,17 @@ class RoutedModel(nn.Module):
         first = next(self.backbone.parameters())
         if (first.device, first.dtype) != before:
             self.latency = []  # of what it was
-        self.policy.to(first.device)
-        self._renew()
+            self.policy.to(first.device)
+            self._renew()
         return self
 
+    def train(self, mode: bool = True) -> RoutedModel:
+        """Stays in inference mode, as what `plug` gives is frozen: in training, batch norm would change for good."""
+        return super().train(False)
+
     def _renew(self) -> None:
+        self._renewals += 1
+        self.policy.outdated = False  # type: ignore[assignment]
         if self.price_range is not None:
             self.set_price(self._price)
         elif isinstance(self.policy, StepPolicy):
@@ -195,6 +204,8 @@ class RoutedModel(nn.Module):
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
         """Walk `inputs` to their ends; `forward` with everything the walk knows."""
+        if self.policy.outdated:
+            self._renew()
         with torch.autocast(inputs.device.type, enabled=False):  # a caller's, for other models: this one has one dtype
             if isinstance(self.policy, RoutePolicy):
                 return self.backbone.run_route(inputs, self.policy.route(inputs))
@@ -255,8 +266,8 @@ class RoutedModel(nn.Module):
         return CapturedModel(self, batch_size)
 
 
-def _renewed(model: RoutedModel, keys: Any) -> None:
-    model._renew()
+def _outdate(policy: nn.Module, keys: Any) -> None:
+    policy.outdated = True  # type: ignore[assignment]
 
 
 def _price_at(curve: list[tuple[float, float]], budget: float, unit: str) -> float:
@@ -326,7 +337,8 @@ class CapturedModel:
     checked for NaN, which would wait for the device.
 
     Args:
-        model: on a CUDA device, with a learned policy. Its price is recorded, too: capture again after `set_price`.
+        model: on a CUDA device, with a learned policy. Its price is recorded, too: capture again after `set_price`, and
+            when it was moved or other weights were loaded.
         batch_size: of all inputs to come.
 
     Raises:
@@ -342,7 +354,7 @@ class CapturedModel:
                 f"{type(model.policy).__name__} gives whole routes; only a learned policy that decides step by step "
                 "can be captured"
             )
-        self.model, self.price = model, model.price
+        self.model, self.price, self._renewals = model, model.price, model._renewals
         # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
         layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
         constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
@@ -368,6 +380,10 @@ class CapturedModel:
             raise ValueError(
                 f"expected inputs of {self._inputs.dtype} {tuple(self._inputs.shape)} as captured, got {inputs.dtype} "
                 f"{tuple(inputs.shape)}; capture the model for this batch size"
+            )
+        if self.model.policy.outdated or self.model._renewals != self._renewals:
+            raise ValueError(
+                "the model was moved, or other weights were loaded, since it was captured; capture it again"
             )
         if self.model.price != self.price:
             raise ValueError(

@@ -81,7 +81,7 @@ def main(args: Args) -> None:
                 print(
                     f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean "
                     f"{found['geometric_mean']:.3f}, worst {found['worst']:.3f}; slower than dense: "
-                    f"{found['slower_than_dense']} of {found['all_rows']}"
+                    f"{found['slower_than_dense']} of {found['with_dense']}, {found['clearly']} clearly"
                 )
         else:
             from dynrl.scripts.bench_model import bench_model

@@ -100,19 +100,16 @@ def bench_model(
             rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.route, rounds)})
             _show(rows[-1])
     for run in runs:
-        plugged = load(run)
+        plugged = load(run).to(device, getattr(torch, dtype))
         plugged.set_budget(0.5)
-        inputs = load_dataset(read_config(run)["data"]).test.inputs[:256]
-        plugged(inputs)
-        assert plugged.last_route is not None
-        rows.append(
-            {
-                "network": str(run),
-                "policy": "learned",
-                **_measure(plugged, inputs, plugged.last_route.actions, rounds),
-            }
-        )
-        _show(rows[-1])
+        test = load_dataset(read_config(run)["data"]).test
+        for batch in batches or (256,):
+            inputs = test.inputs[:batch].to(device, getattr(torch, dtype))
+            plugged(inputs)
+            assert plugged.last_route is not None
+            route = plugged.last_route.actions
+            rows.append({"network": str(run), "policy": "learned", **_measure(plugged, inputs, route, rounds)})
+            _show(rows[-1])
     for row in rows:
         row |= {"device": device, "dtype": dtype}
     return rows
@@ -122,8 +119,11 @@ def bench_model(
 def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> dict[str, Any]:
     backbone, device = model.backbone, inputs.device
 
+    captures = device.type == "cuda" and isinstance(model.policy, Router) and backbone.decision != "exit"
+    taken = route.clamp_min(0)  # behind a row's end there is no choice
+
     def given(state: State) -> Tensor:
-        return route[:, state.walk.common_steps]  # no row ends early
+        return route[:, state.walk.common_steps]  # in what is captured no row ends early
 
     dense_route = backbone.dense_actions(len(inputs), device)
     sides = dense_sides(backbone, inputs)
@@ -131,9 +131,9 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
     if run is not None:
         sides["compiled"] = run
     sides["ideal"] = backbone.ideal(inputs, route)
-    sides["routed"] = lambda: backbone.run_route(inputs, route)
+    sides["routed"] = lambda: backbone.run_route(inputs, taken)
     sides["with router"] = lambda: model(inputs)
-    if device.type == "cuda":
+    if captures:
         for name in [name for name in sides if name not in ("compiled", "with router")]:
             side = (lambda: backbone.run(inputs, given)) if name == "routed" else sides[name]
             sides[f"captured {name}"] = captured(side, 1)
@@ -142,11 +142,11 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
     ms = medians_in_turn(sides, rounds, wait=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     dense = min(value for name, value in ms.items() if name.startswith("dense"))
     on_device = {}
-    if device.type == "cuda":
+    if captures:
         on_device["captured_dense_ms"] = min(value for name, value in ms.items() if name.startswith("captured dense"))
         for name in ("ideal", "routed", "with router"):
             on_device[f"captured_{name.replace(' ', '_')}_ms"] = ms[f"captured {name}"]
-    fraction = float(backbone.run_route(inputs, route).macs.double().mean()) / backbone.dense_macs
+    fraction = float(backbone.run_route(inputs, taken).macs.double().mean()) / backbone.dense_macs
     return {
         "batch": len(inputs), "macs_fraction": fraction, "dense_ms": dense, "compiled_ms": ms.get("compiled"),
         "ideal_ms": ms["ideal"], "routed_ms": ms["routed"], "with_router_ms": ms["with router"],

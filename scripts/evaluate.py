@@ -262,15 +262,15 @@ def measure(
         route = drawn[0][: len(batch)]
         add_sides(frozen, lambda: frozen.run_route(batch, route), frozen.run_route(batch, route).route)
 
-    def add_models(name: str, budget: float | None, reached: list[RoutedModel]) -> None:
-        for model in reached:
+    def add_models(name: str, budget: float | None, mine: list[RoutedModel]) -> None:
+        for model in mine:
             if budget is None:
                 assert model.price_range is not None
                 model.set_price(model.price_range[0])
             else:
                 model.set_budget(budget)
-        first, price = reached[0], reached[0].price
-        add(name, budget, [ev.score(model, test) for model in reached], price)
+        first, price = mine[0], mine[0].price
+        add(name, budget, [ev.score(model, test) for model in mine], price)
 
         def routed() -> torch.Tensor:
             first.set_price(price)
@@ -283,9 +283,8 @@ def measure(
     tries, found = ev.static_tries(backbone)
     rounds = 11
     heuristics = HEURISTICS.get(backbone.decision, {})
-    uniform = backbone.num_choices if backbone.num_choices > 2 else 0
     total = (2 + len(models) + len(heuristics)) * len(BUDGETS) + len(models) + 2
-    total += tries + found + uniform + ev.ORACLE_DRAWS + rounds
+    total += tries + found + (backbone.num_choices > 2) * backbone.num_choices + ev.ORACLE_DRAWS + rounds
     with progress(total=total, desc="evaluating", unit="pass") as bar:
 
         def full_route(networks: list[Backbone], split: Split) -> float:
@@ -305,8 +304,8 @@ def measure(
         for budget in (*BUDGETS, None):
             spent = None
             for name, mine in models.items():
-                if reached := [model for model in mine if _shown_at(model, budget)]:
-                    add_models(name, budget, reached)
+                if _shown_at(mine, budget):
+                    add_models(name, budget, mine)
                     spent = spent or points[-1]["macs_fraction"]
                 bar.update()
             if spent:
@@ -317,7 +316,7 @@ def measure(
             bar.update()
         usage = None
         for name, (shown, *_) in list(models.items())[:1]:
-            if _shown_at(shown, 0.5):
+            if _shown_at([shown], 0.5):
                 shown.set_budget(0.5)
             elif shown.price_range is not None:
                 shown.set_price(shown.price_range[0])
@@ -334,15 +333,14 @@ def measure(
                     add_sides(frozen, partial(ruled, batch), ruled.last_route.actions)
                 bar.update()
         static = ev.static_routes(frozen, validation, bar.update)
+        uniform = ev.uniform_routes(frozen, validation, bar.update) if frozen.num_choices > 2 else []
         for budget in BUDGETS:
-            affordable = [found for found in static if found[1] <= budget]
-            if affordable:
-                best = min(affordable, key=lambda found: (task.error(found[2]), found[1]))
-                add_routes("static", budget, [StaticPolicy(best[0]).route(test.inputs)])
+            best = ev.affordable(static + uniform, budget, task)
+            if best is not None:
+                add_routes("static", budget, [StaticPolicy(best).route(test.inputs)])
             bar.update()
-        if uniform:
-            for route, _, _ in ev.uniform_routes(frozen, validation, bar.update):
-                add_routes("uniform", None, [StaticPolicy(route).route(test.inputs)])
+        for route, _, _ in uniform:
+            add_routes("uniform", None, [StaticPolicy(route).route(test.inputs)])
         if smaller is not None:
             small = smaller.for_inference().to(*place)
             share = small.dense_macs / frozen.dense_macs
@@ -372,12 +370,14 @@ def measure(
     }
 
 
-def _shown_at(model: RoutedModel, budget: float | None) -> bool:
-    """Whether a model has a row for `budget`; None: the lowest price, for models that reach no budget of `BUDGETS`."""
-    fractions = [macs for _, macs in model.curve]
+def _shown_at(models: list[RoutedModel], budget: float | None) -> bool:
+    """Whether models that differ by their seeds have a row for `budget`: where all reach it, or rows of one front would
+    be of different seeds. None: the lowest price, where they reach none of `BUDGETS`.
+    """
     if budget is None:
-        return not any(_shown_at(model, other) for other in BUDGETS)
-    return min(fractions) <= budget <= max(fractions)
+        return not any(_shown_at(models, other) for other in BUDGETS)
+    fractions = [[macs for _, macs in model.curve] for model in models]
+    return all(min(mine) <= budget <= max(mine) for mine in fractions)
 
 
 def print_table(report: dict[str, Any]) -> None:

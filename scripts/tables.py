@@ -123,17 +123,19 @@ def bench_agents_table(result: dict[str, Any]) -> list[str]:
     """Rows of `dynrl bench agents` as Markdown, medians over seeds."""
     names = {"ours": "RLlib's PPO, our runner", "sb3": "SB3's PPO", "rllib-stock": "RLlib's PPO, its own runner"}
     lines = [
-        "| agent | seeds | decisions a second | 95 % of ours after | gap to random routes | all decisions |",
-        "|---|---|---|---|---|---|",
+        "| agent | seeds | decisions a second | 95 % of ours after | gap to random routes, nats | in accuracy "
+        "| all decisions |",
+        "|---|---|---|---|---|---|---|",
     ]
     for agent, name in names.items():
         mine = [row for row in result["rows"] if row["agent"] == agent]
         if not mine:
             continue
         reached = [row["seconds_to_enough"] for row in mine]
-        shown = "not by all" if None in reached else f"{median(reached):.0f} s"
+        shown = ", ".join("never" if at is None else f"{at:.0f}" for at in reached) + " s"
         lines.append(
             f"| {name} | {len(mine)} | {median(row['steps_per_s'] for row in mine):.0f} | {shown} "
+            f"| {median(row['gap'] for row in mine):.4f} "
             f"| {100 * median(row['gap_in_metric'] for row in mine):.2f} points "
             f"| {median(row['seconds'] for row in mine):.0f} s |"
         )
@@ -163,20 +165,19 @@ def shipped_table() -> list[str]:
     from dynrl.routed import SHIPPED, shipped
 
     lines = [
-        "| `dynrl.load` | kB | dense | at half of the MACs | random routes | speed-up, batch 256 |",
-        "|---|---|---|---|---|---|",
+        "| `dynrl.load` | kB | its full route | at half of the MACs | random routes | static | speed-up, batch 256 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in shipped():
         report = read_json(SHIPPED / name / "report.json")
         size = sum(file.stat().st_size for file in (SHIPPED / name).glob("*.safetensors")) / 1e3
-        learned, rival = (
+        learned, *rivals = (
             next(p for p in report["points"] if p["budget"] == 0.5 and p["policy"].startswith(kind))
-            for kind in ("learned", "random")
+            for kind in ("learned", "random", "static")
         )
-        lines.append(
-            f"| `{name}` | {size:.0f} | {100 * report['dense']['accuracy']:.2f} % | {100 * learned['accuracy']:.2f} % "
-            f"| {100 * rival['accuracy']:.2f} % | {learned['speedup']:.2f} |"
-        )
+        own = report["dense"]["tuned_accuracy"] or report["dense"]["all_execute_accuracy"]
+        cells = [f"{100 * accuracy:.2f} %" for accuracy in (own, *(p["accuracy"] for p in (learned, *rivals)))]
+        lines.append(f"| `{name}` | {size:.0f} | {' | '.join(cells)} | {learned['speedup']:.2f} |")
     return lines
 
 
@@ -205,6 +206,8 @@ def ms(value: float | None) -> str:
 
 def bench_ops_table(result: dict[str, Any]) -> list[str]:
     """Half kept, batch 256, of `dynrl bench ops` as Markdown, and the summary of all rows."""
+    from dynrl.scripts.bench_ops import summary
+
     lines = [
         "| op | shape | dense ms | masked | indexed | routed | ideal | of ideal |",
         "|---|---|---|---|---|---|---|---|",
@@ -216,14 +219,13 @@ def bench_ops_table(result: dict[str, Any]) -> list[str]:
             lines.append(f"| {r['op']} | {r['shape']} | {' | '.join(cells)} | {r['realised_ratio']:.2f} |")
     lines += [
         "",
-        "| op | rows | geometric mean of ideal / routed | worst | slower than dense |",
-        "|---|---|---|---|---|",
+        "| op | rows | of ideal, geometric mean | worst | slower than dense | clearly |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.3f} | {s['worst']:.2f} | {s['slower_than_dense']} of "
-        f"{s['all_rows']} |"
-        for s in result["summary"]
-    ]
+    for s in summary(result["rows"]):
+        of = f" of {s['with_dense']}"
+        slower = f"{s['slower_than_dense']}{of} | {s['clearly']}{of}" if s["with_dense"] else " | "
+        lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.3f} | {s['worst']:.2f} | {slower} |")
     return [*lines, "", _machine(result)]
 
 
@@ -244,12 +246,18 @@ def bench_model_table(result: dict[str, Any]) -> list[str]:
 
 def gpu_table(result: dict[str, Any]) -> list[str]:
     """Rows of `scripts/gpu_check.py` as Markdown: ops at batch 64 and more in bfloat16, and captured networks."""
-    ops: dict[str, list[float]] = {}
-    for r in result["rows"]:
-        if r.get("realised_ratio") and "op" in r and r["dtype"] == "bfloat16" and r["batch"] >= 64:
-            ops.setdefault(r["op"], []).append(r["realised_ratio"])
-    lines = ["| op | rows | geometric mean of ideal / routed | worst |", "|---|---|---|---|"]
-    lines += [f"| {op} | {len(v)} | {geometric_mean(v):.2f} | {min(v):.2f} |" for op, v in ops.items()]
+    from dynrl.scripts.bench_ops import summary
+
+    ops = [r for r in result["rows"] if r.get("realised_ratio") and "op" in r and r["dtype"] == "bfloat16"]
+    large = [r for r in ops if r["batch"] >= 64]
+    lines = [
+        "| op | rows | of ideal, geometric mean | worst | slower than dense | speed-up over dense, geometric mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in summary(large, least_ms=0.0):
+        gains = [r["dense_ms"] / r["routed_ms"] for r in large if r["op"] == s["op"] and r["dense_ms"]]
+        beside = f"{s['slower_than_dense']} of {len(gains)} | {geometric_mean(gains):.2f}" if gains else " | "
+        lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.2f} | {s['worst']:.2f} | {beside} |")
     sides = ("dense", "ideal", "routed", "with_router")
     lines += [
         "",

@@ -64,7 +64,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, 
 
     descriptors = {
         "x_desc": lambda tile: maps(tile, "BLOCK_K"), "out_desc": lambda tile: maps(tile, "BLOCK_N"),
-        "residual_desc": lambda tile: maps(tile, "BLOCK_N"), "granule": channels,
+        "residual_desc": lambda tile: maps(tile, "BLOCK_N"), "granule": channels, "element_bytes": dtype.itemsize,
         "w_desc": lambda tile: f"tensordesc<{TYPES[dtype]}[{tile['BLOCK_N']}, 1, {tile['BLOCK_K']}]>",
     }  # fmt: skip
     tiled = {name: value for name, value in taps.items() if name != "STRIDE"} | {"TILE_W": tile_width}

@@ -9,8 +9,9 @@ from torch import nn
 from dynrl.backbones import GatedResNet
 from dynrl.observation import Layout
 from dynrl.ops.backend import device_counts
+from dynrl.ops.gated_residual import gated_residual
 from dynrl.policies import RandomPolicy, Router
-from dynrl.routed import RoutedModel
+from dynrl.routed import CapturedModel, RoutedModel
 from tests.devices import NoHostSync
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,9 +41,20 @@ def test_counts_on_the_device_give_the_same_without_a_wait(block, kernel_case):
     torch.testing.assert_close(walk.outputs, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_guard_notices_a_wait():
-    with pytest.raises(AssertionError, match="waits"), NoHostSync():
-        torch.ones(3, device=DEVICE).nonzero()
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.unique(), lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        pytest.param(lambda x: x.cpu(), marks=ON_CUDA), pytest.param(lambda x: x.to("cpu"), marks=ON_CUDA),
+    ],
+)  # fmt: skip
+def test_the_guard_notices_a_wait(wait, inference):
+    with torch.inference_mode(inference):
+        x = torch.ones(3, 2, device=DEVICE)
+        with pytest.raises(AssertionError, match="waits"), NoHostSync():
+            wait(x)
 
 
 @WITHOUT_CUDA
@@ -56,6 +68,24 @@ def test_counts_on_the_device_need_the_kernels(monkeypatch):
 def test_capture_without_cuda_is_refused():
     with pytest.raises(ValueError, match="CUDA device"):
         routed().capture(4)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.load_state_dict(m.state_dict())])
+def test_a_replay_of_what_is_no_longer_there_is_refused(change):
+    """The graph would read memory that is freed, or old constants beside new weights. Nothing is recorded here."""
+    model, inputs = routed(), torch.randn(3, 1, 8, 8, device=DEVICE)
+    captured = CapturedModel.__new__(CapturedModel)
+    captured.model, captured.price, captured._renewals = model, model.price, model._renewals
+    captured._inputs = torch.zeros_like(inputs)
+    change(model)
+    with pytest.raises(ValueError, match="capture it again"):
+        captured(inputs)
+
+
+def test_blocks_that_must_ask_the_host_are_refused(kernel_case):
+    x, run = torch.randn(3, 2, device=DEVICE), torch.tensor([True, False, True], device=DEVICE)
+    with pytest.raises(ValueError, match="a Linear cannot run without asking"), device_counts(), torch.no_grad():
+        gated_residual(x, run, nn.Linear(2, 2).to(DEVICE))
 
 
 @ON_CUDA
@@ -85,6 +115,9 @@ def test_what_a_graph_cannot_do_is_refused():
     model.set_price(captured.price)  # back again: what the graph reads is still there
     inputs = torch.randn(4, 1, 8, 8, device=DEVICE)
     torch.testing.assert_close(captured(inputs).clone(), model(inputs), atol=1e-4, rtol=1e-4)
+    model.policy.load_state_dict(model.policy.state_dict())
+    with pytest.raises(ValueError, match="other weights were loaded"):
+        captured(inputs)
     backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
     with pytest.raises(ValueError, match="whole routes"):
         RoutedModel(backbone, RandomPolicy(backbone.step_costs, 0.5)).capture(4)

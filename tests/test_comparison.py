@@ -11,7 +11,7 @@ import torch
 from dynrl import comparison as cp
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
-from dynrl.evaluation import score
+from dynrl.evaluation import affordable, score
 from dynrl.files import read_json, write_json
 from dynrl.routed import load
 from dynrl.scripts.cli import main
@@ -38,10 +38,10 @@ def test_a_front_has_what_every_seed_reaches_and_its_area_is_the_mean_over_the_b
 
 
 def test_out_of_reach_takes_the_nearest_cheaper_point_and_too_dear_takes_none():
-    known = [(0.4, 0.9, "middle"), (0.2, 0.8, "cheap"), (0.4, 0.9, "same"), (0.7, 0.85, "worse")]
-    assert cp._affordable(known, 0.9, CLASSIFICATION) == "middle"
-    assert cp._affordable(known, 0.39, CLASSIFICATION) == "cheap"
-    assert cp._affordable(known, 0.1, CLASSIFICATION) is None
+    known = [("middle", 0.4, 0.9), ("cheap", 0.2, 0.8), ("same", 0.4, 0.9), ("worse", 0.7, 0.85)]
+    assert affordable(known, 0.9, CLASSIFICATION) == "middle"
+    assert affordable(known, 0.39, CLASSIFICATION) == "cheap"
+    assert affordable(known, 0.1, CLASSIFICATION) is None
 
 
 def test_a_regressions_differences_are_in_its_own_units():

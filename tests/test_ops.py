@@ -592,3 +592,61 @@ def test_a_block_that_fails_leaves_the_op_usable() -> None:
     torch.testing.assert_close(
         gated_residual(x.clone(), run, lambda t: 2 * t), gated_residual_ref(x, run, lambda t: 2 * t)
     )
+
+
+@pytest.mark.parametrize(
+    "block",
+    [lambda y: (y.transpose(1, 2) * 2).transpose(1, 2), lambda y: torch.cat([y * 2, y], 2)[:, :, : y.shape[2]]],
+)
+@torch.no_grad()
+def test_results_may_lie_in_memory_as_they_like(block: Callable[[Tensor], Tensor]) -> None:
+    """As copies are moved on CUDA, on whatever there is here."""
+    x, index = torch.randn(7, 3, 5), torch.tensor([0, 2, 5])
+    expected = x.clone()
+    expected[index] *= 2
+    got = rows._compute_copies(x.clone(), rows._layout(x), index, ((block, 0, 1), (block, 1, 3)))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(rows.compute_rows(x, index, block), expected)
+
+
+@pytest.mark.parametrize("splits", [None, (2, 5, 3)])
+def test_training_in_half_precision_after_inference(
+    splits: tuple[int, ...] | None, kernel_case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast rows come in half precision and weights do not; what inference has made, training may use."""
+    x = torch.randn(9, 4, device=kernel_case, dtype=torch.bfloat16)
+    size = (3, 5, 4) if splits is None else (10, 4)
+    weight, bias = (torch.randn(size[:end], device=kernel_case).requires_grad_() for end in (None, -1))
+    routing = route_ref(torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1], device=kernel_case), 3)
+    how: Any = {"splits": splits, "sorted_out": splits is not None}
+    results = []
+    for mode in ("ref", "triton"):
+        monkeypatch.setattr(backend, "MODE", mode)
+        with torch.inference_mode():
+            routed_linear(x, weight.bfloat16(), routing, bias.bfloat16(), **how)
+        given = (x, weight.bfloat16(), routing, bias.bfloat16()) if mode == "ref" else (x, weight, routing, bias)
+        out = routed_linear(*given, **how)
+        assert out.dtype == torch.bfloat16
+        results.append((out.float(), *torch.autograd.grad(out.float().square().sum(), (weight, bias))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.3, rtol=0.05)
+
+
+def test_precision_follows_torchs_switches(kernel_case: str) -> None:
+    """By either of torch's two interfaces, which must not be mixed."""
+    from dynrl.ops.kernels.conv import _precision
+    from dynrl.ops.kernels.linear import dot_precision
+
+    x, owners = torch.ones(1), (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [owner.fp32_precision for owner in owners]
+    try:
+        for precision in ("tf32", "ieee"):
+            for owner in owners:
+                owner.fp32_precision = precision
+            assert dot_precision(x) == _precision(x) == precision
+            assert dot_precision(x.half()) == _precision(x.half()) == "ieee"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert dot_precision(x) == "tf32"
+    finally:
+        for owner, precision in zip(owners, before, strict=True):
+            owner.fp32_precision = precision

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import dynrl
-from dynrl.backbones import GatedResNet, load_backbone
+from dynrl.backbones import GatedModule, GatedResNet, load_backbone
 from dynrl.choice import FusedChoice, LinearChoice
 from dynrl.cost import count_macs
 from dynrl.data import Split, load_dataset
@@ -202,8 +203,10 @@ def test_constants_follow_weights_that_are_loaded_copied_and_pickled(small_backb
         routes.append(model.last_route.actions)
     assert not torch.equal(*routes)
     twin, brought = copy.deepcopy(models[0]), pickle.loads(pickle.dumps(models[0]))
+    third = copy.deepcopy(twin)
     models[0].load_state_dict(models[1].state_dict())
-    for model, expected in ((models[0], routes[1]), (twin, routes[0]), (brought, routes[0])):
+    third.policy.load_state_dict(models[1].policy.state_dict())
+    for model, expected in ((models[0], routes[1]), (third, routes[1]), (twin, routes[0]), (brought, routes[0])):
         model(inputs)
         assert torch.equal(model.last_route.actions, expected)
 
@@ -632,3 +635,26 @@ def test_one_model_for_each_decision_comes_with_dynrl():
     for bad in ("nosuch", "/skip-digits"):
         with pytest.raises(ValueError, match="nor one of the models that come with dynrl"):
             dynrl.load(bad)
+
+
+@torch.inference_mode()
+def test_what_is_plugged_stays_as_it_is_in_training():
+    """Inside a larger model whose `train()` is called: batch norm would change for good."""
+    block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5))
+    backbone = GatedModule(nn.Sequential(block, nn.Flatten(), nn.Linear(192, 4)).eval(), (3, 8, 8), ["0"])
+    model, inputs = RoutedModel(backbone, StaticPolicy((1,))), torch.randn(9, 3, 8, 8)
+    expected = model(inputs).clone()
+    nn.Sequential(model).train()
+    torch.testing.assert_close(model(inputs), expected)
+    torch.testing.assert_close(model.eval()(inputs), expected)
+
+
+def test_compiled_code_may_run_no_block():
+    """Compiled at a price where blocks run, called at one where none does."""
+    model, inputs = dynrl.load("skip-digits"), load_dataset("digits").test.inputs[:50]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for bias, share in (([0.0, 1e3], 1), ([1e3, 0.0], 0)):
+        model.policy.load_state_dict({**model.policy.state_dict(), "head.bias": torch.tensor(bias)})
+        compiled(inputs)
+        assert model.last_route.actions.float().mean() == share

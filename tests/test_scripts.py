@@ -29,6 +29,7 @@ from dynrl.policies import Router, load_policy, save_policy
 from dynrl.pretraining import metric_at_rate
 from dynrl.recipes import DEFAULTS
 from dynrl.routed import SHIPPED, RoutedModel
+from dynrl.scripts import bench_model
 from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
 from dynrl.scripts.common import folder_name, new_folder, read_config
@@ -594,6 +595,18 @@ def test_bench_env_rows():
         ("naive", 1),
     }
     assert all(r["steps_per_s"] > 0 for r in rows)
+
+
+def test_bench_model_rows(monkeypatch):
+    """Of a run, too, whose rows end at different points."""
+    monkeypatch.setattr(bench_model, "_compiled", lambda *given: None)  # takes long
+    exits = SHIPPED / "exit-digits"
+    rows = bench_model.bench_model("cpu", "bfloat16", 1, ("resnet20 32x32",), (4, 9), (exits,))
+    assert [(r["network"], r["policy"], r["batch"]) for r in rows] == [
+        *(("resnet20 32x32", "random", n) for n in (4, 9)), *((str(exits), "learned", n) for n in (4, 9)),
+    ]  # fmt: skip
+    assert all(0 < r["macs_fraction"] < 1 and r["ideal_ms"] > 0 and r["routed_ms"] > 0 for r in rows)
+    assert {(r["device"], r["dtype"]) for r in rows} == {("cpu", "bfloat16")}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from dynrl.ops.backend import on_host, use_ref, use_triton
+from dynrl.ops.backend import counts_on_device, on_host, use_ref, use_triton
 from dynrl.ops.convolution import FoldedConv2d, fusible
 from dynrl.ops.route import route
 from dynrl.ops.rows import as_rows, compute_rows, moves_nothing, piece_rows
@@ -95,6 +95,11 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
             return compute_rows(x, run.nonzero().squeeze(1), block)
         if isinstance(block, ResidualBlock) and use_triton(x, vendor=True):
             return _on_triton(x, run, block)
+        if counts_on_device():
+            raise ValueError(
+                f"a {type(block).__name__} cannot run without asking how many rows run it, which a CUDA graph must "
+                "not; only blocks of convolutions (`ResidualBlock`) can"
+            )
     index = run.nonzero().squeeze(1)
     if len(index) == 0:
         return x

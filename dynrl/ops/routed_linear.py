@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -149,7 +149,8 @@ def _experts(
     return list(zip(matrices, bias.split(splits) if ragged_out else bias.unbind(0), strict=True))
 
 
-@lru_cache(maxsize=64)
+@cache  # without a bound: a graph reads what it has read when it was recorded
+@torch.inference_mode(False)  # or training could not use what inference has made
 def _starts(
     splits: tuple[int, ...] | None, experts: int, rows: int, row_stride: int, ragged_out: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -168,7 +169,7 @@ def _on_triton(
     from dynrl.ops.kernels.linear import linear_rows
 
     ragged_out = splits is not None and sorted_out
-    weight = weight.contiguous()
+    weight = weight.to(x.dtype).contiguous()  # under autocast rows come in half precision, and weights do not
     starts, bias_starts, widths = _starts(
         splits, routing.num_choices, weight.shape[-2], weight.stride(-2), sorted_out, x.device
     )
@@ -190,7 +191,7 @@ def _on_triton(
     # Only the product needs a backward pass of its own; what is pointwise is left to autograd.
     out = GroupedProduct.apply(x, weight, routing.offsets, starts, width, ways)
     if bias is not None:
-        out = out + _bias_rows(bias, routing, splits, sorted_out, width)
+        out = out + _bias_rows(bias.to(x.dtype), routing, splits, sorted_out, width)
     out = out.relu() if relu else out
     return out if gate is None else out * (gate[routing.order] if sorted_out else gate).unsqueeze(1).to(out.dtype)
 

@@ -50,16 +50,11 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
 
     The groups follow each other and together make up `order`.
     """
+    if len(order) == 0:  # compiled code comes here without having looked
+        return x
     layout = _layout(x)
     if x.is_cuda:
-        words, form = layout.words(x), torch.channels_last if layout.last else torch.contiguous_format
-        for block, start, end in groups:
-            index = order[start:end]
-            rows = torch.empty((end - start, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=form)
-            torch.index_select(words, 0, index, out=layout.words(rows))
-            done = block(rows).to(x.dtype, memory_format=form)
-            words.index_copy_(0, index, layout.words(done))
-        return x
+        return _compute_copies(x, layout, order, groups)
     count, weight_bytes = len(order), 0
     for block, start, end in groups:
         weight_bytes += getattr(block, "weight_bytes", 0) * (end - start) // count
@@ -85,6 +80,18 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
                     rows.copy_(done)
         words.index_put_((part,), held)
     layout.free.append(scratch)
+    return x
+
+
+def _compute_copies(x: Tensor, layout: _Layout, order: Tensor, groups: Sequence[tuple[Block, int, int]]) -> Tensor:
+    """`compute_groups` by a copy of each group's rows."""
+    words, form = layout.words(x), torch.channels_last if layout.last else torch.contiguous_format
+    for block, start, end in groups:
+        index = order[start:end]
+        rows = torch.empty((end - start, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=form)
+        torch.index_select(words, 0, index, out=layout.words(rows))
+        done = block(rows).to(x.dtype).contiguous(memory_format=form)  # `to` leaves other strides as they are
+        words.index_copy_(0, index, layout.words(done))
     return x
 
 

@@ -36,7 +36,8 @@ CONV_TILES = [
 
 def _precision(x: Tensor) -> str:
     """`input_precision` of tl.dot: torch's switch for convolutions decides whether float32 may be rounded to TF32."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if x.dtype == torch.float32 and allowed == "tf32" else "ieee"
 
 
 @cache
@@ -258,7 +259,9 @@ def conv_rows(
     if residual is not None and residual.data_ptr() == out.data_ptr() and not INTERPRETED:
         # The autotuner's runs would add to the sum over and over: it is given a copy, the first time.
         sizes = (x.shape[1:], weight.shape, stride, size_class(pixels), num_groups, granule)
-        key = (*sizes, x.dtype, _precision(x), x.device)
+        given = (in_rows, out_rows, scale, shift, in_widths, out_widths, gate)
+        dtypes = (x.dtype, *(None if tensor is None else tensor.dtype for tensor in given))
+        key = (*sizes, dtypes, _precision(x), x.device)
         if key not in _tuned:
             _tuned.add(key)
             copy = out.clone(memory_format=torch.channels_last)

@@ -92,7 +92,8 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
 
 @triton.autotune(
     _configs(),
-    key=["size_c", "size_k", "size_class", "granule", "H", "W", "R", "NUM_GROUPS", "PRECISION"],
+    # Of tensors the autotuner tells types apart by itself, but not of their descriptors.
+    key=["size_c", "size_k", "size_class", "granule", "element_bytes", "H", "W", "R", "NUM_GROUPS", "PRECISION"],
     prune_configs_by={"early_config_prune": _prune},
     do_bench=device_time,
 )
@@ -102,7 +103,7 @@ def _conv_tiles_kernel(
     x_desc, w_desc, out_desc, residual_desc,
     offsets_ptr, in_rows_ptr, out_rows_ptr, scale_ptr, shift_ptr, in_widths_ptr, out_widths_ptr, gate_ptr,
     size_c, size_k, H, W,
-    size_class, granule,  # read by the autotuner only
+    size_class, granule, element_bytes,  # read by the autotuner only
     NUM_GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PADDING: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RESIDENT: tl.constexpr, TILE_W: tl.constexpr,
@@ -228,7 +229,7 @@ def conv_tiles(
         _descriptor(x_view), _descriptor(taps.reshape(size_k, taps_h * taps_w, size_c)), _descriptor(out_view),
         None if residual_view is None else _descriptor(residual_view),
         offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, gate,
-        size_c, size_k, height, width, size_class(items * height * width), granule,
+        size_c, size_k, height, width, size_class(items * height * width), granule, x.element_size(),
         NUM_GROUPS=num_groups, BLOCK_GROUPS=triton.next_power_of_2(num_groups), R=taps_h, S=taps_w, PADDING=padding,
         RELU=relu, PRECISION=precision,
     )  # fmt: skip

@@ -25,7 +25,7 @@ def device_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
 
 def dot_precision(x: Tensor) -> str:
     """`input_precision` of tl.dot: torch's own switch decides whether float32 may be rounded to TF32."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def size_class(size: int) -> int:
