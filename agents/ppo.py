@@ -12,6 +12,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import Tensor
 
 from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
@@ -37,6 +38,15 @@ class RouterLearner(PPOTorchLearner):
         self.register_optimizer(
             module_id=module_id, optimizer=optimizer, params=parameters, lr_or_lr_schedule=config.lr
         )
+
+    def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        """Also sets the entropy bonus. RLlib sets it afterwards and keeps none in its checkpoints: the first iteration
+        after a restart would have that of the start.
+        """
+        super().before_gradient_based_update(timesteps=timesteps)
+        for module_id, _ in self.module.items():
+            schedule = self.entropy_coeff_schedulers_per_module[module_id]
+            schedule.update(timestep=timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0))
 
 
 class SlabGAE(ConnectorV2):
@@ -112,7 +122,7 @@ def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: in
 
     Args:
         rewards, ended: [T, N].
-        episodes: [T, N] int64; -1 where an episode began earlier.
+        episodes: [T, N] int64, their numbers; none began earlier.
 
     Returns:
         [T, N] each: advantages, the same for all steps of a route, and which steps to learn from: those of groups whose
@@ -122,17 +132,16 @@ def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: in
         ValueError: there are none.
     """
     count = rewards.shape[1]
-    valid = episodes >= 0
-    number = (episodes - episodes.where(valid, episodes.max()).min()).clamp_min(0)
+    number = episodes - episodes.min()
     key = number * count + torch.arange(count, device=rewards.device)
     size = (int(number.max()) + 1) * count
-    returns = rewards.new_zeros(size).index_add(0, key[valid], rewards[valid])
+    returns = rewards.new_zeros(size).index_add(0, key.flatten(), rewards.flatten())
     whole = torch.zeros(size, dtype=torch.bool, device=rewards.device)
-    whole[key[valid & ended]] = True
+    whole[key[ended]] = True
     grouped = returns.view(-1, group)
     relative = (grouped - grouped.mean(1, keepdim=True)).flatten()
     whole = whole.view(-1, group).all(1, keepdim=True).expand(-1, group).flatten()
-    kept = valid & whole[key] & (torch.arange(count, device=rewards.device) % group > 0)
+    kept = whole[key] & (torch.arange(count, device=rewards.device) % group > 0)
     if not kept.any():
         raise ValueError(f"no {group} routes of one input end within {len(rewards)} steps; sample more at a time")
     return relative[key], kept
@@ -153,7 +162,8 @@ def ppo_config(
     entropy: float = 0.01,
     **place: Any,
 ) -> PPOConfig:
-    """PPO with our runner and connector; any further RLlib setting can be changed on what is returned.
+    """PPO with our runner and connector; any further RLlib setting can be changed on what is returned, but for `gamma`
+    and `lambda_`, which the connector holds.
 
     Args:
         env_id, env_config, num_envs, rollout, num_env_runners, num_learners, place: see `routing_config`.

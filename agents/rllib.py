@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
+import numpy as np
 import ray
 import torch
 from gymnasium.spaces import Discrete, MultiDiscrete
@@ -108,7 +109,7 @@ class Slab:
     Attributes:
         obs [T, N, D], actions [T, N] (upfront [T, N, decisions]), rewards [T, N], terminateds [T, N] bool,
         logp [T, N], logits [T, N, A]; greedy [T, N], what the likeliest actions would have earned, or [T, 0];
-        episodes [T, N] int64, the number of each row's episode, -1 where it began before the slab, or [T, 0];
+        episodes [T, N] int64, the number of each row's episode, all of which began in the slab, or [T, 0];
         last_obs [N, D]: what the next slab begins with.
     """
 
@@ -156,6 +157,8 @@ class SlabRunner(SingleAgentEnvRunner):
                 f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}"
             )
         self._obs: Tensor | None = None
+        self._lengths = torch.zeros(0)
+        self._begun: dict[int, tuple[Any, ...]] = {}  # of `EpisodesRunner`: what of a row's walk is there so far
 
     def make_module(self) -> None:
         """As RLlib makes it, where the environment's tensors are."""
@@ -180,25 +183,22 @@ class SlabRunner(SingleAgentEnvRunner):
         with self.metrics.log_time(SAMPLE_TIMER), torch.no_grad():
             if num_timesteps is None and num_episodes is None:
                 num_timesteps = self.config.get_rollout_fragment_length(self.worker_index) * count
+            module: Any = self.module
+            baseline = module.model_config.get("baseline")
+            if baseline == "group" and self._lengths.any():
+                # Rows whose walks differ in length drift apart, until none of a group meet the same input in a slab.
+                self._needs_initial_reset = True
             if self._obs is None or force_reset or num_episodes is not None or self._needs_initial_reset:
-                seed = self._seed if self._needs_initial_reset else None
-                # RLlib's seeds of workers are one apart, sub-environments count on from theirs: spread them. The steps
-                # done so far, so that a resumed run does not meet its first inputs again.
-                self._obs = env.reset_tensors(
-                    None if seed is None else seed * 1_000_003 + 31 * self.num_env_steps_sampled_lifetime
-                )
+                self._obs = env.reset_tensors(self._new_seed() if self._needs_initial_reset else None)
                 self._needs_initial_reset = False
                 self._returns, self._lengths = torch.zeros(2, count, device=env.device)
+                self._begun = {}
             steps: list[tuple[Tensor, ...]] = []
             ended: list[dict[str, Tensor]] = []
             obs, done = self._obs, 0
-            module: Any = self.module
             net: LearnedPolicy = module.net
             before = self.num_env_steps_sampled_lifetime
-            baseline = module.model_config.get("baseline")
             leads = torch.arange(count, device=env.device) % GROUP == 0
-            # Whose episodes began before this slab, and which those are.
-            earlier = torch.where(self._lengths > 0, env.episodes, -1)
             while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
                 logits = module.logits(obs)
                 # A row for each decision: one of each observation, or all of a walk's.
@@ -216,10 +216,7 @@ class SlabRunner(SingleAgentEnvRunner):
                 if env.upfront:
                     actions, likeliest = actions.view(count, -1), likeliest.view(count, -1)
                 greedy = env.foresee(likeliest) if baseline == "greedy" else torch.empty(0)
-                number = torch.empty(0)
-                if baseline == "group":
-                    number = env.episodes
-                    number = torch.where(number == earlier, -1, number)
+                number = env.episodes if baseline == "group" else torch.empty(0)
                 following, rewards, terminated, info = env.step_tensors(actions)
                 steps.append((obs, actions, rewards, terminated, logp, logits, greedy, number))
                 self._returns += rewards
@@ -234,6 +231,15 @@ class SlabRunner(SingleAgentEnvRunner):
         self._report(len(steps) * count, done, ended)
         slab = Slab(steps, obs)
         return self._hand_over(slab if env.device.type == "cpu" else slab.to_host())
+
+    def _new_seed(self) -> int | None:
+        """Of this worker and of no other, whatever their runs' seeds (RLlib counts workers on from their run's seed);
+        other inputs after a restart than at the start.
+        """
+        if self.config.seed is None:
+            return None
+        own = (self.config.seed, self.worker_index, self.num_env_steps_sampled_lifetime)
+        return int(np.random.SeedSequence(own).generate_state(1, np.uint64)[0]) >> 2  # room to count on from it
 
     def _hand_over(self, slab: Slab) -> list[Any]:
         """What a sample returns; it may travel to another process. Slabs of one size, which RLlib shares out whole."""
@@ -268,31 +274,32 @@ class SlabRunner(SingleAgentEnvRunner):
 
 
 class EpisodesRunner(SlabRunner):
-    """`SlabRunner` for algorithms that ask for RLlib's episodes; what is cut at a slab's end goes on as one more."""
+    """`SlabRunner` for algorithms that ask for RLlib's episodes: whole walks, each when it has ended.
+
+    A walk that a slab cuts waits for its end: RLlib's V-trace counts a cut episode's rest as nothing.
+    """
 
     def _hand_over(self, slab: Slab) -> list[Any]:
         found = []
-        seen: Any = torch.cat([slab.obs, slab.last_obs.unsqueeze(0)]).transpose(0, 1).numpy()
-        columns = (slab.actions, slab.rewards, slab.logp, slab.logits)
+        columns = (slab.obs, slab.actions, slab.rewards, slab.logp, slab.logits)
         by_row: list[Any] = [column.transpose(0, 1).numpy() for column in columns]
-        actions, rewards, logp, logits = by_row
         for row, ended in enumerate(slab.terminateds.t()):
             start = 0
             for end in [*(ended.nonzero().flatten() + 1).tolist(), len(ended)]:
-                if start == end:  # the slab ends with a walk
+                walk: tuple[Any, ...] = tuple(column[row, start:end] for column in by_row)
+                if row in self._begun:
+                    walk = tuple(map(np.concatenate, zip(self._begun.pop(row), walk, strict=True)))
+                if start == end or not ended[end - 1]:  # the slab ends, with a walk or within one
+                    if len(walk[0]):
+                        self._begun[row] = walk
                     continue
-                obs, over = seen[row, start : end + 1], bool(ended[end - 1])
-                if over:  # behind it begins the next walk; nobody may look there
-                    obs = obs.copy()
-                    obs[-1] = obs[-2]
+                obs, actions, rewards, logp, logits = walk
+                seen: Any = np.concatenate([obs, obs[-1:]])  # behind its end there is nothing to see
                 found.append(
                     SingleAgentEpisode(
-                        observations=obs, infos=[{}] * len(obs), actions=actions[row, start:end],
-                        rewards=rewards[row, start:end], terminated=over, len_lookback_buffer=0, t_started=0,
-                        extra_model_outputs={
-                            Columns.ACTION_LOGP: logp[row, start:end],
-                            Columns.ACTION_DIST_INPUTS: logits[row, start:end],
-                        },
+                        observations=seen, infos=[{}] * (len(obs) + 1), actions=actions,
+                        rewards=rewards, terminated=True, len_lookback_buffer=0, t_started=0,
+                        extra_model_outputs={Columns.ACTION_LOGP: logp, Columns.ACTION_DIST_INPUTS: logits},
                     )
                 )  # fmt: skip
                 start = end

@@ -68,7 +68,8 @@ def pretrain(
 
     Args:
         random_routes: False trains the full route only: the plain network that learned routes must stand beside.
-        checkpoint: saved after each epoch and, if it is there, continued from; removed at the end.
+        checkpoint: saved after each epoch and, if it is there, continued from. It is left: whoever keeps the result
+            removes it then.
         device: to train on; batches are augmented on the CPU.
 
     Raises:
@@ -130,8 +131,6 @@ def pretrain(
                 }  # fmt: skip
                 with write_aside(checkpoint) as aside:
                     torch.save(state, aside)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return backbone.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -60,6 +61,12 @@ def new_folder(out: Path | None, *parts: str) -> Path:
         )
     folder.mkdir(parents=True)
     return folder
+
+
+def drop_half_made(run: Path) -> None:
+    """Remove a run folder that a kill left without its settings, which are written before anything is trained."""
+    if run.is_dir() and not (run / "config.json").is_file():
+        shutil.rmtree(run)
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def main(args: Args) -> None:
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train what is missing in `folder`; False after Ctrl-C."""
     from dynrl.policies import load_policy
-    from dynrl.scripts.common import read_config
+    from dynrl.scripts.common import drop_half_made, read_config
     from dynrl.scripts.pretrain import pretrain_into
     from dynrl.scripts.train import Args as Training
     from dynrl.scripts.train import learn, open_run
@@ -103,7 +103,8 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
         policy = run / "policy.safetensors"
         if policy.is_file() and load_policy(policy)[1].get("finished", True):
             continue
-        if (run / "config.json").is_file():
+        drop_half_made(run)
+        if run.is_dir():
             if (met := read_config(run)["data"]) != data:  # folders of images may bear the same name
                 raise ValueError(f"{run} was trained on {met}, not {data}; choose another --out")
             settings = Training(decision, resume=run)

@@ -95,16 +95,17 @@ def pretrain_into(
         path = folder / f"{name}.safetensors"
         if path.exists() or (random_routes and plain_only):
             continue
-        backbone = row.build(dataset, seed)
+        backbone, checkpoint = row.build(dataset, seed), folder / "checkpoints" / f"{name}.pt"
         pretrain(
             backbone, dataset, row.pretraining, random_routes=random_routes, seed=seed,
-            checkpoint=folder / "checkpoints" / f"{name}.pt", label=label, device=device,
+            checkpoint=checkpoint, label=label, device=device,
         )  # fmt: skip
         value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
         backbone.save(
             path, data=data, mean=dataset.mean, deviation=dataset.deviation, seed=seed, random_routes=random_routes,
             **{f"validation_{metric}": value},
         )  # fmt: skip
+        checkpoint.unlink(missing_ok=True)  # not before: what was trained must not be lost
         print(f"{name}: {metric} {value:.4g} on validation data, {backbone.dense_macs / 1e6:.1f} million MACs an input")
 
 

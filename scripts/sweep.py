@@ -59,7 +59,7 @@ def main(args: Args) -> None:
 
     from dynrl.agents.rllib import start_ray
     from dynrl.files import write_json
-    from dynrl.scripts.common import use_threads
+    from dynrl.scripts.common import drop_half_made, use_threads
     from dynrl.scripts.pretrain import pretrain_into
     from dynrl.scripts.train import open_run
 
@@ -75,7 +75,8 @@ def main(args: Args) -> None:
     runs = []
     for training in found:
         run = args.out / name_of(training, args.vary)
-        made = (run / "config.json").is_file()
+        drop_half_made(run)
+        made = run.is_dir()
         open_run(replace(training, resume=run) if made else replace(training, backbone=backbone, out=run))
         runs.append(str(run.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())

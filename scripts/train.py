@@ -114,7 +114,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
     if args.resume is not None:
         run = args.resume
         config = EARLIER | read_config(run)
-        _check_place(args, config["agent"])
+        _check_place(args, config["agent"], config["num_env_runners"])
         if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
         config["finetune"] = bool(config["finetune"]) or args.finetune
@@ -127,7 +127,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         write_json(run / "config.json", config)
     else:
         config = _settings(args)
-        _check_place(args, args.agent)
+        _check_place(args, args.agent, args.num_env_runners)
         config["data"] = data = check_dataset(args.data or decision(args.decision).data)
         row = defaults(args.decision, data).changed(args.network)
         config["finetune"] = args.finetune or row.joint
@@ -171,7 +171,7 @@ EARLIER: dict[str, Any] = {  # of runs from before these could be set
 }  # fmt: skip
 
 
-def _check_place(args: Args, agent: str) -> None:
+def _check_place(args: Args, agent: str, num_env_runners: int) -> None:
     """What says where a run runs, and may change when it is resumed."""
     from dynrl.scripts.common import check_device
 
@@ -182,7 +182,7 @@ def _check_place(args: Args, agent: str) -> None:
         raise ValueError("gates are trained on the CPU; leave out --device")
     if args.num_learners < 0:
         raise ValueError(f"expected --num-learners of at least 0, got {args.num_learners}")
-    if args.num_env_runners and device.index is not None:
+    if num_env_runners and device.index is not None:
         raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
     if args.address is not None:
         from dynrl.agents.rllib import start_ray

@@ -59,7 +59,6 @@ def test_advantages_in_groups_by_a_plain_loop():
     rng, (steps, count, group) = np.random.default_rng(1), (15, 8, 4)
     rewards, ended = rng.normal(size=(steps, count)), rng.random((steps, count)) < 0.35
     number = np.concatenate([np.zeros((1, count), int), np.cumsum(ended, 0)[:-1]]) + 5
-    number[(number == 5) & (np.arange(count) % 3 == 0)] = -1  # these began before the slab
     got, kept = group_advantages(*map(torch.from_numpy, (rewards, ended, number)), group)
     learned_from = 0
     for n in range(count):
@@ -70,7 +69,7 @@ def test_advantages_in_groups_by_a_plain_loop():
                 bool((ended[:, m] & peer).any())
                 for m, peer in zip(range(n // group * group, n // group * group + group), peers, strict=True)
             ]
-            whole = mine >= 0 and all(over)
+            whole = all(over)
             assert bool(kept[t, n]) == (whole and n % group > 0)
             if whole:
                 earned = [rewards[peer, n // group * group + i].sum() for i, peer in enumerate(peers)]
@@ -93,7 +92,7 @@ def test_a_group_meets_one_input_and_its_first_takes_the_likeliest_route(small_b
     assert torch.equal(slab.actions[:, ::GROUP], likeliest[:, ::GROUP])
     assert not torch.equal(slab.actions, likeliest)
     assert torch.equal(slab.episodes[:, 0], torch.tensor([0] * steps + [1] * steps + [2]))
-    assert (second.episodes == -1).all(), "they began in the slab before"
+    assert (second.episodes == 0).all(), "what the first slab cut begins anew"
     module = RouterModule(
         observation_space=runner.env.single_observation_space, action_space=runner.env.single_action_space,
         model_config=runner.config.rl_module_spec.model_config, inference_only=False,
@@ -102,6 +101,49 @@ def test_a_group_meets_one_input_and_its_first_takes_the_likeliest_route(small_b
     assert {len(column) for column in batch["default_policy"].values()} == {2 * steps * 2 * (GROUP - 1)}
     with pytest.raises(ValueError, match=f"expected {GROUP} x n environments .--num-envs., got 12"):
         config_for(backbone, small_backbone, num_envs=12, baseline="group")
+
+
+def exit_config(**changes):
+    backbone = make_backbone("exit")
+    config = config_for(backbone, "unused", **changes)
+    config.environment("dynrl:dynrl/Exit-v0")
+    config.env_config |= {"backbone": backbone, "data": load_dataset("digits")}
+    return config
+
+
+def test_groups_whose_routes_differ_in_length_stay_together():
+    """The likeliest route is longer or shorter than drawn ones: rows that went on would drift apart without end."""
+    runner = SlabRunner(
+        config=exit_config(num_envs=4 * GROUP, rollout=12, baseline="group"), worker_index=0, num_workers=0
+    )
+    for _ in range(12):
+        slab = runner.sample(num_timesteps=4 * GROUP * 12)[0]
+        assert slab.terminateds[:3].any() and not slab.terminateds[-1].all()  # they do differ
+        _, kept = group_advantages(slab.rewards, slab.terminateds, slab.episodes, GROUP)
+        assert kept.float().mean() > 0.4
+
+
+def test_workers_of_all_seeds_meet_inputs_of_their_own(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    met = []
+    for seed, worker in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        config = config_for(backbone, small_backbone, seed=seed, num_env_runners=worker)
+        runner = SlabRunner(config=config, worker_index=worker, num_workers=worker)
+        runner.sample(num_timesteps=8)
+        met.append(set(runner.env.unwrapped._seeds.tolist()))
+    assert all(len(one) == 8 for one in met)
+    assert not any(one & other for i, one in enumerate(met) for other in met[:i])
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_entropy_bonus_goes_on_after_a_restart(small_backbone):
+    backbone, _ = load_backbone(small_backbone)
+    algorithm = config_for(backbone, small_backbone, total_steps=1000, entropy=0.01).build_algo()
+    learner = algorithm.learner_group._learner
+    learner.before_gradient_based_update(timesteps={"num_env_steps_sampled_lifetime": 900})
+    found = learner.entropy_coeff_schedulers_per_module["default_policy"].get_current_value()
+    algorithm.stop()
+    assert float(found) == pytest.approx(0.01 - 0.9 * 0.009)
 
 
 def test_the_slab_is_what_the_environment_did(runner):

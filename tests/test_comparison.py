@@ -158,3 +158,16 @@ def test_a_matrix_that_cannot_be_is_refused_before_anything_is_made(words, tmp_p
     with pytest.raises(SystemExit):
         main(["compare", *words, "--out", str(tmp_path / "x")])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_being_made_when_it_was_killed_is_made_anew(small_backbone, tmp_path, monkeypatch):
+    from dynrl.scripts import compare
+
+    cell, learned = tmp_path / "skip-digits", []
+    for name in ("backbone", "gate-0"):
+        (cell / name).mkdir(parents=True)
+        shutil.copyfile(small_backbone, cell / name / "backbone.safetensors")
+    shutil.copyfile(small_backbone, cell / "backbone" / "plain.safetensors")
+    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config: learned.append((run, config["data"])) or True)
+    assert compare.train_cells(cell, "skip", "digits", compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,)))
+    assert learned == [(cell / "gate-0", "digits")] and (cell / "gate-0" / "config.json").is_file()

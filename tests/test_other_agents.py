@@ -21,41 +21,40 @@ from dynrl.evaluation import score, score_routes
 from dynrl.routed import RoutedModel
 from dynrl.scripts.cli import main
 from dynrl.scripts.train import AgentName
-from tests.cases import make_backbone
-from tests.test_agents import config_for
+from tests.test_agents import exit_config
 
 OTHERS = ["appo", "dqn", "sb3-ppo", "sb3-dqn"]
 
 
-def test_episodes_hold_every_step_of_the_slab_once():
-    """Exits end walks when they like: episodes begin and end within slabs."""
-    backbone = make_backbone("exit")
-    config = config_for(backbone, "unused")
-    config.environment("dynrl:dynrl/Exit-v0")
-    config.env_config |= {"backbone": backbone, "data": load_dataset("digits")}
-    slabs = SlabRunner(config=config, worker_index=0, num_workers=0)
+def test_episodes_are_the_walks_of_the_slabs():
+    """Exits end walks when they like: what a slab cuts is whole in the next one's, and nothing is lost."""
+    slabs = SlabRunner(config=exit_config(), worker_index=0, num_workers=0)
     torch.manual_seed(3)
-    first = [slabs.sample(num_timesteps=56)[0] for _ in range(2)]
-    episodes = EpisodesRunner(config=config, worker_index=0, num_workers=0)
+    met = [slabs.sample(num_timesteps=56)[0] for _ in range(3)]
+    episodes = EpisodesRunner(config=exit_config(), worker_index=0, num_workers=0)
     torch.manual_seed(3)
-    for slab in first:
-        found = iter(episodes.sample(num_timesteps=56))
-        for row in range(8):
-            t = 0
-            while t < len(slab.rewards):
-                episode = next(found)
-                span = slice(t, t + len(episode))
-                assert np.array_equal(episode.get_actions(), slab.actions[span, row])
-                assert np.array_equal(episode.get_rewards(), slab.rewards[span, row])
-                assert np.array_equal(episode.get_observations(slice(0, len(episode))), slab.obs[span, row])
-                logp = episode.get_extra_model_outputs(Columns.ACTION_LOGP)
-                assert np.array_equal(logp, slab.logp[span, row])
-                t += len(episode)
-                assert episode.is_terminated == bool(slab.terminateds[t - 1, row]) and not episode.is_truncated
-                if not episode.is_terminated:
-                    following = slab.last_obs[row] if t == len(slab.rewards) else slab.obs[t, row]
-                    assert t == len(slab.rewards) and np.array_equal(episode.get_observations(-1), following)
-        assert next(found, None) is None
+    found = [episodes.sample(num_timesteps=56) for _ in range(3)]
+    obs, actions, rewards, ended, logp = (
+        torch.cat([getattr(slab, name) for slab in met])
+        for name in ("obs", "actions", "rewards", "terminateds", "logp")
+    )
+    expected = []  # (in which sample, row, first step, step behind the last)
+    for row in range(8):
+        start = 0
+        for end in (ended[:, row].nonzero().flatten() + 1).tolist():
+            expected.append(((end - 1) // 7, row, start, end))
+            start = end
+    assert {start // 7 == (end - 1) // 7 for _, _, start, end in expected} == {True, False}  # some were cut
+    assert [len(of) for of in found] == [sum(at == i for at, *_ in expected) for i in range(3)]
+    for episode, (_, row, start, end) in zip([e for of in found for e in of], sorted(expected), strict=True):
+        span = slice(start, end)
+        assert episode.is_terminated and not episode.is_truncated and len(episode) == end - start
+        assert np.array_equal(episode.get_actions(), actions[span, row])
+        assert np.array_equal(episode.get_rewards(), rewards[span, row])
+        assert np.array_equal(episode.get_observations(slice(0, len(episode))), obs[span, row])
+        assert np.array_equal(episode.get_extra_model_outputs(Columns.ACTION_LOGP), logp[span, row])
+    episodes.sample(num_timesteps=56, force_reset=True)  # what was cut is not gone on with
+    assert all(len(walk[0]) < 7 for walk in episodes._begun.values())
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -29,7 +29,7 @@ from dynrl.policies import Router, load_policy, save_policy
 from dynrl.pretraining import metric_at_rate
 from dynrl.recipes import DEFAULTS
 from dynrl.routed import SHIPPED, RoutedModel
-from dynrl.scripts import bench_model
+from dynrl.scripts import bench_model, train
 from dynrl.scripts.bench import bench_env
 from dynrl.scripts.cli import main
 from dynrl.scripts.common import folder_name, new_folder, read_config
@@ -674,3 +674,11 @@ def test_a_front_counts_the_cheapest_network_where_a_policy_has_no_point(small_b
         full.head.weight.zero_()
     nothing = score_routes(backbone.for_inference(), torch.zeros(len(split), 3, dtype=torch.int64), split).metric.mean()
     assert front_area(backbone, full, split) == pytest.approx(float(nothing), abs=1e-6)
+
+
+def test_remote_runners_see_one_gpu_each(monkeypatch):
+    """Of a run that is resumed, too."""
+    monkeypatch.setattr("dynrl.scripts.common.check_device", torch.device)
+    train._check_place(train.Args("skip", device="cuda:1"), "ppo", 0)
+    with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
+        train._check_place(train.Args("skip", device="cuda:1"), "ppo", 2)
