@@ -148,7 +148,7 @@ def area(front: Front, reached: Tensor) -> Tensor:
     return torch.trapezoid(front.metric[:, reached].transpose(1, 2), at) / (at[-1] - at[0])
 
 
-def paired(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
+def paired(ours: Tensor, theirs: Tensor, by_seed: bool = False) -> tuple[float, float, float]:
     """Mean of `ours` less mean of `theirs`, with the ends of its 95 % interval.
 
     Student's t, its variance the sum of those of a mean over inputs (of the difference on each, so that what both sides
@@ -159,10 +159,12 @@ def paired(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
     Args:
         ours: [seeds, n].
         theirs: [other seeds, n], the same inputs.
+        by_seed: whether seed i is the same network on both sides: what its networks have in common cancels, too.
     """
     ours, theirs = ours.double(), theirs.double()
+    sides = [ours - theirs] if by_seed else [ours, theirs]
     parts = [(ours.mean(0) - theirs.mean(0), ours.shape[1])]
-    parts += [(side.mean(1), len(side)) for side in (ours, theirs) if len(side) > 1]
+    parts += [(side.mean(1), len(side)) for side in sides if len(side) > 1]
     variances = [(float(values.var()) / count, count - 1) for values, count in parts]
     total = sum(variance for variance, _ in variances)
     difference = float(ours.mean() - theirs.mean())
@@ -197,14 +199,15 @@ def at_equal_macs(
     }  # fmt: skip
 
 
-def _better(ours: Tensor, theirs: Tensor, task: Task) -> tuple[float, float, float]:
+def _better(ours: Tensor, theirs: Tensor, task: Task, by_seed: bool = False) -> tuple[float, float, float]:
     """`paired`, of [seeds, n] each of the task's metric, so that more is better."""
-    return paired(ours, theirs) if task.error(0.0) > task.error(1.0) else paired(-ours, -theirs)
+    sign = 1 if task.error(0.0) > task.error(1.0) else -1
+    return paired(sign * ours, sign * theirs, by_seed)
 
 
-def differences(ours: Front, theirs: Front, task: Task) -> dict[str, dict[str, float]]:
+def differences(ours: Front, theirs: Front, task: Task, by_seed: bool = False) -> dict[str, dict[str, float]]:
     """How much better `ours` is, in the metric's units (more is better, whichever it is): by area over the budgets that
-    both reach (`area`), and at each of them (`0.5`).
+    both reach (`area`), and at each of them (`0.5`). `by_seed`: see `paired`.
     """
     both = ours.reached & theirs.reached
     sides: dict[str, tuple[Tensor, Tensor]] = {}
@@ -213,6 +216,6 @@ def differences(ours: Front, theirs: Front, task: Task) -> dict[str, dict[str, f
     for i in both.nonzero().flatten().tolist():
         sides[f"{BUDGETS[i]:.3g}"] = (ours.metric[:, i], theirs.metric[:, i])
     return {
-        name: dict(zip(("difference", "low", "high"), _better(a, b, task), strict=True))
+        name: dict(zip(("difference", "low", "high"), _better(a, b, task, by_seed), strict=True))
         for name, (a, b) in sides.items()
     }

@@ -143,15 +143,15 @@ def compare_runs(folder: Path) -> dict[str, Any]:
     dataset = load_dataset(configs[0]["data"])
     test, validation = dataset.test, dataset.validation.head(1024)
     backbone, dense_macs = pretrained.for_inference(), pretrained.dense_macs
-    every = [model for mine in models.values() for model in mine]
     one_price = {name: mine for name, mine in models.items() if len(mine[0].curve) == 1}
     models = {name: mine for name, mine in models.items() if name not in one_price}
     plain = runs[0] / "plain.safetensors"
     smaller = [plain_network(path, dataset) for path in sorted(folder.glob("plain-*"))]
     networks = [network.for_inference() for network in smaller]
-    # What dense is: the best there is on the full route, by validation data.
-    dense = [backbone, *(model.backbone for model in every)]
-    dense += [load_backbone(plain)[0].for_inference()] if plain.is_file() else []
+    # What dense is: the best there is on the full route, by validation data; of tuned ones the mean over their seeds.
+    dense = {name: [m.backbone for m in mine] for name, mine in models.items() if name.endswith(" tuned")}
+    dense |= {"pretrained": [backbone]}
+    dense |= {"plain": [load_backbone(plain)[0].for_inference()]} if plain.is_file() else {}
     fronts: dict[str, Front] = {}
     budgets, tries = len(cp.BUDGETS), sum(ev.static_tries(backbone))
     rules = HEURISTICS.get(backbone.decision, {})
@@ -183,18 +183,24 @@ def compare_runs(folder: Path) -> dict[str, Any]:
         def full(network: Any, split: Any) -> Any:
             return ev.score_routes(network, network.dense_actions(len(split)), split).metric
 
-        best = min(dense, key=lambda n: dataset.task.error(float(full(n, dataset.validation).mean())))
-        fronts["dense"] = cp.Front.of([cp.fixed_reach(full(best, test), 1.0)], len(test))
+        def error(networks: Any) -> float:
+            return dataset.task.error(sum(float(full(n, dataset.validation).mean()) for n in networks) / len(networks))
+
+        best = min(dense, key=lambda name: error(dense[name]))
+        fronts["dense"] = cp.Front.of([cp.fixed_reach(full(n, test), 1.0) for n in dense[best]], len(test))
         known = ev.oracle_candidates(backbone, static)
         oracle = ev.score_routes(backbone, ev.oracle_routes(backbone, test, known, bar.update), test)
         fronts["oracle"] = cp.Front.of([cp.fixed_reach(oracle.metric, float(oracle.macs.mean()))], len(test))
     contenders = [name for name in models if name.startswith("learned")] or list(models)
     result = {
         "decision": backbone.decision, "data": dataset.name, "metric": dataset.task.metric, "seeds": seeds,
-        "date": f"{date.today()}", "commit": commit(), "budgets": list(cp.BUDGETS), "inputs": len(test),
+        "date": f"{date.today()}", "commit": commit(), "budgets": list(cp.BUDGETS), "inputs": len(test), "dense": best,
         "fronts": {name: _figures(front) for name, front in fronts.items()},
         "differences": [
-            {"policy": name, "rival": rival, **cp.differences(fronts[name], fronts[rival], dataset.task)}
+            {
+                "policy": name, "rival": rival,
+                **cp.differences(fronts[name], fronts[rival], dataset.task, rival == "dense" and name == best),
+            }
             for name in contenders for rival in fronts if rival != name
         ],
         "one_price": known_prices,

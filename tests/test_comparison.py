@@ -69,6 +69,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert cp.paired(same, same) == (0.0, 0.0, 0.0)
 
 
+def test_what_the_networks_of_a_seed_have_in_common_cancels():
+    rng = np.random.default_rng(0)
+    networks, inputs = rng.normal(0, 0.2, (3, 1)), rng.normal(0, 3, 300)
+    ours, theirs = (
+        torch.tensor(networks + inputs + shift + rng.normal(0, 0.1, (3, 300))).float() for shift in (0.1, 0.0)
+    )
+    apart, together = cp.paired(ours, theirs), cp.paired(ours, theirs, by_seed=True)
+    assert apart[0] == together[0] == pytest.approx(0.1, abs=0.02)
+    assert together[1] < 0.1 < together[2] and together[2] - together[1] < 0.1 < apart[2] - apart[1]
+    assert cp.paired(ours[:1], theirs[:1], by_seed=True) == cp.paired(ours[:1], theirs[:1])
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path, monkeypatch):
     cells = tmp_path / "skip-digits"
