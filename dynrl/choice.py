@@ -21,35 +21,48 @@ def logits_on(backbone: Backbone, policy: LearnedPolicy, inputs: Tensor, price: 
     return lambda state: route[state.rows, state.walk.steps[state.rows]]
 
 
-class LinearChoice:
-    """The choice of largest score, scores being linear in the observation at one price, which is never built.
+class FoldedChoice:
+    """The choice of largest score of a router at one price, whose observation is never built.
 
-    A column that is constant, or one of a few numbers, costs a table here, not a product; features go where the
+    A column of it that is constant, or one of a few numbers, costs a table here, not a product; features go where the
     backbone has them (`Backbone.project`).
 
     Args:
         backbone: to be walked.
-        weight: [choices, columns of the observation before the price].
-        bias: [choices], the price's part in it.
+        weight: [units, columns of the observation before the price], the first layer.
+        bias: [units], the price's part in it.
+        head: the second layer; None for a router of one, whose units are the scores.
     """
 
-    def __init__(self, backbone: Backbone, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, backbone: Backbone, weight: Tensor, bias: Tensor, head: nn.Linear | None) -> None:
         layout = Layout.of(backbone)
         self.backbone, self.masked = backbone, backbone.may_close
-        if layout.choices == 2 and not self.masked:
-            # The difference decides: one column instead of two.
+        # Of two choices that never close the difference decides: one column instead of two.
+        self.differs = layout.choices == 2 and not self.masked
+        closed = torch.zeros(len(backbone.points), layout.choices, device=bias.device)
+        for i, point in enumerate(backbone.points):
+            closed[i, point.n :] = -torch.inf
+        if self.differs:
+            closed = closed[:, :1]
+        if head is None and self.differs:
             weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
         features, points, last, spent = weight.split((layout.features, layout.points, 1 + layout.choices, 1), 1)
         # Transposed, and so kept: products with a contiguous [features, 2] take five times as long (measured).
         self.features = features.contiguous().t()
         self.spent = spent.t() / backbone.dense_macs
-        self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, scores]
-        for i, point in enumerate(backbone.points):
-            self.start[i, :, point.n :] = -torch.inf
+        self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, units]
+        self.head: Tensor | None = None
+        if head is None:
+            self.start += closed.unsqueeze(1)
+        else:
+            weight, bias = head.weight.detach(), head.bias.detach()
+            if self.differs:
+                weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+            self.head, self.head_bias = weight.contiguous().t(), bias + closed
         by_step = backbone.foreknown(self.features)
         self.by_step = by_step is not None
         if by_step is not None:  # a loop, then: of one point
-            self.start = self.start + by_step.unsqueeze(1)  # [max_steps, last choices, scores]
+            self.start = self.start + by_step.unsqueeze(1)  # [max_steps, last choices, units]
 
     def __call__(self, state: State) -> Tensor:
         """[n] int64, as `Router.act(observation(...))` but for rounding."""
@@ -61,11 +74,13 @@ class LinearChoice:
             start = self.start[walk.common_steps if self.by_step else state.point].index_select(0, last)
         scores = backbone.project(state, self.features, start)
         scores.addcmul_(walk.at(walk.macs, rows).unsqueeze(1), self.spent)
+        if self.head is not None:
+            scores = torch.addmm(self.head_bias[state.point], scores.relu_(), self.head)
         if self.masked:
             mask = backbone.open_choices(state)
             if mask is not None:
                 scores[:, : mask.shape[1]].masked_fill_(~mask, -torch.inf)
-        elif scores.shape[1] == 1:
+        elif self.differs:
             return (scores > 0).squeeze(1).long()
         return scores.argmax(1)
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State, Walk, load_backbone
-from dynrl.choice import FusedChoice, LinearChoice
+from dynrl.choice import FoldedChoice, FusedChoice
 from dynrl.cost import count_macs
 from dynrl.files import fingerprint, read_json, write_aside
 from dynrl.machine import hardware
-from dynrl.observation import Layout, View, observation, overview, template
+from dynrl.observation import Layout, View, observation, overview
 from dynrl.ops.backend import device_counts, small_steps_by_kernels
 from dynrl.policies import LearnedPolicy, RoutePolicy, Router, StepPolicy, UpfrontRouter, load_policy
 
@@ -70,8 +70,7 @@ class RoutedModel(nn.Module):
 
     last_route: Route | None
     # Of the policy's weights at the present price; `_renew` makes them anew, and `_renewals` counts how often.
-    _act: Callable[[Tensor], Tensor]
-    _linear: LinearChoice | None = None
+    _folded: FoldedChoice | None = None
     _fused: FusedChoice | None = None
     _renewals: int = 0
 
@@ -99,7 +98,6 @@ class RoutedModel(nn.Module):
                 raise ValueError(
                     f"the policy expects observations of {policy.width} numbers, the backbone gives {expected.width}"
                 )
-            self._act = policy.act
         if isinstance(policy, LearnedPolicy):
             low, high = policy.price_range
             self.price_range = (low, high)
@@ -121,15 +119,13 @@ class RoutedModel(nn.Module):
         self._price = float(price)
         router = self.policy
         assert isinstance(router, LearnedPolicy)
-        self._act = router.at(self._price, self.backbone.may_close)
-        self._linear = self._fused = None
         if not isinstance(router, Router):
             return
         weight, bias = router.folded(self._price)
-        if router.hidden is None:
-            self._linear = LinearChoice(self.backbone, weight, bias)
-        elif not self.backbone.may_close:
-            self._fused = FusedChoice(self.backbone, weight, bias, router.head)
+        head = None if router.hidden is None else router.head
+        self._folded = FoldedChoice(self.backbone, weight, bias, head)
+        fusible = head is not None and not self.backbone.may_close
+        self._fused = FusedChoice(self.backbone, weight, bias, router.head) if fusible else None
 
     def set_budget(self, budget: float) -> None:
         """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
@@ -177,11 +173,9 @@ class RoutedModel(nn.Module):
         self.policy.outdated = False  # type: ignore[assignment]
         if self.price_range is not None:
             self.set_price(self._price)
-        elif isinstance(self.policy, StepPolicy):
-            self._act = self.policy.act
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_act", "_linear", "_fused")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_folded", "_fused")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -190,16 +184,17 @@ class RoutedModel(nn.Module):
     def chooser(self, inputs: Tensor) -> Callable[[State], Tensor]:
         """The policy, as `Backbone.run` asks for it."""
         if isinstance(self.policy, UpfrontRouter):
-            route = self._act(overview(inputs, self._price))
+            route = self.policy.act(overview(inputs, self._price))
             return lambda state: state.along(route)
         return self._choose
 
     def _choose(self, state: State) -> Tensor:
-        if self._linear is not None:
-            return self._linear(state)
         if self._fused is not None and small_steps_by_kernels(state.walk.macs):
             return self._fused(state)
-        return self._act(observation(self.backbone, state, self._price))
+        if self._folded is not None:
+            return self._folded(state)
+        assert isinstance(self.policy, StepPolicy)
+        return self.policy.act(observation(self.backbone, state, self._price))
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
@@ -355,10 +350,8 @@ class CapturedModel:
                 "can be captured"
             )
         self.model, self.price, self._renewals = model, model.price, model._renewals
-        # The graph reads these wherever they lay when it was recorded: neither set_price nor a cache may free them.
-        layout, points = Layout.of(model.backbone), enumerate(model.backbone.points)
-        constants = [template(layout, i, point.n, model.price, weights.device) for i, point in points]
-        self._held = (model._act, model._linear, model._fused, constants)
+        # The graph reads their weights wherever they lay when it was recorded: set_price must not free them.
+        self._held = (model._folded, model._fused)
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with torch.inference_mode(), device_counts():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -88,10 +87,6 @@ class LearnedPolicy(nn.Module):
     def act(self, observation: Tensor) -> Tensor:
         """The likeliest choice of each row [n], or choices [n, decisions]; without the cap, which changes no order."""
         raise NotImplementedError
-
-    def at(self, price: float, masked: bool = True) -> Callable[[Tensor], Tensor]:
-        """`act` for observations that all have this price, within the range; `masked`: whether a choice may close."""
-        return self.act
 
     def _scores(self, observation: Tensor) -> Tensor:
         """[n, decisions * choices], without cap and mask."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -61,26 +60,6 @@ class Router(LearnedPolicy, StepPolicy):
     def act(self, observation: Tensor) -> Tensor:
         """The likeliest choice of each row (without the cap, which changes no order)."""
         return self.scores(observation).argmax(1)
-
-    def at(self, price: float, masked: bool = True) -> Callable[[Tensor], Tensor]:
-        """`act` for observations that all have this price, in half as many steps: it is folded into the biases.
-
-        Args:
-            price: within the range.
-            masked: whether a choice may be closed.
-        """
-        weight, bias = self.folded(price)
-        matrix = weight.t()
-        with torch.no_grad():
-            head, head_bias = self.head.weight.t(), self.head.bias
-
-        def act(observation: Tensor) -> Tensor:
-            scores = torch.addmm(bias, observation[:, : self.price], matrix)
-            if self.hidden is not None:
-                scores = torch.addmm(head_bias, scores.relu_(), head)
-            return (scores + self._closed(observation) if masked else scores).argmax(1)
-
-        return act
 
     @torch.no_grad()
     def folded(self, price: float) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,7 @@ class _Forced(RoutedModel):
 
     def _choose(self, state: State) -> Tensor:
         super()._choose(state)
-        walk = state.walk
-        return self.route[state.rows, walk.at(walk.steps, state.rows)]
+        return state.along(self.route)
 
 
 def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any] | None:

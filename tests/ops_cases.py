@@ -245,7 +245,7 @@ def gated_case(name: str, make: Callable[[Setting], Args], **more: Any) -> Case:
 
 def residual_case(name: str, sizes: tuple[int, ...], taps: tuple[int, ...], bias: bool) -> Case:
     make = gated_maps(lambda s: frozen_block(s, sizes, taps, bias), sizes[0])
-    f_ref = lambda x, run, block: gated_residual_ref(x, run, plain(block))  # noqa: E731
+    f_ref = lambda x, run, block, seen=None: gated_residual_ref(x, run, plain(block), seen)  # noqa: E731
     return gated_case(name, make, f_ref=f_ref, layouts=MAPS, kernels=True, also={"compacted": COMPACT_BLOCK, **MOVES})
 
 

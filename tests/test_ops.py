@@ -23,6 +23,7 @@ from dynrl.ops import backend, rows
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
 from dynrl.ops.gated_residual import SPARE_ROWS, gated_residual, gated_residual_ref
+from dynrl.ops.pooled import summary
 from dynrl.ops.route import Routing, route_ref
 from dynrl.ops.routed_experts import routed_experts, routed_experts_macs, routed_experts_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
@@ -206,6 +207,22 @@ def test_op_overwrites_and_returns_its_argument(
     out = case.f(**args)
     assert out.data_ptr() == args[case.overwrites].data_ptr()
     torch.testing.assert_close(args[case.overwrites], out, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("case", "path", "kind"), [
+    param for op in ("gated_residual", "sliced_conv")
+    for param in cases_on_paths(["none", "one", "some", "nearly", "all"], ["none", "some"], op=op)
+])  # fmt: skip
+@torch.no_grad()
+def test_what_was_seen_of_rows_is_brought_up_to_date(
+    case: Case, path: str, kind: str, take: Callable[[Case, str], str]
+) -> None:
+    args = case.args(Setting(kind, usual(case), device=take(case, path)))
+    seen = summary(args["x"])
+    for f in (case.f_ref, case.f):
+        known = seen.clone()
+        result = f(**args, seen=known)
+        torch.testing.assert_close(known, summary(result), atol=1e-5, rtol=1e-5)
 
 
 # Half a million elements: enough for `put_rows` to move words.

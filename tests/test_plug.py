@@ -17,7 +17,7 @@ from torch import nn
 
 import dynrl
 from dynrl.backbones import GatedModule, GatedResNet, load_backbone
-from dynrl.choice import FusedChoice, LinearChoice
+from dynrl.choice import FoldedChoice, FusedChoice
 from dynrl.cost import count_macs
 from dynrl.data import Split, load_dataset
 from dynrl.evaluation import (
@@ -336,24 +336,6 @@ def test_router_never_takes_a_closed_choice_and_its_logits_stay_finite():
     assert torch.equal(logits.argmax(1) % 2, torch.ones(50, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("hidden", [0, 64])
-@torch.no_grad()
-def test_router_at_a_price_acts_as_it_does_when_it_reads_the_price(hidden):
-    router = Router(features=5, points=3, choices=4, price_range=PRICES, hidden=hidden)
-    router.head.weight.normal_()
-    router.head.bias.zero_()
-    seen = torch.randn(500, router.width)
-    seen[:, router.price + 1 :] = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    for price in (0.01, 0.1, 1.0):
-        seen[:, router.price] = price
-        expected = router.act(seen)
-        assert len(expected.unique()) == 3
-        assert (router.at(price)(seen) == expected).float().mean() > 0.995  # rounding may turn a tie
-        seen[:, router.price + 1 :] = 1
-        assert (router.at(price, masked=False)(seen) == router.act(seen)).float().mean() > 0.995
-        seen[:, router.price + 3] = 0
-
-
 @torch.no_grad()
 def test_observation_holds_what_its_layout_says():
     backbone = make_backbone("skip")
@@ -544,24 +526,29 @@ def test_the_wheel_holds_all_and_runs_without_the_training_stack(wheel_tree, run
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, cwd=run, env={"PYTHONPATH": str(wheel_tree)})
 
 
-@pytest.mark.parametrize("kind", [LinearChoice, FusedChoice])
-def test_choices_without_an_observation_are_the_routers(kind):
-    backbone = make_backbone("skip")
-    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=64 if kind is FusedChoice else 0)
-    torch.nn.init.normal_(router.head.weight)
-    torch.nn.init.zeros_(router.head.bias)
-    inputs = torch.randn(50, *backbone.input_shape)
-    rest = (router.head,) if kind is FusedChoice else ()
-    choice, met = kind(backbone, *router.folded(0.3), *rest), []
+@pytest.mark.parametrize(
+    ("name", "kind", "hidden"),
+    [(name, FoldedChoice, hidden) for name in BACKBONES for hidden in (0, 64)] + [("skip", FusedChoice, 64)],
+)
+@torch.no_grad()
+def test_choices_without_an_observation_are_the_routers(name, kind, hidden):
+    torch.manual_seed(0)
+    backbone, met = make_backbone(name), []
+    inputs = torch.randn(20, *backbone.input_shape)
+    for price in (0.01, 0.1, 1.0) * 3:
+        router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=hidden)
+        for layer in router.children():
+            nn.init.normal_(layer.weight)
+        nn.init.zeros_(router.head.bias)
+        choice = kind(backbone, *router.folded(price), router.head if hidden else None)
 
-    def choose(state):
-        met.append(choice(state))
-        assert torch.equal(met[-1], router.act(observation(backbone, state, 0.3)))
-        return met[-1]
+        def choose(state, price=price, router=router, choice=choice):
+            met.append(choice(state))
+            assert torch.equal(met[-1], router.act(observation(backbone, state, price)))
+            return met[-1]
 
-    with torch.no_grad():
         backbone.run(inputs, choose)
-    assert len(torch.cat(met).unique()) == 2
+    assert len(torch.cat(met).unique()) == Layout.of(backbone).choices
 
 
 def test_collapsed_policies_are_told_of():

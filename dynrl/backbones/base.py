@@ -181,12 +181,19 @@ class Walk:
 
 @dataclass
 class State:
-    """Rows of a walk that stand at one point. `features` [n, ...] is the backbone's own, None at END."""
+    """Rows of a walk that stand at one point.
+
+    Attributes:
+        walk, point, rows: whose, where, and which slots [n].
+        features: [n, ...], the backbone's own; None at END.
+        seen: what `observe` finds in these features, where a backbone knows that without another look; else None.
+    """
 
     walk: Walk
     point: int
     rows: Tensor
     features: Tensor | None
+    seen: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -222,7 +229,7 @@ def merge(states: list[State]) -> dict[int, State]:
         other = merged[state.point]
         assert other.walk is state.walk, "states of different walks cannot merge"
         features = None if state.features is None else torch.cat([other.features, state.features])  # type: ignore[list-item]
-        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features)
+        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features, seen=None)
     return merged
 
 

@@ -143,8 +143,10 @@ class SlimmableResNet(GatedResNet):
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         x, block = self._standing(state)
-        x = sliced_conv(x, action, block) if isinstance(block, SlicedBlock) else block.mixed(x, action)
-        return [self._go_on(state, x)]
+        if not isinstance(block, SlicedBlock):
+            return [self._go_on(state, block.mixed(x, action))]
+        seen = self._seen(state)
+        return [self._go_on(state, sliced_conv(x, action, block, seen), seen)]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x, block = self._standing(state)

@@ -228,6 +228,9 @@ class GatedModule(_OfModule, Skipping):
     def _follow(self, point: int, x: Tensor) -> Tensor:
         return self._between[point + 1](x)
 
+    def _joins(self, point: int) -> bool:
+        return len(self._between[point + 1].graph.nodes) == 2  # what comes in goes out
+
 
 class ExitModule(_OfModule, Exits):
     """A module of your own with classifiers behind some of its layers: action 0 stops with their answer, 1 goes on.

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from dynrl.ops.backend import counts_on_device, on_host, use_ref, use_triton
 from dynrl.ops.convolution import FoldedConv2d, fusible
+from dynrl.ops.pooled import noted
 from dynrl.ops.route import route
 from dynrl.ops.rows import as_rows, compute_rows, moves_nothing, piece_rows
 
@@ -64,23 +65,24 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor], seen: Tensor | None = None) -> Tensor:
     """The definition. Computes every row and selects: saves nothing.
 
     Args:
         x: [n, ...].
         run: [n] bool (or 0/1), the rows to run.
         block: a function of rows that keeps their shape, each row's result depending on that row only.
+        seen: [n, C] float32, the `summary` of `x` or None; overwritten by that of the result, without gradients.
 
     Returns:
         [n, ...]: `block(x)` where `run`, else `x`.
 
     Source: the skipped residual block of SkipNet (Wang et al. 2018, ECCV) and BlockDrop (Wu et al. 2018, CVPR).
     """
-    return torch.where(run.bool().view(-1, *[1] * (x.dim() - 1)), block(x.clone()), x)
+    return noted(torch.where(run.bool().view(-1, *[1] * (x.dim() - 1)), block(x.clone()), x), seen)
 
 
-def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor], seen: Tensor | None = None) -> Tensor:
     """`gated_residual_ref`, paying only for the rows that run. Differentiable where `block` is.
 
     Where no gradient is recorded, `x` may be overwritten, and `block` may overwrite what it is given, but not keep it.
@@ -90,11 +92,11 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
     """
     if not on_host(x):
         if use_ref():
-            return gated_residual_ref(x, run, block)
+            return gated_residual_ref(x, run, block, seen)
         if is_compiling():  # a count that is data must not decide on a branch
-            return compute_rows(x, run.nonzero().squeeze(1), block)
+            return compute_rows(x, run.nonzero().squeeze(1), block, seen)
         if isinstance(block, ResidualBlock) and use_triton(x, vendor=True):
-            return _on_triton(x, run, block)
+            return noted(_on_triton(x, run, block), seen)
         if counts_on_device():
             raise ValueError(
                 f"a {type(block).__name__} cannot run without asking how many rows run it, which a CUDA graph must "
@@ -104,7 +106,7 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
     if len(index) == 0:
         return x
     if len(index) == len(x):
-        return block(x).to(x.dtype)
+        return noted(block(x).to(x.dtype), seen)
     spare = len(x) - len(index)
     few = spare * SPARE_ROWS <= len(x) or (isinstance(block, ResidualBlock) and spare * block.macs(x) < SPARE_MACS)
     if few and not torch.is_grad_enabled() and not moves_nothing(x, block):
@@ -115,8 +117,8 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
         if done is not x:
             x.copy_(done)
         flat.index_copy_(0, rest, kept)
-        return x
-    return compute_rows(x, index, block)
+        return noted(x, seen)
+    return compute_rows(x, index, block, seen)
 
 
 def _on_triton(x: Tensor, run: Tensor, block: ResidualBlock) -> Tensor:

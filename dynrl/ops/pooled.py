@@ -37,3 +37,10 @@ def summary(x: Tensor) -> Tensor:
     if x.dim() == 4:
         return pooled(x)
     return x.mean(1).float() if x.dim() == 3 else x.to(torch.float32, copy=True)
+
+
+def noted(x: Tensor, seen: Tensor | None) -> Tensor:
+    """`x`, its `summary` written to `seen`, if that is given."""
+    if seen is not None:
+        seen.copy_(summary(x.detach()))
+    return x

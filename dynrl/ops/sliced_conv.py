@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from dynrl.ops.backend import on_host, use_ref, use_triton
 from dynrl.ops.convolution import FoldedConv2d, fold
 from dynrl.ops.gated_residual import ResidualBlock
+from dynrl.ops.pooled import noted
 from dynrl.ops.route import route
 from dynrl.ops.rows import compute_groups, compute_rows
 
@@ -116,13 +117,14 @@ class SlicedBlock(nn.Module):
         return {**self.__dict__, "_narrow": {}}
 
 
-def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock, seen: Tensor | None = None) -> Tensor:
     """The definition. Computes every row at every width, all channels, and selects: saves nothing.
 
     Args:
         x: [n, C, H, W].
         choice: [n] integers in 0 ... choices-1.
         block: with so many widths.
+        seen: [n, C] float32, the `summary` of `x` or None; overwritten by that of the result, without gradients.
 
     Returns:
         [n, C, H, W].
@@ -133,31 +135,31 @@ def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
     out = x
     for c in range(len(block.widths)):
         out = torch.where((choice == c).view(-1, 1, 1, 1), block.masked(x, c), out)
-    return out
+    return noted(out, seen)
 
 
-def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock, seen: Tensor | None = None) -> Tensor:
     """`sliced_conv_ref`, computing each row at its width only. `x` itself is overwritten and returned.
 
     MACs: those of the block at each row's width.
     """
     if torch.is_grad_enabled():
-        return sliced_conv_ref(x, choice, block)
+        return sliced_conv_ref(x, choice, block, seen)
     if not on_host(x):
         if use_ref():
-            return sliced_conv_ref(x, choice, block)
+            return sliced_conv_ref(x, choice, block, seen)
         if is_compiling():
             for c in range(len(block.widths)):
                 x = compute_rows(x, (choice == c).nonzero().squeeze(1), partial(block.sliced, choice=c))
-            return x
+            return noted(x, seen)
         if use_triton(x, vendor=True):
-            return _on_triton(x, choice, block)
+            return noted(_on_triton(x, choice, block), seen)
     routing = route(choice, len(block.widths))
     if max(routing.sizes) == len(x):  # all chose the same
-        return block.narrow(routing.sizes.index(len(x)))(x)
+        return noted(block.narrow(routing.sizes.index(len(x)))(x), seen)
     ends = routing.ends
     groups = [(block.narrow(c), start, end) for c, (start, end) in enumerate(pairwise(ends)) if end > start]
-    return compute_groups(x, routing.order, groups)
+    return compute_groups(x, routing.order, groups, seen)
 
 
 def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
