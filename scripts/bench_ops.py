@@ -20,7 +20,7 @@ from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, recurrent_cell
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.route import route, route_ref
 from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_ref
-from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
+from dynrl.ops.routed_linear import column_major, routed_linear, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
 
@@ -221,7 +221,7 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     """Two products whose hidden units are a prefix slice, at three widths mixed in one batch."""
     outer, inner = LAYERS[shape]
     first, second = nn.Linear(outer, inner).to(device, dtype), nn.Linear(inner, outer).to(device, dtype)
-    full = first.weight, first.bias, second.weight, second.bias
+    full = column_major(first.weight), first.bias, column_major(second.weight), second.bias
     x, choice = torch.randn(batch, outer, device=device, dtype=dtype), _thirds(batch, device)
     counts = choice.bincount(minlength=3).tolist()
 
@@ -231,8 +231,9 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     def at(kept: float) -> Case:
         sliced = SlicedLinear(first, second, _mixed(kept, inner))
         sliced.w1, sliced.b1, sliced.w2, sliced.b2 = full  # one copy of the weights: whose is in the cache matters
+        w1, b1, w2, b2 = full
         narrow = [
-            (rows.clone(), full[0][:w].clone(), full[1][:w].clone(), full[2][:, :w].clone(), full[3])
+            (rows.clone(), column_major(w1[:w].clone()), b1[:w].clone(), column_major(w2[:, :w].clone()), b2)
             for w, rows in zip(sliced.widths, x.split(counts), strict=True) if len(rows)
         ]  # fmt: skip
 
@@ -264,6 +265,7 @@ def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     experts, outer, inner = EXPERTS[shape]
     w1 = torch.randn(experts, inner, outer, device=device, dtype=dtype) / outer**0.5
     w2 = torch.randn(experts, outer, inner, device=device, dtype=dtype) / inner**0.5
+    w1, w2 = column_major(w1), column_major(w2)
     b1, b2 = (torch.randn(experts, width, device=device, dtype=dtype) for width in (inner, outer))
     x = torch.randn(batch, outer, device=device, dtype=dtype)
     choice = torch.randint(0, experts, (batch,), generator=torch.Generator().manual_seed(batch)).to(device)
@@ -307,6 +309,7 @@ def routed_experts_cases(shape: str, batch: int, device: torch.device, dtype: to
     # Small weights: the layer is applied to its own result over and over.
     w1 = 0.01 * torch.randn(sum(splits), channels, device=device, dtype=dtype)
     w2 = 0.01 * torch.randn(channels, sum(splits), device=device, dtype=dtype)
+    w1, w2 = column_major(w1), column_major(w2)
     b1 = torch.zeros(sum(splits), device=device, dtype=dtype)
     x = torch.randn(batch, positions, channels, device=device, dtype=dtype)
     choice = torch.randint(0, len(splits), (batch,), generator=torch.Generator().manual_seed(batch)).to(device)
@@ -338,7 +341,7 @@ def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.
     """A GRU cell that a share of the rows runs."""
     inputs, hidden = CELLS[shape]
     cell = nn.GRUCell(inputs, hidden).to(device, dtype).requires_grad_(False)
-    weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    weights = (column_major(cell.weight_ih), column_major(cell.weight_hh), cell.bias_ih, cell.bias_hh)
     x, h = (
         torch.randn(batch, inputs, device=device, dtype=dtype),
         torch.randn(batch, hidden, device=device, dtype=dtype),

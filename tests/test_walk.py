@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 from itertools import product
@@ -73,6 +74,24 @@ def test_inference_copy_gives_the_same_and_leaves_the_original(name):
     torch.testing.assert_close(fast(inputs, route), backbone(inputs, route), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     assert not any(p.requires_grad for p in fast.parameters())
+
+
+@pytest.mark.parametrize("name", ["expert", "hidden-update", "hidden update of an LSTM"])
+@torch.no_grad()
+def test_weights_of_an_inference_copy_stay_column_by_column(name):
+    backbone = make_backbone(name)
+    twin = backbone.for_inference()
+    moved = copy.deepcopy(twin).to(torch.float64)
+    fresh = make_backbone(name).for_inference()
+    fresh.load_state_dict(twin.state_dict())
+    inputs, route = inputs_for(backbone), random_routes(backbone)
+    expected = backbone.run_route(inputs.clone(), route).outputs
+    for frozen in (twin, moved, fresh):
+        matrices = [p for n, p in frozen.named_parameters() if n.startswith(("layers", "gru", "lstm")) and p.dim() == 2]
+        assert matrices and all(p.t().is_contiguous() for p in matrices)
+        outputs = frozen.run_route(inputs.to(matrices[0].dtype), route).outputs
+        torch.testing.assert_close(outputs.float(), expected, atol=1e-4, rtol=1e-4)
+    assert all(p.is_contiguous() for p in backbone.parameters())
 
 
 @pytest.mark.parametrize("name", BACKBONES)

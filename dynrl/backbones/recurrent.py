@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref, recurrent_cell
+from dynrl.ops.routed_linear import column_major
 
 SEES = ("state", "state+input")
 
@@ -37,6 +39,7 @@ class SkipRNN(Backbone):
     """
 
     _time: Tensor  # [steps, knots]
+    _frozen = False
     decision = "hidden-update"
     layer: type[nn.GRU] | type[nn.LSTM]  # torch's, whose parameters and names these are
     name: str  # of the layer in the state_dict
@@ -104,7 +107,20 @@ class SkipRNN(Backbone):
         super()._apply(fn, recurse)
         # What is seen is in float32, whatever the weights are.
         self._time = _hats(*self._time.shape).to(self._time.device)
+        if self._frozen:
+            self._lay_out()
         return self
+
+    def for_inference(self) -> Backbone:
+        """A frozen copy, its weights as they are fastest for few rows."""
+        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        twin._frozen = True
+        twin._lay_out()
+        return twin
+
+    def _lay_out(self) -> None:
+        for weight in (self.rnn.weight_ih_l0, self.rnn.weight_hh_l0):
+            weight.data = column_major(weight.data)
 
     @property
     def rnn(self) -> Any:

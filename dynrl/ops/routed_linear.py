@@ -16,6 +16,19 @@ from dynrl.ops.route import Routing
 from dynrl.ops.rows import put_rows
 
 
+def column_major(weight: Tensor) -> Tensor:
+    """`weight` [..., m, k], laid out in memory as few rows are multiplied with it fastest: on the CPU column by column,
+    on CUDA row by row.
+
+    Measured on 2 cores (Xeon, MKL), 256 inputs and 768 outputs: 52 instead of 193 us for 16 rows, 130 instead of 278
+    for 48; up to 4 and from 64 rows on no difference. 8 experts of 512 and 1024 units, 256 rows: 7.5 instead of 12.2
+    ms; 64 experts, which lie in no cache, 256 rows: 26 instead of 24.
+    """
+    if weight.is_cuda:
+        return weight.contiguous()
+    return weight.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 def routed_linear_macs(rows: int, inputs: int, outputs: int) -> int:
     """MACs of `rows` rows at an expert with so many inputs and outputs."""
     return rows * inputs * outputs
@@ -85,7 +98,8 @@ def routed_linear(
 ) -> Tensor:
     """`routed_linear_ref`, each row at its own expert only. Differentiable in `x`, `weight`, `bias` and `gate`.
 
-    MACs: `routed_linear_macs` for each expert's rows.
+    A `weight` that stays as it is gives few rows faster as `column_major(weight)`. MACs: `routed_linear_macs` for each
+    expert's rows.
     """
     how: Any = {"splits": splits, "relu": relu, "sorted_in": sorted_in, "sorted_out": sorted_out}
     if not on_host(x):

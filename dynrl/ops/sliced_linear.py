@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.compiler import is_compiling
 
 from dynrl.ops.backend import on_host, use_ref, use_triton
 from dynrl.ops.route import route
+from dynrl.ops.routed_linear import column_major
 from dynrl.ops.rows import put_rows
 
 # The occupancy rule: what the paths are estimated to take, in us. Measured on 2 cores: starting a product, reading a
@@ -51,6 +53,15 @@ class SlicedLinear(nn.Module):
         # [choices, hidden]: infinity within the width, 0 beyond. ReLU and mask are then one clamp.
         self.register_buffer("limit", torch.where(inside, torch.inf, 0.0).to(first.weight.dtype))
         self.register_buffer("starts", torch.zeros(len(widths), dtype=torch.int64, device=device))
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self.w1, self.w2 = column_major(self.w1), column_major(self.w2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SlicedLinear:
+        super()._apply(fn, recurse)
+        self._lay_out()
+        return self
 
 
 def sliced_linear_macs(rows: int, inputs: int, width: int, outputs: int) -> int:
