@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.backbones.resnet import ResNet
@@ -57,12 +56,8 @@ class Skipping(Backbone):
         return [self._go_on(state, gated_residual(state.features, action, self._block(state.point), seen), seen)]
 
     def _seen(self, state: State) -> Tensor | None:
-        """What `observe` found, for an op to bring up to date; None where the next point does not see that, or where it
-        would save nothing.
-        """
-        if state.seen is None or torch.is_grad_enabled() or not on_host(state.rows) or not self._joins(state.point):
-            return None
-        return state.seen
+        """What `observe` found, for an op to bring up to date; None where the next point does not see that."""
+        return None if torch.is_grad_enabled() or not self._joins(state.point) else state.seen
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x = state.features
@@ -81,7 +76,7 @@ class Skipping(Backbone):
     def observe(self, state: State) -> Tensor:
         """Each channel's mean over the map, or over the tokens."""
         assert state.features is not None
-        if torch.is_grad_enabled() or is_compiling():
+        if torch.is_grad_enabled() or not on_host(state.features):  # elsewhere another look costs no more
             return summary(state.features)
         if state.seen is None:
             state.seen = summary(state.features)
