@@ -37,7 +37,7 @@ class Skipping(Backbone):
         raise NotImplementedError
 
     def _joins(self, point: int) -> bool:
-        """Whether nothing runs behind the block of `point`, and the next point sees what it has left; if in doubt, no."""
+        """Whether nothing runs behind the block of `point`: the next one sees what it has left. If in doubt, no."""
         return False
 
     def _set_points(self, names: list[str], gate_macs: list[int], fixed_macs: list[int], width: int) -> None:
