@@ -37,15 +37,19 @@ class FoldedChoice:
     def __init__(self, backbone: Backbone, weight: Tensor, bias: Tensor, head: nn.Linear | None) -> None:
         layout = Layout.of(backbone)
         self.backbone, self.masked = backbone, backbone.may_close
-        # Of two choices that never close the difference decides: one column instead of two.
         self.differs = layout.choices == 2 and not self.masked
+
+        def scoring(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            # Of two choices that never close the difference decides: one column instead of two.
+            return (weight[1:] - weight[:1], bias[1:] - bias[:1]) if self.differs else (weight, bias)
+
         closed = torch.zeros(len(backbone.points), layout.choices, device=bias.device)
         for i, point in enumerate(backbone.points):
             closed[i, point.n :] = -torch.inf
         if self.differs:
             closed = closed[:, :1]
-        if head is None and self.differs:
-            weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+        if head is None:
+            weight, bias = scoring(weight, bias)
         features, points, last, spent = weight.split((layout.features, layout.points, 1 + layout.choices, 1), 1)
         # Transposed, and so kept: products with a contiguous [features, 2] take five times as long (measured).
         self.features = features.contiguous().t()
@@ -55,9 +59,7 @@ class FoldedChoice:
         if head is None:
             self.start += closed.unsqueeze(1)
         else:
-            weight, bias = head.weight.detach(), head.bias.detach()
-            if self.differs:
-                weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+            weight, bias = scoring(head.weight.detach(), head.bias.detach())
             self.head, self.head_bias = weight.contiguous().t(), bias + closed
         by_step = backbone.foreknown(self.features)
         self.by_step = by_step is not None

@@ -121,9 +121,6 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
     captures = device.type == "cuda" and isinstance(model.policy, Router) and backbone.decision != "exit"
     taken = route.clamp_min(0)  # behind a row's end there is no choice
 
-    def given(state: State) -> Tensor:
-        return route[:, state.walk.common_steps]  # in what is captured no row ends early
-
     dense_route = backbone.dense_actions(len(inputs), device)
     sides = dense_sides(backbone, inputs)
     run = _compiled(backbone, inputs, dense_route)
@@ -134,7 +131,8 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
     sides["with router"] = lambda: model(inputs)
     if captures:
         for name in [name for name in sides if name not in ("compiled", "with router")]:
-            side = (lambda: backbone.run(inputs, given)) if name == "routed" else sides[name]
+            # In what is captured no row ends early.
+            side = (lambda: backbone.run(inputs, lambda state: state.along(route))) if name == "routed" else sides[name]
             sides[f"captured {name}"] = captured(side, 1)
         graph = model.capture(len(inputs))
         sides["captured with router"] = lambda: graph(inputs)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ RESIDUAL_EXPERTS = {
 # name: width, hidden width. A layer of two products.
 LAYERS = {"512-1024": (512, 1024), "1024-4096": (1024, 4096)}
 CELLS = {"gru 128": (128, 128), "gru 512": (512, 512)}
+
+# How weights lie in memory. A few rows are multiplied faster by columns, single ones by rows where the weights are in no
+# cache: dense and ideal have both.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"columns": column_major, "rows": Tensor.contiguous}
 
 Side = Callable[[], Any]
 
@@ -221,6 +226,7 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     """Two products whose hidden units are a prefix slice, at three widths mixed in one batch."""
     outer, inner = LAYERS[shape]
     first, second = nn.Linear(outer, inner).to(device, dtype), nn.Linear(inner, outer).to(device, dtype)
+    plain = first.weight, first.bias, second.weight, second.bias
     full = column_major(first.weight), first.bias, column_major(second.weight), second.bias
     x, choice = torch.randn(batch, outer, device=device, dtype=dtype), _thirds(batch, device)
     counts = choice.bincount(minlength=3).tolist()
@@ -231,11 +237,12 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     def at(kept: float) -> Case:
         sliced = SlicedLinear(first, second, _mixed(kept, inner))
         sliced.w1, sliced.b1, sliced.w2, sliced.b2 = full  # one copy of the weights: whose is in the cache matters
-        w1, b1, w2, b2 = full
-        narrow = [
-            (rows.clone(), column_major(w1[:w].clone()), b1[:w].clone(), column_major(w2[:, :w].clone()), b2)
-            for w, rows in zip(sliced.widths, x.split(counts), strict=True) if len(rows)
-        ]  # fmt: skip
+        w1, b1, w2, b2 = plain
+        parts = [(w, rows.clone()) for w, rows in zip(sliced.widths, x.split(counts), strict=True) if len(rows)]
+        narrow = {
+            name: [(rows, form(w1[:w].clone()), b1[:w].clone(), form(w2[:, :w].clone()), b2) for w, rows in parts]
+            for name, form in LAYOUTS.items()
+        }
 
         def indexed() -> Tensor:
             out = torch.empty_like(x)
@@ -252,9 +259,9 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
         return Case(
             "sliced_linear", shape, batch, kept, routed=lambda: sliced_linear(x, choice, sliced),
             check=lambda: (sliced_linear(x, choice, sliced), sliced_linear_ref(x, choice, sliced)),
-            dense={"linear": lambda: layer(x, *full)}, indexed=indexed,
+            dense={"columns": lambda: layer(x, *full), "rows": lambda: layer(x, *plain)}, indexed=indexed,
             masked=lambda: sliced_linear_ref(x, choice, sliced),
-            ideal={"narrow": lambda: [layer(*parts) for parts in narrow]},
+            ideal={name: partial(lambda layers: [layer(*of) for of in layers], of) for name, of in narrow.items()},
         )  # fmt: skip
 
     yield from map(at, KEPT)
@@ -265,15 +272,16 @@ def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     experts, outer, inner = EXPERTS[shape]
     w1 = torch.randn(experts, inner, outer, device=device, dtype=dtype) / outer**0.5
     w2 = torch.randn(experts, outer, inner, device=device, dtype=dtype) / inner**0.5
-    w1, w2 = column_major(w1), column_major(w2)
+    stored = {name: (form(w1), form(w2)) for name, form in LAYOUTS.items()}
+    w1, w2 = stored["columns"]
     b1, b2 = (torch.randn(experts, width, device=device, dtype=dtype) for width in (inner, outer))
     x = torch.randn(batch, outer, device=device, dtype=dtype)
     choice = torch.randint(0, experts, (batch,), generator=torch.Generator().manual_seed(batch)).to(device)
     sizes = choice.bincount(minlength=experts).tolist()
     parts = [(e, part) for e, part in enumerate(x.split(sizes)) if len(part)]
 
-    def expert(e: int, rows: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(rows, w1[e], b1[e]), inplace=True), w2[e], b2[e])
+    def expert(e: int, rows: Tensor, first: Tensor = w1, second: Tensor = w2) -> Tensor:
+        return F.linear(F.relu(F.linear(rows, first[e], b1[e]), inplace=True), second[e], b2[e])
 
     def routed(product: Callable[..., Tensor], router: Callable[..., Any]) -> Tensor:
         routing = router(choice, experts)
@@ -287,7 +295,10 @@ def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
             out[index] = expert(e, x[index])
         return out
 
-    ideal: dict[str, Side] = {"loop": lambda: [expert(e, part) for e, part in parts]}
+    ideal: dict[str, Side] = {
+        name: partial(lambda first, second: [expert(e, part, first, second) for e, part in parts], *of)
+        for name, of in stored.items()
+    }
     if x.is_cuda and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
         ends = torch.tensor(sizes, device=device).cumsum(0).int()
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -361,7 +361,7 @@ class Backbone(nn.Module):
         """
         yield self(inputs, None if rate is None else draw_routes(self.step_costs, rate, generator))
 
-    def for_inference(self) -> Backbone:
+    def for_inference(self) -> Self:
         """A frozen copy that computes the same faster (batch norm folded, say)."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,7 @@ class ExpertNet(Backbone):
 
         return run
 
-    def for_inference(self) -> Backbone:
+    def for_inference(self) -> Self:
         """A frozen copy with batch norm and ReLU folded into the convolutions, its maps in channels_last."""
         twin = copy.deepcopy(self).eval().requires_grad_(False)
         for module in twin.modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -111,9 +110,9 @@ class SkipRNN(Backbone):
             self._lay_out()
         return self
 
-    def for_inference(self) -> Backbone:
+    def for_inference(self) -> Self:
         """A frozen copy, its weights as they are fastest for few rows."""
-        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        twin = super().for_inference()
         twin._frozen = True
         twin._lay_out()
         return twin
