@@ -49,8 +49,8 @@ RESIDUAL_EXPERTS = {
 LAYERS = {"512-1024": (512, 1024), "1024-4096": (1024, 4096)}
 CELLS = {"gru 128": (128, 128), "gru 512": (512, 512)}
 
-# How weights lie in memory. A few rows are multiplied faster by columns, single ones by rows where the weights are in no
-# cache: dense and ideal have both.
+# How weights lie in memory. A few rows are multiplied faster by columns, single ones by rows where the weights are in
+# no cache: dense and ideal have both.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"columns": column_major, "rows": Tensor.contiguous}
 
 Side = Callable[[], Any]
