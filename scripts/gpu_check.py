@@ -2,8 +2,11 @@
 
 Runs on a bare GPU machine from a checkout: torch, triton, numpy, safetensors and pytest, nothing of this project
 installed. Parts in order: the kernel, op and capture tests on CUDA, while all benchmarks run at once to fill Triton's
-cache (compiling takes most of the time, and one core each); then `bench model` and `bench ops` in bfloat16 and float32,
-one after the other. The file is written anew after each part: a call cut short keeps what it has.
+cache (compiling takes most of the time, and one core each); then, one after the other, `bench model`, `bench ops` and
+`bench env` and a policy trained on digits with its backbone on the GPU. With gymnasium `bench env` goes through the
+environment, too, and with ray through RLlib; training takes tensorboard, tyro and matplotlib, and ray or
+stable-baselines3. What is left out is named. The file is written anew after each part: a call cut short keeps what it
+has.
 """
 
 from __future__ import annotations
@@ -21,14 +24,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 460  # for all of it; what would begin later is left out, and named so
 NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest")
 TESTS = ("tests/test_kernels.py", "tests/test_ops.py", "tests/test_capture.py")
-IMPORTS = "from dynrl.scripts.bench_model import bench_model; from dynrl.scripts.bench_ops import bench_ops; "
+IMPORTS = (
+    "from dynrl.scripts.bench_env import bench_env; from dynrl.scripts.bench_model import bench_model; "
+    "from dynrl.scripts.bench_ops import bench_ops; "
+)
 WARMING = 200
 PARTS = {
     "model bfloat16": "bench_model('cuda', 'bfloat16', rounds=10)",
     "ops bfloat16": "bench_ops('cuda', 'bfloat16', 0.1, batches=(64, 256))",
+    "env": "bench_env(3, counts=(256, 4096), device='cuda')",
+    "env resnet50": "bench_env(3, ('resnet50 224x224',), (64,), 'cuda', 'bfloat16')",
     "ops float32": "bench_ops('cuda', 'float32', 0.1, batches=(64, 256))",
     "ops bfloat16, small": "bench_ops('cuda', 'bfloat16', 0.1, batches=(1, 8))",
 }
+TRAINERS = {"ray": "ppo", "stable_baselines3": "sb3-ppo"}  # the agents of packages, the better one first
 
 
 def lay_out(folder: Path) -> None:
@@ -118,6 +127,19 @@ def main() -> int:
                 result["rows"] += found  # type: ignore[operator]
             print(log[-2500:], flush=True)
             write()
+        agent = next((TRAINERS[name] for name in TRAINERS if importlib.util.find_spec(name)), None)
+        if agent is None or left() < 60:
+            result["left_out"].append("train")  # type: ignore[attr-defined]
+        else:
+            words, start = (
+                ("train", "skip", "--data", "digits", "--agent", agent, "--device", "cuda", "--out", "run"),
+                time.monotonic(),
+            )
+            code_status, log = call("-m", "dynrl.scripts.cli", *words)
+            result["training"] = {
+                "words": words, "status": code_status, "seconds": time.monotonic() - start, "log": log[-6000:]
+            }  # fmt: skip
+            print(log[-2500:], flush=True)
     write()
     print(f"written to {out} after {time.monotonic() - began:.0f} s; left out: {result['left_out'] or 'nothing'}")
     return status

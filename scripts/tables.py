@@ -183,15 +183,19 @@ def shipped_table() -> list[str]:
 
 def bench_env_table(result: dict[str, Any]) -> list[str]:
     """Rows of `dynrl bench env` as Markdown."""
+    processor = result["hardware"]["processor"]
+    return [*_sampled(result["rows"]), "", f"{result['date']}, one thread of {processor}, half of the blocks forced."]
+
+
+def _sampled(rows: list[dict[str, Any]]) -> list[str]:
     names = {
-        "bare": "bare loop (ceiling)", "rllib": "our runner",
+        "walk": "the backbone alone, on known routes", "bare": "a bare loop of backbone and router, in torch",
+        "env": "through the environment", "rllib": "our runner",
         "rllib-upfront": "our runner, all of a walk decided at once",
         "rllib-stock": "RLlib's runner, same batched environment", "naive": "RLlib's runner, single environments",
     }  # fmt: skip
-    lines = ["| path | sub-environments | decisions a second |", "|---|---|---|"]
-    lines += [f"| {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |" for r in result["rows"]]
-    lines += ["", f"{result['date']}, one thread of {result['hardware']['processor']}, half of the blocks forced."]
-    return lines
+    lines = ["| network | path | sub-environments | decisions a second |", "|---|---|---|---|"]
+    return lines + [f"| {r['network']} | {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |" for r in rows]
 
 
 def _machine(result: dict[str, Any]) -> str:
@@ -268,6 +272,8 @@ def gpu_table(result: dict[str, Any]) -> list[str]:
         if "captured_dense_ms" in r:
             cells = " | ".join(f"{r[f'captured_{side}_ms']:.3f}" for side in sides)
             lines.append(f"| {r['network']} | {r['batch']} | {cells} | {r['commit']} |")
+    if sampled := [r for r in result["rows"] if "path" in r]:
+        lines += ["", *_sampled(sampled)]
     return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
 
 

@@ -29,8 +29,7 @@ from dynrl.policies import Router, load_policy, save_policy
 from dynrl.pretraining import metric_at_rate
 from dynrl.recipes import DEFAULTS
 from dynrl.routed import SHIPPED, RoutedModel
-from dynrl.scripts import bench_model, train
-from dynrl.scripts.bench import bench_env
+from dynrl.scripts import bench_env, bench_model, gpu_check, train
 from dynrl.scripts.cli import main
 from dynrl.scripts.common import folder_name, new_folder, read_config
 from dynrl.scripts.evaluate import BUDGETS, draw, load_runs, measure, print_table, report_runs
@@ -100,6 +99,7 @@ def run(tmp_path_factory, backbone_folder):
         ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
         ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),
         ("bench", "nosuch"), ("bench", "env", "--rounds", "0"), ("list", "nosuch"),
+        ("bench", "env", "--seconds", "2"), ("bench", "ops", "--runs", "x"), ("bench", "known", "--device", "cuda"),
     ],
 )  # fmt: skip
 def test_bad_commands_are_refused(words, tmp_path, monkeypatch, capsys):
@@ -586,15 +586,40 @@ def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
     assert not (out / "report.json").exists()
 
 
-def test_bench_env_rows():
-    rows = bench_env(rounds=1)
-    assert {(r["path"], r["num_envs"]) for r in rows} >= {
-        ("bare", 64),
-        ("rllib", 64),
-        ("rllib-stock", 64),
-        ("naive", 1),
-    }
+def test_bench_env_rows(monkeypatch, capsys):
+    monkeypatch.setattr(
+        bench_env, "NETWORKS", {"small": {"input_shape": (1, 8, 8), "layers": (2, 2), "widths": (4, 8)}}
+    )
+    rows = bench_env.bench_env(rounds=1, counts=(6,))
+    assert {(r["path"], r["num_envs"]) for r in rows} == {
+        *((path, 6) for path in ("walk", "bare", "env", "rllib", "rllib-upfront", "rllib-stock")), ("naive", 1), ("naive", 16)
+    }  # fmt: skip
     assert all(r["steps_per_s"] > 0 for r in rows)
+    assert {(r["network"], r["device"], r["dtype"]) for r in rows} == {("small", "cpu", "float32")}
+    capsys.readouterr()
+    monkeypatch.setattr(bench_env, "find_spec", lambda name: None)  # as on a machine with torch alone
+    assert [r["path"] for r in bench_env.bench_env(rounds=1, counts=(6,))] == ["walk", "bare"]
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("gymnasium, ray", "rllib-stock", "naive"))
+    with pytest.raises(ValueError, match="unknown networks"):
+        bench_env.bench_env(networks=("nosuch",))
+
+
+def test_what_the_gpu_check_runs_is_there_without_ray_and_gymnasium(tmp_path):
+    """Each part's call fits its function's signature, and imports no more than a GPU machine has."""
+    gpu_check.lay_out(tmp_path)
+    code = "\n".join([
+        "import inspect, sys", "sys.modules |= dict.fromkeys(('ray', 'gymnasium', 'tyro', 'stable_baselines3'))", gpu_check.IMPORTS,
+        "signatures = {f.__name__: inspect.signature(f) for f in (bench_env, bench_model, bench_ops)}",
+        "bench_env, bench_model, bench_ops = (signatures[name].bind for name in ('bench_env', 'bench_model', 'bench_ops'))",
+        *gpu_check.PARTS.values(),
+    ])  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True
+    )
+    for part in gpu_check.PARTS.values():
+        for name in re.findall(r"'(resnet[^']*)'", part):
+            assert name in bench_env.NETWORKS
 
 
 def test_bench_model_rows(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,24 @@ from torch.compiler import is_compiling
 
 from dynrl.ops.pooled import noted, summary
 
+
+def _cache_bytes() -> int:
+    """Of the last-level cache; 32 MB where the system does not tell."""
+    try:
+        return int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 32 << 20
+
+
 # Rows are computed so many bytes at a time: a larger piece falls out of the cache between a block's layers, and every
 # buffer above some megabytes is mapped and zeroed anew at each call; a smaller one pays the layers' start-up too often.
-# Measured, residual block of 16 channels on 256 rows of 32x32: on an EPYC 23 ms at once, 12 in pieces of 2 MB, 14 of 1;
-# on a Xeon, half of the rows compacted, 13.4 at once, 14.2 in pieces of 4 MB, 15.3 of 2, 17.0 of 1; there a routed
-# ResNet-20 takes 98 ms at 4 MB, 107 at 2.
-PIECE = 4 << 20
+# Measured, residual block of 16 channels on 256 rows of 32x32: on an EPYC 23 ms at once, 12 in pieces of 2 MB, 14 of 1.
+# On a Xeon with 48 MB of cache a routed ResNet-20 takes 111 ms for 256 images at 2 MB, 105 at 4, 101 at 8, 98 at 16;
+# for 1024 454, 440, 392, 375, and with its router 465, 443, 423, 419.
+PIECE = min(max(_cache_bytes() // 6, 2 << 20), 8 << 20)
+# Each piece reads all weights anew, so it holds so many times as many bytes. Measured there, half of 256 rows of
+# ResNet-50's stage 3 (0.8 MB a row, 4.4 MB of weights): 361, 344, 322, 305 ms at 1, 2, 4, 8 times.
+PIECE_WEIGHTS = 4
 # What starting a block once more costs (some 60 us), in bytes of rows that could be moved there and back meanwhile.
 START = 600 << 10
 
@@ -26,11 +39,8 @@ Block = Callable[[Tensor], Tensor]
 
 
 def piece_rows(rows: int, row_bytes: int, weight_bytes: int) -> int:
-    """How many rows to compute at a time: pieces of equal, even size, of at least as many bytes as the weights.
-
-    Each piece reads all weights anew.
-    """
-    count = -(-rows * row_bytes // max(PIECE, weight_bytes, 2 * row_bytes))
+    """How many rows to compute at a time: pieces of equal, even size."""
+    count = -(-rows * row_bytes // max(PIECE, PIECE_WEIGHTS * weight_bytes, 2 * row_bytes))
     return 2 * math.ceil(rows / (2 * count))
 
 
