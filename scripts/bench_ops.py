@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
 
 REPEATS = 20  # calls in one CUDA graph
+PASSES = 3
 BATCHES = (1, 8, 64, 256)
 KEPT = (0.25, 0.5, 0.75)
 # name: outer channels, side of the map, inner channels, kernels of the block's convolutions.
@@ -424,13 +425,17 @@ def check(case: Case, dtype: torch.dtype) -> None:
         )
 
 
-def measure(cases: list[Case], device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Time all sides of cases of one shape and batch in turn, in a new order each round; five rounds at least."""
+def measure(
+    cases: list[Case], device: torch.device, seconds: float, rounds: int, beside: bool = True
+) -> list[dict[str, Any]]:
+    """Time all sides of cases of one shape and batch in turn, in a new order each round; at least `rounds` of them,
+    or half as many where a round takes seconds. Without `beside` masked and indexed are left out.
+    """
     sides: dict[tuple[int, str], Side] = {}
     for i, case in enumerate(cases):
         shared = {f"dense {name}": side for name, side in case.dense.items()} if i == 0 else {}
-        own = {"masked": case.masked, "indexed": case.indexed, "routed": case.routed}
-        own |= {f"ideal {name}": side for name, side in case.ideal.items()}
+        own = {"masked": case.masked, "indexed": case.indexed} if beside else {}
+        own |= {"routed": case.routed} | {f"ideal {name}": side for name, side in case.ideal.items()}
         sides |= {(i, name): side for name, side in (shared | own).items() if side is not None}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
@@ -440,7 +445,7 @@ def measure(cases: list[Case], device: torch.device, seconds: float) -> list[dic
         side()
     wait()
     once = time.perf_counter() - began
-    rounds = min(200, max(5 if once < 3 else 3, round(seconds / (2 * once))))
+    rounds = min(200, max(rounds if once < 3 else rounds // 2, round(seconds / (2 * once))))
     medians = medians_in_turn(sides, rounds, wait=wait)
     if device.type == "cuda":
         medians = {name: value / REPEATS for name, value in medians.items()}
@@ -450,22 +455,13 @@ def measure(cases: list[Case], device: torch.device, seconds: float) -> list[dic
 
     rows = []
     for i, case in enumerate(cases):
-        routed = medians[i, "routed"]
-        row: dict[str, Any] = {
-            "op": case.op,
-            "shape": case.shape,
-            "batch": case.batch,
-            "kept": case.kept,
-            "routed_ms": routed,
-        }
+        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "batch": case.batch, "kept": case.kept}
+        row |= {"routed_ms": medians[i, "routed"], "rounds": rounds}
         if case.ideal or case.dense:
-            ideal = best(i, "ideal") or 0.0  # no row is kept: nothing to do
-            row |= {
-                "dense_ms": best(0, "dense"), "masked_ms": medians.get((i, "masked")),
-                "indexed_ms": medians.get((i, "indexed")), "ideal_ms": ideal, "realised_ratio": ideal / routed,
-                "overhead_us": 1e3 * (routed - ideal),
-            }  # fmt: skip
-        rows.append(row | {"rounds": rounds})
+            row |= {"dense_ms": best(0, "dense"), "ideal_ms": best(i, "ideal") or 0.0}  # no row kept: nothing to do
+            if beside:
+                row |= {"masked_ms": medians.get((i, "masked")), "indexed_ms": medians.get((i, "indexed"))}
+        rows.append(row)
     return rows
 
 
@@ -479,6 +475,9 @@ def bench_ops(
 ) -> list[dict[str, Any]]:
     """All rows, or those of some `ops`; `seconds` of timing for each shape and batch.
 
+    On a CPU in passes over all of them, the median of which counts: on a shared machine a disturbance may last longer
+    than all rounds of a shape.
+
     Raises:
         RuntimeError: an op gives something else than its definition.
     """
@@ -486,26 +485,41 @@ def bench_ops(
     unknown = set(ops) - set(FAMILIES)
     if unknown:
         raise ValueError(f"unknown ops {sorted(unknown)}; expected some of {sorted(FAMILIES)}")
-    rows: list[dict[str, Any]] = []
+    taken: list[list[dict[str, Any]]] = []
     jobs = [
         (make, shape, batch) for op, (shapes, make) in FAMILIES.items() if not ops or op in ops
         for shape in shapes for batch in batches
     ]  # fmt: skip
-    torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # dense at its best
-    for make, shape, batch in jobs:
-        cases = list(make(shape, batch, where, kind))
-        for case in cases:
-            check(case, kind)
-        rows += _show(measure(cases, where, seconds))
-    if not ops:
-        for batch in batches:
+    passes = 1 if where.type == "cuda" else PASSES
+    for i in range(passes):
+        torch.manual_seed(0)
+        done = []
+        for make, shape, batch in jobs:
+            cases = list(make(shape, batch, where, kind))
+            if i == 0:
+                for case in cases:
+                    check(case, kind)
+            done += _show(measure(cases, where, seconds / passes, max(2, 6 // passes), beside=i == 0))
+        for batch in () if ops else batches:
             for case in small_cases(batch, where, kind):
-                check(case, kind)
-                rows += _show(measure([case], where, seconds / 10))
-    for row in rows:
-        row |= {"device": device, "dtype": dtype}
-    return rows
+                if i == 0:
+                    check(case, kind)
+                done += _show(measure([case], where, seconds / 10 / passes, max(2, 6 // passes)))
+        taken.append(done)
+    return [_over_passes(rows) | {"device": device, "dtype": dtype} for rows in zip(*taken, strict=True)]
+
+
+def _over_passes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each time, and what follows from them."""
+    row = dict(rows[0])
+    for name in row:
+        if name.endswith("_ms") and row[name] is not None:
+            row[name] = statistics.median(r[name] for r in rows if name in r)
+    if "ideal_ms" in row:
+        row["realised_ratio"] = row["ideal_ms"] / row["routed_ms"]
+        row["overhead_us"] = 1e3 * (row["routed_ms"] - row["ideal_ms"])
+    return row | {"rounds": sum(r["rounds"] for r in rows)}
 
 
 def _show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -514,7 +528,7 @@ def _show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line += f"routed {row['routed_ms']:8.3f} ms"
         if "ideal_ms" in row:
             dense = f"{row['dense_ms']:8.3f}" if row["dense_ms"] else "       -"
-            line += f" ideal {row['ideal_ms']:8.3f} dense {dense} ratio {row['realised_ratio']:.3f}"
+            line += f" ideal {row['ideal_ms']:8.3f} dense {dense} ratio {row['ideal_ms'] / row['routed_ms']:.3f}"
         print(line, flush=True)
     return rows
 
