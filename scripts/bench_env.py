@@ -84,7 +84,7 @@ def _bench(
     noise = Dataset("noise", classes, split, split, split, Augmentation())
     router: dict[str, Any] = {**Layout.of(backbone).to_dict(), "price_range": [0.01, 1.0], "start": 1}
     upfront = {**View.of(backbone).to_dict(), "price_range": [0.01, 1.0]}
-    env_config = {
+    env_config: dict[str, Any] = {
         "backbone": backbone, "data": noise, "price_range": [0.01, 1.0], "accuracy_term": "correct", "device": device,
         "dtype": dtype,
     }  # fmt: skip
