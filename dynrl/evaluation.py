@@ -400,7 +400,7 @@ def medians_in_turn(
     wait: Callable[[], Any] = lambda: None,
     calls: int = 1,
 ) -> dict[Any, float]:
-    """Median milliseconds of each side, all sides timed each round, in a new order, after a round of warming up.
+    """Median milliseconds of each side, all sides timed each round, in a new order.
 
     In turn, since a machine's speed drifts: sides timed one after the other meet different machines. Each timed call
     follows one of the same side that is not, so that no side pays for what another left in caches and memory.
@@ -414,7 +414,7 @@ def medians_in_turn(
     """
     times: dict[Any, list[float]] = {name: [] for name in sides}
     order, names = random.Random(0), list(sides)
-    for i in range(rounds + 1):
+    for _ in range(rounds):
         order.shuffle(names)
         for name in names:
             side = sides[name]
@@ -424,10 +424,8 @@ def medians_in_turn(
                 start = time.perf_counter()
                 side()
                 wait()
-                if i:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-        if i:
-            tick()
+                times[name].append((time.perf_counter() - start) * 1e3)
+        tick()
     return {name: statistics.median(values) for name, values in times.items()}
 
 

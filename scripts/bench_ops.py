@@ -425,17 +425,15 @@ def check(case: Case, dtype: torch.dtype) -> None:
         )
 
 
-def measure(
-    cases: list[Case], device: torch.device, seconds: float, rounds: int, beside: bool = True
-) -> list[dict[str, Any]]:
+def measure(cases: list[Case], device: torch.device, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """Time all sides of cases of one shape and batch in turn, in a new order each round; at least `rounds` of them,
-    or half as many where a round takes seconds. Without `beside` masked and indexed are left out.
+    or half as many where a round takes seconds.
     """
     sides: dict[tuple[int, str], Side] = {}
     for i, case in enumerate(cases):
         shared = {f"dense {name}": side for name, side in case.dense.items()} if i == 0 else {}
-        own = {"masked": case.masked, "indexed": case.indexed} if beside else {}
-        own |= {"routed": case.routed} | {f"ideal {name}": side for name, side in case.ideal.items()}
+        own = {"masked": case.masked, "indexed": case.indexed, "routed": case.routed}
+        own |= {f"ideal {name}": side for name, side in case.ideal.items()}
         sides |= {(i, name): side for name, side in (shared | own).items() if side is not None}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
@@ -458,9 +456,11 @@ def measure(
         row: dict[str, Any] = {"op": case.op, "shape": case.shape, "batch": case.batch, "kept": case.kept}
         row |= {"routed_ms": medians[i, "routed"], "rounds": rounds}
         if case.ideal or case.dense:
-            row |= {"dense_ms": best(0, "dense"), "ideal_ms": best(i, "ideal") or 0.0}  # no row kept: nothing to do
-            if beside:
-                row |= {"masked_ms": medians.get((i, "masked")), "indexed_ms": medians.get((i, "indexed"))}
+            row |= {
+                "dense_ms": best(0, "dense"), "masked_ms": medians.get((i, "masked")),
+                "indexed_ms": medians.get((i, "indexed")),
+                "ideal_ms": best(i, "ideal") or 0.0,  # no row is kept: nothing to do
+            }  # fmt: skip
         rows.append(row)
     return rows
 
@@ -500,7 +500,7 @@ def bench_ops(
             if i == 0:
                 for case in cases:
                     check(case, kind)
-            done += _show(measure(cases, where, seconds / passes, max(2, 6 // passes), beside=i == 0))
+            done += _show(measure(cases, where, seconds / passes, max(2, 6 // passes)))
         for batch in () if ops else batches:
             for case in small_cases(batch, where, kind):
                 if i == 0:
@@ -515,7 +515,7 @@ def _over_passes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     row = dict(rows[0])
     for name in row:
         if name.endswith("_ms") and row[name] is not None:
-            row[name] = statistics.median(r[name] for r in rows if name in r)
+            row[name] = statistics.median(r[name] for r in rows)
     if "ideal_ms" in row:
         row["realised_ratio"] = row["ideal_ms"] / row["routed_ms"]
         row["overhead_us"] = 1e3 * (row["routed_ms"] - row["ideal_ms"])
