@@ -14,14 +14,12 @@ from dynrl.backbones import END, GatedResNet, State
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.observation import Layout, View, observation
 from dynrl.policies import Router
+from dynrl.scripts.bench_model import NETWORKS as MODELS
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet20 28x28": {"input_shape": (1, 28, 28), "layers": (3, 3, 3), "widths": (16, 32, 64)},
-    "resnet50 224x224": {
-        "input_shape": (3, 224, 224), "classes": 1000, "block": "bottleneck", "layers": (3, 4, 6, 3),
-        "widths": (64, 128, 256, 512), "stem": "imagenet",
-    },
-}  # fmt: skip
+    "resnet50 224x224": MODELS["resnet50 224x224"].settings,
+}
 IMAGES = 256
 # path: what it takes beside torch. Single environments are measured in these numbers, whatever is asked for.
 PATHS = {
@@ -48,8 +46,9 @@ def bench_env(
     backbone alone on a route known beforehand; `bare` adds observation, router and draw, in torch; `env` the same
     through the environment; `rllib` is `SlabRunner`, `rllib-upfront` the same where all of a walk is decided at once;
     `rllib-stock` is RLlib's own runner on the same batched environment; `naive` is RLlib's own runner on single
-    environments side by side. The last two read the same router through RLlib's connectors. What a path takes longer
-    than the one before it is what it adds. Paths whose packages are missing are left out, and named.
+    environments side by side. The last two read the same router through RLlib's connectors. What `bare`, `env` and
+    `rllib` each take longer than the path before is what they add. Paths whose packages are missing are left out, and
+    named.
 
     Args:
         rounds: times each is measured, in turn; medians count.
@@ -64,7 +63,8 @@ def bench_env(
     missing = {package for package in PATHS.values() if package and find_spec(package) is None}
     paths = [path for path, package in PATHS.items() if package not in missing]
     if missing:
-        print(f"left out, as {', '.join(sorted(missing))} is missing: {', '.join(set(PATHS) - set(paths))}", flush=True)
+        left_out = [path for path in PATHS if path not in paths]
+        print(f"left out, as {', '.join(sorted(missing))} is missing: {', '.join(left_out)}", flush=True)
     return [
         row | {"device": device, "dtype": dtype}
         for network in networks or list(NETWORKS)[:1]
@@ -99,10 +99,13 @@ def _bench(
     def walk(count: int) -> Sampler:
         route = frozen.dense_actions(count, images.device)  # in vain, see `_ForcedHalf`
 
+        def known(state: State) -> torch.Tensor:
+            return state.along(route)
+
         @torch.no_grad()
         def sample(steps: int) -> int:
             for _ in range(steps // depth):
-                frozen.run_route(some(count), route)
+                frozen.run(some(count), known)  # `run_route` would look at the route's values
             return steps // depth * depth * count
 
         return sample

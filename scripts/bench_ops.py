@@ -492,6 +492,7 @@ def bench_ops(
     ]  # fmt: skip
     torch.backends.cudnn.benchmark = True  # dense at its best
     passes = 1 if where.type == "cuda" else PASSES
+    rounds = 6 // passes
     for i in range(passes):
         torch.manual_seed(0)
         done = []
@@ -500,12 +501,12 @@ def bench_ops(
             if i == 0:
                 for case in cases:
                     check(case, kind)
-            done += _show(measure(cases, where, seconds / passes, max(2, 6 // passes)))
+            done += _show(measure(cases, where, seconds / passes, rounds))
         for batch in () if ops else batches:
             for case in small_cases(batch, where, kind):
                 if i == 0:
                     check(case, kind)
-                done += _show(measure([case], where, seconds / 10 / passes, max(2, 6 // passes)))
+                done += _show(measure([case], where, seconds / 10 / passes, rounds))
         taken.append(done)
     return [_over_passes(rows) | {"device": device, "dtype": dtype} for rows in zip(*taken, strict=True)]
 

@@ -131,10 +131,8 @@ def main() -> int:
         if agent is None or left() < 60:
             result["left_out"].append("train")  # type: ignore[attr-defined]
         else:
-            words, start = (
-                ("train", "skip", "--data", "digits", "--agent", agent, "--device", "cuda", "--out", "run"),
-                time.monotonic(),
-            )
+            start = time.monotonic()
+            words = ("train", "skip", "--data", "digits", "--agent", agent, "--device", "cuda", "--out", "run")
             code_status, log = call("-m", "dynrl.scripts.cli", *words)
             result["training"] = {
                 "words": words, "status": code_status, "seconds": time.monotonic() - start, "log": log[-6000:]

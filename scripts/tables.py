@@ -195,7 +195,10 @@ def _sampled(rows: list[dict[str, Any]]) -> list[str]:
         "rllib-stock": "RLlib's runner, same batched environment", "naive": "RLlib's runner, single environments",
     }  # fmt: skip
     lines = ["| network | path | sub-environments | decisions a second |", "|---|---|---|---|"]
-    return lines + [f"| {r['network']} | {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |" for r in rows]
+    return lines + [
+        f"| {r['network']}, {r['dtype']} | {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |"
+        for r in rows
+    ]
 
 
 def _machine(result: dict[str, Any]) -> str:
@@ -230,7 +233,8 @@ def bench_ops_table(result: dict[str, Any]) -> list[str]:
         of = f" of {s['with_dense']}"
         slower = f"{s['slower_than_dense']}{of} | {s['clearly']}{of}" if s["with_dense"] else " | "
         lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.3f} | {s['worst']:.2f} | {slower} |")
-    return [*lines, "", _machine(result)]
+    note = [result["note"]] if "note" in result else []
+    return [*lines, "", _machine(result), *note]
 
 
 def bench_model_table(result: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -194,7 +193,7 @@ class ExpertNet(Backbone):
 
     def for_inference(self) -> Self:
         """A frozen copy with batch norm and ReLU folded into the convolutions, its maps in channels_last."""
-        twin = copy.deepcopy(self).eval().requires_grad_(False)
+        twin = super().for_inference()
         for module in twin.modules():
             if isinstance(module, _Convolution):
                 module.fold()
