@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynrl.routed import RoutedModel, load, plug
+    from dynrl.deploy import RoutedModel, load, plug
 
 from dynrl._version import __version__
 
@@ -23,9 +23,9 @@ if importlib.util.find_spec("gymnasium") is not None:
 def __getattr__(name: str) -> Any:
     """Load the plug on first use, so that `import dynrl` (and a remote worker's look for env ids) stays cheap."""
     if name in ("RoutedModel", "load", "plug"):
-        from dynrl import routed
+        from dynrl import deploy
 
-        return getattr(routed, name)
+        return getattr(deploy, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

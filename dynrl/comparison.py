@@ -13,9 +13,9 @@ from torch import Tensor
 from dynrl import evaluation as ev
 from dynrl.backbones import Backbone
 from dynrl.data import Split
+from dynrl.deploy import RoutedModel
 from dynrl.heuristics import Fit
 from dynrl.policies import RandomPolicy, StaticPolicy
-from dynrl.routed import RoutedModel
 from dynrl.tasks import Task
 
 BUDGETS = (0.3, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the dense MACs
@@ -81,7 +81,7 @@ def random_reach(backbone: Backbone, split: Split, validation: Split, seed: int)
 
     def reach(budget: float) -> tuple[Tensor, float] | None:
         rate = ev.random_rate(backbone, validation.inputs[:256], budget)
-        return None if rate is None else _along(backbone, RandomPolicy(backbone.step_costs, rate, seed), split)
+        return None if rate is None else _along(backbone, RandomPolicy(backbone.column_costs, rate, seed), split)
 
     return reach
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dynrl.backbones import END, Backbone, choice_rates
 from dynrl.data import Split
+from dynrl.deploy import Route, RoutedModel
 from dynrl.ops.backend import device_counts
 from dynrl.policies import RandomPolicy, StaticPolicy
-from dynrl.routed import Route, RoutedModel
 from dynrl.routes import draw_routes
 from dynrl.tasks import CLASSIFICATION, Task
 
@@ -98,8 +98,8 @@ class Usage:
         """Of a model at its present price; `shown` rows are named at either end."""
         metric, route = score_rows(model, split)
         macs, actions, classes = route.macs_fraction, route.actions, split.targets.cpu()
-        dearest = model.backbone.step_costs.max(1).values
-        costs = model.backbone.step_costs.gather(1, actions.t().clamp_min(0)).t()
+        dearest = model.backbone.column_costs.max(1).values
+        costs = model.backbone.column_costs.gather(1, actions.t().clamp_min(0)).t()
         spent = torch.where(actions >= 0, costs / dearest, 0.0)
         groups: list[dict[str, Any]] = []
         by_step = []
@@ -248,7 +248,7 @@ def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> flo
     """The rate at which random routes (`RandomPolicy`) cost `macs_fraction` on average; None where they never do."""
 
     def cost(rate: float) -> float:
-        routes = RandomPolicy(backbone.step_costs, rate).route(inputs)
+        routes = RandomPolicy(backbone.column_costs, rate).route(inputs)
         return float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
 
     if not cost(0.0) <= macs_fraction <= cost(1.0):
@@ -362,7 +362,7 @@ def oracle_candidates(
     backbone: Backbone, static: list[tuple[tuple[int, ...], float, float]], drawn: int = ORACLE_DRAWS
 ) -> list[tuple[int, ...]]:
     """What the oracle chooses from: the routes of `static_routes`, and `drawn` at random, from cheap to dear."""
-    routes = draw_routes(backbone.step_costs, torch.linspace(0, 1, drawn), torch.Generator().manual_seed(0))
+    routes = draw_routes(backbone.column_costs, torch.linspace(0, 1, drawn), torch.Generator().manual_seed(0))
     return [route for route, _, _ in static] + [tuple(route) for route in routes.tolist()]
 
 

@@ -146,7 +146,7 @@ class View:
                 "decide step by step"
             )
         channels, height, width = backbone.input_shape
-        counts = tuple((backbone.step_costs >= 0).sum(1).tolist())
+        counts = tuple((backbone.column_costs >= 0).sum(1).tolist())
         return cls((channels, min(height, VIEW), min(width, VIEW)), counts)
 
     def to_dict(self) -> dict[str, list[int]]:

@@ -139,7 +139,7 @@ def metric_at_rate(backbone: Backbone, split: Split, rate: float | None, seed: i
     """The task's metric under random routes at `rate` (see `draw_routes`), or on the full route (None)."""
     policy: RoutePolicy = StaticPolicy(backbone.full_route)
     if rate is not None:
-        policy = RandomPolicy(backbone.step_costs, rate, seed)
+        policy = RandomPolicy(backbone.column_costs, rate, seed)
     total = 0.0
     for start in range(0, len(split), batch_size):
         inputs, targets = split.inputs[start : start + batch_size], split.targets[start : start + batch_size]

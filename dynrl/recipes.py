@@ -74,14 +74,14 @@ _FASHION_IMAGES = 55_000  # that fashion-mnist trains on
 
 DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "digits"): Defaults(
-        family="gated_resnet",
+        family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64)},
         pretraining=Recipe(epochs=24, batch_size=100),
         steps=300_000,
         finetuning=Finetuning(rounds=2, epochs=6, steps=60_000, batch_size=100),
     ),
     ("skip", "fashion-mnist"): Defaults(
-        family="gated_resnet",
+        family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
         steps=1_000_000,
@@ -90,7 +90,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         finetuning=Finetuning(rounds=2, epochs=8, steps=200_000, learning_rate=0.1),
     ),
     ("skip", "cluttered-fashion-mnist"): Defaults(
-        family="gated_resnet",
+        family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
         steps=600_000,

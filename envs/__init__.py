@@ -34,7 +34,7 @@ DECISIONS: dict[str, Decision] = {
     row.name: row
     for row in (
         Decision(
-            "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipEnv", "dynrl.envs.skip:SkipVectorEnv", "gated_resnet",
+            "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipEnv", "dynrl.envs.skip:SkipVectorEnv", "skip_resnet",
             "run or skip each residual block", "SkipNet (Wang et al. 2018)",
         ),
         Decision(

@@ -458,7 +458,7 @@ class RoutingVectorEnv(VectorEnv):
 
     def _masks(self, observations: Tensor) -> np.ndarray:
         if not isinstance(self.layout, Layout):
-            return (self.backbone.step_costs >= 0).expand(self.num_envs, -1, -1).to(torch.int8).numpy()
+            return (self.backbone.column_costs >= 0).expand(self.num_envs, -1, -1).to(torch.int8).numpy()
         return (observations[:, self.layout.mask :] > 0).to(torch.int8).cpu().numpy()
 
     def reset(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dynrl.backbones import Backbone, GatedResNet
+from dynrl.backbones import Backbone, SkipResNet
 from dynrl.envs.core import RoutingEnv, RoutingVectorEnv
 
 
@@ -29,7 +29,7 @@ class SkipVectorEnv(RoutingVectorEnv):
     One image. It ends after the last block: every episode has as many steps as the network has identity blocks.
 
     ## Backbones
-    `GatedResNet`: ResNets of basic blocks or bottlenecks, with CIFAR or ImageNet stems.
+    `SkipResNet`: ResNets of basic blocks or bottlenecks, with CIFAR or ImageNet stems.
 
     ## Source
     SkipNet: Learning Dynamic Routing in Convolutional Networks, Wang et al., ECCV 2018 (sequential decisions from
@@ -46,7 +46,7 @@ class SkipVectorEnv(RoutingVectorEnv):
         """A small untrained ResNet, always the same."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return GatedResNet(input_shape, layers=(2, 2, 2), widths=(8, 16, 32))
+            return SkipResNet(input_shape, layers=(2, 2, 2), widths=(8, 16, 32))
 
 
 class SkipEnv(RoutingEnv):

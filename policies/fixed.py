@@ -13,7 +13,7 @@ class RandomPolicy(RoutePolicy):
     """Choices drawn independently at each step, from the cheapest (rate 0) to the dearest (rate 1): `draw_routes`.
 
     Args:
-        costs: [max_steps, choices], what each choice costs at each step (`Backbone.step_costs`).
+        costs: [max_steps, choices], what each choice costs at each step (`Backbone.column_costs`).
         rate: in [0, 1]; of two choices the dearer one's probability.
         seed: of the sequence of routes; the first call after construction starts it.
     """

@@ -25,10 +25,10 @@ from dynrl.agents.sb3 import SB3PPO
 from dynrl.agents.training import Agent, Settings, Stop
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split, load_dataset
+from dynrl.deploy import RoutedModel
 from dynrl.envs.core import distillation
 from dynrl.policies import LearnedPolicy, RandomPolicy
 from dynrl.recipes import defaults
-from dynrl.routed import RoutedModel
 from dynrl.scripts.pretrain import pretrain_into
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -58,7 +58,7 @@ class Judge:
     def __init__(self, backbone: Backbone, split: Split) -> None:
         self._frozen, self._split = backbone.for_inference(), split
         self._dense = torch.cat([self._frozen(inputs).float() for inputs in split.inputs.split(256)])
-        known = [self._worth(self._random_walk(RandomPolicy(self._frozen.step_costs, rate))) for rate in RATES]
+        known = [self._worth(self._random_walk(RandomPolicy(self._frozen.column_costs, rate))) for rate in RATES]
         self._random = torch.tensor(known).t()  # MACs, accuracy term, metric
 
     def _random_walk(self, policy: RandomPolicy) -> Callable[[Tensor], Any]:

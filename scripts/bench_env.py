@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dynrl.backbones import END, GatedResNet, State
+from dynrl.backbones import END, SkipResNet, State
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.observation import Layout, View, observation
 from dynrl.policies import Router
@@ -31,7 +31,7 @@ SINGLE = (1, 16)
 Sampler = Callable[[int], int]
 
 
-class _ForcedHalf(GatedResNet):
+class _ForcedHalf(SkipResNet):
     def _run(self, state: State, action: torch.Tensor) -> list[State]:
         return super()._run(state, (state.rows + state.point) % 2)
 

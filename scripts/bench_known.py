@@ -106,8 +106,8 @@ def learn_known(decision: str, data: str, backbone: Backbone, seed: int, folder:
     [(seconds, steps, share of the gap between them that the policy has closed)].
     """
     from dynrl.agents.training import Settings, Stop, open_agent
+    from dynrl.deploy import RoutedModel
     from dynrl.recipes import defaults
-    from dynrl.routed import RoutedModel
 
     row = defaults(decision, "sequential-digits" if decision == "hidden-update" else "fashion-mnist")
     backbone.save(folder / "backbone.safetensors")

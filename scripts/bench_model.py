@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dynrl.backbones import FAMILIES, Backbone, State
 from dynrl.data import load_dataset
+from dynrl.deploy import RoutedModel, load
 from dynrl.evaluation import captured, dense_sides, medians_in_turn, random_rate
 from dynrl.observation import Layout
 from dynrl.policies import RandomPolicy, Router
-from dynrl.routed import RoutedModel, load
 from dynrl.scripts.common import read_config
 
 
@@ -25,7 +25,7 @@ class Network:
 
     batches: tuple[int, ...]
     settings: dict[str, Any]
-    family: str = "gated_resnet"
+    family: str = "skip_resnet"
     router_hidden: int = 64
 
 
@@ -95,7 +95,7 @@ def bench_model(
                 count = 256 if batch > 64 else 16  # what a route costs does not depend on the input
                 rate = random_rate(model.backbone, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
             assert rate is not None, "each of these networks can do with half of its MACs"
-            model.route = RandomPolicy(backbone.step_costs, rate).route(inputs).to(device)
+            model.route = RandomPolicy(backbone.column_costs, rate).route(inputs).to(device)
             rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.route, rounds)})
             _show(rows[-1])
     for run in runs:

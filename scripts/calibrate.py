@@ -25,11 +25,11 @@ class Args:
 def main(args: Args) -> None:
     """Time a batch of validation data at each price that the policy was calibrated at."""
     from dynrl.data import load_dataset
+    from dynrl.deploy import LATENCY, load, policy_fingerprint
     from dynrl.evaluation import calibrate_latency
     from dynrl.files import write_json
     from dynrl.machine import hardware
     from dynrl.progress import progress
-    from dynrl.routed import LATENCY, load, policy_fingerprint
     from dynrl.scripts.common import read_config, use_threads
 
     if args.batch_size < 1:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dynrl.backbones import Backbone
     from dynrl.data import Dataset, Split
-    from dynrl.routed import RoutedModel
+    from dynrl.deploy import RoutedModel
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RANDOM_SEEDS = 3
@@ -130,7 +130,7 @@ def load_runs(
             pass for seeds of one another and were not trained alike, or one seed twice.
     """
     from dynrl.backbones import load_backbone
-    from dynrl.routed import load
+    from dynrl.deploy import load
     from dynrl.scripts.common import pretrained_file, read_config
     from dynrl.scripts.train import EARLIER
 
@@ -213,11 +213,11 @@ def measure(
     import torch
 
     from dynrl import evaluation as ev
+    from dynrl.deploy import RoutedModel
     from dynrl.heuristics import HEURISTICS
     from dynrl.machine import hardware
     from dynrl.policies import RandomPolicy, StaticPolicy
     from dynrl.progress import progress
-    from dynrl.routed import RoutedModel
 
     place = place or (torch.device("cpu"), torch.float32)
     task, metric = dataset.task, dataset.task.metric
@@ -311,7 +311,7 @@ def measure(
             if spent:
                 rate = ev.random_rate(frozen, validation.inputs[:256], spent)
                 if rate is not None:
-                    policies = [RandomPolicy(frozen.step_costs, rate, seed) for seed in range(RANDOM_SEEDS)]
+                    policies = [RandomPolicy(frozen.column_costs, rate, seed) for seed in range(RANDOM_SEEDS)]
                     add_routes("random", budget, [policy.route(test.inputs) for policy in policies])
             bar.update()
         usage = None

@@ -23,7 +23,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Plug, set the budget, export."""
-    from dynrl.routed import load
+    from dynrl.deploy import load
 
     model = load(args.run)
     model.set_budget(args.budget)

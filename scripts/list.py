@@ -13,9 +13,9 @@ class Args:
 def main(args: Args) -> None:
     """Print the registry as a table, and the names of data sets and shipped models."""
     from dynrl.data import DATASETS
+    from dynrl.deploy import shipped
     from dynrl.envs import DECISIONS
     from dynrl.recipes import DEFAULTS
-    from dynrl.routed import shipped
 
     rows = [("decision", "environment", "backbone", "data sets with defaults", "action", "source")]
     for d in DECISIONS.values():

@@ -240,11 +240,11 @@ def front_area(backbone: Any, router: Any, split: Any) -> float:
     """
     from dynrl import comparison as cp
     from dynrl import evaluation as ev
-    from dynrl.routed import RoutedModel
+    from dynrl.deploy import RoutedModel
 
     model = RoutedModel(backbone, router)
     ev.calibrate(model, split)
-    costs = backbone.step_costs
+    costs = backbone.column_costs
     cheapest = costs.where(costs >= 0, costs.max() + 1).argmin(1)
     nothing = ev.score_routes(model.backbone, cheapest.expand(len(split), -1), split).metric
     reach = cp.model_reach(model, split)

@@ -161,8 +161,8 @@ def bench_known_table(result: dict[str, Any]) -> list[str]:
 
 def shipped_table() -> list[str]:
     """The models that come with the package, by their reports: at half of the dense MACs, as Markdown."""
+    from dynrl.deploy import SHIPPED, shipped
     from dynrl.files import read_json
-    from dynrl.routed import SHIPPED, shipped
 
     lines = [
         "| `dynrl.load` | kB | its full route | at half of the MACs | random routes | static | speed-up, batch 256 |",

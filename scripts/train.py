@@ -254,10 +254,10 @@ def learn(
     from dynrl.agents.training import train_policy
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
+    from dynrl.deploy import RoutedModel
     from dynrl.evaluation import calibrate, collapse
     from dynrl.policies import save_policy
     from dynrl.progress import progress
-    from dynrl.routed import RoutedModel
     from dynrl.scripts.pretrain import pretrain_into
 
     file = newest = run / "backbone.safetensors"

@@ -7,7 +7,7 @@ from gymnasium.envs.registration import load_env_creator
 from torch import nn
 
 import dynrl  # noqa: F401 (registers the environments)
-from dynrl.backbones import Backbone, ExitModule, GatedModule, SkipLSTM
+from dynrl.backbones import Backbone, ExitModule, SkipLSTM, SkipModule
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.tasks import Regression
@@ -17,8 +17,8 @@ REGISTERED = sorted(DECISIONS)
 TOYS = {"exiting": Exiting, "looping": Looping, "branching": Branching}
 OWN = {  # modules of a user's
     "hidden update of an LSTM": lambda: SkipLSTM.from_module(nn.LSTM(3, 12), nn.Linear(12, 4), steps=6),
-    "skip in a transformer": lambda: GatedModule(Transformer(), (1, 8, 8), [f"blocks.{i}" for i in range(3)]),
-    "skip in a network": lambda: GatedModule(Convolutional(), (1, 8, 8), ["stage1.1", "stage1.2", "stage2.2"]),
+    "skip in a transformer": lambda: SkipModule(Transformer(), (1, 8, 8), [f"blocks.{i}" for i in range(3)]),
+    "skip in a network": lambda: SkipModule(Convolutional(), (1, 8, 8), ["stage1.1", "stage1.2", "stage2.2"]),
     "exits in a transformer": lambda: ExitModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.1"]),
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
 }

@@ -42,12 +42,12 @@ def _one_tile_a_kernel_on_cuda():
 @pytest.fixture(scope="session")
 def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A digits backbone of 3 gates, trained for a few seconds: every route is better than chance."""
-    from dynrl.backbones import GatedResNet
+    from dynrl.backbones import SkipResNet
     from dynrl.data import load_dataset
     from dynrl.pretraining import Recipe, pretrain
 
     torch.manual_seed(0)
-    backbone = GatedResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
+    backbone = SkipResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
     pretrain(backbone, load_dataset("digits"), Recipe(epochs=6, batch_size=64), seed=0)
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
     backbone.save(path, data="digits")

@@ -12,10 +12,10 @@ from dynrl.agents.rllib import start_ray
 from dynrl.agents.training import Settings, Stop, open_agent
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
+from dynrl.deploy import SHIPPED, RoutedModel
 from dynrl.evaluation import score, score_routes
 from dynrl.files import read_json
 from dynrl.plugins import VARIABLE
-from dynrl.routed import SHIPPED, RoutedModel
 from dynrl.scripts.cli import main
 
 STEPS = 24_000

@@ -15,11 +15,11 @@ from dynrl.agents.metrics import TrainingLog, ended_episodes, episode_scalars
 from dynrl.agents.ppo import SlabGAE, gae, group_advantages, ppo_config
 from dynrl.agents.rllib import RouterModule, Slab, SlabRunner, router_of
 from dynrl.agents.training import GROUP, Settings, Stop, open_agent, train_policy
-from dynrl.backbones import GatedResNet, Point, load_backbone
+from dynrl.backbones import Point, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
+from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.observation import Layout
-from dynrl.routed import RoutedModel
 from tests.cases import make_backbone, numbers_split
 
 PRICES = [0.01, 1.0]
@@ -168,7 +168,7 @@ def test_the_slab_is_what_the_environment_did(runner):
 
 
 def test_a_regression_is_logged_by_its_own_metric():
-    backbone, split = GatedResNet((1, 8, 8), classes=1, layers=(1,), widths=(4,)).eval(), numbers_split(9)
+    backbone, split = SkipResNet((1, 8, 8), classes=1, layers=(1,), widths=(4,)).eval(), numbers_split(9)
     config = config_for(backbone, "unused")
     config.env_config |= {"backbone": backbone, "data": Dataset("numbers", 1, split, split, split, Augmentation())}
     runner = SlabRunner(config=config, worker_index=0, num_workers=0)
@@ -304,7 +304,7 @@ def test_a_high_price_skips_all_and_no_price_keeps_what_accuracy_needs(small_bac
     assert best.metric > cheapest.metric + 0.05
 
 
-class TwoKinds(GatedResNet):
+class TwoKinds(SkipResNet):
     """A network whose gated block is needed by inputs with a bright first pixel and ruins the others' answer."""
 
     def __init__(self) -> None:

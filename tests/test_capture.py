@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dynrl.backbones import GatedResNet
+from dynrl.backbones import SkipResNet
+from dynrl.deploy import CapturedModel, RoutedModel
 from dynrl.observation import Layout
 from dynrl.ops.backend import device_counts
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.policies import RandomPolicy, Router
-from dynrl.routed import CapturedModel, RoutedModel
 from tests.devices import NoHostSync
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +21,7 @@ ON_CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: a graph ca
 
 def routed(block: str = "basic", seed: int = 0) -> RoutedModel:
     torch.manual_seed(seed)
-    backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), block=block).eval()
+    backbone = SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), block=block).eval()
     router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1)
     nn.init.normal_(router.head.weight, std=2.0)  # decides differently from row to row
     return RoutedModel(backbone, router).to(DEVICE)
@@ -118,6 +118,6 @@ def test_what_a_graph_cannot_do_is_refused():
     model.policy.load_state_dict(model.policy.state_dict())
     with pytest.raises(ValueError, match="other weights were loaded"):
         captured(inputs)
-    backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
+    backbone = SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
     with pytest.raises(ValueError, match="whole routes"):
-        RoutedModel(backbone, RandomPolicy(backbone.step_costs, 0.5)).capture(4)
+        RoutedModel(backbone, RandomPolicy(backbone.column_costs, 0.5)).capture(4)

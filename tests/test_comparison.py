@@ -11,9 +11,9 @@ import torch
 from dynrl import comparison as cp
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
+from dynrl.deploy import load
 from dynrl.evaluation import affordable, score
 from dynrl.files import read_json, write_json
-from dynrl.routed import load
 from dynrl.scripts.cli import main
 from dynrl.tasks import CLASSIFICATION, Regression
 

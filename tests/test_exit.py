@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynrl.backbones import END, ExitResNet, GatedResNet
+from dynrl.backbones import END, ExitResNet, SkipResNet
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.rows import take_rows
 
@@ -46,7 +46,7 @@ def test_going_on_is_the_plain_resnet_and_stopping_is_its_first_part(shape):
     """Block after block by name, and the torchvision layout of a network without early exits."""
     backbone = make(shape)
     settings = {name: value for name, value in SHAPES[shape].items() if name != "exits"}
-    plain = GatedResNet(**settings).eval()
+    plain = SkipResNet(**settings).eval()
     missing, unexpected = backbone.load_state_dict(plain.state_dict(), strict=False)
     assert not unexpected
     assert missing == [name for name in backbone.state_dict() if name.startswith("heads.")]

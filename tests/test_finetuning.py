@@ -12,12 +12,12 @@ import torch
 from dynrl.agents.training import Settings, train_jointly
 from dynrl.backbones import FAMILIES, load_backbone
 from dynrl.data import load_dataset
+from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.observation import Layout
 from dynrl.policies import Router
 from dynrl.pretraining import make_optimizer, metric_at_rate
-from dynrl.routed import RoutedModel
 from tests.cases import BACKBONES, answered_by, make_backbone
 from tests.toys import Exiting
 

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dynrl.agents.gates import Gates, straight_through
 from dynrl.agents.training import Settings, train_policy
+from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
-from dynrl.routed import RoutedModel
 from tests.cases import answered_by, make_backbone
 
 

@@ -20,7 +20,7 @@ FOLDERS = {
 
 # What a module may import of this package, by the longest prefix of its name. Names as strings are free.
 ALLOWED = {
-    "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.routed", "dynrl.plugins"},
+    "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.deploy", "dynrl.plugins"},
     "dynrl.plugins": set(),
     "dynrl.ops": {"dynrl.ops"},
     "dynrl.files": set(),
@@ -36,15 +36,15 @@ ALLOWED = {
     "dynrl.observation": {"dynrl.backbones"},
     "dynrl.choice": {"dynrl.backbones", "dynrl.observation", "dynrl.ops", "dynrl.policies"},
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
-    "dynrl.routed": {
-        "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.choice", "dynrl.ops", "dynrl.cost",
+    "dynrl.deploy": {
+        "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.choice", "dynrl.ops", "dynrl.cost",
         "dynrl.files", "dynrl.machine",
     },
     "dynrl.comparison": {
-        "dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.evaluation", "dynrl.heuristics",
+        "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.evaluation", "dynrl.heuristics",
         "dynrl.tasks",
     },
-    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.routed", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks"},
+    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks"},
     "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.finetuning": {

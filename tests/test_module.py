@@ -13,10 +13,10 @@ from dynrl.backbones import (
     FAMILIES,
     ExitModule,
     ExitResNet,
-    GatedModule,
-    GatedResNet,
     SkipGRU,
     SkipLSTM,
+    SkipModule,
+    SkipResNet,
     SlimmableResNet,
     load_backbone,
 )
@@ -35,7 +35,7 @@ def images(rows=5):
 @pytest.mark.parametrize(
     ("family", "module", "names"),
     [
-        (GatedModule, Transformer, BLOCKS), (GatedModule, Convolutional, ["stage1.2"]),
+        (SkipModule, Transformer, BLOCKS), (SkipModule, Convolutional, ["stage1.2"]),
         (ExitModule, Transformer, BLOCKS[:1]), (ExitModule, Convolutional, ["stage1", "stage2"]),
     ],
 )  # fmt: skip
@@ -55,14 +55,14 @@ def test_the_full_route_is_the_module_by_its_own_weights(family, module, names):
 @torch.no_grad()
 def test_skipped_blocks_are_left_out_and_inputs_stay_as_they_are():
     module = Convolutional().eval()
-    backbone, x = GatedModule(module, SHAPE, ["stage1.1", "stage2.2"]), images()
+    backbone, x = SkipModule(module, SHAPE, ["stage1.1", "stage2.2"]), images()
     kept = x.clone()
     shorter = copy.deepcopy(module)
     shorter.stage1[1] = nn.Identity()
     torch.testing.assert_close(backbone(x, torch.tensor([[0, 1]]).expand(5, -1)), shorter(x))
     assert torch.equal(x, kept)
     first = nn.Sequential(nn.Sequential(Bottle(1, 1)), nn.Flatten(), nn.Linear(64, 2)).eval()
-    GatedModule(first, SHAPE, ["0.0"])(x, torch.tensor([[1], [0], [1], [0], [0]]))
+    SkipModule(first, SHAPE, ["0.0"])(x, torch.tensor([[1], [0], [1], [0], [0]]))
     assert torch.equal(x, kept), "the block's input is the user's tensor"
 
 
@@ -86,7 +86,7 @@ class Channels(nn.Module):
 @pytest.mark.parametrize(("lead", "shape"), [(nn.Flatten(1, 2), (3, 1, 8, 8)), (Channels(), (3, 8, 8))])
 @torch.inference_mode()
 def test_views_of_the_inputs_are_not_written_to(lead, shape):
-    backbone, x = GatedModule(Reshaped(lead).eval(), shape, ["block"]), torch.randn(6, *shape)
+    backbone, x = SkipModule(Reshaped(lead).eval(), shape, ["block"]), torch.randn(6, *shape)
     if isinstance(lead, Channels):  # so laid out already: nothing is copied, though it is for the example
         x = x.contiguous(memory_format=torch.channels_last)
     kept = x.clone()
@@ -108,7 +108,7 @@ class Placed(nn.Module):
 
 @torch.no_grad()
 def test_parameters_that_are_put_in_place_are_used():
-    backbone, other, x = GatedModule(Placed().eval(), SHAPE, ["block"]), Placed().eval(), images()
+    backbone, other, x = SkipModule(Placed().eval(), SHAPE, ["block"]), Placed().eval(), images()
     backbone.module.load_state_dict(other.state_dict())
     torch.testing.assert_close(backbone(x), other(x))
     other.place.mul_(3.0)
@@ -122,12 +122,12 @@ def test_attention_is_counted():
     block, tokens, width = Transformer().blocks[0], 5, 8
     layers = sum(count_macs(layer, (tokens, width))[0] for layer in (block.qkv, block.out, block.mlp[0]))
     layers += count_macs(block.mlp[2], (tokens, 2 * width))[0]
-    backbone = GatedModule(Transformer(), SHAPE, BLOCKS)
+    backbone = SkipModule(Transformer(), SHAPE, BLOCKS)
     assert backbone.costs[0].tolist() == [0, layers + 2 * tokens * tokens * width]
 
 
 def test_training_mode_and_moves_reach_what_lies_between_the_blocks():
-    backbone, x = GatedModule(Transformer(dropout=0.5), SHAPE, BLOCKS), images()
+    backbone, x = SkipModule(Transformer(dropout=0.5), SHAPE, BLOCKS), images()
     assert torch.equal(backbone(x), backbone(x))
     backbone.train()
     assert not torch.equal(backbone(x), backbone(x)), "dropout in the forward of what holds the blocks"
@@ -136,11 +136,11 @@ def test_training_mode_and_moves_reach_what_lies_between_the_blocks():
 
 
 def test_files_need_a_function_that_builds_the_module(tmp_path, monkeypatch):
-    backbone = GatedModule(Transformer(), SHAPE, BLOCKS, family="my-vit")
+    backbone = SkipModule(Transformer(), SHAPE, BLOCKS, family="my-vit")
     backbone.save(tmp_path / "mine.safetensors", note=1)
     with pytest.raises(ValueError, match=r"unknown backbone family 'my-vit'.*FAMILIES"):
         load_backbone(tmp_path / "mine.safetensors")
-    monkeypatch.setitem(FAMILIES, "my-vit", lambda **config: GatedModule(Transformer(), family="my-vit", **config))
+    monkeypatch.setitem(FAMILIES, "my-vit", lambda **config: SkipModule(Transformer(), family="my-vit", **config))
     loaded, notes = load_backbone(tmp_path / "mine.safetensors")
     assert (loaded.fingerprint(), notes) == (backbone.fingerprint(), {"note": 1})
     x = images()
@@ -149,7 +149,7 @@ def test_files_need_a_function_that_builds_the_module(tmp_path, monkeypatch):
 
 def resnet():
     """With statistics as a trained network has them."""
-    network = GatedResNet((1, 8, 8), 3, layers=(2, 2), widths=(4, 8)).eval()
+    network = SkipResNet((1, 8, 8), 3, layers=(2, 2), widths=(4, 8)).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)
@@ -160,7 +160,7 @@ def resnet():
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [(GatedResNet, {}), (ExitResNet, {"exits": (0, 2)}), (SlimmableResNet, {"shares": (0.5, 1.0)})],
+    [(SkipResNet, {}), (ExitResNet, {"exits": (0, 2)}), (SlimmableResNet, {"shares": (0.5, 1.0)})],
 )
 @torch.no_grad()
 def test_a_resnet_becomes_a_family(family, settings):
@@ -180,24 +180,24 @@ def test_a_slimmable_copy_has_slices_of_the_batch_norms():
     assert torch.equal(block.bn2[0].running_var, inner.bn2.running_var)
 
 
-class Squeezed(GatedResNet):
+class Squeezed(SkipResNet):
     def _head(self, x):
         return super()._head(x.sigmoid())
 
 
 def test_what_is_no_resnet_is_refused():
     with pytest.raises(ValueError, match="Transformer is no ResNet with torchvision's names"):
-        GatedResNet.from_module(Transformer(), SHAPE)
+        SkipResNet.from_module(Transformer(), SHAPE)
     with pytest.raises(ValueError, match="Squeezed has a ResNet's weights, but computes something else"):
-        GatedResNet.from_module(Squeezed((1, 8, 8), 3, layers=(2,), widths=(4,)), SHAPE)
+        SkipResNet.from_module(Squeezed((1, 8, 8), 3, layers=(2,), widths=(4,)), SHAPE)
     more = resnet()
     more.layer1[0].attention = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"is no plain ResNet: it lacks \[\] and has \['layer1\.0\.attention"):
-        GatedResNet.from_module(more, SHAPE)
+        SkipResNet.from_module(more, SHAPE)
     other = resnet()
     other.layer1[1].conv2 = nn.Conv2d(4, 4, 1, bias=False)
     with pytest.raises(ValueError, match="has other shapes than a ResNet of"):
-        GatedResNet.from_module(other, SHAPE)
+        SkipResNet.from_module(other, SHAPE)
 
 
 @torch.no_grad()
@@ -248,17 +248,17 @@ class Odd(nn.Module):
 )
 def test_modules_that_cannot_be_cut_are_refused(how, names, message):
     with pytest.raises(ValueError, match=message):
-        GatedModule(Odd(how), (4,), names)
+        SkipModule(Odd(how), (4,), names)
 
 
 def test_a_shortcut_around_a_part_is_refused():
     with pytest.raises(ValueError, match=r"such a part is no whole block; name the block that has its shortcut inside"):
-        GatedModule(Convolutional(), SHAPE, ["stage1.1.norm"])
+        SkipModule(Convolutional(), SHAPE, ["stage1.1.norm"])
 
 
 def test_options_have_their_defaults():
     module, x = Odd("").eval(), torch.randn(3, 4)
-    torch.testing.assert_close(GatedModule(module, (4,), ["inner.0"])(x), module(x))
+    torch.testing.assert_close(SkipModule(module, (4,), ["inner.0"])(x), module(x))
 
 
 def test_two_inputs_are_refused():
@@ -267,9 +267,9 @@ def test_two_inputs_are_refused():
             return self.head(self.inner(x + y))
 
     with pytest.raises(ValueError, match=r"expected Two\.forward to take one tensor"):
-        GatedModule(Two(""), (4,), ["inner.0"])
+        SkipModule(Two(""), (4,), ["inner.0"])
 
 
 def test_other_classes_than_said_are_refused():
     with pytest.raises(ValueError, match=r"outputs \[batch, 7\], got \(1, 3\)"):
-        GatedModule(Transformer(), SHAPE, BLOCKS, classes=7)
+        SkipModule(Transformer(), SHAPE, BLOCKS, classes=7)

@@ -17,8 +17,8 @@ from dynrl.agents.sb3 import RoutingVecEnv
 from dynrl.agents.training import AGENTS, Settings, Stop, open_agent
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
+from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score, score_routes
-from dynrl.routed import RoutedModel
 from dynrl.scripts.cli import main
 from dynrl.scripts.train import AgentName
 from tests.test_agents import exit_config

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import dynrl
-from dynrl.backbones import GatedModule, GatedResNet, load_backbone
+from dynrl.backbones import SkipModule, SkipResNet, load_backbone
 from dynrl.choice import FoldedChoice, FusedChoice
 from dynrl.cost import count_macs
 from dynrl.data import Split, load_dataset
+from dynrl.deploy import SHIPPED, RoutedModel, shipped
 from dynrl.evaluation import (
     ORACLE_PRICE,
     Usage,
@@ -37,7 +38,6 @@ from dynrl.evaluation import (
 from dynrl.files import read_json
 from dynrl.observation import Layout, observation
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
-from dynrl.routed import SHIPPED, RoutedModel, shipped
 from tests.cases import BACKBONES, REGISTERED, make_backbone, numbers_split, vector_env
 from tests.toys import Branching, Exiting, Looping
 
@@ -254,7 +254,7 @@ def test_bad_policies_are_refused(run, tmp_path, small_backbone):
             dynrl.plug(backbone, tmp_path / name)
     with pytest.raises(ValueError, match="expected a policy file"):
         dynrl.plug(backbone, small_backbone)
-    other = GatedResNet(backbone.input_shape, layers=(2, 2), widths=(8, 16), stem_stride=2)
+    other = SkipResNet(backbone.input_shape, layers=(2, 2), widths=(8, 16), stem_stride=2)
     with pytest.raises(ValueError, match="another backbone"):
         dynrl.plug(other, file)
     foreign = write_run(tmp_path / "foreign", backbone, make_router(backbone), decision="exit")
@@ -286,7 +286,7 @@ def test_policy_files_carry_json_and_come_back(run):
 
 def test_where_compute_goes():
     """Routes known by their inputs: class 0 skips the second of three blocks, class 1 all but the first."""
-    backbone = GatedResNet((1, 8, 8), classes=2, layers=(3,), widths=(4,)).eval()
+    backbone = SkipResNet((1, 8, 8), classes=2, layers=(3,), widths=(4,)).eval()
     routes = torch.tensor([[1, 0, 1], [1, 0, 0]])
     inputs = torch.rand(12, 1, 8, 8)
     inputs[:, 0, 0, 0] = classes = torch.arange(12) % 3 // 2
@@ -297,7 +297,7 @@ def test_where_compute_goes():
 
     usage = Usage.of(RoutedModel(backbone, ByClass([1, 1, 1])), Split(inputs, classes), shown=3)
     assert usage.distinct_routes == 2 and usage.commonest == pytest.approx(8 / 12)
-    shares = (backbone.step_costs[:, 0] / backbone.step_costs[:, 1]).tolist()
+    shares = (backbone.column_costs[:, 0] / backbone.column_costs[:, 1]).tolist()
     expected = [[1.0 if ran else share for ran, share in zip(route, shares, strict=True)] for route in routes.tolist()]
     for got, wanted in zip(usage.by_step, expected, strict=True):
         assert got == pytest.approx(wanted)
@@ -390,7 +390,7 @@ def test_random_and_static_policies():
     backbone = make_backbone("skip")
     inputs = torch.randn(500, *backbone.input_shape)
     with pytest.raises(ValueError, match="rate"):
-        RandomPolicy(backbone.step_costs, 1.5)
+        RandomPolicy(backbone.column_costs, 1.5)
     model = dynrl.plug(backbone, StaticPolicy((1, 0) * (backbone.max_steps // 2)))
     model(inputs[:4])
     assert model.last_route.actions.tolist() == [[1, 0] * (backbone.max_steps // 2)] * 4
@@ -402,7 +402,7 @@ def test_random_rate_meets_the_cost(small_backbone):
     inputs = load_dataset("digits").validation.inputs
     for wanted in (0.5, 0.8):
         rate = random_rate(backbone, inputs, wanted)
-        routes = RandomPolicy(backbone.step_costs, rate, seed=9).route(inputs)
+        routes = RandomPolicy(backbone.column_costs, rate, seed=9).route(inputs)
         assert float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs == pytest.approx(
             wanted, abs=0.03
         )
@@ -413,7 +413,7 @@ def test_random_rate_of_many_choices_reaches_from_the_cheapest_to_the_dearest():
     inputs = torch.zeros(200, *backbone.input_shape)
     floor = float(backbone.start_macs + backbone.costs[:, 0].sum()) / backbone.dense_macs
     for wanted in (floor + 0.005, (floor + 1) / 2, 0.995):
-        policy = RandomPolicy(backbone.step_costs, random_rate(backbone, inputs, wanted), seed=9)
+        policy = RandomPolicy(backbone.column_costs, random_rate(backbone, inputs, wanted), seed=9)
         macs = backbone.run_route(inputs, policy.route(inputs)).macs
         assert float(macs.double().mean()) / backbone.dense_macs == pytest.approx(wanted, abs=0.01)
     for beyond in (floor - 0.005, 1.005):
@@ -454,7 +454,7 @@ def test_uniform_routes_are_plugged_ones(name):
 def test_oracle_of_a_regression():
     """No route tried is cheaper and no worse, none is better by more than the oracle's price."""
     split = numbers_split(40)
-    backbone = GatedResNet(split.inputs.shape[1:], classes=1, layers=(4,), widths=(4,)).eval()
+    backbone = SkipResNet(split.inputs.shape[1:], classes=1, layers=(4,), widths=(4,)).eval()
     found = static_routes(backbone, split)
     assert len(found) == backbone.max_steps + 1
     mse, _, macs, _ = score_routes(backbone, oracle_routes(backbone, split, [route for route, _, _ in found]), split)
@@ -628,7 +628,7 @@ def test_one_model_for_each_decision_comes_with_dynrl():
 def test_what_is_plugged_stays_as_it_is_in_training():
     """Inside a larger model whose `train()` is called: batch norm would change for good."""
     block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5))
-    backbone = GatedModule(nn.Sequential(block, nn.Flatten(), nn.Linear(192, 4)).eval(), (3, 8, 8), ["0"])
+    backbone = SkipModule(nn.Sequential(block, nn.Flatten(), nn.Linear(192, 4)).eval(), (3, 8, 8), ["0"])
     model, inputs = RoutedModel(backbone, StaticPolicy((1,))), torch.randn(9, 3, 8, 8)
     expected = model(inputs).clone()
     nn.Sequential(model).train()

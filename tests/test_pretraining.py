@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynrl.backbones import GatedResNet, Point, choice_rates, load_backbone
+from dynrl.backbones import Point, SkipResNet, choice_rates, load_backbone
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.pretraining import Recipe, autocast, metric_at_rate, pretrain
@@ -28,9 +28,9 @@ def test_bf16_is_for_processors_that_multiply_it():
     assert autocast(torch.device("cpu"))._enabled == bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def fresh() -> GatedResNet:
+def fresh() -> SkipResNet:
     torch.manual_seed(0)
-    return GatedResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
+    return SkipResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def test_random_routes_work_after_pretraining(small_backbone):
     assert half > 0.5
 
 
-class Jointly(GatedResNet):
+class Jointly(SkipResNet):
     """Trained on two passes, the second with two outputs an image: three losses in all."""
 
     def training_outputs(self, inputs, rate, generator=None):
@@ -82,7 +82,7 @@ def test_a_family_says_what_it_is_trained_on():
     """Three losses of the same output, at a third of the learning rate: the plain network."""
     digits = replace(load_dataset("digits"), augmentation=Augmentation())
     ends = []
-    for family, random_routes, rate in ((GatedResNet, False, 0.03), (Jointly, True, 0.01)):
+    for family, random_routes, rate in ((SkipResNet, False, 0.03), (Jointly, True, 0.01)):
         torch.manual_seed(0)
         backbone = family((1, 24, 24), layers=(2,), widths=(4,), stem_stride=2)
         before = backbone.fc.weight.detach().clone()
@@ -96,7 +96,7 @@ def test_training_outputs_are_those_of_random_routes():
     backbone, inputs = fresh(), torch.randn(6, 1, 24, 24)
     rate = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])
     (output,) = backbone.training_outputs(inputs, rate, torch.Generator().manual_seed(4))
-    route = draw_routes(backbone.step_costs, rate, torch.Generator().manual_seed(4))
+    route = draw_routes(backbone.column_costs, rate, torch.Generator().manual_seed(4))
     torch.testing.assert_close(output, backbone(inputs, route))
     (full,) = backbone.training_outputs(inputs, None)
     torch.testing.assert_close(full, backbone(inputs))
@@ -175,5 +175,5 @@ def test_rates_of_chains_of_loops_and_of_more_choices():
     route = torch.tensor([[1, 2, 0], [0, 1, 1], [1, -1, -1]])
     chain = choice_rates([Point("a", 2), Point("b", 3), Point("c", 2)], route)
     assert chain == pytest.approx({"a": 2 / 3, "b/1": 0.5, "b/2": 0.5, "c": 0.5})
-    assert choice_rates([Point("again", 3)], route) == pytest.approx({"again/1": 4 / 7, "again/2": 1 / 7})
+    assert choice_rates([Point("again", 3, visits=3)], route) == pytest.approx({"again/1": 4 / 7, "again/2": 1 / 7})
     assert choice_rates([Point("a", 2), Point("b", 2)], route[2:, :2]) == {"a": 1, "b": 0}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dynrl.backbones import END, SkipGRU, SkipLSTM, merge
+from dynrl.deploy import RoutedModel
 from dynrl.observation import Layout
 from dynrl.policies import Router
-from dynrl.routed import RoutedModel
 
 STEPS, WIDTH, HIDDEN, ROWS = 7, 3, 20, 13
 

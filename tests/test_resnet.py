@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynrl.backbones import GatedResNet
+from dynrl.backbones import SkipResNet
 from dynrl.ops import convolution
 
 RESNET18 = dict(layers=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="imagenet")
@@ -81,7 +81,7 @@ CASES = {
 @torch.no_grad()
 def test_all_execute_is_the_plain_resnet_with_torchvisions_names(case):
     shape, block, layers, widths, stem, classes = CASES[case]
-    backbone = GatedResNet(shape, classes, block, layers, widths, stem).eval()
+    backbone = SkipResNet(shape, classes, block, layers, widths, stem).eval()
     expected = names_and_shapes(block, layers, widths, classes, 7 if stem == "imagenet" else 3, shape[0])
     assert {name: tuple(t.shape) for name, t in backbone.state_dict().items()} == expected
     state = {name: 0.1 * torch.randn(size) if size else torch.tensor(1) for name, size in expected.items()}
@@ -97,8 +97,8 @@ def test_all_execute_is_the_plain_resnet_with_torchvisions_names(case):
 
 
 def test_published_costs():
-    assert GatedResNet((3, 224, 224), 1000, **RESNET18).dense_macs == pytest.approx(1.81e9, rel=0.01)
-    resnet50 = GatedResNet((3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3), (64, 128, 256, 512), "imagenet")
+    assert SkipResNet((3, 224, 224), 1000, **RESNET18).dense_macs == pytest.approx(1.81e9, rel=0.01)
+    resnet50 = SkipResNet((3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3), (64, 128, 256, 512), "imagenet")
     assert resnet50.dense_macs == pytest.approx(4.09e9, rel=0.01)
     assert resnet50.max_steps == 12  # 16 blocks, the first of each stage changes the shape
 
@@ -114,7 +114,7 @@ def test_published_costs():
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        GatedResNet((1, 16, 16), **settings)
+        SkipResNet((1, 16, 16), **settings)
 
 
 def trained(backbone):
@@ -127,7 +127,7 @@ def trained(backbone):
 
 @torch.inference_mode()
 def test_norms_of_other_kinds_are_folded_or_refused():
-    backbone, x = trained(GatedResNet((1, 8, 8), layers=(2,), widths=(8,))), torch.randn(4, 1, 8, 8)
+    backbone, x = trained(SkipResNet((1, 8, 8), layers=(2,), widths=(8,))), torch.randn(4, 1, 8, 8)
     expected = backbone(x)
     synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in synchronised.modules())
@@ -139,7 +139,7 @@ def test_norms_of_other_kinds_are_folded_or_refused():
 
 @torch.inference_mode()
 def test_a_cpu_without_bf16_convolves_as_torch_does(monkeypatch):
-    backbone, x = trained(GatedResNet((1, 8, 8), layers=(2,), widths=(8,))), torch.randn(4, 1, 8, 8)
+    backbone, x = trained(SkipResNet((1, 8, 8), layers=(2,), widths=(8,))), torch.randn(4, 1, 8, 8)
     expected = backbone(x)
     monkeypatch.setattr(convolution, "_runs_bf16", lambda: False)
     monkeypatch.setattr(convolution.FoldedConv2d, "fused", None)  # calling it fails

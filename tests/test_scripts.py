@@ -19,8 +19,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dynrl
-from dynrl.backbones import GatedResNet, SlimmableResNet, load_backbone
+from dynrl.backbones import SkipResNet, SlimmableResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, load_dataset
+from dynrl.deploy import SHIPPED, RoutedModel
 from dynrl.evaluation import score_routes
 from dynrl.files import read_json, write_json
 from dynrl.finetuning import Finetuning
@@ -28,7 +29,6 @@ from dynrl.observation import Layout
 from dynrl.policies import Router, load_policy, save_policy
 from dynrl.pretraining import metric_at_rate
 from dynrl.recipes import DEFAULTS
-from dynrl.routed import SHIPPED, RoutedModel
 from dynrl.scripts import bench_env, bench_model, bench_ops, gpu_check, train
 from dynrl.scripts.cli import main
 from dynrl.scripts.common import folder_name, new_folder, read_config
@@ -211,7 +211,7 @@ def test_help_and_list(tmp_path):
     assert "--price-range" in shown.stdout
     listed = call("list", cwd=tmp_path).stdout
     assert "dynrl/Skip-v0" in listed
-    assert "gated_resnet" in listed
+    assert "skip_resnet" in listed
 
 
 def test_scripts_are_the_same_programs(tmp_path):
@@ -281,7 +281,7 @@ def test_report(run):
 def test_a_regression_reports_its_own_metric(tmp_path, capsys):
     split = numbers_split(48)
     dataset = Dataset("numbers", 1, split, split, split, Augmentation())
-    backbone, plain = (GatedResNet((1, 8, 8), classes=1, layers=(5,), widths=(4,)).eval() for _ in range(2))
+    backbone, plain = (SkipResNet((1, 8, 8), classes=1, layers=(5,), widths=(4,)).eval() for _ in range(2))
     model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1))
     with torch.no_grad():
         model.policy.head.weight.normal_()
@@ -318,14 +318,14 @@ def numbers_report(backbone, models):
 
 def test_a_budget_that_no_random_route_reaches_has_no_random_point():
     """A policy that runs all and pays for its router, too, spends more than any route alone can."""
-    backbone = GatedResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
+    backbone = SkipResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
     points = numbers_report(backbone, [("learned", 1, [(0.01, 0.9), (1.0, 0.2)])])
     assert all(p["macs_fraction"] > 1 for p in points if p["policy"] == "learned")
     assert {p["policy"] for p in points} == {"learned", "static", "oracle"}
 
 
 def test_a_policy_that_reaches_no_budget_is_shown_at_its_lowest_price():
-    backbone = GatedResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
+    backbone = SkipResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
     points = numbers_report(backbone, [("learned", 0, [(0.01, 0.44), (1.0, 0.43)])])
     (learned,) = (p for p in points if p["policy"] == "learned")
     assert (learned["budget"], learned["price"]) == (None, pytest.approx(0.01))

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from dynrl.backbones import ExitResNet, GatedResNet, SlimmableResNet
+from dynrl.backbones import ExitResNet, SkipResNet, SlimmableResNet
+from dynrl.deploy import EXPORTED, RoutedModel
 from dynrl.observation import Layout, observation
 from dynrl.ops.gated_cell import gated_cell
 from dynrl.ops.route import route
@@ -16,7 +17,6 @@ from dynrl.ops.routed_linear import routed_linear
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
 from dynrl.policies import Router, StaticPolicy
-from dynrl.routed import EXPORTED, RoutedModel
 
 
 class Everything(nn.Module):
@@ -41,7 +41,7 @@ class Everything(nn.Module):
 class Walk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).eval().for_inference()
+        self.backbone = SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).eval().for_inference()
 
     def forward(self, inputs, route):
         return self.backbone(inputs, route)
@@ -92,7 +92,7 @@ def inputs_for(backbone, rows):
 def decided(name, hidden=8):
     """A plugged model whose rows take routes of their own."""
     backbone = {
-        "skip": GatedResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)),
+        "skip": SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)),
         "exit": ExitResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), exits=(0, 1, 2)),
         "channel": SlimmableResNet((1, 8, 8), layers=(2,), widths=(32,)),
     }[name].eval()
@@ -137,7 +137,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
             bad.export(tmp_path / "model.pt2")
     with pytest.raises(ValueError, match=r"expected a file \*.pt2 .* or \*.onnx"):
         model.export(tmp_path / "model.pt")
-    monkeypatch.setattr("dynrl.routed.find_spec", lambda name: None)
+    monkeypatch.setattr("dynrl.deploy.routed.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="takes onnx and onnxscript: pip install"):
         model.export(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

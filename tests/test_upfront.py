@@ -18,13 +18,13 @@ from dynrl.agents.rllib import RouterModule, SlabRunner
 from dynrl.agents.training import Settings, open_agent, router_arguments, train_policy
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
+from dynrl.deploy import EXPORTED, RoutedModel, plug
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import calibrate, score
 from dynrl.files import read_json
 from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.observation import VIEW, View, overview
 from dynrl.policies import UpfrontRouter, build_policy, load_policy, save_policy
-from dynrl.routed import EXPORTED, RoutedModel, plug
 from dynrl.scripts.cli import main
 from tests.cases import REGISTERED, answered_by, make_backbone, vector_env
 from tests.test_agents import assert_two_routes, two_kinds

@@ -196,7 +196,7 @@ def test_gates_of_another_width_are_refused():
 @pytest.mark.parametrize("name", BUILT)
 def test_compacted_walk_trains_every_parameter_it_ran(name):
     backbone = make_backbone(name).train()
-    routes = draw_routes(backbone.step_costs, torch.full((16,), 0.7))
+    routes = draw_routes(backbone.column_costs, torch.full((16,), 0.7))
     backbone(inputs_for(backbone, 16), routes).square().sum().backward()
     missing = [n for n, p in backbone.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not missing

@@ -61,7 +61,7 @@ class Looping(Backbone):
         super().__init__()
         self.config, self.input_shape = {"visits": visits}, (4,)
         self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.points = (Point("again", 2),)
+        self.points = (Point("again", 2, visits),)
         self.feature_width, self.max_steps, self.full_route = 4, visits, (1,) * (visits - 1) + (0,)
         self._set_costs(0, [[8, 16]])
 

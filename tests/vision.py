@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 
 import dynrl
-from dynrl.backbones import Backbone, ExitModule, ExitResNet, GatedModule, GatedResNet, SlimmableResNet
+from dynrl.backbones import Backbone, ExitModule, ExitResNet, SkipModule, SkipResNet, SlimmableResNet
 from dynrl.evaluation import medians_in_turn
 from dynrl.machine import hardware
 from dynrl.policies import RandomPolicy, StaticPolicy
@@ -39,19 +39,19 @@ TV_BLOCKS = [f"encoder.layers.encoder_layer_{i}" for i in range(12)]
 TIMM_BLOCKS = [f"blocks.{i}" for i in range(12)]
 RESNET_BLOCKS = ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]  # of ResNet-18, those that keep the shape
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Backbone]]] = {
-    "resnet18": (torchvision.models.resnet18, lambda m: GatedResNet.from_module(m, SHAPE)),
-    "resnet50": (torchvision.models.resnet50, lambda m: GatedResNet.from_module(m, SHAPE)),
-    "resnet18, any module": (torchvision.models.resnet18, lambda m: GatedModule(m, SHAPE, RESNET_BLOCKS)),
+    "resnet18": (torchvision.models.resnet18, lambda m: SkipResNet.from_module(m, SHAPE)),
+    "resnet50": (torchvision.models.resnet50, lambda m: SkipResNet.from_module(m, SHAPE)),
+    "resnet18, any module": (torchvision.models.resnet18, lambda m: SkipModule(m, SHAPE, RESNET_BLOCKS)),
     "resnet18, exits": (torchvision.models.resnet18, lambda m: ExitResNet.from_module(m, SHAPE, exits=(1, 3, 5))),
     "resnet18, widths": (torchvision.models.resnet18, lambda m: SlimmableResNet.from_module(m, SHAPE)),
-    "timm resnet18": (lambda: timm.create_model("resnet18"), lambda m: GatedResNet.from_module(m, SHAPE)),
-    "vit_b_16": (tv_vit, lambda m: GatedModule(m, SHAPE, TV_BLOCKS)),
+    "timm resnet18": (lambda: timm.create_model("resnet18"), lambda m: SkipResNet.from_module(m, SHAPE)),
+    "vit_b_16": (tv_vit, lambda m: SkipModule(m, SHAPE, TV_BLOCKS)),
     "vit_b_16, exits": (tv_vit, lambda m: ExitModule(m, SHAPE, TV_BLOCKS[2:11:4])),
-    "timm vit_tiny": (timm_vit, lambda m: GatedModule(m, SHAPE, TIMM_BLOCKS)),
+    "timm vit_tiny": (timm_vit, lambda m: SkipModule(m, SHAPE, TIMM_BLOCKS)),
     "timm vit_tiny, exits": (timm_vit, lambda m: ExitModule(m, SHAPE, TIMM_BLOCKS[2:11:4])),
     "timm convnext_atto": (
         lambda: timm.create_model("convnext_atto"),
-        lambda m: GatedModule(m, SHAPE, [f"stages.2.blocks.{i}" for i in range(6)]),
+        lambda m: SkipModule(m, SHAPE, [f"stages.2.blocks.{i}" for i in range(6)]),
     ),
 }
 
@@ -97,7 +97,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     make, wrap = NETWORKS[name]
     module, inputs = trained(make()).requires_grad_(False), torch.randn(batch, *SHAPE)
     backbone = wrap(module)
-    model = dynrl.plug(backbone, RandomPolicy(backbone.step_costs, 0.5, seed=0))
+    model = dynrl.plug(backbone, RandomPolicy(backbone.column_costs, 0.5, seed=0))
     last = torch.channels_last
     nhwc, images = make().eval().requires_grad_(False).to(memory_format=last), inputs.contiguous(memory_format=last)
     dense = dynrl.plug(backbone, StaticPolicy(backbone.full_route))

@@ -11,18 +11,33 @@ from dynrl.backbones.base import END, Backbone, Point, State, Walk, choice_rates
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
-from dynrl.backbones.module import ExitModule, GatedModule
+from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
-from dynrl.backbones.skip import GatedResNet
+from dynrl.backbones.skip import SkipResNet
 
 # What builds the backbones of files, by family. Your own: FAMILIES["my-vit"] = a function of a file's `config`.
 FAMILIES: dict[str, Callable[..., Backbone]] = {
-    family.family: family for family in (GatedResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM)
+    family.family: family for family in (SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM)
 }
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "ExitModule", "ExitResNet", "ExpertNet", "GatedModule", "GatedResNet", "Point",
-    "SkipGRU", "SkipLSTM", "SlimmableResNet", "State", "Walk", "choice_rates", "load_backbone", "merge",
+    "END",
+    "FAMILIES",
+    "Backbone",
+    "ExitModule",
+    "ExitResNet",
+    "ExpertNet",
+    "Point",
+    "SkipGRU",
+    "SkipLSTM",
+    "SkipModule",
+    "SkipResNet",
+    "SlimmableResNet",
+    "State",
+    "Walk",
+    "choice_rates",
+    "load_backbone",
+    "merge",
 ]  # fmt: skip
 
 

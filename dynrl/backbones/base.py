@@ -25,11 +25,11 @@ END = -1  # the point at which finished rows stand
 
 @dataclass(frozen=True)
 class Point:
-    """A place where one of `n` choices is made. `kind` is *one*, *subset* or *continuous*."""
+    """A place where one of `n` choices is made. A row passes it once, or up to `visits` times: a loop."""
 
     name: str
     n: int
-    kind: str = "one"
+    visits: int = 1
 
 
 class Walk:
@@ -241,15 +241,16 @@ def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
 
 
 def choice_rates(points: Sequence[Point], route: Tensor) -> dict[str, float]:
-    """How often each choice but 0 was taken at each point: by its name, and `/choice` where there are more than two.
+    """How often each choice but 0 was taken at each point, over all its visits.
+
+    The rates go by the point's name, and `/choice` behind it where there are more than two choices.
 
     Args:
-        points: of a backbone: of a chain, met at step 0, 1 ..., or a loop's only one, met at every step.
-        route: [B, max_steps], what ran, -1 where nothing did.
+        points: a backbone's.
+        route: [B, columns], what ran, -1 where a row never was.
     """
     rates = {}
-    for position, point in enumerate(points):
-        taken = route[:, position] if position < len(points) - 1 else route[:, position:]
+    for point, taken in zip(points, route.split([point.visits for point in points], 1), strict=True):
         for choice in range(1, point.n):
             tag = point.name if point.n == 2 else f"{point.name}/{choice}"
             rates[tag] = float((taken == choice).sum() / (taken >= 0).sum().clamp_min(1))
@@ -359,7 +360,7 @@ class Backbone(nn.Module):
         Yields:
             [k * B, ...]: k outputs of each input from one pass, batch after batch.
         """
-        yield self(inputs, None if rate is None else draw_routes(self.step_costs, rate, generator))
+        yield self(inputs, None if rate is None else draw_routes(self.column_costs, rate, generator))
 
     def for_inference(self) -> Self:
         """A frozen copy that computes the same faster (batch norm folded, say)."""
@@ -383,9 +384,19 @@ class Backbone(nn.Module):
     # the walk ----------------------------------------------------------------------------------------------
 
     @property
-    def step_costs(self) -> Tensor:
-        """[max_steps, num_choices] int64, `costs` at the point of each step of the full route, on the CPU."""
-        return self.costs.cpu()[torch.arange(self.max_steps).clamp_max(len(self.points) - 1)]
+    def columns(self) -> int:
+        """How many columns a route has: one for each visit that a row may pay to a point."""
+        return sum(point.visits for point in self.points)
+
+    @property
+    def column_point(self) -> Tensor:
+        """[columns] int64: whose visit each column of a route is, in the order of the points."""
+        return torch.arange(len(self.points)).repeat_interleave(torch.tensor([p.visits for p in self.points]))
+
+    @property
+    def column_costs(self) -> Tensor:
+        """[columns, num_choices] int64 on the CPU: what each choice costs at each column's point; -1: there is none."""
+        return self.costs.cpu()[self.column_point]
 
     @property
     def may_close(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones.base import Point, State, Walk
 from dynrl.backbones.resnet import Block
-from dynrl.backbones.skip import GatedResNet
+from dynrl.backbones.skip import SkipResNet
 from dynrl.ops.route import route
 from dynrl.ops.rows import take_rows
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
@@ -100,7 +100,7 @@ def _normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return norm(x)
 
 
-class SlimmableResNet(GatedResNet):
+class SlimmableResNet(SkipResNet):
     """A ResNet whose identity blocks are decision points: action c computes the first shares[c] of the inner channels.
 
     The stream between blocks stays at its full width, so rows of different choices go on together. Blocks that change
@@ -108,7 +108,7 @@ class SlimmableResNet(GatedResNet):
 
     Args:
         shares: of a block's inner channels, one a choice, rising to 1.
-        network: what `GatedResNet` takes.
+        network: what `SkipResNet` takes.
     """
 
     family = "slimmable_resnet"

@@ -170,7 +170,7 @@ class _OfModule(Backbone):
         return torch.zeros(1, *self.input_shape, dtype=weight.dtype, device=weight.device)
 
 
-class GatedModule(_OfModule, Skipping):
+class SkipModule(_OfModule, Skipping):
     """A module of your own, blocks of which are decision points: action 1 runs the block, 0 hands the row through.
 
     Any chain of residual blocks will do: the blocks of a torchvision or timm ViT, say, or the ResNet blocks that keep
@@ -189,7 +189,7 @@ class GatedModule(_OfModule, Skipping):
         ValueError: see `cut`; a block that changes its input's shape.
     """
 
-    family = "gated_module"
+    family = "skip_module"
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class ExitModule(_OfModule, Exits):
         input_shape: of one input.
         layers: names (as in `module.named_modules()`) in the order in which they run, of layers that everything the
             module computes goes through; there is an exit behind each.
-        family: see `GatedModule`.
+        family: see `SkipModule`.
         classes: outputs; may be left out.
 
     Raises:

@@ -68,7 +68,7 @@ class SkipRNN(Backbone):
         rnn = self.layer(width, hidden, batch_first=True)
         self.add_module(self.name, rnn)
         self.fc = nn.Linear(hidden, classes)
-        self.points = (Point("update", 2),)
+        self.points = (Point("update", 2, visits=self.max_steps),)
         knots = min(self.max_steps, knots)
         self.register_buffer("_time", _hats(self.max_steps, knots), persistent=False)
         self.state_width = 2 * hidden if isinstance(rnn, nn.LSTM) else hidden

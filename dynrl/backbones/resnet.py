@@ -179,15 +179,15 @@ class ResNet(Backbone):
                 **settings,
             }
         except (AttributeError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{kind} is no ResNet with torchvision's names ({error}); see GatedModule") from None
+            raise ValueError(f"{kind} is no ResNet with torchvision's names ({error}); see SkipModule") from None
         backbone = cls(input_shape, **settings)
         try:
             left_out, unknown = backbone.load_state_dict(backbone._renamed(state), strict=False)
         except RuntimeError as error:
-            raise ValueError(f"{kind} has other shapes than a ResNet of {settings}: {error}; see GatedModule") from None
+            raise ValueError(f"{kind} has other shapes than a ResNet of {settings}: {error}; see SkipModule") from None
         left_out = [name for name in left_out if not name.startswith("heads.")]
         if left_out or unknown:
-            raise ValueError(f"{kind} is no plain ResNet: it lacks {left_out} and has {unknown}; see GatedModule")
+            raise ValueError(f"{kind} is no plain ResNet: it lacks {left_out} and has {unknown}; see SkipModule")
         backbone.eval().to(next(module.parameters()))
         twin, inputs = copy.deepcopy(module).eval(), torch.randn(2, *input_shape).to(next(module.parameters()))
         with torch.no_grad():
@@ -195,7 +195,7 @@ class ResNet(Backbone):
         if expected.shape != got.shape or not torch.allclose(
             expected, got, rtol=1e-3, atol=1e-3 * expected.abs().max()
         ):
-            raise ValueError(f"{kind} has a ResNet's weights, but computes something else with them; see GatedModule")
+            raise ValueError(f"{kind} has a ResNet's weights, but computes something else with them; see SkipModule")
         return backbone
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ class Skipping(Backbone):
         return run
 
 
-class GatedResNet(Skipping, ResNet):
+class SkipResNet(Skipping, ResNet):
     """A ResNet whose identity blocks are decision points.
 
     Blocks that change the shape have no identity to fall back on: they always run and are the floor of the cost.
@@ -106,7 +106,7 @@ class GatedResNet(Skipping, ResNet):
     Args: those of `ResNet`.
     """
 
-    family = "gated_resnet"
+    family = "skip_resnet"
 
     def __init__(self, *shape: Any, **settings: Any) -> None:
         super().__init__(*shape, **settings)

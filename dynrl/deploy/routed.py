@@ -427,7 +427,7 @@ def check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) 
 LATENCY = "latency.json"  # in a run: what a batch took on which machine
 
 
-SHIPPED = Path(__file__).parent / "pretrained"  # small models that come with the package, by name
+SHIPPED = Path(__file__).parents[1] / "pretrained"  # small models that come with the package, by name
 
 
 def shipped() -> list[str]:
