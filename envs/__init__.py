@@ -12,9 +12,7 @@ class Decision:
     Attributes:
         name: what the commands call it.
         env_id: its Gymnasium id.
-        entry_point: the single environment.
-        vector_entry_point: the batched environment.
-        family: the backbone family that poses it.
+        vector_entry_point: its class, a `dynrl.envs.core.RoutingVectorEnv`, as MODULE:CLASS.
         action: what is chosen, in a few words.
         source: where the decision comes from.
         data: the data set that is taken where none is named.
@@ -22,9 +20,7 @@ class Decision:
 
     name: str
     env_id: str
-    entry_point: str
     vector_entry_point: str
-    family: str
     action: str
     source: str
     data: str = "digits"
@@ -34,24 +30,23 @@ DECISIONS: dict[str, Decision] = {
     row.name: row
     for row in (
         Decision(
-            "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipEnv", "dynrl.envs.skip:SkipVectorEnv", "skip_resnet",
-            "run or skip each residual block", "SkipNet (Wang et al. 2018)",
+            "skip", "dynrl/Skip-v0", "dynrl.envs.skip:SkipVectorEnv", "run or skip each residual block",
+            "SkipNet (Wang et al. 2018)",
         ),
         Decision(
-            "exit", "dynrl/Exit-v0", "dynrl.envs.exit:ExitEnv", "dynrl.envs.exit:ExitVectorEnv", "exit_resnet",
-            "stop at an early classifier or go on", "BranchyNet (2016), MSDNet (Huang et al. 2018)",
+            "exit", "dynrl/Exit-v0", "dynrl.envs.exit:ExitVectorEnv", "stop at an early classifier or go on",
+            "BranchyNet (2016), MSDNet (Huang et al. 2018)",
         ),
         Decision(
-            "expert", "dynrl/Expert-v0", "dynrl.envs.expert:ExpertEnv", "dynrl.envs.expert:ExpertVectorEnv",
-            "expert_net", "choose one of a layer's unequal experts", "mixtures of experts (Shazeer et al. 2017)",
+            "expert", "dynrl/Expert-v0", "dynrl.envs.expert:ExpertVectorEnv",
+            "choose one of a layer's unequal experts", "mixtures of experts (Shazeer et al. 2017)",
         ),
         Decision(
-            "channel", "dynrl/Channel-v0", "dynrl.envs.channel:ChannelEnv", "dynrl.envs.channel:ChannelVectorEnv",
-            "slimmable_resnet", "how wide each residual block is", "RNP (Lin et al. 2017)",
+            "channel", "dynrl/Channel-v0", "dynrl.envs.channel:ChannelVectorEnv", "how wide each residual block is",
+            "RNP (Lin et al. 2017)",
         ),
         Decision(
-            "hidden-update", "dynrl/HiddenUpdate-v0", "dynrl.envs.hidden_update:HiddenUpdateEnv",
-            "dynrl.envs.hidden_update:HiddenUpdateVectorEnv", "skip_gru",
+            "hidden-update", "dynrl/HiddenUpdate-v0", "dynrl.envs.hidden_update:HiddenUpdateVectorEnv",
             "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",
             data="sequential-digits",
         ),
@@ -83,4 +78,5 @@ def register() -> None:
 def _register(row: Decision) -> None:
     import gymnasium
 
-    gymnasium.register(row.env_id, entry_point=row.entry_point, vector_entry_point=row.vector_entry_point)
+    single = f"dynrl.envs.single:{row.name}"
+    gymnasium.register(row.env_id, entry_point=single, vector_entry_point=row.vector_entry_point)

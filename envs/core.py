@@ -7,8 +7,7 @@ Gymnasium's edge is crossed. The single environment is the batched one with one 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,81 +21,14 @@ from torch import Tensor
 from dynrl.backbones import END, Backbone, State, merge, shared_backbone
 from dynrl.data import Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
-from dynrl.observation import Layout, View, observation, overview
-from dynrl.tasks import CLASSIFICATION, Task
+from dynrl.envs.pages import page
+from dynrl.envs.rewards import check_reward
+from dynrl.policies import SIGHTS
 
 Info = dict[str, Tensor]
 
 
-def distillation(task: Task, output: Tensor, target: Tensor, dense: Tensor) -> Tensor:
-    """[n] log-likelihood of the target, minus the divergence from what the dense network says; in nats, at most 0.
-
-    The two terms of knowledge distillation (Hinton et al. 2015, section 2), weighted alike. With the first alone,
-    blocks whose only use is to copy the dense network's confidence are skipped at any price, and no price leads to
-    the upper part of the accuracy-compute front; with the second alone, routes imitate the dense network's
-    uncertainty at the expense of the class.
-    """
-    return task.log_likelihood(output, target) - task.divergence(output, dense)
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ACCURACY_TERMS = ("distillation", "log_likelihood", "correct", "blockdrop")
-
-
-def check_accuracy_term(name: str, task: Task, upfront: bool = False) -> None:
-    """Refuse, with a ValueError, an accuracy term that is unknown or makes no sense for `task`."""
-    if name not in ACCURACY_TERMS:
-        raise ValueError(f"unknown accuracy term {name!r}; expected one of {ACCURACY_TERMS}")
-    if name in ("correct", "blockdrop") and task != CLASSIFICATION:
-        raise ValueError(
-            f"the accuracy term {name!r} is for classes, this task's metric is {task.metric}; choose 'distillation' "
-            "or 'log_likelihood'"
-        )
-    if name == "blockdrop" and not upfront:
-        raise ValueError("the reward 'blockdrop' has no share for each step: it is for deciding upfront")
-
-
-def blockdrop(right: Tensor, prices: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """[n] accuracy and [n] cost terms of BlockDrop's reward (Wu et al. 2018, equation 2), at the scale of the others.
-
-    1 - share^2 where the answer is right, -gamma where it is wrong; here times the price, which is 1 / gamma: a wrong
-    answer costs 1, and a right one earns the more of the price the less it spent. `share` is that of the dense MACs,
-    not of the blocks.
-    """
-    return right - 1 + prices * right, -prices * right * share**2
-
-
-def accuracy(name: str, task: Task, output: Tensor, target: Tensor, dense: Callable[[], Tensor]) -> Tensor:
-    """[n] the accuracy term of that name; `dense()` gives what the dense network says, where the term asks for it."""
-    if name == "distillation":
-        return distillation(task, output, target, dense())
-    return task.log_likelihood(output, target) if name == "log_likelihood" else task.score(output, target)
-
-
-def cost_shares(backbone: Backbone, times: Mapping[str, Any] | None) -> tuple[float, Tensor]:
-    """What is charged, in shares of the dense network: before the first decision, and [points, choices] for each.
-
-    Raises:
-        ValueError: `times` are not one finite number for each choice at each point.
-    """
-    if times is None:
-        return backbone.start_macs / backbone.dense_macs, backbone.costs / backbone.dense_macs
-    counts = [point.n for point in backbone.points]
-    try:
-        start, rows = float(times["start"]), [torch.tensor(row, dtype=torch.float32) for row in times["choices"]]
-        fits = set(times) == {"start", "choices"} and [len(row) for row in rows] == counts
-    except (TypeError, ValueError, KeyError, RuntimeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"expected times 'start' and 'choices', those of {counts} choices, got {times}")
-    if not 0 < start < math.inf or not all(bool((row >= 0).all() and row.isfinite().all()) for row in rows):
-        raise ValueError(f"expected times of at least 0 milliseconds, and more before the first choice, got {times}")
-    table = torch.full(backbone.costs.shape, -1.0)  # on the CPU, wherever the backbone is
-    for point, row in enumerate(rows):
-        table[point, : len(row)] = row
-    at = torch.arange(backbone.max_steps).clamp_max(len(counts) - 1)
-    dense = start + float(table[at, torch.tensor(backbone.full_route)].sum())
-    return start / dense, table / dense
 
 
 class DenseOutputs:
@@ -158,14 +90,11 @@ class RoutingVectorEnv(VectorEnv):
             process however many environments use it. Always run frozen, by its `for_inference` copy.
         data: the data set the inputs come from, or its name; None for the decision's own (`Decision.data`).
         split: of the data set.
-        accuracy_term: paid when a row ends: "distillation" (see there) or "log_likelihood" (`Task.log_likelihood`), in
-            nats, or "correct" (0 or 1: classes only); or "blockdrop" for BlockDrop's reward (see there), upfront only.
-        upfront: decide all at once, before the walk: an episode is one step. The observation is then the image,
-            average-pooled to at most 16 x 16 pixels, and the price (`dynrl.observation.View`); the action
-            `MultiDiscrete`, a choice for each step of the walk, of which those behind an exit are void; the mask
-            [decisions, choices]. For backbones whose inputs are images.
-        times: what is charged instead of MACs: {"start": milliseconds before the first decision, "choices": those of
-            each choice at each point}, as `dynrl.evaluation.step_times` measures them on one machine.
+        reward: a name in `dynrl.envs.rewards.REWARDS`: what the answer of a row that ends is worth.
+        sight: what the policy sees, a name in `dynrl.policies.SIGHTS`: "step", a look at every decision, or "route", one
+            look at the input for the whole route: an episode is then one step, its action a choice for each column of
+            the route, of which those that a row never comes to are void.
+        times: what is charged instead of MACs; see `Backbone.time_table`.
         device: where the backbone runs, the inputs lie and tensors are made: "cpu" or "cuda", say.
         dtype: of the backbone and its inputs: one of `DTYPES`. What is observed and paid stays in float32.
         price: of the dense network's compute, fixed; None draws it per episode from `price_range`, uniformly in its
@@ -176,12 +105,11 @@ class RoutingVectorEnv(VectorEnv):
         autoreset_mode: NEXT_STEP (what stock RLlib expects), SAME_STEP (no step is wasted; our runner, SB3) or
             DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
 
-    Rewards and `info`: reward = `accuracy_term` - price x compute since the last bill / compute of the dense network,
-    in MACs or by `times`; the first step's bill holds what ran before the first decision, so a return is
-    accuracy - price x compute. `info` holds
-    both terms (`accuracy_term`, `cost_term`) of every step and, for rows that ended (mask `_route` etc.), the task's
-    metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and `route`. `action_mask` belongs to the
-    observation returned beside it.
+    Rewards and `info`: a step's reward is its accuracy term less price x what the walk was charged since the step before,
+    as a share of what the dense network is charged. The first step also pays for what ran before the first decision, so a
+    return is accuracy - price x compute. `info` holds both terms (`accuracy_term`, `cost_term`) of every step and, for
+    rows that ended (mask `_route` etc.), the task's metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and
+    `route`. `action_mask` belongs to the observation returned beside it.
 
     Raises:
         ValueError: an unknown data set, split, accuracy term or mode; a price outside its range; a backbone that
@@ -191,6 +119,10 @@ class RoutingVectorEnv(VectorEnv):
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
     decision: ClassVar[str]
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        cls.__doc__ = page(cls.__doc__ or "", cls.decision)
+
     def __init__(
         self,
         num_envs: int = 1,
@@ -198,10 +130,10 @@ class RoutingVectorEnv(VectorEnv):
         backbone: str | Path | Backbone | None = None,
         data: str | Dataset | None = None,
         split: str = "train",
-        accuracy_term: str = "distillation",
+        reward: str = "distillation",
+        sight: str = "step",
         price: float | None = None,
         price_range: Sequence[float] = (0.002, 2.0),
-        upfront: bool = False,
         times: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "float32",
@@ -225,26 +157,24 @@ class RoutingVectorEnv(VectorEnv):
         self._fixed_price = price
         dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
         self.task = dataset.task
-        check_accuracy_term(accuracy_term, self.task, upfront)
-        self.accuracy_term = accuracy_term
+        if sight not in SIGHTS:
+            raise ValueError(f"unknown sight {sight!r}; expected one of {sorted(SIGHTS)}")
         self.device, kind = torch.device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)
         self._split = dataset.split(split)
         if self.device.type != "cpu" or kind is not torch.float32:
             self.backbone = copy.deepcopy(self.backbone).to(self.device, kind)
             self._split = self._split.to(self.device, kind)
-        self.upfront = upfront
-        self.layout = (View if upfront else Layout).of(self.backbone)
-        self._start_cost, costs = cost_shares(self.backbone, times)
-        self._costs = costs.to(self.device)
+        self.sight = SIGHTS[sight].of(self.backbone)
+        self.reward = check_reward(reward, self.task, self.sight.looks(self.backbone.max_steps) == 1)
+        self._table = None if times is None else self.backbone.time_table(times)
         self._same_step = mode is AutoresetMode.SAME_STEP
         self._next_step = mode is AutoresetMode.NEXT_STEP
         # The price reaches the observation as it is; features are means of activations, without a bound.
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.layout.width,), np.float32)
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.sight.width,), np.float32)
+        counts = self.sight.counts
         self.single_action_space: gym.Space[Any] = (
-            gym.spaces.MultiDiscrete(list(self.layout.counts))
-            if isinstance(self.layout, View)
-            else gym.spaces.Discrete(self.backbone.num_choices)
+            gym.spaces.Discrete(counts[0]) if len(counts) == 1 else gym.spaces.MultiDiscrete(counts)
         )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -256,12 +186,19 @@ class RoutingVectorEnv(VectorEnv):
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """A small seeded backbone for `gym.make` without arguments."""
+        """A small untrained backbone for inputs of that shape, for the decision's class to say."""
         raise NotImplementedError
+
+    @classmethod
+    def seeded_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
+        """`default_backbone`, always with the same weights: what `gym.make` without arguments walks."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return cls.default_backbone(input_shape)
 
     def _open(self, backbone: str | Path | Backbone | None, dataset: Dataset) -> Backbone:
         if backbone is None:
-            opened = self.default_backbone(dataset.input_shape).for_inference()
+            opened = self.seeded_backbone(dataset.input_shape).for_inference()
         elif isinstance(backbone, Backbone):
             opened = backbone.for_inference()
         else:
@@ -331,29 +268,28 @@ class RoutingVectorEnv(VectorEnv):
         inputs = self._split.inputs[chosen]
         if every:
             self._prices, self._drawn = prices, chosen
-            self._unpaid = torch.full((self.num_envs,), self._start_cost, device=self.device)
-            begun = self.backbone.begin(inputs)
+            # What the reward has paid for of each row's bill, and of its likelihood where that is paid step by step.
+            begun = self.backbone.begin(inputs, table=self._table)
             self._walk = begun.walk
+            self._paid, self._gained = torch.zeros_like(self._walk.bill), torch.zeros(self.num_envs, device=self.device)
         else:
             assert rows is not None
-            self._prices[rows], self._drawn[rows], self._unpaid[rows] = prices, chosen, self._start_cost
+            self._prices[rows], self._drawn[rows] = prices, chosen
+            self._paid[rows], self._gained[rows] = 0, 0.0
             begun = self.backbone.begin(inputs, self._walk, rows)
         self._states = merge([*self._states.values(), begun])
 
     def _observe(self) -> Tensor:
         standing = list(self._states.values()) + ([self._ended] if self._ended is not None else [])
-        if len(standing) == 1 and standing[0].rows is self._walk.all_rows:
-            return self._seen(standing[0])
-        view = torch.empty(self.num_envs, self.layout.width, device=self.device)
+        if len(standing) == 1 and standing[0].together:
+            return self._see(standing[0])
+        view = torch.empty(self.num_envs, self.sight.width, device=self.device)
         for state in standing:
-            view[state.rows] = self._seen(state)
+            view[state.rows] = self._see(state)
         return view
 
-    def _seen(self, state: State) -> Tensor:
-        if self.upfront:
-            walk = state.walk
-            return overview(walk.at(walk.inputs, state.rows), walk.at(self._prices, state.rows))
-        return observation(self.backbone, state, self._prices)
+    def _see(self, state: State) -> Tensor:
+        return self.sight.see(self.backbone, state, self._prices)
 
     @property
     def episodes(self) -> Tensor:
@@ -361,56 +297,54 @@ class RoutingVectorEnv(VectorEnv):
         return torch.from_numpy(self._episodes - 1).to(self.device)
 
     @torch.no_grad()
-    def foresee(self, routes: Tensor) -> Tensor:
-        """[N]: what deciding `routes` [N, decisions] would earn now; changes nothing. For environments upfront."""
-        assert self.upfront
-        share = torch.full((self.num_envs,), self._start_cost, device=self.device)
-        state = self.backbone.begin(self._walk.inputs)
-        _, end = self._go({state.point: state}, routes, share)
-        assert end is not None
-        earned, paid = self._terms(end, share)
+    def foresee(self, actions: Tensor) -> Tensor:
+        """[N]: what `actions` [N, decisions], which decide the whole walk, would earn now; changes nothing."""
+        state = self.backbone.begin(self._walk.inputs, table=self._table)
+        going, end = self._go({state.point: state}, actions)
+        assert end is not None and not going, "only what decides the whole walk can be foreseen"
+        earned, paid = self._terms(end)
         return torch.empty(self.num_envs, device=self.device).index_copy(0, end.rows, earned + paid)
 
-    def _go(self, states: dict[int, State], actions: Tensor, costs: Tensor) -> tuple[dict[int, State], State | None]:
-        """One decision of every row, or all of them (upfront); `costs` [N] goes up by each row's.
+    def _go(self, states: dict[int, State], actions: Tensor) -> tuple[dict[int, State], State | None]:
+        """As many decisions of every row as one answer covers, of `actions` [N, decisions].
 
         Returns:
             where the rows stand that go on, and those that have ended.
         """
         ends: list[State] = []
-        while True:
-            reached: list[State] = []
-            for state in states.values():
-                walk, rows, point = state.walk, state.rows, state.point
-                reached += self.backbone.advance(
-                    state, state.along(actions) if self.upfront else walk.at(actions, rows)
-                )
-                spent = self._costs[point].index_select(0, walk.at(walk.last, rows) - 1)  # by what ran
-                if rows is walk.all_rows:
-                    costs += spent
-                else:
-                    costs[rows] += spent
+        for _ in range(self.sight.span):
+            reached = [
+                end for s in states.values() for end in self.backbone.advance(s, self.sight.pick(actions, s))
+            ]
             states = merge(reached)
             ends += [states.pop(END)] if END in states else []
-            if not (self.upfront and states):
-                return states, merge(ends).get(END)
+            if not states:
+                break
+        return states, merge(ends).get(END)
 
-    def _terms(self, end: State, share: Tensor) -> tuple[Tensor, Tensor]:
-        """[n] accuracy and [n] cost term of whole episodes that ended and took `share` [N] of the dense compute."""
-        rows, output = end.rows, self.backbone.output(end).float()
-        drawn, prices, share = self._drawn[rows], self._prices[rows], share[rows]
-        target = self._split.targets[drawn]
-        if self.accuracy_term == "blockdrop":
-            return blockdrop(self.task.score(output, target), prices, share)
-        earned = accuracy(self.accuracy_term, self.task, output, target, lambda: self._dense(drawn))
-        return earned, -prices * share
+    def _terms(self, end: State) -> tuple[Tensor, Tensor]:
+        """[n] accuracy and [n] cost term of whole episodes."""
+        drawn, share = self._drawn[end.rows], end.get(end.walk.bill) / end.walk.table.dense
+        return self.reward.terms(
+            self.task, self.backbone.output(end).float(), self._split.targets[drawn], lambda: self._dense(drawn),
+            self._prices[end.rows], share,
+        )  # fmt: skip
+
+    def _gain(self, state: State) -> Tensor:
+        """[n], what the outputs of the rows of `state` are worth more than what was paid for before."""
+        drawn = self._drawn[state.rows]
+        output, target = self.backbone.output(state).float(), self._split.targets[drawn]
+        worth = self.reward.accuracy(self.task, output, target, lambda: self._dense(drawn))
+        gained = worth - self._gained[state.rows]
+        self._gained[state.rows] = worth
+        return gained
 
     @torch.no_grad()
     def step_tensors(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Info]:
-        """One decision of every row; or all of them, upfront.
+        """One answer of the policy for every row: one decision each, or as many as the sight's answers cover.
 
         Args:
-            actions: [N] int64, in range; upfront [N, decisions].
+            actions: [N] or [N, decisions] int64, in range.
 
         Returns:
             observations [N, width], a tensor of its own; rewards [N]; terminated [N] bool; and `info`, tensors of N
@@ -419,18 +353,23 @@ class RoutingVectorEnv(VectorEnv):
         """
         walk = self._walk
         waiting, self._ended = self._ended, None
-        bill, self._unpaid = self._unpaid, torch.zeros(self.num_envs, device=self.device)
-        self._states, end = self._go(self._states, actions, bill)
-        cost_term = -self._prices * bill
+        self._states, end = self._go(self._states, actions.view(self.num_envs, -1))
+        cost_term = -self._prices * ((walk.bill - self._paid) / walk.table.dense)
+        self._paid = walk.bill.clone()
         accuracy_term = torch.zeros(self.num_envs, device=self.device)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         info: Info = {"accuracy_term": accuracy_term, "cost_term": cost_term, "ended": terminated}
+        if self.reward.per_step and self.backbone.speaks:
+            for state in self._states.values():
+                accuracy_term[state.rows] = self._gain(state)
         if end is not None:
             metric = self.task.score(self.backbone.output(end).float(), self._split.targets[self._drawn[end.rows]])
-            earned, paid = self._terms(end, bill)
-            accuracy_term[end.rows] = earned
-            if self.upfront:  # else this step's bill is only the last part of what the walk has cost
-                cost_term[end.rows] = paid
+            if self.reward.per_step:
+                accuracy_term[end.rows] = self._gain(end)
+            else:
+                accuracy_term[end.rows], whole = self._terms(end)
+                if self.reward.whole_route:
+                    cost_term[end.rows] = whole
             terminated[end.rows] = True
             info[self.task.metric] = torch.zeros_like(accuracy_term).index_copy(0, end.rows, metric)
             info["macs_fraction"] = walk.macs / self.backbone.dense_macs
@@ -441,25 +380,24 @@ class RoutingVectorEnv(VectorEnv):
         if self._same_step and end is not None:
             info["final_obs"] = self._observe_only(end)
             self._ended = None
-            self._start(None if end.rows is walk.all_rows else end.rows)
+            self._start(None if end.together else end.rows)
         elif waiting is not None:
             if self._next_step:
-                self._start(None if waiting.rows is walk.all_rows else waiting.rows)
+                self._start(None if waiting.together else waiting.rows)
             else:
                 self._ended = waiting if end is None else merge([waiting, end])[END]
         return self._observe(), accuracy_term + cost_term, terminated, info
 
     def _observe_only(self, state: State) -> Tensor:
-        view = torch.zeros(self.num_envs, self.layout.width, device=self.device)
-        view[state.rows] = self._seen(state)
+        view = torch.zeros(self.num_envs, self.sight.width, device=self.device)
+        view[state.rows] = self._see(state)
         return view
 
     # Gymnasium's edge --------------------------------------------------------------------------------------
 
     def _masks(self, observations: Tensor) -> np.ndarray:
-        if not isinstance(self.layout, Layout):
-            return (self.backbone.column_costs >= 0).expand(self.num_envs, -1, -1).to(torch.int8).numpy()
-        return (observations[:, self.layout.mask :] > 0).to(torch.int8).cpu().numpy()
+        masks = self.sight.mask(observations).to(torch.int8).cpu().numpy()
+        return masks[:, 0] if self.sight.decisions == 1 else masks
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -487,9 +425,9 @@ class RoutingVectorEnv(VectorEnv):
         given, shape = np.asarray(actions), self.action_space.shape
         if given.shape != shape or not np.issubdtype(given.dtype, np.integer):
             raise ValueError(f"expected integer actions of shape {shape}, got {given.dtype} of shape {given.shape}")
-        if given.min() < 0 or (given >= self.layout.counts).any():
+        if given.min() < 0 or (given.reshape(len(given), -1) >= self.sight.counts).any():
             raise ValueError(
-                f"expected actions from 0 and below {self.layout.counts}, got {given.min()}..{given.max()}"
+                f"expected actions from 0 and below {self.sight.counts}, got {given.min()}..{given.max()}"
             )
         if self._seeds is None:
             raise ValueError("reset the environment before its first step")
@@ -512,45 +450,3 @@ class RoutingVectorEnv(VectorEnv):
             info["final_info"] = {name: info[name] for name in names} | {f"_{name}": ended for name in names}
             info["_final_info"] = ended
         return view.cpu().numpy(), reward.cpu().numpy(), ended, np.zeros(self.num_envs, bool), info
-
-
-class RoutingEnv(gym.Env):
-    """One input walks a backbone: `RoutingVectorEnv` with one row, and the same arguments."""
-
-    metadata: dict[str, Any] = {"render_modes": []}
-    vector_env: ClassVar[type[RoutingVectorEnv]]
-
-    def __init__(self, **settings: Any) -> None:
-        for refused in ("num_envs", "autoreset_mode"):
-            if refused in settings:
-                raise ValueError(f"{refused} is for the batched environment; use gymnasium.make_vec")
-        self._batch = self.vector_env(1, **settings, autoreset_mode=AutoresetMode.DISABLED)
-        self.observation_space = copy.deepcopy(self._batch.single_observation_space)
-        self.action_space = copy.deepcopy(self._batch.single_action_space)
-        self.render_mode = None
-        self._over = True
-
-    @property
-    def backbone(self) -> Backbone:
-        """The frozen backbone."""
-        return self._batch.backbone
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; it takes no options."""
-        if options:
-            raise ValueError(f"unknown reset options {sorted(options)}; this environment has none")
-        super().reset(seed=seed)
-        view, info = self._batch.reset(seed=seed)
-        self._over = False
-        return view[0], {"action_mask": info["action_mask"][0]}
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One decision."""
-        if self._over:
-            raise ValueError("the episode has ended; call reset first")
-        view, reward, terminated, _, info = self._batch.step(np.asarray([action]))
-        self._over = bool(terminated[0])
-        own = {name: value[0] for name, value in info.items() if not name.startswith("_")}
-        return view[0], float(reward[0]), self._over, False, own

@@ -1,13 +1,14 @@
-"""Policies: from one observation to one action (`act`), or from inputs to whole routes (`route`)."""
+"""Policies: what decides on a walk, and what it sees of it (`dynrl.policies.sight`)."""
 
-from dynrl.policies.base import LearnedPolicy, RoutePolicy, StepPolicy
-from dynrl.policies.files import KINDS, build_policy, load_policy, save_policy
+from dynrl.policies.base import LearnedPolicy, Policy, RoutePolicy
+from dynrl.policies.files import POLICIES, PolicySpec, load_policy, save_policy
 from dynrl.policies.fixed import RandomPolicy, StaticPolicy
 from dynrl.policies.router import Router
-from dynrl.policies.threshold import SCORES, ThresholdPolicy
+from dynrl.policies.sight import SIGHTS, RouteSight, Sight, StepSight
+from dynrl.policies.threshold import ThresholdPolicy
 from dynrl.policies.upfront import UpfrontRouter
 
 __all__ = [
-    "KINDS", "SCORES", "LearnedPolicy", "RandomPolicy", "RoutePolicy", "Router", "StaticPolicy", "StepPolicy",
-    "ThresholdPolicy", "UpfrontRouter", "build_policy", "load_policy", "save_policy",
+    "POLICIES", "SIGHTS", "LearnedPolicy", "Policy", "PolicySpec", "RandomPolicy", "RoutePolicy", "RouteSight", "Router",
+    "Sight", "StaticPolicy", "StepSight", "ThresholdPolicy", "UpfrontRouter", "load_policy", "save_policy",
 ]  # fmt: skip

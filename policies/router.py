@@ -1,69 +1,135 @@
-"""The learned policy that decides step by step: a small network from one observation to one choice."""
+"""The router: the learned policy that decides step by step, a small network from one observation to one choice."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynrl.policies.base import LearnedPolicy, StepPolicy
+from dynrl.ops.backend import small_steps_by_kernels
+from dynrl.ops.decide import decide
+from dynrl.policies.base import LearnedPolicy
+from dynrl.policies.sight import StepSight
 
 
-class Router(LearnedPolicy, StepPolicy):
-    """Two linear layers, or one. The module that RLlib trains is the module that is deployed.
+class Router(LearnedPolicy):
+    """Two linear layers, or one. The module that agents train is the module that is deployed.
 
-    Args:
-        features, points, choices: the observation's layout (`dynrl.observation.Layout`).
-        price_range: lowest and highest price.
-        hidden: units of the hidden layer; 0 for one layer from observation to logits.
-        start: the choice that an untrained router favours (e^2 to 1): the full network's. From a start without
-            favour, early routes are too poor to learn from.
-
-    Raises:
-        ValueError: a price range that is not positive, or falls.
+    Args: those of `LearnedPolicy`.
     """
 
-    kind = "sequential"
-    decisions = 1
+    sight_class = StepSight
+    sight: StepSight
 
     def __init__(
-        self,
-        features: int,
-        points: int,
-        choices: int,
-        price_range: tuple[float, float],
-        hidden: int = 64,
-        start: int = 0,
+        self, sight: StepSight, price_range: tuple[float, float], hidden: int = 64, start: list[int] | None = None
     ) -> None:
-        StepPolicy.__init__(self, features, points, choices)
-        self._set_price_range(price_range)
-        self.config = {
-            "features": features, "points": points, "choices": choices, "price_range": list(self.price_range),
-            "hidden": hidden, "start": start,
-        }  # fmt: skip
-        self.hidden = nn.Linear(self.price + 1, hidden) if hidden else None
-        self.head = nn.Linear(hidden or self.price + 1, choices)
-        nn.init.zeros_(self.head.bias)
-        nn.init.normal_(self.head.weight, std=0.01)
-        with torch.no_grad():
-            self.head.bias[start] = 2.0
+        super().__init__(sight, price_range, hidden, start or [0])
+        self.hidden = nn.Linear(sight.price + 1, hidden) if hidden else None
+        self.head = nn.Linear(hidden or sight.price + 1, sight.choices)
+        self._favour(self.head)
 
     def _scores(self, observation: Tensor) -> Tensor:
         seen = self.trunk(observation)
         return self.head(seen if self.hidden is None else torch.relu_(self.hidden(seen)))
 
-    def _closed(self, observation: Tensor) -> Tensor:
-        """[n, choices]: 0 for open choices, -1e9 for closed ones."""
-        return (observation[:, self.price + 1 :] - 1) * 1e9
-
-    def act(self, observation: Tensor) -> Tensor:
-        """The likeliest choice of each row (without the cap, which changes no order)."""
-        return self.scores(observation).argmax(1)
-
+    @torch.inference_mode(False)  # tables made in that mode could not be part of an exported program
     @torch.no_grad()
-    def folded(self, price: float) -> tuple[Tensor, Tensor]:
-        """The first layer's weight [units, columns before the price] and its bias [units] with this price in it."""
+    def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
+        """`Policy.chooser`, whose observations are never built: what is constant or one of few numbers is a table.
+
+        Args:
+            backbone: that will be walked; it stays on its device.
+            price: of the dense network's compute; part of the tables.
+        """
         first = self.head if self.hidden is None else self.hidden
-        told = (math.log(price) - self._log_middle) / self._log_reach
-        return first.weight[:, : self.price], first.bias + told * first.weight[:, self.price]
+        weight = first.weight[:, : self.sight.price]
+        bias = first.bias + self.told(price) * first.weight[:, self.sight.price]
+        folded = Folded(backbone, self, weight, bias)
+        if self.hidden is None or backbone.may_close:
+            return folded
+        fused = Fused(backbone, self, weight, bias)
+        return lambda state: fused(state) if small_steps_by_kernels(state.walk.macs) else folded(state)
+
+
+class Folded:
+    """The choice of largest score of a router at one price.
+
+    A column of the observation that is constant, or one of a few numbers, costs a table here, not a product. Features go
+    where the backbone has them (`Backbone.projector`).
+
+    Args:
+        backbone: to be walked.
+        router: whose weights these are.
+        weight: [units, columns of the observation before the price], of the first layer.
+        bias: [units], of the first layer, the price's part in it.
+    """
+
+    def __init__(self, backbone: Any, router: Router, weight: Tensor, bias: Tensor) -> None:
+        sight, head = router.sight, None if router.hidden is None else router.head
+        self.backbone, self.masked = backbone, backbone.may_close
+        self.differs = sight.choices == 2 and not self.masked
+
+        def scoring(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            # Of two choices that never close the difference decides: one column instead of two.
+            return (weight[1:] - weight[:1], bias[1:] - bias[:1]) if self.differs else (weight, bias)
+
+        closed = torch.zeros(len(backbone.points), sight.choices, device=bias.device)
+        for i, point in enumerate(backbone.points):
+            closed[i, point.n :] = -torch.inf
+        if self.differs:
+            closed = closed[:, :1]
+        if head is None:
+            weight, bias = scoring(weight, bias)
+        features, points, last, spent = weight.split((sight.features, sight.points, 1 + sight.choices, 1), 1)
+        # Transposed, and so kept: a product with a contiguous [features, 2] takes several times as long.
+        self.project = backbone.projector(features.contiguous().t())
+        self.spent = spent.t() / backbone.dense_macs
+        self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, units]
+        self.head: Tensor | None = None
+        if head is None:
+            self.start += closed.unsqueeze(1)
+        else:
+            weight, bias = scoring(head.weight.detach(), head.bias.detach())
+            self.head, self.head_bias = weight.contiguous().t(), bias + closed
+
+    def __call__(self, state: Any) -> Tensor:
+        """[n] int64, as `Router.act` of what the sight sees, but for rounding."""
+        walk = state.walk
+        scores = self.project(state, self.start[state.point].index_select(0, state.get(walk.last)))
+        scores.addcmul_(state.get(walk.macs).unsqueeze(1), self.spent)
+        if self.head is not None:
+            scores = torch.addmm(self.head_bias[state.point], scores.relu_(), self.head)
+        if self.masked:
+            mask = self.backbone.open_choices(state)
+            if mask is not None:
+                scores[:, : mask.shape[1]].masked_fill_(~mask, -torch.inf)
+        elif self.differs:
+            return (scores > 0).squeeze(1).long()
+        return scores.argmax(1)
+
+
+class Fused:
+    """What a router of two layers chooses at one price, by one op from the features on: for where a kernel runs it.
+
+    Args: those of `Folded`, of a backbone whose choices never close.
+    """
+
+    def __init__(self, backbone: Any, router: Router, weight: Tensor, bias: Tensor) -> None:
+        sight, head = router.sight, router.head
+        self.backbone = backbone
+        features, points, last, spent = weight.split((sight.features, sight.points, 1 + sight.choices, 1), 1)
+        self.features, self.at_point = features.t().contiguous(), (points.t() + bias).contiguous()
+        self.after_last, self.spent = last.t().contiguous(), spent.flatten().contiguous()
+        self.head, self.head_bias = head.weight.detach().t().contiguous(), head.bias.detach()
+
+    def __call__(self, state: Any) -> Tensor:
+        """[n] int64, as `Router.act` of what the sight sees, but for rounding."""
+        walk, features = state.walk, self.backbone.observe(state)
+        return decide(
+            features, state.get(walk.last), state.get(walk.macs), weight=self.features[: features.shape[1]],
+            bias=self.at_point[state.point], last_weight=self.after_last, spent_weight=self.spent, head=self.head,
+            head_bias=self.head_bias, dense_macs=self.backbone.dense_macs,
+        )  # fmt: skip

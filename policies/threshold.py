@@ -1,44 +1,58 @@
-"""Early exit by thresholds: stop where the exit is sure enough. What learned exits must beat."""
+"""The field's own rules: stop (or do less) where the network itself is sure enough. What learned routes must beat."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynrl.policies.base import StepPolicy
-
-# The first columns of an exit's features (`dynrl.ops.exit_scores`), and whether more of it means surer.
-SCORES = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}
+from dynrl.policies.base import Policy
 
 
-class ThresholdPolicy(StepPolicy):
-    """Choice 0 (stop) at an exit whose score is at least the exit's threshold (entropy: at most), else 1 (go on).
+class ThresholdPolicy(Policy):
+    """The cheapest choice where one of the network's own scores is sure enough, else the dense network's choice.
 
     Args:
-        features, points, choices: the observation's layout.
-        score: one of `SCORES`.
-        thresholds: [points].
+        backbone: that it is for: one whose `scores` have that name.
+        score: a name in `Backbone.scores`.
+        thresholds: [columns], what the score must reach (or fall to, where less of it means surer) in each column.
+
+    Raises:
+        ValueError: the backbone has no such score, or not as many columns.
 
     Source: BranchyNet (Teerapittayanon et al. 2016, ICPR; entropy) and MSDNet (Huang et al. 2018, ICLR; top-1).
     """
 
     thresholds: Tensor
+    sure: Tensor
+    unsure: Tensor
 
-    def __init__(self, features: int, points: int, choices: int, score: str, thresholds: Tensor) -> None:
-        super().__init__(features, points, choices)
-        if score not in SCORES:
-            raise ValueError(f"unknown score {score!r}; expected one of {sorted(SCORES)}")
-        if tuple(thresholds.shape) != (points,):
-            raise ValueError(f"expected a threshold for each of {points} exits, got shape {tuple(thresholds.shape)}")
-        self.score = score
+    def __init__(self, backbone: Any, score: str, thresholds: Tensor) -> None:
+        super().__init__()
+        if score not in backbone.scores:
+            raise ValueError(f"unknown score {score!r}; expected one of {sorted(backbone.scores)}")
+        if tuple(thresholds.shape) != (backbone.columns,):
+            raise ValueError(
+                f"expected a threshold for each of {backbone.columns} columns, got shape {tuple(thresholds.shape)}"
+            )
+        self.column, self.rising = backbone.scores[score]
+        thrift = backbone.thrift
         self.register_buffer("thresholds", thresholds)
+        self.register_buffer("sure", thrift.masked_fill(thrift < 0, torch.inf).argmin(1))
+        self.register_buffer("unsure", torch.tensor(backbone.full_route).clamp_min(0))
 
-    def act(self, observation: Tensor) -> Tensor:
-        """0 where the exit is sure enough, else 1."""
-        column, rising = SCORES[self.score]
-        exits = observation[:, self.features : self.features + self.points].argmax(1)
-        score, threshold = observation[:, column], self.thresholds[exits]
-        return (score < threshold if rising else score > threshold).long()
+    def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
+        """`Policy.chooser`, by what `backbone.observe` shows."""
+
+        def at(state: Any) -> Tensor:
+            column, score = state.column, backbone.observe(state)[:, self.column]
+            threshold = self.thresholds[column]
+            sure = score >= threshold if self.rising else score <= threshold
+            return torch.where(sure, self.sure[column], self.unsure[column])
+
+        return at
 
 
 def fit_thresholds(scores: Tensor, costs: Tensor, budget: float, rising: bool = True) -> Tensor:

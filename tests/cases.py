@@ -11,10 +11,10 @@ from dynrl.backbones import Backbone, ExitModule, SkipLSTM, SkipModule
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.tasks import Regression
-from tests.toys import Branching, Convolutional, Exiting, Looping, Transformer
+from tests.toys import Branching, Convolutional, Exiting, Looping, Roundabout, Transformer
 
 REGISTERED = sorted(DECISIONS)
-TOYS = {"exiting": Exiting, "looping": Looping, "branching": Branching}
+TOYS = {"exiting": Exiting, "looping": Looping, "branching": Branching, "roundabout": Roundabout}
 OWN = {  # modules of a user's
     "hidden update of an LSTM": lambda: SkipLSTM.from_module(nn.LSTM(3, 12), nn.Linear(12, 4), steps=6),
     "skip in a transformer": lambda: SkipModule(Transformer(), (1, 8, 8), [f"blocks.{i}" for i in range(3)]),
@@ -48,4 +48,4 @@ def vector_env(name: str):
 def make_backbone(name: str) -> Backbone:
     if name in TOYS or name in OWN:
         return {**TOYS, **OWN}[name]().eval()
-    return vector_env(name).default_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()
+    return vector_env(name).seeded_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()

@@ -15,11 +15,12 @@ from gymnasium.vector import AutoresetMode
 
 from dynrl.backbones import Backbone
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.envs import DECISIONS
-from dynrl.envs.core import RoutingEnv, RoutingVectorEnv, distillation, draw
-from dynrl.tasks import CLASSIFICATION, Regression
+from dynrl.envs import DECISIONS, Decision
+from dynrl.envs.core import RoutingVectorEnv, draw
+from dynrl.envs.single import RoutingEnv
+from dynrl.tasks import Regression
 from tests.cases import REGISTERED, make_backbone, vector_env
-from tests.toys import Exiting, Looping
+from tests.toys import Branching, Exiting, Looping, Roundabout
 
 
 def toy_dataset(name="exiting", size=23) -> Dataset:
@@ -36,7 +37,12 @@ class ToyVectorEnv(RoutingVectorEnv):
 
 
 class ToyEnv(RoutingEnv):
-    vector_env = ToyVectorEnv
+    decision = "toy"
+
+
+@pytest.fixture(autouse=True)
+def _toys_are_registered(monkeypatch):
+    monkeypatch.setitem(DECISIONS, "toy", Decision("toy", "dynrl/Toy-v0", "tests.test_envs:ToyVectorEnv", "", ""))
 
 
 def make_vec(name, num_envs, **settings):
@@ -52,7 +58,10 @@ def make_single(name, **settings):
 
 
 torch.manual_seed(5)
-TOYS: dict[str, Backbone] = {"exiting": Exiting().eval(), "looping": Looping().eval(), "regressing": Looping().eval()}
+TOYS: dict[str, Backbone] = {
+    "exiting": Exiting().eval(), "looping": Looping().eval(), "regressing": Looping().eval(),
+    "branching": Branching().eval(), "roundabout": Roundabout().eval(),
+}  # fmt: skip
 CASES = [*REGISTERED, *TOYS]
 
 
@@ -132,10 +141,10 @@ def test_batched_environment_is_as_many_single_ones(name, mode):
 
 @pytest.mark.parametrize("name", CASES)
 def test_returns_are_accuracy_minus_price_times_macs(name):
-    env = make_vec(name, 4, autoreset_mode="SameStep", accuracy_term="log_likelihood")
+    env = make_vec(name, 4, autoreset_mode="SameStep", reward="log_likelihood")
     rng = np.random.default_rng(1)
     obs, _ = env.reset(seed=2)
-    price = obs[:, env.layout.price].copy()
+    price = obs[:, env.sight.price].copy()
     total, spent, prices_seen = np.zeros(4), np.zeros(4), set()
     for _ in range(4 * env.backbone.max_steps):
         obs, reward, terminated, _, info = env.step(rng.integers(0, env.single_action_space.n, 4))
@@ -143,20 +152,20 @@ def test_returns_are_accuracy_minus_price_times_macs(name):
         np.testing.assert_allclose(info["accuracy_term"] + info["cost_term"], reward, atol=1e-6)
         assert ((info["accuracy_term"] == 0) | terminated).all()
         for i in range(4):
-            after = info["final_obs"][i][env.layout.spent] if terminated[i] else obs[i, env.layout.spent]
+            after = info["final_obs"][i][env.sight.spent] if terminated[i] else obs[i, env.sight.spent]
             assert info["cost_term"][i] == pytest.approx(-price[i] * (after - spent[i]), abs=1e-5)
             spent[i] = after
             if terminated[i]:
                 assert info["macs_fraction"][i] == pytest.approx(after)
                 assert total[i] == pytest.approx(info["accuracy_term"][i] - price[i] * after, abs=1e-5)
-                total[i], spent[i], price[i] = 0, 0, obs[i, env.layout.price]
+                total[i], spent[i], price[i] = 0, 0, obs[i, env.sight.price]
                 prices_seen.add(float(price[i]))
     assert len(prices_seen) > 8
     assert min(prices_seen) >= env.price_range[0] and max(prices_seen) <= env.price_range[1]
 
 
 def test_a_five_line_loop_recomputes_the_returns():
-    env = make_vec("skip", 3, autoreset_mode="SameStep", accuracy_term="correct", price=0.25)
+    env = make_vec("skip", 3, autoreset_mode="SameStep", reward="correct", price=0.25)
     env.reset(seed=0)
     backbone, paid = env.backbone, np.zeros(3)
     actions = np.random.default_rng(0).integers(0, 2, (backbone.max_steps, 3))
@@ -182,18 +191,24 @@ def test_times_may_be_charged_instead_of_macs(name):
     env = make_vec(name, 4, autoreset_mode="SameStep", price=0.5, times=given)
     rng, backbone = np.random.default_rng(1), env.backbone
     env.reset(seed=2)
-    dense = given["start"] + sum(
-        given["choices"][min(t, len(backbone.points) - 1)][choice] for t, choice in enumerate(backbone.full_route)
-    )
+    points = backbone.column_point.tolist()
+
+    def of_tables(route):
+        """Milliseconds and MACs of a route by the two tables."""
+        ran = [(point, choice) for point, choice in zip(points, route, strict=True) if choice >= 0]
+        ms = given["start"] + sum(given["choices"][point][choice] for point, choice in ran)
+        return ms, backbone.start_macs + sum(int(backbone.costs[point, choice]) for point, choice in ran)
+
+    dense, counted = of_tables(backbone.full_route)
+    rate = dense / counted  # of what a family charges beyond its table
+    dense += rate * (backbone.dense_macs - counted)
     paid, episodes = np.zeros(4), 0
     while episodes < 12:
         _, _, terminated, _, info = env.step(rng.integers(0, env.single_action_space.n, 4))
         paid += info["cost_term"]
         for i in np.flatnonzero(terminated):
-            ran = [choice for choice in info["route"][i] if choice >= 0]
-            spent = given["start"] + sum(
-                given["choices"][min(t, len(backbone.points) - 1)][c] for t, c in enumerate(ran)
-            )
+            ms, macs = of_tables(info["route"][i].tolist())
+            spent = ms + rate * (info["macs_fraction"][i] * backbone.dense_macs - macs)
             assert paid[i] == pytest.approx(-0.5 * spent / dense, rel=1e-4)
             paid[i], episodes = 0, episodes + 1
 
@@ -273,7 +288,7 @@ def test_reset_mask_restarts_only_those():
     assert terminated.tolist() == [True, False, True, False]
     after, _ = env.reset(options={"reset_mask": terminated})
     np.testing.assert_allclose(after[[1, 3]], obs[[1, 3]])
-    assert (after[[0, 2], env.layout.features] == 1).all()  # at the first point again
+    assert (after[[0, 2], env.sight.features] == 1).all()  # at the first point again
     env.reset(seed=7, options={"reset_mask": terminated})
     assert env._seeds.tolist() == [7, 1, 9, 3]
     for bad in (terminated[:2], np.ones(4, int)):
@@ -283,19 +298,40 @@ def test_reset_mask_restarts_only_those():
         make_vec("exiting", 4).reset(options={"reset_mask": terminated})
 
 
-def test_distillation_is_best_on_the_dense_route_and_counts_the_label():
-    dense = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
-    output, target = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])
-    same, other = distillation(CLASSIFICATION, output, target, dense)
-    assert float(same) == pytest.approx(float(torch.log_softmax(dense[0], 0)[0]))
-    p = torch.softmax(dense[0], 0)
-    divergence = float((p * (p.log() - torch.log_softmax(output[1], 0))).sum())
-    assert float(other) == pytest.approx(float(torch.log_softmax(output[1], 0)[0]) - divergence)
+@pytest.mark.parametrize("name", ["exit", "exiting", "looping"])
+def test_gain_pays_each_output_what_it_adds_and_sums_up_to_the_last(name):
+    gain, whole = (make_vec(name, 4, autoreset_mode="SameStep", reward=r, price=0.01) for r in ("gain", "log_likelihood"))
+    for env in (gain, whole):
+        env.reset(seed=0)
+    rng, total, episodes, between = np.random.default_rng(0), np.zeros(4), 0, 0
+    while episodes < 12:
+        actions = rng.integers(0, gain.single_action_space.n, 4)
+        _, _, ended, _, info = gain.step(actions)
+        _, _, _, _, expected = whole.step(actions)
+        total += info["accuracy_term"]
+        between += int((info["accuracy_term"][~ended] != 0).sum())
+        for i in np.flatnonzero(ended):
+            assert total[i] == pytest.approx(expected["accuracy_term"][i], abs=1e-4)
+            total[i], episodes = 0, episodes + 1
+    assert (between > 0) == gain.backbone.speaks
+
+
+def test_the_page_of_an_environment_says_what_the_registries_know():
+    page = vector_env("exit").__doc__
+    for said in ("| `distillation` |", "- `ExitResNet`:", "- `ExitModule`:", 'gymnasium.make("dynrl/Exit-v0"', "| columns |"):
+        assert said in page
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_example_of_a_page_runs(name, capsys):
+    code = vector_env(name).__doc__.partition("```python\n")[2].partition("```")[0]
+    exec(code, {})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("term", ["distillation", "log_likelihood"])
 def test_a_regression_pays_what_squared_errors_cost(term):
-    env = make_vec("regressing", 6, autoreset_mode="SameStep", accuracy_term=term, price=0.01)
+    env = make_vec("regressing", 6, autoreset_mode="SameStep", reward=term, price=0.01)
     data, rng = toy_dataset("regressing"), np.random.default_rng(0)
     env.reset(seed=0)
     seen = 0
@@ -316,7 +352,7 @@ def test_a_regression_pays_what_squared_errors_cost(term):
 
 def test_right_or_wrong_is_no_reward_for_numbers():
     with pytest.raises(ValueError, match="'correct' is for classes, this task's metric is mse"):
-        make_vec("regressing", 2, accuracy_term="correct")
+        make_vec("regressing", 2, reward="correct")
 
 
 def test_one_backbone_file_is_loaded_once(small_backbone):
@@ -331,7 +367,7 @@ def test_one_backbone_file_is_loaded_once(small_backbone):
         ({"num_envs": 6, "group": 4}, "a group that divides the 6"),
         ({"data": "nosuch"}, "unknown data set"),
         ({"split": "nosuch"}, "unknown split"),
-        ({"accuracy_term": "nosuch"}, "unknown accuracy term"),
+        ({"reward": "nosuch"}, "unknown accuracy term|unknown reward"),
         ({"price": 3.0}, "outside its range"),
         ({"price_range": (0.5, 0.1)}, "price range"),
         ({"price_range": (0.0, 0.1)}, "price range"),

@@ -1,4 +1,5 @@
-"""Backbones small enough to check by hand: one ends early, one loops and closes a choice, one branches and merges.
+"""Backbones small enough to check by hand: one ends early, one loops and closes a choice, one branches and joins, and
+one does all of it and charges for what no table knows.
 
 And networks as users have them, which know nothing of dynrl.
 """
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones import END, Backbone, Point, State, Walk
+from dynrl.backbones.gated import GatedWalk
 from dynrl.ops.gated_residual import gated_residual
 
 
@@ -17,15 +19,17 @@ class Exiting(Backbone):
     """Three linear stages with an exit after each: choice 0 goes on, 1 stops with that exit's output."""
 
     family, decision = "toy_exiting", "toy"
+    speaks = True
 
     def __init__(self) -> None:
         super().__init__()
         self.config, self.input_shape = {}, (4,)
         self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
-        self.points = (Point("exit1", 2), Point("exit2", 2))
-        self.feature_width, self.max_steps, self.full_route = 4, 2, (0, 0)
-        self._set_costs(24, [[24, 0], [24, 0]])
+        self._pose(
+            [Point("exit1", 2), Point("exit2", 2)],
+            costs=[[24, 0], [24, 0]], start_macs=24, full_route=(0, 0), feature_width=4,
+        )  # fmt: skip
 
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
         x = torch.tanh(self.stages[k](x))
@@ -36,7 +40,6 @@ class Exiting(Backbone):
         return self._arrive(walk, 0, rows, inputs)
 
     def observe(self, state: State) -> Tensor:
-        assert state.features is not None
         return state.features.clone()
 
     def _run(self, state: State, action: Tensor) -> list[State]:
@@ -48,6 +51,7 @@ class Exiting(Backbone):
         return reached
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
+        assert isinstance(state.walk, GatedWalk)
         state.walk.leave(gates, 1)
         return self._arrive(state.walk, state.point + 1, state.rows, state.features)
 
@@ -61,19 +65,19 @@ class Looping(Backbone):
         super().__init__()
         self.config, self.input_shape = {"visits": visits}, (4,)
         self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.points = (Point("again", 2, visits),)
-        self.feature_width, self.max_steps, self.full_route = 4, visits, (1,) * (visits - 1) + (0,)
-        self._set_costs(0, [[8, 16]])
+        self._pose(
+            [Point("again", 2, visits)],
+            costs=[[8, 16]], start_macs=0, full_route=(1,) * (visits - 1) + (0,), feature_width=4,
+        )  # fmt: skip
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, inputs.clone())
 
     def open_choices(self, state: State) -> Tensor:
-        last = state.walk.at(state.walk.steps, state.rows) >= self.max_steps - 1
+        last = torch.as_tensor(state.visit).expand(state.count) >= self.max_steps - 1
         return torch.stack([torch.ones_like(last), ~last], 1)
 
     def observe(self, state: State) -> Tensor:
-        assert state.features is not None
         return state.features.clone()
 
     def _run(self, state: State, action: Tensor) -> list[State]:
@@ -90,9 +94,10 @@ class Looping(Backbone):
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         walk, x = state.walk, state.features
+        assert isinstance(walk, GatedWalk)
         walk.put_output(state.rows, self.head(x))
-        if walk.common_steps == self.max_steps:
-            return State(walk, END, state.rows, None)
+        if state.visit == self.max_steps:
+            return State(walk, END, state.rows)
         walk.leave(gates, 0)
         return State(walk, 0, state.rows, torch.tanh(self.cell(x)))
 
@@ -110,15 +115,16 @@ class Branching(Backbone):
         self.config, self.input_shape = {}, (4,)
         self.ways = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
         self.detour, self.last, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-        self.points = (Point("way", 3), Point("detour", 2), Point("last", 2))
-        self.feature_width, self.max_steps, self.full_route = 4, 3, (1, 1, 1)
-        self._set_costs(0, [[16, 16, 16], [0, 16], [8, 24]])
+        self._pose(
+            [Point("way", 3), Point("detour", 2), Point("last", 2)],
+            costs=[[16, 16, 16], [0, 16], [8, 24]], start_macs=0, full_route=(1, 1, 1), feature_width=4,
+            thrift=[[0, 1, 1], [0, 1], [0, 1]],  # a detour costs later
+        )  # fmt: skip
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, inputs.clone())
 
     def observe(self, state: State) -> Tensor:
-        assert state.features is not None
         return state.features[:, :4].clone()  # behind it, in a gated walk, what waits for the detour's end
 
     def _run(self, state: State, action: Tensor) -> list[State]:
@@ -135,7 +141,7 @@ class Branching(Backbone):
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         walk, x = state.walk, state.features
-        assert x is not None
+        assert isinstance(walk, GatedWalk)
         if state.point == 0:
             short, *detours = (torch.tanh(way(x)) for way in self.ways)
             walk.weight, walk.present = 1 - gates[:, 0], gates.argmax(1) > 0
@@ -155,7 +161,87 @@ class Branching(Backbone):
         if state.point == 1:
             return State(state.walk, 2, state.rows, x)
         state.walk.put_output(state.rows, self.head(x))
-        return State(state.walk, END, state.rows, None)
+        return State(state.walk, END, state.rows)
+
+
+class Roundabout(Backbone):
+    """Choice 0 goes straight to the last point, 1 enters a loop that rows leave when they like: part, loop and join.
+
+    The k-th round of the loop applies its cell k times. The table knows of one; what is beyond is charged on the way.
+    Features are a tuple: where a row stands, and its input, which is added at the last point.
+    """
+
+    family, decision = "toy_roundabout", "toy"
+
+    def __init__(self, rounds: int = 3) -> None:
+        super().__init__()
+        self.config, self.input_shape, self.rounds = {"rounds": rounds}, (4,), rounds
+        self.straight, self.enter, self.cell = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self._pose(
+            [Point("way", 2), Point("round", 2, rounds), Point("last", 2)],
+            costs=[[16, 16], [0, 16], [8, 24]], start_macs=0, full_route=(1,) * (rounds + 2), feature_width=4,
+            thrift=[[0, 1], [0, 1], [0, 1]], charged_macs=16 * sum(range(rounds)),
+        )  # fmt: skip
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        return State(walk, 0, rows, (inputs.clone(), inputs.clone()))
+
+    def observe(self, state: State) -> Tensor:
+        return state.features[0].clone()
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        if state.point == 2:
+            return [self._finish(state, action.bool().unsqueeze(1))]
+        stay, on = state.where(action == 1, 1), state.where(action == 0, 2)
+        x, inputs = stay.features
+        if state.point == 0:
+            stay.features = (torch.tanh(self.enter(x)), inputs)
+            on.features = (torch.tanh(self.straight(on.features[0])), on.features[1])
+            return [part for part in (stay, on) if part.count]
+        k = state.walk.visits(1)[stay.rows]
+        state.walk.charge(stay.rows, 16 * (k - 1))
+        for round in range(1, self.rounds + 1):
+            running = (k >= round).nonzero().flatten()
+            if len(running):
+                x = x.index_copy(0, running, torch.tanh(self.cell(x[running])))
+        stay.features = (x, inputs)
+        parts = (on, stay.where(k < self.rounds, 1), stay.where(k == self.rounds, 2))
+        return [part for part in parts if part.count]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        walk, k = state.walk, state.visit
+        assert isinstance(walk, GatedWalk)
+        if state.point == 2:
+            return self._finish(state, gates[:, 1:])
+        x, inputs, *waiting = state.features
+        if state.point == 0:
+            waiting = gates[:, :1] * torch.tanh(self.straight(x))
+            walk.weight, walk.present = gates[:, 1], gates.argmax(1) == 1
+            return State(walk, 1, state.rows, (torch.tanh(self.enter(x)), inputs, waiting))
+        walk.charge_gates(gates, torch.tensor([0, 16 * (k - 1)]))
+        waiting = waiting[0] + (walk.weight * gates[:, 0]).unsqueeze(1) * x
+        walk.weight, walk.present = walk.weight * gates[:, 1], walk.present & (gates.argmax(1) == 1)
+        for _ in range(k):
+            x = torch.tanh(self.cell(x))
+        if k < self.rounds:
+            return State(walk, 1, state.rows, (x, inputs, waiting))
+        x = waiting + walk.weight.unsqueeze(1) * x
+        walk.weight, walk.present = torch.ones_like(walk.weight), torch.ones_like(walk.present)
+        return State(walk, 2, state.rows, (x, inputs))
+
+    def _finish(self, state: State, share: Tensor) -> State:
+        """Through the last layer by `share` [n, 1]: of those that run it only, if that is bool."""
+        x, inputs = state.features
+        x = x + inputs
+        if share.dtype is torch.bool:
+            running = share.squeeze(1).nonzero().flatten()
+            if len(running):
+                x = x.index_copy(0, running, torch.tanh(self.last(x[running])))
+        else:
+            x = share * torch.tanh(self.last(x)) + (1 - share) * x
+        state.walk.put_output(state.rows, self.head(x))
+        return State(state.walk, END, state.rows)
 
 
 class Encoder(nn.Module):

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dynrl.backbones.base import END, Backbone, Point, State, Walk, choice_rates, merge, read_backbone_file
+from dynrl.backbones.base import Backbone, read_backbone_file
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
 from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
+from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 
 # What builds the backbones of files, by family. Your own: FAMILIES["my-vit"] = a function of a file's `config`.
 FAMILIES: dict[str, Callable[..., Backbone]] = {

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Point, State, Walk
 from dynrl.backbones.resnet import Block
 from dynrl.backbones.skip import SkipResNet
+from dynrl.backbones.walk import Point, State, Walk
 from dynrl.ops.route import route
 from dynrl.ops.rows import take_rows
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
@@ -113,6 +113,7 @@ class SlimmableResNet(SkipResNet):
 
     family = "slimmable_resnet"
     decision = "channel"
+    exports = False  # how many rows chose each width sets sizes that torch.export cannot carry
 
     def __init__(
         self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any
@@ -120,14 +121,18 @@ class SlimmableResNet(SkipResNet):
         super().__init__(input_shape, **network)
         self.config = {**self.config, "shares": list(shares)}
         costs = []
-        for i, point, (floor, dense) in zip(self._gated, self.points, self.costs.tolist(), strict=True):
+        for i, point, (floor, dense) in zip(self._skippable, self.points, self.costs.tolist(), strict=True):
             block = self._blocks[i] = SlimmableBlock(self._blocks[i], tuple(shares))
             self.set_submodule(point.name, block)
             sizes = [sum(weight.numel() for weight in block.weights(c)) for c in range(len(shares))]
             costs.append([floor + (dense - floor) * size // sizes[-1] for size in sizes])
-        self.points = tuple(Point(point.name, len(shares)) for point in self.points)
-        self.full_route = (len(shares) - 1,) * self.max_steps
-        self._set_costs(self.start_macs, costs)
+        self._pose(
+            [Point(point.name, len(shares)) for point in self.points],
+            costs=costs,
+            start_macs=self.start_macs,
+            full_route=(len(shares) - 1,) * len(self.points),
+            feature_width=self.feature_width,
+        )
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each width begins with its slice of the full one's batch norm; narrow ones are of use after training only."""
@@ -145,8 +150,7 @@ class SlimmableResNet(SkipResNet):
         x, block = self._standing(state)
         if not isinstance(block, SlicedBlock):
             return [self._go_on(state, block.mixed(x, action))]
-        seen = self._seen(state)
-        return [self._go_on(state, sliced_conv(x, action, block, seen), seen)]
+        return [self._go_on(state, sliced_conv(x, action, block))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x, block = self._standing(state)
@@ -155,8 +159,7 @@ class SlimmableResNet(SkipResNet):
 
     def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
         """The features of a state, and the block they stand before."""
-        assert state.features is not None
-        return state.features, self._blocks[self._gated[state.point]]
+        return state.features, self._blocks[self._skippable[state.point]]
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Each block at each width on as many neighbouring rows as chose it; see `Backbone.ideal`."""
@@ -166,7 +169,7 @@ class SlimmableResNet(SkipResNet):
             parts.append([(c, start, end) for c, (start, end) in enumerate(pairwise(ends)) if start < end])
 
         def run() -> Tensor:
-            walk = Walk(inputs, self.max_steps)
+            walk = Walk(inputs, self.points, self.mac_table)
             state = self._start(walk, walk.all_rows, inputs)
             for part in parts:
                 x, block = self._standing(state)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from dynrl.backbones.base import END, Backbone, Point, State, Walk
+from dynrl.backbones.base import Backbone
+from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import ResNet
+from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.backend import counts_on_device
 from dynrl.ops.exit_scores import exit_scores
@@ -31,6 +33,10 @@ class Exits(Backbone):
     """
 
     decision = "exit"
+    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # as `exit_scores` has them
+    rule = "thresholds"
+    speaks = True
+    exports = True
 
     def _advance_to(self, k: int, x: Tensor) -> Tensor:
         """From exit k - 1 (or the inputs) to exit k."""
@@ -42,15 +48,19 @@ class Exits(Backbone):
 
     def _set_points(self, names: list[str], stage_macs: list[int], widths: list[int]) -> None:
         """Pose a point at each exit of `names`; `stage_macs` up to each and to the last, classifiers included."""
-        self.points = tuple(Point(name, 2) for name in names)
-        self.feature_width, self.max_steps, self.full_route = 3 + max(widths), len(names), (GO_ON,) * len(names)
-        self._set_costs(stage_macs[0], [[0, macs] for macs in stage_macs[1:]])
+        self._pose(
+            [Point(name, 2) for name in names],
+            costs=[[0, macs] for macs in stage_macs[1:]],
+            start_macs=stage_macs[0],
+            full_route=(GO_ON,) * len(names),
+            feature_width=3 + max(widths),
+        )
 
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
         """Run what leads up to exit k, and put down what it says."""
         x = self._advance_to(k, x)
         walk.put_output(rows, self._exit(k, x))
-        return State(walk, k, rows, x) if k < len(self.points) else State(walk, END, rows, None)
+        return State(walk, k, rows, x) if k < len(self.points) else State(walk, END, rows)
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return self._arrive(walk, 0, rows, inputs)
@@ -59,26 +69,24 @@ class Exits(Backbone):
         if counts_on_device():
             raise ValueError("rows leave at exits, and the host must know how many go on: this walk cannot be captured")
         walk, rows, x = state.walk, state.rows, state.features
-        assert x is not None
         going = action.nonzero().squeeze(1)
         if is_compiling():  # how many go on is data, and must not decide on a branch
             return [self._arrive(walk, state.point + 1, rows[going], take_rows(x, going))]
         reached = []
         if len(going) < len(rows):
-            reached.append(State(walk, END, rows[action == STOP], None))
+            reached.append(State(walk, END, rows[action == STOP]))
             rows, x = rows[going], take_rows(x, going)
         if len(going) or not len(action):  # none of none: on to the end
             reached.append(self._arrive(walk, state.point + 1, rows, x))
         return reached
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        assert state.features is not None
+        assert isinstance(state.walk, GatedWalk)
         state.walk.leave(gates, STOP)
         return self._arrive(state.walk, state.point + 1, state.rows, state.features)
 
     def observe(self, state: State) -> Tensor:
         """How sure the exit is (`exit_scores`), then each channel's mean over the map or the tokens."""
-        assert state.features is not None
         return torch.cat([exit_scores(self.output(state)), summary(state.features)], 1)
 
     def training_outputs(

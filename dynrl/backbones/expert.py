@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import END, Backbone, Point, State, Walk
+from dynrl.backbones.base import Backbone
+from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_macs
@@ -109,6 +110,7 @@ class ExpertNet(Backbone):
 
     family = "expert_net"
     decision = "expert"
+    captures = True
 
     def __init__(
         self,
@@ -136,14 +138,17 @@ class ExpertNet(Backbone):
         )
         self.layers = nn.ModuleList(_Layer(channels, self.widths) for _ in range(layers))
         self.fc = nn.Linear(channels, classes)
-        self.points = tuple(Point(f"layer{i}", len(widths)) for i in range(1, layers + 1))
-        self.max_steps, self.feature_width = layers, channels
-        self.full_route = (len(widths) - 1,) * layers
         start, shape = count_macs(self.stem, self.input_shape)
         experts = [routed_experts_macs(shape[1] * shape[2], channels, width) for width in widths]
         mix, head = count_macs(self._layers[0].mix, shape)[0], count_macs(self.fc, (channels,))[0]
         after = [mix] * (layers - 1) + [head]
-        self._set_costs(start + mix, [[macs + fixed for macs in experts] for fixed in after])
+        self._pose(
+            [Point(f"layer{i}", len(widths)) for i in range(1, layers + 1)],
+            costs=[[macs + fixed for macs in experts] for fixed in after],
+            start_macs=start + mix,
+            full_route=(len(widths) - 1,) * layers,
+            feature_width=channels,
+        )
 
     @property
     def _layers(self) -> list[_Layer]:
@@ -156,7 +161,6 @@ class ExpertNet(Backbone):
         return [self._go_on(state, self.layers[state.point](state.features, action))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        assert state.features is not None
         return self._go_on(state, self._layers[state.point].gated(state.features, gates))
 
     def _go_on(self, state: State, x: Tensor) -> State:
@@ -165,14 +169,13 @@ class ExpertNet(Backbone):
         if following < len(self.points):
             return State(state.walk, following, state.rows, self._layers[following].mix(x))
         state.walk.put_output(state.rows, self._head(x))
-        return State(state.walk, END, state.rows, None)
+        return State(state.walk, END, state.rows)
 
     def _head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))
 
     def observe(self, state: State) -> Tensor:
         """Each channel's mean over the map."""
-        assert state.features is not None
         return state.features.mean((2, 3)).float()
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:

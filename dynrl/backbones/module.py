@@ -200,7 +200,7 @@ class SkipModule(_OfModule, Skipping):
         classes: int | None = None,
     ) -> None:
         super().__init__(module, input_shape, blocks, family, blocks=list(blocks))
-        gate_macs, width, x = [], 1, self._example()
+        block_macs, width, x = [], 1, self._example()
         macs, lead = executed_macs(self._between[0], x)
         self._lead_is_view, x, fixed_macs = _same_memory(lead, x), lead, [macs]
         for name, block, behind in zip(blocks, self._named, self._between[1:], strict=True):
@@ -209,11 +209,11 @@ class SkipModule(_OfModule, Skipping):
             if y.shape != x.shape:
                 shapes = f"{tuple(y.shape)} of {tuple(x.shape)}"
                 raise ValueError(f"expected blocks that keep their input's shape; {name!r} makes {shapes}")
-            gate_macs.append(macs)
+            block_macs.append(macs)
             macs, x = executed_macs(behind, y)
             fixed_macs.append(macs)
         _set_classes(self, x, classes)
-        self._set_points(list(blocks), gate_macs, fixed_macs, width)
+        self._set_points(list(blocks), block_macs, fixed_macs, width)
 
     def _lead(self, inputs: Tensor) -> Tensor:
         x = self._between[0](inputs)
@@ -227,9 +227,6 @@ class SkipModule(_OfModule, Skipping):
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
         return self._between[point + 1](x)
-
-    def _joins(self, point: int) -> bool:
-        return len(self._between[point + 1].graph.nodes) == 2  # what comes in goes out
 
 
 class ExitModule(_OfModule, Exits):

@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dynrl.backbones.base import END, Backbone, Point, State, Walk
+from dynrl.backbones.base import Backbone
+from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref, recurrent_cell
 from dynrl.ops.routed_linear import column_major
 
@@ -40,6 +41,7 @@ class SkipRNN(Backbone):
     _time: Tensor  # [steps, knots]
     _frozen = False
     decision = "hidden-update"
+    captures = True
     layer: type[nn.GRU] | type[nn.LSTM]  # torch's, whose parameters and names these are
     name: str  # of the layer in the state_dict
 
@@ -62,20 +64,23 @@ class SkipRNN(Backbone):
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "hidden": hidden, "sees": sees, "knots": knots
         }  # fmt: skip
-        self.max_steps, width = input_shape
+        steps, width = input_shape
         self.sees_input = sees == "state+input"
         self.hidden = hidden
         rnn = self.layer(width, hidden, batch_first=True)
         self.add_module(self.name, rnn)
         self.fc = nn.Linear(hidden, classes)
-        self.points = (Point("update", 2, visits=self.max_steps),)
-        knots = min(self.max_steps, knots)
-        self.register_buffer("_time", _hats(self.max_steps, knots), persistent=False)
+        knots = min(steps, knots)
+        self.register_buffer("_time", _hats(steps, knots), persistent=False)
         self.state_width = 2 * hidden if isinstance(rnn, nn.LSTM) else hidden
-        self.feature_width = self.state_width + knots + 1 + (width if self.sees_input else 0)
-        self.full_route = (1,) * self.max_steps
         gates = len(self.rnn.weight_hh_l0) // hidden
-        self._set_costs(hidden * classes, [[0, gated_cell_macs(1, width, hidden, gates)]])
+        self._pose(
+            [Point("update", 2, visits=steps)],
+            costs=[[0, gated_cell_macs(1, width, hidden, gates)]],
+            start_macs=hidden * classes,
+            full_route=(1,) * steps,
+            feature_width=self.state_width + knots + 1 + (width if self.sees_input else 0),
+        )
 
     @classmethod
     def from_module(cls, rnn: nn.GRU | nn.LSTM, head: nn.Linear, steps: int, **settings: Any) -> Self:
@@ -136,14 +141,12 @@ class SkipRNN(Backbone):
         return State(walk, 0, rows, inputs.new_zeros(inputs.shape[0], self.state_width))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        walk, rows, h = state.walk, state.rows, state.features
-        assert h is not None
+        walk, rows, h, steps = state.walk, state.rows, state.features, state.visit
         self._tick(state, action)
-        if rows is walk.all_rows:
-            h = gated_cell(walk.inputs[:, walk.common_steps - 1], h, action, *self._weights())
+        if isinstance(steps, int):
+            h = gated_cell(walk.inputs[:, steps - 1], h, action, *self._weights())
             on = State(walk, 0, rows, h)
-            return [self._end(on) if walk.common_steps == self.max_steps else on]
-        steps = walk.steps[rows]
+            return [self._end(on) if steps == self.max_steps else on]
         at = torch.add(steps - 1, rows, alpha=self.max_steps)
         h = gated_cell(walk.inputs.flatten(0, 1), h, action, *self._weights(), x_rows=at)
         on, over = State(walk, 0, rows, h), steps == self.max_steps
@@ -151,27 +154,26 @@ class SkipRNN(Backbone):
         return [self._end(ended), on.where(~over, 0)] if ended.count else [on]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        walk, h = state.walk, state.features
-        assert h is not None
+        walk, h, steps = state.walk, state.features, state.visit
+        assert isinstance(steps, int), "a gated walk's rows are together"
         self._tick(state, gates.argmax(1))
         every = torch.ones_like(state.rows)
-        new = gated_cell_ref(walk.inputs[:, walk.common_steps - 1], h, every, *self._weights())
+        new = gated_cell_ref(walk.inputs[:, steps - 1], h, every, *self._weights())
         on = State(walk, 0, state.rows, gates[:, 1:] * new + gates[:, :1] * h)
-        return self._end(on) if walk.common_steps == self.max_steps else on
+        return self._end(on) if steps == self.max_steps else on
 
     def _tick(self, state: State, action: Tensor) -> None:
-        since, rows = state.walk.own["since"], state.rows
-        copies = (1 - action).unsqueeze(1)
-        if rows is state.walk.all_rows:
+        """Count the time since each row's last update on."""
+        since, copies = state.walk.own["since"], (1 - action).unsqueeze(1)
+        if state.together:
             since += 1 / self.max_steps
             since *= copies
         else:
-            since[rows] = (since[rows] + 1 / self.max_steps) * copies
+            since[state.rows] = (since[state.rows] + 1 / self.max_steps) * copies
 
     def _end(self, state: State) -> State:
-        assert state.features is not None
         state.walk.put_output(state.rows, self.fc(state.features[:, : self.hidden]))
-        return State(state.walk, END, state.rows, None)
+        return State(state.walk, END, state.rows)
 
     def observe(self, state: State) -> Tensor:
         """The state (an LSTM's cell's, too), the time, the share of the sequence since the last update, and with
@@ -180,36 +182,27 @@ class SkipRNN(Backbone):
         The time is told by hat functions on even knots, at most one a step, so that a linear policy can tell any one
         part of the sequence from all others; it costs a look into a table.
         """
-        assert state.features is not None
-        walk, rows = state.walk, state.rows
-        if rows is walk.all_rows:
-            time = self._time[walk.common_steps].expand(state.count, -1)
-        else:
-            time = self._time[walk.steps[rows]]
+        steps = state.visit
+        time = self._time[steps].expand(state.count, -1) if isinstance(steps, int) else self._time[steps]
         return torch.cat([state.features.float(), time, *self._aside(state)], 1)
 
     def _aside(self, state: State) -> list[Tensor]:
         """What `observe` shows beside the hidden state and the time."""
-        walk, rows = state.walk, state.rows
-        since = walk.at(walk.own["since"], rows)
-        if not self.sees_input:
-            return [since]
-        together = rows is walk.all_rows
-        return [since, (walk.inputs[:, walk.common_steps] if together else walk.inputs[rows, walk.steps[rows]]).float()]
+        since = state.get(state.walk.own["since"])
+        return [since, state.along(state.walk.inputs).float()] if self.sees_input else [since]
 
-    def project(self, state: State, weight: Tensor, start: Tensor) -> Tensor:
-        """`Backbone.project` without a copy of the hidden state."""
-        assert state.features is not None
-        size = self.state_width
-        of_state, of_rest = weight[:size], weight[size + self._time.shape[1] :]
-        scores = torch.addmm(start, state.features.float(), of_state)
-        aside = self._aside(state)
-        return scores.addmm_(aside[0] if len(aside) == 1 else torch.cat(aside, 1), of_rest)
-
-    def foreknown(self, weight: Tensor) -> Tensor:
-        """The time's part: one product for all steps, not one a step."""
+    def projector(self, weight: Tensor) -> Callable[[State, Tensor], Tensor]:
+        """`Backbone.projector` without a copy of the hidden state; the time's part is one product for all steps."""
         size, knots = self.state_width, self._time.shape[1]
-        return self._time @ weight[size : size + knots]
+        of_state, of_rest = weight[:size], weight[size + knots :]
+        of_time = self._time @ weight[size : size + knots]
+
+        def project(state: State, start: Tensor) -> Tensor:
+            scores = torch.addmm(start + of_time[state.visit], state.features.float(), of_state)
+            aside = self._aside(state)
+            return scores.addmm_(aside[0] if len(aside) == 1 else torch.cat(aside, 1), of_rest)
+
+        return project
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None

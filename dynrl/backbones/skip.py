@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dynrl.backbones.base import END, Backbone, Point, State, Walk
+from dynrl.backbones.base import Backbone
 from dynrl.backbones.resnet import ResNet
+from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
-from dynrl.ops.backend import on_host
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.pooled import summary
 
@@ -23,6 +22,7 @@ class Skipping(Backbone):
     """
 
     decision = "skip"
+    exports = True
 
     def _lead(self, inputs: Tensor) -> Tensor:
         """What runs before the first point."""
@@ -36,54 +36,42 @@ class Skipping(Backbone):
         """What runs behind the block of `point`, up to the next point or to the output."""
         raise NotImplementedError
 
-    def _joins(self, point: int) -> bool:
-        """Whether nothing runs behind the block of `point`: the next one sees what it has left. If in doubt, no."""
-        return False
-
-    def _set_points(self, names: list[str], gate_macs: list[int], fixed_macs: list[int], width: int) -> None:
+    def _set_points(self, names: list[str], block_macs: list[int], fixed_macs: list[int], width: int) -> None:
         """Pose a point for each block of `names`; `fixed_macs` before the first and behind each."""
-        self.points = tuple(Point(name, 2) for name in names)
-        self.feature_width, self.max_steps, self.full_route = width, len(names), (1,) * len(names)
-        behind = zip(gate_macs, fixed_macs[1:], strict=True)
-        self._set_costs(fixed_macs[0], [[fixed, gate + fixed] for gate, fixed in behind])
+        behind = zip(block_macs, fixed_macs[1:], strict=True)
+        self._pose(
+            [Point(name, 2) for name in names],
+            costs=[[fixed, macs + fixed] for macs, fixed in behind],
+            start_macs=fixed_macs[0],
+            full_route=(1,) * len(names),
+            feature_width=width,
+        )
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, self._lead(inputs))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        assert state.features is not None
-        seen = self._seen(state)
-        return [self._go_on(state, gated_residual(state.features, action, self._block(state.point), seen), seen)]
-
-    def _seen(self, state: State) -> Tensor | None:
-        """What `observe` found, for an op to bring up to date; None where the next point does not see that."""
-        return None if torch.is_grad_enabled() or not self._joins(state.point) else state.seen
+        return [self._go_on(state, gated_residual(state.features, action, self._block(state.point)))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x = state.features
-        assert x is not None
         skip, run = (gates[:, choice].view(-1, *[1] * (x.dim() - 1)) for choice in (0, 1))
         # A block may overwrite what it is given.
         return self._go_on(state, run * self._block(state.point)(x.clone()) + skip * x)
 
-    def _go_on(self, state: State, x: Tensor, seen: Tensor | None = None) -> State:
+    def _go_on(self, state: State, x: Tensor) -> State:
         x = self._follow(state.point, x)
         if state.point + 1 < len(self.points):
-            return State(state.walk, state.point + 1, state.rows, x, seen)
+            return State(state.walk, state.point + 1, state.rows, x)
         state.walk.put_output(state.rows, x)
-        return State(state.walk, END, state.rows, None)
+        return State(state.walk, END, state.rows)
 
     def observe(self, state: State) -> Tensor:
         """Each channel's mean over the map, or over the tokens."""
-        assert state.features is not None
-        if torch.is_grad_enabled() or not on_host(state.features):  # elsewhere another look costs no more
-            return summary(state.features)
-        if state.seen is None:
-            state.seen = summary(state.features)
-        return state.seen.clone()  # the other is brought up to date in place
+        return summary(state.features)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Each gated block on the first rows of the batch, as many as chose it; see `Backbone.ideal`."""
+        """Each block that may be skipped on the first rows of the batch, as many as chose it; see `Backbone.ideal`."""
         counts = (route == 1).sum(0).tolist()
 
         def run() -> Tensor:
@@ -107,29 +95,30 @@ class SkipResNet(Skipping, ResNet):
     """
 
     family = "skip_resnet"
+    captures = True
 
     def __init__(self, *shape: Any, **settings: Any) -> None:
         super().__init__(*shape, **settings)
-        self._gated = [i for i, block in enumerate(self._blocks) if block.downsample is None]
-        if not self._gated:
+        self._skippable = [i for i, block in enumerate(self._blocks) if block.downsample is None]
+        if not self._skippable:
             raise ValueError("no block of this network has an identity to fall back on; add blocks to a stage")
         cost, shape_in = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
-        gate_macs, fixed_macs, width = [], [cost], 1
+        block_macs, fixed_macs, width = [], [cost], 1
         for block in self._blocks:
             macs, shape_out = count_macs(block, shape_in)
             if block.downsample is None:
-                gate_macs.append(macs)
+                block_macs.append(macs)
                 fixed_macs.append(0)
                 width = max(width, shape_in[0])
             else:
                 fixed_macs[-1] += macs
             shape_in = shape_out
         fixed_macs[-1] += count_macs(self.fc, (shape_in[0],))[0]
-        self._set_points([self._names[i] for i in self._gated], gate_macs, fixed_macs, width)
+        self._set_points([self._names[i] for i in self._skippable], block_macs, fixed_macs, width)
 
     def _fixed(self, point: int) -> list[Any]:
-        """The blocks between the gated one of `point` (-1: the stem) and the next."""
-        ends = [-1, *self._gated, len(self._blocks)]
+        """The blocks between that of `point` (-1: the stem) and the next that may be skipped."""
+        ends = [-1, *self._skippable, len(self._blocks)]
         return self._blocks[ends[point + 1] + 1 : ends[point + 2]]
 
     def _lead(self, inputs: Tensor) -> Tensor:
@@ -139,10 +128,7 @@ class SkipResNet(Skipping, ResNet):
         return x
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        return self._blocks[self._gated[point]]
-
-    def _joins(self, point: int) -> bool:
-        return point + 1 < len(self.points) and not self._fixed(point)
+        return self._blocks[self._skippable[point]]
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
         for block in self._fixed(point):

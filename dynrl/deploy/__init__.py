@@ -1,20 +1,10 @@
 """Deployment: a backbone with a policy plugged in."""
 
-from dynrl.deploy.routed import (
-    EXPORTED,
-    LATENCY,
-    SHIPPED,
-    CapturedModel,
-    Route,
-    RoutedModel,
-    check_match,
-    load,
-    plug,
-    policy_fingerprint,
-    shipped,
-)
+from dynrl.deploy.capture import CapturedModel
+from dynrl.deploy.routed import Route, RoutedModel, check_match, plug
+from dynrl.deploy.shipped import LATENCY, SHIPPED, load, policy_fingerprint, shipped
 
 __all__ = [
-    "EXPORTED", "LATENCY", "SHIPPED", "CapturedModel", "Route", "RoutedModel", "check_match", "load", "plug",
-    "policy_fingerprint", "shipped",
+    "LATENCY", "SHIPPED", "CapturedModel", "Route", "RoutedModel", "check_match", "load", "plug", "policy_fingerprint",
+    "shipped",
 ]  # fmt: skip

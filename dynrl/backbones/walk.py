@@ -1,0 +1,282 @@
+"""The walk: rows of a batch on their ways through the decision points of a network.
+
+A walk owns B slots. What belongs to a slot for good (its inputs, what it has spent, what ran, its output) never moves.
+Features are compacted: a state holds those of the rows that stand at one point together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynrl.ops.record import record
+
+END = -1  # the point at which finished rows stand
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where one of `n` choices is made. A row passes it once, or up to `visits` times: a loop."""
+
+    name: str
+    n: int
+    visits: int = 1
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What walks are charged: MACs, or milliseconds on one machine.
+
+    Attributes:
+        start: what every row pays before its first decision.
+        choices: [points, most choices], what each choice costs at each point; -1 where there is no such choice.
+        dense: what the full route costs, `start` included.
+    """
+
+    start: float
+    choices: Tensor
+    dense: float
+
+
+def each(function: Callable[..., Any], *features: Any) -> Any:
+    """`function` of tensors, applied to features: to each tensor where they are tuples; None stays None."""
+    first = features[0]
+    if first is None:
+        return None
+    return tuple(map(function, *features)) if isinstance(first, tuple) else function(*features)
+
+
+class Walk:
+    """B slots, addressed by `State.rows`.
+
+    A route has a column for each visit that a row may pay to a point, in the order of the points. A row's k-th decision
+    at a point stands in that point's k-th column, so chains, loops, branches and trees are one case.
+
+    Attributes:
+        inputs: [B, ...], what each row was given.
+        points: the backbone's.
+        route: [B, columns] int64, what ran; -1 where a row has not been.
+        steps: [B] int64, decisions taken so far.
+        last: [B] int64, 1 + the last choice, 0 before the first.
+        macs: [B] int64, MACs spent so far, the policy's excluded.
+        bill: [B], what has been charged so far by the walk's cost table: `macs` itself where that is in MACs.
+        table: the cost table.
+        outputs: [B, ...] once some row has an output, else None.
+        own: name to [B, ...], what a family keeps for each slot beside that; 0 where a slot is refilled.
+        answer: [B, ...], what a policy that decides a whole walk at once said at its begin; None for other policies.
+        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order, and all of
+            these rows have gone the same way so far (`State.together`).
+    """
+
+    def __init__(self, inputs: Tensor, points: Sequence[Point], macs: CostTable, table: CostTable | None = None) -> None:
+        size, device = inputs.shape[0], inputs.device  # len() would make a traced size a constant
+        self.inputs, self.points, self.table = inputs, points, table or macs
+        self.all_rows = torch.arange(size, device=device)
+        self.steps = torch.zeros(size, dtype=torch.int64, device=device)
+        self.last = torch.zeros(size, dtype=torch.int64, device=device)
+        self.macs = torch.zeros(size, dtype=torch.int64, device=device)
+        self._mac_table, self._charged = macs, None if table is None else torch.zeros(size, device=device)
+        self.first_column, columns = [], 0
+        for point in points:
+            self.first_column.append(columns)
+            columns += point.visits
+        self.route = torch.full((size, columns), -1, dtype=torch.int64, device=device)
+        # How often the rows that are together have been at each point, and, where rows may differ in it, each row.
+        self.visits_together = [0] * len(points)
+        loops = len(points) > 1 and any(point.visits > 1 for point in points)
+        self._visits = torch.zeros(size, len(points), dtype=torch.int64, device=device) if loops else None
+        self.outputs: Tensor | None = None
+        self.own: dict[str, Tensor] = {}
+        self.answer: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.all_rows.shape[0]
+
+    @property
+    def bill(self) -> Tensor:
+        """[B], see `Walk`."""
+        return self.macs if self._charged is None else self._charged
+
+    @property
+    def _ledgers(self) -> list[tuple[Tensor, CostTable]]:
+        macs = [(self.macs, self._mac_table)]
+        return macs if self._charged is None else [*macs, (self._charged, self.table)]
+
+    def copy(self) -> Walk:
+        """A walk of its own, sharing nothing that changes."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "all_rows":
+                setattr(twin, name, value.clone())
+        twin.visits_together = list(self.visits_together)
+        twin.own = {name: value.clone() for name, value in self.own.items()}
+        return twin
+
+    def refill(self, rows: Tensor, inputs: Tensor) -> None:
+        """Give the slots `rows` new inputs, as if they had never walked."""
+        self.inputs[rows] = inputs
+        for field in (self.steps, self.last, self.macs, self._charged, self._visits, *self.own.values()):
+            if field is not None:
+                field[rows] = 0
+        self.route[rows] = -1
+
+    def visits(self, point: int) -> Tensor:
+        """[B] int64, how many decisions each row has taken at `point`, which may be met more than once."""
+        return self.steps if self._visits is None else self._visits[:, point]
+
+    def begin(self, rows: Tensor) -> None:
+        """Charge `rows` what is paid before the first decision."""
+        for ledger, table in self._ledgers:
+            if rows is self.all_rows:
+                ledger += table.start
+            else:
+                ledger[rows] += table.start
+
+    def charge(self, rows: Tensor, macs: Tensor | int) -> None:
+        """Add to the bill of `rows` what no table can know: `macs`, one number or [n].
+
+        Where the table is in milliseconds, MACs take as long as they do on average in the dense network.
+        """
+        for ledger, table in self._ledgers:
+            amount = macs if table is self._mac_table else macs * (table.dense / self._mac_table.dense)
+            if rows is self.all_rows:
+                ledger += amount
+            else:
+                ledger[rows] += amount
+
+    def decided(self, state: State, action: Tensor) -> None:
+        """Write down that the rows of `state` took `action` [n], count the decision, and charge it."""
+        rows, point, column = state.rows, state.point, state.column
+        if state.together:
+            assert isinstance(column, int), "rows that are together are at one column"
+            record(action, self._mac_table.choices[point], self.route[:, column], self.steps, self.last, self.macs)
+            self.visits_together[point] += 1
+            if self._visits is not None:
+                self._visits[:, point] += 1
+        else:
+            self.route[rows, column] = action
+            self.steps[rows] += 1
+            self.last[rows] = action + 1
+            self.macs[rows] += self._mac_table.choices[point].index_select(0, action)
+            if self._visits is not None:
+                self._visits[rows, point] += 1
+        if self._charged is not None:
+            state.add(self._charged, self.table.choices[point].index_select(0, action))
+
+    def put_output(self, rows: Tensor, value: Tensor) -> None:
+        """Set the output of `rows` to `value` [n, ...]; differentiable."""
+        if rows is self.all_rows:
+            self.outputs = value
+            return
+        if self.outputs is None:
+            self.outputs = value.new_zeros(len(self), *value.shape[1:])
+        # Writing in place would break the graph of outputs written before, or change a tensor handed out already.
+        self.outputs = self.outputs.index_copy(0, rows, value.to(self.outputs.dtype))
+
+
+@dataclass
+class State:
+    """Rows of a walk that stand at one point.
+
+    Attributes:
+        walk, point, rows: whose, where, and which slots [n].
+        features: the backbone's own, a tensor [n, ...] or a tuple of such tensors; None at END.
+    """
+
+    walk: Walk
+    point: int
+    rows: Tensor
+    features: Any = None
+
+    @property
+    def count(self) -> int:
+        """How many rows stand here."""
+        return self.rows.shape[0]  # len() would make a traced size a constant
+
+    @property
+    def ended(self) -> bool:
+        """Whether these rows have finished."""
+        return self.point == END
+
+    @property
+    def together(self) -> bool:
+        """Whether these are all slots, in order, which have gone the same way so far."""
+        return self.rows is self.walk.all_rows
+
+    @property
+    def visit(self) -> int | Tensor:
+        """How many decisions these rows have taken at this point: one number where they are together, else [n].
+
+        While `Backbone._run` runs a decision, that decision is counted.
+        """
+        return self.walk.visits_together[self.point] if self.together else self.walk.visits(self.point)[self.rows]
+
+    @property
+    def column(self) -> int | Tensor:
+        """The column of the route in which these rows' next decision here will stand: one number, or [n]."""
+        first = self.walk.first_column[self.point]
+        return first if self.walk.points[self.point].visits == 1 else first + self.visit
+
+    def get(self, field: Tensor) -> Tensor:
+        """`field` [B, ...] at these rows, without a copy where they are together."""
+        return field if self.together else field[self.rows]
+
+    def add(self, field: Tensor, amount: Tensor | int) -> None:
+        """Add `amount` to `field` [B, ...] at these rows, in place."""
+        if self.together:
+            field += amount
+        else:
+            field[self.rows] += amount
+
+    def along(self, route: Tensor) -> Tensor:
+        """[n, ...], what `route` [B, columns, ...] holds for these rows' next decision."""
+        column = self.column
+        return route[:, column] if self.together else route[self.rows, column]
+
+    def copy(self) -> State:
+        """Branch off: a state on a walk of its own. The only way to advance from one state twice."""
+        walk = self.walk.copy()
+        rows = walk.all_rows if self.together else self.rows.clone()
+        return State(walk, self.point, rows, each(Tensor.clone, self.features))
+
+    def where(self, chosen: Tensor, point: int) -> State:
+        """The rows for which `chosen` [n] bool holds, standing at `point`."""
+        return State(self.walk, point, self.rows[chosen], each(lambda part: part[chosen], self.features))
+
+
+def merge(states: Sequence[State]) -> dict[int, State]:
+    """Join states of one walk that stand at the same point; empty ones vanish. The result is keyed by point."""
+    merged: dict[int, State] = {}
+    for state in states:
+        if state.count == 0:
+            continue
+        if state.point not in merged:
+            merged[state.point] = state
+            continue
+        other = merged[state.point]
+        assert other.walk is state.walk, "states of different walks cannot merge"
+        features = each(lambda *parts: torch.cat(parts), other.features, state.features)
+        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features)
+    return merged
+
+
+def choice_rates(points: Sequence[Point], route: Tensor) -> dict[str, float]:
+    """How often each choice but 0 was taken at each point, over all its visits.
+
+    The rates go by the point's name, and `/choice` behind it where there are more than two choices.
+
+    Args:
+        points: a backbone's.
+        route: [B, columns], what ran, -1 where a row never was.
+    """
+    rates = {}
+    for point, taken in zip(points, route.split([point.visits for point in points], 1), strict=True):
+        for choice in range(1, point.n):
+            tag = point.name if point.n == 2 else f"{point.name}/{choice}"
+            rates[tag] = float((taken == choice).sum() / (taken >= 0).sum().clamp_min(1))
+    return rates

@@ -1,0 +1,77 @@
+"""Capture: a routed model's walk as one CUDA graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dynrl.ops.backend import device_counts
+
+if TYPE_CHECKING:
+    from dynrl.deploy.routed import RoutedModel
+
+
+class CapturedModel:
+    """A routed model's walk, router included, recorded once and replayed: no Python, no wait for the host in between.
+
+    Decisions are taken anew at each replay; how many rows run is read from device memory by our kernels. Inputs are not
+    checked for NaN, which would wait for the device.
+
+    Args:
+        model: on a CUDA device, with a learned policy. Its price is recorded, too: capture again after `set_price`, and
+            when it was moved or other weights were loaded.
+        batch_size: of all inputs to come.
+
+    Raises:
+        ValueError: the model is not on a CUDA device, or its policy gives whole routes.
+    """
+
+    def __init__(self, model: RoutedModel, batch_size: int) -> None:
+        weights = next(model.backbone.parameters())
+        if not weights.is_cuda:
+            raise ValueError(f"expected a model on a CUDA device to capture, got one on {weights.device}; call .cuda()")
+        if not model.backbone.captures or model.price_range is None or model.policy.sight.span > 1:
+            raise ValueError(
+                f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be captured: only a learned "
+                "policy that decides step by step can, on a family whose ops read counts on the device"
+            )
+        self.model, self.price = model, model.price
+        # The graph reads its weights wherever they lay when it was recorded: set_price must not free them.
+        self._chooser = model.chooser
+        size = (batch_size, *model.input_shape)
+        self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
+        with torch.inference_mode(), device_counts():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # the kernels choose their tiles here: capture forbids timing
+                # First with all rows at work: on few or none, one tile is as good as another.
+                model.backbone.run_route(self._inputs, model.backbone.dense_actions(batch_size, weights.device))
+                for _ in range(2):
+                    model.walk(self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._walk = model.walk(self._inputs)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[batch_size, *input_shape] to the outputs, which the next call overwrites; as it does `last_route`."""
+        if inputs.shape != self._inputs.shape or inputs.dtype != self._inputs.dtype:
+            raise ValueError(
+                f"expected inputs of {self._inputs.dtype} {tuple(self._inputs.shape)} as captured, got {inputs.dtype} "
+                f"{tuple(inputs.shape)}; capture the model for this batch size"
+            )
+        if self.model.price != self.price:
+            raise ValueError(
+                f"captured at price {self.price}, the model is now at {self.model.price}; capture it again"
+            )
+        if self.model.chooser is not self._chooser:
+            raise ValueError(
+                "the model was moved, or other weights were loaded, since it was captured; capture it again"
+            )
+        self._inputs.copy_(inputs)
+        self._graph.replay()
+        self.model.last_route = self.model._route_of(self._walk)
+        assert self._walk.outputs is not None
+        return self._walk.outputs

@@ -1,0 +1,88 @@
+"""Export: a routed model's walk as a program of torch.export or ONNX, which needs no dynrl."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.files import write_aside
+
+if TYPE_CHECKING:
+    from dynrl.deploy.routed import RoutedModel
+
+
+def export(model: RoutedModel, path: str | Path) -> None:
+    """Write the walk at the present price, router included, for batches of any size (a *.pt2: of two or more).
+
+    A *.pt2 is a torch.export program: `torch.export.load(path).module()(inputs)` needs torch alone. A *.onnx is for
+    onnxruntime and others; to write one takes the packages onnx and onnxscript. What is skipped is not computed there,
+    either.
+
+    Raises:
+        ValueError: another ending; a family whose rows' choices set sizes that torch.export cannot carry
+            (`Backbone.exports`); packages that are missing.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"expected a file *.pt2 (torch.export) or *.onnx (ONNX) to write, got {path}")
+    if not model.backbone.exports or model.price_range is None:
+        raise ValueError(
+            f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be exported: only learned policies "
+            f"can, on families that torch.export can carry ({model.backbone.decision} on {model.backbone.family}: "
+            f"{'yes' if model.backbone.exports else 'no'}); plug it in Python"
+        )
+    missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)] if path.suffix == ".onnx" else []
+    if missing:
+        raise ValueError(f"to write {path} takes {' and '.join(missing)}: pip install onnx onnxscript")
+    weights = next(model.backbone.parameters())
+    example = torch.zeros(4, *model.input_shape, dtype=weights.dtype, device=weights.device)
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        program = torch.export.export(_Walking(model), (example,), dynamic_shapes=({0: batch},))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found")  # the router's transposed weights
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch about its own, when it copies the program
+        content = _as_onnx(program) if path.suffix == ".onnx" else _as_pt2(program)
+    with write_aside(path) as aside:
+        aside.write_bytes(content)
+
+
+class _Walking(nn.Module):
+    """What is exported: no checks that would look at values, and no books kept."""
+
+    def __init__(self, model: RoutedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.model.backbone.run(inputs, self.model.chooser).outputs
+        assert outputs is not None
+        return outputs
+
+
+def _as_pt2(program: torch.export.ExportedProgram) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    return content.getvalue()
+
+
+def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.ERROR)  # torchvision's ops are missing, empty attributes are taken for integers
+        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+    assert converted is not None
+    content: bytes = converted.model_proto.SerializeToString()
+    return content
