@@ -248,7 +248,7 @@ def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> flo
     """The rate at which random routes (`RandomPolicy`) cost `macs_fraction` on average; None where they never do."""
 
     def cost(rate: float) -> float:
-        routes = RandomPolicy(backbone.column_costs, rate).route(inputs)
+        routes = RandomPolicy(backbone.thrift, rate).route(inputs)
         return float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
 
     if not cost(0.0) <= macs_fraction <= cost(1.0):

@@ -9,7 +9,6 @@ import torch
 
 from dynrl.backbones import Backbone, State
 from dynrl.data import Split
-from dynrl.observation import Layout, observation
 from dynrl.policies import SCORES, StepPolicy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 

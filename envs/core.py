@@ -313,9 +313,7 @@ class RoutingVectorEnv(VectorEnv):
         """
         ends: list[State] = []
         for _ in range(self.sight.span):
-            reached = [
-                end for s in states.values() for end in self.backbone.advance(s, self.sight.pick(actions, s))
-            ]
+            reached = [end for s in states.values() for end in self.backbone.advance(s, self.sight.pick(actions, s))]
             states = merge(reached)
             ends += [states.pop(END)] if END in states else []
             if not states:
@@ -426,9 +424,7 @@ class RoutingVectorEnv(VectorEnv):
         if given.shape != shape or not np.issubdtype(given.dtype, np.integer):
             raise ValueError(f"expected integer actions of shape {shape}, got {given.dtype} of shape {given.shape}")
         if given.min() < 0 or (given.reshape(len(given), -1) >= self.sight.counts).any():
-            raise ValueError(
-                f"expected actions from 0 and below {self.sight.counts}, got {given.min()}..{given.max()}"
-            )
+            raise ValueError(f"expected actions from 0 and below {self.sight.counts}, got {given.min()}..{given.max()}")
         if self._seeds is None:
             raise ValueError("reset the environment before its first step")
         view, reward, terminated, tensors = self.step_tensors(torch.from_numpy(given.astype(np.int64)).to(self.device))

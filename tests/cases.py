@@ -10,6 +10,7 @@ import dynrl  # noqa: F401 (registers the environments)
 from dynrl.backbones import Backbone, ExitModule, SkipLSTM, SkipModule
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
+from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.tasks import Regression
 from tests.toys import Branching, Convolutional, Exiting, Looping, Roundabout, Transformer
 
@@ -49,3 +50,10 @@ def make_backbone(name: str) -> Backbone:
     if name in TOYS or name in OWN:
         return {**TOYS, **OWN}[name]().eval()
     return vector_env(name).seeded_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()
+
+
+def make_policy(
+    backbone: Backbone, prices: tuple[float, float] = (0.01, 1.0), hidden: int = 64, kind: str = "sequential"
+) -> LearnedPolicy:
+    """An untrained policy."""
+    return PolicySpec.of(kind, backbone, prices, hidden).build()

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from dynrl.backbones import SkipResNet
-from dynrl.deploy import CapturedModel, RoutedModel
-from dynrl.observation import Layout
+from dynrl.deploy import RoutedModel
+from dynrl.deploy.capture import Recorded
 from dynrl.ops.backend import device_counts
 from dynrl.ops.gated_residual import gated_residual
-from dynrl.policies import RandomPolicy, Router
+from dynrl.policies import RandomPolicy
+from tests.cases import make_policy
 from tests.devices import NoHostSync
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +23,7 @@ ON_CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: a graph ca
 def routed(block: str = "basic", seed: int = 0) -> RoutedModel:
     torch.manual_seed(seed)
     backbone = SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), block=block).eval()
-    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1)
+    router = make_policy(backbone)
     nn.init.normal_(router.head.weight, std=2.0)  # decides differently from row to row
     return RoutedModel(backbone, router).to(DEVICE)
 
@@ -70,16 +71,17 @@ def test_capture_without_cuda_is_refused():
         routed().capture(4)
 
 
-@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.load_state_dict(m.state_dict())])
+@pytest.mark.parametrize(
+    "change", [lambda m: m.half(), lambda m: m.load_state_dict(m.state_dict()), lambda m: m.set_price(0.5)]
+)
 def test_a_replay_of_what_is_no_longer_there_is_refused(change):
     """The graph would read memory that is freed, or old constants beside new weights. Nothing is recorded here."""
-    model, inputs = routed(), torch.randn(3, 1, 8, 8, device=DEVICE)
-    captured = CapturedModel.__new__(CapturedModel)
-    captured.model, captured.price, captured._renewals = model, model.price, model._renewals
-    captured._inputs = torch.zeros_like(inputs)
+    model = routed()
+    recorded = Recorded.of(model)
+    recorded.check(model)
     change(model)
     with pytest.raises(ValueError, match="capture it again"):
-        captured(inputs)
+        recorded.check(model)
 
 
 def test_blocks_that_must_ask_the_host_are_refused(kernel_case):
@@ -106,18 +108,18 @@ def test_a_replay_is_the_eager_walk_for_routes_that_change():
 @ON_CUDA
 def test_what_a_graph_cannot_do_is_refused():
     model = routed()
-    captured = model.capture(4)
+    captured, before = model.capture(4), model.price
     with pytest.raises(ValueError, match="capture the model for this batch size"):
         captured(torch.randn(3, 1, 8, 8, device=DEVICE))
     model.set_price(0.5)
     with pytest.raises(ValueError, match="capture it again"):
         captured(torch.randn(4, 1, 8, 8, device=DEVICE))
-    model.set_price(captured.price)  # back again: what the graph reads is still there
+    model.set_price(before)  # back again: what the graph reads is still there
     inputs = torch.randn(4, 1, 8, 8, device=DEVICE)
     torch.testing.assert_close(captured(inputs).clone(), model(inputs), atol=1e-4, rtol=1e-4)
     model.policy.load_state_dict(model.policy.state_dict())
     with pytest.raises(ValueError, match="other weights were loaded"):
         captured(inputs)
     backbone = SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
-    with pytest.raises(ValueError, match="whole routes"):
-        RoutedModel(backbone, RandomPolicy(backbone.column_costs, 0.5)).capture(4)
+    with pytest.raises(ValueError, match="cannot be captured"):
+        RoutedModel(backbone, RandomPolicy(backbone.thrift, 0.5)).capture(4)

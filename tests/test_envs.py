@@ -300,7 +300,9 @@ def test_reset_mask_restarts_only_those():
 
 @pytest.mark.parametrize("name", ["exit", "exiting", "looping"])
 def test_gain_pays_each_output_what_it_adds_and_sums_up_to_the_last(name):
-    gain, whole = (make_vec(name, 4, autoreset_mode="SameStep", reward=r, price=0.01) for r in ("gain", "log_likelihood"))
+    gain, whole = (
+        make_vec(name, 4, autoreset_mode="SameStep", reward=r, price=0.01) for r in ("gain", "log_likelihood")
+    )
     for env in (gain, whole):
         env.reset(seed=0)
     rng, total, episodes, between = np.random.default_rng(0), np.zeros(4), 0, 0
@@ -318,7 +320,13 @@ def test_gain_pays_each_output_what_it_adds_and_sums_up_to_the_last(name):
 
 def test_the_page_of_an_environment_says_what_the_registries_know():
     page = vector_env("exit").__doc__
-    for said in ("| `distillation` |", "- `ExitResNet`:", "- `ExitModule`:", 'gymnasium.make("dynrl/Exit-v0"', "| columns |"):
+    for said in (
+        "| `distillation` |",
+        "- `ExitResNet`:",
+        "- `ExitModule`:",
+        'gymnasium.make("dynrl/Exit-v0"',
+        "| columns |",
+    ):
         assert said in page
 
 

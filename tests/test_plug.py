@@ -17,7 +17,6 @@ from torch import nn
 
 import dynrl
 from dynrl.backbones import SkipModule, SkipResNet, load_backbone
-from dynrl.choice import FoldedChoice, FusedChoice
 from dynrl.cost import count_macs
 from dynrl.data import Split, load_dataset
 from dynrl.deploy import SHIPPED, RoutedModel, shipped
@@ -36,10 +35,10 @@ from dynrl.evaluation import (
     uniform_routes,
 )  # fmt: skip
 from dynrl.files import read_json
-from dynrl.observation import Layout, observation
-from dynrl.policies import RandomPolicy, Router, StaticPolicy, load_policy, save_policy
-from tests.cases import BACKBONES, REGISTERED, make_backbone, numbers_split, vector_env
-from tests.toys import Branching, Exiting, Looping
+from dynrl.policies import RandomPolicy, Router, StaticPolicy, StepSight, load_policy, save_policy
+from dynrl.policies.router import Folded, Fused
+from tests.cases import BACKBONES, REGISTERED, make_backbone, make_policy, numbers_split, vector_env
+from tests.toys import Branching, Exiting, Looping, Roundabout
 
 PRICES = (0.01, 1.0)
 
@@ -47,12 +46,12 @@ PRICES = (0.01, 1.0)
 def make_router(backbone, hidden=64) -> Router:
     """An untrained router whose choices depend on features and price."""
     torch.manual_seed(0)
-    router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=hidden, start=1)
+    router = make_policy(backbone, PRICES, hidden)
     with torch.no_grad():
         router.head.bias.zero_()
         router.head.weight.normal_()
         if router.hidden is not None:
-            router.head.weight[1] -= 20 * router.hidden.weight[:, router.price]  # a higher price runs less
+            router.head.weight[1] -= 20 * router.hidden.weight[:, router.sight.price]  # a higher price runs less
     return router.eval()
 
 
@@ -111,7 +110,9 @@ def test_a_routed_batch_is_its_rows_one_by_one(run):
 
 
 @pytest.mark.parametrize("hidden", [0, 64])
-@pytest.mark.parametrize(("toy", "settings"), [(Exiting, ()), (Looping, ()), (Looping, (64,)), (Branching, ())])
+@pytest.mark.parametrize(
+    ("toy", "settings"), [(Exiting, ()), (Looping, ()), (Looping, (64,)), (Branching, ()), (Roundabout, ())]
+)
 def test_rows_may_end_part_and_meet_in_a_routed_batch(toy, settings, hidden):
     backbone = toy(*settings)
     router = make_router(backbone, hidden)
@@ -120,9 +121,10 @@ def test_rows_may_end_part_and_meet_in_a_routed_batch(toy, settings, hidden):
     model = RoutedModel(backbone.eval(), router)
     route = check_rows_one_by_one(model, torch.randn(40, 4))
     decided = route.actions >= 0
-    assert torch.equal(decided, decided.cumprod(1).bool()), "a row that ended decides no more"
+    for visits in decided.split([point.visits for point in backbone.points], 1):
+        assert torch.equal(visits, visits.cumprod(1).bool()), "a row that left a loop decides there no more"
     assert len(decided.sum(1).unique()) > 1, "all rows were equally long"
-    per_decision = count_macs(router, (router.width,))[0]
+    per_decision = count_macs(router, (router.sight.width,))[0]
     assert torch.equal(route.router_macs, decided.sum(1) * per_decision)
     walked = backbone.run_route(torch.randn(40, 4), route.actions.clamp_min(0))
     assert torch.equal(walked.macs, route.macs)
@@ -133,8 +135,8 @@ def test_a_policy_file_brings_a_linear_router_back(tmp_path):
     router = make_router(backbone, hidden=0)
     save_policy(tmp_path / "policy.safetensors", router, {})
     again, _ = load_policy(tmp_path / "policy.safetensors")
-    assert count_macs(again, (again.width,))[0] == (again.price + 1) * 2
-    seen = torch.rand(20, router.width) + 0.01
+    assert count_macs(again, (again.sight.width,))[0] == (again.sight.price + 1) * 2
+    seen = torch.rand(20, router.sight.width) + 0.01
     assert torch.equal(again(seen), router(seen))
 
 
@@ -155,8 +157,8 @@ def test_the_users_inputs_and_backbone_are_left_alone(run, small_backbone):
 def test_router_macs_are_counted(run):
     model = dynrl.load(run)
     model(torch.randn(4, *model.input_shape))
-    width = model.policy.price + 1
-    assert count_macs(model.policy, (model.policy.width,))[0] == width * 64 + 64 * 2
+    width = model.policy.sight.price + 1
+    assert count_macs(model.policy, (model.policy.sight.width,))[0] == width * 64 + 64 * 2
     assert model.last_route.router_macs.tolist() == [model.backbone.max_steps * (width * 64 + 128)] * 4
     fraction = model.last_route.macs_fraction - model.last_route.router_fraction
     torch.testing.assert_close(fraction, model.last_route.macs / model.backbone.dense_macs)
@@ -262,7 +264,7 @@ def test_bad_policies_are_refused(run, tmp_path, small_backbone):
         dynrl.plug(backbone, foreign / "policy.safetensors")
     with pytest.raises(ValueError, match="is no run folder"):
         dynrl.load(tmp_path / "nosuch")
-    with pytest.raises(ValueError, match="observations of"):
+    with pytest.raises(ValueError, match="the policy is for StepSight"):
         dynrl.plug(make_backbone("skip"), make_router(backbone))
 
 
@@ -310,8 +312,8 @@ def test_where_compute_goes():
 
 def test_a_policy_of_one_price_is_told_nothing_of_it(small_backbone):
     backbone = load_backbone(small_backbone)[0]
-    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.3, 0.3))
-    assert router.trunk(torch.full((1, router.width), 0.3))[0, router.price] == pytest.approx(0, abs=1e-6)
+    router = make_policy(backbone, (0.3, 0.3))
+    assert router.trunk(torch.full((1, router.sight.width), 0.3))[0, router.sight.price] == pytest.approx(0, abs=1e-6)
     model = dynrl.plug(backbone, router)
     assert model.price == 0.3 and len(calibrate(model, load_dataset("digits").validation)) == 1
     with pytest.raises(ValueError, match="no calibrated budgets"):
@@ -321,16 +323,16 @@ def test_a_policy_of_one_price_is_told_nothing_of_it(small_backbone):
 def test_router_needs_a_price_range():
     for bad in ((0.0, 1.0), (1.0, 0.5), (0.1, float("inf"))):
         with pytest.raises(ValueError, match="0 < low <= high"):
-            Router(2, 1, 2, bad)
+            Router(StepSight(2, 1, 2), bad)
 
 
 def test_router_never_takes_a_closed_choice_and_its_logits_stay_finite():
-    router = Router(3, 2, 4, PRICES)
+    router = Router(StepSight(3, 2, 4), PRICES)
     with torch.no_grad():
         router.head.weight.fill_(1e4)
-    obs = torch.rand(50, router.width) + 0.01
+    obs = torch.rand(50, router.sight.width) + 0.01
     obs[:, -4:] = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    assert set(router.act(obs).tolist()) <= {1, 3}
+    assert set(router.act(obs).flatten().tolist()) <= {1, 3}
     logits = router(obs)
     assert (logits[:, [1, 3]].abs() <= 5).all()
     assert torch.equal(logits.argmax(1) % 2, torch.ones(50, dtype=torch.int64))
@@ -339,22 +341,22 @@ def test_router_never_takes_a_closed_choice_and_its_logits_stay_finite():
 @torch.no_grad()
 def test_observation_holds_what_its_layout_says():
     backbone = make_backbone("skip")
-    layout = Layout.of(backbone)
+    layout = StepSight.of(backbone)
     state = backbone.begin(torch.randn(3, *backbone.input_shape))
     price = torch.tensor([0.1, 0.2, 0.3])
-    first = observation(backbone, state, price)
+    first = layout.see(backbone, state, price)
     assert first.shape == (3, layout.width)
     assert first[:, layout.last : layout.spent].tolist() == [[1, 0, 0]] * 3
     features = backbone.observe(state)
     torch.testing.assert_close(first[:, : features.shape[1]], features)
     assert first[:, features.shape[1] : layout.features].abs().sum() == 0
     (state,) = backbone.advance(state, torch.tensor([1, 0, 1]))
-    second = observation(backbone, state, price)
+    second = layout.see(backbone, state, price)
     assert second[:, layout.last : layout.spent].tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert second[:, layout.features : layout.last].argmax(1).tolist() == [1, 1, 1]
     torch.testing.assert_close(second[:, layout.spent], state.walk.macs / backbone.dense_macs)
     torch.testing.assert_close(second[:, layout.price], price)
-    assert (second[:, layout.mask :] == 1).all()
+    assert (layout.mask(second) == 1).all()
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.9, 1.0])
@@ -390,10 +392,10 @@ def test_random_and_static_policies():
     backbone = make_backbone("skip")
     inputs = torch.randn(500, *backbone.input_shape)
     with pytest.raises(ValueError, match="rate"):
-        RandomPolicy(backbone.column_costs, 1.5)
-    model = dynrl.plug(backbone, StaticPolicy((1, 0) * (backbone.max_steps // 2)))
+        RandomPolicy(backbone.thrift, 1.5)
+    model = dynrl.plug(backbone, StaticPolicy((1, 0) * (backbone.columns // 2)))
     model(inputs[:4])
-    assert model.last_route.actions.tolist() == [[1, 0] * (backbone.max_steps // 2)] * 4
+    assert model.last_route.actions.tolist() == [[1, 0] * (backbone.columns // 2)] * 4
     assert model.last_route.router_macs.sum() == 0
 
 
@@ -402,7 +404,7 @@ def test_random_rate_meets_the_cost(small_backbone):
     inputs = load_dataset("digits").validation.inputs
     for wanted in (0.5, 0.8):
         rate = random_rate(backbone, inputs, wanted)
-        routes = RandomPolicy(backbone.column_costs, rate, seed=9).route(inputs)
+        routes = RandomPolicy(backbone.thrift, rate, seed=9).route(inputs)
         assert float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs == pytest.approx(
             wanted, abs=0.03
         )
@@ -413,7 +415,7 @@ def test_random_rate_of_many_choices_reaches_from_the_cheapest_to_the_dearest():
     inputs = torch.zeros(200, *backbone.input_shape)
     floor = float(backbone.start_macs + backbone.costs[:, 0].sum()) / backbone.dense_macs
     for wanted in (floor + 0.005, (floor + 1) / 2, 0.995):
-        policy = RandomPolicy(backbone.column_costs, random_rate(backbone, inputs, wanted), seed=9)
+        policy = RandomPolicy(backbone.thrift, random_rate(backbone, inputs, wanted), seed=9)
         macs = backbone.run_route(inputs, policy.route(inputs)).macs
         assert float(macs.double().mean()) / backbone.dense_macs == pytest.approx(wanted, abs=0.01)
     for beyond in (floor - 0.005, 1.005):
@@ -424,7 +426,7 @@ def test_static_search_and_oracle(small_backbone):
     backbone, _ = load_backbone(small_backbone)
     split = load_dataset("digits").validation
     found = static_routes(backbone, split)
-    assert len(found) == backbone.max_steps + 1
+    assert len(found) == backbone.columns + 1
     fractions = [macs for _, macs, _ in found]
     assert fractions == sorted(fractions, reverse=True)
     assert found[0][1] == pytest.approx(1)
@@ -444,7 +446,7 @@ def test_uniform_routes_are_plugged_ones(name):
     backbone = make_backbone(name)
     split = Split(torch.randn(12, *backbone.input_shape), torch.arange(12) % 2)
     found = uniform_routes(backbone, split)
-    assert sorted(route for route, _, _ in found) == [(c,) * backbone.max_steps for c in range(backbone.num_choices)]
+    assert sorted(route for route, _, _ in found) == [(c,) * backbone.columns for c in range(backbone.num_choices)]
     assert [macs for _, macs, _ in found] == sorted((macs for _, macs, _ in found), reverse=True)
     for route, macs, accuracy in found:
         plugged = score(dynrl.plug(backbone, StaticPolicy(route)), split)
@@ -456,7 +458,7 @@ def test_oracle_of_a_regression():
     split = numbers_split(40)
     backbone = SkipResNet(split.inputs.shape[1:], classes=1, layers=(4,), widths=(4,)).eval()
     found = static_routes(backbone, split)
-    assert len(found) == backbone.max_steps + 1
+    assert len(found) == backbone.columns + 1
     mse, _, macs, _ = score_routes(backbone, oracle_routes(backbone, split, [route for route, _, _ in found]), split)
     chosen = split.task.error(mse)
     for route, _, metric in found:
@@ -528,7 +530,7 @@ def test_the_wheel_holds_all_and_runs_without_the_training_stack(wheel_tree, run
 
 @pytest.mark.parametrize(
     ("name", "kind", "hidden"),
-    [(name, FoldedChoice, hidden) for name in BACKBONES for hidden in (0, 64)] + [("skip", FusedChoice, 64)],
+    [(name, Folded, hidden) for name in BACKBONES for hidden in (0, 64)] + [("skip", Fused, 64)],
 )
 @torch.no_grad()
 def test_choices_without_an_observation_are_the_routers(name, kind, hidden):
@@ -536,19 +538,27 @@ def test_choices_without_an_observation_are_the_routers(name, kind, hidden):
     backbone, met = make_backbone(name), []
     inputs = torch.randn(20, *backbone.input_shape)
     for price in (0.01, 0.1, 1.0) * 3:
-        router = Router(**Layout.of(backbone).to_dict(), price_range=PRICES, hidden=hidden)
+        router, sight = make_policy(backbone, PRICES, hidden), StepSight.of(backbone)
         for layer in router.children():
             nn.init.normal_(layer.weight)
         nn.init.zeros_(router.head.bias)
-        choice = kind(backbone, *router.folded(price), router.head if hidden else None)
+        choice = router.chooser(backbone, price)
+        if kind is Fused:  # which is for where a kernel runs it
+            first = router.hidden
+            choice = Fused(
+                backbone,
+                router,
+                first.weight[:, : sight.price],
+                first.bias + router.told(price) * first.weight[:, sight.price],
+            )
 
-        def choose(state, price=price, router=router, choice=choice):
+        def choose(state, price=price, router=router, choice=choice, sight=sight):
             met.append(choice(state))
-            assert torch.equal(met[-1], router.act(observation(backbone, state, price)))
+            assert torch.equal(met[-1], router.act(sight.see(backbone, state, price))[:, 0])
             return met[-1]
 
         backbone.run(inputs, choose)
-    assert len(torch.cat(met).unique()) == Layout.of(backbone).choices
+    assert len(torch.cat(met).unique()) == backbone.num_choices
 
 
 def test_collapsed_policies_are_told_of():
@@ -562,8 +572,8 @@ def test_collapsed_policies_are_told_of():
     router = make_router(backbone, hidden=0)
     assert found(router) is None
     with torch.no_grad():
-        router.head.weight[:, : router.price] = 0
-        router.head.weight[1, router.price] -= 9
+        router.head.weight[:, : router.sight.price] = 0
+        router.head.weight[1, router.sight.price] -= 9
     assert "every input takes the same route" in found(router)
     with torch.no_grad():
         router.head.bias[1] = 99

@@ -7,8 +7,7 @@ import torch
 
 from dynrl.backbones import END, SkipGRU, SkipLSTM, merge
 from dynrl.deploy import RoutedModel
-from dynrl.observation import Layout
-from dynrl.policies import Router
+from tests.cases import make_policy
 
 STEPS, WIDTH, HIDDEN, ROWS = 7, 3, 20, 13
 
@@ -108,7 +107,7 @@ def test_what_is_seen(sees, kind):
     torch.testing.assert_close(since.squeeze(1) * STEPS, torch.tensor([1.0, 0.0]))
     assert sees == "state" or torch.equal(rest, inputs[:, 4])
     weight, start = torch.randn(expected, 3), torch.randn(2, 3)
-    got = network.project(state, weight, start) + network.foreknown(weight)[state.walk.steps[state.rows]]
+    got = network.projector(weight)(state, start)
     torch.testing.assert_close(got, seen @ weight + start, atol=1e-5, rtol=1e-5)
 
 
@@ -150,7 +149,7 @@ def test_a_policy_that_sees_the_state_only_decides_before_the_input():
     inputs = torch.randn(ROWS, STEPS, WIDTH)
     for sees in ("state", "state+input"):
         network = backbone(sees=sees)
-        router = Router(**Layout.of(network).to_dict(), price_range=(0.1, 1.0), hidden=0)
+        router = make_policy(network, (0.1, 1.0), hidden=0)
         router.head.weight[:, : network.feature_width].normal_()
         router.head.bias.zero_()
         model = RoutedModel(network, router)

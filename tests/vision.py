@@ -85,7 +85,7 @@ def test_plugged_on_its_full_route_it_is_the_network(name):
 def test_rows_take_routes_of_their_own(name):
     make, wrap = NETWORKS[name]
     backbone, inputs = wrap(trained(make())), torch.randn(4, *SHAPE)
-    route = torch.randint(0, 2, (4, backbone.max_steps))
+    route = torch.randint(0, 2, (4, backbone.columns))
     together = dynrl.plug(backbone, StaticPolicy(backbone.full_route)).backbone.run_route(inputs.clone(), route)
     for row in range(4):
         alone = backbone(inputs[row : row + 1], route[row : row + 1])
@@ -97,7 +97,7 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     make, wrap = NETWORKS[name]
     module, inputs = trained(make()).requires_grad_(False), torch.randn(batch, *SHAPE)
     backbone = wrap(module)
-    model = dynrl.plug(backbone, RandomPolicy(backbone.column_costs, 0.5, seed=0))
+    model = dynrl.plug(backbone, RandomPolicy(backbone.thrift, 0.5, seed=0))
     last = torch.channels_last
     nhwc, images = make().eval().requires_grad_(False).to(memory_format=last), inputs.contiguous(memory_format=last)
     dense = dynrl.plug(backbone, StaticPolicy(backbone.full_route))

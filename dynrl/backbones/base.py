@@ -240,7 +240,9 @@ class Backbone(nn.Module):
         if not fits:
             raise ValueError(f"expected times 'start' and 'choices', those of {counts} choices, got {times}")
         if not 0 < start < math.inf or not all(0 <= ms < math.inf for row in rows for ms in row):
-            raise ValueError(f"expected times of at least 0 milliseconds, and more before the first choice, got {times}")
+            raise ValueError(
+                f"expected times of at least 0 milliseconds, and more before the first choice, got {times}"
+            )
         full = [*zip(self.column_point.tolist(), self.full_route, strict=True)]
         timed = start + sum(rows[point][choice] for point, choice in full if choice >= 0)
         counted = self.start_macs + sum(int(self.costs[point, choice]) for point, choice in full if choice >= 0)

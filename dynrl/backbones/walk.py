@@ -73,7 +73,9 @@ class Walk:
             these rows have gone the same way so far (`State.together`).
     """
 
-    def __init__(self, inputs: Tensor, points: Sequence[Point], macs: CostTable, table: CostTable | None = None) -> None:
+    def __init__(
+        self, inputs: Tensor, points: Sequence[Point], macs: CostTable, table: CostTable | None = None
+    ) -> None:
         size, device = inputs.shape[0], inputs.device  # len() would make a traced size a constant
         self.inputs, self.points, self.table = inputs, points, table or macs
         self.all_rows = torch.arange(size, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,33 @@ from dynrl.ops.backend import device_counts
 
 if TYPE_CHECKING:
     from dynrl.deploy.routed import RoutedModel
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What of a model a recording holds for good: a replay after it has changed would answer for another model.
+
+    Attributes:
+        price: that the policy is told.
+        edition: of the policy's weights; moving the model or loading weights makes another.
+    """
+
+    price: float
+    edition: int
+
+    @classmethod
+    def of(cls, model: RoutedModel) -> Recorded:
+        """As the model is now."""
+        return cls(model.price, model.policy.edition)
+
+    def check(self, model: RoutedModel) -> None:
+        """Refuse, with a ValueError, a model that has changed."""
+        if model.price != self.price:
+            raise ValueError(f"captured at price {self.price}, the model is now at {model.price}; capture it again")
+        if model.policy.edition != self.edition:
+            raise ValueError(
+                "the model was moved, or other weights were loaded, since it was captured; capture it again"
+            )
 
 
 class CapturedModel:
@@ -37,8 +65,8 @@ class CapturedModel:
                 f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be captured: only a learned "
                 "policy that decides step by step can, on a family whose ops read counts on the device"
             )
-        self.model, self.price = model, model.price
-        # The graph reads its weights wherever they lay when it was recorded: set_price must not free them.
+        self.model, self._state = model, Recorded.of(model)
+        # The graph reads the policy's tables wherever they lay when it was recorded: set_price must not free them.
         self._chooser = model.chooser
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
@@ -62,14 +90,7 @@ class CapturedModel:
                 f"expected inputs of {self._inputs.dtype} {tuple(self._inputs.shape)} as captured, got {inputs.dtype} "
                 f"{tuple(inputs.shape)}; capture the model for this batch size"
             )
-        if self.model.price != self.price:
-            raise ValueError(
-                f"captured at price {self.price}, the model is now at {self.model.price}; capture it again"
-            )
-        if self.model.chooser is not self._chooser:
-            raise ValueError(
-                "the model was moved, or other weights were loaded, since it was captured; capture it again"
-            )
+        self._state.check(self.model)
         self._inputs.copy_(inputs)
         self._graph.replay()
         self.model.last_route = self.model._route_of(self._walk)
