@@ -91,9 +91,9 @@ class RoutingVectorEnv(VectorEnv):
         data: the data set the inputs come from, or its name; None for the decision's own (`Decision.data`).
         split: of the data set.
         reward: a name in `dynrl.envs.rewards.REWARDS`: what the answer of a row that ends is worth.
-        sight: what the policy sees, a name in `dynrl.policies.SIGHTS`: "step", a look at every decision, or "route", one
-            look at the input for the whole route: an episode is then one step, its action a choice for each column of
-            the route, of which those that a row never comes to are void.
+        sight: what the policy sees, a name in `dynrl.policies.SIGHTS`: "step", a look at every decision, or "route",
+            one look at the input for the whole route: an episode is then one step, its action a choice for each column
+            of the route, of which those that a row never comes to are void.
         times: what is charged instead of MACs; see `Backbone.time_table`.
         device: where the backbone runs, the inputs lie and tensors are made: "cpu" or "cuda", say.
         dtype: of the backbone and its inputs: one of `DTYPES`. What is observed and paid stays in float32.
@@ -105,11 +105,11 @@ class RoutingVectorEnv(VectorEnv):
         autoreset_mode: NEXT_STEP (what stock RLlib expects), SAME_STEP (no step is wasted; our runner, SB3) or
             DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
 
-    Rewards and `info`: a step's reward is its accuracy term less price x what the walk was charged since the step before,
-    as a share of what the dense network is charged. The first step also pays for what ran before the first decision, so a
-    return is accuracy - price x compute. `info` holds both terms (`accuracy_term`, `cost_term`) of every step and, for
-    rows that ended (mask `_route` etc.), the task's metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and
-    `route`. `action_mask` belongs to the observation returned beside it.
+    Rewards and `info`: a step's reward is its accuracy term less price x what the walk was charged since the step
+    before, as a share of what the dense network is charged. The first step also pays for what ran before the first
+    decision, so a return is accuracy - price x compute. `info` holds both terms (`accuracy_term`, `cost_term`) of every
+    step and, for rows that ended (mask `_route` etc.), the task's metric by its name (`accuracy`: 0 or 1; `mse`),
+    `macs_fraction` and `route`. `action_mask` belongs to the observation returned beside it.
 
     Raises:
         ValueError: an unknown data set, split, accuracy term or mode; a price outside its range; a backbone that
@@ -174,7 +174,7 @@ class RoutingVectorEnv(VectorEnv):
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.sight.width,), np.float32)
         counts = self.sight.counts
         self.single_action_space: gym.Space[Any] = (
-            gym.spaces.Discrete(counts[0]) if len(counts) == 1 else gym.spaces.MultiDiscrete(counts)
+            gym.spaces.Discrete(counts[0]) if len(counts) == 1 else gym.spaces.MultiDiscrete(list(counts))
         )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

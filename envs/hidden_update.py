@@ -10,9 +10,9 @@ class HiddenUpdateVectorEnv(RoutingVectorEnv):
     """At each step of a sequence: update the hidden state of a recurrent network, or copy it?
 
     ## Features
-    The hidden state; the time (hat functions on the backbone's `knots`); the share of the sequence since the last update;
-    with a backbone that `sees` "state+input" also the numbers of this step. Without them the decision is taken before the
-    input is seen: a step that is copied need not even be read.
+    The hidden state; the time (hat functions on the backbone's `knots`); the share of the sequence since the last
+    update; with a backbone that `sees` "state+input" also the numbers of this step. Without them the decision is taken
+    before the input is seen: a step that is copied need not even be read.
 
     ## Action
     `Discrete(2)`: 1 updates the hidden state by the cell, 0 copies it.

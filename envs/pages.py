@@ -36,8 +36,8 @@ def page(own: str, decision: str) -> str:
         sections += [f"## Observation, sight `{name}`", f"A float32 vector. {inspect.getdoc(sight)}"]
     sections += [
         "## Reward",
-        "At each step minus price x (compute of this step / compute of the dense network); the first step also pays for "
-        "what ran before the first decision. At the last step also, by `reward`:",
+        "At each step minus price x (compute of this step / compute of the dense network); the first step also pays "
+        "for what ran before the first decision. At the last step also, by `reward`:",
         "\n".join(["| `reward` | what the answer is worth |", "|---|---|", *rewards]),
         "## Backbones",
         "\n".join(families),

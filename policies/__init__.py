@@ -9,6 +9,6 @@ from dynrl.policies.threshold import ThresholdPolicy
 from dynrl.policies.upfront import UpfrontRouter
 
 __all__ = [
-    "POLICIES", "SIGHTS", "LearnedPolicy", "Policy", "PolicySpec", "RandomPolicy", "RoutePolicy", "RouteSight", "Router",
-    "Sight", "StaticPolicy", "StepSight", "ThresholdPolicy", "UpfrontRouter", "load_policy", "save_policy",
+    "POLICIES", "SIGHTS", "LearnedPolicy", "Policy", "PolicySpec", "RandomPolicy", "RoutePolicy", "RouteSight",
+    "Router", "Sight", "StaticPolicy", "StepSight", "ThresholdPolicy", "UpfrontRouter", "load_policy", "save_policy",
 ]  # fmt: skip

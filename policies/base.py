@@ -86,8 +86,8 @@ class RoutePolicy(Policy):
 class LearnedPolicy(Policy):
     """What agents train: a network from observations to logits, told the price of compute.
 
-    A kind of policy is one class in one file, with a row in `POLICIES`. It sets `sight_class`, calls this `__init__`, and
-    writes `_scores`.
+    A kind of policy is one class in one file, with a row in `POLICIES`. It sets `sight_class`, calls this `__init__`,
+    and writes `_scores`.
 
     Args:
         sight: what it sees.

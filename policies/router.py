@@ -57,8 +57,8 @@ class Router(LearnedPolicy):
 class Folded:
     """The choice of largest score of a router at one price.
 
-    A column of the observation that is constant, or one of a few numbers, costs a table here, not a product. Features go
-    where the backbone has them (`Backbone.projector`).
+    A column of the observation that is constant, or one of a few numbers, costs a table here, not a product. Features
+    go where the backbone has them (`Backbone.projector`).
 
     Args:
         backbone: to be walked.

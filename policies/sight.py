@@ -273,8 +273,8 @@ class RouteSight(Sight):
 
     def see(self, backbone: Any, state: Any, price: Tensor | float) -> Tensor:
         """`Sight.see`, laid out as the table of this class says, wherever the rows stand."""
-        images = state.get(state.walk.inputs)
-        seen = F.adaptive_avg_pool2d(images.float(), self.view[1:]).flatten(1)
+        images, (_, height, width) = state.get(state.walk.inputs), self.view
+        seen = F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
         told = state.get(price).unsqueeze(1) if isinstance(price, Tensor) else torch.full_like(seen[:, :1], price)
         return torch.cat([seen, told], 1)
 

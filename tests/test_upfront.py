@@ -16,17 +16,17 @@ from gymnasium.vector import AutoresetMode
 from dynrl.agents.ppo import SlabGAE, ppo_config
 from dynrl.agents.rllib import RouterModule, SlabRunner
 from dynrl.agents.training import Settings, open_agent, router_arguments, train_policy
-from dynrl.backbones import load_backbone
+from dynrl.backbones import CostTable, Point, State, Walk, load_backbone
 from dynrl.data import load_dataset
-from dynrl.deploy import EXPORTED, RoutedModel, plug
+from dynrl.deploy import RoutedModel, plug
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import calibrate, score
 from dynrl.files import read_json
 from dynrl.finetuning import Finetuner, Finetuning
-from dynrl.observation import VIEW, View, overview
-from dynrl.policies import UpfrontRouter, build_policy, load_policy, save_policy
+from dynrl.policies import PolicySpec, RouteSight, UpfrontRouter, load_policy, save_policy
+from dynrl.policies.sight import VIEW
 from dynrl.scripts.cli import main
-from tests.cases import REGISTERED, answered_by, make_backbone, vector_env
+from tests.cases import REGISTERED, answered_by, make_backbone, make_policy, vector_env
 from tests.test_agents import assert_two_routes, two_kinds
 from tests.test_traced import as_exported
 
@@ -37,16 +37,17 @@ IMAGES = [name for name in REGISTERED if len(make_backbone(name).input_shape) ==
 @torch.no_grad()
 def random_policy(backbone) -> UpfrontRouter:
     """Its routes hang on the input."""
-    policy = UpfrontRouter(**View.of(backbone).to_dict(), price_range=PRICES).eval()
+    policy = make_policy(backbone, PRICES, kind="upfront").eval()
     inputs = load_dataset(DECISIONS[backbone.decision].data).train.inputs[:64]
     torch.nn.init.normal_(policy.head.weight)
-    policy.head.bias -= policy._scores(overview(inputs, 0.1)).median(0).values  # no choice is the best for all
+    seen = policy.sight.see(backbone, backbone.begin(inputs), 0.1)
+    policy.head.bias -= policy._scores(seen).median(0).values  # no choice is the best for all
     return policy
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_gymnasiums_checker(name):
-    env = gym.make(DECISIONS[name].env_id, upfront=True)
+    env = gym.make(DECISIONS[name].env_id, sight="route")
     assert isinstance(env.action_space, MultiDiscrete)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -58,14 +59,16 @@ def test_gymnasiums_checker(name):
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_step_is_a_whole_walk(name, mode):
     """Against the backbone's own walk, episode by episode, by a few lines of NumPy."""
-    env = vector_env(name)(5, upfront=True, autoreset_mode=mode, accuracy_term="log_likelihood")
+    env = vector_env(name)(5, sight="route", autoreset_mode=mode, reward="log_likelihood")
     obs, _ = env.reset(seed=7)
     env.action_space.seed(0)
     data, over, met = load_dataset(DECISIONS[name].data).train, np.zeros(5, bool), set()
     for _ in range(6):
         action = env.action_space.sample()
         drawn, prices = env._drawn.clone(), env._prices.clone()
-        np.testing.assert_allclose(obs, overview(data.inputs[drawn], prices).numpy(), rtol=1e-5)
+        inputs = data.inputs[drawn]
+        pooled = torch.nn.functional.adaptive_avg_pool2d(inputs, env.sight.view[1:]).flatten(1)
+        np.testing.assert_allclose(obs, torch.cat([pooled, prices.unsqueeze(1)], 1).numpy(), rtol=1e-5)
         foreseen = env.foresee(torch.from_numpy(action))
         following, reward, terminated, _, info = env.step(action)
         if mode is AutoresetMode.NEXT_STEP and over.all():
@@ -85,12 +88,12 @@ def test_a_step_is_a_whole_walk(name, mode):
                 np.testing.assert_array_equal(np.stack(list(info["final_obs"])), obs)
         obs, over = following, terminated
     assert len(met) > 3
-    assert np.array_equal(info["action_mask"].sum(2), np.tile(env.layout.counts, (5, 1)))
+    assert np.array_equal(info["action_mask"].sum(2), np.tile(env.sight.counts, (5, 1)))
 
 
 def test_many_are_as_many_single_ones():
-    batch = vector_env("skip")(4, upfront=True, autoreset_mode=AutoresetMode.SAME_STEP)
-    singles = [gym.make("dynrl/Skip-v0", upfront=True).unwrapped for _ in range(4)]
+    batch = vector_env("skip")(4, sight="route", autoreset_mode=AutoresetMode.SAME_STEP)
+    singles = [gym.make("dynrl/Skip-v0", sight="route").unwrapped for _ in range(4)]
     obs, _ = batch.reset(seed=3)
     for i, env in enumerate(singles):
         np.testing.assert_allclose(env.reset(seed=3 + i)[0], obs[i], atol=1e-6)
@@ -105,7 +108,7 @@ def test_many_are_as_many_single_ones():
 
 
 def test_blockdrops_reward():
-    env = vector_env("skip")(64, upfront=True, accuracy_term="blockdrop", autoreset_mode=AutoresetMode.SAME_STEP)
+    env = vector_env("skip")(64, sight="route", reward="blockdrop", autoreset_mode=AutoresetMode.SAME_STEP)
     env.reset(seed=0)
     env.action_space.seed(0)
     prices, actions = env._prices.clone(), torch.from_numpy(env.action_space.sample())
@@ -118,31 +121,33 @@ def test_blockdrops_reward():
 
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="needs images"):
-        vector_env("hidden-update")(2, upfront=True)
+        vector_env("hidden-update")(2, sight="route")
     with pytest.raises(ValueError, match="upfront"):
-        vector_env("skip")(2, accuracy_term="blockdrop")
-    env = vector_env("expert")(2, upfront=True)
+        vector_env("skip")(2, reward="blockdrop")
+    env = vector_env("expert")(2, sight="route")
     env.reset(seed=0)
     good = env.action_space.sample()
     for bad in (good[:, :-1], good[0], good.astype(float), good - 10, good + 10):
         with pytest.raises(ValueError, match="expected (integer )?actions"):
             env.step(bad)
-    right = View.of(make_backbone("skip"))
+    right = RouteSight.of(make_backbone("skip"))
     for view, counts in (((1, 4, 4), right.counts), (right.view, right.counts * 2), (right.view, (3,) * 3)):
-        with pytest.raises(ValueError, match="the policy is for View"):
-            plug(make_backbone("skip"), UpfrontRouter(view, counts, PRICES))
-    for start in ((0,), (0, 2)):
+        with pytest.raises(ValueError, match="the policy is for RouteSight"):
+            plug(make_backbone("skip"), UpfrontRouter(RouteSight(view, counts), PRICES))
+    for start in ([0], [0, 2]):
         with pytest.raises(ValueError, match="start within the choices"):
-            UpfrontRouter((1, 4, 4), (2, 2), PRICES, start=start)
+            UpfrontRouter(RouteSight((1, 4, 4), (2, 2)), PRICES, start=start)
     with pytest.raises(ValueError, match="no settings of a policy of kind 'upfront'"):
-        build_policy("upfront", {"choices": 3})
+        PolicySpec("upfront", {"choices": 3}).build()
     with pytest.raises(ValueError, match="unknown kind"):
-        build_policy(["upfront"], {})
+        PolicySpec(["upfront"], {}).build()
 
 
 def test_large_images_are_seen_small():
     images = torch.randn(3, 2, 40, 10)
-    seen = overview(images, 0.5)
+    walk = Walk(images, [Point("only", 2)], CostTable(0, torch.tensor([[0, 1]]), 1))
+    sight = RouteSight((2, VIEW, 10), (2,))
+    seen = sight.see(None, State(walk, 0, walk.all_rows), 0.5)
     assert seen.shape == (3, 2 * VIEW * 10 + 1)
     assert (seen[:, -1] == 0.5).all()
     torch.testing.assert_close(seen[:, :-1].mean(1), images.mean((1, 2, 3)), atol=0.1, rtol=0)
@@ -151,7 +156,7 @@ def test_large_images_are_seen_small():
 @pytest.mark.parametrize("name", IMAGES)
 def test_what_is_trained_is_what_is_plugged(name, tmp_path):
     """The policy that sees the environment's observations decides as the model that it is plugged into, by its file."""
-    env = vector_env(name)(32, upfront=True, price=0.3, price_range=PRICES, autoreset_mode=AutoresetMode.SAME_STEP)
+    env = vector_env(name)(32, sight="route", price=0.3, price_range=PRICES, autoreset_mode=AutoresetMode.SAME_STEP)
     obs, policy = env.reset_tensors(5), random_policy(env.backbone)
     decided, inputs = policy.act(obs), env._walk.inputs.clone()
     _, _, _, info = env.step_tensors(decided)
@@ -174,7 +179,7 @@ def test_what_is_trained_is_what_is_plugged(name, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.pt2", "model.onnx"])
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", [name for name in IMAGES if make_backbone(name).exports])
 def test_it_is_exported(name, file, tmp_path):
     backbone = make_backbone(name)
     model, inputs = RoutedModel(backbone, random_policy(backbone)), load_dataset("digits").test.inputs[:9]
@@ -185,7 +190,7 @@ def test_it_is_exported(name, file, tmp_path):
 
 
 def test_choices_that_a_step_has_not_are_never_drawn():
-    policy = UpfrontRouter((1, 8, 8), (2, 4, 3), PRICES, hidden=0, start=(1, 3, 2))
+    policy = UpfrontRouter(RouteSight((1, 8, 8), (2, 4, 3)), PRICES, hidden=0, start=[1, 3, 2])
     logits = policy(torch.rand(50, 65) + 0.01).view(50, 3, 4)
     assert (logits[:, 0, 2:] < -1e8).all()
     assert (logits[:, 2, 3] < -1e8).all()
@@ -194,7 +199,7 @@ def test_choices_that_a_step_has_not_are_never_drawn():
 
 
 def config_for(backbone, path, baseline="value", **changes):
-    settings = Settings("skip", "digits", 1, upfront=True, price_range=PRICES)
+    settings = Settings("skip", "digits", 1, sight="route", price_range=PRICES)
     env = {"backbone": path, "price_range": PRICES, "upfront": True, "accuracy_term": "log_likelihood"}
     arguments = router_arguments(backbone, settings)
     return ppo_config("dynrl/Skip-v0", env, arguments, baseline=baseline, **{"num_envs": 8, "rollout": 4, **changes})
@@ -248,7 +253,7 @@ def test_two_kinds_of_inputs_get_two_routes(baseline):
 
 @pytest.mark.usefixtures("ray_local")
 def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
-    settings = Settings("skip", "digits", steps=300, num_envs=8, upfront=True)
+    settings = Settings("skip", "digits", steps=300, num_envs=8, sight="route")
     with open_agent(settings, small_backbone, tmp_path, 300) as agent:
         agent.iterate()
         assert agent.steps == 16 * 8 * load_backbone(small_backbone)[0].max_steps
@@ -258,7 +263,7 @@ def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
 def test_gates_learn_upfront_too(small_backbone, tmp_path):
     """A high price takes the cheapest route, a low one keeps what accuracy needs."""
     settings = Settings(
-        "skip", "digits", steps=40_000, agent="gate", num_envs=16, upfront=True, price_range=(1e-3, 30.0)
+        "skip", "digits", steps=40_000, agent="gate", num_envs=16, sight="route", price_range=(1e-3, 30.0)
     )
     policy, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished

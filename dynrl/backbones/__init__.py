@@ -22,23 +22,8 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
 }
 
 __all__ = [
-    "END",
-    "FAMILIES",
-    "Backbone",
-    "ExitModule",
-    "ExitResNet",
-    "ExpertNet",
-    "Point",
-    "SkipGRU",
-    "SkipLSTM",
-    "SkipModule",
-    "SkipResNet",
-    "SlimmableResNet",
-    "State",
-    "Walk",
-    "choice_rates",
-    "load_backbone",
-    "merge",
+    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Point", "SkipGRU", "SkipLSTM",
+    "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -60,7 +60,8 @@ class CapturedModel:
         weights = next(model.backbone.parameters())
         if not weights.is_cuda:
             raise ValueError(f"expected a model on a CUDA device to capture, got one on {weights.device}; call .cuda()")
-        if not model.backbone.captures or model.price_range is None or model.policy.sight.span > 1:
+        sight = model.policy.sight
+        if not model.backbone.captures or model.price_range is None or sight is None or sight.span > 1:
             raise ValueError(
                 f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be captured: only a learned "
                 "policy that decides step by step can, on a family whose ops read counts on the device"

@@ -34,9 +34,8 @@ def export(model: RoutedModel, path: str | Path) -> None:
         raise ValueError(f"expected a file *.pt2 (torch.export) or *.onnx (ONNX) to write, got {path}")
     if not model.backbone.exports or model.price_range is None:
         raise ValueError(
-            f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be exported: only learned policies "
-            f"can, on families that torch.export can carry ({model.backbone.decision} on {model.backbone.family}: "
-            f"{'yes' if model.backbone.exports else 'no'}); plug it in Python"
+            f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be exported: only learned "
+            "policies can, and only on families whose rows' choices set no sizes (`exports`); use the plugged model in Python"
         )
     missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)] if path.suffix == ".onnx" else []
     if missing:
