@@ -30,9 +30,8 @@ class RoutingEnv(gym.Env):
         for refused in ("num_envs", "autoreset_mode"):
             if refused in settings:
                 raise ValueError(f"{refused} is for the batched environment; use gymnasium.make_vec")
-        self._batch: RoutingVectorEnv = load_env_creator(DECISIONS[self.decision].vector_entry_point)(
-            1, **settings, autoreset_mode=AutoresetMode.DISABLED
-        )
+        batched: Any = load_env_creator(DECISIONS[self.decision].vector_entry_point)
+        self._batch: RoutingVectorEnv = batched(1, **settings, autoreset_mode=AutoresetMode.DISABLED)
         self.observation_space = copy.deepcopy(self._batch.single_observation_space)
         self.action_space = copy.deepcopy(self._batch.single_action_space)
         self.render_mode = None
