@@ -98,7 +98,7 @@ class Exits(Backbone):
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """One pass through all exits, weighted alike (Huang et al. 2018, section 4); without a rate the last exit alone."""
+        """All exits in one pass, weighted alike (Huang et al. 2018, section 4); without a rate the last one alone."""
         x, outputs = inputs, []
         for k in range(len(self.points) + 1):
             x = self._advance_to(k, x)

@@ -72,7 +72,7 @@ class _Layer(nn.Module):
         return [Expert(*of) for of in zip(*parts, strict=True)]
 
     def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        """Run each row of `x` [n, C, H, W], which comes from the convolution, through the expert that `choice` [n] names."""
+        """Run each row of `x` [n, C, H, W], behind the convolution, through the expert that `choice` [n] names."""
         y = routed_experts(x.permute(0, 2, 3, 1), choice, self.w1, self.b1, self.w2, self.widths)
         return y.permute(0, 3, 1, 2)
 
