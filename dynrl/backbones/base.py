@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from dynrl.files import fingerprint, load_tensors, save_tensors
-from dynrl.ops.backend import small_steps_by_kernels
+from dynrl.ops.backend import may_look
+from dynrl.ops.record import record
 from dynrl.routes import draw_routes
 
 END = -1  # the point at which finished rows stand
@@ -108,15 +108,7 @@ class Walk:
     def decided(self, rows: Tensor, action: Tensor, costs: Tensor) -> None:
         """Write down that `rows` took `action` [n], count the step, and charge what it `costs` [choices]."""
         if rows is self.all_rows:
-            if small_steps_by_kernels(action):
-                from dynrl.ops.kernels.decide import record
-
-                record(action.contiguous(), costs, self.route, self.steps, self.last, self.macs)
-            else:
-                self.route[:, self.common_steps] = action
-                self.steps += 1
-                self.last = action + 1
-                self.macs += costs.index_select(0, action)
+            record(action, costs, self.route[:, self.common_steps], self.steps, self.last, self.macs)
             self.common_steps += 1
         else:
             self.route[rows, self.steps[rows]] = action
@@ -186,14 +178,12 @@ class State:
     Attributes:
         walk, point, rows: whose, where, and which slots [n].
         features: [n, ...], the backbone's own; None at END.
-        seen: what `observe` finds in these features, where a backbone knows that without another look; else None.
     """
 
     walk: Walk
     point: int
     rows: Tensor
     features: Tensor | None
-    seen: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -229,7 +219,7 @@ def merge(states: list[State]) -> dict[int, State]:
         other = merged[state.point]
         assert other.walk is state.walk, "states of different walks cannot merge"
         features = None if state.features is None else torch.cat([other.features, state.features])  # type: ignore[list-item]
-        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features, seen=None)
+        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features)
     return merged
 
 
@@ -465,12 +455,11 @@ class Backbone(nn.Module):
         while pending:
             # The earliest point first: rows that reach a later point by different branches then merge there.
             state = pending.pop(min(pending))
-            reached = self.advance(state, choose(state))
+            reached = [state for state in self.advance(state, choose(state)) if state.point != END]
             if pending or len(reached) > 1:
                 pending = merge([*pending.values(), *reached])
             else:
-                pending = {reached[0].point: reached[0]}
-            pending.pop(END, None)
+                pending = {state.point: state for state in reached}
         return walk
 
     def gated(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> Walk:
@@ -539,9 +528,7 @@ class Backbone(nn.Module):
         expected = (inputs.shape[0], self.max_steps)
         if tuple(route.shape) != expected or route.is_floating_point():
             raise ValueError(f"expected integer actions of shape {expected}, got {route.dtype} {tuple(route.shape)}")
-        if is_compiling():
-            pass  # a tracer cannot look at values
-        elif len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
+        if may_look() and len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
             raise ValueError(
                 f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}"
             )

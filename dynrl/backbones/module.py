@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.compiler import is_compiling
 
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.exit import Exits, early_inputs
 from dynrl.backbones.skip import Skipping
 from dynrl.cost import executed_macs
+from dynrl.ops.move import apart
 from dynrl.ops.pooled import summary
 
 
@@ -202,7 +202,7 @@ class SkipModule(_OfModule, Skipping):
         super().__init__(module, input_shape, blocks, family, blocks=list(blocks))
         gate_macs, width, x = [], 1, self._example()
         macs, lead = executed_macs(self._between[0], x)
-        self._lead_is_view, x, fixed_macs = _same_memory(lead, x), lead, [macs]
+        x, fixed_macs = lead, [macs]
         for name, block, behind in zip(blocks, self._named, self._between[1:], strict=True):
             width = max(width, summary(x).shape[1])
             macs, y = executed_macs(block, x.clone())
@@ -216,20 +216,13 @@ class SkipModule(_OfModule, Skipping):
         self._set_points(list(blocks), gate_macs, fixed_macs, width)
 
     def _lead(self, inputs: Tensor) -> Tensor:
-        x = self._between[0](inputs)
-        # What is skipped lies in place, and inputs are the user's. Whether a layer copies (`contiguous`, `reshape`) may
-        # depend on their strides; a tracer has no addresses, and goes by the example's.
-        view = self._lead_is_view if is_compiling() else _same_memory(x, inputs)
-        return x.clone() if view else x
+        return apart(self._between[0](inputs), inputs)  # blocks write in place, and inputs are the user's
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
         return self._named[point]
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
         return self._between[point + 1](x)
-
-    def _joins(self, point: int) -> bool:
-        return len(self._between[point + 1].graph.nodes) == 2  # what comes in goes out
 
 
 class ExitModule(_OfModule, Exits):
@@ -283,10 +276,6 @@ class ExitModule(_OfModule, Exits):
 
 def _cut_again(backbone: _OfModule, keys: Any) -> None:
     backbone._cut()
-
-
-def _same_memory(x: Tensor, inputs: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
 
 
 def _set_classes(backbone: Backbone, output: Tensor, classes: int | None) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.base import END, Backbone, Point, State, Walk
 from dynrl.backbones.resnet import ResNet
 from dynrl.cost import count_macs
-from dynrl.ops.backend import on_host
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.pooled import summary
 
@@ -36,10 +34,6 @@ class Skipping(Backbone):
         """What runs behind the block of `point`, up to the next point or to the output."""
         raise NotImplementedError
 
-    def _joins(self, point: int) -> bool:
-        """Whether nothing runs behind the block of `point`: the next one sees what it has left. If in doubt, no."""
-        return False
-
     def _set_points(self, names: list[str], gate_macs: list[int], fixed_macs: list[int], width: int) -> None:
         """Pose a point for each block of `names`; `fixed_macs` before the first and behind each."""
         self.points = tuple(Point(name, 2) for name in names)
@@ -52,12 +46,7 @@ class Skipping(Backbone):
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         assert state.features is not None
-        seen = self._seen(state)
-        return [self._go_on(state, gated_residual(state.features, action, self._block(state.point), seen), seen)]
-
-    def _seen(self, state: State) -> Tensor | None:
-        """What `observe` found, for an op to bring up to date; None where the next point does not see that."""
-        return None if torch.is_grad_enabled() or not self._joins(state.point) else state.seen
+        return [self._go_on(state, gated_residual(state.features, action, self._block(state.point)))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x = state.features
@@ -66,21 +55,17 @@ class Skipping(Backbone):
         # A block may overwrite what it is given.
         return self._go_on(state, run * self._block(state.point)(x.clone()) + skip * x)
 
-    def _go_on(self, state: State, x: Tensor, seen: Tensor | None = None) -> State:
+    def _go_on(self, state: State, x: Tensor) -> State:
         x = self._follow(state.point, x)
         if state.point + 1 < len(self.points):
-            return State(state.walk, state.point + 1, state.rows, x, seen)
+            return State(state.walk, state.point + 1, state.rows, x)
         state.walk.put_output(state.rows, x)
         return State(state.walk, END, state.rows, None)
 
     def observe(self, state: State) -> Tensor:
         """Each channel's mean over the map, or over the tokens."""
         assert state.features is not None
-        if torch.is_grad_enabled() or not on_host(state.features):  # elsewhere another look costs no more
-            return summary(state.features)
-        if state.seen is None:
-            state.seen = summary(state.features)
-        return state.seen.clone()  # the other is brought up to date in place
+        return summary(state.features)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Each gated block on the first rows of the batch, as many as chose it; see `Backbone.ideal`."""
@@ -140,9 +125,6 @@ class SkipResNet(Skipping, ResNet):
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
         return self._blocks[self._gated[point]]
-
-    def _joins(self, point: int) -> bool:
-        return point + 1 < len(self.points) and not self._fixed(point)
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
         for block in self._fixed(point):

@@ -22,7 +22,8 @@ from dynrl.cost import count_macs
 from dynrl.files import fingerprint, read_json, write_aside
 from dynrl.machine import hardware
 from dynrl.observation import Layout, View, observation, overview
-from dynrl.ops.backend import device_counts, small_steps_by_kernels
+from dynrl.ops.backend import device_counts
+from dynrl.ops.decide import is_fused
 from dynrl.policies import LearnedPolicy, RoutePolicy, Router, StepPolicy, UpfrontRouter, load_policy
 
 Policy = StepPolicy | RoutePolicy | LearnedPolicy
@@ -189,7 +190,7 @@ class RoutedModel(nn.Module):
         return self._choose
 
     def _choose(self, state: State) -> Tensor:
-        if self._fused is not None and small_steps_by_kernels(state.walk.macs):
+        if self._fused is not None and is_fused(state.walk.macs):
             return self._fused(state)
         if self._folded is not None:
             return self._folded(state)

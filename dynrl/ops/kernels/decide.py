@@ -141,29 +141,27 @@ def decide(
 
 @triton.jit
 def _record_kernel(
-    action_ptr, costs_ptr, route_ptr, steps_ptr, last_ptr, macs_ptr, n, max_steps, BLOCK: tl.constexpr
+    action_ptr, costs_ptr, column_ptr, steps_ptr, last_ptr, macs_ptr, n, stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < n
     action = tl.load(action_ptr + row, mask=mask, other=0)
-    step = tl.load(steps_ptr + row, mask=mask, other=0)
-    tl.store(route_ptr + row.to(tl.int64) * max_steps + step, action, mask=mask)
-    tl.store(steps_ptr + row, step + 1, mask=mask)
+    tl.store(column_ptr + row.to(tl.int64) * stride, action, mask=mask)
+    tl.store(steps_ptr + row, tl.load(steps_ptr + row, mask=mask, other=0) + 1, mask=mask)
     tl.store(last_ptr + row, action + 1, mask=mask)
     tl.store(
         macs_ptr + row, tl.load(macs_ptr + row, mask=mask, other=0) + tl.load(costs_ptr + action, mask=mask), mask=mask
     )
 
 
-def record(action: Tensor, costs: Tensor, route: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
-    """Write a decision of all rows into a walk's books, in place: route[i, steps[i]++] = last[i] - 1 = action[i],
-    macs[i] += costs[action[i]].
+def record(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
+    """Write a decision of all rows into a walk's books, in place: see `dynrl.ops.record.record_ref`.
 
     Args:
-        action: [n] int64.
+        action: [n] int64, contiguous.
         costs: [choices] int64, contiguous.
-        route: [n, max_steps] int64, contiguous.
+        column: [n] int64, of any stride.
         steps, last, macs: [n] int64, contiguous.
     """
-    n, max_steps = route.shape
-    _record_kernel[(triton.cdiv(n, 256),)](action, costs, route, steps, last, macs, n, max_steps, BLOCK=256)
+    n = len(action)
+    _record_kernel[(triton.cdiv(n, 256),)](action, costs, column, steps, last, macs, n, column.stride(0), BLOCK=256)
