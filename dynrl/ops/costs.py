@@ -76,6 +76,10 @@ class Costs:
         """Microseconds for `rows` rows times a matrix of `weights` numbers: at least those for reading the matrix."""
         return self.product + max(4e-6 * weights * self.megabyte, self.mac_time(rows * weights))
 
+    def rows_time(self, rows: int, weights: int) -> float:
+        """Microseconds of a product that having no rows would save: its weights are read however few rows there are."""
+        return 1e-6 * weights * (rows * self.megamac - 4 * self.megabyte)
+
     def worth_compacting(self, saved: float, moving: float, share: float = 1.0) -> bool:
         """Whether it pays to leave out rows, and to move those that are computed.
 

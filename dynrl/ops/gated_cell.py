@@ -91,9 +91,8 @@ def _on_host(
     into = None if torch.is_grad_enabled() else h
     n = h.shape[0]  # len() takes five times as long
     macs = w_ih.numel() + w_hh.numel()
-    # How many rows update is not known yet: what can be saved at most decides, and the weights are read anyway.
-    saved = COSTS.product_time(n, macs) - COSTS.product_time(0, macs)
-    if into is not None and not COSTS.worth_compacting(saved, COSTS.moving_vectors):
+    # How many rows update is not known yet: what could be saved at most decides.
+    if into is not None and not COSTS.worth_compacting(COSTS.rows_time(n, macs), COSTS.moving_vectors):
         count = sum(update.tolist())
         if count == 0:
             return h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dynrl.ops.backend import Path, path
@@ -20,7 +21,7 @@ def record_ref(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, las
     """
     column.copy_(action)
     steps += 1
-    last.copy_(action + 1)
+    torch.add(action, 1, out=last)
     macs += costs.index_select(0, action)
 
 
