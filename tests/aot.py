@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, route
+from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, partition
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -90,8 +90,8 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, 
     pooled = {"out_ptr": "*fp32", "pixels": 784, "channels": channels, "stride_n": 784 * channels, "stride_p": channels}
     yield decide._pool_kernel, pooled, {"BLOCK_P": 32, "BLOCK_C": 64}
     if dtype == torch.float32:
-        books = {f"{name}_ptr": "*i64" for name in ("action", "costs", "route", "steps", "last", "macs")}
-        yield decide._record_kernel, books | {"n": size, "max_steps": 9}, {"BLOCK": 256}
+        books = {f"{name}_ptr": "*i64" for name in ("action", "costs", "column", "steps", "last", "macs")}
+        yield decide._record_kernel, books | {"n": size, "stride": 9}, {"BLOCK": 256}
         router = books | {
             "mask_ptr": "*i1",
             "n": size,
@@ -115,7 +115,7 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, 
         tf32 = tiled | single | {"PRECISION": "tf32"}
         yield conv_tiles._conv_tiles_kernel, rows | images | descriptors | plain, tf32
         chosen = {"choice_ptr": "*i64", "order_ptr": "*i64", "offsets_ptr": "*i32", "n": 4096, "stride_choice": 1}
-        yield route._route_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
+        yield partition._partition_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
 
 
 def _configs(

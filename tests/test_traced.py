@@ -12,7 +12,7 @@ from dynrl.backbones import ExitResNet, SkipResNet, SlimmableResNet
 from dynrl.deploy import EXPORTED, RoutedModel
 from dynrl.observation import Layout, observation
 from dynrl.ops.gated_cell import gated_cell
-from dynrl.ops.route import route
+from dynrl.ops.partition import partition
 from dynrl.ops.routed_linear import routed_linear
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
@@ -32,7 +32,7 @@ class Everything(nn.Module):
         self.cell = nn.GRUCell(36, 6)
 
     def forward(self, x, choice, update):
-        y = sliced_linear(routed_linear(x, self.experts, route(choice, 3)), choice, self.layer)
+        y = sliced_linear(routed_linear(x, self.experts, partition(choice, 3)), choice, self.layer)
         y = sliced_conv(y.view(-1, 4, 3, 3), choice, self.block).flatten(1)
         cell = self.cell
         return gated_cell(y, y[:, :6], update, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
@@ -144,15 +144,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
 
 
 def test_custom_ops_are_declared_right():
-    import dynrl.ops.traced  # noqa: F401
-
     module = Everything().requires_grad_(False)
     x, choice, update = arguments(module, 9)
-    routing, cell, layer = route(choice, 3), module.cell, module.layer
+    parts, cell, layer = partition(choice, 3), module.cell, module.layer
     ops = torch.ops.dynrl
-    opcheck(
-        ops.routed_linear, (x, module.experts, routing.order, routing.offsets, None, None, None, True, False, False)
-    )
+    opcheck(ops.routed_linear, (x, module.experts, parts.order, parts.offsets, None, None, None, True, False, False))
     hidden = torch.randn(9, 12)
     opcheck(
         ops.sliced_linear, (hidden, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, list(layer.widths))

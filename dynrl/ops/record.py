@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynrl.ops.backend import small_steps_by_kernels
+from dynrl.ops.backend import Path, path
 
 
 def record_ref(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
@@ -26,8 +26,8 @@ def record_ref(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, las
 
 
 def record(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
-    """`record_ref` in one kernel, where small steps are worth one."""
-    if not small_steps_by_kernels(action):
+    """`record_ref`, in one kernel where kernels are asked for. MACs: 0."""
+    if path(action, vendor=True) is not Path.TRITON:
         return record_ref(action, costs, column, steps, last, macs)
     from dynrl.ops.kernels.decide import record as kernel
 

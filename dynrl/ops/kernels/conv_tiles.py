@@ -101,7 +101,7 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
 @triton.jit
 def _conv_tiles_kernel(
     x_desc, w_desc, out_desc, residual_desc,
-    offsets_ptr, in_rows_ptr, out_rows_ptr, scale_ptr, shift_ptr, in_widths_ptr, out_widths_ptr, gate_ptr,
+    offsets_ptr, in_rows_ptr, out_rows_ptr, scale_ptr, shift_ptr, in_widths_ptr, out_widths_ptr, factor_ptr,
     size_c, size_k, H, W,
     size_class, granule, element_bytes,  # read by the autotuner only
     NUM_GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PADDING: tl.constexpr,
@@ -157,8 +157,8 @@ def _conv_tiles_kernel(
                 acc *= tl.load(scale_ptr + group * size_k + n, mask=n_mask, other=0.0)[None, :]
             if shift_ptr is not None:
                 acc += tl.load(shift_ptr + group * size_k + n, mask=n_mask, other=0.0)[None, :]
-            if gate_ptr is not None:
-                acc *= tl.load(gate_ptr + out_row).to(tl.float32)
+            if factor_ptr is not None:
+                acc *= tl.load(factor_ptr + out_row).to(tl.float32)
             if residual_desc is not None:
                 acc += residual_desc.load([out_row, top, left, n0]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             if RELU:
@@ -194,7 +194,7 @@ def _descriptor(x: Tensor) -> TensorDescriptor:
 def conv_tiles(
     x: Tensor, weight: Tensor, out: Tensor, offsets: Tensor, *, granule: int, precision: str,
     in_rows: Tensor | None, out_rows: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    in_widths: Tensor | None, out_widths: Tensor | None, gate: Tensor | None, residual: Tensor | None,
+    in_widths: Tensor | None, out_widths: Tensor | None, factor: Tensor | None, residual: Tensor | None,
     relu: bool, padding: int,
 ) -> bool:  # fmt: skip
     """`conv_rows` of stride 1, where its tensors can be addressed by tensor copies; else False, and nothing is done.
@@ -228,7 +228,7 @@ def conv_tiles(
     _conv_tiles_kernel[grid](
         _descriptor(x_view), _descriptor(taps.reshape(size_k, taps_h * taps_w, size_c)), _descriptor(out_view),
         None if residual_view is None else _descriptor(residual_view),
-        offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, gate,
+        offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, factor,
         size_c, size_k, height, width, size_class(items * height * width), granule, x.element_size(),
         NUM_GROUPS=num_groups, BLOCK_GROUPS=triton.next_power_of_2(num_groups), R=taps_h, S=taps_w, PADDING=padding,
         RELU=relu, PRECISION=precision,

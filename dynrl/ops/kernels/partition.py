@@ -43,7 +43,7 @@ def group_of_tile(
 
 
 @triton.jit
-def _route_kernel(choice_ptr, order_ptr, offsets_ptr, n, stride_choice, BLOCK: tl.constexpr):
+def _partition_kernel(choice_ptr, order_ptr, offsets_ptr, n, stride_choice, BLOCK: tl.constexpr):
     # Program e reads all choices twice: counting alone gives every row its place, with no atomics and in a fixed order.
     expert = tl.program_id(0)
     lower = tl.zeros([BLOCK], tl.int32)
@@ -64,7 +64,7 @@ def _route_kernel(choice_ptr, order_ptr, offsets_ptr, n, stride_choice, BLOCK: t
         tl.store(offsets_ptr + expert + 1, start)
 
 
-def route(choice: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
+def partition(choice: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
     """Sort rows by their choice, stably.
 
     Args:
@@ -84,5 +84,5 @@ def route(choice: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
     if choice.dtype == torch.bool:
         choice = choice.view(torch.uint8)
     block = min(4096, triton.next_power_of_2(max(n, 16)))
-    _route_kernel[(num_choices,)](choice, order, offsets, n, choice.stride(0), BLOCK=block, num_warps=8)
+    _partition_kernel[(num_choices,)](choice, order, offsets, n, choice.stride(0), BLOCK=block, num_warps=8)
     return order, offsets

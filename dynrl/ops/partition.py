@@ -1,4 +1,4 @@
-"""`route`: from each row's choice to the rows sorted by choice."""
+"""`partition`: from each row's choice to the rows sorted by choice."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from dynrl.ops.backend import on_host, use_triton
+from dynrl.ops.backend import Path, path
 
 
-class Routing:
-    """Rows sorted by choice; made by `route` and shared by all products of one decision.
+class Partition:
+    """Rows sorted by choice. `partition` makes one for all products of one decision.
 
     Attributes:
-        order: [n] int64, row numbers; those of one choice stand together, in rising order.
+        order: [n] int64, the row numbers. Those of one choice stand together, in rising order.
         num_choices: how many choices there are.
     """
 
@@ -32,14 +31,14 @@ class Routing:
     @cached_property
     def offsets(self) -> Tensor:
         """[num_choices + 1] int32, on the device: `order[offsets[e]:offsets[e + 1]]` chose e."""
-        return torch.tensor(self.ends, dtype=torch.int32)
+        return torch.tensor(self.ends, dtype=torch.int32, device=self.order.device)
 
     @cached_property
     def ends(self) -> list[int]:
         """`offsets` on the host; on CUDA this waits for the device."""
         if self._sorted is None:
             return self.offsets.tolist()
-        # A tensor op costs some 30 us here, where the product before has swept the caches: count in Python.
+        # The product before has swept the caches: here a tensor op takes longer than counting in Python.
         choices = self._sorted.tolist()
         return [bisect_left(choices, e) for e in range(self.num_choices)] + [len(choices)]
 
@@ -48,35 +47,37 @@ class Routing:
         """How many rows made each choice; on CUDA this waits for the device."""
         return [end - start for start, end in pairwise(self.ends)]
 
-    def repeated(self, times: int) -> Routing:
-        """The routing of items of which `times` neighbours make up a row and share its choice."""
+    def repeated(self, times: int) -> Partition:
+        """The partition of items, where each row is `times` neighbouring items that share its choice."""
         if times == 1:
             return self
         steps = torch.arange(times, device=self.order.device)
         order = (self.order.unsqueeze(1) * times + steps).flatten()
-        return Routing(order, self.num_choices, sorted_choice=None, offsets=self.offsets * times)
+        return Partition(order, self.num_choices, sorted_choice=None, offsets=self.offsets * times)
 
 
-def route_ref(choice: Tensor, num_choices: int) -> Routing:
+def partition_ref(choice: Tensor, num_choices: int) -> Partition:
     """The definition.
 
     Args:
         choice: [n] integers in 0 ... num_choices-1.
-        num_choices: how many there are.
+        num_choices: how many choices there are.
     """
     counts = (choice.unsqueeze(0) == torch.arange(num_choices, device=choice.device).unsqueeze(1)).sum(1)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    return Routing(torch.argsort(choice, stable=True), num_choices, sorted_choice=None, offsets=offsets)
+    return Partition(torch.argsort(choice, stable=True), num_choices, sorted_choice=None, offsets=offsets)
 
 
-def route(choice: Tensor, num_choices: int) -> Routing:
-    """`route_ref` in few steps: on CUDA one kernel, and no wait for the host. MACs: 0."""
-    if not on_host(choice):
-        if is_compiling() or not use_triton(choice):
-            return route_ref(choice, num_choices)
-        from dynrl.ops.kernels.route import route as kernel
+def partition(choice: Tensor, num_choices: int) -> Partition:
+    """`partition_ref` in fewer steps; on CUDA in one kernel, without a wait for the host. MACs: 0."""
+    match path(choice):
+        case Path.REF | Path.TRACED:
+            return partition_ref(choice, num_choices)
+        case Path.TRITON:
+            from dynrl.ops.kernels.partition import partition as kernel
 
-        order, offsets = kernel(choice, num_choices)
-        return Routing(order, num_choices, sorted_choice=None, offsets=offsets)
-    values, order = torch.sort(choice, stable=True)
-    return Routing(order, num_choices, sorted_choice=values, offsets=None)
+            order, offsets = kernel(choice, num_choices)
+            return Partition(order, num_choices, sorted_choice=None, offsets=offsets)
+        case Path.HOST:
+            values, order = torch.sort(choice, stable=True)
+            return Partition(order, num_choices, sorted_choice=values, offsets=None)
