@@ -58,7 +58,7 @@ class Exits(Backbone):
         assert x is not None
         ended, going, reached = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, x), []
         if ended is not None:
-            reached.append(State(walk, END, *ended, None))
+            reached.append(State(walk, END, ended[0], None))
         if going is not None:
             reached.append(self._arrive(walk, state.point + 1, *going))
         return reached
