@@ -45,8 +45,8 @@ class Costs:
     product: float = 40.0
     megabyte: float = 40.0
     megamac: float = 13.0
-    moving: float = 80.0
-    moving_vectors: float = 26.0
+    moving: float = 78.0
+    moving_vectors: float = 5.0
     few: int = 20
     always: bool = False
     piece: int = field(default_factory=lambda: min(max(_last_cache() // 6, 2 << 20), 8 << 20))
