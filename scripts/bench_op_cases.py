@@ -1,4 +1,4 @@
-"""The cases of `dynrl bench ops`: what each op is timed on, and beside what."""
+"""The cases of `dynrl bench ops`: the shapes that each op is timed on, and the other ways timed beside it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Side = Callable[[], Any]
 
 @dataclass
 class Case:
-    """What is timed side by side. The fastest of several dense or ideal forms counts.
+    """Ways to do the same, which are timed side by side. The fastest of several dense or ideal forms counts.
 
     Attributes:
         op: its name.
@@ -102,7 +102,7 @@ def _convolutions(shape: str, device: torch.device, dtype: torch.dtype) -> list[
 
 
 def _plain(layers: list[nn.Conv2d]) -> Callable[[Tensor], Tensor]:
-    """The block as one writes it in torch, batch norm folded."""
+    """The block as one writes it in torch, with batch norm folded in."""
 
     def block(x: Tensor) -> Tensor:
         y = x
@@ -124,7 +124,7 @@ def _formatted(layers: list[nn.Conv2d], form: torch.memory_format) -> list[nn.Co
 
 
 def gated_residual_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """A residual block that a share of the rows runs."""
+    """Cases of a residual block that a share of the rows runs."""
     outer, side, _, _ = MAPS[shape]
     layers = _convolutions(shape, device, dtype)
     last, first = _formatted(layers, torch.channels_last), _formatted(layers, torch.contiguous_format)
@@ -172,7 +172,7 @@ def _thirds(batch: int, device: torch.device) -> Tensor:
 
 
 def sliced_conv_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """A residual block at three inner widths, mixed in one batch."""
+    """Cases of a residual block at three inner widths, mixed in one batch."""
     outer, side, inner, _ = MAPS[shape]
     layers = _formatted(_convolutions(shape, device, dtype), torch.channels_last)
     full, plain = ResidualBlock([FoldedConv2d.of(layer) for layer in layers]), _plain(layers)
@@ -223,7 +223,7 @@ def sliced_conv_cases(shape: str, batch: int, device: torch.device, dtype: torch
 
 
 def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Two products whose hidden units are a prefix slice, at three widths mixed in one batch."""
+    """Cases of two products whose hidden units are a prefix slice, at three widths mixed in one batch."""
     outer, inner = LAYERS[shape]
     first, second = nn.Linear(outer, inner).to(device, dtype), nn.Linear(inner, outer).to(device, dtype)
     plain = first.weight, first.bias, second.weight, second.bias
@@ -268,7 +268,7 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
 
 
 def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Rows at their two-layer experts."""
+    """The case of rows at their two-layer experts."""
     experts, outer, inner = EXPERTS[shape]
     w1 = torch.randn(experts, inner, outer, device=device, dtype=dtype) / outer**0.5
     w2 = torch.randn(experts, outer, inner, device=device, dtype=dtype) / inner**0.5
@@ -315,7 +315,7 @@ def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
 
 
 def routed_experts_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Rows at their residual experts, all equally often."""
+    """The case of rows at their residual experts, each as often as the others."""
     positions, channels, splits = RESIDUAL_EXPERTS[shape]
     # Small weights: the layer is applied to its own result over and over.
     w1 = 0.01 * torch.randn(sum(splits), channels, device=device, dtype=dtype)
@@ -349,7 +349,7 @@ def routed_experts_cases(shape: str, batch: int, device: torch.device, dtype: to
 
 
 def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """A GRU cell that a share of the rows runs."""
+    """Cases of a GRU cell that a share of the rows runs."""
     inputs, hidden = CELLS[shape]
     cell = nn.GRUCell(inputs, hidden).to(device, dtype).requires_grad_(False)
     weights = (column_major(cell.weight_ih), column_major(cell.weight_hh), cell.bias_ih, cell.bias_hh)
@@ -383,7 +383,7 @@ def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.
 
 
 def small_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The ops that only cost time: no dense side, no ideal."""
+    """Cases of the ops that only cost time: they have no dense side and no ideal."""
 
     def partitions(choices: int) -> Case:
         choice = torch.randint(0, choices, (batch,), device=device)
