@@ -1,4 +1,4 @@
-"""The cases that the tests of the ops run through: an op that is added to `CASES` is tested."""
+"""The cases that the tests of the ops run through. An op that is added to `CASES` is tested."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MAPS = ("contiguous", "channels_last", "sliced", "sliced channels_last")
 
 @dataclass(frozen=True)
 class Setting:
-    """What a case's arguments are made for."""
+    """The rows, layout, type and device that a case's arguments are made for."""
 
     kind: str = "some"
     layout: str = "contiguous"
@@ -145,18 +145,18 @@ class Case:
         return f"{self.op} {self.name}".strip()
 
     def args(self, setting: Setting) -> Args:
-        """The same each time."""
+        """The arguments, the same each time."""
         torch.manual_seed(0)
         return self.make(setting)
 
 
 def same(n: int) -> Tensor:
-    """[n]: all rows choose 0."""
+    """[n] int64: all rows choose 0."""
     return torch.zeros(n, dtype=torch.int64)
 
 
 def cast(args: Args, dtype: torch.dtype) -> Args:
-    """All numbers and modules in another type."""
+    """The arguments with all numbers and modules in another type."""
 
     def one(value: Any) -> Any:
         if isinstance(value, nn.Module):
@@ -167,7 +167,7 @@ def cast(args: Args, dtype: torch.dtype) -> Args:
 
 
 def assert_close(got: Tensor, exact: Tensor, plain: Tensor, interpreted: bool = False) -> None:
-    """At most twice the error that the definition makes in this dtype."""
+    """Check that the error is at most twice what the definition makes in this dtype."""
     assert got.shape == exact.shape == plain.shape, (got.shape, exact.shape, plain.shape)
     assert got.dtype == plain.dtype, (got.dtype, plain.dtype)
     if not got.is_floating_point():
@@ -185,7 +185,7 @@ def assert_close(got: Tensor, exact: Tensor, plain: Tensor, interpreted: bool = 
 
 
 class Rowwise(nn.Module):
-    """tanh(layer(x)) + x."""
+    """A block that computes tanh(layer(x)) + x."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Rowwise(nn.Module):
 
 
 class Overwriting(nn.Module):
-    """3 x + 1; spoils what it is given and returns something else."""
+    """A block that computes 3 x + 1, spoils what it is given and returns something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = 3 * x + 1
@@ -205,7 +205,7 @@ class Overwriting(nn.Module):
 
 
 class InPlace(nn.Module):
-    """relu(3 x + 1), written over x."""
+    """A block that computes relu(3 x + 1), written over x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(3).add_(1).relu_()
@@ -295,7 +295,7 @@ def experts(s: Setting) -> Args:
 
 
 def only(make: Callable[[Setting], Args], *names: str, **fixed: Any) -> Callable[[Setting], Args]:
-    """Some of the arguments, and fixed ones."""
+    """Make some of the arguments, and fixed ones."""
     return lambda s: {name: value for name, value in make(s).items() if name in names} | fixed
 
 

@@ -46,7 +46,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def images(*shape: int, dtype: torch.dtype) -> Tensor:
-    """channels_last, and a slice of a tensor with more channels, which hold NaN."""
+    """Random images in channels_last, a slice of a tensor with more channels, which hold NaN."""
     whole = torch.full((shape[0], shape[1] + 8, *shape[2:]), NAN, device=DEVICE, dtype=dtype)
     part = whole.contiguous(memory_format=torch.channels_last)[:, : shape[1]]
     return part.copy_(randn(*shape))
@@ -67,7 +67,7 @@ def int64(values: list[int]) -> Tensor:
 
 
 def assert_close(got: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """At most twice the error that torch itself makes in this dtype."""
+    """Check that the error is at most twice what torch itself makes in this dtype."""
     assert got.shape == exact.shape == plain.shape and got.dtype == plain.dtype
     if got.numel() == 0:
         return

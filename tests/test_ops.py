@@ -51,7 +51,7 @@ def _full_precision() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read before it is written shows in every test here."""
+    """Fresh memory holds NaN in every test here, so that what is read before it is written shows."""
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -120,7 +120,7 @@ def cases(**only: bool | str) -> list[Any]:
 
 
 def cases_on_paths(kinds: list[str], few: list[str], **only: bool | str) -> list[Any]:
-    """(case, path, kind); `few` kinds where kernels run, which have no occupancy rule and are slow interpreted."""
+    """Parameters (case, path, kind). Kernels run `few` kinds: they know no costs and are slow interpreted."""
     return [
         pytest.param(case, path, kind, id=f"{path} {case}-{kind}")
         for (case,) in (param.values for param in cases(**only))
@@ -347,7 +347,7 @@ def test_apart() -> None:
 
 
 def gradients(case: Case, f: Callable[..., Any], args: Args, names: tuple[str, ...]) -> list[Tensor]:
-    """By each leaf; checked to be the same when taken twice."""
+    """The gradients by each leaf, checked to be the same when taken twice."""
     leaves = []
     for name in names:
         if isinstance(args[name], nn.Module):
@@ -650,7 +650,7 @@ def test_a_block_that_fails_leaves_the_op_usable() -> None:
 )
 @torch.no_grad()
 def test_results_may_lie_in_memory_as_they_like(block: Callable[[Tensor], Tensor]) -> None:
-    """As copies are moved on CUDA, on whatever there is here."""
+    """Rows are moved here as they are on CUDA, on whatever device there is."""
     x, index = torch.randn(7, 3, 5), torch.tensor([0, 2, 5])
     expected = x.clone()
     expected[index] *= 2
@@ -681,7 +681,7 @@ def test_training_in_half_precision_after_inference(splits: tuple[int, ...] | No
 
 
 def test_precision_follows_torchs_switches(kernel_case: str) -> None:
-    """By either of torch's two interfaces, which must not be mixed."""
+    """Either of torch's two interfaces may set it; they must not be mixed."""
     from dynrl.ops.kernels.conv import _precision
     from dynrl.ops.kernels.linear import dot_precision
 

@@ -73,7 +73,7 @@ class Exits(Backbone):
         walk, rows, x = state.walk, state.rows, state.features
         ended, going, reached = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, x), []
         if ended is not None:
-            reached.append(State(walk, END, *ended))
+            reached.append(State(walk, END, ended[0]))
         if going is not None:
             reached.append(self._arrive(walk, state.point + 1, *going))
         return reached

@@ -1,4 +1,4 @@
-"""The path that an op takes: one place decides it, and each op is a `match` on it.
+"""`path` decides how an op runs. Each op is a `match` on its answer.
 
 The environment variable `DYNRL_OPS=auto|ref|triton` is read once. `ref` runs the definitions in plain torch. `triton`
 launches the kernels; where they cannot run it raises, and never falls back in silence. `auto` compacts rows on the CPU.

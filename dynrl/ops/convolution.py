@@ -1,4 +1,4 @@
-"""`FoldedConv2d`: a frozen convolution with batch norm, ReLU and residual folded in; what inference runs."""
+"""`FoldedConv2d` is what inference runs: a frozen convolution with batch norm, ReLU and residual folded in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynrl.ops.costs import COSTS
 
 
 def fusible(x: Tensor) -> bool:
-    """Whether `FoldedConv2d` may run oneDNN's fused convolution on `x`, else plain torch."""
+    """Whether `FoldedConv2d` may run oneDNN's fused convolution on `x`."""
     return (
         not is_compiling()  # packed weights mean nothing to a tracer
         and not x.is_cuda
@@ -29,7 +29,7 @@ def fusible(x: Tensor) -> bool:
 
 @cache
 def _runs_bf16() -> bool:
-    # In hardware or emulated; where neither, oneDNN refuses to lay out weights.
+    # Where the CPU neither has bfloat16 nor emulates it, oneDNN refuses to lay out weights.
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return supported
 
@@ -38,7 +38,7 @@ def _vendor_fuses(x: Tensor, outputs: int) -> bool:
     """Whether cuDNN's convolutions with bias, residual and ReLU in one pass can be run on `x`."""
     return (
         x.is_cuda
-        and x.shape[1] % 8 == outputs % 8 == 0  # nothing else was tried
+        and x.shape[1] % 8 == outputs % 8 == 0  # cuDNN is known to take such sizes
         and not is_compiling()
         and not torch.is_grad_enabled()
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -48,7 +48,7 @@ def _vendor_fuses(x: Tensor, outputs: int) -> bool:
 
 
 def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a batch norm (or none) does to a convolution's output, its bias included: scale and shift, [K] each.
+    """The scale and the shift, [K] each, that a batch norm (or none) and the bias make of a convolution's output.
 
     Raises:
         ValueError: another norm, or one without running statistics: what it does depends on what it is given.
@@ -63,7 +63,7 @@ def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution for inference only: batch norm folded into its weights, ReLU and residual into its store.
+    """A convolution for inference only. Batch norm is folded into its weights; ReLU and residual are part of its store.
 
     On the CPU it runs oneDNN's fused convolution on weights laid out once, as torch's Inductor compiles frozen models.
     Elsewhere it runs plain torch, or cuDNN's fused convolution.
@@ -99,7 +99,7 @@ class FoldedConv2d(nn.Conv2d):
         # Weights laid out as inputs are convolve a single image faster.
         made.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         if bias is not None:
-            # A copy, as cuDNN wants it aligned: part of a table of biases ran into a misaligned address.
+            # cuDNN wants an aligned address, which a part of a table of biases need not have: copy.
             made.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
         made._packed = {}
         return made.eval()

@@ -1,7 +1,6 @@
-"""`COSTS`: what things take on a CPU, and so when it pays to compute some rows only.
+"""`COSTS` knows what things take on a CPU, and so when it pays to compute some rows only.
 
-All thresholds of the ops stand here. They are rules that held on the machines measured, not laws: `docs/speed.md` holds
-the figures.
+All thresholds of the ops stand here. They held on the machines that were measured; `docs/speed.md` has the figures.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 
 def _last_cache() -> int:
-    """The size of the last-level cache in bytes; 32 MB where the system does not tell."""
+    """The size of the last-level cache in bytes, or 32 MB where the system does not tell."""
     try:
         return int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip().removesuffix("K")) << 10
     except (OSError, ValueError):
@@ -23,7 +22,7 @@ def _last_cache() -> int:
 
 @dataclass
 class Costs:
-    """The model of costs that the CPU paths go by. There is one, `COSTS`; `assuming` changes it for a while.
+    """The model of costs that the CPU paths go by. There is one, `COSTS`, and `assuming` changes it for a while.
 
     Attributes:
         product: microseconds to start a product.
@@ -31,7 +30,7 @@ class Costs:
         megamac: microseconds for a million multiply-adds.
         moving: microseconds to sort out rows, gather them and put them back.
         moving_vectors: the same for rows that are short vectors, by fewer steps.
-        few: rows are too few to be left out where they are at most one in so many.
+        few: rows are not worth leaving out where they are at most one in `few`.
         always: compact whatever it costs, as tests do.
         piece: bytes of rows that are computed at a time. A larger piece falls out of the cache between the layers of a
             block; a smaller one pays for starting the layers too often.
@@ -45,8 +44,8 @@ class Costs:
     product: float = 40.0
     megabyte: float = 40.0
     megamac: float = 13.0
-    moving: float = 80.0
-    moving_vectors: float = 26.0
+    moving: float = 78.0
+    moving_vectors: float = 5.0
     few: int = 20
     always: bool = False
     piece: int = field(default_factory=lambda: min(max(_last_cache() // 6, 2 << 20), 8 << 20))
@@ -69,7 +68,7 @@ class Costs:
             vars(self).update(before)
 
     def mac_time(self, macs: float) -> float:
-        """Microseconds for so many multiply-adds."""
+        """Microseconds for `macs` multiply-adds."""
         return 1e-6 * macs * self.megamac
 
     def product_time(self, rows: int, weights: int) -> float:

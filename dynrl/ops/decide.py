@@ -1,4 +1,4 @@
-"""`decide`: a router of one or two linear layers at one point and price, from features to choices."""
+"""`decide` is a router of one or two linear layers, at one point and price: features in, choices out."""
 
 from __future__ import annotations
 

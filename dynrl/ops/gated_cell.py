@@ -1,4 +1,4 @@
-"""`gated_cell`: a GRU or LSTM cell on the rows that update their state; the others keep it untouched."""
+"""`gated_cell` runs a GRU or LSTM cell on the rows that update their state. All other rows keep theirs untouched."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def gated_cell(
 ) -> Tensor:
     """`gated_cell_ref`, paying only for the rows that update. Differentiable.
 
-    Where no gradient is recorded, `h` itself is overwritten and returned. MACs: `gated_cell_macs`.
+    Where no gradient is recorded, `h` itself is overwritten and returned.
+
+    MACs: `gated_cell_macs` for the rows that update.
     """
     args = (x, h, update, w_ih, w_hh, b_ih, b_hh, x_rows)
     match path(h):
@@ -130,7 +132,7 @@ def _(
 def recurrent_cell(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """The cell on all rows, as `gated_cell_ref` with every row updating. Differentiable.
+    """The cell on all rows: `gated_cell_ref` with every row updating. Differentiable.
 
     Without gradients it takes fewer and smaller steps than torch's, and writes into `out`.
 
@@ -227,7 +229,7 @@ def _lstm_on_triton(
 
 
 class _Cell(torch.autograd.Function):
-    """The gated cell with its gradients: the kernels forward, grouped products backward."""
+    """The gated cell with its gradients: kernels run it forward, and grouped products backward."""
 
     @staticmethod
     def forward(

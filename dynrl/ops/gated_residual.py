@@ -1,4 +1,4 @@
-"""`gated_residual`: run a block on the rows that chose it, hand the other rows through."""
+"""`gated_residual` runs a block on the rows that chose it, and hands the other rows through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moving rows: some rows of a batch are computed, and the rest stay as they are. The ops share this."""
+"""How the ops move rows, when some rows of a batch are computed and the rest stay as they are."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def apart(x: Tensor, other: Tensor) -> Tensor:
 
 
 def compute_rows(x: Tensor, index: Tensor, block: Block) -> Tensor:
-    """`x[index] = block(x[index])`, for an `index` that rises. Differentiable.
+    """`x` after `x[index] = block(x[index])`, for an `index` that rises. Differentiable.
 
     Where no gradient is recorded, `x` is overwritten and returned, and `block` may overwrite what it is given. A block
     with large weights says so in an attribute `weight_bytes`.
@@ -63,9 +63,9 @@ def compute_rows(x: Tensor, index: Tensor, block: Block) -> Tensor:
 
 
 def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, int]]) -> Tensor:
-    """`x[i] = block(x[i])` for i in `order[start:end]`, for each (block, start, end); in place, without gradients.
+    """`x` after `x[i] = block(x[i])` for i in `order[start:end]`, for each (block, start, end); in place.
 
-    The groups follow each other, and together they make up `order`.
+    The groups follow each other, and together they make up `order`. No gradients are recorded.
     """
     count = len(order)
     if count == 0:  # compiled code comes here without having looked
@@ -97,7 +97,7 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
 
 
 def compute_copies(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, int]]) -> Tensor:
-    """`compute_groups` by a copy of each group's rows, as is best on CUDA."""
+    """`compute_groups` by a copy of each group's rows, which is best on CUDA."""
     last, flat = _channels_last(x), as_rows(x)
     for block, start, end in groups:
         index = order[start:end]
@@ -118,12 +118,12 @@ def moves_nothing(x: Tensor, block: Block) -> bool:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`x` as a view whose rows are moved as one run of memory each."""
+    """A view of `x`, each of whose rows is moved as one run of memory."""
     return x.permute(0, 2, 3, 1) if _channels_last(x) else x
 
 
 def _compute_in_place(x: Tensor, index: list[int], block: Block, size: int) -> None:
-    """Compute large rows where they lie, one run of neighbours after the other: dearer starts, but nothing is moved."""
+    """Compute large rows where they lie, one run of neighbours after the other: more starts, but nothing is moved."""
     start = index[0]
     for row, after in zip(index, [*index[1:], -1], strict=True):
         if after != row + 1 or row + 1 - start == size:
@@ -142,14 +142,14 @@ def _channels_last(x: Tensor) -> bool:
 
 def _words(x: Tensor) -> Tensor | None:
     """[n, ...] as [n, words of 16 bytes]; None where rows are not made up of such words."""
-    # index_put_ on the CPU and what moves rows on CUDA handle one element at a time: larger ones are moved faster.
+    # Rows are moved one element at a time, by index_put_ on the CPU and by CUDA: larger elements are faster.
     if not x.is_contiguous() or (x.stride(0) * x.element_size() | x.data_ptr()) % 16:
         return None
     return x.view(len(x), -1).view(torch.complex128)
 
 
 def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """`x[index] = rows` in place, for `x` and `rows` [n, ...] of one type; returns `x`."""
+    """`x` after `x[index] = rows`, in place, for `x` and `rows` [n, ...] of one type."""
     if rows.numel() >= COSTS.words:
         words, given = _words(x), _words(rows)
         if words is not None and given is not None:
@@ -163,7 +163,7 @@ def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """`x[index]`, in the memory format of `x`. Differentiable."""
-    if is_compiling():  # whose memory format is the compiler's affair, and cannot be asked for where a size is data
+    if is_compiling():  # a tensor whose size is data cannot be asked for its memory format
         return x.index_select(0, index)
     rows = as_rows(x).index_select(0, index)
     return rows.permute(0, 3, 1, 2) if _channels_last(x) else rows

@@ -1,4 +1,4 @@
-"""`partition`: from each row's choice to the rows sorted by choice."""
+"""`partition` sorts rows by their choice."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Partition:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """[num_choices + 1] int32, on the device: `order[offsets[e]:offsets[e + 1]]` chose e."""
+        """[num_choices + 1] int32, on the device: the rows `order[offsets[e]:offsets[e + 1]]` chose e."""
         return torch.tensor(self.ends, dtype=torch.int32, device=self.order.device)
 
     @cached_property
     def ends(self) -> list[int]:
-        """`offsets` on the host; on CUDA this waits for the device."""
+        """`offsets` on the host. On CUDA this waits for the device."""
         if self._sorted is None:
             return self.offsets.tolist()
         # The product before has swept the caches: here a tensor op takes longer than counting in Python.
@@ -44,7 +44,7 @@ class Partition:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many rows made each choice; on CUDA this waits for the device."""
+        """How many rows made each choice. On CUDA this waits for the device."""
         return [end - start for start, end in pairwise(self.ends)]
 
     def repeated(self, times: int) -> Partition:

@@ -1,4 +1,4 @@
-"""`pooled`: each channel's mean over its map, the cheap summary that most routers see."""
+"""`pooled` is each channel's mean over its map, the cheap summary that most routers see."""
 
 from __future__ import annotations
 

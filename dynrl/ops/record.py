@@ -1,4 +1,4 @@
-"""`record`: a decision of all rows, written into the books of their walk."""
+"""`record` writes a decision of all rows into the books of their walk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dynrl.ops.backend import Path, path
 
 
 def record_ref(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
-    """The definition; all in place.
+    """The definition. Everything is written in place.
 
     Args:
         action: [n] int64, what was chosen.
@@ -17,7 +17,7 @@ def record_ref(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, las
         column: [n] int64, becomes `action`; a view into the walk's route.
         steps: [n] int64, goes up by 1.
         last: [n] int64, becomes `action` + 1.
-        macs: [n] int64, goes up by what was chosen costs.
+        macs: [n] int64, goes up by the costs of what was chosen.
     """
     column.copy_(action)
     steps += 1

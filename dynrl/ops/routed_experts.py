@@ -1,4 +1,4 @@
-"""`routed_experts`: a residual layer of two-layer experts of unequal width, each row at the one it chose."""
+"""`routed_experts` is a residual layer of two-layer experts of unequal width, each row at the one it chose."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Expert:
         self.weight_bytes = 2 * w1.numel() * w1.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[n, ..., C] to the same tensor."""
+        """[n, ..., C] to the same tensor, overwritten."""
         positions, row_bytes = x.reshape(-1, x.shape[-1]), len(self.second) * x.element_size()
         for part in (positions,) if x.is_cuda else positions.split(max(1, COSTS.hidden // row_bytes)):
             hidden = torch.addmm(self.bias, part, self.first).relu_()
@@ -104,10 +104,10 @@ def _on_host(x: Tensor, parts: Partition, w1: Tensor, b1: Tensor, w2: Tensor, sp
 
 
 class ExpertLayer(nn.Module):
-    """A residual layer of two-layer experts of unequal width, each row at the one it chose; see `routed_experts`.
+    """`routed_experts` with its weights: a residual layer of experts, for training and inference.
 
     Args:
-        channels: C, of what it is given.
+        channels: C, the size of the last dimension of what the layer is given.
         widths: hidden units of each expert; an expert of 0 hands its rows through.
     """
 

@@ -1,4 +1,4 @@
-"""`routed_linear`: each row is multiplied with the matrix of the expert it chose."""
+"""`routed_linear` multiplies each row with the matrix of the expert it chose."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def routed_linear_ref(
     """The definition: every expert computes every row, and each row takes the result of one.
 
     Two calls make a layer of two-layer experts: the first with `sorted_out`, the second with `sorted_in`. Experts of
-    unequal hidden width lie side by side in one weight, `splits` telling their widths; 0 is one that does nothing.
+    unequal hidden width lie side by side in one weight, and `splits` tells their widths; 0 is an expert without units.
 
     Args:
         x: [n, k], in the batch's order, or sorted by choice where `sorted_in`.
-        weight: [E, m, k]. With `splits` and `sorted_out`: [sum(splits), k], expert e gives the first splits[e] columns
-            of its rows; the others are undefined. With `splits` and `sorted_in`: [m, sum(splits)], expert e reads the
-            first splits[e] columns of its rows.
+        weight: [E, m, k]. With `splits` and `sorted_out`: [sum(splits), k], where expert e gives the first splits[e]
+            columns of its rows, and the other columns are undefined. With `splits` and `sorted_in`: [m, sum(splits)],
+            where expert e reads the first splits[e] columns of its rows.
         parts: the partition of the n rows by their E experts.
         bias: [E, m]; [sum(splits)] with `splits` and `sorted_out`.
         scale: [n] in the batch's order, or None; each row of the result is multiplied with it, after ReLU.
         splits: E widths.
         relu: apply ReLU.
         sorted_in: whether the rows of `x` are sorted by choice.
-        sorted_out: whether the result's are to be.
+        sorted_out: whether the rows of the result are to be sorted by choice.
 
     Returns:
         [n, m], m = max(splits) where the outputs are split.
@@ -95,8 +95,9 @@ def routed_linear(
 ) -> Tensor:
     """`routed_linear_ref`, each row at its own expert only. Differentiable in `x`, `weight`, `bias` and `scale`.
 
-    A `weight` that stays as it is gives few rows faster as `column_major(weight)`. MACs: `routed_linear_macs` for each
-    expert's rows.
+    Few rows are multiplied faster with a `weight` that has been laid out by `column_major`.
+
+    MACs: `routed_linear_macs` for each expert's rows.
     """
     how: Any = {"splits": splits, "relu": relu, "sorted_in": sorted_in, "sorted_out": sorted_out}
     match path(x):
@@ -167,7 +168,7 @@ def _on_host(
 
 
 def _width(weight: Tensor, splits: tuple[int, ...] | None, ragged_out: bool) -> int:
-    """Columns of the result."""
+    """How many columns the result has."""
     if splits and ragged_out:
         return max(splits)
     return weight.shape[-2]
@@ -246,7 +247,7 @@ def _bias_rows(bias: Tensor, parts: Partition, splits: tuple[int, ...] | None, s
 
 
 class GroupedProduct(torch.autograd.Function):
-    """The grouped product with its gradients, by the kernels; `ways` are arguments of `linear_rows`."""
+    """The grouped product by the kernels, with its gradients; `ways` are arguments of `linear_rows`."""
 
     @staticmethod
     def forward(  # noqa: D102

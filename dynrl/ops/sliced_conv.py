@@ -1,4 +1,4 @@
-"""`sliced_conv`: a residual block whose inner channels are a prefix slice, as wide as each row chose."""
+"""`sliced_conv` is a residual block whose inner channels are a prefix slice, as wide as each row chose."""
 
 from __future__ import annotations
 

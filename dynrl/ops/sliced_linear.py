@@ -1,4 +1,4 @@
-"""`sliced_linear`: two products whose hidden units are a prefix slice, as wide as each row chose."""
+"""`sliced_linear` is two products whose hidden units are a prefix slice, as wide as each row chose."""
 
 from __future__ import annotations
 

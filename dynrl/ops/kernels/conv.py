@@ -56,7 +56,7 @@ def _convolve(
     R: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sum over taps and channels < width, in float32. -> [BLOCK_M, BLOCK_N]."""
+    """[BLOCK_M, BLOCK_N] float32: the sum over taps and channels < width."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     blocks = tl.cdiv(width, BLOCK_K)
     # One loop over (tap, block of channels) and not two nested ones: only an innermost loop has its loads prefetched,
@@ -86,7 +86,7 @@ def _finish(
     acc, out_ptr, out_offset, scale_ptr, shift_ptr, factor_ptr, residual_ptr, residual_offset, group, out_row, m_mask,
     n, out_width, size_k, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Scale, shift, factor, residual, relu; then write."""
+    """Apply scale, shift, factor, residual and relu, and write the result."""
     n_mask = n < out_width
     mask = m_mask[:, None] & n_mask[None, :]
     if scale_ptr is not None:
@@ -211,7 +211,7 @@ def conv_rows(
     padding: int = 0,
     granule: int | None = None,
 ) -> Tensor:
-    """Convolve chosen images: scale, shift, factor, add the residual, relu, in this order and all in float32.
+    """Convolve chosen images, then scale, shift, multiply by a factor, add the residual and relu, all in float32.
 
     Item j of group g (offsets[g] <= j < offsets[g + 1]) reads image in_rows[j] of `x` and writes image out_rows[j]
     of `out`; no other image and nothing beyond a group's widths is touched. Zero padding.

@@ -18,7 +18,10 @@ from dynrl.ops.kernels.linear import INTERPRETED, device_time, dot, size_class
 
 
 def tile_width(height: int, width: int, pixels: int) -> int:
-    """Width of the tile of so many pixels, both powers of two, that covers a map with the fewest; the widest such."""
+    """The width of a tile of a given number of pixels, both powers of two, with which the fewest tiles cover a map.
+
+    Where several widths need as few tiles, it is the widest.
+    """
     widths = [1 << i for i in range(pixels.bit_length())]
     return min(widths, key=lambda w: (-(-width // w) * -(-height * w // pixels), -w))
 
@@ -74,7 +77,7 @@ def _configs() -> list[triton.Config]:
 
 
 def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """Those whose blocks divide the channels in use, are not mostly padding, and fit into memory."""
+    """The configurations whose blocks divide the channels in use, are not mostly padding, and fit into memory."""
     values = args | kwargs
 
     def fits(config: triton.Config) -> bool:
@@ -92,7 +95,7 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
 
 @triton.autotune(
     _configs(),
-    # Of tensors the autotuner tells types apart by itself, but not of their descriptors.
+    # The autotuner tells types of tensors apart by itself, but not types of their descriptors.
     key=["size_c", "size_k", "size_class", "granule", "element_bytes", "H", "W", "R", "NUM_GROUPS", "PRECISION"],
     prune_configs_by={"early_config_prune": _prune},
     do_bench=device_time,
@@ -197,7 +200,7 @@ def conv_tiles(
     in_widths: Tensor | None, out_widths: Tensor | None, factor: Tensor | None, residual: Tensor | None,
     relu: bool, padding: int,
 ) -> bool:  # fmt: skip
-    """`conv_rows` of stride 1, where its tensors can be addressed by tensor copies; else False, and nothing is done.
+    """`conv_rows` of stride 1, where tensor copies can address its tensors. Elsewhere it does nothing, and gives False.
 
     Beyond a group's width `out` is overwritten up to a multiple of the tile.
 

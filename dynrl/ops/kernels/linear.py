@@ -1,4 +1,4 @@
-"""Products of chosen rows with the matrix of their group, and the gradient of these matrices."""
+"""Kernels for products of chosen rows with the matrix of their group, and for the gradient of these matrices."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,7 +19,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def device_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
-    """What the autotuner goes by: the time on the device alone. For small work, all other is the host's."""
+    """The time that the autotuner goes by: the device's alone, as the host's hides that of small work."""
     return triton.testing.do_bench_cudagraph(call, rep=10, quantiles=quantiles)
 
 
@@ -49,7 +49,7 @@ def tile_configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Con
 def fitting_configs(
     configs: list[triton.Config], x: Tensor, precision: str, size_n: int, size_k: int
 ) -> list[triton.Config]:
-    """Those whose blocks are not mostly padding, fit into shared memory and leave no sum outside the registers."""
+    """The configurations whose blocks are not mostly padding, fit into shared memory and keep all sums in registers."""
 
     def fits(config: triton.Config) -> bool:
         m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -109,7 +109,7 @@ def _product(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x[row, :width] times w[n, :width] transposed, in float32. -> [BLOCK_M, BLOCK_N]."""
+    """[BLOCK_M, BLOCK_N] float32: x[row, :width] times w[n, :width] transposed."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_rows = x_ptr + row.to(tl.int64) * stride_x  # [BM]
     w_rows = w_ptr + n.to(tl.int64) * stride_wm  # [BN]
@@ -210,7 +210,7 @@ def linear_rows(
     scale: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Multiply each item's row with the matrix of its group: product, bias, relu, scale, in this order.
+    """Multiply each item's row with the matrix of its group, then add the bias, relu and scale, in this order.
 
     Item j of group g (offsets[g] <= j < offsets[g + 1]) reads row in_rows[j] of `x` and writes row out_rows[j] of
     `out`; no other row and nothing beyond a group's widths is touched.
@@ -229,7 +229,7 @@ def linear_rows(
         in_widths: [G] int32, k_g, or None: k.
         out_widths: [G] int32, m_g, or None: m.
         scale: [M] any float dtype, one factor for each row of `out`, or None.
-        relu: whether to clip at zero, before the scale.
+        relu: whether to clip at zero, before scaling.
 
     Returns:
         `out`.
@@ -331,7 +331,7 @@ def grad_weight_rows(
     out_widths: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of `linear_rows` by its matrices: for each group the sum over its items of scale * dy^T x.
+    """Compute the gradient of `linear_rows` by its matrices: for each group the sum over its items of scale * dy^T x.
 
     Every element of each group's matrix within its widths is written, zeros for a group without items; elements
     between the matrices are left as they are. The result is the same each time.

@@ -1,4 +1,4 @@
-"""Rows sorted by choice, and how the other kernels find the group of rows that a tile belongs to."""
+"""A kernel that sorts rows by choice, and how the other kernels find the group of rows that a tile belongs to."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def tile_bound(capacity: int, num_groups: int, block: int) -> int:
-    """Most tiles of `block` items that `capacity` items can need when each of `num_groups` groups starts a tile."""
+    """The most tiles of `block` items that `capacity` items can need when each of `num_groups` groups starts a tile."""
     return min(capacity, (capacity + num_groups * (block - 1)) // block)
 
 
@@ -20,7 +20,7 @@ def tile_bound(capacity: int, num_groups: int, block: int) -> int:
 def group_of_tile(
     offsets_ptr, tile, per_item, NUM_GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Group of the `tile`-th tile of `BLOCK_M` (item, pixel) pairs, its number in the group, the group's bounds.
+    """The group of the `tile`-th tile of `BLOCK_M` (item, pixel) pairs, its number in the group, the group's bounds.
 
     Beyond the last tile the bounds are equal: a group without items.
     """
