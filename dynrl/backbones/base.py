@@ -270,6 +270,9 @@ class Backbone(nn.Module):
 
     family: ClassVar[str]  # its name in files and in the registry
     decision: ClassVar[str]  # the decision it poses, a name in the registry of decisions
+    scores: ClassVar[dict[str, tuple[int, bool]]] = {}  # column of `observe`, and whether more of it means surer
+    rule: ClassVar[str | None] = None  # the rule of thumb that it is known for, a name in `dynrl.evaluation.RULES`
+    captures: ClassVar[bool] = True  # whether a walk can be captured as a CUDA graph
     config: dict[str, Any]
     input_shape: tuple[int, ...]
     points: tuple[Point, ...]
@@ -397,6 +400,11 @@ class Backbone(nn.Module):
     def column_costs(self) -> Tensor:
         """[columns, num_choices] int64 on the CPU: what each choice costs at each column's point; -1: there is none."""
         return self.costs.cpu()[self.column_point]
+
+    @property
+    def thrift(self) -> Tensor:
+        """[columns, num_choices]: how dear each choice is in the long run; -1: there is none."""
+        return self.column_costs
 
     @property
     def may_close(self) -> bool:

@@ -31,6 +31,8 @@ class Exits(Backbone):
     """
 
     decision = "exit"
+    scores = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # columns of `exit_scores`
+    rule, captures = "threshold", False
 
     def _advance_to(self, k: int, x: Tensor) -> Tensor:
         """From exit k - 1 (or the inputs) to exit k."""
