@@ -1,48 +1,64 @@
-"""Early exit by thresholds: stop where the exit is sure enough. What learned exits must beat."""
+"""Thresholds on a number that a network gives by itself: how sure an exit is, say. A rule that policies must beat."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dynrl.policies.base import StepPolicy
 
-# The first columns of an exit's features (`dynrl.ops.exit_scores`), and whether more of it means surer.
-SCORES = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}
-
 
 class ThresholdPolicy(StepPolicy):
-    """Choice 0 (stop) at an exit whose score is at least the exit's threshold (entropy: at most), else 1 (go on).
+    """One choice where a score passes its point's threshold, and another where it does not.
 
     Args:
         features, points, choices: the observation's layout.
-        score: one of `SCORES`.
-        thresholds: [points].
+        column: of the observation, where the score stands.
+        rising: whether a higher score means surer.
+        thresholds: [points]; a row is sure at this score or a higher one (a lower one, if not `rising`).
+        sure: [points], the choice of rows that are sure: to stop, say.
+        unsure: [points], the choice of all others.
 
     Source: BranchyNet (Teerapittayanon et al. 2016, ICPR; entropy) and MSDNet (Huang et al. 2018, ICLR; top-1).
     """
 
     thresholds: Tensor
+    sure: Tensor
+    unsure: Tensor
 
-    def __init__(self, features: int, points: int, choices: int, score: str, thresholds: Tensor) -> None:
+    def __init__(
+        self,
+        features: int,
+        points: int,
+        choices: int,
+        column: int,
+        rising: bool,
+        thresholds: Tensor,
+        sure: Sequence[int],
+        unsure: Sequence[int],
+    ) -> None:
         super().__init__(features, points, choices)
-        if score not in SCORES:
-            raise ValueError(f"unknown score {score!r}; expected one of {sorted(SCORES)}")
+        if not 0 <= column < features:
+            raise ValueError(f"expected a score in one of the {features} features, got column {column}")
         if tuple(thresholds.shape) != (points,):
-            raise ValueError(f"expected a threshold for each of {points} exits, got shape {tuple(thresholds.shape)}")
-        self.score = score
+            raise ValueError(f"expected a threshold for each of {points} points, got shape {tuple(thresholds.shape)}")
+        self.column, self.rising = column, rising
         self.register_buffer("thresholds", thresholds)
+        self.register_buffer("sure", torch.as_tensor(sure, dtype=torch.int64))
+        self.register_buffer("unsure", torch.as_tensor(unsure, dtype=torch.int64))
 
     def act(self, observation: Tensor) -> Tensor:
-        """0 where the exit is sure enough, else 1."""
-        column, rising = SCORES[self.score]
-        exits = observation[:, self.features : self.features + self.points].argmax(1)
-        score, threshold = observation[:, column], self.thresholds[exits]
-        return (score < threshold if rising else score > threshold).long()
+        """[n] int64, the choice of each row."""
+        point = observation[:, self.features : self.features + self.points].argmax(1)
+        score, threshold = observation[:, self.column], self.thresholds[point]
+        sure = score >= threshold if self.rising else score <= threshold
+        return torch.where(sure, self.sure[point], self.unsure[point])
 
 
 def fit_thresholds(scores: Tensor, costs: Tensor, budget: float, rising: bool = True) -> Tensor:
-    """Thresholds that meet a budget on the data they are fitted on.
+    """Find thresholds that meet a budget on the data they are fitted on, where rows that are sure leave.
 
     The budgeted batch classification of MSDNet (Huang et al. 2018, section 5): exit k of K is to be taken by a share
     q_k = z (1 - q)^(k-1) q of the inputs, q the one number for which the mean cost is the budget; the surest inputs
