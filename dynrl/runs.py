@@ -229,8 +229,6 @@ def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
                     f"{alike[0]} and {run} are both {run.kind.label!r} and differ in {sorted(differ)}; report them apart"
                 )
         if run.seed in [other.seed for other in alike]:
-            raise ValueError(
-                f"{run} is {run.kind.label!r} of seed {run.seed} a second time; leave one of them out"
-            )
+            raise ValueError(f"{run} is {run.kind.label!r} of seed {run.seed} a second time; leave one of them out")
         alike.append(run)
     return kinds

@@ -374,7 +374,9 @@ class Dense(Contender):
     name, asked = "dense", False
 
     def __post_init__(self) -> None:
-        tuned = {of.name: [m.backbone for m in of.models] for of in self.learned if of.kind is not None and of.kind.tuned}
+        tuned = {
+            of.name: [m.backbone for m in of.models] for of in self.learned if of.kind is not None and of.kind.tuned
+        }
         self.networks = {**tuned, "pretrained": [self.ground.network]}
         if self.plain is not None:
             self.networks["plain"] = [self.ground.put(self.plain)]
@@ -398,9 +400,7 @@ def mean_metric(networks: Sequence[Backbone], split: Split) -> float:
     return sum(float(_full(network, split).mean()) for network in networks) / len(networks)
 
 
-def rivals(
-    ground: Ground, smaller: Sequence[Backbone] = (), one_smaller: bool = False
-) -> list[Contender]:
+def rivals(ground: Ground, smaller: Sequence[Backbone] = (), one_smaller: bool = False) -> list[Contender]:
     """List all that learned policies stand beside, in a report's order.
 
     Args:

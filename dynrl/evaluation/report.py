@@ -127,7 +127,12 @@ def measure(
                 points.add(contender, budget, contender.reach(budget))
                 bar.update()
         times = points.time(bar.update)
-    return {"dense": _dense_figures(dense, times, points), "points": points.rows, "usage": usage, "hardware": hardware()}
+    return {
+        "dense": _dense_figures(dense, times, points),
+        "points": points.rows,
+        "usage": usage,
+        "hardware": hardware(),
+    }
 
 
 class _Points:
@@ -247,7 +252,9 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
             f"{p['policy']:{wide}} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
-    lines.append("MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those.")
+    lines.append(
+        "MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those."
+    )
     if (usage := report["usage"]) is not None:
         spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}
         least, most = (choose(spent, key=lambda of: spent[of]) for choose in (min, max))

@@ -122,6 +122,7 @@ def _by_quantile(
     budget: float,
 ) -> ThresholdPolicy | None:
     """The policy whose thresholds let such a share of the rows be sure that a walk costs `budget` on average."""
+
     def at(share: float) -> ThresholdPolicy:
         if share in (0.0, 1.0):  # nobody is sure, or everybody
             end = torch.inf if (share == 0.0) == rising else -torch.inf
