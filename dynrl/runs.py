@@ -225,9 +225,8 @@ def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
             first, mine = alike[0].settings, run.settings
             differ = {name for name in mine if mine[name] != first.get(name)} - FREE
             if differ:
-                raise ValueError(
-                    f"{alike[0]} and {run} are both {run.kind.label!r} and differ in {sorted(differ)}; report them apart"
-                )
+                both = f"{alike[0]} and {run} are both {run.kind.label!r}"
+                raise ValueError(f"{both} and differ in {sorted(differ)}; report them apart")
         if run.seed in [other.seed for other in alike]:
             raise ValueError(f"{run} is {run.kind.label!r} of seed {run.seed} a second time; leave one of them out")
         alike.append(run)

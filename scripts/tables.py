@@ -1,4 +1,4 @@
-"""Write the tables of README and docs, from the registry and `results/`, between `<!-- table:NAME -->` and `<!-- end -->`.
+"""Write tables into README and docs, from the registry and `results/`: from `<!-- table:NAME -->` to `<!-- end -->`.
 
 NAME is a folder of `results/` with a report, `at-half` (all reports), `comparison` and `one-price` (all comparisons),
 `decisions`, `shipped`, or a bench: its newest file counts.

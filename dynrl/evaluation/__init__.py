@@ -36,9 +36,10 @@ from dynrl.evaluation.scores import Score, Usage, Walked, score, score_routes, s
 from dynrl.evaluation.timing import captured, dense_sides, medians_in_turn, step_times
 
 __all__ = [
-    "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Contender", "Dense", "Front", "Ground", "Learned", "Oracle", "Random",
-    "Reached", "Ruled", "Score", "Smaller", "Static", "Uniform", "Usage", "Walked", "affordable", "area", "calibrate",
-    "calibrate_latency", "captured", "cheapest_choices", "collapse", "compare", "comparison_text", "dense_sides",
+    "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Contender", "Dense", "Front", "Ground", "Learned", "Oracle",
+    "Random", "Reached", "Ruled", "Score", "Smaller", "Static", "Uniform", "Usage", "Walked", "affordable", "area",
+    "calibrate", "calibrate_latency", "captured", "cheapest_choices", "collapse", "compare", "comparison_text",
+    "dense_sides",
     "differences", "evaluate", "measure", "medians_in_turn", "oracle_candidates", "oracle_routes", "paired",
     "random_rate", "report_text", "rivals", "rules_of", "score", "score_routes", "score_rows", "spaced_routes",
     "static_routes", "static_tries", "step_times", "uniform_routes", "verdict",

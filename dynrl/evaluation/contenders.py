@@ -1,7 +1,7 @@
 """Who stands in a report: learned policies, and what they must beat, each asked in one way what it reaches.
 
-A contender is one object. `Contender.reach(budget)` says what each of its seeds does with every input of the test split;
-reports average that, comparisons pair it input by input.
+A contender is one object. `Contender.reach(budget)` says what each of its seeds does with every input of the test
+split; reports average that, comparisons pair it input by input.
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ class Learned(Contender):
         kind: of the runs.
         models: calibrated, unless they know one price only: then they have one point.
     """
+
+    kind: RunKind
 
     def __init__(self, kind: RunKind, models: Sequence[RoutedModel], ground: Ground) -> None:
         self.kind, self.name, self.models, self._ground = kind, kind.label, list(models), ground
@@ -374,9 +376,7 @@ class Dense(Contender):
     name, asked = "dense", False
 
     def __post_init__(self) -> None:
-        tuned = {
-            of.name: [m.backbone for m in of.models] for of in self.learned if of.kind is not None and of.kind.tuned
-        }
+        tuned = {of.name: [m.backbone for m in of.models] for of in self.learned if of.kind.tuned}
         self.networks = {**tuned, "pretrained": [self.ground.network]}
         if self.plain is not None:
             self.networks["plain"] = [self.ground.put(self.plain)]

@@ -1,4 +1,4 @@
-"""Routes that need no policy: random ones of a given cost, one route for all inputs, and each input's best in hindsight."""
+"""Routes without a policy: random ones of a given cost, one for all inputs, and each input's best in hindsight."""
 
 from __future__ import annotations
 

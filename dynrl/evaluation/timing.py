@@ -100,7 +100,7 @@ def step_times(
     Args:
         backbone: its `for_inference` copy is timed.
         inputs: a batch, as large as the model will meet.
-        rounds: each choice is timed in each round, in a new order; medians count. A loop's point is timed at each visit.
+        rounds: each choice is timed in each round, at a loop's point in each visit, in a new order; medians count.
         tick: is called after each round, and after one more that warms up.
         wait: is called before each reading of the clock, for a device that works on its own.
 
@@ -146,7 +146,7 @@ Way = list[tuple[int, int]]  # from the first point on: the choice that all rows
 
 
 def detours(backbone: Backbone, inputs: Tensor) -> dict[int, Way]:
-    """Find a shortest way to each point that the full route of `inputs` never meets, by trying choices breadth first."""
+    """Find a shortest way to each point that the full route never meets, by trying choices breadth first."""
     missing = set(range(len(backbone.points))) - {state.point for state in _full_walk(backbone, inputs)}
     found: dict[int, Way] = {}
     start = backbone.begin(inputs)

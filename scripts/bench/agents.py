@@ -1,8 +1,8 @@
 """How soon agents learn a whole front: `dynrl bench agents`.
 
-Each agent learns from the same number of decisions, on one pretrained backbone, by the same settings. Every now and then
-its policy is put aside, with a checkpoint, and judged afterwards on validation data, which takes none of the time: by
-how much its routes beat random ones of as many MACs, on average over budgets.
+Each agent learns from the same number of decisions, on one pretrained backbone, by the same settings. Every now and
+then its policy is put aside, with a checkpoint, and judged afterwards on validation data, which takes none of the time:
+by how much its routes beat random ones of as many MACs, on average over budgets.
 """
 
 from __future__ import annotations

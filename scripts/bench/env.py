@@ -45,7 +45,7 @@ def bench_env(
 
     They are forced so that what runs does not depend on the policy, and every path does the same work. `walk` is the
     backbone alone on a route known beforehand; `bare` adds observation, router and draw, in torch; `env` goes through
-    the environment; `rllib` is `SlabRunner`, `rllib-upfront` decides all of a walk at once; `rllib-stock` is RLlib's own
+    the environment; `rllib` is `SlabRunner`, `rllib-upfront` decides all of a walk at once; `rllib-stock` is RLlib's
     runner on the same batched environment; `naive` is RLlib's own runner on single environments side by side. The last
     two read the same router through RLlib's connectors. What `bare`, `env` and `rllib` each take longer than the path
     before is what they add. Paths whose packages are missing are left out, and named.

@@ -91,8 +91,8 @@ def every_route(backbone: Backbone, inputs: Tensor, most: int = MOST_ROUTES) -> 
         routes, likely, settled = (torch.cat([part[i][part[3]] for part in parts]) for i in range(3))
         if len(routes) > most:
             raise ValueError(
-                f"{type(backbone).__name__} has more than {most} routes for inputs of shape {backbone.input_shape}, too "
-                "many to walk them all; leave its decision out (--only), or give it a smaller `default_backbone`"
+                f"{type(backbone).__name__} has more than {most} routes for inputs of shape {backbone.input_shape}, "
+                "too many to walk them all; leave its decision out (--only), or give it a smaller `default_backbone`"
             )
 
 
@@ -131,7 +131,6 @@ def bench_known(decisions: Iterable[str], seeds: int) -> list[dict[str, Any]]:
                 found = learn_known(decision, name, backbone, seed, Path(folder))
         finally:
             del DATASETS[name]
-            load_dataset.cache_clear()
         reached = [seconds for seconds, _, share in found["curve"] if share >= ENOUGH]
         seconds, steps, share = found["curve"][-1]
         rows.append(

@@ -101,8 +101,8 @@ def bench_ops_table(result: dict[str, Any]) -> list[str]:
 def summed(found: dict[str, Any]) -> str:
     """One row of the summary of `dynrl bench ops`, in words."""
     return (
-        f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean {found['geometric_mean']:.3f}, worst "
-        f"{found['worst']:.3f}; slower than dense: {found['slower_than_dense']} of {found['with_dense']}, "
+        f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean {found['geometric_mean']:.3f}, "
+        f"worst {found['worst']:.3f}; slower than dense: {found['slower_than_dense']} of {found['with_dense']}, "
         f"{found['clearly']} clearly"
     )
 
