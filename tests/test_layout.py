@@ -40,12 +40,15 @@ ALLOWED = {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.choice", "dynrl.ops", "dynrl.cost",
         "dynrl.files", "dynrl.machine",
     },
-    "dynrl.comparison": {
-        "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.evaluation", "dynrl.heuristics",
-        "dynrl.tasks",
+    "dynrl.runs": {"dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.files"},
+    "dynrl.evaluation": {
+        "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.observation",
+        "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks", "dynrl.files", "dynrl.machine", "dynrl.progress",
     },
-    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks"},
-    "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},
+    "dynrl.sweep": {
+        "dynrl.agents", "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data",
+        "dynrl.files",
+    },
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.finetuning": {
         "dynrl.backbones", "dynrl.policies", "dynrl.choice", "dynrl.data", "dynrl.files", "dynrl.routes",

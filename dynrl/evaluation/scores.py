@@ -36,8 +36,8 @@ class Score:
     @classmethod
     def of(cls, backbone: Backbone, metric: Tensor, macs: Tensor, router: Tensor, routes: Tensor) -> Score:
         """The means of what each row reached and spent [n], and what `routes` [n, columns] tell."""
-        means = (float(values.mean()) for values in (metric, macs, router))
-        return cls(*means, len(routes.unique(dim=0)), choice_rates(backbone.points, routes))
+        rates = choice_rates(backbone.points, routes)
+        return cls(float(metric.mean()), float(macs.mean()), float(router.mean()), len(routes.unique(dim=0)), rates)
 
 
 def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
