@@ -8,12 +8,19 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from dynrl.data import Split
 from dynrl.deploy import SHIPPED
+from dynrl.envs import DECISIONS
+from dynrl.evaluation import score_routes
 from dynrl.scripts import gpu_check, lay_out
 from dynrl.scripts.bench import env as bench_env
+from dynrl.scripts.bench import known, tables
 from dynrl.scripts.bench import model as bench_model
 from dynrl.scripts.bench import ops as bench_ops
+from dynrl.tasks import Regression
+from tests.cases import TOYS
 
 
 def test_bench_env_rows(monkeypatch, capsys):
@@ -81,3 +88,57 @@ def test_bench_model_rows(monkeypatch):
     ]  # fmt: skip
     assert all(0 < r["macs_fraction"] < 1 and r["ideal_ms"] > 0 and r["routed_ms"] > 0 for r in rows)
     assert {(r["device"], r["dtype"]) for r in rows} == {("cpu", "bfloat16")}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_every_route_is_walked_once_and_weighs_what_random_choices_make_it(name):
+    """Columns that no row reaches make no routes: a binary tree of fifteen nodes has sixteen, not 32,768."""
+    backbone, inputs = TOYS[name]().eval(), torch.randn(1, 4)
+    routes, likely = known.every_route(backbone, inputs)
+    walk = backbone.run_route(inputs.expand(len(routes), -1), routes)
+    reached = (walk.route >= 0).sum(1)
+    assert float(likely.sum()) == pytest.approx(1.0)
+    assert {tuple(route) for route in walk.route.tolist()} == {
+        tuple(route)
+        for route in backbone.run_route(
+            inputs.expand(3000, -1), torch.randint(0, backbone.num_choices, (3000, backbone.columns))
+        ).route.tolist()
+    }
+    ended_alike = {"exiting": 3, "looping": 4, "branching": 2 + 2 * 2 * 2}
+    assert len(routes) == ended_alike[name] and int(reached.max()) <= backbone.max_steps
+    with pytest.raises(ValueError, match="more than 2 routes"):
+        known.every_route(backbone, inputs, most=2)
+
+
+def test_uniformly_random_choices_earn_what_was_said_they_would():
+    backbone, prices = TOYS["branching"]().eval(), torch.tensor([0.1, 1.0])
+    inputs = torch.randn(2, 4)
+    with torch.no_grad():
+        targets = backbone(inputs)
+    split = Split(inputs, targets, Regression.of(targets + torch.randn(2, 2)))
+    best, random = known.known_returns(backbone, split, prices)
+    counts = (backbone.thrift >= 0).sum(1)
+    drawn = (torch.rand(8000, backbone.columns) * counts).long()
+    rows = torch.arange(8000) % 2
+    walked = score_routes(backbone, drawn, Split(inputs[rows], targets[rows], split.task))
+    returns = walked.likely.unsqueeze(1) - prices * walked.macs.unsqueeze(1)
+    torch.testing.assert_close(random, returns.mean(0), atol=0.02, rtol=0.02)
+    assert (best >= random).all()
+
+
+@pytest.mark.parametrize("decision", DECISIONS)
+def test_known_networks_are_small_and_of_the_decisions_family(decision):
+    backbone = known.small_backbone(decision)
+    data = known.two_kinds(backbone)
+    assert backbone.decision == decision and len(data.train) == 128
+    routes, likely = known.every_route(backbone.for_inference(), data.train.inputs[:1])
+    assert 2 < len(routes) <= 1024 and float(likely.sum()) == pytest.approx(1.0, abs=1e-4)
+    full, cheapest = (data.train.targets[i] for i in range(2))
+    assert not torch.allclose(full, cheapest)
+
+
+def test_tables_of_benches_have_a_row_for_each_measurement():
+    machine = {"threads": 2, "processor": "cpu", "torch": "2"}
+    row = {"decision": "skip", "seconds_to_enough": 2.0, "share": 0.99, "seconds": 20.0}
+    result = {"date": "today", "hardware": machine, "rows": [row, row | {"seconds_to_enough": None}]}
+    assert "| skip | 2 | not by all | 99.0% in 20 s |" in tables.BENCHES["bench-known"](result)
