@@ -16,7 +16,7 @@ VERBS = {
     "export": "write a routed model as a program that needs torch alone",
     "bench": "measure: ops and whole networks against their ideals, sampling speed, how soon agents learn",
     "list": "list decisions, data sets and backbones",
-    "tables": "write the tables of the README from results/",
+    "tables": "write the tables of README and docs from results/",
 }
 
 
@@ -45,7 +45,8 @@ def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = (
     try:
         import tyro
 
-        module = importlib.import_module(f"dynrl.scripts.{verb}")
+        package = "bench.__main__" if verb == "bench" else verb
+        module = importlib.import_module(f"dynrl.scripts.{package}")
         args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
         load_plugins(plugins)
         module.main(args)

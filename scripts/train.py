@@ -108,12 +108,13 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
     from dynrl.files import write_json
     from dynrl.observation import View
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import PRETRAINED, new_folder, read_config
+    from dynrl.runs import RunFolder
+    from dynrl.scripts.common import new_folder
 
     decision(args.decision)
     if args.resume is not None:
         run = args.resume
-        config = EARLIER | read_config(run)
+        config = EARLIER | RunFolder(run).config
         _check_place(args, config["agent"], config["num_env_runners"])
         if set(config) != set(_DEFAULT):
             raise ValueError(f"{run}/config.json holds other settings than this version of dynrl train writes")
@@ -147,7 +148,7 @@ def open_run(args: Args) -> tuple[Path, dict[str, Any]]:
         source = _backbone_folder(args.backbone, args.decision, dataset) if args.backbone else None
         run = new_folder(args.out, args.decision, data)
         if source is not None:
-            for name in ("backbone.safetensors", "plain.safetensors", PRETRAINED):
+            for name in ("backbone.safetensors", "plain.safetensors", "backbone-pretrained.safetensors"):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, run / name)
         # Last: a folder with settings has its backbone, so resuming never trains another.
@@ -334,17 +335,20 @@ def _train_jointly(run: Path, settings: Settings, working: Path) -> tuple[Learne
     from dynrl.files import write_aside
     from dynrl.pretraining import metric_at_rate
     from dynrl.recipes import defaults
-    from dynrl.scripts.common import PRETRAINED, pretrained_file
+    from dynrl.runs import RunFolder
 
     file, dataset = run / "backbone.safetensors", load_dataset(settings.data)
-    if not (run / PRETRAINED).exists():
-        with write_aside(run / PRETRAINED) as aside:
+    kept = RunFolder(run).kept_file
+    if not kept.exists():
+        with write_aside(kept) as aside:
             shutil.copyfile(file, aside)
     if not working.exists():
         backbone, notes = load_backbone(file)
         backbone.save(working, **notes | {"rounds": 0})
     # The teacher is what reports call dense: the better of the two, by validation data.
-    known = [load_backbone(path)[0] for path in (pretrained_file(run), run / "plain.safetensors") if path.is_file()]
+    known = [
+        load_backbone(path)[0] for path in (RunFolder(run).pretrained_file, run / "plain.safetensors") if path.is_file()
+    ]
     reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
     return train_jointly(settings, defaults(settings.decision, settings.data).finetuning, working, reference, run)
 

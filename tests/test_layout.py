@@ -40,9 +40,14 @@ ALLOWED = {
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.machine",
     },
+    "dynrl.runs": {"dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.files"},
     "dynrl.evaluation": {
-        "dynrl.evaluation", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops",
-        "dynrl.routes", "dynrl.tasks",
+        "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops",
+        "dynrl.routes", "dynrl.tasks", "dynrl.files", "dynrl.machine", "dynrl.progress",
+    },
+    "dynrl.sweep": {
+        "dynrl.agents", "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy",
+        "dynrl.data", "dynrl.files",
     },
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.finetuning": {

@@ -377,7 +377,7 @@ def test_static_routes_of_long_walks_are_first_last_and_even():
     backbone = Looping(40).eval()
     targets = torch.randint(0, 2, (6,))
     found = static_routes(backbone, Split(torch.randn(6, 4), targets))
-    assert len(found) <= static_tries(backbone)[0] < 3 * 17
+    assert len(found) <= static_tries(backbone) < 3 * 17
     assert found[0][0] == backbone.full_route
     assert [macs for _, macs, _ in found] == sorted((macs for _, macs, _ in found), reverse=True)
     kept = {route for route, _, _ in found}

@@ -32,7 +32,7 @@ class Exits(Backbone):
 
     decision = "exit"
     scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # as `exit_scores` has them
-    rule = "thresholds"
+    rule = "threshold"
     speaks = True
     exports = True
 

@@ -16,12 +16,12 @@ from dynrl.deploy import RoutedModel, load
 from dynrl.evaluation import captured, dense_sides, medians_in_turn, random_rate
 from dynrl.observation import Layout
 from dynrl.policies import RandomPolicy, Router
-from dynrl.scripts.common import read_config
+from dynrl.runs import RunFolder
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is measured: batch sizes, the backbone's settings, and the router's hidden units."""
+    """A network to measure: batch sizes, the backbone's settings, and the router's hidden units."""
 
     batches: tuple[int, ...]
     settings: dict[str, Any]
@@ -51,9 +51,14 @@ class _Forced(RoutedModel):
 
     route: Tensor
 
-    def _choose(self, state: State) -> Tensor:
-        super()._choose(state)
-        return state.along(self.route)
+    def chooser(self, inputs: Tensor) -> Callable[[State], Tensor]:
+        decide = super().chooser(inputs)
+
+        def forced(state: State) -> Tensor:
+            decide(state)
+            return state.along(self.route)
+
+        return forced
 
 
 def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any] | None:
@@ -72,10 +77,10 @@ def bench_model(
     device: str = "cpu", dtype: str = "float32", rounds: int = 15, networks: tuple[str, ...] = (),
     batches: tuple[int, ...] = (), runs: tuple[Path, ...] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Networks of random weights on independent random routes at half the MACs, and learned policies from `runs`.
+    """Measure networks of random weights on random routes at half the MACs, and learned policies from `runs`.
 
     Rows have the times of: dense (the fastest of both memory formats), dense compiled, ideal, routed (the route is
-    given), routed with router (which decides in vain, or for a run, in earnest).
+    given), routed with router (it decides in vain; that of a run in earnest).
     """
     unknown = set(networks) - set(NETWORKS)
     if unknown:
@@ -95,13 +100,13 @@ def bench_model(
                 count = 256 if batch > 64 else 16  # what a route costs does not depend on the input
                 rate = random_rate(model.backbone, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
             assert rate is not None, "each of these networks can do with half of its MACs"
-            model.route = RandomPolicy(backbone.column_costs, rate).route(inputs).to(device)
+            model.route = RandomPolicy(backbone.thrift, rate).route(inputs).to(device)
             rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.route, rounds)})
             _show(rows[-1])
     for run in runs:
         plugged = load(run).to(device, getattr(torch, dtype))
         plugged.set_budget(0.5)
-        test = load_dataset(read_config(run)["data"]).test
+        test = load_dataset(RunFolder(run).data).test
         for batch in batches or (256,):
             inputs = test.inputs[:batch].to(device, getattr(torch, dtype))
             plugged(inputs)
@@ -117,29 +122,18 @@ def bench_model(
 @torch.inference_mode()
 def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> dict[str, Any]:
     backbone, device = model.backbone, inputs.device
-
-    captures = device.type == "cuda" and isinstance(model.policy, Router) and backbone.decision != "exit"
-    taken = route.clamp_min(0)  # behind a row's end there is no choice
-
-    dense_route = backbone.dense_actions(len(inputs), device)
+    taken = route.clamp_min(0)  # where a row never was there is no choice
     sides = dense_sides(backbone, inputs)
-    run = _compiled(backbone, inputs, dense_route)
-    if run is not None:
-        sides["compiled"] = run
+    run = _compiled(backbone, inputs, backbone.dense_actions(len(inputs), device))
     sides["ideal"] = backbone.ideal(inputs, route)
     sides["routed"] = lambda: backbone.run_route(inputs, taken)
-    sides["with router"] = lambda: model(inputs)
-    if captures:
-        for name in [name for name in sides if name not in ("compiled", "with router")]:
-            # In what is captured no row ends early.
-            side = (lambda: backbone.run(inputs, lambda state: state.along(route))) if name == "routed" else sides[name]
-            sides[f"captured {name}"] = captured(side, 1)
-        graph = model.capture(len(inputs))
-        sides["captured with router"] = lambda: graph(inputs)
-    ms = medians_in_turn(sides, rounds, wait=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    graphs = _captured(model, inputs, route, sides) if device.type == "cuda" and backbone.captures else {}
+    compiled = {} if run is None else {"compiled": run}
+    every = {**sides, **compiled, "with router": lambda: model(inputs), **graphs}
+    ms = medians_in_turn(every, rounds, wait=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     dense = min(value for name, value in ms.items() if name.startswith("dense"))
     on_device = {}
-    if captures:
+    if graphs:
         on_device["captured_dense_ms"] = min(value for name, value in ms.items() if name.startswith("captured dense"))
         for name in ("ideal", "routed", "with router"):
             on_device[f"captured_{name.replace(' ', '_')}_ms"] = ms[f"captured {name}"]
@@ -151,6 +145,21 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
         "realised_ratio": ms["ideal"] / ms["routed"], "realised_ratio_with_router": ms["ideal"] / ms["with router"],
         "rounds": rounds, **on_device,
     }  # fmt: skip
+
+
+def _captured(
+    model: RoutedModel, inputs: Tensor, route: Tensor, sides: dict[str, Callable[[], Any]]
+) -> dict[str, Callable[[], Any]]:
+    """All `sides` and the model with its router as CUDA graphs; none where the policy cannot be captured."""
+    try:
+        graph = model.capture(len(inputs))
+    except ValueError:  # it gives whole routes
+        return {}
+    backbone = model.backbone
+    # In what is captured no row ends early, and the values of a route cannot be looked at.
+    alone = {**sides, "routed": lambda: backbone.run(inputs, lambda state: state.along(route))}
+    graphs = {f"captured {name}": captured(side, 1) for name, side in alone.items()}
+    return {**graphs, "captured with router": lambda: graph(inputs)}
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Thresholds on how sure an exit is, and the heuristics that reports show beside learned policies."""
+"""Rules of thumb: thresholds on what a network says of itself, which reports show beside learned policies."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 
 import dynrl
 from dynrl.backbones import ExitResNet
-from dynrl.data import load_dataset
+from dynrl.data import Split
 from dynrl.envs import DECISIONS
-from dynrl.evaluation import score
-from dynrl.heuristics import HEURISTICS
+from dynrl.evaluation import RULES, rules_of, score
 from dynrl.observation import Layout, observation
 from dynrl.ops.exit_scores import exit_scores
-from dynrl.policies import SCORES, StaticPolicy, ThresholdPolicy
+from dynrl.policies import StaticPolicy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 from tests.cases import make_backbone
+from tests.toys import Branching, Exiting, Looping
 
 COSTS = torch.tensor([3.0, 4.0, 7.0, 20.0])
 
@@ -68,13 +68,22 @@ def test_ties_leave_together_and_the_rest_of_the_fit_goes_on():
         fit_thresholds(scores, COSTS, 2.9)
 
 
-@pytest.mark.parametrize("name", SCORES)
+def thresholds_on(backbone, name, thresholds):
+    """Stop where an exit is sure enough by that score."""
+    column, rising = backbone.scores[name]
+    stop, go_on = [0] * len(backbone.points), [1] * len(backbone.points)
+    return ThresholdPolicy(
+        **Layout.of(backbone).to_dict(), column=column, rising=rising, thresholds=thresholds, sure=stop, unsure=go_on
+    )
+
+
+@pytest.mark.parametrize("name", ExitResNet.scores)
 @torch.no_grad()
 def test_a_policy_reads_its_column_and_its_exit(name):
     backbone = make_backbone("exit")
-    layout, (column, rising) = Layout.of(backbone), SCORES[name]
+    column, rising = backbone.scores[name]
     thresholds = torch.tensor([0.15, 0.9, 0.12]) if rising else torch.tensor([0.995, 0.5, 0.999])
-    policy = ThresholdPolicy(**layout.to_dict(), score=name, thresholds=thresholds)
+    policy = thresholds_on(backbone, name, thresholds)
     state = backbone.begin(torch.randn(40, *backbone.input_shape))
     for threshold in thresholds:
         scores = exit_scores(backbone.output(state))[:, column]
@@ -84,19 +93,30 @@ def test_a_policy_reads_its_column_and_its_exit(name):
 
 
 def test_bad_thresholds_are_refused():
-    layout = Layout.of(make_backbone("exit")).to_dict()
-    with pytest.raises(ValueError, match="unknown score"):
-        ThresholdPolicy(**layout, score="nosuch", thresholds=torch.zeros(3))
-    with pytest.raises(ValueError, match="a threshold for each of 3 exits"):
-        ThresholdPolicy(**layout, score="margin", thresholds=torch.zeros(4))
+    backbone = make_backbone("exit")
+    with pytest.raises(ValueError, match="a threshold for each of 3 points"):
+        thresholds_on(backbone, "margin", torch.zeros(4))
+    layout = Layout.of(backbone).to_dict()
+    with pytest.raises(ValueError, match="a score in one of"):
+        ThresholdPolicy(**layout, column=999, rising=True, thresholds=torch.zeros(3), sure=[0] * 3, unsure=[1] * 3)
 
 
-@pytest.mark.parametrize(("decision", "name"), [(d, name) for d in HEURISTICS for name in HEURISTICS[d]])
-def test_heuristics_meet_budgets_on_their_data_or_pass(decision, name):
-    assert decision in DECISIONS
-    backbone, split = make_backbone(decision).for_inference(), load_dataset("digits").validation
-    split = type(split)(torch.randn(len(split), *backbone.input_shape), split.targets, split.task)
-    policy_for = HEURISTICS[decision][name](backbone, split)
+def random_split(backbone, size=180):
+    return Split(torch.randn(size, *backbone.input_shape), torch.arange(size) % 2)
+
+
+RULED = [(d, name) for d in DECISIONS for name in rules_of(make_backbone(d))]
+
+
+def test_exits_are_known_for_thresholds_on_three_scores():
+    assert [("exit", f"threshold {score}") for score in ("top-1", "margin", "entropy")] == RULED
+
+
+@pytest.mark.parametrize(("decision", "name"), RULED)
+def test_rules_meet_budgets_on_their_data_or_pass(decision, name):
+    backbone = make_backbone(decision).for_inference()
+    split = random_split(backbone)
+    policy_for = rules_of(backbone)[name](backbone, split)
     met = 0
     for budget in (0.01, 0.3, 0.5, 0.7, 0.9, 1.0):
         policy = policy_for(budget)
@@ -108,12 +128,53 @@ def test_heuristics_meet_budgets_on_their_data_or_pass(decision, name):
     assert met >= 3
 
 
+class ByFirst:
+    """The first column of what the toy shows of itself as its score: the higher, the surer."""
+
+    scores, rule = {"first": (0, True)}, "threshold"
+
+
+class RuledExiting(ByFirst, Exiting):
+    """Its choice 1 stops, and costs nothing: the cheapest."""
+
+
+class RuledLooping(ByFirst, Looping):
+    """It is met again and again, so no share of the inputs leaves at each point: one threshold for all visits."""
+
+
+class RuledBranching(ByFirst, Branching):
+    """Nobody leaves early: the walk goes on whatever is chosen."""
+
+
+@pytest.mark.parametrize("family", [RuledExiting, RuledLooping, RuledBranching])
+def test_any_familys_own_score_is_a_rule(family):
+    """Thresholds meet budgets whether rows leave, come again or go on; the surest are those that take less."""
+    backbone = family().eval()
+    split = random_split(backbone, 400)
+    (fit,) = rules_of(backbone).values()
+    policy_for, spent = fit(backbone, split), []
+    for budget in (0.6, 0.7, 0.8, 0.9):
+        policy = policy_for(budget)
+        if policy is not None:
+            spent.append(score(dynrl.plug(backbone, policy), split).macs_fraction)
+            assert budget - 0.1 <= spent[-1] <= budget + 0.02
+    assert len(spent) >= 2 and spent == sorted(spent) and policy_for(1.2) is None
+
+
+def test_a_rule_of_ones_own_is_one_row(monkeypatch):
+    backbone = Exiting().eval()
+    assert rules_of(backbone) == {}
+    monkeypatch.setattr(Exiting, "rule", "mine")
+    with pytest.raises(ValueError, match=r"asks for the rule 'mine'; expected one of \['threshold'\]"):
+        rules_of(backbone)
+    monkeypatch.setitem(RULES, "mine", lambda backbone: {"mine": lambda network, split: lambda budget: None})
+    assert list(rules_of(backbone)) == ["mine"]
+
+
 @torch.no_grad()
 def test_a_plugged_threshold_charges_no_router():
     backbone = make_backbone("exit")
-    model = dynrl.plug(
-        backbone, ThresholdPolicy(**Layout.of(backbone).to_dict(), score="top-1", thresholds=torch.full((3,), 2.0))
-    )
+    model = dynrl.plug(backbone, thresholds_on(backbone, "top-1", torch.full((3,), 2.0)))
     inputs = torch.randn(5, *backbone.input_shape)
     torch.testing.assert_close(model(inputs), backbone(inputs), atol=1e-4, rtol=1e-4)
     assert model.last_route.router_macs.sum() == 0

@@ -1,8 +1,8 @@
-"""How soon agents learn a whole front, and where the time goes: `dynrl bench agents`.
+"""How soon agents learn a whole front: `dynrl bench agents`.
 
-One pretrained backbone; each agent learns as many decisions, by the same settings. Every now and then its policy is put
-aside, with a checkpoint, and judged afterwards (which is not counted) on validation data: by how much its routes beat
-random ones of as many MACs, on average over budgets.
+Each agent learns from the same number of decisions, on one pretrained backbone, by the same settings. Every now and
+then its policy is put aside, with a checkpoint, and judged afterwards on validation data, which takes none of the time:
+by how much its routes beat random ones of as many MACs, on average over budgets.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from gymnasium.vector import AutoresetMode
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from torch import Tensor
 
-from dynrl import evaluation as ev
 from dynrl.agents.ppo import PPO
 from dynrl.agents.sb3 import SB3PPO
 from dynrl.agents.training import Agent, Settings, Stop
@@ -27,11 +25,12 @@ from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.envs.core import distillation
+from dynrl.evaluation import BUDGETS, calibrate
 from dynrl.policies import LearnedPolicy, RandomPolicy
 from dynrl.recipes import defaults
+from dynrl.runs import RunFolder
 from dynrl.scripts.pretrain import pretrain_into
 
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # of random routes that are walked
 DATA = "fashion-mnist"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -58,7 +57,7 @@ class Judge:
     def __init__(self, backbone: Backbone, split: Split) -> None:
         self._frozen, self._split = backbone.for_inference(), split
         self._dense = torch.cat([self._frozen(inputs).float() for inputs in split.inputs.split(256)])
-        known = [self._worth(self._random_walk(RandomPolicy(self._frozen.column_costs, rate))) for rate in RATES]
+        known = [self._worth(self._random_walk(RandomPolicy(self._frozen.thrift, rate))) for rate in RATES]
         self._random = torch.tensor(known).t()  # MACs, accuracy term, metric
 
     def _random_walk(self, policy: RandomPolicy) -> Callable[[Tensor], Any]:
@@ -81,7 +80,7 @@ class Judge:
         """In the accuracy term and in the metric; 0 counts where a policy has no point so cheap."""
         model = RoutedModel(self._frozen, policy)
         # Coarse: what is compared is at the MACs that are spent, whatever the budget was.
-        fractions = [macs for _, macs in ev.calibrate(model, self._split.head(512), points=9, gap=0.1)]
+        fractions = [macs for _, macs in calibrate(model, self._split.head(512), points=9, gap=0.1)]
         gaps = torch.zeros(2)
         for budget in BUDGETS:
             if budget >= min(fractions):
@@ -99,7 +98,10 @@ class Judge:
 
 
 def bench_agents(names: Iterable[str], seeds: int, runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """`measure_agents` on the backbone of the one of `runs`, or on one pretrained for it."""
+    """Measure `names` (default: all) on the backbone of the one run in `runs`, or on one pretrained for it."""
+    names = tuple(names) or tuple(CONTENDERS)
+    if unknown := set(names) - set(CONTENDERS):
+        raise ValueError(f"unknown agents {sorted(unknown)}; expected some of {list(CONTENDERS)}")
     if len(runs) > 1:
         raise ValueError(f"expected one run folder of skip on {DATA}, got {len(runs)}")
     with tempfile.TemporaryDirectory() as made:
@@ -110,15 +112,14 @@ def bench_agents(names: Iterable[str], seeds: int, runs: Sequence[Path]) -> list
 
 
 def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path) -> list[dict[str, Any]]:
-    """Rows {"agent", "seed", "curve", "seconds", "steps", "seconds_to_enough", "steps_per_s", ...}; of ours the shares
-    of training time, too.
+    """Rows {"agent", "seed", "curve", "seconds", "steps", "seconds_to_enough", "steps_per_s", ...}.
 
     Args:
         names: of `CONTENDERS`; ours comes first, since `seconds_to_enough` is to 95 % of its last gap.
         source: a folder with a pretrained backbone for skip on fashion-mnist.
         folder: for what agents write.
     """
-    row, file = defaults("skip", DATA), source / "backbone.safetensors"
+    row, file = defaults("skip", DATA), RunFolder(source).backbone_file
     judge, rows = Judge(load_backbone(file)[0], load_dataset(DATA).validation.head(2048)), []
     for seed in range(seeds):
         enough = None
@@ -129,7 +130,6 @@ def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path)
             )  # fmt: skip
             with CONTENDERS[name](settings, file, folder / f"{name}-{seed}", row.steps) as agent:
                 kept = learn(agent, row.steps)
-                shares = time_shares(agent) if name == "ours" else {}
             curve = [(seconds, steps, *judge.gap(policy)) for seconds, steps, policy in kept]
             enough = ENOUGH * curve[-1][2] if name == "ours" else enough
             reached = [seconds for seconds, _, gap, _ in curve if enough is not None and gap >= enough]
@@ -138,13 +138,13 @@ def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path)
                 {
                     "agent": name, "seed": seed, "seconds": seconds, "steps": steps, "steps_per_s": steps / seconds,
                     "gap": gap, "gap_in_metric": metric, "seconds_to_enough": reached[0] if reached else None,
-                    "curve": curve, "shares": shares,
+                    "curve": curve,
                 }
             )  # fmt: skip
             shown = f"{reached[0]:.0f} s" if reached else "not reached"
             print(
                 f"{name} seed {seed}: {steps} decisions in {seconds:.0f} s; gap to random routes {gap:.4f} nats, "
-                f"{100 * metric:.2f} points; {ENOUGH:.0%} of ours after {shown} {shares or ''}", flush=True,
+                f"{100 * metric:.2f} points; {ENOUGH:.0%} of ours after {shown}", flush=True,
             )  # fmt: skip
     return rows
 
@@ -158,53 +158,3 @@ def learn(agent: Agent, steps: int) -> list[tuple[float, int, LearnedPolicy]]:
         seconds += time.perf_counter() - start
         kept.append((seconds, agent.steps, agent.router()))
     return kept
-
-
-def time_shares(agent: Any, iterations: int = 20) -> dict[str, float]:
-    """Shares of the time of some more training iterations: the backbone's walk, the router's choices, the learner's
-    networks (advantages, losses, gradients, steps of the optimiser), and the framework: all else.
-    """
-    algorithm = agent._algorithm
-    runner, learner = algorithm.env_runner, algorithm.learner_group._learner
-    spent = dict.fromkeys(("backbone", "router", "learner"), 0.0)
-    inside, held = False, ExitStack()
-
-    def timed(owner: Any, name: str, part: str) -> None:
-        method = getattr(owner, name)
-
-        def call(*given: Any, **named: Any) -> Any:
-            nonlocal inside
-            if inside:  # it is part of what is timed already
-                return method(*given, **named)
-            inside, start = True, time.perf_counter()
-            try:
-                return method(*given, **named)
-            finally:
-                spent[part] += time.perf_counter() - start
-                inside = False
-
-        setattr(owner, name, call)
-        held.callback(setattr, owner, name, method)  # the backbone is shared with who comes next
-
-    env = runner.env.unwrapped
-    for name in ("begin", "observe", "advance", "output"):
-        timed(env.backbone, name, "backbone")
-    timed(env, "_dense", "backbone")
-    for name in ("logits", "explore"):
-        timed(runner.module, name, "router")
-    for name in (
-        "compute_losses",
-        "compute_gradients",
-        "postprocess_gradients",
-        "apply_gradients",
-        "_learner_connector",
-    ):
-        timed(learner, name, "learner")
-    timed(learner.module, "forward_train", "learner")
-    with held:
-        start = time.perf_counter()
-        for _ in range(iterations):
-            agent.iterate()
-        whole = time.perf_counter() - start
-    shares = {part: seconds / whole for part, seconds in spent.items()}
-    return {**shares, "framework": 1 - sum(shares.values())}

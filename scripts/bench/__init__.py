@@ -1,0 +1,1 @@
+"""What `dynrl bench` measures: a suite a file."""

@@ -1,0 +1,155 @@
+"""The benches' results as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import geometric_mean, median
+from typing import Any
+
+from dynrl.scripts.bench.ops import summary
+
+
+def bench_agents_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench agents` as Markdown, medians over seeds."""
+    names = {"ours": "RLlib's PPO, our runner", "sb3": "SB3's PPO", "rllib-stock": "RLlib's PPO, its own runner"}
+    lines = [
+        "| agent | seeds | decisions a second | 95 % of ours after | gap to random routes, nats | in accuracy "
+        "| all decisions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for agent, name in names.items():
+        mine = [row for row in result["rows"] if row["agent"] == agent]
+        if not mine:
+            continue
+        reached = [row["seconds_to_enough"] for row in mine]
+        shown = ", ".join("never" if at is None else f"{at:.0f}" for at in reached) + " s"
+        lines.append(
+            f"| {name} | {len(mine)} | {median(row['steps_per_s'] for row in mine):.0f} | {shown} "
+            f"| {median(row['gap'] for row in mine):.4f} "
+            f"| {100 * median(row['gap_in_metric'] for row in mine):.2f} points "
+            f"| {median(row['seconds'] for row in mine):.0f} s |"
+        )
+    return [*lines, "", _machine(result)]
+
+
+def bench_known_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench known` as Markdown, the slowest of each decision's seeds."""
+    lines = ["| decision | seeds | 95 % of the gap after | of the gap at the end |", "|---|---|---|---|"]
+    for decision in dict.fromkeys(row["decision"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["decision"] == decision]
+        slowest = [row["seconds_to_enough"] for row in mine]
+        shown = "not by all" if None in slowest else f"{max(slowest):.1f} s"
+        ends = f"{min(row['share'] for row in mine):.1%} in {max(row['seconds'] for row in mine):.0f} s"
+        lines.append(f"| {decision} | {len(mine)} | {shown} | {ends} |")
+    return [*lines, "", _machine(result)]
+
+
+def bench_env_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench env` as Markdown."""
+    processor = result["hardware"]["processor"]
+    return [*_sampled(result["rows"]), "", f"{result['date']}, one thread of {processor}, half of the blocks forced."]
+
+
+def _sampled(rows: list[dict[str, Any]]) -> list[str]:
+    names = {
+        "walk": "the backbone alone, on known routes", "bare": "a bare loop of backbone and router, in torch",
+        "env": "through the environment", "rllib": "our runner",
+        "rllib-upfront": "our runner, all of a walk decided at once",
+        "rllib-stock": "RLlib's runner, same batched environment", "naive": "RLlib's runner, single environments",
+    }  # fmt: skip
+    lines = ["| network | path | sub-environments | decisions a second |", "|---|---|---|---|"]
+    return lines + [
+        f"| {r['network']}, {r['dtype']} | {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |"
+        for r in rows
+    ]
+
+
+def _machine(result: dict[str, Any]) -> str:
+    hardware = result["hardware"]
+    return f"{result['date']}, {hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."
+
+
+def ms(value: float | None) -> str:
+    """A time, or nothing."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def bench_ops_table(result: dict[str, Any]) -> list[str]:
+    """Half kept, batch 256, of `dynrl bench ops` as Markdown, and the summary of all rows."""
+    lines = [
+        "| op | shape | dense ms | masked | indexed | routed | ideal | of ideal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    for r in result["rows"]:
+        if r["batch"] == 256 and r["kept"] in (0.5, None) and "ideal_ms" in r:
+            cells = [ms(r[f"{side}_ms"]) for side in ("dense", "masked", "indexed", "routed", "ideal")]
+            lines.append(f"| {r['op']} | {r['shape']} | {' | '.join(cells)} | {r['realised_ratio']:.2f} |")
+    lines += [
+        "",
+        "| op | rows | of ideal, geometric mean | worst | slower than dense | clearly |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in summary(result["rows"]):
+        of = f" of {s['with_dense']}"
+        slower = f"{s['slower_than_dense']}{of} | {s['clearly']}{of}" if s["with_dense"] else " | "
+        lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.3f} | {s['worst']:.2f} | {slower} |")
+    note = [result["note"]] if "note" in result else []
+    return [*lines, "", _machine(result), *note]
+
+
+def summed(found: dict[str, Any]) -> str:
+    """One row of the summary of `dynrl bench ops`, in words."""
+    return (
+        f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean {found['geometric_mean']:.3f}, "
+        f"worst {found['worst']:.3f}; slower than dense: {found['slower_than_dense']} of {found['with_dense']}, "
+        f"{found['clearly']} clearly"
+    )
+
+
+def bench_model_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `dynrl bench model` as Markdown."""
+    lines = [
+        "| network | routes | batch | dense ms | compiled | routed | speed-up | of ideal | with router |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        lines.append(
+            f"| {r['network']} | {r['policy']} | {r['batch']} | {r['dense_ms']:.1f} | {ms(r['compiled_ms'])} "
+            f"| {r['routed_ms']:.1f} | {r['speedup']:.2f} | {r['realised_ratio']:.2f} "
+            f"| {r['speedup_with_router']:.2f}, {r['realised_ratio_with_router']:.2f} |"
+        )
+    return [*lines, "", _machine(result)]
+
+
+def gpu_table(result: dict[str, Any]) -> list[str]:
+    """Rows of `scripts/gpu_check.py` as Markdown: ops at batch 64 and more in bfloat16, and captured networks."""
+    ops = [r for r in result["rows"] if r.get("realised_ratio") and "op" in r and r["dtype"] == "bfloat16"]
+    large = [r for r in ops if r["batch"] >= 64]
+    lines = [
+        "| op | rows | of ideal, geometric mean | worst | slower than dense | speed-up over dense, geometric mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in summary(large, least_ms=0.0):
+        gains = [r["dense_ms"] / r["routed_ms"] for r in large if r["op"] == s["op"] and r["dense_ms"]]
+        beside = f"{s['slower_than_dense']} of {len(gains)} | {geometric_mean(gains):.2f}" if gains else " | "
+        lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.2f} | {s['worst']:.2f} | {beside} |")
+    sides = ("dense", "ideal", "routed", "with_router")
+    lines += [
+        "",
+        "| network, captured | batch | dense ms | ideal | routed | with router | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        if "captured_dense_ms" in r:
+            cells = " | ".join(f"{r[f'captured_{side}_ms']:.3f}" for side in sides)
+            lines.append(f"| {r['network']} | {r['batch']} | {cells} | {r['commit']} |")
+    if sampled := [r for r in result["rows"] if "path" in r]:
+        lines += ["", *_sampled(sampled)]
+    return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
+
+
+BENCHES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "bench-known": bench_known_table, "bench-agents": bench_agents_table, "bench-env": bench_env_table,
+    "bench-ops": bench_ops_table, "bench-model": bench_model_table, "gpu": gpu_table,
+}  # fmt: skip
