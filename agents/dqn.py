@@ -123,6 +123,6 @@ class DQN(RLlibAgent):
             dueling=False,
             lr=falling(rate, steps),
             gamma=NUMBERS.gamma,
-            grad_clip=NUMBERS.gradient_norm,
+            grad_clip=NUMBERS.gradient_norm,  # type: ignore[arg-type]  # RLlib's hint says int
             training_intensity=TIMES,
         ).reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=reported)

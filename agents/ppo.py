@@ -151,7 +151,7 @@ def ppo_config(
     )
 
 
-def falling(start: float, steps: int) -> list[list[float]]:
+def falling(start: float, steps: int) -> Any:
     """RLlib's schedule of a number that falls to a tenth over `steps`."""
     return [[0, start], [steps, start / 10]]
 

@@ -1,4 +1,4 @@
-"""What figures depend on: the machine."""
+"""The machine: what figures depend on, and the devices it has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def hardware() -> dict[str, Any]:
-    """What figures depend on: processor, threads, versions."""
+    """The facts that figures depend on: processor, threads, versions."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -26,3 +26,15 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name, "cpu" or one of CUDA; a ValueError where it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # builds without CUDA assert
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected the device cpu or cuda, got {name!r}")
+    return device

@@ -141,11 +141,13 @@ def _bench(
         return sample
 
     def ours(count: int, kind: str, arguments: dict[str, Any]) -> Sampler:
+        from dynrl.agents.base import PolicySpec
         from dynrl.agents.ppo import ppo_config
-        from dynrl.agents.rllib import SlabRunner
+        from dynrl.agents.slab import SlabRunner
 
         each = depth if kind == "upfront" else 1
-        config = ppo_config(env_id, env_config | {"upfront": kind == "upfront"}, (kind, arguments), num_envs=count)
+        spec = PolicySpec(kind, arguments)
+        config = ppo_config(env_id, env_config | {"upfront": kind == "upfront"}, spec, num_envs=count)
         runner = SlabRunner(config=config, worker_index=0, num_workers=0)
         return lambda steps: each * sum(map(len, runner.sample(num_timesteps=steps * count // each)))
 
@@ -154,9 +156,10 @@ def _bench(
         from ray.rllib.core.rl_module.rl_module import RLModuleSpec
         from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
+        from dynrl.agents.base import PolicySpec
         from dynrl.agents.rllib import RouterModule
 
-        spec = RLModuleSpec(module_class=RouterModule, model_config={"router": ["sequential", router]})
+        spec = RLModuleSpec(module_class=RouterModule, model_config={"spec": PolicySpec("sequential", router)})
         config = (
             PPOConfig()
             .environment(env_id, env_config=env_config)

@@ -11,6 +11,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,25 +106,25 @@ def learn_known(decision: str, data: str, backbone: Backbone, seed: int, folder:
     """Learn for `SECONDS`, or as many steps as the default agent has: best and random mean returns, and the curve
     [(seconds, steps, share of the gap between them that the policy has closed)].
     """
-    from dynrl.agents.training import Settings, Stop, open_agent
+    from dynrl.agents.base import open_agent
     from dynrl.deploy import RoutedModel
     from dynrl.recipes import defaults
+    from dynrl.settings import Learning, Problem, Settings
 
     row = defaults(decision, "sequential-digits" if decision == "hidden-update" else "fashion-mnist")
     backbone.save(folder / "backbone.safetensors")
-    settings = Settings(
-        decision, data, steps=row.steps, seed=seed, router_hidden=row.router_hidden, num_envs=row.num_envs,
-        accuracy_term="log_likelihood", checkpoint_every=10**9,
-    )  # fmt: skip
-    low, high = settings.price_range
+    learning = replace(row.learning, reward="log_likelihood", price_range=Learning().price_range)
+    settings, steps = Settings(Problem(decision, data, seed=seed), learning), learning.steps
+    low, high = learning.price_range
     prices = torch.tensor([low * (high / low) ** (i / (PRICES - 1)) for i in range(PRICES)]).clamp(low, high)
     split = load_dataset(data).train
     best, random = (returns.mean() for returns in known_returns(backbone.for_inference(), split, prices))
     seconds, curve = 0.0, []
-    with open_agent(settings, folder / "backbone.safetensors", folder, settings.steps) as agent:
-        while seconds < SECONDS and agent.steps < settings.steps:
+    with open_agent(settings, folder / "backbone.safetensors", folder, steps) as agent:
+        agent.checkpoint_every = 10**9
+        while seconds < SECONDS and agent.steps < steps:
             start = time.perf_counter()
-            agent.learn(agent.steps + settings.steps // CHECKS, Stop())
+            agent.learn(agent.steps + steps // CHECKS)
             seconds += time.perf_counter() - start
             got = policy_returns(RoutedModel(backbone, agent.router()), split, prices).mean()
             curve.append((seconds, agent.steps, float((got - random) / (best - random))))

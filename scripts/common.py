@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynrl.files import read_json
+from dynrl.runs import flat
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,8 @@ def read_config(run: Path) -> dict[str, Any]:
     """The settings a run folder was made with."""
     if not run.is_dir() or not (run / "config.json").is_file():
         raise ValueError(f"{run} is no run folder: it has no config.json")
-    config = read_json(run / "config.json")
-    if not isinstance(config, dict) or not {"decision", "data", "seed"} <= set(config):
+    config = flat(read_json(run / "config.json"))
+    if not {"decision", "data", "seed"} <= set(config):
         raise ValueError(f"{run}/config.json is not what dynrl train writes")
     if "agent" not in config and not (run / "policy.safetensors").is_file():
         raise ValueError(

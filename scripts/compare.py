@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from dynrl.scripts.train import AgentName
-
 if TYPE_CHECKING:
     from dynrl.comparison import Front
 
@@ -35,7 +33,7 @@ class Args:
     """Folder of all runs; the same command goes on with it."""
     data: str | None = None
     """Data set, as of `dynrl train`; default: each decision's."""
-    agents: tuple[AgentName, ...] = ("ppo", "gate")
+    agents: tuple[str, ...] = ("ppo", "gate")
     """What learns, as of `dynrl train`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Policy seeds; the backbone's is the first of them."""
@@ -57,8 +55,7 @@ def main(args: Args) -> None:
     from dynrl.envs.core import check_price_range
     from dynrl.recipes import defaults
     from dynrl.scripts.common import folder_name, use_threads
-    from dynrl.scripts.train import Args as Training
-    from dynrl.scripts.train import check_args
+    from dynrl.training import plan
 
     if not args.decisions or not args.agents or not args.seeds:
         raise ValueError("expected at least one decision, one agent and one seed")
@@ -66,7 +63,7 @@ def main(args: Args) -> None:
     for name, data in cells:  # what can be refused is, before hours of training
         row = defaults(name, data)
         for agent, seed in product(args.agents, args.seeds):
-            check_args(Training(name, agent=agent, seed=seed, finetune=args.finetune or row.joint))
+            plan(name, data, agent=agent, seed=seed, finetune=args.finetune)
         for setting in args.plain:
             row.changed((setting,)).build(load_dataset(data), args.seeds[0])
     for price in args.prices:
@@ -85,17 +82,15 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train what is missing in `folder`; False after Ctrl-C."""
     from dynrl.policies import load_policy
     from dynrl.scripts.common import drop_half_made, read_config
-    from dynrl.scripts.pretrain import pretrain_into
-    from dynrl.scripts.train import Args as Training
-    from dynrl.scripts.train import learn, open_run
+    from dynrl.training import plan, pretrain_into, resume, train
 
     backbone = folder / "backbone"
     backbone.mkdir(parents=True, exist_ok=True)
-    pretrain_into(backbone, decision, data, args.seeds[0])
+    pretrain_into(backbone, plan(decision, data, seed=args.seeds[0]))
     for setting in args.plain:
         plain = folder / f"plain-{re.sub(r'[^a-z0-9]+', '-', setting.lower()).strip('-')}"
         plain.mkdir(exist_ok=True)
-        pretrain_into(plain, decision, data, args.seeds[0], (setting,), plain_only=True)
+        pretrain_into(plain, plan(decision, data, seed=args.seeds[0], network=(setting,)), plain_only=True)
     kinds: list[tuple[str, Any, tuple[float, float] | None]] = [(agent, agent, None) for agent in args.agents]
     kinds += [(f"ppo-at-{price:g}", "ppo", (price, price)) for price in args.prices]
     for (kind, agent, price_range), seed in product(kinds, args.seeds):
@@ -104,17 +99,16 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
         if policy.is_file() and load_policy(policy)[1].get("finished", True):
             continue
         drop_half_made(run)
-        if run.is_dir():
-            if (met := read_config(run)["data"]) != data:  # folders of images may bear the same name
-                raise ValueError(f"{run} was trained on {met}, not {data}; choose another --out")
-            settings = Training(decision, resume=run)
-        else:
-            settings = Training(
-                decision, data=data, agent=agent, finetune=args.finetune, backbone=backbone, out=run, seed=seed,
-                price_range=price_range,
-            )  # fmt: skip
+        if run.is_dir() and (met := read_config(run)["data"]) != data:  # folders of images may bear the same name
+            raise ValueError(f"{run} was trained on {met}, not {data}; choose another --out")
         print(f"cell: {run}", flush=True)
-        if not learn(*open_run(settings)):
+        if run.is_dir():
+            done = resume(run)
+        else:
+            given = {"agent": agent, "finetune": args.finetune, "seed": seed}
+            given |= {"price_range": price_range} if price_range else {}
+            done = train(decision, data, out=run, backbone=backbone, **given)
+        if not done.finished:
             return False
     return True
 

@@ -132,9 +132,8 @@ def load_runs(
     from dynrl.backbones import load_backbone
     from dynrl.deploy import load
     from dynrl.scripts.common import pretrained_file, read_config
-    from dynrl.scripts.train import EARLIER
 
-    configs = [EARLIER | read_config(run) for run in runs]
+    configs = [read_config(run) for run in runs]
     backbones = [load_backbone(pretrained_file(run))[0] for run in runs]
     if len({b.fingerprint() for b in backbones}) > 1 or len({c["data"] for c in configs}) > 1:
         raise ValueError("these runs have different backbones or data sets; only policies of one backbone compare")
@@ -176,8 +175,8 @@ def _row_name(run: Path, config: dict[str, Any]) -> str:
         )
     name = "learned" if config["agent"] == "ppo" else config["agent"]
     for setting, value, said in (
-        ("upfront", True, "upfront"), ("baseline", "greedy", "greedy"),
-        ("baseline", "group", "group"), ("accuracy_term", "blockdrop", "blockdrop"),
+        ("policy", "upfront", "upfront"), ("baseline", "greedy", "greedy"),
+        ("baseline", "group", "group"), ("reward", "blockdrop", "blockdrop"),
         ("cost", "time", "by time"),
     ):  # fmt: skip
         name += f" {said}" if config[setting] == value else ""

@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
-from dynrl.scripts.train import AgentName
-
-if TYPE_CHECKING:
-    from dynrl.scripts.train import Args as Training
-
-NUMBERS = {"learning_rate": float, "entropy": float, "router_hidden": int, "num_envs": int, "steps": int}
-VARIED = (*NUMBERS, "accuracy_term", "baseline")
+NUMBERS = {"learning_rate": float, "entropy": float, "hidden": int, "num_envs": int, "steps": int}
+VARIED = (*NUMBERS, "reward", "baseline")
 QUARTERS = 4
 
 
@@ -36,12 +31,12 @@ class Args:
     """What to decide; see `dynrl list`."""
     out: Path
     """Folder of all runs; the same command goes on with it."""
-    vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "router_hidden=32,128")
-    """What to try, each NAME=VALUE,VALUE...; names: learning_rate, entropy, router_hidden, num_envs, steps,
-    accuracy_term, baseline, all as of `dynrl train`."""
+    vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "hidden=32,128")
+    """What to try, each NAME=VALUE,VALUE...; names: learning_rate, entropy, hidden, num_envs, steps, reward,
+    baseline, all as of `dynrl train`."""
     data: str | None = None
     """Data set, as of `dynrl train`; default: the decision's."""
-    agent: AgentName = "ppo"
+    agent: str = "ppo"
     """What learns, as of `dynrl train`."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or a run; default: pretrain one first, in OUT/backbone."""
@@ -59,9 +54,9 @@ def main(args: Args) -> None:
 
     from dynrl.agents.rllib import start_ray
     from dynrl.files import write_json
+    from dynrl.runs import RunFolder
     from dynrl.scripts.common import drop_half_made, use_threads
-    from dynrl.scripts.pretrain import pretrain_into
-    from dynrl.scripts.train import open_run
+    from dynrl.training import make_run, plan, plan_again, pretrain_into
 
     if args.side_by_side is not None and args.side_by_side < 1:
         raise ValueError(f"expected --side-by-side of at least 1, got {args.side_by_side}")
@@ -71,13 +66,15 @@ def main(args: Args) -> None:
     backbone = args.backbone or args.out / "backbone"
     if args.backbone is None:
         backbone.mkdir(parents=True, exist_ok=True)
-        pretrain_into(backbone, args.decision, str(found[0].data), args.seed)
+        pretrain_into(backbone, plan(args.decision, args.data, seed=args.seed))
     runs = []
-    for training in found:
-        run = args.out / name_of(training, args.vary)
+    for given in found:
+        run = args.out / (",".join(f"{name}={given[name]}" for name in given if name in varied(args)) or "default")
         drop_half_made(run)
-        made = run.is_dir()
-        open_run(replace(training, resume=run) if made else replace(training, backbone=backbone, out=run))
+        if run.is_dir():
+            plan_again(RunFolder(run))
+        else:
+            make_run(plan(args.decision, args.data, **given), run, backbone)
         runs.append(str(run.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())
@@ -105,23 +102,16 @@ def check_same(args: Args) -> None:
     write_json(kept, common)
 
 
-def combinations(args: Args) -> list[Training]:
-    """`dynrl train`'s arguments of each; a ValueError for any that it would refuse."""
-    from dynrl.agents.training import check_shares
-    from dynrl.data import check_dataset, load_dataset
-    from dynrl.envs import decision
-    from dynrl.envs.core import check_accuracy_term
-    from dynrl.recipes import defaults
-    from dynrl.scripts.train import Args as Training
-    from dynrl.scripts.train import check_args
+def varied(args: Args) -> list[str]:
+    """The names of what is varied, in order."""
+    return [setting.partition("=")[0] for setting in args.vary]
 
-    data = check_dataset(args.data or decision(args.decision).data)
-    row = defaults(args.decision, data)
-    if row.joint:
-        raise ValueError(
-            f"{args.decision} on {data} is trained with its backbone; a sweep is for policies on a frozen one"
-        )
-    given = Training(args.decision, data=data, agent=args.agent, steps=args.steps, seed=args.seed)
+
+def combinations(args: Args) -> list[dict[str, Any]]:
+    """The settings of each training; a ValueError for any that `dynrl train` would refuse."""
+    from dynrl.training import plan
+
+    given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | ({"steps": args.steps} if args.steps else {})
     choices: dict[str, list[Any]] = {}
     for setting in args.vary:
         name, _, words = setting.partition("=")
@@ -135,23 +125,13 @@ def combinations(args: Args) -> list[Training]:
             raise ValueError(f"expected numbers for {name}, got {words}") from None
         if len(set(choices[name])) < len(choices[name]):
             raise ValueError(f"expected each value of {name} once, got {words}")
-        if name == "accuracy_term":
-            for term in choices[name]:
-                check_accuracy_term(term, load_dataset(data).task)
-        if name == "baseline" and (unknown := set(choices[name]) - {"value", "group"}):
-            raise ValueError(f"expected baselines value or group, got {', '.join(map(str, unknown))}")
-    found = [replace(given, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())]
+    found = [given | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
     for training in found:
-        check_args(training)
-        if args.agent == "ppo":
-            check_shares(training.num_envs or row.num_envs, 0, training.baseline)
+        if plan(args.decision, args.data, **training).settings.learning.finetune:
+            raise ValueError(
+                f"{args.decision} on {args.data} is trained with its backbone; a sweep is for policies on a frozen one"
+            )
     return found
-
-
-def name_of(training: Training, vary: tuple[str, ...]) -> str:
-    """The run folder's name."""
-    names = [setting.partition("=")[0] for setting in vary]
-    return ",".join(f"{name}={getattr(training, name)}" for name in names) or "default"
 
 
 def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
@@ -165,14 +145,14 @@ def search(runs: list[str], out: Path) -> list[dict[str, Any]]:
     from ray.tune.schedulers import ASHAScheduler
 
     from dynrl.data import load_dataset
-    from dynrl.files import read_json
+    from dynrl.runs import RunFolder
 
     class Shown(tune.Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             quarter, run = result["quarter"], Path(result["config"]["run"]).name
             print(f"{run}: area {result['area']:.4f} after quarter {quarter} of {QUARTERS}", flush=True)
 
-    task = load_dataset(read_json(Path(runs[0]) / "config.json")["data"]).task
+    task = load_dataset(RunFolder(runs[0]).data).task
     mode = "max" if task.error(1.0) < task.error(0.0) else "min"
     trainable = tune.with_resources(learn_in_quarters, {"cpu": 1})
     # Of these very runs: others are another search, in which runs say once more what they said before.
@@ -209,22 +189,23 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
     import torch
     from ray import tune
 
-    from dynrl.agents.training import Stop, open_agent
+    from dynrl.agents.base import open_agent
     from dynrl.backbones import load_backbone
     from dynrl.data import load_dataset
     from dynrl.files import read_json, write_json
-    from dynrl.scripts.train import settings_of
+    from dynrl.settings import Settings
 
     torch.set_num_threads(1)
     run = Path(config["run"])
-    settings, kept = settings_of(read_json(run / "config.json")), run / "quarters.json"
+    settings, kept = Settings.read(run / "config.json"), run / "quarters.json"
+    steps = settings.learning.steps
     said: list[dict[str, Any]] = read_json(kept) if kept.is_file() else []
-    file, validation = run / "backbone.safetensors", load_dataset(settings.data).validation.head(1024)
-    with open_agent(settings, file, run, settings.steps) as agent:
+    file, validation = run / "backbone.safetensors", load_dataset(settings.problem.data).validation.head(1024)
+    with open_agent(settings, file, run, steps) as agent:
         for quarter in range(1, QUARTERS + 1):
             if quarter > len(said):
                 start = time.perf_counter()
-                agent.learn(settings.steps * quarter // QUARTERS, Stop())
+                agent.learn(steps * quarter // QUARTERS)
                 seconds = (said[-1]["seconds"] if said else 0.0) + time.perf_counter() - start
                 area = front_area(load_backbone(file)[0], agent.router(), validation)
                 said.append(
