@@ -162,7 +162,8 @@ class SlabRunner(SingleAgentEnvRunner):
         """The columns of one step that are known before it is taken, after so many steps `sampled`."""
         env: RoutingVectorEnv = self.env.unwrapped
         module: Any = self.module
-        net, shape = module.net, env.action_space.shape
+        net = module.net
+        shape: Any = env.action_space.shape
         logits = module.logits(obs)
         # A row for each decision: one of each observation, or all of a walk's.
         log_probs = torch.log_softmax(logits.view(-1, net.choices), 1)
