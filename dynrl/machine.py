@@ -1,4 +1,4 @@
-"""What figures depend on: the machine, and the sources."""
+"""The machine and the sources: what figures depend on, and the devices there are."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def commit() -> str:
             return ""
 
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name, "cpu" or one of CUDA; a ValueError where it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # builds without CUDA assert
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected the device cpu or cuda, got {name!r}")
+    return device

@@ -61,9 +61,9 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
     low, high = settings["price_range"]
     return RunKind(
         agent=settings["agent"],
-        policy="upfront" if settings["upfront"] else "sequential",
+        policy=settings["policy"],
         baseline=settings["baseline"],
-        reward=settings["accuracy_term"],
+        reward=settings["reward"],
         price=low if low == high else None,
         cost=settings["cost"],
         tuned=tuned,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dynrl.agents.training import Settings, Stop, open_agent
+from dynrl.agents.base import open_agent
 from dynrl.backbones import Backbone
 from dynrl.data import Split, load_dataset
 from dynrl.deploy import RoutedModel
@@ -21,9 +21,10 @@ from dynrl.evaluation.intervals import Front, area
 from dynrl.files import read_json, write_json
 from dynrl.policies import LearnedPolicy
 from dynrl.runs import RunFolder
+from dynrl.settings import Settings
 
-NUMBERS = {"learning_rate": float, "entropy": float, "router_hidden": int, "num_envs": int, "steps": int}
-VARIED = (*NUMBERS, "accuracy_term", "baseline")
+NUMBERS = {"learning_rate": float, "entropy": float, "hidden": int, "num_envs": int, "steps": int}
+VARIED = (*NUMBERS, "reward", "baseline")
 QUARTERS = 4
 
 
@@ -117,16 +118,15 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     run = RunFolder(config["run"])
-    left_out = ("finetune", "network", "cost")
-    settings = Settings(**{name: value for name, value in run.settings.items() if name not in left_out})
-    kept = run.path / "quarters.json"
+    settings = Settings.read(run.config_file)
+    steps, kept = settings.learning.steps, run.path / "quarters.json"
     said: list[dict[str, Any]] = read_json(kept) if kept.is_file() else []
     validation = load_dataset(run.data).validation.head(1024)
-    with open_agent(settings, run.backbone_file, run.path, settings.steps) as agent:
+    with open_agent(settings, run.backbone_file, run.path, steps) as agent:
         for quarter in range(1, QUARTERS + 1):
             if quarter > len(said):
                 start = time.perf_counter()
-                agent.learn(settings.steps * quarter // QUARTERS, Stop())
+                agent.learn(steps * quarter // QUARTERS)
                 seconds = (said[-1]["seconds"] if said else 0.0) + time.perf_counter() - start
                 area = front_area(run.backbone, agent.router(), validation)
                 said.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from dynrl.runs import RunFolder
 if TYPE_CHECKING:
     from dynrl.scripts.compare import Args
     from dynrl.scripts.sweep import Args as Sweep
-    from dynrl.scripts.train import Args as Training
 
 
 def check(args: Args, matrix: list[tuple[str, str]]) -> None:
@@ -21,15 +19,13 @@ def check(args: Args, matrix: list[tuple[str, str]]) -> None:
     from dynrl.data import load_dataset
     from dynrl.envs.core import check_price_range
     from dynrl.recipes import defaults
-    from dynrl.scripts.train import Args as Training
-    from dynrl.scripts.train import check_args
+    from dynrl.training import plan
 
     for name, data in matrix:
-        row = defaults(name, data)
         for agent, seed in product(args.agents, args.seeds):
-            check_args(Training(name, agent=agent, seed=seed, finetune=args.finetune or row.joint))
+            plan(name, data, agent=agent, seed=seed, finetune=args.finetune)
         for setting in args.plain:
-            row.changed((setting,)).build(load_dataset(data), args.seeds[0])
+            defaults(name, data).changed((setting,)).build(load_dataset(data), args.seeds[0])
     for price in args.prices:
         check_price_range((price, price))
     if args.prices and "ppo" not in args.agents:
@@ -38,62 +34,45 @@ def check(args: Args, matrix: list[tuple[str, str]]) -> None:
 
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train what is missing in `folder`; False after Ctrl-C."""
-    from dynrl.scripts import train
-    from dynrl.scripts.pretrain import pretrain_into
+    from dynrl.training import plan, pretrain_into, resume, train
 
     backbone = folder / "backbone"
     backbone.mkdir(parents=True, exist_ok=True)
-    pretrain_into(backbone, decision, data, args.seeds[0])
+    pretrain_into(backbone, plan(decision, data, seed=args.seeds[0]))
     for setting in args.plain:
         plain = folder / f"plain-{re.sub(r'[^a-z0-9]+', '-', setting.lower()).strip('-')}"
         plain.mkdir(exist_ok=True)
-        pretrain_into(plain, decision, data, args.seeds[0], (setting,), plain_only=True)
-    kinds: list[tuple[str, Any, tuple[float, float] | None]] = [(agent, agent, None) for agent in args.agents]
-    kinds += [(f"ppo-at-{price:g}", "ppo", (price, price)) for price in args.prices]
-    for (kind, agent, price_range), seed in product(kinds, args.seeds):
+        pretrain_into(plain, plan(decision, data, seed=args.seeds[0], network=(setting,)), plain_only=True)
+    kinds: list[tuple[str, dict[str, Any]]] = [(agent, {"agent": agent}) for agent in args.agents]
+    kinds += [(f"ppo-at-{price:g}", {"agent": "ppo", "price_range": (price, price)}) for price in args.prices]
+    for (kind, given), seed in product(kinds, args.seeds):
         run = RunFolder(folder / f"{kind}{'-tuned' if args.finetune else ''}-{seed}")
         if run.finished:
             continue
         run.drop_half_made()
-        if run.path.is_dir():
-            if run.data != data:  # folders of images may bear the same name
-                raise ValueError(f"{run} was trained on {run.data}, not {data}; choose another --out")
-            settings = train.Args(decision, resume=run.path)
-        else:
-            settings = train.Args(
-                decision, data=data, agent=agent, finetune=args.finetune, backbone=backbone, out=run.path, seed=seed,
-                price_range=price_range,
-            )  # fmt: skip
+        if run.path.is_dir() and run.data != data:  # folders of images may bear the same name
+            raise ValueError(f"{run} was trained on {run.data}, not {data}; choose another --out")
         print(f"cell: {run}", flush=True)
-        if not train.learn(*train.open_run(settings)):
+        if run.path.is_dir():
+            done = resume(run.path, show=True)
+        else:
+            learning = {**given, "finetune": args.finetune, "seed": seed}
+            done = train(decision, data, out=run.path, backbone=backbone, show=True, **learning)
+        if not done.finished:
             return False
     return True
 
 
-def trainings(args: Sweep) -> list[Training]:
-    """Return `dynrl train`'s arguments for each combination of a sweep; a ValueError for any that it would refuse."""
-    from dynrl.agents.training import check_shares
-    from dynrl.data import check_dataset, load_dataset
-    from dynrl.envs import decision
-    from dynrl.envs.core import check_accuracy_term
-    from dynrl.recipes import defaults
-    from dynrl.scripts.train import Args as Training
-    from dynrl.scripts.train import check_args
+def trainings(args: Sweep) -> list[dict[str, Any]]:
+    """The settings of each training of a sweep, by what is varied; a ValueError for any that would be refused."""
     from dynrl.sweep import combinations
+    from dynrl.training import plan
 
-    data = check_dataset(args.data or decision(args.decision).data)
-    row = defaults(args.decision, data)
-    if row.joint:
-        raise ValueError(
-            f"{args.decision} on {data} is trained with its backbone; a sweep is for policies on a frozen one"
-        )
-    given = Training(args.decision, data=data, agent=args.agent, steps=args.steps, seed=args.seed)
-    found = [replace(given, **values) for values in combinations(args.vary)]
-    for training in found:
-        check_accuracy_term(training.accuracy_term, load_dataset(data).task)
-        if training.baseline not in ("value", "group"):
-            raise ValueError(f"expected baselines value or group, got {training.baseline}")
-        check_args(training)
-        if args.agent == "ppo":
-            check_shares(training.num_envs or row.num_envs, 0, training.baseline)
-    return found
+    given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | ({"steps": args.steps} if args.steps else {})
+    varied = combinations(args.vary)
+    for values in varied:
+        if plan(args.decision, args.data, **given | values).settings.learning.finetune:
+            raise ValueError(
+                f"{args.decision} on {args.data} is trained with its backbone; a sweep is for policies on a frozen one"
+            )
+    return [given | values for values in varied]

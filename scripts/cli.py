@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = ()) -> None:
     """Parse the verb's settings and run it, with what `plugins` add (see `dynrl.plugins`)."""
     from dynrl.plugins import load_plugins
+    from dynrl.progress import talking
 
     try:
         import tyro
@@ -49,7 +50,8 @@ def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = (
         module = importlib.import_module(f"dynrl.scripts.{package}")
         args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
         load_plugins(plugins)
-        module.main(args)
+        with talking():
+            module.main(args)
     except ModuleNotFoundError as error:
         if (error.name or "dynrl").partition(".")[0] in {"dynrl", *sys.stdlib_module_names}:
             raise

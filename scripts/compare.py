@@ -16,8 +16,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from dynrl.scripts.train import AgentName
-
 
 @dataclass
 class Args:
@@ -29,7 +27,7 @@ class Args:
     """Folder of all runs; the same command goes on with it."""
     data: str | None = None
     """Data set, as in `dynrl train`; default: each decision's."""
-    agents: tuple[AgentName, ...] = ("ppo", "gate")
+    agents: tuple[str, ...] = ("ppo", "gate")
     """What learns, as in `dynrl train`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Policy seeds; the backbone's is the first of them."""
@@ -49,7 +47,8 @@ def main(args: Args) -> None:
     from dynrl.data import check_dataset
     from dynrl.envs import decision
     from dynrl.scripts.cells import check, train_cells
-    from dynrl.scripts.common import folder_name, use_threads
+    from dynrl.scripts.common import use_threads
+    from dynrl.training import folder_name
 
     if not args.decisions or not args.agents or not args.seeds:
         raise ValueError("expected at least one decision, one agent and one seed")
@@ -73,7 +72,7 @@ def compare_runs(folder: Path) -> dict[str, Any]:
         if not run.finished:
             print(f"left out, since it was stopped early: {run}", file=sys.stderr)
     finished, smaller = [run for run in runs if run.finished], sorted(folder.glob("plain-*"))
-    result = compare(finished, out=folder, smaller=smaller, progress=True)
+    result = compare(finished, out=folder, smaller=smaller, show=True)
     print(f"\n{comparison_text(result)}")
     return result
 

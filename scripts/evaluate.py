@@ -36,8 +36,9 @@ class Args:
 
 def main(args: Args) -> None:
     """Check everything, then write the report."""
+    from dynrl.machine import check_device
     from dynrl.runs import RunFolder
-    from dynrl.scripts.common import check_batch_size, check_device, use_threads
+    from dynrl.scripts.common import check_batch_size, use_threads
 
     check_batch_size(args.batch_size)
     check_device(args.device)
@@ -63,7 +64,7 @@ def report_runs(
     from dynrl.evaluation import evaluate, report_text
     from dynrl.evaluation.figures import show_in_tensorboard
 
-    report = evaluate(runs, out=out, smaller=smaller, batch_size=batch_size, device=device, dtype=dtype, progress=True)
+    report = evaluate(runs, out=out, smaller=smaller, batch_size=batch_size, device=device, dtype=dtype, show=True)
     if out in runs:
         show_in_tensorboard(out / "report.png", out)
     print(f"\n{report_text(report)}")

@@ -9,13 +9,11 @@ with more values of what is varied.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-
-from dynrl.scripts.train import AgentName
 
 
 @dataclass
@@ -26,12 +24,12 @@ class Args:
     """What to decide; see `dynrl list`."""
     out: Path
     """Folder of all runs; the same command goes on with it."""
-    vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "router_hidden=32,128")
-    """What to try, each NAME=VALUE,VALUE...; names: learning_rate, entropy, router_hidden, num_envs, steps,
-    accuracy_term, baseline, all as in `dynrl train`."""
+    vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "hidden=32,128")
+    """What to try, each NAME=VALUE,VALUE...; names: learning_rate, entropy, hidden, num_envs, steps,
+    reward, baseline, all as in `dynrl train`."""
     data: str | None = None
     """Data set, as in `dynrl train`; default: the decision's."""
-    agent: AgentName = "ppo"
+    agent: str = "ppo"
     """What learns, as in `dynrl train`."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or a run; default: pretrain one first, in OUT/backbone."""
@@ -52,9 +50,8 @@ def main(args: Args) -> None:
     from dynrl.runs import RunFolder
     from dynrl.scripts.cells import trainings
     from dynrl.scripts.common import use_threads
-    from dynrl.scripts.pretrain import pretrain_into
-    from dynrl.scripts.train import open_run
     from dynrl.sweep import check_same, search
+    from dynrl.training import make_run, plan, plan_again, pretrain_into
 
     if args.side_by_side is not None and args.side_by_side < 1:
         raise ValueError(f"expected --side-by-side of at least 1, got {args.side_by_side}")
@@ -65,14 +62,15 @@ def main(args: Args) -> None:
     backbone = args.backbone or args.out / "backbone"
     if args.backbone is None:
         backbone.mkdir(parents=True, exist_ok=True)
-        pretrain_into(backbone, args.decision, str(found[0].data), args.seed)
-    runs = []
-    for training in found:
-        name = ",".join(f"{of}={getattr(training, of)}" for of in (s.partition("=")[0] for s in args.vary)) or "default"
-        run = RunFolder(args.out / name)
+        pretrain_into(backbone, plan(args.decision, args.data, seed=args.seed))
+    varied, runs = [setting.partition("=")[0] for setting in args.vary], []
+    for given in found:
+        run = RunFolder(args.out / (",".join(f"{name}={given[name]}" for name in varied) or "default"))
         run.drop_half_made()
-        made = run.path.is_dir()
-        open_run(replace(training, resume=run.path) if made else replace(training, backbone=backbone, out=run.path))
+        if run.path.is_dir():
+            plan_again(run)
+        else:
+            make_run(plan(args.decision, args.data, **given), run.path, backbone)
         runs.append(str(run.path.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())

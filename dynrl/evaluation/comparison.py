@@ -17,6 +17,7 @@ from dynrl.evaluation.intervals import Front, better, differences, verdict
 from dynrl.evaluation.report import Run, plain_network
 from dynrl.files import write_json
 from dynrl.machine import commit
+from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
 from dynrl.tasks import TASKS, Task
 
@@ -30,7 +31,7 @@ def compare(
     smaller: Sequence[str | Path] = (),
     data: Dataset | None = None,
     budgets: Sequence[float] = COMPARED,
-    progress: bool = False,
+    show: bool = False,
 ) -> dict[str, Any]:
     """Compare policies on the test split: fronts, and paired differences with 95 % intervals over inputs and seeds.
 
@@ -43,7 +44,7 @@ def compare(
         smaller: folders whose `plain.safetensors`, smaller networks, stand beside them.
         data: the data set; None takes the runs' own by its name.
         budgets: shares of the dense MACs, rising, over which areas are taken.
-        progress: whether to show a bar.
+        show: whether to show progress.
 
     Returns:
         the comparison, JSON-able.
@@ -59,7 +60,7 @@ def compare(
     dense = Dense(ground, folders[0].plain, learned)
     *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller])
     others = [rival for rival in others if rival.asked]  # what is the same everywhere is among the static routes
-    fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, progress)
+    fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, show)
     result = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
         "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
@@ -82,14 +83,12 @@ def _ask(
     alone: Sequence[Learned],
     ground: Ground,
     budgets: Sequence[float],
-    progress: bool,
+    show: bool,
 ) -> tuple[dict[str, Front], list[dict[str, Any]]]:
     """The fronts of all contenders, and what policies for one price say beside those for all."""
-    from dynrl.progress import progress as bar_of
-
     total = sum(contender.passes(budgets) for contender in contenders) + len(alone)
     fronts, one_price = {}, []
-    with bar_of(total=total, desc="comparing", unit="pass", disable=not progress) as bar:
+    with talking(show), progress(total=total, desc="comparing", unit="pass") as bar:
         for contender in contenders:
             contender.prepare(bar.update)
             fronts[contender.name] = Front.of(contender, budgets, len(ground.test), bar.update)

@@ -17,6 +17,7 @@ from dynrl.evaluation.scores import Score, Usage
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import write_json
 from dynrl.machine import commit, hardware
+from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
 from dynrl.tasks import TASKS
 
@@ -34,7 +35,7 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     budgets: Sequence[float] = BUDGETS,
-    progress: bool = False,
+    show: bool = False,
 ) -> dict[str, Any]:
     """Evaluate runs of one backbone on the test split, beside all that they must beat.
 
@@ -46,7 +47,7 @@ def evaluate(
         batch_size: rows of the batch that is timed.
         device, dtype: of networks and inputs.
         budgets: shares of the dense MACs at which contenders are asked.
-        progress: whether to show a bar.
+        show: whether to show progress.
 
     Returns:
         the report, JSON-able.
@@ -66,7 +67,7 @@ def evaluate(
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
         "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
-        **measure(ground, learned, folders[0].plain, beside, batch_size, budgets, progress),
+        **measure(ground, learned, folders[0].plain, beside, batch_size, budgets, show),
     }  # fmt: skip
     if out is not None:
         from dynrl.evaluation.figures import draw_report
@@ -96,7 +97,7 @@ def measure(
     smaller: Backbone | None = None,
     batch_size: int = 256,
     budgets: Sequence[float] = BUDGETS,
-    progress: bool = False,
+    show: bool = False,
 ) -> dict[str, Any]:
     """All figures of a report; docs/reports.md says what they mean.
 
@@ -107,17 +108,15 @@ def measure(
         smaller: a plain network of fewer MACs.
         batch_size: rows of the batch that is timed.
         budgets: at which contenders are asked.
-        progress: whether to show a bar.
+        show: whether to show progress.
     """
-    from dynrl.progress import progress as bar_of
-
     dense = Dense(ground, plain, learned)
     random, *others = rivals(ground, () if smaller is None else (smaller,), one_smaller=True)
     assert isinstance(random, Random)
     everybody: list[Contender] = [dense, *learned, random, *others]
     points = _Points(ground, ground.test.inputs[:batch_size])
     total = sum(contender.passes(budgets) for contender in everybody) + ROUNDS
-    with bar_of(total=total, desc="evaluating", unit="pass", disable=not progress) as bar:
+    with talking(show), progress(total=total, desc="evaluating", unit="pass") as bar:
         dense.prepare(bar.update)
         _learned_and_random(points, learned, random, budgets, bar.update)
         usage = _usage(learned[0], ground) if learned else None

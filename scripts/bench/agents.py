@@ -18,18 +18,19 @@ from gymnasium.vector import AutoresetMode
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from torch import Tensor
 
+from dynrl.agents.base import Agent
 from dynrl.agents.ppo import PPO
 from dynrl.agents.sb3 import SB3PPO
-from dynrl.agents.training import Agent, Settings, Stop
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split, load_dataset
 from dynrl.deploy import RoutedModel
-from dynrl.envs.core import distillation
+from dynrl.envs.rewards import distillation
 from dynrl.evaluation import BUDGETS, calibrate
 from dynrl.policies import LearnedPolicy, RandomPolicy
 from dynrl.recipes import defaults
 from dynrl.runs import RunFolder
-from dynrl.scripts.pretrain import pretrain_into
+from dynrl.settings import Problem, Settings
+from dynrl.training import plan, pretrain_into
 
 RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # of random routes that are walked
 DATA = "fashion-mnist"
@@ -71,7 +72,7 @@ class Judge:
         for inputs, targets, dense in zip(*(column.split(256) for column in columns), strict=True):
             walked = walk(inputs)
             outputs = walked.outputs.float()
-            terms = (walked.macs / self._frozen.dense_macs, distillation(task, outputs, targets, dense))
+            terms = (walked.macs / self._frozen.dense_macs, distillation(task, outputs, targets, dense.clone))
             sums += torch.stack([term.double().sum() for term in (*terms, task.score(outputs, targets))])
         macs, term, metric = (sums / len(self._dense)).tolist()
         return macs, term, metric
@@ -107,7 +108,7 @@ def bench_agents(names: Iterable[str], seeds: int, runs: Sequence[Path]) -> list
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         if not runs:
-            pretrain_into(folder, "skip", DATA, 0)
+            pretrain_into(folder, plan("skip", DATA))
         return measure_agents(names, seeds, runs[0] if runs else folder, folder)
 
 
@@ -124,12 +125,10 @@ def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path)
     for seed in range(seeds):
         enough = None
         for name in sorted(names, key=list(CONTENDERS).index):
-            settings = Settings(
-                "skip", DATA, row.steps, seed=seed, router_hidden=row.router_hidden, num_envs=row.num_envs,
-                checkpoint_every=10**9,
-            )  # fmt: skip
-            with CONTENDERS[name](settings, file, folder / f"{name}-{seed}", row.steps) as agent:
-                kept = learn(agent, row.steps)
+            settings, steps = Settings(Problem("skip", DATA, seed=seed), row.learning), row.learning.steps
+            with CONTENDERS[name](settings, file, folder / f"{name}-{seed}", steps) as agent:
+                agent.checkpoint_every = 10**9
+                kept = learn(agent, steps)
             curve = [(seconds, steps, *judge.gap(policy)) for seconds, steps, policy in kept]
             enough = ENOUGH * curve[-1][2] if name == "ours" else enough
             reached = [seconds for seconds, _, gap, _ in curve if enough is not None and gap >= enough]
@@ -154,7 +153,7 @@ def learn(agent: Agent, steps: int) -> list[tuple[float, int, LearnedPolicy]]:
     seconds, kept = 0.0, []
     for share in SHARES:
         start = time.perf_counter()
-        agent.learn(int(share * steps), Stop())
+        agent.learn(int(share * steps))
         seconds += time.perf_counter() - start
         kept.append((seconds, agent.steps, agent.router()))
     return kept

@@ -12,8 +12,7 @@ import torch
 
 from dynrl.backbones import END, SkipResNet, State
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.observation import Layout, View, observation
-from dynrl.policies import Router
+from dynrl.policies import PolicySpec
 from dynrl.scripts.bench.model import NETWORKS as MODELS
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -87,10 +86,9 @@ class _Paths:
         self.frozen = backbone.for_inference().to(device, getattr(torch, dtype))
         self.images = split.inputs.to(device, getattr(torch, dtype))
         self.depth, self.device = backbone.max_steps, device
-        self.router: dict[str, Any] = {**Layout.of(backbone).to_dict(), "price_range": [0.01, 1.0], "start": 1}
-        self.upfront: dict[str, Any] = {**View.of(backbone).to_dict(), "price_range": [0.01, 1.0]}
+        self.specs = {kind: PolicySpec.of(kind, backbone, (0.01, 1.0), hidden=64) for kind in ("sequential", "upfront")}
         self.env_config: dict[str, Any] = {
-            "backbone": backbone, "data": noise, "price_range": [0.01, 1.0], "accuracy_term": "correct",
+            "backbone": backbone, "data": noise, "price_range": [0.01, 1.0], "reward": "correct",
             "device": device, "dtype": dtype,
         }  # fmt: skip
 
@@ -98,8 +96,7 @@ class _Paths:
         """What samples by that path."""
         return {
             "walk": self.walk, "bare": self.bare, "env": self.env,
-            "rllib": lambda n: self.ours(n, "sequential", self.router),
-            "rllib-upfront": lambda n: self.ours(n, "upfront", self.upfront),
+            "rllib": lambda n: self.ours(n, "sequential"), "rllib-upfront": lambda n: self.ours(n, "upfront"),
             "rllib-stock": lambda n: self.stock(n, "vector_entry_point"),
             "naive": lambda n: self.stock(n, "sync"),
         }[path](count)  # fmt: skip
@@ -128,13 +125,13 @@ class _Paths:
 
     def bare(self, count: int) -> Sampler:
         """Observation, router and draw beside it, in torch."""
-        frozen, net = self.frozen, Router(**self.router).to(self.device)
+        frozen, net = self.frozen, self.specs["sequential"].build().to(self.device)
 
         @torch.no_grad()
         def sample(steps: int) -> int:
             state = frozen.begin(self._some(count))
             for _ in range(steps):
-                (state,) = frozen.advance(state, self._drawn(net(observation(frozen, state, 0.1))))
+                (state,) = frozen.advance(state, self._drawn(net(net.sight.see(frozen, state, 0.1))))
                 if state.point == END:
                     frozen.output(state)
                     state = frozen.begin(self._some(count))
@@ -147,7 +144,7 @@ class _Paths:
         from dynrl.envs.skip import SkipVectorEnv
 
         envs = SkipVectorEnv(count, **self.env_config, autoreset_mode="SameStep")
-        net = Router(**self.router).to(self.device)
+        net = self.specs["sequential"].build().to(self.device)
         view = [envs.reset_tensors(0)]
 
         @torch.no_grad()
@@ -158,14 +155,15 @@ class _Paths:
 
         return sample
 
-    def ours(self, count: int, kind: str, arguments: dict[str, Any]) -> Sampler:
+    def ours(self, count: int, kind: str) -> Sampler:
         """`SlabRunner`, deciding step by step or all at once."""
         from dynrl.agents.ppo import ppo_config
-        from dynrl.agents.rllib import SlabRunner
+        from dynrl.agents.slab import SlabRunner
 
-        each = self.depth if kind == "upfront" else 1
-        env_config = self.env_config | {"upfront": kind == "upfront"}
-        config = ppo_config(ENV, env_config, (kind, arguments), num_envs=count)
+        spec = self.specs[kind]
+        sight = spec.build().sight
+        config = ppo_config(ENV, self.env_config | {"sight": sight.name}, spec, num_envs=count)
+        each = min(sight.span, self.depth)  # decisions of a step
         runner = SlabRunner(config=config, worker_index=0, num_workers=0)
         return lambda steps: each * sum(map(len, runner.sample(num_timesteps=steps * count // each)))
 
@@ -177,7 +175,7 @@ class _Paths:
 
         from dynrl.agents.rllib import RouterModule
 
-        spec = RLModuleSpec(module_class=RouterModule, model_config={"router": ["sequential", self.router]})
+        spec = RLModuleSpec(module_class=RouterModule, model_config={"spec": self.specs["sequential"]})
         config = (
             PPOConfig()
             .environment(ENV, env_config=self.env_config)

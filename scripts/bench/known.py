@@ -11,6 +11,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def small_backbone(decision: str) -> Backbone:
     found = row(decision)
     shape = load_dataset(found.data).input_shape
     maker: Any = load_env_creator(found.vector_entry_point)
-    backbone: Backbone = maker.default_backbone(SMALL.get(len(shape), shape))
+    backbone: Backbone = maker.seeded_backbone(SMALL.get(len(shape), shape))
     if changed := {name: value for name, value in SETTINGS.items() if name in backbone.config}:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -154,26 +155,26 @@ def learn_known(decision: str, data: str, backbone: Backbone, seed: int, folder:
         "best" and "random", mean returns, and the "curve" [(seconds, steps, share of the gap between them that the
         policy has closed)].
     """
-    from dynrl.agents.training import Settings, Stop, open_agent
+    from dynrl.agents.base import open_agent
     from dynrl.deploy import RoutedModel
     from dynrl.envs import decision as row_of
     from dynrl.recipes import defaults
+    from dynrl.settings import Learning, Problem, Settings
 
     row = defaults(decision, row_of(decision).data)
     backbone.save(folder / "backbone.safetensors")
-    settings = Settings(
-        decision, data, steps=row.steps, seed=seed, router_hidden=row.router_hidden, num_envs=row.num_envs,
-        accuracy_term="log_likelihood", checkpoint_every=10**9,
-    )  # fmt: skip
-    low, high = settings.price_range
+    learning = replace(row.learning, reward="log_likelihood", price_range=Learning().price_range)
+    (low, high), steps = learning.price_range, learning.steps
     prices = torch.tensor([low * (high / low) ** (i / (PRICES - 1)) for i in range(PRICES)]).clamp(low, high)
     split = load_dataset(data).train
     best, random = (returns.mean() for returns in known_returns(backbone.for_inference(), split, prices))
     seconds, curve = 0.0, []
-    with open_agent(settings, folder / "backbone.safetensors", folder, settings.steps) as agent:
-        while seconds < SECONDS and agent.steps < settings.steps:
+    settings = Settings(Problem(decision, data, seed=seed), learning)
+    with open_agent(settings, folder / "backbone.safetensors", folder, steps) as agent:
+        agent.checkpoint_every = 10**9
+        while seconds < SECONDS and agent.steps < steps:
             start = time.perf_counter()
-            agent.learn(agent.steps + settings.steps // CHECKS, Stop())
+            agent.learn(agent.steps + steps // CHECKS)
             seconds += time.perf_counter() - start
             got = policy_returns(RoutedModel(backbone, agent.router()), split, prices).mean()
             curve.append((seconds, agent.steps, float((got - random) / (best - random))))

@@ -14,8 +14,7 @@ from dynrl.backbones import FAMILIES, Backbone, State
 from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel, load
 from dynrl.evaluation import captured, dense_sides, medians_in_turn, random_rate
-from dynrl.observation import Layout
-from dynrl.policies import RandomPolicy, Router
+from dynrl.policies import LearnedPolicy, Policy, PolicySpec, RandomPolicy
 from dynrl.runs import RunFolder
 
 
@@ -46,13 +45,23 @@ NETWORKS = {
 }  # fmt: skip
 
 
-class _Forced(RoutedModel):
-    """A routed model whose router decides in vain: it takes its time, and a given route is taken."""
+class _InVain(Policy):
+    """A policy that takes a router's time to decide, and then takes a given route."""
 
     route: Tensor
 
-    def chooser(self, inputs: Tensor) -> Callable[[State], Tensor]:
-        decide = super().chooser(inputs)
+    def __init__(self, router: LearnedPolicy) -> None:
+        super().__init__()
+        self.router, self.sight, self.price_range = router, router.sight, router.price_range
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """The router's logits: what a look costs."""
+        logits: Tensor = self.router(observation)
+        return logits
+
+    def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
+        """Ask the router, and go along `route` all the same."""
+        decide = self.router.chooser(backbone, price)
 
         def forced(state: State) -> Tensor:
             decide(state)
@@ -90,18 +99,16 @@ def bench_model(
         network = NETWORKS[name]
         torch.manual_seed(0)
         backbone = FAMILIES[network.family](**network.settings).eval().to(device, getattr(torch, dtype))
-        layout = Layout.of(backbone).to_dict()
-        model = _Forced(
-            backbone, Router(**layout, price_range=(0.01, 1.0), hidden=network.router_hidden, start=1).to(device)
-        )
+        spec = PolicySpec.of("sequential", backbone, (0.01, 1.0), network.router_hidden)
+        model = RoutedModel(backbone, _InVain(spec.build()))
         for batch in batches or network.batches:
             inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=getattr(torch, dtype))
             with torch.inference_mode():
                 count = 256 if batch > 64 else 16  # what a route costs does not depend on the input
                 rate = random_rate(model.backbone, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
             assert rate is not None, "each of these networks can do with half of its MACs"
-            model.route = RandomPolicy(backbone.thrift, rate).route(inputs).to(device)
-            rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.route, rounds)})
+            model.policy.route = RandomPolicy(backbone.thrift, rate).route(inputs).to(device)
+            rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.policy.route, rounds)})
             _show(rows[-1])
     for run in runs:
         plugged = load(run).to(device, getattr(torch, dtype))
