@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynrl.agents.base import Agent, walks
 from dynrl.agents.metrics import episode_scalars
-from dynrl.backbones import Backbone, State, load_backbone
+from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS
@@ -111,7 +111,7 @@ class Gates(Agent):
 
         logits_at = self._router.logits_on(backbone, prices)
 
-        def choose(state: State) -> Tensor:
+        def choose(state: Any) -> Tensor:
             logits = logits_at(state)
             log_probs = logits.detach().log_softmax(1)
             entropies.append(-(log_probs.exp() * log_probs).sum(1)[state.walk.present])
