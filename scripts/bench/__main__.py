@@ -70,7 +70,7 @@ def main(args: Args) -> None:
     if "threads" in heeded:
         use_threads(args.threads)
     rows, summaries = measured(args)
-    print("\n".join(map(summed, summaries)))
+    print(*map(summed, summaries), sep="\n", end="\n" if summaries else "")
     result = {
         "suite": args.suite, "date": f"{date.today()}", "command": " ".join(sys.argv), "commit": commit(),
         "hardware": hardware(), "rows": rows, "summary": summaries,

@@ -10,7 +10,7 @@ from dynrl.files import read_json
 from dynrl.scripts.cli import main
 from tests.scripts.calls import ROOT
 
-BLOCK = "<!-- table:{} -->\nold\n<!-- end -->\n"
+BLOCK = "<!-- table:{} -->\nto be written\n<!-- end -->\n"
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_blocks_are_written_in_readme_and_docs(pages):
     assert readme.startswith("before\n<!-- table:decisions -->\n| decision |") and readme.endswith(
         "<!-- end -->\nafter\n"
     )
-    assert "| `skip` | `dynrl/Skip-v0` |" in readme and "old" not in readme + results
+    assert "| `skip` | `dynrl/Skip-v0` |" in readme and "to be written" not in readme + results
     report = read_json(pages / "results" / "skip-digits" / "report.json")
     assert results.count("| learned | ") >= len([p for p in report["points"] if p["policy"] == "learned"])
     assert "\nbetween\n<!-- table:comparison -->\n| decision, data | policy (seeds) |" in results
