@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from dynrl.agents.base import Agent, PolicySpec, open_agent, train_policy
+from dynrl.agents.base import Agent, open_agent, train_policy
 from dynrl.agents.baselines import BASELINES, gae, group_advantages
 from dynrl.agents.metrics import TrainingLog, ended_episodes, episode_scalars
 from dynrl.agents.ppo import SlabGAE, ppo_config
@@ -21,7 +21,7 @@ from dynrl.backbones import Point, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
-from dynrl.observation import Layout
+from dynrl.policies import PolicySpec
 from dynrl.settings import Learning, Problem, Settings
 from tests.cases import make_backbone, numbers_split
 
@@ -30,8 +30,8 @@ GROUP = BASELINES["group"].group
 
 
 def config_for(backbone, path, **changes):
-    spec = PolicySpec("sequential", {**Layout.of(backbone).to_dict(), "price_range": PRICES, "start": 1})
-    env = {"backbone": str(path), "price_range": PRICES, "accuracy_term": "log_likelihood"}
+    spec = PolicySpec.of("sequential", backbone, PRICES, hidden=64)
+    env = {"backbone": str(path), "price_range": PRICES, "reward": "log_likelihood"}
     return ppo_config("dynrl/Skip-v0", env, spec, **{"num_envs": 8, "rollout": 12, **changes})
 
 
@@ -158,7 +158,7 @@ def test_the_slab_is_what_the_environment_did(runner):
     first, second = runner.sample(num_timesteps=40)[0], runner.sample(num_timesteps=40)[0]
     assert len(first) == len(second) == 40
     assert torch.equal(first.last_obs, second.obs[0])
-    env, layout = runner.env.unwrapped, runner.env.unwrapped.layout
+    env, layout = runner.env.unwrapped, runner.env.unwrapped.sight
     obs = torch.cat([first.obs, second.obs])
     ended, actions = torch.cat([first.terminateds, second.terminateds]), torch.cat([first.actions, second.actions])
     rewards = torch.cat([first.rewards, second.rewards])
@@ -295,7 +295,7 @@ def test_a_high_price_skips_all_and_no_price_keeps_what_accuracy_needs(small_bac
     backbone, _ = load_backbone(small_backbone)
     config = config_for(backbone, small_backbone, num_envs=64, rollout=24, learning_rate=5e-3, total_steps=40_000)
     config.env_config["price_range"] = config.rl_module_spec.model_config["spec"].config["price_range"] = [1e-4, 30.0]
-    config.env_config["accuracy_term"] = "distillation"
+    config.env_config["reward"] = "distillation"
     algorithm = config.build_algo()
     train(algorithm, 26)
     model, test = RoutedModel(backbone, router_of(algorithm)), load_dataset("digits").test
@@ -365,7 +365,7 @@ def test_stock_rllib_trains_on_the_registered_id():
 
     config = (
         PPOConfig()
-        .environment("dynrl:dynrl/Skip-v0", env_config={"accuracy_term": "correct"})
+        .environment("dynrl:dynrl/Skip-v0", env_config={"reward": "correct"})
         .env_runners(num_env_runners=0, num_envs_per_env_runner=8, gym_env_vectorize_mode="vector_entry_point")
         .training(train_batch_size_per_learner=96, minibatch_size=48, num_epochs=1)
     )

@@ -16,18 +16,16 @@ from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.finetuning import Finetuner, Finetuning
-from dynrl.observation import Layout
-from dynrl.policies import Router
 from dynrl.pretraining import make_optimizer, metric_at_rate
 from dynrl.settings import Learning, Problem, Settings
-from tests.cases import BACKBONES, answered_by, make_backbone
+from tests.cases import BACKBONES, answered_by, make_backbone, make_policy
 from tests.toys import Exiting
 
 PRICES = (0.01, 1.0)
 
 
 def untrained_policy(backbone):
-    return Router(**Layout.of(backbone).to_dict(), price_range=PRICES).eval()
+    return make_policy(backbone, PRICES).eval()
 
 
 def random_policy(backbone):

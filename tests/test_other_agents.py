@@ -89,7 +89,7 @@ def test_whole_routes_at_once(agent, small_backbone, tmp_path):
     settings = Settings(Problem("skip", "digits"), Learning(agent, "upfront", steps=3_000, num_envs=16))
     with open_agent(settings, small_backbone, tmp_path, 3_000) as trained:
         trained.learn(3_000)
-        assert trained.steps >= 3_000 and trained.router().kind == "upfront"
+        assert trained.steps >= 3_000 and isinstance(trained.router(), UpfrontRouter)
 
 
 @pytest.mark.parametrize("agent", ["ppo", "sb3-ppo"])
@@ -139,9 +139,9 @@ def test_the_adapter_is_the_environment():
     assert ended == sum(len(part["return"]) for part in given.ended) > 6
 
 
-@pytest.mark.parametrize("upfront", [False, True])
-def test_the_adapter_serves_policies_of_sb3s_own(upfront):
-    env = RoutingVecEnv(make(upfront=upfront))
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_the_adapter_serves_policies_of_sb3s_own(sight):
+    env = RoutingVecEnv(make(sight=sight))
     model = sb3.PPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=1, device="cpu").learn(96)
     assert model.num_timesteps == 96 and len(model.ep_info_buffer) > 0
 

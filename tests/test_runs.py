@@ -12,7 +12,7 @@ from dynrl.files import read_json, write_json
 from dynrl.runs import RunFolder, RunKind, by_kind, flat, kind_of
 
 SETTINGS = {
-    "agent": "ppo", "upfront": False, "baseline": "value", "accuracy_term": "distillation", "price_range": [0.1, 1.0],
+    "agent": "ppo", "policy": "sequential", "baseline": "value", "reward": "distillation", "price_range": [0.1, 1.0],
     "cost": "macs",
 }  # fmt: skip
 
@@ -21,8 +21,8 @@ SETTINGS = {
     ("changed", "tuned", "finished", "label"),
     [
         ({}, False, True, "learned"), ({"agent": "gate"}, True, True, "gate tuned"),
-        ({"upfront": True, "baseline": "greedy"}, False, True, "learned upfront greedy"),
-        ({"upfront": True, "accuracy_term": "blockdrop"}, False, True, "learned upfront blockdrop"),
+        ({"policy": "upfront", "baseline": "greedy"}, False, True, "learned upfront greedy"),
+        ({"policy": "upfront", "reward": "blockdrop"}, False, True, "learned upfront blockdrop"),
         ({"baseline": "group"}, False, True, "learned group"), ({"cost": "time"}, False, True, "learned by time"),
         ({"price_range": [0.058, 0.058]}, True, True, "learned at 0.058 tuned"),
         ({"agent": "sb3-dqn"}, False, False, "sb3-dqn unfinished"),

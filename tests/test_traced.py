@@ -9,14 +9,14 @@ from torch import nn
 from torch.library import opcheck
 
 from dynrl.backbones import ExitResNet, SkipResNet, SlimmableResNet
-from dynrl.deploy import EXPORTED, RoutedModel
-from dynrl.observation import Layout, observation
+from dynrl.deploy import RoutedModel
 from dynrl.ops.gated_cell import gated_cell
 from dynrl.ops.partition import partition
 from dynrl.ops.routed_linear import routed_linear
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
-from dynrl.policies import Router, StaticPolicy
+from dynrl.policies import StaticPolicy
+from tests.cases import make_policy
 
 
 class Everything(nn.Module):
@@ -50,7 +50,7 @@ class Walk(nn.Module):
 def arguments(module, rows, seed=0):
     generator = torch.Generator().manual_seed(seed)
     if isinstance(module, Walk):
-        steps = module.backbone.max_steps
+        steps = module.backbone.columns
         return torch.randn(rows, 1, 8, 8, generator=generator), torch.randint(0, 2, (rows, steps), generator=generator)
     choice = torch.randint(0, 3, (rows,), generator=generator)
     return torch.randn(rows, 8, generator=generator), choice, choice > 0
@@ -96,10 +96,10 @@ def decided(name, hidden=8):
         "exit": ExitResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), exits=(0, 1, 2)),
         "channel": SlimmableResNet((1, 8, 8), layers=(2,), widths=(32,)),
     }[name].eval()
-    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), hidden=hidden)
+    router = make_policy(backbone, (0.01, 1.0), hidden)
     inputs = inputs_for(backbone, 64)
     with torch.no_grad():
-        seen = torch.cat([observation(backbone, backbone.begin(inputs), price) for price in (0.01, 1.0)])
+        seen = torch.cat([router.sight.see(backbone, backbone.begin(inputs), price) for price in (0.01, 1.0)])
         for parameter in router.parameters():
             torch.nn.init.normal_(parameter)
         scores = router._scores(seen)
@@ -116,7 +116,7 @@ def as_exported(model, path):
 
 
 @pytest.mark.parametrize(("hidden", "file"), [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")])
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", ["skip", "exit"])
 @torch.no_grad()
 def test_a_plugged_model_is_exported(name, hidden, file, tmp_path):
     model, met = decided(name, hidden), set()
@@ -137,7 +137,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
             bad.export(tmp_path / "model.pt2")
     with pytest.raises(ValueError, match=r"expected a file \*.pt2 .* or \*.onnx"):
         model.export(tmp_path / "model.pt")
-    monkeypatch.setattr("dynrl.deploy.routed.find_spec", lambda name: None)
+    monkeypatch.setattr("dynrl.deploy.export.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="takes onnx and onnxscript: pip install"):
         model.export(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

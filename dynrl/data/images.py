@@ -144,7 +144,7 @@ def varied_fashion_mnist() -> Dataset:
     """
     made, difficulty = [], []
     for seed, ((images, labels), count) in enumerate(zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)):
-        rng = np.random.default_rng(seed)
+        rng, count = np.random.default_rng(seed), min(count, len(images))
         sizes, pieces = rng.integers(SIZES[0], SIZES[1] + 1, count), rng.integers(0, MOST_PIECES + 1, count)
         canvas = torch.zeros(count, 1, CANVAS, CANVAS)
         for size in np.unique(sizes).tolist():

@@ -11,17 +11,16 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import Ground, Learned, measure, report_text
 from dynrl.evaluation.figures import draw_report
 from dynrl.evaluation.tables import report_table
-from dynrl.observation import Layout
-from dynrl.policies import Router
+from dynrl.policies import PolicySpec
 from dynrl.runs import RunKind
-from tests.cases import numbers_split
+from tests.cases import make_policy, numbers_split
 
 
 def test_a_regression_reports_its_own_metric(tmp_path):
     split = numbers_split(48)
     dataset = Dataset("numbers", 1, split, split, split, Augmentation())
     backbone, plain = (SkipResNet((1, 8, 8), classes=1, layers=(5,), widths=(4,)).eval() for _ in range(2))
-    model = RoutedModel(backbone, Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1))
+    model = RoutedModel(backbone, make_policy(backbone, (0.01, 1.0)))
     with torch.no_grad():
         model.policy.head.weight.normal_()
     model.curve = [(0.01, 0.9), (1.0, 0.2)]
@@ -49,8 +48,9 @@ def numbers_report(backbone, models):
     split = numbers_split(48)
     ground, learned = Ground(backbone, Dataset("numbers", 1, split, split, split, Augmentation())), []
     for start, curve in models:
-        router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=start)
-        learned.append(Learned(RunKind(), [RoutedModel(backbone, router, curve)], ground))
+        router = PolicySpec.of("sequential", backbone, (0.01, 1.0), 64)
+        router.config["start"] = [start]
+        learned.append(Learned(RunKind(), [RoutedModel(backbone, router.build(), curve)], ground))
     return measure(ground, learned, batch_size=16)["points"]
 
 

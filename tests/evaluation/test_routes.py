@@ -95,7 +95,7 @@ def test_the_cheapest_choice_is_that_of_the_long_run(monkeypatch):
     backbone, _ = toy("branching")
     assert cheapest_choices(backbone).tolist() == [0, 0, 0]
     thrift = torch.tensor([[5, 1, 3], [0, 16, -1], [24, 8, -1]])
-    monkeypatch.setattr(Branching, "thrift", property(lambda self: thrift))
+    backbone.thrift = thrift
     assert cheapest_choices(backbone).tolist() == [1, 0, 1]
     assert spaced_routes(backbone)[0] == (1, 0, 1)  # none of the full route's choices kept
     assert len(oracle_candidates(backbone, [])) == routes.ORACLE_DRAWS

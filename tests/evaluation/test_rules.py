@@ -10,7 +10,6 @@ from dynrl.backbones import ExitResNet
 from dynrl.data import Split
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import RULES, rules_of, score
-from dynrl.observation import Layout, observation
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
@@ -68,37 +67,27 @@ def test_ties_leave_together_and_the_rest_of_the_fit_goes_on():
         fit_thresholds(scores, COSTS, 2.9)
 
 
-def thresholds_on(backbone, name, thresholds):
-    """Stop where an exit is sure enough by that score."""
-    column, rising = backbone.scores[name]
-    stop, go_on = [0] * len(backbone.points), [1] * len(backbone.points)
-    return ThresholdPolicy(
-        **Layout.of(backbone).to_dict(), column=column, rising=rising, thresholds=thresholds, sure=stop, unsure=go_on
-    )
-
-
 @pytest.mark.parametrize("name", ExitResNet.scores)
 @torch.no_grad()
 def test_a_policy_reads_its_column_and_its_exit(name):
     backbone = make_backbone("exit")
     column, rising = backbone.scores[name]
     thresholds = torch.tensor([0.15, 0.9, 0.12]) if rising else torch.tensor([0.995, 0.5, 0.999])
-    policy = thresholds_on(backbone, name, thresholds)
+    choose = ThresholdPolicy(backbone, name, thresholds).chooser(backbone, 0.3)
     state = backbone.begin(torch.randn(40, *backbone.input_shape))
     for threshold in thresholds:
         scores = exit_scores(backbone.output(state))[:, column]
         stop = scores >= threshold if rising else scores <= threshold
-        assert torch.equal(policy.act(observation(backbone, state, 0.3)), (~stop).long())
+        assert torch.equal(choose(state), (~stop).long())
         (state,) = backbone.advance(state, torch.ones(40, dtype=torch.int64))
 
 
 def test_bad_thresholds_are_refused():
     backbone = make_backbone("exit")
-    with pytest.raises(ValueError, match="a threshold for each of 3 points"):
-        thresholds_on(backbone, "margin", torch.zeros(4))
-    layout = Layout.of(backbone).to_dict()
-    with pytest.raises(ValueError, match="a score in one of"):
-        ThresholdPolicy(**layout, column=999, rising=True, thresholds=torch.zeros(3), sure=[0] * 3, unsure=[1] * 3)
+    with pytest.raises(ValueError, match="a threshold for each of 3 columns"):
+        ThresholdPolicy(backbone, "margin", torch.zeros(4))
+    with pytest.raises(ValueError, match="unknown score 'nosuch'"):
+        ThresholdPolicy(backbone, "nosuch", torch.zeros(3))
 
 
 def random_split(backbone, size=180):
@@ -174,7 +163,7 @@ def test_a_rule_of_ones_own_is_one_row(monkeypatch):
 @torch.no_grad()
 def test_a_plugged_threshold_charges_no_router():
     backbone = make_backbone("exit")
-    model = dynrl.plug(backbone, thresholds_on(backbone, "top-1", torch.full((3,), 2.0)))
+    model = dynrl.plug(backbone, ThresholdPolicy(backbone, "top-1", torch.full((3,), 2.0)))
     inputs = torch.randn(5, *backbone.input_shape)
     torch.testing.assert_close(model(inputs), backbone(inputs), atol=1e-4, rtol=1e-4)
     assert model.last_route.router_macs.sum() == 0

@@ -12,10 +12,9 @@ from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED
 from dynrl.evaluation import score_routes
 from dynrl.files import read_json
-from dynrl.observation import Layout
-from dynrl.policies import Router
 from dynrl.scripts.cli import main
 from dynrl.sweep import front_area
+from tests.cases import make_policy
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_a_sweep_outlives_a_run_that_fails(left, tmp_path, monkeypatch, capsys):
 
 def test_a_front_counts_the_cheapest_network_where_a_policy_has_no_point(small_backbone):
     backbone, split = load_backbone(small_backbone)[0], load_dataset("digits").validation
-    full = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), start=1)
+    full = make_policy(backbone, (0.01, 1.0))
     with torch.no_grad():
         full.head.weight.zero_()
     nothing = score_routes(backbone.for_inference(), torch.zeros(len(split), 3, dtype=torch.int64), split).metric.mean()
