@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dynrl.evaluation import captured, medians_in_turn
-from dynrl.scripts.bench_op_cases import FAMILIES, Case, Side, small_cases
-from dynrl.scripts.bench_op_cases import KEPT as KEPT
+from dynrl.scripts.bench.op_cases import FAMILIES, Case, Side, small_cases
+from dynrl.scripts.bench.op_cases import KEPT as KEPT
 
 REPEATS = 20  # calls in one CUDA graph
 PASSES = 3
