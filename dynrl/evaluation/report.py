@@ -12,7 +12,7 @@ import torch
 
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, load_dataset
-from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Random, Reached, mean_metric, rivals
+from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.scores import Score, Usage
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import write_json
@@ -113,7 +113,6 @@ def measure(
 
     dense = Dense(ground, plain, learned)
     random, *others = rivals(ground, () if smaller is None else (smaller,), one_smaller=True)
-    assert isinstance(random, Random)
     everybody: list[Contender] = [dense, *learned, random, *others]
     points = _Points(ground, ground.test.inputs[:batch_size])
     total = sum(contender.passes(budgets) for contender in everybody) + ROUNDS
@@ -182,7 +181,7 @@ class _Points:
 def _learned_and_random(
     points: _Points,
     learned: Sequence[Learned],
-    random: Random,
+    random: Contender,
     budgets: Sequence[float],
     tick: Callable[[], Any],
 ) -> None:
