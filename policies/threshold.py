@@ -1,4 +1,4 @@
-"""A rule that policies must beat: thresholds on a number that a network gives by itself, how sure an exit is, say."""
+"""Thresholds on a number that a network gives by itself: how sure an exit is, say. A rule that policies must beat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynrl.policies.base import StepPolicy
 
 
 class ThresholdPolicy(StepPolicy):
-    """This policy takes one choice where a score passes its point's threshold, and another where it does not.
+    """One choice where a score passes its point's threshold, and another where it does not.
 
     Args:
         features, points, choices: the observation's layout.

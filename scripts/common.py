@@ -1,4 +1,4 @@
-"""The command lines share threads, devices, and names of new folders."""
+"""What the command lines share: threads, devices, and names of new folders."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_batch_size(count: int) -> None:
 
 
 def folder_name(data: str) -> str:
-    """Name a data set for the name of a folder: a folder of images goes by the last part of its path."""
+    """What a data set is called in the names of folders: a folder of images goes by the last part of its path."""
     return Path(data).name
 
 

@@ -84,7 +84,7 @@ def _ask(
     budgets: Sequence[float],
     progress: bool,
 ) -> tuple[dict[str, Front], list[dict[str, Any]]]:
-    """Ask all contenders for their fronts, and hold policies for one price against those for all."""
+    """The fronts of all contenders, and what policies for one price say beside those for all."""
     from dynrl.progress import progress as bar_of
 
     total = sum(contender.passes(budgets) for contender in contenders) + len(alone)
