@@ -127,7 +127,7 @@ class _Paths:
         return sample
 
     def bare(self, count: int) -> Sampler:
-        """Add observation, router and draw, in torch."""
+        """Observation, router and draw beside it, in torch."""
         frozen, net = self.frozen, Router(**self.router).to(self.device)
 
         @torch.no_grad()
@@ -159,7 +159,7 @@ class _Paths:
         return sample
 
     def ours(self, count: int, kind: str, arguments: dict[str, Any]) -> Sampler:
-        """Sample by `SlabRunner`, which decides step by step or all at once."""
+        """`SlabRunner`, deciding step by step or all at once."""
         from dynrl.agents.ppo import ppo_config
         from dynrl.agents.rllib import SlabRunner
 
