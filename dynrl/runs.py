@@ -1,4 +1,4 @@
-"""Run folders: the files of one training, and what kind of run it is."""
+"""A run folder holds the files of one training; its kind says what was trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dynrl.policies import LearnedPolicy, load_policy
 
 @dataclass(frozen=True)
 class RunKind:
-    """What a run is, whatever its seed: runs of one kind are seeds of one another.
+    """A kind is what a run is, whatever its seed: runs of one kind are seeds of one another.
 
     Attributes:
         agent: what learned.
@@ -41,7 +41,7 @@ class RunKind:
 
     @property
     def label(self) -> str:
-        """What reports call it: "learned", and what differs from the default."""
+        """Name it as reports do: "learned", and what differs from the default."""
         words = ["learned" if self.agent == "ppo" else self.agent]
         words += [word for word, usual in ((self.policy, "sequential"), (self.baseline, "value")) if word != usual]
         words += [self.reward] if self.reward != "distillation" else []
@@ -52,7 +52,7 @@ class RunKind:
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields, for a report."""
+        """Return its fields, for a report."""
         return asdict(self)
 
 
@@ -76,7 +76,7 @@ FREE = {"seed", "num_env_runners", "network"}
 
 
 class RunFolder:
-    """A run's files, each read once and checked when it is first asked for.
+    """A run folder reads and checks each of its files once, when it is first asked for.
 
     Attributes:
         path: the folder.
@@ -105,7 +105,7 @@ class RunFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What `config.json` holds.
+        """Return what `config.json` holds.
 
         Raises:
             ValueError: it is no run folder, or no run of `dynrl train`.
@@ -167,7 +167,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether it holds a policy whose training came to its end."""
+        """Tell whether it holds a policy whose training came to its end."""
         return self.policy_file.is_file() and bool(self._policy[1]["finished"])
 
     @cached_property
@@ -179,7 +179,7 @@ class RunFolder:
 
     @property
     def kind(self) -> RunKind:
-        """What kind of run it is.
+        """Tell what kind of run it is.
 
         Raises:
             ValueError: it was fine-tuned, and the backbone from before is not there to compare with.

@@ -1,4 +1,4 @@
-"""A search over settings of training with Ray Tune: runs side by side, the poor ones stopped early."""
+"""A sweep searches settings of training with Ray Tune: runs side by side, the poor ones stopped early."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def search(runs: Sequence[str], out: Path) -> list[dict[str, Any]]:
 
 
 def _tuned(runs: Sequence[str], out: Path, mode: str) -> list[Any]:
-    """Ray Tune's result of each run, from a new search or one that was interrupted."""
+    """Return Ray Tune's result of each run, from a new search or one that was interrupted."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -137,9 +137,9 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
 
 
 def front_area(backbone: Backbone, policy: LearnedPolicy, split: Split) -> float:
-    """The metric's mean over budgets from 0.3 to 0.9 of the dense MACs.
+    """Average the metric over budgets from 0.3 to 0.9 of the dense MACs.
 
-    What a policy cannot reach is the cheapest choice at all points, which everybody can take.
+    Where a budget is out of a policy's reach, the cheapest choice at all points counts, which everybody can take.
     """
     model = RoutedModel(backbone, policy)
     fractions = [macs for _, macs in calibrate(model, split)]

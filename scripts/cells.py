@@ -1,4 +1,4 @@
-"""What `dynrl compare` and `dynrl sweep` train: cells of a matrix, and combinations of settings."""
+"""`dynrl compare` trains the cells of a matrix, `dynrl sweep` combinations of settings: both are made here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in one call under eight minutes: `python scripts/gpu_check.py OUT.json`.
+"""`python scripts/gpu_check.py OUT.json` checks all that only a GPU can show, in under eight minutes.
 
 It runs on a bare GPU machine from a checkout: torch, triton, numpy, safetensors and pytest, nothing of this project
 installed. The parts come in order: the kernel, op and capture tests on CUDA, while all benchmarks run at once to fill
@@ -42,7 +42,7 @@ TRAINERS = {"ray": "ppo", "stable_baselines3": "sb3-ppo"}  # the agents of packa
 
 
 class Check:
-    """One check: the tree it runs in, the time it has left, and what it has found, in `result`."""
+    """A check has a tree that it runs in, a time that is left, and its finds, in `result`."""
 
     def __init__(self, out: Path, folder: Path) -> None:
         import torch
@@ -59,17 +59,17 @@ class Check:
         }  # fmt: skip
 
     def passed(self) -> float:
-        """Seconds since it began."""
+        """Return the seconds since it began."""
         return time.monotonic() - self.began
 
     def write(self) -> None:
-        """Write what was found so far."""
+        """Write the finds so far."""
         aside = self.out.with_suffix(".part")
         aside.write_text(json.dumps(self.result, indent=1))
         aside.replace(self.out)
 
     def call(self, *command: str) -> tuple[int, str]:
-        """Run Python in the tree: its exit status, and what it printed."""
+        """Run Python in the tree; return its exit status, and what it printed."""
         try:
             done = subprocess.run(
                 [sys.executable, *command], cwd=self.folder, env=self.environment, check=False, text=True,
@@ -80,7 +80,7 @@ class Check:
             return 124, (error.stdout or b"").decode(errors="replace")
 
     def tests(self) -> int:
-        """Run the tests while all benchmarks warm up; the exit status of the tests."""
+        """Run the tests while all benchmarks warm up; return the exit status of the tests."""
         warming = [
             subprocess.Popen(
                 [sys.executable, "-c", IMPORTS + code], cwd=self.folder, env=self.environment,
@@ -130,7 +130,7 @@ class Check:
 
 
 def refusal(words: list[str]) -> str | None:
-    """Why the check cannot run here, if so."""
+    """Tell why the check cannot run here, if so."""
     if len(words) != 1:
         return "usage: python scripts/gpu_check.py OUT.json"
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -142,7 +142,7 @@ def refusal(words: list[str]) -> str | None:
 
 
 def main() -> int:
-    """Run all parts; the exit status is that of the tests."""
+    """Run all parts; return the exit status of the tests."""
     if reason := refusal(sys.argv[1:]):
         print(reason, file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Args:
-    """It takes no settings."""
+    """This verb takes no settings."""
 
 
 def main(args: Args) -> None:

@@ -45,7 +45,7 @@ def main(args: Args) -> None:
 
 
 def table(name: str, results: Path) -> list[str]:
-    """The lines of the table of that name."""
+    """Return the lines of the table of that name."""
     from dynrl.evaluation import tables
     from dynrl.files import read_json
     from dynrl.scripts.bench.tables import BENCHES
@@ -70,7 +70,7 @@ def table(name: str, results: Path) -> list[str]:
 
 
 def decisions_table() -> list[str]:
-    """The registry as Markdown."""
+    """Write the registry as Markdown."""
     from dynrl.envs import DECISIONS
 
     lines = ["| decision | environment | what is chosen | source |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""How good routed models are: scores, calibration, what they must beat, how sure that is, and reports of it."""
+"""This package measures routed models: scores, calibration, rivals, how sure differences are, and reports."""
 
 from dynrl.evaluation.calibration import calibrate, calibrate_latency, collapse
 from dynrl.evaluation.comparison import COMPARED, compare, comparison_text

@@ -1,4 +1,4 @@
-"""What a policy spends at each price: the curves that budgets are looked up in, and policies that learned nothing."""
+"""Calibration measures what a policy spends at each price; budgets are looked up in those curves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dynrl.evaluation.scores import score
 def calibrate(
     model: RoutedModel, split: Split, points: int = 17, gap: float = 0.03, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:
-    """Measure the MACs fraction over the price range; what `set_budget` looks a price up in.
+    """Measure the MACs fraction over the price range: the curve in which `set_budget` finds a price.
 
     Args:
         model: a routed model whose policy knows a price.
@@ -85,7 +85,7 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
 def calibrate_latency(
     model: RoutedModel, inputs: Tensor, batch_size: int, rounds: int = 5, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:
-    """Time a batch at each price of `model.curve`; what `set_milliseconds` looks a price up in.
+    """Time a batch at each price of `model.curve`: the curve in which `set_milliseconds` finds a price.
 
     Args:
         model: a calibrated model.

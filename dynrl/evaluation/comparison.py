@@ -1,4 +1,4 @@
-"""The comparison of runs of one backbone: who is better, by how much, and how surely."""
+"""A comparison of runs of one backbone tells who is better, by how much, and how surely."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _ask(
 def _all_differences(
     fronts: dict[str, Front], learned: Sequence[Learned], dense: Dense, task: Task
 ) -> list[dict[str, Any]]:
-    """Each of PPO's policies (without them, of all) less every other contender."""
+    """Hold each of PPO's policies (without them, each policy) against every other contender."""
     held = [of.name for of in learned if of.kind is not None and of.kind.agent == "ppo"]
     return [
         # Where the dense network is a policy's own, seed by seed, what a seed's networks share cancels.
@@ -117,7 +117,7 @@ def _all_differences(
 
 
 def at_equal_macs(every: Learned, alone: Learned, task: Task) -> dict[str, float] | None:
-    """How much better policies for all prices (`every`) are than some that were trained at one price only (`alone`).
+    """Tell how much better policies for all prices (`every`) are than some for one price only (`alone`).
 
     The former are told to spend what the latter do on average. None where one of them cannot.
     """
@@ -140,7 +140,7 @@ def at_equal_macs(every: Learned, alone: Learned, task: Task) -> dict[str, float
 
 
 def _figures(front: Front) -> dict[str, list[float | None]]:
-    """Mean and spread over seeds at each budget; None where it is out of reach."""
+    """Return mean and spread over seeds at each budget; None where it is out of reach."""
 
     def listed(values: Tensor) -> list[float | None]:
         return [float(v) if ok else None for v, ok in zip(values, front.reached.tolist(), strict=True)]
@@ -151,7 +151,7 @@ def _figures(front: Front) -> dict[str, list[float | None]]:
 
 
 def comparison_text(result: dict[str, Any]) -> str:
-    """The differences as a table to print."""
+    """Return the differences as a table to print."""
     task = TASKS[result["metric"]]
     lines = [
         f"{result['decision']} on {result['data']}, {result['inputs']} test inputs; seeds: {result['seeds']}",

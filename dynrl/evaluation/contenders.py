@@ -1,6 +1,6 @@
-"""Who stands in a report: learned policies, and what they must beat, each asked in one way what it reaches.
+"""Contenders are the rows of a report: learned policies, and all that they must beat.
 
-A contender is one object. `Contender.reach(budget)` says what each of its seeds does with every input of the test
+Each contender is one object. `Contender.reach(budget)` says what each of its seeds does with every input of the test
 split; reports average that, comparisons pair it input by input.
 """
 
@@ -26,13 +26,13 @@ from dynrl.tasks import Task
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of the dense MACs at which reports ask
 RANDOM_SEEDS = 3
 VALIDATED = 1024  # rows of the validation split that searches look at
-PROBED = 256  # of them, those that tell what random routes cost
+RATED = 256  # of them, those that tell what random routes cost
 
 Tick = Callable[[], Any]
 
 
 class Ground:
-    """What all contenders stand on: one pretrained network, and its data.
+    """A ground is one pretrained network with its data; all contenders of a report stand on it.
 
     Args:
         backbone: as pretrained; its `for_inference` copy walks random, static and oracle routes.
@@ -61,7 +61,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class Reached:
-    """What one seed of a contender does with each input of the test split.
+    """One seed's answer to a budget: each input of the test split, with its metric, its cost and its route.
 
     Attributes:
         network: what walks.
@@ -83,7 +83,7 @@ class Reached:
 
 
 class Contender:
-    """One row of a report, or one line of a picture: it may have several seeds.
+    """A contender is one row of a report, or one line of a picture; it may have several seeds.
 
     Attributes:
         name: what reports call it.
@@ -98,35 +98,35 @@ class Contender:
     asked: bool = True
 
     def prepare(self, tick: Tick) -> None:
-        """Look for what is needed, on validation data; called once, before it is asked."""
+        """Search or fit on validation data; it is called once, before the first question."""
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """What each seed does with as much as `budget` (a share of the dense MACs).
+        """Answer what each seed does with `budget`, a share of the dense MACs.
 
         Args:
-            budget: None asks for the one point of who has no budgets, or for the dearest of a learned policy.
+            budget: None asks a contender without budgets for its one point, and learned policies for their dearest.
 
         Returns:
-            one for each seed, or None where they cannot all be so cheap. Where the budget is more than can be spent,
-            what spends most.
+            an answer of each seed, or None where not all of them can be so cheap. Where the budget is more than a seed
+            can spend, it is what spends most.
         """
         raise NotImplementedError
 
     def spends(self, budget: float) -> bool:
-        """Whether it can spend as much as that, and as little, so that a report has a row for it."""
+        """Tell whether it can spend just that, so that a report has a row for it."""
         return True
 
     def rows(self, budgets: Sequence[float]) -> list[float | None]:
-        """The budgets of its rows in a report; [None]: a single row without one."""
+        """List the budgets of its rows in a report; [None] is a single row without a budget."""
         return [budget for budget in budgets if self.spends(budget)] if self.asked else [None]
 
     def passes(self, budgets: Sequence[float]) -> int:
-        """How often its preparation and its answers tick, at most: what a progress bar has to go."""
+        """Count how often its preparation and its answers tick, at most: the length of a progress bar."""
         return self.preparing + (len(budgets) if self.asked else 1)
 
 
 class Learned(Contender):
-    """Policies of one kind, a model for each seed.
+    """Learned policies of one kind are one contender, with a model for each seed.
 
     Args:
         kind: of the runs.
@@ -143,16 +143,16 @@ class Learned(Contender):
         self._known: list[tuple[float, Reached] | None] = [None] * len(self.models)  # at the last price
 
     def spends(self, budget: float) -> bool:
-        """Whether all seeds reach it: else rows of one front would be of different seeds."""
+        """Tell whether all seeds reach it: else rows of one front would be of different seeds."""
         ends = [[macs for _, macs in model.curve] for model in self.models]
         return all(min(mine) <= budget <= max(mine) for mine in ends)
 
     def rows(self, budgets: Sequence[float]) -> list[float | None]:
-        """The budgets that all seeds reach; where there are none, one row at the lowest price."""
+        """List the budgets that all seeds reach; where there are none, one row at the lowest price."""
         return super().rows(budgets) or [None]
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Each seed at the price that meets the budget on validation data; None: at its lowest price."""
+        """Set each seed's price so that it meets the budget on validation data; None sets the lowest price."""
         if budget is not None and any(budget < min(macs for _, macs in model.curve) for model in self.models):
             return None
         return [self._reach(i, budget) for i in range(len(self.models))]
@@ -183,7 +183,7 @@ class Learned(Contender):
 
 
 def _along(ground: Ground, network: Backbone, routes: Tensor) -> Reached:
-    """What walking the test split along `routes` [n, columns] gives; no policy is asked."""
+    """Walk the test split along `routes` [n, columns]; no policy is asked."""
     walked, none = score_routes(network, routes, ground.test), torch.zeros(len(routes))
     macs = walked.macs * (network.dense_macs / ground.network.dense_macs)
 
@@ -195,7 +195,7 @@ def _along(ground: Ground, network: Backbone, routes: Tensor) -> Reached:
 
 
 class Random(Contender):
-    """Random routes of as many MACs, several seeds."""
+    """Random routes that cost the budget on average are one contender, with several seeds."""
 
     name = "random"
 
@@ -203,10 +203,10 @@ class Random(Contender):
         self._ground, self._seeds = ground, seeds
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Routes of independent choices that cost the budget on average; None where they never do."""
+        """Draw routes of independent choices that cost the budget on average; None where they never do."""
         assert budget is not None
         network, ground = self._ground.network, self._ground
-        rate = ways.random_rate(network, ground.searched.inputs[:PROBED], budget)
+        rate = ways.random_rate(network, ground.searched.inputs[:RATED], budget)
         if rate is None:
             return None
         policies = [RandomPolicy(network.thrift, rate, seed) for seed in range(self._seeds)]
@@ -214,7 +214,7 @@ class Random(Contender):
 
 
 class Static(Contender):
-    """One route for all inputs, found by search: the best that a budget allows, on validation data.
+    """This contender takes one route for all inputs: the best within the budget that a search found.
 
     Attributes:
         found: the routes of `static_routes`.
@@ -231,13 +231,13 @@ class Static(Contender):
         self.preparing = ways.static_tries(network) + self.kinds
 
     def prepare(self, tick: Tick) -> None:
-        """Search."""
+        """Search for static routes."""
         network, split = self._ground.network, self._ground.searched
         self.found = ways.static_routes(network, split, tick)
         self.uniform = ways.uniform_routes(network, split, tick) if self.kinds else []
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """The route with the least error within the budget."""
+        """Take the route with the least error within the budget."""
         assert budget is not None
         best = ways.affordable(self.found + self.uniform, budget, self._ground.task)
         return None if best is None else [_fixed_route(self._ground, best)]
@@ -248,7 +248,7 @@ def _fixed_route(ground: Ground, route: tuple[int, ...]) -> Reached:
 
 
 class Uniform(Contender):
-    """The same choice everywhere: the `place`-th dearest of them.
+    """This contender makes the same choice everywhere: of all choices the `place`-th dearest.
 
     Args:
         static: which tries them.
@@ -260,12 +260,12 @@ class Uniform(Contender):
         self._static, self._place, self._ground = static, place, ground
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """That route."""
+        """Take that route, whatever the budget."""
         return [_fixed_route(self._ground, self._static.uniform[self._place].what)]
 
 
 class Ruled(Contender):
-    """A rule of thumb, fitted on validation data (see `dynrl.evaluation.rules`)."""
+    """A rule of thumb is a contender once it is fitted (see `dynrl.evaluation.rules`)."""
 
     preparing = 1
     _policy_for: PolicyFor
@@ -274,12 +274,12 @@ class Ruled(Contender):
         self.name, self._fit, self._ground = name, fit, ground
 
     def prepare(self, tick: Tick) -> None:
-        """Fit it."""
+        """Fit the rule."""
         self._policy_for = self._fit(self._ground.network, self._ground.validation)
         tick()
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """What the rule does that meets the budget on validation data."""
+        """Take the rule that meets the budget on validation data."""
         assert budget is not None
         policy = self._policy_for(budget)
         if policy is None:
@@ -294,7 +294,7 @@ class Ruled(Contender):
 
 
 class Smaller(Contender):
-    """Plain networks of fewer MACs, each trained alone: of those that a budget allows, the best on validation data."""
+    """This contender takes plain networks of fewer MACs, each trained alone: the best within the budget."""
 
     name = "smaller"
 
@@ -311,19 +311,19 @@ class Smaller(Contender):
             tick()
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """The best network within the budget; without one, the best of all."""
+        """Take the best network within the budget; without a budget, the best of all."""
         limit = float("inf") if budget is None else budget
         best = ways.affordable(self._known, limit, self._ground.task)
         return None if best is None else [_whole(best, self._ground)]
 
 
 def _full(network: Backbone, split: Split) -> Tensor:
-    """[n], the metric of each input on the full route."""
+    """Return the metric [n] of each input on the full route."""
     return score_routes(network, network.dense_actions(len(split)), split).metric
 
 
 def _whole(network: Backbone, ground: Ground) -> Reached:
-    """What a network does on its full route, timed as a plain network."""
+    """Walk the full route of a network, which is timed as a plain network."""
     found = _along(ground, network, network.dense_actions(len(ground.test)))
 
     def start(batch: Tensor) -> Callable[[], Any]:
@@ -333,7 +333,7 @@ def _whole(network: Backbone, ground: Ground) -> Reached:
 
 
 class Oracle(Contender):
-    """Each input's best route in hindsight, of those that the static search found and some random ones."""
+    """The oracle takes each input's best route in hindsight: one that the static search found, or a random one."""
 
     name, asked = "oracle", False
     preparing = ways.ORACLE_DRAWS
@@ -350,13 +350,13 @@ class Oracle(Contender):
         self._reached = _along(self._ground, network, ways.oracle_routes(network, test, known, tick))
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """The same at every budget."""
+        """Answer the same at every budget."""
         return [self._reached]
 
 
 @dataclass
 class Dense(Contender):
-    """The dense network: of all that there are on the full route, the best on validation data.
+    """The dense network is the best of all networks on their full routes, by validation data.
 
     Args:
         ground: with the pretrained network.
@@ -391,12 +391,12 @@ class Dense(Contender):
         self.best = min(errors, key=lambda name: errors[name])
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """The same at every budget."""
+        """Answer the same at every budget."""
         return [_whole(network, self.ground) for network in self.networks[self.best]]
 
 
 def mean_metric(networks: Sequence[Backbone], split: Split) -> float:
-    """The mean metric of networks on their full routes."""
+    """Return the mean metric of networks on their full routes."""
     return sum(float(_full(network, split).mean()) for network in networks) / len(networks)
 
 

@@ -1,4 +1,4 @@
-"""The pictures of reports and comparisons, drawn by matplotlib from what their JSON files hold."""
+"""Pictures of reports and comparisons are drawn by matplotlib from what their JSON files hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TUNED = {"ppo": "D", "gate": "P"}  # the same where the backbone was fine-tuned;
 
 
 def style(name: str, kind: dict[str, Any] | None) -> str:
-    """How a line is drawn: a run by the fields of its kind (`RunKind.to_dict`), a rival by its name."""
+    """Choose how a line is drawn: a run by the fields of its kind (`RunKind.to_dict`), a rival by its name."""
     if kind is None:
         return RIVALS.get(name, "x-.")
     marker = TUNED.get(kind["agent"], "d") if kind["tuned"] else MARKERS.get(kind["agent"], "p")
@@ -84,7 +84,7 @@ def draw_report(report: dict[str, Any], test: Split, path: Path) -> None:
 
 
 def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
-    """Draw what is spent at each visit of a point for each class; of images, those most and least is spent on."""
+    """Draw what each class spends at each visit of a point, and the images that most and least is spent on."""
     images = test.inputs.ndim == 4 and test.inputs.shape[1] in (1, 3)
     left, right = figure.subfigures(1, 2) if images else (figure, None)
     axis = left.subplots()

@@ -1,4 +1,4 @@
-"""Whether one contender beats another, and how sure that is: each input at equal compute on both sides."""
+"""Intervals tell whether one contender beats another: each input at equal compute on both sides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynrl.tasks import Task
 
 @dataclass(frozen=True)
 class Front:
-    """What one contender reaches at each of some budgets.
+    """A front is what one contender reaches at each of some budgets.
 
     Attributes:
         budgets: shares of the dense MACs, rising.
@@ -53,12 +53,12 @@ class Front:
 
     @property
     def reached(self) -> Tensor:
-        """[budgets] bool."""
+        """Tell which budgets are within reach: [budgets] bool."""
         return ~self.macs[0].isnan()
 
 
 def area(front: Front, reached: Tensor) -> Tensor:
-    """[seeds, n]: the metric's mean over the budgets `reached` [budgets] bool, by the trapezoidal rule."""
+    """Average the metric over the budgets `reached` [budgets] bool, by the trapezoidal rule: [seeds, n]."""
     at = torch.tensor(front.budgets)[reached]
     if len(at) == 1:
         return front.metric[:, reached].squeeze(1)
@@ -66,7 +66,7 @@ def area(front: Front, reached: Tensor) -> Tensor:
 
 
 def paired(ours: Tensor, theirs: Tensor, by_seed: bool = False) -> tuple[float, float, float]:
-    """Mean of `ours` less mean of `theirs`, with the ends of its 95 % interval.
+    """Return the mean of `ours` less the mean of `theirs`, with the ends of its 95 % interval.
 
     The interval is Student's t. Its variance is the sum of those of a mean over inputs (of the difference on each, so
     that what both sides have in common cancels) and of a mean over the seeds of each side; its degrees of freedom are
@@ -95,13 +95,13 @@ def paired(ours: Tensor, theirs: Tensor, by_seed: bool = False) -> tuple[float, 
 
 
 def better(ours: Tensor, theirs: Tensor, task: Task, by_seed: bool = False) -> tuple[float, float, float]:
-    """`paired`, for the task's metric [seeds, n] on each side, turned so that more is better."""
+    """Return `paired` of the task's metric [seeds, n] on each side, turned so that more is better."""
     sign = 1 if task.error(0.0) > task.error(1.0) else -1
     return paired(sign * ours, sign * theirs, by_seed)
 
 
 def differences(ours: Front, theirs: Front, task: Task, by_seed: bool = False) -> dict[str, dict[str, float]]:
-    """How much better `ours` is, in the metric's units, turned so that more is better.
+    """Tell how much better `ours` is, in the metric's units, turned so that more is better.
 
     It is given by area over the budgets that both reach (`area`), and at each of them (`0.5`). `by_seed`: see `paired`.
     """
@@ -118,5 +118,5 @@ def differences(ours: Front, theirs: Front, task: Task, by_seed: bool = False) -
 
 
 def verdict(of: dict[str, float]) -> str:
-    """What an interval says."""
+    """Say in a word what an interval tells."""
     return "better" if of["low"] > 0 else "worse" if of["high"] < 0 else "even"

@@ -1,4 +1,4 @@
-"""The report of one or more runs of one backbone: figures as JSON, a picture, and a table to print."""
+"""A report of one or more runs of one backbone has figures as JSON, a picture, and a table to print."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, load_dataset
-from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Random, Reached, mean_metric, rivals
+from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.scores import Score, Usage
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import write_json
@@ -99,7 +99,7 @@ def measure(
     budgets: Sequence[float] = BUDGETS,
     show: bool = False,
 ) -> dict[str, Any]:
-    """All figures of a report; docs/reports.md says what they mean.
+    """Measure all figures of a report; docs/reports.md says what they mean.
 
     Args:
         ground: the pretrained network, and the data.
@@ -112,7 +112,6 @@ def measure(
     """
     dense = Dense(ground, plain, learned)
     random, *others = rivals(ground, () if smaller is None else (smaller,), one_smaller=True)
-    assert isinstance(random, Random)
     everybody: list[Contender] = [dense, *learned, random, *others]
     points = _Points(ground, ground.test.inputs[:batch_size])
     total = sum(contender.passes(budgets) for contender in everybody) + ROUNDS
@@ -135,14 +134,14 @@ def measure(
 
 
 class _Points:
-    """The rows of a report, and what of them is timed: a contender's first seed, on one batch."""
+    """The rows of a report are collected here, and what is timed: each contender's first seed, on one batch."""
 
     def __init__(self, ground: Ground, batch: torch.Tensor) -> None:
         self.ground, self.batch, self.rows = ground, batch, list[dict[str, Any]]()
         self._sides: dict[str, Callable[[], Any]] = {}
 
     def add(self, contender: Contender, budget: float | None, reached: list[Reached] | None) -> float | None:
-        """Add a row, if the contender reached anything: the mean over seeds. Returns the share of MACs spent."""
+        """Add a row, the mean over seeds, if the contender reached anything; return the share of MACs spent."""
         if reached is None:
             return None
         scores = [Score.of(of.network, of.metric, of.macs, of.router, of.route) for of in reached]
@@ -181,7 +180,7 @@ class _Points:
 def _learned_and_random(
     points: _Points,
     learned: Sequence[Learned],
-    random: Random,
+    random: Contender,
     budgets: Sequence[float],
     tick: Callable[[], Any],
 ) -> None:
@@ -199,7 +198,7 @@ def _learned_and_random(
 
 
 def _usage(contender: Learned, ground: Ground) -> dict[str, Any]:
-    """Where the first seed spends at half of the dense MACs, or at its lowest price."""
+    """Tell where the first seed spends at half of the dense MACs, or at its lowest price."""
     model = contender.models[0]
     ends = [macs for _, macs in model.curve]
     if contender.asked and min(ends) <= 0.5 <= max(ends):
@@ -210,7 +209,7 @@ def _usage(contender: Learned, ground: Ground) -> dict[str, Any]:
 
 
 def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> dict[str, Any]:
-    """The dense network's: what each of its kinds reaches on the test split, and the fastest way to compute it."""
+    """Tell what each kind of dense network reaches on the test split, and how fast it is computed."""
     metric, test = dense.ground.task.metric, dense.ground.test
     own = {"pretrained", "plain"}
     groups = {
@@ -230,12 +229,12 @@ def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> di
 
 
 def seeds_text(report: dict[str, Any]) -> str:
-    """The seeds behind each row, in words."""
+    """Name the seeds behind each row."""
     return "; ".join(f"{name} {', '.join(map(str, seeds))}" for name, seeds in report["seeds"].items())
 
 
 def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> str:
-    """The report as a table to print."""
+    """Return the report as a table to print."""
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     wide = max(len(p["policy"]) for p in report["points"])
     lines = [

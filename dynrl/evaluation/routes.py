@@ -1,4 +1,4 @@
-"""Routes without a policy: random ones of a given cost, one for all inputs, and each input's best in hindsight."""
+"""Routes without a policy are random ones of a given cost, one for all inputs, or each input's best in hindsight."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _rate(log_odds: float) -> float:
 
 
 class Found(NamedTuple):
-    """A route for all inputs (or a network of its own), its share of the dense MACs, its metric on validation data."""
+    """A find is a route for all inputs (or a network), with its share of the dense MACs and its metric."""
 
     what: Any
     macs_fraction: float
@@ -60,7 +60,7 @@ def affordable(found: Sequence[Found | tuple[Any, float, float]], budget: float,
 
 
 def cheapest_choices(backbone: Backbone) -> Tensor:
-    """[columns], the choice of each column that is the cheapest in the long run."""
+    """Return the choice [columns] of each column that is the cheapest in the long run."""
     return backbone.thrift.double().masked_fill(backbone.thrift < 0, math.inf).argmin(1)
 
 
@@ -92,13 +92,13 @@ def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = la
     """
 
     def probe(route: Sequence[int]) -> tuple[float, Tensor]:
-        """Share of the dense MACs, and [columns] whether a row comes there."""
+        """Return the share of the dense MACs, and [columns] whether a row comes there."""
         inputs = split.inputs[:PROBED]
         walk = backbone.run_route(inputs, torch.tensor([route]).expand(len(inputs), -1))
         return float(walk.macs.double().mean()) / backbone.dense_macs, (walk.route >= 0).any(0)
 
     def judge(route: tuple[int, ...]) -> tuple[float, float]:
-        """Mean log-likelihood and metric."""
+        """Return mean log-likelihood and metric."""
         tick()
         walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
         return float(walked.likely.mean()), float(walked.metric.mean())
@@ -122,13 +122,13 @@ def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = la
 
 
 def _full_route(backbone: Backbone) -> tuple[int, ...]:
-    """The dense network's actions; where it never comes the dearest choice, for who comes there by another way."""
+    """Return the dense network's actions; where it never comes, the dearest choice for rows that do."""
     full, dearest = torch.tensor(backbone.full_route), backbone.thrift.argmax(1)
     return tuple(torch.where(full >= 0, full, dearest).tolist())
 
 
 def _changes(backbone: Backbone, route: tuple[int, ...], reached: Tensor) -> list[tuple[int, ...]]:
-    """All routes that make one choice another, in the columns where rows come, of choices that the point has."""
+    """List all routes that change one choice in a column where rows come, to one that its point has."""
     exists = (backbone.thrift >= 0).tolist()
     return [
         (*route[:column], choice, *route[column + 1 :])

@@ -1,4 +1,4 @@
-"""Rules of thumb that a decision is known for, fitted on validation data: they stand beside the learned policies.
+"""Rules of thumb that a decision is known for stand beside the learned policies, fitted on validation data.
 
 `RULES` holds them by name, and `Backbone.rule` names the one that a family is known for. A plugin adds one row.
 """
@@ -31,7 +31,7 @@ def thresholds(backbone: Backbone) -> dict[str, Fit]:
     return {f"threshold {name}": partial(fit_score, name=name) for name in backbone.scores}
 
 
-# A name to what gives, for a backbone, the rules to fit by the names that reports show.
+# By name: a function from a backbone to the rules to fit, by the names that reports show.
 RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {"threshold": thresholds}
 
 
@@ -77,7 +77,7 @@ def fit_score(backbone: Backbone, split: Split, name: str) -> PolicyFor:
 
 
 def _scores_on_full_route(backbone: Backbone, split: Split, column: int) -> list[Tensor]:
-    """For each point the scores [visits] of all rows that stand there on the full route."""
+    """Return for each point the scores [visits] of all rows that stand there on the full route."""
     seen: list[list[Tensor]] = [[] for _ in backbone.points]
     for inputs in split.inputs.split(256):
         route = backbone.dense_actions(len(inputs), inputs.device)
@@ -91,7 +91,7 @@ def _scores_on_full_route(backbone: Backbone, split: Split, column: int) -> list
 
 
 def _leave_at_each(backbone: Backbone, split: Split, full: Tensor, cheapest: Tensor) -> tuple[bool, Tensor]:
-    """Whether the cheapest choice ends the walk at every point, each met once; and what leaving there costs.
+    """Tell whether the cheapest choice ends the walk at every point, each met once, and what leaving there costs.
 
     Returns:
         the answer, and [points + 1] MACs of leaving at each point in turn and of the full route.
@@ -116,7 +116,7 @@ def _by_quantile(
     policy: Callable[[Tensor], ThresholdPolicy],
     budget: float,
 ) -> ThresholdPolicy | None:
-    """The policy whose thresholds let such a share of the rows be sure that a walk costs `budget` on average."""
+    """Find thresholds that let such a share of the rows be sure that a walk costs `budget` on average."""
 
     def at(share: float) -> ThresholdPolicy:
         if share in (0.0, 1.0):  # nobody is sure, or everybody

@@ -1,4 +1,4 @@
-"""How good a routed model is on a split: the task's metric, what was spent, and where it was spent."""
+"""Scores tell how good a routed model is on a split, what it spends, and where."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dynrl.tasks import CLASSIFICATION
 
 @dataclass(frozen=True)
 class Score:
-    """One pass over a split, in means.
+    """A score is one pass over a split, in means.
 
     Attributes:
         metric: the task's.
@@ -35,7 +35,7 @@ class Score:
 
     @classmethod
     def of(cls, backbone: Backbone, metric: Tensor, macs: Tensor, router: Tensor, routes: Tensor) -> Score:
-        """The means of what each row reached and spent [n], and what `routes` [n, columns] tell."""
+        """Average what each row reached and spent [n], and count what `routes` [n, columns] tell."""
         rates = choice_rates(backbone.points, routes)
         return cls(float(metric.mean()), float(macs.mean()), float(router.mean()), len(routes.unique(dim=0)), rates)
 
@@ -47,7 +47,7 @@ def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
 
 
 def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple[Tensor, Route]:
-    """The same row by row, on the CPU: the task's metric [n], and the route of the whole split."""
+    """Return the same row by row, on the CPU: the task's metric [n], and the route of the whole split."""
     metric, routes = [], []
     for inputs, targets in _batches(batch_size, split.inputs, split.targets):
         metric.append(split.task.score(model(inputs).float(), targets))
@@ -60,7 +60,7 @@ def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple
 
 
 class Walked(NamedTuple):
-    """What walking a split along given routes gave, row by row.
+    """A walked split has these figures for each row.
 
     Attributes:
         metric: [n], the task's.
@@ -94,7 +94,7 @@ def _batches(size: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 @dataclass(frozen=True)
 class Usage:
-    """Where a routed model spends its compute on a split, and on which inputs.
+    """Usage tells where a routed model spends its compute on a split, and on which inputs.
 
     Attributes:
         groups: [{"class", "inputs", the metric, "macs_fraction", "choice_rates"}], one for each class. In a regression
@@ -138,7 +138,7 @@ class Usage:
 
 
 def _column_shares(backbone: Backbone, actions: Tensor) -> Tensor:
-    """[n, columns]: what `actions` [n, columns] cost, each over the dearest choice of its own column; 0 for -1."""
+    """Divide what `actions` [n, columns] cost by the dearest choice of each one's own column; 0 for -1."""
     table = backbone.column_costs
     dearest = table.amax(1).clamp_min(1)  # a point whose choices all cost nothing spends nothing
     costs = table.gather(1, actions.t().clamp_min(0)).t()

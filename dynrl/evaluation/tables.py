@@ -1,4 +1,4 @@
-"""Reports and comparisons as Markdown tables."""
+"""These functions write reports and comparisons as Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynrl.tasks import TASKS
 
 
 def report_table(report: dict[str, Any]) -> list[str]:
-    """One report."""
+    """Write one report."""
     dense, hardware, metric = report["dense"], report["hardware"], report["metric"]
     task = TASKS[metric]
     lines = [
@@ -39,7 +39,7 @@ def _reached(point: dict[str, Any], metric: str) -> str:
 
 
 def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
-    """What several reports, by their folders, say at half of the dense MACs, and of contenders without budgets."""
+    """Write what reports, by their folders, say at half of the dense MACs and of contenders without budgets."""
     lines = [
         "| report | policy | accuracy % or mse | MACs | speed-up | of ideal |",
         "|---|---|---|---|---|---|",
@@ -59,7 +59,7 @@ def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:
-    """What comparisons say of areas under the fronts and of half of the dense MACs."""
+    """Write what comparisons say of areas under the fronts and of half of the dense MACs."""
     lines = [
         "| decision, data | policy (seeds) | less (seeds) | area, 0.3 to 0.9 of the MACs | at half | |",
         "|---|---|---|---|---|---|",
@@ -85,7 +85,7 @@ def comparison_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def one_price_table(results: list[dict[str, Any]]) -> list[str]:
-    """Policies for all prices beside those for one, at equal MACs."""
+    """Write policies for all prices beside those for one, at equal MACs."""
     lines = [
         "| decision, data | at one price | MACs | alone | for all prices | difference |",
         "|---|---|---|---|---|---|",
@@ -102,7 +102,7 @@ def one_price_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def shipped_table() -> list[str]:
-    """The models that come with the package, by their reports: at half of the dense MACs."""
+    """Write what the reports of the models in the package say at half of the dense MACs."""
     lines = [
         "| `dynrl.load` | kB | its full route | at half of the MACs | random routes | static | speed-up, batch 256 |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What things take on this machine: several sides in turn, the dense network, and each choice of a walk."""
+"""Times on this machine: of several sides in turn, of the dense network, and of each choice of a walk."""
 
 from __future__ import annotations
 

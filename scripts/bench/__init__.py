@@ -1,1 +1,1 @@
-"""What `dynrl bench` measures: a suite a file."""
+"""Each file is a suite of `dynrl bench`."""

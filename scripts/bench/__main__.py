@@ -80,7 +80,7 @@ def main(args: Args) -> None:
 
 
 def measured(args: Args) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The suite's rows, and what it sums them up to."""
+    """Run the suite: its rows, and what it sums them up to."""
     suite: Any = importlib.import_module(f"dynrl.scripts.bench.{args.suite}")
     if args.suite == "env":
         return suite.bench_env(args.rounds or 5, args.only, args.batches, args.device, args.dtype), []

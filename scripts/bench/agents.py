@@ -1,4 +1,4 @@
-"""How soon agents learn a whole front: `dynrl bench agents`.
+"""`dynrl bench agents` measures how soon agents learn a whole front.
 
 Each agent learns from the same number of decisions, on one pretrained backbone, by the same settings. Every now and
 then its policy is put aside, with a checkpoint, and judged afterwards on validation data, which takes none of the time:
@@ -39,10 +39,10 @@ ENOUGH = 0.95
 
 
 class StockPPO(PPO):
-    """The same algorithm, module and settings with RLlib's own runner and connectors, on the same environment."""
+    """This agent has our algorithm, module, settings and environment, with RLlib's own runner and connectors."""
 
     def configure(self, *args: Any, **place: Any) -> Any:
-        """Ours, undone."""
+        """Undo what makes our runner."""
         config: Any = super().configure(*args, **place)
         config.env_config = {**config.env_config, "autoreset_mode": AutoresetMode.NEXT_STEP.value}
         config.env_runners(env_runner_cls=SingleAgentEnvRunner)
@@ -53,7 +53,7 @@ CONTENDERS: dict[str, type[Agent]] = {"ours": PPO, "sb3": SB3PPO, "rllib-stock":
 
 
 class Judge:
-    """By how much a policy's routes beat random ones of as many MACs, on average over `BUDGETS`."""
+    """A judge says by how much a policy's routes beat random ones of the same MACs, on average over `BUDGETS`."""
 
     def __init__(self, backbone: Backbone, split: Split) -> None:
         self._frozen, self._split = backbone.for_inference(), split
@@ -66,7 +66,7 @@ class Judge:
 
     @torch.inference_mode()
     def _worth(self, walk: Callable[[Tensor], Any]) -> tuple[float, float, float]:
-        """Share of the dense MACs, what the reward sets against it, and the metric: means over the split."""
+        """Average over the split: share of the dense MACs, what the reward sets against it, and the metric."""
         task, sums = self._split.task, torch.zeros(3, dtype=torch.float64)
         columns = (self._split.inputs, self._split.targets, self._dense)
         for inputs, targets, dense in zip(*(column.split(256) for column in columns), strict=True):
@@ -78,7 +78,7 @@ class Judge:
         return macs, term, metric
 
     def gap(self, policy: LearnedPolicy) -> tuple[float, float]:
-        """In the accuracy term and in the metric; 0 counts where a policy has no point so cheap."""
+        """Return the gap in the accuracy term and in the metric; 0 counts where a policy has no point so cheap."""
         model = RoutedModel(self._frozen, policy)
         # Coarse: what is compared is at the MACs that are spent, whatever the budget was.
         fractions = [macs for _, macs in calibrate(model, self._split.head(512), points=9, gap=0.1)]
@@ -92,7 +92,7 @@ class Judge:
         return term, metric
 
     def _random_at(self, macs: float) -> Tensor:
-        """[2], on the line between the two rates nearest to these MACs."""
+        """Return accuracy term and metric [2] on the line between the two rates nearest to these MACs."""
         spent, worth = self._random[0], self._random[1:]
         i = int((spent[1:-1] < macs).sum())
         return worth[:, i] + (worth[:, i + 1] - worth[:, i]) * (macs - spent[i]) / (spent[i + 1] - spent[i])
@@ -113,7 +113,7 @@ def bench_agents(names: Iterable[str], seeds: int, runs: Sequence[Path]) -> list
 
 
 def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path) -> list[dict[str, Any]]:
-    """Rows {"agent", "seed", "curve", "seconds", "steps", "seconds_to_enough", "steps_per_s", ...}.
+    """Return rows {"agent", "seed", "curve", "seconds", "steps", "seconds_to_enough", "steps_per_s", ...}.
 
     Args:
         names: of `CONTENDERS`; ours comes first, since `seconds_to_enough` is to 95 % of its last gap.
@@ -149,7 +149,7 @@ def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path)
 
 
 def learn(agent: Agent, steps: int) -> list[tuple[float, int, LearnedPolicy]]:
-    """Learn to the end: (seconds, decisions, policy) at `SHARES` of it."""
+    """Learn to the end, and keep (seconds, decisions, policy) at `SHARES` of it."""
     seconds, kept = 0.0, []
     for share in SHARES:
         start = time.perf_counter()

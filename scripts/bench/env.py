@@ -1,4 +1,4 @@
-"""Decisions sampled a second, by several paths: rows of `dynrl bench env`."""
+"""`dynrl bench env` measures decisions sampled a second, by several paths."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def bench_env(
 
 
 class _Paths:
-    """The paths, each a method that makes, for a number of sub-environments, what samples that many steps of each.
+    """Each path is a method that makes a sampler for a number of sub-environments.
 
     Args:
         backbone: on the CPU, in float32; its inference copy is put elsewhere.
@@ -93,7 +93,7 @@ class _Paths:
         }  # fmt: skip
 
     def sampler(self, path: str, count: int) -> Sampler:
-        """What samples by that path."""
+        """Make the sampler of that path."""
         return {
             "walk": self.walk, "bare": self.bare, "env": self.env,
             "rllib": lambda n: self.ours(n, "sequential"), "rllib-upfront": lambda n: self.ours(n, "upfront"),
@@ -108,7 +108,7 @@ class _Paths:
         return self.images[torch.randint(0, IMAGES, (count,), device=self.device)]
 
     def walk(self, count: int) -> Sampler:
-        """The backbone alone, on a route known beforehand."""
+        """Walk the backbone alone, on a route known beforehand."""
         frozen, depth = self.frozen, self.depth
         route = frozen.dense_actions(count, self.images.device)  # in vain, see `_ForcedHalf`
 
@@ -140,7 +140,7 @@ class _Paths:
         return sample
 
     def env(self, count: int) -> Sampler:
-        """The same through the environment."""
+        """Go through the environment."""
         from dynrl.envs.skip import SkipVectorEnv
 
         envs = SkipVectorEnv(count, **self.env_config, autoreset_mode="SameStep")
@@ -168,7 +168,7 @@ class _Paths:
         return lambda steps: each * sum(map(len, runner.sample(num_timesteps=steps * count // each)))
 
     def stock(self, count: int, mode: str) -> Sampler:
-        """RLlib's own runner and connectors."""
+        """Sample by RLlib's own runner and connectors."""
         from ray.rllib.algorithms.ppo import PPOConfig
         from ray.rllib.core.rl_module.rl_module import RLModuleSpec
         from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner

@@ -1,4 +1,4 @@
-"""How soon the default agent finds the best routes where they are known: `dynrl bench known`.
+"""`dynrl bench known` measures how soon the default agent finds the best routes where they are known.
 
 A data set has two inputs. The target of one is what the network says on its full route, the target of the other what it
 says on its cheapest: one needs compute, the other is harmed by it. Networks are so small that all routes can be walked,
@@ -98,7 +98,7 @@ def every_route(backbone: Backbone, inputs: Tensor, most: int = MOST_ROUTES) -> 
 
 
 def known_returns(backbone: Backbone, split: Split, prices: Tensor) -> tuple[Tensor, Tensor]:
-    """[prices] the best mean return over the two inputs, and that of uniformly random choices."""
+    """Return the best mean return over the two inputs, and that of uniformly random choices: [prices] each."""
     best, random = torch.zeros(2, len(prices))
     for row in range(2):
         routes, likely = every_route(backbone, split.inputs[row : row + 1])
@@ -110,7 +110,7 @@ def known_returns(backbone: Backbone, split: Split, prices: Tensor) -> tuple[Ten
 
 
 def policy_returns(model: Any, split: Split, prices: Tensor) -> Tensor:
-    """[prices], the returns of a plugged policy, without the router's own MACs, which no environment charges."""
+    """Return a plugged policy's returns [prices], without the router's own MACs, which no environment charges."""
     found = []
     for price in prices.tolist():
         model.set_price(price)
@@ -121,7 +121,7 @@ def policy_returns(model: Any, split: Split, prices: Tensor) -> Tensor:
 
 
 def bench_known(decisions: Iterable[str], seeds: int) -> list[dict[str, Any]]:
-    """Rows {"decision", "seed", "seconds_to_enough", "share" at the end, "curve", ...}; no decisions: all there are."""
+    """Return rows {"decision", "seed", "seconds_to_enough", "share" at the end, ...}; no decisions means all."""
     rows = []
     for decision, seed in itertools.product(tuple(decisions) or tuple(DECISIONS), range(seeds)):
         backbone = small_backbone(decision)

@@ -1,4 +1,4 @@
-"""Whole plugged networks against dense ones: rows of `dynrl bench model`."""
+"""`dynrl bench model` measures whole plugged networks against dense ones."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _InVain(Policy):
 
 
 def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any] | None:
-    """The dense network, compiled by torch's Inductor; None where that fails (some shapes it cannot lower)."""
+    """Compile the dense network by torch's Inductor; None where that fails (some shapes it cannot lower)."""
     torch._dynamo.reset()  # else shapes seen before make it try dynamic ones
     run = torch.compile(network.ideal(inputs, route), dynamic=False)
     try:
@@ -157,7 +157,7 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
 def _captured(
     model: RoutedModel, inputs: Tensor, route: Tensor, sides: dict[str, Callable[[], Any]]
 ) -> dict[str, Callable[[], Any]]:
-    """All `sides` and the model with its router as CUDA graphs; none where the policy cannot be captured."""
+    """Capture all `sides` and the model with its router as CUDA graphs; none where the policy cannot be captured."""
     try:
         graph = model.capture(len(inputs))
     except ValueError:  # it gives whole routes

@@ -1,4 +1,4 @@
-"""The benches' results as Markdown tables."""
+"""These functions write the benches' results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dynrl.scripts.bench.ops import summary
 
 
 def bench_agents_table(result: dict[str, Any]) -> list[str]:
-    """Rows of `dynrl bench agents` as Markdown, medians over seeds."""
+    """Write rows of `dynrl bench agents`, medians over seeds."""
     names = {"ours": "RLlib's PPO, our runner", "sb3": "SB3's PPO", "rllib-stock": "RLlib's PPO, its own runner"}
     lines = [
         "| agent | seeds | decisions a second | 95 % of ours after | gap to random routes, nats | in accuracy "
@@ -33,7 +33,7 @@ def bench_agents_table(result: dict[str, Any]) -> list[str]:
 
 
 def bench_known_table(result: dict[str, Any]) -> list[str]:
-    """Rows of `dynrl bench known` as Markdown, the slowest of each decision's seeds."""
+    """Write rows of `dynrl bench known`, the slowest of each decision's seeds."""
     lines = ["| decision | seeds | 95 % of the gap after | of the gap at the end |", "|---|---|---|---|"]
     for decision in dict.fromkeys(row["decision"] for row in result["rows"]):
         mine = [row for row in result["rows"] if row["decision"] == decision]
@@ -45,7 +45,7 @@ def bench_known_table(result: dict[str, Any]) -> list[str]:
 
 
 def bench_env_table(result: dict[str, Any]) -> list[str]:
-    """Rows of `dynrl bench env` as Markdown."""
+    """Write rows of `dynrl bench env`."""
     processor = result["hardware"]["processor"]
     return [*_sampled(result["rows"]), "", f"{result['date']}, one thread of {processor}, half of the blocks forced."]
 
@@ -70,12 +70,12 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def ms(value: float | None) -> str:
-    """A time, or nothing."""
+    """Write a time, or nothing."""
     return "" if value is None else f"{value:.2f}"
 
 
 def bench_ops_table(result: dict[str, Any]) -> list[str]:
-    """Half kept, batch 256, of `dynrl bench ops` as Markdown, and the summary of all rows."""
+    """Write the rows of `dynrl bench ops` with half kept at batch 256, and the summary of all rows."""
     lines = [
         "| op | shape | dense ms | masked | indexed | routed | ideal | of ideal |",
         "|---|---|---|---|---|---|---|---|",
@@ -99,7 +99,7 @@ def bench_ops_table(result: dict[str, Any]) -> list[str]:
 
 
 def summed(found: dict[str, Any]) -> str:
-    """One row of the summary of `dynrl bench ops`, in words."""
+    """Say one row of the summary of `dynrl bench ops` in words."""
     return (
         f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean {found['geometric_mean']:.3f}, "
         f"worst {found['worst']:.3f}; slower than dense: {found['slower_than_dense']} of {found['with_dense']}, "
@@ -108,7 +108,7 @@ def summed(found: dict[str, Any]) -> str:
 
 
 def bench_model_table(result: dict[str, Any]) -> list[str]:
-    """Rows of `dynrl bench model` as Markdown."""
+    """Write rows of `dynrl bench model`."""
     lines = [
         "| network | routes | batch | dense ms | compiled | routed | speed-up | of ideal | with router |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -123,7 +123,7 @@ def bench_model_table(result: dict[str, Any]) -> list[str]:
 
 
 def gpu_table(result: dict[str, Any]) -> list[str]:
-    """Rows of `scripts/gpu_check.py` as Markdown: ops at batch 64 and more in bfloat16, and captured networks."""
+    """Write rows of `scripts/gpu_check.py`: ops at batch 64 and more in bfloat16, and captured networks."""
     ops = [r for r in result["rows"] if r.get("realised_ratio") and "op" in r and r["dtype"] == "bfloat16"]
     large = [r for r in ops if r["batch"] >= 64]
     lines = [
