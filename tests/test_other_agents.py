@@ -17,6 +17,7 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score, score_routes
+from dynrl.policies import SIGHTS, UpfrontRouter
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Place, Problem, Settings
 from tests.cases import make_backbone

@@ -34,6 +34,7 @@ from dynrl.evaluation import (
     step_times,
     uniform_routes,
 )  # fmt: skip
+from dynrl.files import read_json
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, StepSight, load_policy, save_policy
 from dynrl.policies.router import Folded, Fused
 from dynrl.runs import RunFolder

@@ -14,7 +14,8 @@ from dynrl.data import Split
 from dynrl.deploy import SHIPPED
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import score_routes
-from dynrl.scripts import gpu_check, lay_out
+from dynrl.scripts import lay_out
+from dynrl.scripts.bench import gpu
 from dynrl.scripts.bench import env as bench_env
 from dynrl.scripts.bench import known, tables
 from dynrl.scripts.bench import model as bench_model
@@ -65,15 +66,15 @@ def test_what_the_gpu_check_runs_is_there_without_ray_and_gymnasium(tmp_path):
     """Each part's call fits its function's signature, and imports no more than a GPU machine has."""
     lay_out.lay_out(tmp_path)
     code = "\n".join([
-        "import inspect, sys", "sys.modules |= dict.fromkeys(('ray', 'gymnasium', 'tyro', 'stable_baselines3'))", gpu_check.IMPORTS,
+        "import inspect, sys", "sys.modules |= dict.fromkeys(('ray', 'gymnasium', 'tyro', 'stable_baselines3'))", gpu.IMPORTS,
         "signatures = {f.__name__: inspect.signature(f) for f in (bench_env, bench_model, bench_ops)}",
         "bench_env, bench_model, bench_ops = (signatures[name].bind for name in ('bench_env', 'bench_model', 'bench_ops'))",
-        *gpu_check.PARTS.values(),
+        *gpu.PARTS.values(),
     ])  # fmt: skip
     subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True
     )
-    for part in gpu_check.PARTS.values():
+    for part in gpu.PARTS.values():
         for name in re.findall(r"'(resnet[^']*)'", part):
             assert name in bench_env.NETWORKS
 
