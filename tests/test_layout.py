@@ -35,6 +35,8 @@ ALLOWED = {
     "dynrl.policies": {"dynrl.policies", "dynrl.files", "dynrl.routes"},
     "dynrl.observation": {"dynrl.backbones"},
     "dynrl.choice": {"dynrl.backbones", "dynrl.observation", "dynrl.ops", "dynrl.policies"},
+    "dynrl.settings": {"dynrl.files"},
+    "dynrl.runs": {"dynrl.backbones", "dynrl.deploy", "dynrl.files", "dynrl.policies"},
     "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.choice", "dynrl.ops", "dynrl.cost",
@@ -51,11 +53,16 @@ ALLOWED = {
         "dynrl.backbones", "dynrl.policies", "dynrl.choice", "dynrl.data", "dynrl.files", "dynrl.routes",
         "dynrl.pretraining",
     },
-    "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning"},
+    "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning", "dynrl.settings"},
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.observation", "dynrl.choice",
         "dynrl.progress", "dynrl.tasks", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning",
-        "dynrl.plugins",
+        "dynrl.plugins", "dynrl.settings",
+    },
+    "dynrl.training": {
+        "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation", "dynrl.files",
+        "dynrl.machine", "dynrl.policies", "dynrl.pretraining", "dynrl.progress", "dynrl.recipes", "dynrl.runs",
+        "dynrl.settings",
     },
     "dynrl.scripts": {"dynrl"},
 }  # fmt: skip
