@@ -81,8 +81,9 @@ def main(args: Args) -> None:
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train what is missing in `folder`; False after Ctrl-C."""
     from dynrl.policies import load_policy
+    from dynrl.runs import RunFolder
     from dynrl.scripts.common import drop_half_made, read_config
-    from dynrl.training import plan, pretrain_into, resume, train
+    from dynrl.training import learn, make_run, plan, plan_again, pretrain_into
 
     backbone = folder / "backbone"
     backbone.mkdir(parents=True, exist_ok=True)
@@ -103,12 +104,13 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
             raise ValueError(f"{run} was trained on {met}, not {data}; choose another --out")
         print(f"cell: {run}", flush=True)
         if run.is_dir():
-            done = resume(run)
+            folder_of, planned = RunFolder(run), plan_again(RunFolder(run))
         else:
             given = {"agent": agent, "finetune": args.finetune, "seed": seed}
             given |= {"price_range": price_range} if price_range else {}
-            done = train(decision, data, out=run, backbone=backbone, **given)
-        if not done.finished:
+            planned = plan(decision, data, **given)
+            folder_of = make_run(planned, run, backbone)
+        if not learn(folder_of, planned):
             return False
     return True
 

@@ -29,13 +29,13 @@ from dynrl.observation import Layout
 from dynrl.policies import Router, load_policy, save_policy
 from dynrl.pretraining import metric_at_rate
 from dynrl.recipes import DEFAULTS
-from dynrl.scripts import bench_env, bench_model, bench_ops, gpu_check, train
+from dynrl.scripts import bench_env, bench_model, bench_ops, gpu_check
 from dynrl.scripts.cli import main
-from dynrl.scripts.common import folder_name, new_folder, read_config
+from dynrl.scripts.common import read_config
 from dynrl.scripts.evaluate import BUDGETS, draw, load_runs, measure, print_table, report_runs
-from dynrl.scripts.pretrain import pretrain_into
 from dynrl.scripts.sweep import front_area
 from dynrl.scripts.tables import at_half_table, report_table
+from dynrl.training import folder_name, new_folder, plan, pretrain_into
 from tests.cases import numbers_split
 
 COMMAND = [sys.executable, "-m", "dynrl.scripts.cli"]
@@ -89,14 +89,14 @@ def run(tmp_path_factory, backbone_folder):
         ("train", "skip", "--seed", str(2**32)), ("evaluate", ".", "--threads", "-1"), ("pretrain", "skip", "--out", "/dev/null/x"),
         ("pretrain", "skip", "--threads", "0"), ("tables", "--readme", "nosuch"),
         ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
-        ("train", "skip", "--agent", "gate", "--accuracy-term", "correct"),
+        ("train", "skip", "--agent", "gate", "--reward", "correct"),
         ("train", "skip", "--agent", "gate", "--num-env-runners", "1"),
-        ("train", "skip", "--accuracy-term", "blockdrop"), ("train", "skip", "--baseline", "greedy"),
+        ("train", "skip", "--reward", "blockdrop"), ("train", "skip", "--baseline", "greedy"),
         ("train", "skip", "--device", "nosuch"), ("train", "skip", "--dtype", "int8"), ("pretrain", "skip", "--device", "nosuch"),
         ("train", "skip", "--agent", "gate", "--dtype", "bfloat16"), ("train", "skip", "--num-learners", "-1"),
         ("train", "skip", "--num-learners", "3"), ("train", "skip", "--device", "meta"),
-        ("train", "skip", "--agent", "gate", "--address", "auto"), ("train", "hidden-update", "--upfront"), ("train", "skip", "--agent", "gate", "--cost", "time"),
-        ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
+        ("train", "skip", "--agent", "gate", "--address", "auto"), ("train", "hidden-update", "--policy", "upfront"), ("train", "skip", "--agent", "gate", "--cost", "time"),
+        ("train", "skip", "--reward", "nosuch"), ("train", "skip", "--policy", "nosuch"), ("train", "skip", "--cost", "money"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
         ("evaluate",), ("evaluate", "nosuch"), ("evaluate", "/dev/null"), ("evaluate", "junk.safetensors"), ("evaluate", "."),
         ("bench", "nosuch"), ("bench", "env", "--rounds", "0"), ("list", "nosuch"),
         ("bench", "env", "--seconds", "2"), ("bench", "ops", "--runs", "x"), ("bench", "known", "--device", "cuda"),
@@ -127,7 +127,7 @@ def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "dynrl.pretraining.pretrain", lambda backbone, *a, **k: made.append(k["random_routes"]) or backbone
     )
-    pretrain_into(tmp_path, "skip", "digits", 0)
+    pretrain_into(tmp_path, plan("skip", "digits"))
     assert made == [False, True]
     assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors"}
     _, notes = load_backbone(tmp_path / "backbone.safetensors")
@@ -392,7 +392,10 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
 def twin(run, folder, **changes):
     """A copy of a run that says it was trained otherwise."""
     shutil.copytree(run, folder)
-    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    config = read_json(folder / "config.json")
+    for group in config.values():
+        group.update({name: value for name, value in changes.items() if name in group})
+    write_json(folder / "config.json", config)
     return folder
 
 
@@ -412,9 +415,6 @@ def others(run, backbone_folder, tmp_path_factory):
     """Gates beside the run, and the run itself gone on with, fine-tuned."""
     folder = tmp_path_factory.mktemp("others")
     shutil.copytree(run, folder / "tuned")
-    config = read_json(run / "config.json")
-    del config["finetune"]  # as a run of before there was fine-tuning
-    (folder / "tuned" / "config.json").write_text(json.dumps(config))
     row = replace(DEFAULTS["skip", "digits"], finetuning=Finetuning(rounds=2, epochs=0.5, steps=4096))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DEFAULTS, ("skip", "digits"), row)
@@ -445,7 +445,7 @@ def test_a_finished_run_is_finetuned(run, others):
     assert dynrl.load(tuned)(torch.randn(2, 1, 24, 24)).shape == (2, 10)
     with pytest.raises(ValueError, match="trained for another backbone"):
         dynrl.plug(before[0], tuned / "policy.safetensors")
-    assert read_json(tuned / "config.json") == read_json(run / "config.json") | {"finetune": True}
+    assert read_config(tuned) == read_config(run) | {"finetune": True}
 
 
 def test_runs_that_were_not_trained_alike_are_no_seeds_of_one_another(run, others, tmp_path):
@@ -501,23 +501,23 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
 
 
 def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config, *where: False)
+    monkeypatch.setattr("dynrl.training.learn", lambda run, planned: False)
     for data, more in (("adding", []), ("adding", ["--num-envs", "8", "--price-range", "0.1", "2"]), ("digits", [])):
         name = f"{data}-{len(more)}"
         decision = "hidden-update" if data == "adding" else "skip"
         main(["train", decision, "--data", data, "--out", str(tmp_path / name), "--threads", "2", *more])
-    row, found = DEFAULTS["hidden-update", "adding"], read_json(tmp_path / "adding-0" / "config.json")
+    row, found = DEFAULTS["hidden-update", "adding"].learning, read_config(tmp_path / "adding-0")
     assert (found["num_envs"], found["price_range"], found["steps"]) == (row.num_envs, list(row.price_range), row.steps)
     assert found["finetune"]  # no backbone survives random routes there
-    found = read_json(tmp_path / "adding-5" / "config.json")
-    assert (found["num_envs"], found["price_range"], found["router_hidden"]) == (8, [0.1, 2.0], 0)
-    found = read_json(tmp_path / "digits-0" / "config.json")
+    found = read_config(tmp_path / "adding-5")
+    assert (found["num_envs"], found["price_range"], found["hidden"]) == (8, [0.1, 2.0], 0)
+    found = read_config(tmp_path / "digits-0")
     assert (found["num_envs"], found["price_range"], found["finetune"]) == (64, [0.002, 2.0], False)
 
 
 def test_gates_are_resumed_by_the_command(others):
     done = torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"]
-    assert read_json(others / "gate" / "config.json")["agent"] == "gate"
+    assert read_config(others / "gate")["agent"] == "gate"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dynrl.scripts.evaluate.report_runs", lambda *runs: None)
         main(["train", "skip", "--resume", str(others / "gate")])
@@ -560,7 +560,8 @@ def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
     # Fewer steps in all, so that the test is short: what matters is where it starts and how it ends.
     config = read_json(out / "config.json")
     target = done_before + 3000
-    (out / "config.json").write_text(json.dumps(config | {"steps": target}))
+    config["learning"]["steps"] = target
+    (out / "config.json").write_text(json.dumps(config))
     resumed = call("train", "skip", "--resume", out, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     done_after = max(int(p.name.split("_")[1]) for p in (out / "checkpoints").glob("checkpoint_*"))
@@ -658,10 +659,10 @@ def test_bench_model_rows(monkeypatch):
     [
         (["--vary", "nosuch=1"], "names of"), (["--vary", "entropy="], "names of"),
         (["--vary", "entropy=a"], "numbers for entropy"), (["--vary", "num_envs=8,1.5"], "numbers for num_envs"),
-        (["--vary", "entropy=0.1,2"], "--entropy"), (["--vary", "learning_rate=0"], "--learning-rate"),
-        (["--vary", "baseline=group,greedy"], "baselines"), (["--vary", "entropy=0.1", "entropy=0.2"], "once each"),
-        (["--agent", "dqn", "--vary", "entropy=0.1"], "--entropy is for"),
-        (["--vary", "baseline=nosuch"], "baselines"), (["--vary", "accuracy_term=nosuch"], "accuracy term"),
+        (["--vary", "entropy=0.1,2"], "an entropy of"), (["--vary", "learning_rate=0"], "a learning_rate above"),
+        (["--vary", "baseline=group,greedy"], "compares whole routes"), (["--vary", "entropy=0.1", "entropy=0.2"], "once each"),
+        (["--agent", "dqn", "--vary", "entropy=0.1"], "an entropy bonus is for"),
+        (["--vary", "baseline=nosuch"], "unknown baseline"), (["--vary", "reward=nosuch"], "unknown reward"),
         (["--vary", "entropy=0.01,0.010"], "once"), (["--side-by-side", "0"], "--side-by-side"),
     ],
 )  # fmt: skip
@@ -718,11 +719,3 @@ def test_a_front_counts_the_cheapest_network_where_a_policy_has_no_point(small_b
         full.head.weight.zero_()
     nothing = score_routes(backbone.for_inference(), torch.zeros(len(split), 3, dtype=torch.int64), split).metric.mean()
     assert front_area(backbone, full, split) == pytest.approx(float(nothing), abs=1e-6)
-
-
-def test_remote_runners_see_one_gpu_each(monkeypatch):
-    """Of a run that is resumed, too."""
-    monkeypatch.setattr("dynrl.scripts.common.check_device", torch.device)
-    train._check_place(train.Args("skip", device="cuda:1"), "ppo", 0)
-    with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
-        train._check_place(train.Args("skip", device="cuda:1"), "ppo", 2)
