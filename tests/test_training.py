@@ -207,6 +207,8 @@ def test_settings_are_filled_in_by_decision_data_and_agent():
         ("skip", "digits", {"baseline": "group", "num_envs": 12}, "expected 8 x n"),
         (SkipResNet((1, 8, 8), classes=4, layers=(1,), widths=(4,)), "digits", {}, "is for inputs and outputs"),
         (SkipResNet((1, 8, 8), layers=(1,), widths=(4,)), "digits", {"network": ("a=1",)}, "leave it out"),
+        (SkipResNet((1, 8, 8), layers=(1,), widths=(4,)), "digits", {"backbone": "here"}, "given twice"),
+        ("skip", "digits", {"pretrain": False}, "of your own"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_made(decision, data, given, reason, tmp_path, monkeypatch):
