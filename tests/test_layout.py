@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dynrl.envs import DECISIONS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {
@@ -22,7 +25,6 @@ FOLDERS = {
 ALLOWED = {
     "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.deploy", "dynrl.plugins"},
     "dynrl.plugins": set(),
-    "dynrl.ops": {"dynrl.ops"},
     "dynrl.files": set(),
     "dynrl.tasks": set(),
     "dynrl.cost": set(),
@@ -30,32 +32,26 @@ ALLOWED = {
     "dynrl.progress": set(),
     "dynrl.routes": set(),
     "dynrl._version": set(),
+    "dynrl.ops": {"dynrl.ops"},
     "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.tasks"},
     "dynrl.backbones": {"dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.routes"},
-    "dynrl.policies": {"dynrl.policies", "dynrl.files", "dynrl.routes"},
-    "dynrl.observation": {"dynrl.backbones"},
-    "dynrl.choice": {"dynrl.backbones", "dynrl.observation", "dynrl.ops", "dynrl.policies"},
-    "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.observation", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
+    "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes"},
+    "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
     "dynrl.deploy": {
-        "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.choice", "dynrl.ops", "dynrl.cost",
-        "dynrl.files", "dynrl.machine",
+        "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.machine",
     },
-    "dynrl.comparison": {
-        "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.evaluation", "dynrl.heuristics",
-        "dynrl.tasks",
+    "dynrl.evaluation": {
+        "dynrl.evaluation", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops",
+        "dynrl.routes", "dynrl.tasks",
     },
-    "dynrl.evaluation": {"dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks"},
-    "dynrl.heuristics": {"dynrl.backbones", "dynrl.policies", "dynrl.observation", "dynrl.data"},
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.finetuning": {
-        "dynrl.backbones", "dynrl.policies", "dynrl.choice", "dynrl.data", "dynrl.files", "dynrl.routes",
-        "dynrl.pretraining",
+        "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.pretraining",
     },
     "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning"},
     "dynrl.agents": {
-        "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.observation", "dynrl.choice",
-        "dynrl.progress", "dynrl.tasks", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning",
-        "dynrl.plugins",
+        "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.progress", "dynrl.tasks",
+        "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.plugins",
     },
     "dynrl.scripts": {"dynrl"},
 }  # fmt: skip
@@ -73,13 +69,17 @@ MODULES = dict(modules())
 
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: import by full name"
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if whole in MODULES else node.module
+        yield from imported(node)
+
+
+def imported(node):
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "import by full name"
+        for alias in node.names:
+            whole = f"{node.module}.{alias.name}"
+            yield whole if whole in MODULES else node.module
 
 
 def under(name, prefix):
@@ -93,6 +93,70 @@ def test_imports_run_one_way(name):
     own = {i for i in imports(MODULES[name]) if under(i, "dynrl")}
     bad = {i for i in own if not any(under(i, allowed) for allowed in ALLOWED[rule])}
     assert not bad
+
+
+def test_no_imports_run_in_a_circle():
+    """At load time: what a function or a type checker imports closes no circle."""
+    edges = {name: {i for i in loaded(path) if i in MODULES} for name, path in MODULES.items()}
+    settled: set[str] = set()
+
+    def visit(name, way):
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in settled:
+            for other in sorted(edges[name] - {name}):
+                visit(other, [*way, name])
+            settled.add(name)
+
+    for name in edges:
+        visit(name, [])
+
+
+def loaded(path):
+    """The modules that a file imports when it is loaded."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imported(node)
+
+
+def functions(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if not under(n, "dynrl.ops.kernels")])
+def test_functions_fit_on_a_screen(name):
+    long = []
+    for node in functions(MODULES[name]):
+        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+        if lines > 60:
+            long.append(f"{node.name}: {lines} lines")
+    assert not long
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_a_verb_is_short(path):
+    assert len(path.read_text().splitlines()) <= 100
+
+
+def test_nobody_asks_which_policy_or_decision_it_is():
+    """A policy says what it can by its sight and attributes, a family by class facts: no switch on types or names."""
+    policies = {
+        name for module in MODULES if under(module, "dynrl.policies") for name in vars(importlib.import_module(module))
+        if name.endswith(("Policy", "Router", "Sight"))
+    }  # fmt: skip
+    asked = []
+    for name, path in MODULES.items():
+        own = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                types = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} & policies - own
+                asked += [f"{name}:{node.lineno} asks for {kind}" for kind in types]
+            if isinstance(node, ast.Compare):
+                words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+                asked += [f"{name}:{node.lineno} asks for {word!r}" for word in words & set(DECISIONS)]
+    assert not asked
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if under(n, "dynrl.policies") or under(n, "dynrl.backbones")])
