@@ -173,23 +173,13 @@ class StepSight(Sight):
 
     def see(self, backbone: Any, state: Any, price: Tensor | float) -> Tensor:
         """`Sight.see`, laid out as the table of this class says."""
-        # An environment makes one of these at every step: few steps count for more than small ones.
-        walk = state.walk
-        common = [0.0] * self.width  # what all rows have in common
-        mask = None
+        walk, view = state.walk, torch.zeros(state.count, self.width, device=state.rows.device)
         if not state.ended:
-            common[self.features + state.point] = 1.0
-            open_count = backbone.points[state.point].n
-            first = self.price + 1
-            common[first : first + open_count] = [1.0] * open_count
-            mask = backbone.open_choices(state)
-        if not isinstance(price, Tensor):
-            common[self.price] = price
-        view = torch.tensor([common], device=state.rows.device).repeat(state.count, 1)
-        if mask is not None:
-            view[:, self.price + 1 : self.price + 1 + mask.shape[1]] = mask.float()
-        if isinstance(price, Tensor):
-            view[:, self.price] = state.get(price)
+            view[:, self.features + state.point] = 1.0
+            mask, first = backbone.open_choices(state), self.price + 1
+            open_choices = view[:, first : first + backbone.points[state.point].n]
+            open_choices.copy_(mask) if mask is not None else open_choices.fill_(1.0)
+        view[:, self.price] = state.get(price) if isinstance(price, Tensor) else price
         view[:, self.last : self.spent].scatter_(1, state.get(walk.last).unsqueeze(1), 1.0)
         torch.div(state.get(walk.macs), backbone.dense_macs, out=view[:, self.spent])
         if not state.ended:  # last: `out=` refuses a tensor with a graph, which features of a gated walk bring

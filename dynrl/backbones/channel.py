@@ -18,8 +18,8 @@ from dynrl.ops.route import route
 from dynrl.ops.rows import take_rows
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 
-# In training mode, fewer rows than these are normalised by the running statistics and not counted in them: the mean and
-# variance of a row or two are what these rows show, and each group weighs a tenth in the running ones however small.
+# In training mode, groups of fewer rows than these are normalised by the running statistics and not counted in them.
+# The mean and variance of one or two rows say little, and every group would weigh a tenth in the running ones.
 LEAST_ROWS = 8
 
 
@@ -54,7 +54,7 @@ class SlimmableBlock(Block):
             self.add_module(f"bn{i}", nn.ModuleList(nn.BatchNorm2d(count) for count in channels))
 
     def weights(self, choice: int) -> list[Tensor]:
-        """The convolutions' weights at one width."""
+        """The slices of the convolutions' weights at the width of `choice`."""
         width, layers = self.widths[choice], self.layers()
         first, last = 0, len(layers) - 1
         return [
@@ -71,7 +71,7 @@ class SlimmableBlock(Block):
         return F.relu(x + y, inplace=True)
 
     def narrow(self, choice: int) -> Callable[[Tensor], Tensor]:
-        """The block at one width as a function of rows."""
+        """The block at one width, as a function of rows."""
         return partial(self.sliced, choice=choice)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,12 +79,12 @@ class SlimmableBlock(Block):
         return self.sliced(x, len(self.widths) - 1)
 
     def mixed(self, x: Tensor, choice: Tensor) -> Tensor:
-        """Each row of `x` [n, C, H, W] at its own `choice` [n]; differentiable."""
+        """Run each row of `x` [n, C, H, W] at the width of its own `choice` [n]; differentiable."""
         routing = route(choice, len(self.widths))
         if max(routing.sizes) == len(x):  # all chose the same
             return self.sliced(x, routing.sizes.index(len(x)))
         groups = take_rows(x, routing.order).split(routing.sizes)
-        # All groups are moved at once, there and back: a copy for each takes training a third longer (measured).
+        # All groups are moved at once, there and back: a copy for each makes training much slower.
         done = torch.cat([self.sliced(rows, c) for c, rows in enumerate(groups) if len(rows)])
         return take_rows(done, routing.order.argsort())
 
@@ -135,7 +135,7 @@ class SlimmableResNet(SkipResNet):
         )
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each width begins with its slice of the full one's batch norm; narrow ones are of use after training only."""
+        """`ResNet._renamed`: each width begins with its slice of the full width's batch norm, to be trained on."""
         own, renamed = self.state_dict(), {}
         for name, value in state.items():
             layer, _, part = name.rpartition(".")
@@ -158,11 +158,11 @@ class SlimmableResNet(SkipResNet):
         return self._go_on(state, torch.stack(weighted).sum(0))
 
     def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
-        """The features of a state, and the block they stand before."""
+        """The features of a state, and the block before which they stand."""
         return state.features, self._blocks[self._skippable[state.point]]
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Each block at each width on as many neighbouring rows as chose it; see `Backbone.ideal`."""
+        """`Backbone.ideal`: each block runs at each width on neighbouring rows, as many as chose that width."""
         parts = []
         for column in route.unbind(1):
             ends = [0, *accumulate((column == choice).sum().item() for choice in range(self.num_choices))]

@@ -25,11 +25,11 @@ CELLS = 4  # early classifiers see means over this many cells each way, or all p
 
 
 class Exits(Backbone):
-    """What networks with classifiers on their way share: at each, action 0 stops with its answer, 1 goes on.
+    """The base of networks with classifiers on their way: at each, action 0 stops with its answer, 1 goes on.
 
-    What leads up to an exit and its classifier are charged on arrival there. The last exit is the network's own output:
-    who arrives there is done, so that K exits have K - 1 decision points. A family says what the stages are and what
-    each exit says.
+    A row pays for an exit, its classifier and all that leads up to them, on arrival there. The last exit is the
+    network's own output. A row that arrives there is done, so K exits have K - 1 decision points. A family says what
+    the stages are and what each exit says.
     """
 
     decision = "exit"
@@ -39,15 +39,21 @@ class Exits(Backbone):
     exports = True
 
     def _advance_to(self, k: int, x: Tensor) -> Tensor:
-        """From exit k - 1 (or the inputs) to exit k."""
+        """Run the stage from exit k - 1 (or the inputs) to exit k."""
         raise NotImplementedError
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
-        """[n, classes], what exit k says of what stands before it."""
+        """[n, classes], what the classifier of exit k says."""
         raise NotImplementedError
 
     def _set_points(self, names: list[str], stage_macs: list[int], widths: list[int]) -> None:
-        """Pose a point at each exit of `names`; `stage_macs` up to each and to the last, classifiers included."""
+        """Pose a point at each exit.
+
+        Args:
+            names: of the points.
+            stage_macs: MACs of each stage with its classifier, one more than points.
+            widths: channels at each exit.
+        """
         self._pose(
             [Point(name, 2) for name in names],
             costs=[[0, macs] for macs in stage_macs[1:]],
@@ -57,7 +63,7 @@ class Exits(Backbone):
         )
 
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
-        """Run what leads up to exit k, and put down what it says."""
+        """Run what leads up to exit k, and keep what that exit says as the rows' output."""
         x = self._advance_to(k, x)
         walk.put_output(rows, self._exit(k, x))
         return State(walk, k, rows, x) if k < len(self.points) else State(walk, END, rows)
@@ -92,7 +98,7 @@ class Exits(Backbone):
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """All exits in one pass, weighted alike (Huang et al. 2018, section 4); without a rate, the last alone."""
+        """All exits in one pass, weighted alike (Huang et al. 2018, section 4); without a rate the last one alone."""
         x, outputs = inputs, []
         for k in range(len(self.points) + 1):
             x = self._advance_to(k, x)
@@ -101,7 +107,7 @@ class Exits(Backbone):
         yield torch.cat(outputs)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
-        """Each stage and its exit on the first rows of the batch, as many as arrive; see `Backbone.ideal`."""
+        """`Backbone.ideal`: each stage and its exit run on the first rows of the batch, as many as arrive."""
         counts = [len(route), *(route == GO_ON).sum(0).tolist()]
 
         def run() -> None:
@@ -115,7 +121,7 @@ class Exits(Backbone):
 
 
 def early_inputs(x: Tensor) -> Tensor:
-    """[n, k], what an early classifier sees: maps as means over `CELLS` each way, tokens averaged."""
+    """[n, k], what an early classifier sees: maps reduced to `CELLS` means each way, tokens averaged."""
     if x.dim() != 4:
         return summary(x).to(x.dtype)
     cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
@@ -126,9 +132,7 @@ class ExitResNet(Exits, ResNet):
     """A ResNet with classifiers between its blocks.
 
     An early classifier is one linear layer on the maps reduced to 4x4, as in Shallow-Deep Networks (Kaya et al. 2019,
-    ICML). Measured on Fashion-MNIST (12,000 images, 6 epochs, validation): the first exit is right for 88.3 %, on
-    channel means for 83.8 %, behind a 3x3 convolution of twice the channels for 86.7 %; the last exit for 90.4, 89.8
-    and 90.6 %.
+    ICML).
 
     Args: those of `ResNet`, and
         exits: the blocks (0 is the first) behind which there is an exit, beside the last.

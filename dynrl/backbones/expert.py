@@ -40,7 +40,7 @@ class _Convolution(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A depthwise convolution, which all images run, and experts side by side, of which each image takes one."""
+    """A depthwise convolution that all images run, and experts side by side of which each image takes one."""
 
     _frozen = False
 
@@ -56,7 +56,7 @@ class _Layer(nn.Module):
         self.w2 = nn.Parameter(0.2 * torch.randn(channels, sum(widths)) / hidden.repeat_interleave(hidden).sqrt())
 
     def freeze(self) -> None:
-        """Lay the experts' weights out as they are fastest for few positions."""
+        """Lay the experts' weights out in the order that is fastest for few positions."""
         self._frozen = True
         self.w1.data, self.w2.data = column_major(self.w1.data), column_major(self.w2.data)
 
@@ -67,17 +67,17 @@ class _Layer(nn.Module):
         return self
 
     def experts(self) -> list[Expert]:
-        """Each by itself."""
+        """Each expert by itself."""
         parts = (self.w1.split(self.widths), self.b1.split(self.widths), self.w2.split(self.widths, 1))
         return [Expert(*of) for of in zip(*parts, strict=True)]
 
     def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        """[n, C, H, W], behind the convolution, through the experts chosen [n]."""
+        """Run each row of `x` [n, C, H, W], behind the convolution, through the expert that `choice` [n] names."""
         y = routed_experts(x.permute(0, 2, 3, 1), choice, self.w1, self.b1, self.w2, self.widths)
         return y.permute(0, 3, 1, 2)
 
     def gated(self, x: Tensor, gates: Tensor) -> Tensor:
-        """`forward` through all experts, weighted by `gates` [n, experts]."""
+        """Run `forward` through all experts, each weighted by its gate of `gates` [n, experts]."""
         positions, hidden = x.permute(0, 2, 3, 1), torch.tensor(self.widths, device=x.device)
         share = gates.repeat_interleave(hidden, 1)[:, None, None]
         y = F.linear(F.linear(positions, self.w1, self.b1).relu() * share, self.w2)
@@ -87,16 +87,16 @@ class _Layer(nn.Module):
 class ExpertNet(Backbone):
     """A convolutional network whose pointwise layers have several experts: action e takes expert e.
 
-    A stem of two convolutions of stride 2; then layers, each of a depthwise convolution over the map (all images run
-    it) and of experts, two products with ReLU between at each position of the map, added to what they are given; then
-    the mean over the map and a linear layer. Batch norm follows every convolution, so that experts get inputs of one
-    scale whatever ran before them. An expert of width 0 hands the image through.
+    The network begins with two convolutions of stride 2. Each layer is a depthwise convolution over the map, which all
+    images run, and experts: two products with ReLU between them at each position of the map, whose result is added to
+    what they are given. The mean over the map and a linear layer end the network. Batch norm follows every convolution,
+    so that experts get inputs of one scale whatever ran before them. An expert of width 0 hands the image through.
 
     Args:
         input_shape: (channels, height, width) of one image.
         classes: outputs of the last layer.
         stem: channels of the first convolution.
-        channels: of the map after the stem, which stays as it is.
+        channels: of the map behind the stem and all layers.
         layers: how many.
         widths: hidden units of a layer's experts, from narrow to wide. The full route always takes the last one.
 
@@ -164,7 +164,7 @@ class ExpertNet(Backbone):
         return self._go_on(state, self._layers[state.point].gated(state.features, gates))
 
     def _go_on(self, state: State, x: Tensor) -> State:
-        """From behind the experts to the next point or the end."""
+        """Go on from behind the experts to the next point or the end."""
         following = state.point + 1
         if following < len(self.points):
             return State(state.walk, following, state.rows, self._layers[following].mix(x))
@@ -175,11 +175,11 @@ class ExpertNet(Backbone):
         return self.fc(x.mean((2, 3)))
 
     def observe(self, state: State) -> Tensor:
-        """Each channel's mean over the map."""
+        """The mean of each channel over the map."""
         return state.features.mean((2, 3)).float()
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Each expert on neighbouring rows of the batch, as many as chose it; see `Backbone.ideal`."""
+        """`Backbone.ideal`: each expert runs on neighbouring rows of the batch, as many as chose it."""
         counts = [torch.bincount(chosen, minlength=self.num_choices).tolist() for chosen in route.t()]
 
         def run() -> Tensor:

@@ -1,4 +1,4 @@
-"""Your own module as a backbone: blocks that may be skipped, or exits behind layers, found in it by name."""
+"""A module of the user's as a backbone: its blocks may be skipped, or exits stand behind its layers, found by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynrl.ops.pooled import summary
 
 
 class _Tracer(fx.Tracer):
-    """Looks into the modules that hold the parts, and into no others."""
+    """The tracer looks into the modules that hold the parts, and into no others."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class _Tracer(fx.Tracer):
 
 
 class Part:
-    """A named part of a module, as a function of rows; what else the module gives it is constant."""
+    """A part is a named piece of a module, as a function of rows; its further arguments are constants."""
 
     def __init__(self, module: nn.Module, node: fx.Node) -> None:
         self.module, self._more, self._options = module, node.args[1:], dict(node.kwargs)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run the part."""
+        """Run the part on rows."""
         return self.module(x, *self._more, **self._options)
 
 
@@ -49,8 +49,8 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
         names: as in `module.named_modules()`.
 
     Returns:
-        what runs before the first part, between them and behind the last (one more than parts), and the parts; both
-        hold the very weights of `module`.
+        the pieces before the first part, between parts and behind the last (one more than parts), and the parts. Both
+        hold the weights of `module` themselves, not copies.
 
     Raises:
         ValueError: no such part; one that is not run just once, on one tensor, in this order; a tensor that runs past a
@@ -109,7 +109,7 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[str], kind: str) -> fx.Graph:
-    """A graph of its own from `entry` to `result` through `nodes`."""
+    """Copy `nodes` into a graph that runs from `entry` to `result`."""
     graph = fx.Graph()
     made = {entry: graph.placeholder("x")}
 
@@ -133,7 +133,7 @@ def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[s
 
 
 class _OfModule(Backbone):
-    """What both kinds share: a module of the user's, cut around its parts of some names."""
+    """The base of both kinds: a module of the user's, cut around its parts of given names."""
 
     def __init__(
         self, module: nn.Module, input_shape: Sequence[int], parts: Sequence[str], family: str | None, **config: Any
@@ -171,13 +171,14 @@ class _OfModule(Backbone):
 
 
 class SkipModule(_OfModule, Skipping):
-    """A module of your own, blocks of which are decision points: action 1 runs the block, 0 hands the row through.
+    """A module of your own with blocks that may be skipped: action 1 runs a block, 0 hands the row through.
 
-    Any chain of residual blocks will do: the blocks of a torchvision or timm ViT, say, or the ResNet blocks that keep
-    their input's shape. The full route is the module itself, by the very same weights.
+    Any chain of residual blocks will do: the blocks of a torchvision or timm ViT, or those ResNet blocks that keep the
+    shape of their input. The full route is the module itself, by the same weights.
 
     Args:
-        module: one tensor [B, *input_shape] to outputs [B, classes]; is held, not copied, and put into eval mode.
+        module: maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put into eval
+            mode.
         input_shape: of one input.
         blocks: names (as in `module.named_modules()`) in the order in which they run, of blocks that keep their
             input's shape, shortcut included.
@@ -217,8 +218,8 @@ class SkipModule(_OfModule, Skipping):
 
     def _lead(self, inputs: Tensor) -> Tensor:
         x = self._between[0](inputs)
-        # What is skipped lies in place, and inputs are the user's. Whether a layer copies (`contiguous`, `reshape`) may
-        # depend on their strides; a tracer has no addresses, and goes by the example's.
+        # Blocks overwrite their features in place, and inputs are the user's. Whether a layer copies them
+        # (`contiguous`, `reshape`) may depend on their strides. A tracer has no addresses and goes by the example.
         view = self._lead_is_view if is_compiling() else _same_memory(x, inputs)
         return x.clone() if view else x
 
@@ -230,13 +231,14 @@ class SkipModule(_OfModule, Skipping):
 
 
 class ExitModule(_OfModule, Exits):
-    """A module of your own with classifiers behind some of its layers: action 0 stops with their answer, 1 goes on.
+    """A module of your own with classifiers behind some of its layers: action 0 stops with the answer, 1 goes on.
 
-    An early classifier is one linear layer on maps reduced to 4x4, or on the mean of tokens; it is made here and
-    untrained: `dynrl.pretraining.pretrain` trains all exits together. The last exit is the module's own output.
+    An early classifier is one linear layer on maps reduced to 4x4, or on the mean of tokens. The classifiers are made
+    here, untrained; `dynrl.pretraining.pretrain` trains all exits together. The last exit is the module's own output.
 
     Args:
-        module: one tensor [B, *input_shape] to outputs [B, classes]; is held, not copied, and put into eval mode.
+        module: maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put into eval
+            mode.
         input_shape: of one input.
         layers: names (as in `module.named_modules()`) in the order in which they run, of layers that everything the
             module computes goes through; there is an exit behind each.

@@ -25,14 +25,15 @@ def _hats(steps: int, knots: int) -> Tensor:
 class SkipRNN(Backbone):
     """A recurrent network that reads a sequence: at each step a row updates its state (choice 1) or copies it (0).
 
-    A linear layer reads the output off the last hidden state; all rows pay it. Its kinds are `SkipGRU` and `SkipLSTM`.
+    A linear layer reads the output off the last hidden state. All rows pay for it. `SkipGRU` and `SkipLSTM` say which
+    cell it is.
 
     Args:
         input_shape: (steps, numbers a step).
         classes: outputs of the head.
         hidden: units.
-        sees: what a policy is shown at a step: "state" (before the step's input is seen: an input that is not used need
-            not even be read) or "state+input" (both).
+        sees: what a policy is shown at a step: "state" alone, so that an input that is not used need not even be read,
+            or "state+input".
         knots: how finely a policy is told the time, see `observe`; at most as many as steps count.
 
     Source: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state.
@@ -84,12 +85,12 @@ class SkipRNN(Backbone):
 
     @classmethod
     def from_module(cls, rnn: nn.GRU | nn.LSTM, head: nn.Linear, steps: int, **settings: Any) -> Self:
-        """A copy of a trained layer with the one that reads its last hidden state, for sequences of `steps` steps.
+        """Build the backbone from a trained layer and the layer that reads its last hidden state.
 
         Args:
-            rnn: an `nn.GRU` for `SkipGRU`, an `nn.LSTM` for `SkipLSTM`; stays as it is.
-            head: stays as it is.
-            steps: of the sequences that it is for.
+            rnn: an `nn.GRU` for `SkipGRU`, an `nn.LSTM` for `SkipLSTM`; it is copied.
+            head: the layer that reads the last hidden state; it is copied.
+            steps: length of the sequences.
             settings: `sees` and `knots`.
 
         Raises:
@@ -116,7 +117,7 @@ class SkipRNN(Backbone):
         return self
 
     def for_inference(self) -> Self:
-        """A frozen copy, its weights as they are fastest for few rows."""
+        """A frozen copy whose weights are laid out in the order that is fastest for few rows."""
         twin = super().for_inference()
         twin._frozen = True
         twin._lay_out()
@@ -176,11 +177,11 @@ class SkipRNN(Backbone):
         return State(state.walk, END, state.rows)
 
     def observe(self, state: State) -> Tensor:
-        """The state (an LSTM's cell's, too), the time, the share of the sequence since the last update, and with
-        "state+input" the step's input.
+        """`Backbone.observe`: the state (an LSTM's both), the time, the share of the sequence since the last update,
+        and with "state+input" the step's input.
 
-        The time is told by hat functions on even knots, at most one a step, so that a linear policy can tell any one
-        part of the sequence from all others; it costs a look into a table.
+        The time is told by hat functions on even knots, at most one a step. A linear policy can then tell any part of
+        the sequence from all others, and telling the time costs a look into a table.
         """
         steps = state.visit
         time = self._time[steps].expand(state.count, -1) if isinstance(steps, int) else self._time[steps]
@@ -207,7 +208,7 @@ class SkipRNN(Backbone):
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """As any family's; without a rate by torch's own layer, in half the time."""
+        """`Backbone.training_outputs`; without a rate they come from torch's own layer, which is faster."""
         if rate is None:
             yield self._whole(inputs)
         else:
@@ -217,7 +218,7 @@ class SkipRNN(Backbone):
         return self.fc(self.rnn(inputs)[0][:, -1])
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """The cell on the first rows of the batch, as many as update at each step; see `Backbone.ideal`."""
+        """`Backbone.ideal`: the cell runs on the first rows of the batch, as many as update at each step."""
         counts = (route == 1).sum(0).tolist()
 
         def run() -> Tensor:
@@ -230,7 +231,7 @@ class SkipRNN(Backbone):
         return run
 
     def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """The same by torch's own layer, over whole sequences."""
+        """`Backbone.dense_twins`: torch's own layer over whole sequences."""
         return {f"nn.{self.layer.__name__}": lambda: self._whole(inputs)}
 
 
@@ -241,8 +242,9 @@ class SkipGRU(SkipRNN):
 
 
 class SkipLSTM(SkipRNN):
-    """A `SkipRNN` of LSTM cells, both of whose states are copied, or not, and shown to a policy. The full route is
-    `nn.LSTM`, whose state_dict (one layer and direction) `lstm` takes.
+    """A `SkipRNN` of LSTM cells: both states are updated or copied together, and shown to a policy.
+
+    The full route is `nn.LSTM`, whose state_dict (one layer and direction) `lstm` takes.
     """
 
     family, layer, name = "skip_lstm", nn.LSTM, "lstm"

@@ -1,4 +1,4 @@
-"""What the residual families share: blocks, stem and stages, under torchvision's parameter names."""
+"""Residual networks without decisions: blocks, stem and stages, under torchvision's parameter names."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dynrl.ops.gated_residual import ResidualBlock
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution as residual networks have them: padded to keep the map's size at stride 1, without bias."""
+    """Make a convolution without bias, padded so that the map keeps its size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class Block(nn.Module):
-    """What basic blocks and bottlenecks share: a branch of convolutions beside an identity or a projection."""
+    """The base of basic blocks and bottlenecks: a branch of convolutions beside an identity or a projection."""
 
     expansion: ClassVar[int]
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
         return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in (1, 2, 3) if hasattr(self, f"conv{i}")]
 
     def branch(self, x: Tensor) -> Tensor:
-        """What is added to the identity: the convolutions with batch norm, and ReLU after each but the last."""
+        """Run what is added to the identity: convolutions with batch norm, and ReLU after each but the last."""
         *first, (last, last_norm) = self.layers()
         for inner, inner_norm in first:
             x = F.relu(inner_norm(inner(x)), inplace=True)
@@ -152,13 +152,13 @@ class ResNet(Backbone):
 
     @classmethod
     def from_module(cls, module: nn.Module, input_shape: tuple[int, int, int], **settings: Any) -> Self:
-        """A copy of a ResNet of torchvision's or timm's, or of another with torchvision's names, as this family.
+        """Build the backbone from a ResNet of torchvision's or timm's, or another with torchvision's names.
 
-        The full route computes what `module` does in eval mode; this is checked on random inputs.
+        The full route computes what `module` does in eval mode. This is checked on random inputs.
 
         Args:
-            module: stays as it is.
-            input_shape: of the inputs that it is for.
+            module: the ResNet; it is copied.
+            input_shape: of one input.
             settings: what the family takes beside a ResNet's shape (`exits`, `shares`).
 
         Raises:
@@ -199,7 +199,7 @@ class ResNet(Backbone):
         return backbone
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A plain ResNet's `state` under this family's names."""
+        """The `state` of a plain ResNet under this family's names."""
         return state
 
     def _stem(self, x: Tensor) -> Tensor:
@@ -211,8 +211,9 @@ class ResNet(Backbone):
         return self.fc(x.mean((2, 3)))
 
     def for_inference(self) -> Self:
-        """A frozen copy with batch norm, ReLU and residual folded into the convolutions, its maps in channels_last:
-        here the faster memory format, dense and routed (measured on a CPU: 1.0 to 1.15 times).
+        """A frozen copy with batch norm, ReLU and residual folded into the convolutions.
+
+        Its maps are in channels_last, the faster memory format here, dense and routed.
         """
         twin = super().for_inference()
         twin.conv1 = FoldedConv2d.of(twin.conv1, twin.bn1)

@@ -16,28 +16,35 @@ from dynrl.ops.pooled import summary
 
 
 class Skipping(Backbone):
-    """What networks of blocks that may be left out share: action 1 runs the block, 0 hands the row through.
+    """The base of networks whose blocks may be left out: action 1 runs a block, 0 hands the row through.
 
-    A family says what runs before the first such block, which these are, and what runs behind each.
+    A family says what runs before the first such block, which blocks these are, and what runs behind each.
     """
 
     decision = "skip"
     exports = True
 
     def _lead(self, inputs: Tensor) -> Tensor:
-        """What runs before the first point."""
+        """Run what comes before the first point."""
         raise NotImplementedError
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        """The block of a point."""
+        """The block that the choice at `point` is about."""
         raise NotImplementedError
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
-        """What runs behind the block of `point`, up to the next point or to the output."""
+        """Run what comes behind the block of `point`, up to the next point or to the output."""
         raise NotImplementedError
 
     def _set_points(self, names: list[str], block_macs: list[int], fixed_macs: list[int], width: int) -> None:
-        """Pose a point for each block of `names`; `fixed_macs` before the first and behind each."""
+        """Pose a point for each block.
+
+        Args:
+            names: of the points.
+            block_macs: MACs of each block.
+            fixed_macs: MACs before the first block and behind each, one more than blocks.
+            width: the most numbers that `observe` shows.
+        """
         behind = zip(block_macs, fixed_macs[1:], strict=True)
         self._pose(
             [Point(name, 2) for name in names],
@@ -67,11 +74,11 @@ class Skipping(Backbone):
         return State(state.walk, END, state.rows)
 
     def observe(self, state: State) -> Tensor:
-        """Each channel's mean over the map, or over the tokens."""
+        """The mean of each channel over the map, or over the tokens."""
         return summary(state.features)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Each block that may be skipped on the first rows of the batch, as many as chose it; see `Backbone.ideal`."""
+        """`Backbone.ideal`: each block runs on the first rows of the batch, as many as chose to run it."""
         counts = (route == 1).sum(0).tolist()
 
         def run() -> Tensor:
@@ -88,8 +95,8 @@ class Skipping(Backbone):
 class SkipResNet(Skipping, ResNet):
     """A ResNet whose identity blocks are decision points.
 
-    Blocks that change the shape have no identity to fall back on: they always run and are the floor of the cost.
-    The state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
+    Blocks that change the shape have no identity to fall back on. They always run and are the floor of the cost. The
+    state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
 
     Args: those of `ResNet`.
     """

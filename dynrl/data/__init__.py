@@ -11,8 +11,10 @@ from functools import lru_cache
 from dynrl.data.base import Augmentation, Dataset, Split, standardised
 from dynrl.data.cifar import cifar_10, cifar_100
 from dynrl.data.folder import image_folder, split_name
-from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist
-from dynrl.data.sequences import adding, sequential_digits, sequential_fashion_mnist
+from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist, varied_fashion_mnist
+from dynrl.data.many import many_tasks
+from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
+from dynrl.data.traces import trace, trace_small
 
 __all__ = [
     "DATASETS", "Augmentation", "Dataset", "Split", "check_dataset", "image_folder", "load_dataset", "standardised",
@@ -23,11 +25,16 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
     "cluttered-fashion-mnist": cluttered_fashion_mnist,
+    "varied-fashion-mnist": varied_fashion_mnist,
     "cifar-10": cifar_10,
     "cifar-100": cifar_100,
+    "many-tasks": many_tasks,
     "adding": adding,
+    "prefix": prefix,
     "sequential-digits": sequential_digits,
     "sequential-fashion-mnist": sequential_fashion_mnist,
+    "trace": trace,
+    "trace-small": trace_small,
 }
 
 

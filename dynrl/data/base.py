@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +15,31 @@ from dynrl.tasks import CLASSIFICATION, Task
 
 @dataclass(frozen=True)
 class Split:
-    """`inputs` [n, ...] float32, ready for a network, and `targets` as the `task` has them (classes [n] int64, say)."""
+    """Inputs and what is asked of them.
+
+    Attributes:
+        inputs: [n, ...] float32, ready for a network.
+        targets: as the `task` has them: classes [n] int64, say.
+        task: what is asked.
+        difficulty: what makes an input hard, where that is known: names to numbers [n]. Only reports see it.
+    """
 
     inputs: Tensor
     targets: Tensor
     task: Task = CLASSIFICATION
+    difficulty: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def head(self, count: int) -> Split:
         """The first `count` rows (all splits are in random order)."""
-        return Split(self.inputs[:count], self.targets[:count], self.task)
+        difficulty = {name: numbers[:count] for name, numbers in self.difficulty.items()}
+        return Split(self.inputs[:count], self.targets[:count], self.task, difficulty)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """The same elsewhere, inputs in another type; targets keep theirs."""
-        return Split(self.inputs.to(device, dtype), self.targets.to(device), self.task)
+        return Split(self.inputs.to(device, dtype), self.targets.to(device), self.task, self.difficulty)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Dataset:
         classes: outputs that a network for it has; 1 for one number.
         augmentation: of training inputs.
         mean, deviation: the inputs are raw ones (images in 0 to 1) less `mean`, over `deviation`.
+        anew: another training split of the same kind and size, drawn by a seed; None where there is but one.
     """
 
     name: str
@@ -78,6 +89,7 @@ class Dataset:
     augmentation: Augmentation
     mean: float = 0.0
     deviation: float = 1.0
+    anew: Callable[[int], Split] | None = None
 
     @property
     def task(self) -> Task:
@@ -103,5 +115,10 @@ Parts = list[tuple[Tensor, Tensor]]
 def standardised(name: str, classes: int, augmentation: Augmentation, parts: Parts) -> Dataset:
     """The data set of `parts`, by the training inputs' mean and deviation."""
     mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
-    train, validation, test = (Split((inputs - mean).div_(deviation), labels.long()) for inputs, labels in parts)
+    train, validation, test = (Split(scaled(inputs, mean, deviation), labels.long()) for inputs, labels in parts)
     return Dataset(name, classes, train, validation, test, augmentation, mean, deviation)
+
+
+def scaled(inputs: Tensor, mean: float, deviation: float) -> Tensor:
+    """`inputs` less `mean`, over `deviation`."""
+    return (inputs - mean).div_(deviation)

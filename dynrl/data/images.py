@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -131,6 +132,40 @@ def clutter(images: Tensor, seed: int) -> Tensor:
         other = (every + torch.from_numpy(rng.integers(1, len(images), len(images)))) % len(images)
         paste(images[other.view(-1, 1, 1), 0, *window(images.shape[-1], PIECE)])
     return canvas.unsqueeze(1)
+
+
+SIZES, MOST_PIECES = (12, 40), 12  # [pixels] of the clothes, pieces of clutter
+
+
+def varied_fashion_mnist() -> Dataset:
+    """Clothes of drawn size among drawn amounts of clutter, on canvases of 48x48; 20,000 / 2,000 / 5,000.
+
+    Sizes are even in 12 to 40 pixels, pieces of clutter in 0 to 12. Both are kept as what makes an image hard.
+    """
+    made, difficulty = [], []
+    for seed, ((images, labels), count) in enumerate(zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)):
+        rng = np.random.default_rng(seed)
+        sizes, pieces = rng.integers(SIZES[0], SIZES[1] + 1, count), rng.integers(0, MOST_PIECES + 1, count)
+        canvas = torch.zeros(count, 1, CANVAS, CANVAS)
+        for size in np.unique(sizes):
+            for row in np.flatnonzero(sizes == size):
+                top, left = rng.integers(0, CANVAS - size + 1, 2)
+                scaled = F.interpolate(images[row : row + 1], size=int(size), mode="bilinear", antialias=True)
+                canvas[row, :, top : top + size, left : left + size] = scaled[0]
+        for row in range(count):
+            for _ in range(pieces[row]):
+                other = images[(row + int(rng.integers(1, count))) % count, 0]
+                (y, x), (top, left) = rng.integers(0, 28 - PIECE + 1, 2), rng.integers(0, CANVAS - PIECE + 1, 2)
+                place = canvas[row, 0, top : top + PIECE, left : left + PIECE]
+                place.copy_(place.maximum(other[y : y + PIECE, x : x + PIECE]))
+        made.append((canvas, labels[:count]))
+        difficulty.append({"size": torch.from_numpy(sizes).float(), "clutter": torch.from_numpy(pieces).float()})
+    data = standardised("varied-fashion-mnist", 10, Augmentation(flip=True, shift=1), made)
+    splits = (
+        replace(split, difficulty=hard)
+        for split, hard in zip((data.train, data.validation, data.test), difficulty, strict=True)
+    )
+    return replace(data, **dict(zip(("train", "validation", "test"), splits, strict=True)))
 
 
 def cluttered_fashion_mnist() -> Dataset:

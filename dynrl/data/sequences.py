@@ -1,4 +1,4 @@
-"""Sequences [n, steps, numbers a step]: the adding task, and images read bit by bit."""
+"""Sequences [n, steps, numbers a step]: the adding task, parity of a drawn length, and images read bit by bit."""
 
 from __future__ import annotations
 
@@ -32,6 +32,34 @@ def adding() -> Dataset:
     test, validation, train = (draw(count) for count in (5_000, 2_000, 40_000))
     task = Regression.of(train[1])
     return Dataset("adding", 1, Split(*train, task), Split(*validation, task), Split(*test, task), Augmentation())
+
+
+MOST_BITS = 24  # of the parity task
+
+
+def prefix() -> Dataset:
+    """Is the number of ones among the first bits odd? How many bits count is drawn; 20,000 / 2,000 / 5,000.
+
+    Half of the rows have 2 to 6 bits, the other half 2 to 24. A step is a bit, +1 or -1, and whether it counts; behind
+    the last one that counts all is zero. After prefix sums (Schwarzschild et al. 2021, NeurIPS) and the parity task of
+    adaptive computation time (Graves 2016, section 3.1).
+    """
+
+    def draw(count: int, seed: int) -> Split:
+        rng = np.random.default_rng(seed)
+        lengths = np.where(rng.random(count) < 0.5, rng.integers(2, 7, count), rng.integers(2, MOST_BITS + 1, count))
+        counts = np.arange(MOST_BITS) < lengths[:, None]
+        ones = (rng.random((count, MOST_BITS)) < 0.5) & counts
+        steps = np.stack([np.where(counts, np.where(ones, 1.0, -1.0), 0.0), counts], 2)
+        return Split(
+            torch.from_numpy(steps).float(), torch.from_numpy(ones.sum(1) % 2),
+            difficulty={"length": torch.from_numpy(lengths).float()},
+        )  # fmt: skip
+
+    train, validation, test = (draw(count, seed) for seed, count in enumerate((20_000, 2_000, 5_000)))
+    return Dataset(
+        "prefix", 2, train, validation, test, Augmentation(), anew=lambda seed: draw(len(train), 1000 + seed)
+    )
 
 
 def sequential_digits() -> Dataset:

@@ -1,0 +1,67 @@
+"""Many tasks in one data set: which of them an input belongs to is told beside the image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynrl.data.base import Augmentation, Dataset, Split, standardised
+from dynrl.data.images import digit_images, fashion_images
+
+# Pairs of clothes that are told apart: shirts, tops, shoes, long ones, the rest.
+PAIRS = ((0, 6), (2, 4), (5, 7), (1, 3), (8, 9))
+TASKS = len(PAIRS) + 2  # and which of ten digits it is, and by how many right angles the clothes are turned
+
+
+def many_tasks() -> Dataset:
+    """Seven tasks on images of 28x28, drawn alike; 20,000 / 2,000 / 5,000.
+
+    Five tell two kinds of clothes apart, one tells ten digits apart, one tells how clothes are turned. An input has the
+    image in its first channel; of the channels behind it, one a task, that of its own task is 1. Answers are the
+    first classes of ten. After the many-task sets on which routing networks are tried (Rosenbaum et al. 2018, ICLR,
+    section 4), whose tasks are pairs of classes, too.
+    """
+    counts, made, tasks = (20_000, 2_000, 5_000), [], []
+    for seed, (clothes, digits, count) in enumerate(zip(fashion_images(), digit_images(), counts, strict=True)):
+        rng = np.random.default_rng(seed)
+        task = torch.from_numpy(rng.integers(0, TASKS, count))
+        images, labels = torch.empty(count, 1, 28, 28), torch.empty(count, dtype=torch.int64)
+        for k in range(TASKS):
+            mine = (task == k).nonzero().flatten()
+            images[mine], labels[mine] = _drawn(k, len(mine), clothes, digits, rng)
+        made.append((images, labels))
+        tasks.append(task)
+    data = standardised("many-tasks", 10, Augmentation(shift=1), made)
+
+    def told(split: Split, task: Tensor) -> Split:
+        planes = F.one_hot(task, TASKS).float()[:, :, None, None].expand(-1, -1, 28, 28)
+        return replace(split, inputs=torch.cat([split.inputs, planes], 1), difficulty={"task": task.float()})
+
+    train, validation, test = map(told, (data.train, data.validation, data.test), tasks)
+    return replace(data, train=train, validation=validation, test=test)
+
+
+def _drawn(
+    task: int, count: int, clothes: tuple[Tensor, Tensor], digits: tuple[Tensor, Tensor], rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """`count` images [n, 1, 28, 28] of one task, and their classes."""
+    if task < len(PAIRS):
+        first, second = PAIRS[task]
+        images, labels = clothes
+        ours = ((labels == first) | (labels == second)).nonzero().flatten()
+        rows = ours[torch.from_numpy(rng.integers(0, len(ours), count))]
+        return images[rows], (labels[rows] == second).long()
+    if task == len(PAIRS):
+        images, labels = digits
+        rows = torch.from_numpy(rng.integers(0, len(images), count))
+        return F.interpolate(images[rows], size=28, mode="bilinear"), labels[rows].long()
+    images, turns = clothes[0], torch.from_numpy(rng.integers(0, 4, count))
+    rows = torch.from_numpy(rng.integers(0, len(images), count))
+    turned = torch.stack(
+        [torch.rot90(image, int(turn), (1, 2)) for image, turn in zip(images[rows], turns, strict=True)]
+    )
+    return turned, turns

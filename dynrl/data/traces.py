@@ -1,0 +1,137 @@
+"""Curve tracing: which colour stands at the other end of the marked curve? How far there is to trace is drawn for each.
+
+After Pathfinder (Linsley et al. 2018, NeurIPS) and the visual routine of boundary tracing (Ullman 1984, Cognition),
+with six answers instead of two. The longer the curve, the more layers a network of small kernels needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dynrl.data.base import Augmentation, Dataset, Split, scaled
+
+COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], np.float32)
+GREY, HEADING, KEPT = (
+    0.4,
+    2.0,
+    0.5,
+)  # of a curve's pixels; a curve goes straight on with this weight in this share of steps
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an image holds.
+
+    Attributes:
+        side: pixels each way.
+        strands: curves in an image, each with an end of another colour.
+        longest: steps of the longest curve. Half of the curves draw their length from 2 to a quarter of this, the other
+            half from 2 to all of it.
+    """
+
+    side: int
+    strands: int
+    longest: int
+
+
+class _Walkers:
+    """One curve in each of n images, all grown at once; curves touch neither themselves nor one another."""
+
+    def __init__(self, scene: Scene, count: int, rng: np.random.Generator) -> None:
+        self.width = scene.side + 2  # with a border, so that no neighbour lies outside
+        self.rng, self.scene, self.every = rng, scene, np.arange(count)
+        inner = np.zeros((self.width, self.width), bool)
+        inner[1:-1, 1:-1] = True
+        self.outside = ~inner.ravel()
+        self.drawn = np.zeros((count, self.width**2), bool)
+        self.jumps = np.array([-self.width, 1, self.width, -1])
+
+    def grow(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw another curve into each image: its first and last pixel, and its steps, each [n]."""
+        rng, count = self.rng, len(self.every)
+        at = self._free_places()
+        first = at.copy()
+        self.drawn[self.every, at] = True
+        wanted = rng.integers(2, self.scene.longest + 1, count)
+        short = rng.random(count) < 0.5
+        wanted[short] = rng.integers(2, self.scene.longest // 4 + 1, short.sum())
+        heading, steps = rng.integers(0, 4, count), np.zeros(count, np.int64)
+        going = np.ones(count, bool)
+        while True:
+            following = at[:, None] + self.jumps  # [n, 4]
+            open_ways = ~(self.drawn[self.every[:, None], following] | self.outside[following])
+            beside = np.clip(following[:, :, None] + self.jumps, 0, self.width**2 - 1)
+            # The only drawn neighbour of a free way is the pixel that the curve comes from.
+            open_ways &= self.drawn[self.every[:, None, None], beside].sum(2) == 1
+            going &= open_ways.any(1) & (steps < wanted)
+            if not going.any():
+                return first, at, steps
+            straight = (np.arange(4) == heading[:, None]) & (rng.random((count, 1)) < KEPT)
+            way = np.where(open_ways, rng.random((count, 4)) + HEADING * straight, -1.0).argmax(1)
+            moved = self.every[going]
+            at[moved], heading[moved] = following[moved, way[moved]], way[moved]
+            steps[moved] += 1
+            self.drawn[moved, at[moved]] = True
+
+    def _free_places(self) -> np.ndarray:
+        """[n], in each image a pixel that touches no curve."""
+        grid = self.drawn.reshape(-1, self.width, self.width)
+        near = grid.copy()
+        for axis in (1, 2):
+            for way in (1, -1):
+                near |= np.roll(grid, way, axis)
+        luck = self.rng.random(self.drawn.shape, dtype=np.float32)
+        luck[near.reshape(luck.shape) | self.outside] = -1.0
+        return luck.argmax(1)
+
+
+def trace_images(scene: Scene, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images of curves.
+
+    Returns:
+        images [count, 3, side, side] in 0 to 1; classes [count], the colour at the end of the curve whose other end is
+        white; and the steps from one end to the other [count].
+    """
+    rng = np.random.default_rng(seed)
+    walkers = _Walkers(scene, count, rng)
+    starts, ends, steps = (
+        np.stack(part, 1) for part in zip(*(walkers.grow() for _ in range(scene.strands)), strict=True)
+    )
+    pixels, every = np.zeros((count, walkers.width**2, 3), np.float32), np.arange(count)
+    pixels[walkers.drawn] = GREY
+    colour = rng.permuted(np.tile(np.arange(len(COLOURS)), (count, 1)), axis=1)[:, : scene.strands]
+    for strand in range(scene.strands):
+        pixels[every, ends[:, strand]] = COLOURS[colour[:, strand]]
+    # Any curve may be the marked one if its two ends are not the same pixel or neighbours.
+    marked = np.where(steps >= 2, rng.random(steps.shape), -1.0).argmax(1)
+    pixels[every, starts[every, marked]] = 1.0
+    images = pixels.reshape(count, walkers.width, walkers.width, 3)[:, 1:-1, 1:-1].transpose(0, 3, 1, 2)
+    found = (np.ascontiguousarray(images), colour[every, marked], steps[every, marked])
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
+
+
+def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> Dataset:
+    """The splits have seeds of their own; training images may be drawn anew by any other."""
+    made = [trace_images(scene, count, seed) for seed, count in enumerate((train, validation, test))]
+    mean, deviation = float(made[0][0].mean()), float(made[0][0].std())
+
+    def split(images: torch.Tensor, labels: torch.Tensor, steps: torch.Tensor) -> Split:
+        return Split(scaled(images, mean, deviation), labels, difficulty={"length": steps.float()})
+
+    def anew(seed: int) -> Split:
+        return split(*trace_images(scene, train, 1000 + seed))
+
+    return Dataset(name, len(COLOURS), *(split(*part) for part in made), Augmentation(), mean, deviation, anew)
+
+
+def trace() -> Dataset:
+    """Six curves of up to 32 steps in 24x24 pixels; 20,000 / 5,000 / 5,000."""
+    return _traces("trace", Scene(side=24, strands=6, longest=32), 20_000, 5_000, 5_000)
+
+
+def trace_small() -> Dataset:
+    """Four curves of up to 20 steps in 16x16 pixels; 10,000 / 2,000 / 2,000."""
+    return _traces("trace-small", Scene(side=16, strands=4, longest=20), 10_000, 2_000, 2_000)

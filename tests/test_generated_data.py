@@ -1,0 +1,66 @@
+"""Generated data sets: by their rules, recomputed from the inputs alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dynrl.data import load_dataset
+from dynrl.data.sequences import prefix
+from dynrl.data.traces import COLOURS, Scene, trace_images
+
+
+def end_of_the_marked_curve(image: np.ndarray) -> tuple[np.ndarray, int]:
+    """The colour at the other end of the curve that begins white, and the steps to it, pixel by pixel."""
+    pixels = {(int(y), int(x)) for y, x in np.argwhere(image.sum(0) > 0)}
+    (start,) = [at for at in pixels if image[:, at[0], at[1]].sum() == 3]
+    way, at = [start], start
+    while True:
+        y, x = at
+        beside = [p for p in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if p in pixels and p not in way]
+        if not beside:
+            return image[:, at[0], at[1]], len(way) - 1
+        assert len(beside) == 1, "a curve touches itself or another"
+        at = beside[0]
+        way.append(at)
+
+
+def test_a_traced_curve_ends_at_the_colour_that_is_the_class():
+    scene = Scene(side=16, strands=4, longest=20)
+    images, classes, steps = trace_images(scene, 60, seed=3)
+    for image, label, length in zip(images.numpy(), classes.tolist(), steps.tolist(), strict=True):
+        colour, walked = end_of_the_marked_curve(image)
+        np.testing.assert_array_equal(colour, COLOURS[label])
+        assert walked == length
+    again = trace_images(scene, 60, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(again, (images, classes, steps), strict=True))
+    assert not torch.equal(trace_images(scene, 60, seed=4)[0], images)
+
+
+def test_length_says_nothing_of_the_class():
+    _, classes, steps = trace_images(Scene(side=16, strands=4, longest=20), 4_000, seed=0)
+    assert steps.min() >= 2 and steps.max() == 20
+    assert 0.4 < (steps <= 5).float().mean() < 0.7
+    means = torch.stack([steps[classes == c].float().mean() for c in range(len(COLOURS))])
+    assert (means - steps.float().mean()).abs().max() < 0.8
+    assert torch.bincount(classes).min() > 4_000 / len(COLOURS) * 0.85
+
+
+def test_parity_is_of_the_bits_that_count():
+    data = prefix()
+    for split in (data.train, data.test, data.anew(0)):
+        bits, counts = split.inputs.unbind(2)
+        assert torch.equal(split.targets, ((bits == 1) & (counts == 1)).sum(1) % 2)
+        assert torch.equal(split.difficulty["length"], counts.sum(1))
+        assert (bits[counts == 0] == 0).all()
+    assert not torch.equal(data.anew(0).inputs, data.anew(1).inputs)
+    assert torch.equal(data.anew(1).inputs, data.anew(1).inputs)
+
+
+@pytest.mark.parametrize("name", ["trace-small", "prefix"])
+def test_what_makes_an_input_hard_goes_along(name):
+    data = load_dataset(name)
+    head = data.test.head(7).to(torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(head.difficulty["length"], data.test.difficulty["length"][:7])
+    assert data.anew(5).inputs.shape == data.train.inputs.shape
