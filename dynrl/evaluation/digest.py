@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import getdoc
 from operator import itemgetter
 from typing import Any
 
 from dynrl.backbones import FAMILIES
+from dynrl.data import DATASETS
 from dynrl.envs import DECISIONS
 from dynrl.evaluation.report import seeds_text
 from dynrl.tasks import CLASSIFICATION, TASKS
@@ -131,3 +133,12 @@ def _section(page: str, name: str) -> str:
     """One section of an environment's page, in one line."""
     _, _, rest = page.partition(f"## {name}\n")
     return " ".join(rest.partition("\n## ")[0].split())
+
+
+def data_table() -> list[str]:
+    """The data sets by name, each with the first paragraph of what makes it."""
+    lines = ["| `--data` | what |", "|---|---|"]
+    for name, make in DATASETS.items():
+        first, *_ = (getdoc(make) or "").split("\n\n")
+        lines.append(f"| `{name}` | {' '.join(first.split())} |")
+    return lines
