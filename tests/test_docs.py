@@ -21,7 +21,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(page.name, *found) for page in PAGES for found in BLOCK.findall(page.read_text())]
 PYTHON = [pytest.param(mark, code, id=f"{page}-{i}") for i, (page, kind, mark, code) in enumerate(BLOCKS) if kind == "python"]
-PLUGINS = {mark.removeprefix("file="): code for _, _, mark, code in BLOCKS if mark.startswith("file=")}
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+PLUGINS = dict(re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", EXTENDING, re.DOTALL))  # what a page names, above it
 COMMANDS = [
     pytest.param(line, id=f"{page}:{line[:60]}")
     for page, kind, _, code in BLOCKS if kind == "sh"
@@ -56,7 +57,7 @@ def test_pages_are_of_a_size_to_read():
 @pytest.mark.parametrize(("mark", "code"), PYTHON)
 def test_python_blocks_compile(mark, code):
     ast.parse(code)
-    assert mark in ("", "run", "script") or mark.startswith("file=")
+    assert mark in ("", "run", "script")
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -102,7 +103,7 @@ def test_the_script_runs_as_printed(tmp_path):
 
 CHECKS = """
 import torch
-from dynrl.agents.base import AGENTS, agent_class
+from dynrl.agents.base import agent_class
 from dynrl.backbones import SkipResNet
 from dynrl.data import load_dataset
 from dynrl.envs import DECISIONS
@@ -123,16 +124,16 @@ assert (model.last_route.actions == 1).all()  # untrained, it favours the full r
 rule = RULES["first-blocks"](backbone)["first blocks"](backbone, data.validation)
 assert rule(0.01) is None
 plug(backbone, rule(0.7))(inputs)
-reward = check_reward("top-two", data.task, False)
-logits = torch.tensor([[3.0, 2, 1, 0]]).expand(4, 4)
-earned, paid = reward.terms(data.task, logits, torch.arange(4), None, torch.ones(4), torch.full((4,), 0.5))
-assert earned.tolist() == [1, 1, 0, 0] and paid.tolist() == [-0.5] * 4
-assert agent_class("reinforce").__name__ == "Reinforce"
+reward = check_reward("brier", data.task, False)
+logits = torch.tensor([[50.0, 0, 0, 0]]).expand(2, 4)
+earned, paid = reward.terms(data.task, logits, torch.arange(2), None, torch.ones(2), torch.full((2,), 0.5))
+assert earned.tolist() == [0, -2] and paid.tolist() == [-0.5] * 2
+assert agent_class("evolution").__name__ == "Evolution"
 """
 
 
 def test_extensions_are_plugins_as_printed(tmp_path):
-    assert {"unroll.py", "per_point.py", "reinforce.py", "top_two.py", "first_blocks.py", "stripes.py"} <= set(PLUGINS)
+    assert set(PLUGINS) == {"unroll.py", "per_point.py", "evolution.py", "brier.py", "first_blocks.py", "stripes.py"}
     for name, code in PLUGINS.items():
         (tmp_path / name).write_text(code)
     (tmp_path / "checks.py").write_text(CHECKS)
