@@ -127,7 +127,7 @@ plug(backbone, rule(0.7))(inputs)
 reward = check_reward("brier", data.task, False)
 logits = torch.tensor([[50.0, 0, 0, 0]]).expand(2, 4)
 earned, paid = reward.terms(data.task, logits, torch.arange(2), None, torch.ones(2), torch.full((2,), 0.5))
-assert earned.tolist() == [0, -2] and paid.tolist() == [-0.5] * 2
+torch.testing.assert_close(torch.stack([earned, paid]), torch.tensor([[0.0, -2], [-0.5, -0.5]]))
 assert agent_class("evolution").__name__ == "Evolution"
 """
 
