@@ -66,8 +66,7 @@ lint: install
 type: install
 	rm -rf build/tree
 	mkdir -p build/tree
-	cp -r dynrl build/tree/dynrl
-	cp -r envs policies agents scripts build/tree/dynrl/
+	$(BIN)/python scripts/lay_out.py build/tree
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p dynrl
 
 bench: install

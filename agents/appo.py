@@ -10,18 +10,26 @@ from ray.rllib.core.learner.utils import make_target_network
 from ray.rllib.core.rl_module.apis import TARGET_NETWORK_ACTION_DIST_INPUTS, TargetNetworkAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from dynrl.agents.rllib import EpisodesRunner, RLlibAgent, RouterModule, routing_config
+from dynrl.agents.base import entropy_bonus
+from dynrl.agents.numbers import PPO as NUMBERS
+from dynrl.agents.ppo import falling
+from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
+from dynrl.agents.slab import EpisodesRunner
+from dynrl.policies import PolicySpec
+
+BATCHES, TIMES = 2, 4  # how many batches the learner goes round, and how often it learns from each
+REPORTED = 8  # batches a training iteration
 
 
 class OldRouterModule(RouterModule, TargetNetworkAPI):
-    """A router beside its former self, which APPO measures its samples' age by."""
+    """A policy beside its former self, by which APPO measures its samples' age."""
 
     def make_target_networks(self) -> None:
         """Copy the policy."""
         self._old = make_target_network(self.net)
 
     def get_non_inference_attributes(self) -> list[str]:
-        """Runners need neither values nor the former policy."""
+        """What runners do not need: values and the former policy."""
         return [*super().get_non_inference_attributes(), "_old"]
 
     def get_target_network_pairs(self) -> list[Any]:
@@ -41,27 +49,30 @@ class APPO(RLlibAgent):
     """
 
     def configure(
-        self, env_id: str, env_config: dict[str, Any], router: tuple[str, dict[str, Any]], steps: int, **place: Any
+        self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any
     ) -> APPOConfig:
-        """Each batch is one walk of each sub-environment of one runner, learned from four times."""
-        place["rollout"], rate = self._walk, self.settings.learning_rate or 2e-3
+        """APPO with our runner; each batch is one walk of each sub-environment of one runner."""
+        learning = self.settings.learning
+        rate = learning.learning_rate or NUMBERS.learning_rate
+        entropy = entropy_bonus(NUMBERS.entropy if learning.entropy is None else learning.entropy, self.backbone)
+        place["rollout"] = self.ground.looks
         batch = place["num_envs"] * place["rollout"]
-        spec = RLModuleSpec(module_class=OldRouterModule, model_config={"router": list(router)})
-        config: APPOConfig = routing_config(APPOConfig(), env_id, env_config, spec, EpisodesRunner, **place)
+        module = RLModuleSpec(module_class=OldRouterModule, model_config={"spec": spec})
+        config: APPOConfig = routing_config(APPOConfig(), env_id, env_config, module, EpisodesRunner, **place)
         # RLlib's own runner would ask a server for weights when it samples; ours are sent them. Where all remote
         # runners have died and are not back yet, this process samples: it needs an environment.
         return (
             config.env_runners(use_env_runner_state_server=False, create_env_on_local_worker=True)
             .training(
                 train_batch_size_per_learner=batch,
-                circular_buffer_num_batches=2,
-                circular_buffer_iterations_per_batch=4,
-                lr=[[0, rate], [steps, rate / 10]],
-                entropy_coeff=[[0, self._entropy], [steps, self._entropy / 10]],
-                gamma=1.0,
-                clip_param=0.2,
-                grad_clip=0.5,
-                vf_loss_coeff=0.5,
+                circular_buffer_num_batches=BATCHES,
+                circular_buffer_iterations_per_batch=TIMES,
+                lr=falling(rate, steps),
+                entropy_coeff=falling(entropy, steps),
+                gamma=NUMBERS.gamma,
+                clip_param=NUMBERS.clip,
+                grad_clip=NUMBERS.gradient_norm,
+                vf_loss_coeff=NUMBERS.value_weight,
             )
-            .reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=8 * batch)
+            .reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=REPORTED * batch)
         )

@@ -13,22 +13,35 @@ from ray.rllib.core.rl_module.apis import QNetAPI, TargetNetworkAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from torch import Tensor
 
-from dynrl.agents.rllib import EpisodesRunner, RLlibAgent, RouterModule, routing_config
-from dynrl.agents.training import EXPLORATION, build_q
+from dynrl.agents.base import Agent
+from dynrl.agents.numbers import DQN as NUMBERS
+from dynrl.agents.numbers import check_one_choice, q_network
+from dynrl.agents.ppo import falling
+from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
+from dynrl.agents.slab import EpisodesRunner
+from dynrl.backbones import Backbone
+from dynrl.policies import PolicySpec
+from dynrl.settings import Settings
+
+BATCH, TIMES = 64, 2.0  # steps a batch, and how often each step that is sampled is learned from
+# RLlib's replay never begins in the last n - 1 steps of an episode, and walks are short: with 3 nothing is learned of
+# their last decisions. SB3's, which begins everywhere, does better with 3.
+N_STEP = 1
+REPORTED = 8  # walks of each sub-environment a training iteration
 
 
 class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
-    """A router whose scores are what each choice is expected to return, beside its former self."""
+    """A policy whose scores are what each choice is expected to return, beside its former self."""
 
     def setup(self) -> None:
-        """Build the network."""
+        """Build the network, without values beside it."""
         super().setup()
         settings: Any = self.model_config
-        self.net = build_q(*settings["router"])
+        self.net = q_network(settings["spec"])
         del self.value
 
     def get_non_inference_attributes(self) -> list[str]:
-        """Runners do not need the former network."""
+        """What runners do not need: the former network."""
         return ["_old"]
 
     def logits(self, observation: Tensor) -> Tensor:
@@ -37,10 +50,9 @@ class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
         return scores
 
     def explore(self, log_probs: Tensor, steps: int) -> Tensor:
-        """The best choice, or now and then any."""
+        """The best choice of each row, or now and then any."""
         settings: Any = self.model_config
-        (first, last), falling = EXPLORATION, settings["total_steps"] / 5
-        rate = last + (first - last) * max(0.0, 1 - steps / falling)
+        rate = NUMBERS.rate(steps, settings["total_steps"])
         # Among those that are open: a closed one's score is far below any return, and would be learned from.
         any_choice = (log_probs > -1e8).float().multinomial(1).squeeze(1)
         return torch.where(torch.rand(len(log_probs), device=log_probs.device) < rate, any_choice, log_probs.argmax(1))
@@ -78,30 +90,40 @@ class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
 class DQN(RLlibAgent):
     """Double Q-learning (van Hasselt et al. 2016) from a buffer of replayed episodes.
 
-    For one choice a step only. Training that is resumed begins with an empty buffer.
+    Training that is resumed begins with an empty buffer.
     """
 
+    cannot = {
+        **RLlibAgent.cannot,
+        "entropy": Agent.cannot["entropy"],
+        "finetune": "Q-learning replays what it met on the backbone as it was",
+    }
+
+    @classmethod
+    def refuse(cls, settings: Settings, backbone: Backbone) -> None:
+        """Also refuse policies that answer with several choices."""
+        super().refuse(settings, backbone)
+        check_one_choice(settings.learning, backbone)
+
     def configure(
-        self, env_id: str, env_config: dict[str, Any], router: tuple[str, dict[str, Any]], steps: int, **place: Any
+        self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any
     ) -> DQNConfig:
-        """Each step sampled is learned from about twice; a sample is one walk of each sub-environment."""
-        place["rollout"], rate = self._walk, self.settings.learning_rate or 1e-3
-        model = {"router": list(router), "total_steps": steps}
-        spec = RLModuleSpec(module_class=QRouterModule, model_config=model)
-        config: DQNConfig = routing_config(DQNConfig(), env_id, env_config, spec, EpisodesRunner, **place)
+        """DQN with our runner; a sample is one walk of each sub-environment."""
+        place["rollout"] = self.ground.looks
+        rate = self.settings.learning.learning_rate or NUMBERS.learning_rate
+        module = RLModuleSpec(module_class=QRouterModule, model_config={"spec": spec, "total_steps": steps})
+        config: DQNConfig = routing_config(DQNConfig(), env_id, env_config, module, EpisodesRunner, **place)
+        reported = REPORTED * place["rollout"] * place["num_envs"]
         return config.training(
-            train_batch_size_per_learner=64,
-            replay_buffer_config={"type": "EpisodeReplayBuffer", "capacity": 100_000},
-            num_steps_sampled_before_learning_starts=min(10_000, steps // 10),
-            target_network_update_freq=1_000,
-            # Its replay never begins in the last n - 1 steps of an episode, and walks are short: with 3 nothing is
-            # learned of their last points (measured: 5 to 40 % of the gap on known answers, 65 % with 1). SB3's, which
-            # begins everywhere, does better with 3.
-            n_step=1,
+            train_batch_size_per_learner=BATCH,
+            replay_buffer_config={"type": "EpisodeReplayBuffer", "capacity": NUMBERS.buffer},
+            num_steps_sampled_before_learning_starts=min(NUMBERS.warm_up, steps // 10),
+            target_network_update_freq=NUMBERS.target_every,
+            n_step=N_STEP,
             double_q=True,
             dueling=False,
-            lr=[[0, rate], [steps, rate / 10]],
-            gamma=1.0,
-            grad_clip=10,
-            training_intensity=2.0,
-        ).reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=8 * self._walk * place["num_envs"])
+            lr=falling(rate, steps),
+            gamma=NUMBERS.gamma,
+            grad_clip=NUMBERS.gradient_norm,  # type: ignore[arg-type]  # RLlib's hint says int
+            training_intensity=TIMES,
+        ).reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=reported)

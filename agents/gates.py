@@ -1,4 +1,4 @@
-"""Gates trained by gradient: what reinforcement learning must stand beside. Torch only, no ray."""
+"""Gates trained by gradient, beside which reinforcement learning must stand. This file needs torch only, no ray."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynrl.agents.base import Agent, walks
 from dynrl.agents.metrics import episode_scalars
-from dynrl.agents.training import Agent, router_arguments, walks
-from dynrl.backbones import State, load_backbone
-from dynrl.choice import logits_on
+from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import load_dataset
-from dynrl.envs.core import DenseOutputs, accuracy
+from dynrl.envs.core import DenseOutputs
+from dynrl.envs.rewards import REWARDS
 from dynrl.files import write_aside
-from dynrl.policies import LearnedPolicy, build_policy
+from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.routes import draw_prices
+from dynrl.settings import Settings
 
 LEARNING_RATE = 2e-3
+GRADIENT_NORM = 0.5
 
 
 def straight_through(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -45,17 +47,33 @@ class Gates(Agent):
     forwards and backwards, weighted by its gates: a decision takes more time than PPO's, and tells more.
     """
 
+    cannot = {
+        **Agent.cannot, "device": "gates are trained on the CPU", "dtype": "gates are trained in float32",
+        "cost": "a gated walk counts MACs",
+    }  # fmt: skip
+    steps_share = 0.5
+
+    @classmethod
+    def refuse(cls, settings: Settings, backbone: Backbone) -> None:
+        """Also refuse rewards without a gradient."""
+        super().refuse(settings, backbone)
+        if not REWARDS[settings.learning.reward].has_gradient:
+            raise ValueError(
+                f"the reward {settings.learning.reward!r} has no gradient for gates; choose another, or another agent"
+            )
+
     def start(self) -> None:
         """Build the router and its optimiser."""
-        settings = self.settings
-        self._split = load_dataset(settings.data).train
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        problem, learning = self.settings.problem, self.settings.learning
+        self._split = load_dataset(problem.data).train
+        self._reward = REWARDS[learning.reward]
+        self._generator = torch.Generator().manual_seed(problem.seed)
         self.steps = 0
         self.reload()
         with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            self._router = build_policy(*router_arguments(self._backbone, settings))
-        self._rate = settings.learning_rate or LEARNING_RATE
+            torch.manual_seed(problem.seed)
+            self._router = PolicySpec.of(learning.policy, self._backbone, learning.price_range, learning.hidden).build()
+        self._rate = learning.learning_rate or LEARNING_RATE
         self._optimizer = torch.optim.Adam(self._router.parameters(), self._rate)
         if self._file.exists():
             saved = torch.load(self._file, weights_only=True)
@@ -69,32 +87,31 @@ class Gates(Agent):
         return self.checkpoints / "gate.pt"
 
     def reload(self) -> None:
-        """Read the backbone; unfolded, since folded layers are for inference."""
+        """Read the backbone, unfolded: folded layers are for inference."""
         self._backbone = load_backbone(self.backbone_file)[0].requires_grad_(False)
         self._backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dense = DenseOutputs(self._backbone.for_inference(), self._split)
 
     def iterate(self) -> dict[str, float]:
-        """Some batches of gradient descent."""
-        # As PPO's, the learning rate falls to a tenth.
+        """Descend along the gradient of some batches."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * (1 - 0.9 * min(1.0, self.steps / self.total))
+            group["lr"] = self._rate * self.left
         parts = [self._descend() for _ in range(walks(self._backbone))]
-        self.steps += len(parts) * self.settings.num_envs * self._backbone.max_steps
+        self.steps += len(parts) * self.settings.learning.num_envs * self._backbone.max_steps
         over = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return episode_scalars(over, self._backbone.points)
 
     def _descend(self) -> dict[str, Tensor]:
-        """One batch."""
-        settings, backbone, task = self.settings, self._backbone, self._split.task
-        rows = torch.randint(len(self._split), (settings.num_envs,), generator=self._generator)
+        """Descend along the gradient of one batch."""
+        learning, backbone, task = self.settings.learning, self._backbone, self._split.task
+        rows = torch.randint(len(self._split), (learning.num_envs,), generator=self._generator)
         inputs, targets = self._split.inputs[rows], self._split.targets[rows]
-        prices = draw_prices(settings.price_range, len(rows), self._generator)
+        prices = draw_prices(learning.price_range, len(rows), self._generator)
         entropies: list[Tensor] = []
 
-        logits_at = logits_on(backbone, self._router, inputs, prices)
+        logits_at = self._router.logits_on(backbone, prices)
 
-        def choose(state: State) -> Tensor:
+        def choose(state: Any) -> Tensor:
             logits = logits_at(state)
             log_probs = logits.detach().log_softmax(1)
             entropies.append(-(log_probs.exp() * log_probs).sum(1)[state.walk.present])
@@ -104,11 +121,11 @@ class Gates(Agent):
         assert walk.outputs is not None
         output = walk.outputs.float()
         macs = walk.expected_macs / backbone.dense_macs
-        earned = accuracy(settings.accuracy_term, task, output, targets, lambda: self._dense(rows))
-        reward = earned - prices * macs
+        earned, paid = self._reward.terms(task, output, targets, lambda: self._dense(rows), prices, macs)
+        reward = earned + paid
         self._optimizer.zero_grad()
         (-reward.mean()).backward()
-        torch.nn.utils.clip_grad_norm_(self._router.parameters(), 0.5)
+        torch.nn.utils.clip_grad_norm_(self._router.parameters(), GRADIENT_NORM)
         self._optimizer.step()
         return {
             "return": reward.detach(), task.metric: task.score(output.detach(), targets),
@@ -117,11 +134,11 @@ class Gates(Agent):
         }  # fmt: skip
 
     def router(self) -> LearnedPolicy:
-        """The router as it is."""
+        """A copy of the router as it is."""
         return copy.deepcopy(self._router).eval()
 
     def save(self) -> None:
-        """One file."""
+        """Write one file."""
         state: dict[str, Any] = {
             "router": self._router.state_dict(), "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(), "steps": self.steps,

@@ -1,4 +1,4 @@
-"""What TensorBoard shows, whichever library trains: one writer, environment steps on the x-axis."""
+"""What TensorBoard shows, whichever library trains. Its x-axis counts decisions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils.tensorboard import SummaryWriter
 from dynrl.backbones import Point, choice_rates
 from dynrl.envs.core import Info, RoutingVectorEnv
 
-SHOWN_CLASSES = 20  # the first of many: a thousand curves are of use to nobody, and take longer than learning does
+SHOWN_CLASSES = 20  # a thousand curves are of use to nobody, and writing them takes longer than learning does
 
 
 def ended_episodes(env: RoutingVectorEnv, info: Info, returns: Tensor) -> dict[str, Tensor]:
-    """What is logged of the episodes that ended with a step: [n] each, routes [n, steps].
+    """What is logged of the episodes that ended with a step: [n] each, routes [n, columns].
 
     Args:
         info: that step's.
@@ -60,7 +60,7 @@ class TrainingLog:
         self._writer = SummaryWriter(str(folder), purge_step=begins_after + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the finite ones of `scalars` at environment step `step`."""
+        """Write those of `scalars` that are finite, at `step`."""
         for tag, value in scalars.items():
             if math.isfinite(value):
                 self._writer.add_scalar(tag, value, step)

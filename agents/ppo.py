@@ -15,22 +15,21 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import Tensor
 
+from dynrl.agents.base import Ground, entropy_bonus
+from dynrl.agents.baselines import BASELINES, Baseline, gae
+from dynrl.agents.numbers import ADAM_EPSILON
+from dynrl.agents.numbers import PPO as NUMBERS
 from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
-from dynrl.agents.training import GROUP, check_shares
-
-# Of Adam (torch's and RLlib's is 1e-8). A policy that has found the best routes has next to no gradient for long; then
-# one draw of a choice of probability 5e-5 that costs much is a gradient some thousand times as large as those that Adam
-# remembers, and its step has flipped the policy for good (measured on skipping of `dynrl bench known`, by routers whose
-# features were standardised: one of three seeds fell from 100 to 43 % of the gap; with this none of five did, through
-# draws of that kind).
-ADAM_EPSILON = 1e-5
+from dynrl.backbones import Backbone
+from dynrl.policies import PolicySpec
+from dynrl.settings import Settings
 
 
 class RouterLearner(PPOTorchLearner):
     """RLlib's PPO learner with an Adam that does not leap where gradients have long been next to nothing."""
 
     def configure_optimizers_for_module(self, module_id: Any, config: Any = None) -> None:
-        """As RLlib's, with `ADAM_EPSILON`."""
+        """Make RLlib's optimiser, with `ADAM_EPSILON`."""
         assert self._module is not None
         module = self._module[module_id]
         parameters = self.get_parameters(module)
@@ -40,7 +39,7 @@ class RouterLearner(PPOTorchLearner):
         )
 
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
-        """Also sets the entropy bonus. RLlib sets it afterwards and keeps none in its checkpoints: the first iteration
+        """Also set the entropy bonus. RLlib sets it afterwards and keeps none in its checkpoints: the first iteration
         after a restart would have that of the start.
         """
         super().before_gradient_based_update(timesteps=timesteps)
@@ -52,37 +51,31 @@ class RouterLearner(PPOTorchLearner):
 class SlabGAE(ConnectorV2):
     """The whole learner pipeline: slabs to one flat, shuffled batch with advantages (Schulman et al. 2016)."""
 
-    def __init__(self, *args: Any, gamma: float, lambda_: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gamma: float, lambda_: float, baseline: Baseline, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.gamma, self.lambda_ = gamma, lambda_
+        self.gamma, self.lambda_, self.baseline = gamma, lambda_, baseline
 
     @torch.no_grad()
     def __call__(self, *, rl_module: Any, batch: Any, episodes: Any, **kwargs: Any) -> dict[str, Any]:
         """Values, advantages (standardised over the batch), and value targets for every step of every slab."""
-        module = rl_module[DEFAULT_MODULE_ID].unwrapped()  # of several learners each wraps it
+        module = rl_module[DEFAULT_MODULE_ID].unwrapped()  # several learners wrap it
         device = next(module.parameters()).device
         columns: dict[str, list[Tensor]] = {}
-        for slab in episodes:
-            length, count = slab.rewards.shape
-            obs, rewards, ended = slab.obs.to(device), slab.rewards.to(device), slab.terminateds.to(device)
-            flat = obs.flatten(0, 1)
-            values = module.compute_values({Columns.OBS: torch.cat([flat, slab.last_obs.to(device)])})
-            values = values.view(length + 1, count)
-            advantages = gae(rewards, values, ended, self.gamma, self.lambda_)
-            targets = advantages + values[:-1]
-            kept: slice | Tensor = slice(None)
-            if slab.greedy.numel():
-                advantages = rewards - slab.greedy.to(device)
-            if slab.episodes.numel():
-                advantages, learned_from = group_advantages(rewards, ended, slab.episodes.to(device), GROUP)
-                kept = learned_from.flatten()
+        for given in episodes:
+            slab = given.to(device)
+            flat = slab.obs.flatten(0, 1)
+            values = module.compute_values({Columns.OBS: torch.cat([flat, slab.last_obs])})
+            values = values.view(len(slab.rewards) + 1, -1)
+            estimates = gae(slab.rewards, values, slab.terminateds, self.gamma, self.lambda_)
+            advantages, learned_from = self.baseline.advantages(slab, estimates)
+            kept: slice | Tensor = slice(None) if learned_from is None else learned_from.flatten()
             for name, column in (
                 (Columns.OBS, flat),
-                (Columns.ACTIONS, slab.actions.to(device).flatten(0, 1)),
-                (Columns.ACTION_LOGP, slab.logp.to(device).flatten()),
-                (Columns.ACTION_DIST_INPUTS, slab.logits.to(device).flatten(0, 1)),
+                (Columns.ACTIONS, slab.actions.flatten(0, 1)),
+                (Columns.ACTION_LOGP, slab.logp.flatten()),
+                (Columns.ACTION_DIST_INPUTS, slab.logits.flatten(0, 1)),
                 (Postprocessing.ADVANTAGES, advantages.flatten()),
-                (Postprocessing.VALUE_TARGETS, targets.flatten()),
+                (Postprocessing.VALUE_TARGETS, (estimates + values[:-1]).flatten()),
             ):
                 columns.setdefault(name, []).append(column[kept])
         # Neighbours in a slab stand at the same point; minibatches should not.
@@ -93,124 +86,104 @@ class SlabGAE(ConnectorV2):
         return {DEFAULT_MODULE_ID: flat_batch}
 
 
-def gae(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, equation 16), episodes cut where `ended`.
-
-    Args:
-        rewards, ended: [T, N]; `ended` where the episode ended with that step.
-        values: [T + 1, N], of each observation and of the one after the last.
-
-    Returns:
-        [T, N].
-    """
-    alive = (~ended).float()
-    delta = rewards + gamma * values[1:] * alive - values[:-1]
-    advantages = torch.zeros_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        running = delta[t] + gamma * lambda_ * alive[t] * running
-        advantages[t] = running
-    return advantages
-
-
-def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """What each route earned, less what its group did on average: of one input, at one price (Shao et al. 2024,
-    "DeepSeekMath", section 4.1, without their division by the group's spread: inputs whose routes differ little should
-    not count as much as others).
-
-    The first of each group is the greedy route, which is compared with and not learned from, as it was not drawn.
-
-    Args:
-        rewards, ended: [T, N].
-        episodes: [T, N] int64, their numbers; none began earlier.
-
-    Returns:
-        [T, N] each: advantages, the same for all steps of a route, and which steps to learn from: those of groups whose
-        routes lie in the slab as wholes.
-
-    Raises:
-        ValueError: there are none.
-    """
-    count = rewards.shape[1]
-    number = episodes - episodes.min()
-    key = number * count + torch.arange(count, device=rewards.device)
-    size = (int(number.max()) + 1) * count
-    returns = rewards.new_zeros(size).index_add(0, key.flatten(), rewards.flatten())
-    whole = torch.zeros(size, dtype=torch.bool, device=rewards.device)
-    whole[key[ended]] = True
-    grouped = returns.view(-1, group)
-    relative = (grouped - grouped.mean(1, keepdim=True)).flatten()
-    whole = whole.view(-1, group).all(1, keepdim=True).expand(-1, group).flatten()
-    kept = whole[key] & (torch.arange(count, device=rewards.device) % group > 0)
-    if not kept.any():
-        raise ValueError(f"no {group} routes of one input end within {len(rewards)} steps; sample more at a time")
-    return relative[key], kept
+def check_shares(num_envs: int, num_learners: int, baseline: Baseline) -> None:
+    """Refuse, with a ValueError, environments of which learners cannot have equal shares, of whole groups."""
+    learners = max(1, num_learners)
+    if num_envs % (learners * baseline.group):
+        raise ValueError(
+            f"{learners} learners, groups of {baseline.group} routes of one input: expected "
+            f"{learners * baseline.group} x n environments (--num-envs), got {num_envs}"
+        )
 
 
 def ppo_config(
     env_id: str,
     env_config: dict[str, Any],
-    router: tuple[str, dict[str, Any]],
+    spec: PolicySpec,
     *,
-    baseline: str = "value",
+    baseline: str = Baseline.name,
     num_envs: int = 64,
     rollout: int = 72,
     num_env_runners: int = 0,
     num_learners: int = 0,
     total_steps: int = 500_000,
-    learning_rate: float = 2e-3,
-    entropy: float = 0.01,
+    learning_rate: float = NUMBERS.learning_rate,
+    entropy: float = NUMBERS.entropy,
     **place: Any,
 ) -> PPOConfig:
-    """PPO with our runner and connector; any further RLlib setting can be changed on what is returned, but for `gamma`
-    and `lambda_`, which the connector holds.
+    """PPO with our runner and connector.
+
+    Any further RLlib setting can be changed on what is returned, but for `gamma` and `lambda_`, which the connector
+    holds.
 
     Args:
         env_id, env_config, num_envs, rollout, num_env_runners, num_learners, place: see `routing_config`.
-        router: `build_policy`'s arguments.
-        baseline: of the advantages, see `Settings`.
+        spec: what builds the policy.
+        baseline: of the advantages, a name in `BASELINES`.
         total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
 
     Raises:
         ValueError: environments that cannot be shared out among learners, or make no groups.
     """
-    if baseline == "group":
-        env_config = {**env_config, "group": GROUP}
-    check_shares(num_envs, num_learners, baseline)
+    compared = BASELINES[baseline]
+    check_shares(num_envs, num_learners, compared)
     batch = num_envs * rollout * max(1, num_env_runners) // max(1, num_learners)
-    model = {"router": list(router), "baseline": baseline}
+    module = RLModuleSpec(module_class=RouterModule, model_config={"spec": spec, "baseline": baseline})
     config: PPOConfig = routing_config(
-        PPOConfig(), env_id, env_config, RLModuleSpec(module_class=RouterModule, model_config=model),
+        PPOConfig(), env_id, {**env_config, "group": compared.group}, module,
         num_envs=num_envs, rollout=rollout, num_env_runners=num_env_runners, num_learners=num_learners, **place,
-    ).training(
+    )  # fmt: skip
+    return config.training(
         train_batch_size_per_learner=batch,
-        minibatch_size=batch // 8,
-        num_epochs=4,
-        lr=[[0, learning_rate], [total_steps, learning_rate / 10]],
-        entropy_coeff=[[0, entropy], [total_steps, entropy / 10]],
-        gamma=1.0,
-        lambda_=0.95,
-        clip_param=0.2,
-        grad_clip=0.5,
-        vf_loss_coeff=0.5,
+        minibatch_size=batch // NUMBERS.minibatches,
+        num_epochs=NUMBERS.epochs,
+        lr=falling(learning_rate, total_steps),
+        entropy_coeff=falling(entropy, total_steps),
+        gamma=NUMBERS.gamma,
+        lambda_=NUMBERS.lambda_,
+        clip_param=NUMBERS.clip,
+        grad_clip=NUMBERS.gradient_norm,
+        vf_loss_coeff=NUMBERS.value_weight,
         vf_clip_param=float("inf"),  # RLlib clips the squared error at 10: no gradient where the critic is far off
         use_kl_loss=False,
         add_default_connectors_to_learner_pipeline=False,
         learner_class=RouterLearner,
-    )  # fmt: skip
-    gamma, lambda_ = config.gamma, config.lambda_
-    return config.training(learner_connector=lambda *spaces: SlabGAE(gamma=gamma, lambda_=lambda_))
+        learner_connector=lambda *spaces: SlabGAE(gamma=NUMBERS.gamma, lambda_=NUMBERS.lambda_, baseline=compared),
+    )
+
+
+def falling(start: float, steps: int) -> Any:
+    """RLlib's schedule of a number that falls to a tenth over `steps`."""
+    return [[0, start], [steps, start / 10]]
 
 
 class PPO(RLlibAgent):
     """Proximal policy optimisation (Schulman et al. 2017)."""
 
+    cannot = {}
+
+    @classmethod
+    def refuse(cls, settings: Settings, backbone: Backbone) -> None:
+        """Also refuse baselines that are none or do not fit the policy, and environments that cannot be shared out."""
+        super().refuse(settings, backbone)
+        learning = settings.learning
+        if learning.baseline not in BASELINES:
+            raise ValueError(f"unknown baseline {learning.baseline!r}; expected one of {', '.join(BASELINES)}")
+        baseline = BASELINES[learning.baseline]
+        if baseline.one_look and Ground.of(learning, backbone).looks > 1:
+            raise ValueError(
+                f"the baseline {learning.baseline} compares whole routes; choose a policy that decides upfront"
+            )
+        check_shares(learning.num_envs, settings.place.num_learners, baseline)
+
     def configure(
-        self, env_id: str, env_config: dict[str, Any], router: tuple[str, dict[str, Any]], steps: int, **place: Any
+        self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any
     ) -> PPOConfig:
-        """As `ppo_config` says."""
+        """What `ppo_config` makes of the settings."""
+        learning = self.settings.learning
+        entropy = NUMBERS.entropy if learning.entropy is None else learning.entropy
         return ppo_config(
-            env_id, env_config, router,
-            baseline=self.settings.baseline, total_steps=steps, entropy=self._entropy,
-            learning_rate=self.settings.learning_rate or 2e-3, **place,
+            env_id, env_config, spec, baseline=learning.baseline, total_steps=steps,
+            entropy=entropy_bonus(entropy, self.backbone),
+            learning_rate=learning.learning_rate or NUMBERS.learning_rate, **place,
         )  # fmt: skip

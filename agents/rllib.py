@@ -1,13 +1,10 @@
-"""RLlib on a routing environment: the router as RLModule, runners, and the agent that all its algorithms share.
+"""RLlib on a routing environment: the policy as RLModule, and the agent that all its algorithms share.
 
-RLlib's training steps, learners, checkpoints, evaluation and Tune stay stock. Its own runner costs 40 to 150
-microseconds of Python a step and knows next-step autoreset only; `SlabRunner` steps the environment in torch and
-returns one time-major slab; `EpisodesRunner` cuts that into RLlib's episodes, for algorithms that ask for them.
+RLlib's training steps, learners, checkpoints, evaluation and Tune stay stock; the runners are in `dynrl.agents.slab`.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shutil
@@ -19,7 +16,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
-import numpy as np
 import ray
 import torch
 from gymnasium.spaces import Discrete, MultiDiscrete
@@ -30,25 +26,16 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorica
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
-from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.utils.metrics import (
-    EPISODE_LEN_MEAN,
-    EPISODE_RETURN_MAX,
-    EPISODE_RETURN_MEAN,
-    EPISODE_RETURN_MIN,
-    SAMPLE_TIMER,
-    WEIGHTS_SEQ_NO,
-)
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynrl.agents.metrics import ended_episodes, episode_scalars
-from dynrl.agents.training import GROUP, Agent, entropy_bonus, env_arguments, rollout_steps, router_arguments
-from dynrl.backbones import load_backbone
+from dynrl.agents.base import Agent, Ground, env_arguments
+from dynrl.agents.numbers import value_network
+from dynrl.agents.slab import SlabRunner
+from dynrl.backbones import Backbone, load_backbone
 from dynrl.envs import decision
-from dynrl.envs.core import RoutingVectorEnv
 from dynrl.plugins import VARIABLE
-from dynrl.policies import LearnedPolicy, build_policy
+from dynrl.policies import LearnedPolicy, PolicySpec
+from dynrl.settings import Settings
 
 for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -57,30 +44,32 @@ KEEP_CHECKPOINTS = 2
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
-    """A policy (`net`, what is deployed) beside a value network.
+    """A policy (`net`, which is what is deployed) beside a value network.
 
-    `model_config["router"]` holds `build_policy`'s arguments.
+    `model_config["spec"]` is the policy's `PolicySpec`.
     """
 
     def setup(self) -> None:
         """Build both networks."""
         if not isinstance(self.action_space, (Discrete, MultiDiscrete)):
             raise ValueError(f"RouterModule takes Discrete or MultiDiscrete actions, got {self.action_space}")
-        settings: Any = self.model_config  # RLlib adds keys of its own beside "router"
-        self.net = build_policy(*settings["router"])
+        settings: Any = self.model_config  # RLlib adds keys of its own beside "spec"
+        spec: PolicySpec = settings["spec"]
+        self.net = spec.build()
         self.action_dist_cls = TorchCategorical
         if isinstance(self.action_space, MultiDiscrete):
             several: Any = TorchMultiCategorical
-            self.action_dist_cls = several.get_partial_dist_cls(input_lens=[self.net.choices] * self.net.decisions)
-        width, hidden = self.net.price + 1, 64
-        self.value = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+            self.action_dist_cls = several.get_partial_dist_cls(
+                input_lens=[self.net.sight.choices] * self.net.sight.decisions
+            )
+        self.value = value_network(self.net)
 
     def get_non_inference_attributes(self) -> list[str]:
-        """Runners act; they need no values."""
+        """What runners do not need: they act, and need no values."""
         return ["value"]
 
     def get_initial_state(self) -> dict[str, Any]:
-        """None: policies are stateless."""
+        """Nothing, since policies are stateless."""
         return {}
 
     def logits(self, observation: Tensor) -> Tensor:
@@ -99,211 +88,6 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
         """[n], the return expected from each observation."""
         return self.value(self.net.trunk(batch[Columns.OBS])).squeeze(-1)
-
-
-class Slab:
-    """T steps of N sub-environments, time first. Stands where RLlib expects a list of episodes.
-
-    A plain class: RLlib takes dicts and tuples apart when it gathers samples.
-
-    Attributes:
-        obs [T, N, D], actions [T, N] (upfront [T, N, decisions]), rewards [T, N], terminateds [T, N] bool,
-        logp [T, N], logits [T, N, A]; greedy [T, N], what the likeliest actions would have earned, or [T, 0];
-        episodes [T, N] int64, the number of each row's episode, all of which began in the slab, or [T, 0];
-        last_obs [N, D]: what the next slab begins with.
-    """
-
-    def __init__(self, steps: list[tuple[Tensor, ...]], last_obs: Tensor) -> None:
-        stacked = [torch.stack(column) for column in zip(*steps, strict=True)]
-        self.obs, self.actions, self.rewards, self.terminateds, self.logp, self.logits, *rest = stacked
-        self.greedy, self.episodes = rest
-        self.last_obs = last_obs
-
-    def to_host(self) -> Slab:
-        """All of it moved to the CPU."""
-        for name, value in vars(self).items():
-            setattr(self, name, value.cpu())
-        return self
-
-    def split(self, parts: int) -> list[Slab]:
-        """As many slabs, each of some of the sub-environments; their number must be a multiple of `parts`."""
-        found = [copy.copy(self) for _ in range(parts)]
-        for name, value in vars(self).items():
-            axis = 0 if name == "last_obs" else 1
-            pieces = value.chunk(parts, axis) if value.shape[axis] else [value] * parts
-            for slab, piece in zip(found, pieces, strict=True):
-                setattr(
-                    slab, name, piece.clone() if parts > 1 else piece
-                )  # a view would travel with all it is a view of
-        return found
-
-    def __len__(self) -> int:
-        return self.rewards.numel()
-
-
-class SlabRunner(SingleAgentEnvRunner):
-    """Steps a same-step autoreset `RoutingVectorEnv` in torch; returns one `Slab` a sample."""
-
-    env: Any
-
-    def make_env(self) -> None:
-        """As RLlib makes it, without the wrapper that turns infos into Python lists."""
-        super().make_env()
-        self.env = self.env.env
-        mode = self.env.metadata["autoreset_mode"]
-        # Anything else would lose the first transition of every episode, or train on reset steps.
-        if not isinstance(self.env.unwrapped, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
-            raise ValueError(
-                f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}"
-            )
-        self._obs: Tensor | None = None
-        self._lengths = torch.zeros(0)
-        self._begun: dict[int, tuple[Any, ...]] = {}  # of `EpisodesRunner`: what of a row's walk is there so far
-
-    def make_module(self) -> None:
-        """As RLlib makes it, where the environment's tensors are."""
-        if self.env is not None:
-            self._device = self.env.unwrapped.device
-        super().make_module()
-
-    def sample(  # type: ignore[override]
-        self,
-        *,
-        num_timesteps: int | None = None,
-        num_episodes: int | None = None,
-        explore: bool | None = None,
-        random_actions: bool = False,
-        force_reset: bool = False,
-    ) -> list[Any]:
-        """Collect at least `num_timesteps` steps, or `num_episodes` episodes from fresh ones on."""
-        explore = self.config.explore if explore is None else explore
-        env: RoutingVectorEnv = self.env.unwrapped
-        count = env.num_envs
-        self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
-        with self.metrics.log_time(SAMPLE_TIMER), torch.no_grad():
-            if num_timesteps is None and num_episodes is None:
-                num_timesteps = self.config.get_rollout_fragment_length(self.worker_index) * count
-            module: Any = self.module
-            baseline = module.model_config.get("baseline")
-            if baseline == "group" and self._lengths.any():
-                # Rows whose walks differ in length drift apart, until none of a group meet the same input in a slab.
-                self._needs_initial_reset = True
-            if self._obs is None or force_reset or num_episodes is not None or self._needs_initial_reset:
-                self._obs = env.reset_tensors(self._new_seed() if self._needs_initial_reset else None)
-                self._needs_initial_reset = False
-                self._returns, self._lengths = torch.zeros(2, count, device=env.device)
-                self._begun = {}
-            steps: list[tuple[Tensor, ...]] = []
-            ended: list[dict[str, Tensor]] = []
-            obs, done = self._obs, 0
-            net: LearnedPolicy = module.net
-            before = self.num_env_steps_sampled_lifetime
-            leads = torch.arange(count, device=env.device) % GROUP == 0
-            while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
-                logits = module.logits(obs)
-                # A row for each decision: one of each observation, or all of a walk's.
-                log_probs = torch.log_softmax(logits.view(-1, net.choices), 1)
-                likeliest = log_probs.argmax(1)
-                if random_actions:
-                    actions = torch.randint(env.backbone.num_choices, likeliest.shape, device=env.device)
-                elif explore:
-                    actions = module.explore(log_probs, before + len(steps) * count)
-                else:
-                    actions = likeliest
-                if baseline == "group":
-                    actions = torch.where(leads.repeat_interleave(net.decisions), likeliest, actions)
-                logp = log_probs.gather(1, actions.unsqueeze(1)).view(count, -1).sum(1)
-                if env.upfront:
-                    actions, likeliest = actions.view(count, -1), likeliest.view(count, -1)
-                greedy = env.foresee(likeliest) if baseline == "greedy" else torch.empty(0)
-                number = env.episodes if baseline == "group" else torch.empty(0)
-                following, rewards, terminated, info = env.step_tensors(actions)
-                steps.append((obs, actions, rewards, terminated, logp, logits, greedy, number))
-                self._returns += rewards
-                self._lengths += 1
-                if "route" in info:
-                    over = ended_episodes(env, info, self._returns) | {"length": self._lengths[terminated]}
-                    ended.append(over)
-                    done += len(over["return"])
-                    self._returns[terminated], self._lengths[terminated] = 0, 0
-                obs = following
-            self._obs = obs
-        self._report(len(steps) * count, done, ended)
-        slab = Slab(steps, obs)
-        return self._hand_over(slab if env.device.type == "cpu" else slab.to_host())
-
-    def _new_seed(self) -> int | None:
-        """Of this worker and of no other, whatever their runs' seeds (RLlib counts workers on from their run's seed);
-        other inputs after a restart than at the start.
-        """
-        if self.config.seed is None:
-            return None
-        own = (self.config.seed, self.worker_index, self.num_env_steps_sampled_lifetime)
-        return int(np.random.SeedSequence(own).generate_state(1, np.uint64)[0]) >> 2  # room to count on from it
-
-    def _hand_over(self, slab: Slab) -> list[Any]:
-        """What a sample returns; it may travel to another process. Slabs of one size, which RLlib shares out whole."""
-        return slab.split(max(1, self.config.num_learners))
-
-    def _report(self, steps: int, episodes: int, ended: list[dict[str, Tensor]]) -> None:
-        """Log once a sample; the stock runner's counters are what PPO's training step reads."""
-        self._increase_sampled_metrics(steps, episodes)
-        self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
-        if not ended:
-            return
-        over = {name: torch.cat([part[name] for part in ended]) for name in ended[0]}
-        log = self.metrics.log_value
-        log(EPISODE_RETURN_MEAN, float(over["return"].mean()), window=1)
-        log(EPISODE_RETURN_MIN, float(over["return"].min()), reduce="min", window=1)
-        log(EPISODE_RETURN_MAX, float(over["return"].max()), reduce="max", window=1)
-        log(EPISODE_LEN_MEAN, float(over["length"].mean()), window=1)
-        for tag, value in episode_scalars(over, self.env.unwrapped.backbone.points).items():
-            log(("route", tag), value, window=1)
-
-    def get_metrics(self) -> Any:
-        """What was logged since the last call."""
-        return self.metrics.reduce()
-
-    def get_spaces(self) -> dict[str, Any]:
-        """The environment's spaces; without one (a driver with remote runners) those handed in."""
-        if self.env is None:
-            return self.spaces
-        spaces = super().get_spaces()
-        spaces[DEFAULT_MODULE_ID] = (self.env.single_observation_space, self.env.single_action_space)
-        return spaces
-
-
-class EpisodesRunner(SlabRunner):
-    """`SlabRunner` for algorithms that ask for RLlib's episodes: whole walks, each when it has ended.
-
-    A walk that a slab cuts waits for its end: RLlib's V-trace counts a cut episode's rest as nothing.
-    """
-
-    def _hand_over(self, slab: Slab) -> list[Any]:
-        found = []
-        columns = (slab.obs, slab.actions, slab.rewards, slab.logp, slab.logits)
-        by_row: list[Any] = [column.transpose(0, 1).numpy() for column in columns]
-        for row, ended in enumerate(slab.terminateds.t()):
-            start = 0
-            for end in [*(ended.nonzero().flatten() + 1).tolist(), len(ended)]:
-                walk: tuple[Any, ...] = tuple(column[row, start:end] for column in by_row)
-                if row in self._begun:
-                    walk = tuple(map(np.concatenate, zip(self._begun.pop(row), walk, strict=True)))
-                if start == end or not ended[end - 1]:  # the slab ends, with a walk or within one
-                    if len(walk[0]):
-                        self._begun[row] = walk
-                    continue
-                obs, actions, rewards, logp, logits = walk
-                seen: Any = np.concatenate([obs, obs[-1:]])  # behind its end there is nothing to see
-                found.append(
-                    SingleAgentEpisode(
-                        observations=seen, infos=[{}] * (len(obs) + 1), actions=actions,
-                        rewards=rewards, terminated=True, len_lookback_buffer=0, t_started=0,
-                        extra_model_outputs={Columns.ACTION_LOGP: logp, Columns.ACTION_DIST_INPUTS: logits},
-                    )
-                )  # fmt: skip
-                start = end
-        return found
 
 
 def routing_config(
@@ -370,9 +154,8 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
 
 
 def router_of(algorithm: Any) -> LearnedPolicy:
-    """The policy inside an algorithm, with its newest weights, those of the learner; a copy."""
-    kind, config = algorithm.config.rl_module_spec.model_config["router"]
-    twin = build_policy(kind, config)
+    """A copy of the policy inside an algorithm, with the learner's weights, the newest ones."""
+    twin = algorithm.config.rl_module_spec.model_config["spec"].build()
     weights = algorithm.learner_group.get_weights()[DEFAULT_MODULE_ID]
     own = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
     twin.load_state_dict({name: torch.tensor(value) for name, value in own.items()})
@@ -382,35 +165,40 @@ def router_of(algorithm: Any) -> LearnedPolicy:
 class RLlibAgent(Agent):
     """An algorithm of RLlib's on the decision's environment; its file fills in `configure`."""
 
-    def configure(
-        self, env_id: str, env_config: dict[str, Any], router: tuple[str, dict[str, Any]], steps: int, **place: Any
-    ) -> Any:
+    cannot = {"baseline": Agent.cannot["baseline"]}
+
+    def configure(self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any) -> Any:
         """The algorithm's config.
 
         Args:
-            env_id, env_config, place: as of `routing_config`.
-            router: `build_policy`'s arguments.
+            env_id, env_config, place: as `routing_config` takes them.
+            spec: what builds the policy.
             steps: of the environment in all, for schedules.
         """
         raise NotImplementedError
 
+    @classmethod
+    def refuse(cls, settings: Settings, backbone: Backbone) -> None:
+        """Also refuse a GPU by its number where remote runners take what ray gives them."""
+        super().refuse(settings, backbone)
+        device, runners = torch.device(settings.place.device), settings.learning.num_env_runners
+        if runners and device.index is not None:
+            raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
+
     def start(self) -> None:
         """Start ray and build the algorithm."""
-        settings, (backbone, _) = self.settings, load_backbone(self.backbone_file)
-        if start_ray(max(2, settings.num_env_runners + settings.num_learners + 1), settings.address):
+        (backbone, _), learning, place = load_backbone(self.backbone_file), self.settings.learning, self.settings.place
+        if start_ray(max(2, learning.num_env_runners + place.num_learners + 1), place.address):
             self._held.callback(ray.shutdown)  # what follows is timed: ray's processes should not share its cores
-        # Of steps of the environment, which has one for all decisions of a walk, if they are taken upfront.
-        self._decisions = backbone.max_steps if settings.upfront else 1
-        self._walk = backbone.max_steps // self._decisions
-        self._entropy = entropy_bonus(settings, backbone)
+        self.backbone, self.ground = backbone, Ground.of(learning, backbone)
         config = self.configure(
-            decision(settings.decision).env_id, env_arguments(settings, self.backbone_file),
-            router_arguments(backbone, settings),
-            self.total // self._decisions, seed=settings.seed, num_envs=settings.num_envs,
-            rollout=rollout_steps(settings, backbone),
-            num_env_runners=settings.num_env_runners, num_learners=settings.num_learners,
+            decision(self.settings.problem.decision).env_id,
+            env_arguments(self.settings, self.backbone_file, self.times), self.ground.spec,
+            self.total // self.ground.decisions,
+            seed=self.settings.problem.seed, num_envs=learning.num_envs, rollout=self.ground.rollout,
+            num_env_runners=learning.num_env_runners, num_learners=place.num_learners,
             # Remote runners see no GPU that ray has not given them.
-            num_gpus_per_env_runner=settings.device.startswith("cuda") / max(1, settings.num_env_runners),
+            num_gpus_per_env_runner=place.device.startswith("cuda") / max(1, learning.num_env_runners),
         )  # fmt: skip
         self._algorithm = config.build_algo()
         self._held.callback(self._algorithm.stop)
@@ -422,11 +210,11 @@ class RLlibAgent(Agent):
     def iterate(self) -> dict[str, float]:
         """One training iteration of RLlib's."""
         result = self._algorithm.train()
-        self.steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"]) * self._decisions
+        self.steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"]) * self.ground.decisions
         return scalars_of(result)
 
     def router(self) -> LearnedPolicy:
-        """The policy inside the algorithm."""
+        """A copy of the policy inside the algorithm."""
         return router_of(self._algorithm)
 
     def save(self) -> None:

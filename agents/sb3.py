@@ -18,21 +18,21 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
+from dynrl.agents.base import Agent, Ground, entropy_bonus, env_arguments
 from dynrl.agents.metrics import ended_episodes, episode_scalars
-from dynrl.agents.training import (
-    EXPLORATION,
-    Agent,
-    build_q,
-    entropy_bonus,
-    env_arguments,
-    rollout_steps,
-    router_arguments,
-)  # fmt: skip
-from dynrl.backbones import load_backbone
+from dynrl.agents.numbers import ADAM_EPSILON, check_one_choice, q_network, value_network
+from dynrl.agents.numbers import DQN as DQN_NUMBERS
+from dynrl.agents.numbers import PPO as PPO_NUMBERS
+from dynrl.backbones import Backbone, load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
 from dynrl.files import write_aside
-from dynrl.policies import LearnedPolicy, build_policy
+from dynrl.policies import LearnedPolicy, PolicySpec
+from dynrl.settings import Settings
+
+# Where SB3's DQN differs from RLlib's: steps a batch, how often each step that is sampled is learned from, and rewards
+# that are added up before a value is asked for.
+DQN_BATCH, DQN_TIMES, DQN_STEPS = 128, 4, 3
 
 
 class RoutingVecEnv(VecEnv):
@@ -104,13 +104,13 @@ class RoutingVecEnv(VecEnv):
         return [False] * len(list(self._get_indices(indices)))
 
 
-class _Sight(nn.Module):
+class _Reader(nn.Module):
     """What SB3's actor and critic read: the whole observation, and it without its mask."""
 
     def __init__(self, net: LearnedPolicy) -> None:
         super().__init__()
         self.net = net
-        self.latent_dim_pi, self.latent_dim_vf = net.width, net.price + 1
+        self.latent_dim_pi, self.latent_dim_vf = net.sight.width, net.sight.price + 1
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         return observation, self.net.trunk(observation)
@@ -123,28 +123,28 @@ class _Sight(nn.Module):
 
 
 class RouterActorCritic(ActorCriticPolicy):
-    """SB3's actor is the router, its critic the value network that RLlib's PPO has.
+    """SB3's actor is the policy, its critic the value network that RLlib's PPO has.
 
     Args:
-        router: `build_policy`'s arguments.
+        spec: what builds the policy.
     """
 
-    def __init__(self, *args: Any, router: tuple[str, dict[str, Any]], **kwargs: Any) -> None:
-        self.router_arguments = router
+    def __init__(self, *args: Any, spec: PolicySpec, **kwargs: Any) -> None:
+        self.spec = spec
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Any) -> None:
-        net = build_policy(*self.router_arguments)
-        if not isinstance(self.action_space, Discrete):  # where points differ, the router has columns for the most
-            self.action_dist = MultiCategoricalDistribution([net.choices] * net.decisions)
-        self.mlp_extractor: Any = _Sight(net)
+        net = self.spec.build()
+        if not isinstance(self.action_space, Discrete):  # each decision has columns for the one of most choices
+            self.action_dist = MultiCategoricalDistribution([net.sight.choices] * net.sight.decisions)
+        self.mlp_extractor: Any = _Reader(net)
         self.action_net: Any = net
-        self.value_net: Any = nn.Sequential(nn.Linear(net.price + 1, 64), nn.Tanh(), nn.Linear(64, 1))
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5)
+        self.value_net: Any = value_network(net)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=ADAM_EPSILON)
 
 
 class _Returns(BasePolicy):
-    """The router's scores as what each choice is expected to return."""
+    """The policy's scores, as what each choice is expected to return."""
 
     def __init__(self, net: LearnedPolicy, *spaces: Any) -> None:
         super().__init__(*spaces)
@@ -158,70 +158,59 @@ class _Returns(BasePolicy):
 
 
 class RouterQ(DQNPolicy):
-    """SB3's Q-network is the router.
+    """SB3's Q-network is the policy.
 
     Args:
-        router: `build_policy`'s arguments.
+        spec: what builds the policy.
     """
 
-    def __init__(self, *args: Any, router: tuple[str, dict[str, Any]], **kwargs: Any) -> None:
-        self.router_arguments = router
+    def __init__(self, *args: Any, spec: PolicySpec, **kwargs: Any) -> None:
+        self.spec = spec
         super().__init__(*args, **kwargs)
 
     def make_q_net(self) -> Any:
-        """A fresh one."""
-        return _Returns(build_q(*self.router_arguments), self.observation_space, self.action_space)
+        """An untrained Q-network."""
+        return _Returns(q_network(self.spec), self.observation_space, self.action_space)
 
 
 class SB3Agent(Agent):
     """An algorithm of Stable-Baselines3's on the decision's environment; its classes fill in `build`."""
 
-    def build(self, env: RoutingVecEnv, router: tuple[str, dict[str, Any]], walk: int, samples: int) -> Any:
-        """The algorithm.
-
-        Args:
-            router: `build_policy`'s arguments.
-            walk: environment steps of a whole walk.
-            samples: those of each row in a training iteration.
-        """
+    def build(self, env: RoutingVecEnv, ground: Ground) -> Any:
+        """The algorithm, on `env`."""
         raise NotImplementedError
-
-    @property
-    def _left(self) -> float:
-        return 1 - 0.9 * min(1.0, self.steps / self.total)
 
     def schedule(self) -> None:
         """Set what changes with `steps`."""
 
     def start(self) -> None:
         """Build the environment and the algorithm."""
-        settings, (backbone, _) = self.settings, load_backbone(self.backbone_file)
-        self._decisions = backbone.max_steps if settings.upfront else 1
-        walk = backbone.max_steps // self._decisions
-        self._samples = rollout_steps(settings, backbone)
-        self._entropy = entropy_bonus(settings, backbone)
+        self.backbone, _ = load_backbone(self.backbone_file)
+        self.ground = Ground.of(self.settings.learning, self.backbone)
         self._env, self.steps = self._make_env(), 0
-        self._algorithm = self.build(self._env, router_arguments(backbone, settings), walk, self._samples)
+        self._algorithm = self.build(self._env, self.ground)
         if self._file.exists():
             saved = torch.load(self._file, weights_only=True)
             self._algorithm.policy.load_state_dict(saved["policy"])
             self._algorithm.policy.optimizer.load_state_dict(saved["optimizer"])
             self.steps = saved["steps"]
-            self._algorithm.num_timesteps = self.steps // self._decisions
+            self._algorithm.num_timesteps = self.steps // self.ground.decisions
         self._seed()
 
     def _seed(self) -> None:
-        """As RLlib's: other inputs for each seed, and after a restart not the first ones again. SB3 seeds it, too, by
-        its own seed alone, when an algorithm is built: before this.
+        """Let each seed meet other inputs, and a restart not the first ones again.
+
+        SB3 seeds the environment, too, by its own seed alone, when an algorithm is built: before this.
         """
-        self._env.seed(self.settings.seed * 1_000_003 + 31 * self.steps)
+        self._env.seed(self.settings.problem.seed * 1_000_003 + 31 * self.steps)
 
     def _make_env(self) -> RoutingVecEnv:
         settings = self.settings
         env = RoutingVecEnv(
             gym.make_vec(
-                decision(settings.decision).env_id, settings.num_envs, vectorization_mode="vector_entry_point",
-                autoreset_mode=AutoresetMode.SAME_STEP, **env_arguments(settings, self.backbone_file),
+                decision(settings.problem.decision).env_id, settings.learning.num_envs,
+                vectorization_mode="vector_entry_point", autoreset_mode=AutoresetMode.SAME_STEP,
+                **env_arguments(settings, self.backbone_file, self.times),
             )
         )  # fmt: skip
         env.ended = []
@@ -230,8 +219,9 @@ class SB3Agent(Agent):
     def iterate(self) -> dict[str, float]:
         """One rollout and what is learned from it."""
         self.schedule()
-        self._algorithm.learn(self._samples * self.settings.num_envs, reset_num_timesteps=False, log_interval=None)
-        self.steps = self._algorithm.num_timesteps * self._decisions
+        samples = self.ground.rollout * self.settings.learning.num_envs
+        self._algorithm.learn(samples, reset_num_timesteps=False, log_interval=None)
+        self.steps = self._algorithm.num_timesteps * self.ground.decisions
         ended, self._env.ended = self._env.ended, []
         assert ended
         over = {name: torch.cat([part[name] for part in ended]) for name in ended[0]}
@@ -248,15 +238,15 @@ class SB3Agent(Agent):
         return scalars
 
     def router(self) -> LearnedPolicy:
-        """The router as it is."""
+        """A copy of the policy inside the algorithm."""
         return copy.deepcopy(self.net()).eval()
 
     def net(self) -> LearnedPolicy:
-        """The router inside the algorithm."""
+        """The policy inside the algorithm."""
         raise NotImplementedError
 
     def save(self) -> None:
-        """One file of tensors and numbers; SB3's own would run code when it is loaded."""
+        """Write one file of tensors and numbers; SB3's own would run code when it is loaded."""
         policy = self._algorithm.policy
         state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "steps": self.steps}
         with write_aside(self._file) as aside:
@@ -267,29 +257,34 @@ class SB3Agent(Agent):
         return self.checkpoints / "sb3.pt"
 
     def reload(self) -> None:
-        """A new environment: it loads the file again, since it has changed."""
+        """Make a new environment: it loads the file again, since that has changed."""
         self._env = self._make_env()
         self._seed()
         self._algorithm.set_env(self._env)
 
 
 class SB3PPO(SB3Agent):
-    """SB3's PPO with the settings of RLlib's."""
+    """SB3's PPO with the numbers of RLlib's."""
 
-    def build(self, env: RoutingVecEnv, router: tuple[str, dict[str, Any]], walk: int, samples: int) -> PPO:
-        """With a learning rate that falls to a tenth."""
-        batch = samples * env.num_envs
+    cannot = {name: reason for name, reason in SB3Agent.cannot.items() if name != "entropy"}
+
+    def build(self, env: RoutingVecEnv, ground: Ground) -> PPO:
+        """PPO with a learning rate that falls to a tenth."""
+        learning, numbers = self.settings.learning, PPO_NUMBERS
+        rate = learning.learning_rate or numbers.learning_rate
+        batch = ground.rollout * env.num_envs
+        self._entropy = entropy_bonus(numbers.entropy if learning.entropy is None else learning.entropy, self.backbone)
         return PPO(
-            RouterActorCritic, env, policy_kwargs={"router": router},
-            learning_rate=lambda _: (self.settings.learning_rate or 2e-3) * self._left,
-            n_steps=samples, batch_size=max(2, batch // 8), n_epochs=4,
-            gamma=1.0, gae_lambda=0.95, clip_range=0.2, ent_coef=self._entropy, vf_coef=0.5, max_grad_norm=0.5,
-            seed=self.settings.seed, device="cpu",
+            RouterActorCritic, env, policy_kwargs={"spec": ground.spec}, learning_rate=lambda _: rate * self.left,
+            n_steps=ground.rollout, batch_size=max(2, batch // numbers.minibatches), n_epochs=numbers.epochs,
+            gamma=numbers.gamma, gae_lambda=numbers.lambda_, clip_range=numbers.clip, ent_coef=self._entropy,
+            vf_coef=numbers.value_weight, max_grad_norm=numbers.gradient_norm, seed=self.settings.problem.seed,
+            device="cpu",
         )  # fmt: skip
 
     def schedule(self) -> None:
-        """The entropy bonus falls to a tenth, too."""
-        self._algorithm.ent_coef = self._entropy * self._left
+        """Let the entropy bonus fall to a tenth, too."""
+        self._algorithm.ent_coef = self._entropy * self.left
 
     def net(self) -> LearnedPolicy:
         """The actor."""
@@ -298,21 +293,31 @@ class SB3PPO(SB3Agent):
 
 
 class SB3DQN(SB3Agent):
-    """SB3's DQN with the settings of RLlib's. For one choice a step only; resumed with an empty buffer."""
+    """SB3's DQN with the numbers of RLlib's. Training that is resumed begins with an empty buffer."""
 
-    def build(self, env: RoutingVecEnv, router: tuple[str, dict[str, Any]], walk: int, samples: int) -> DQN:
-        """Each step sampled is learned from about four times."""
-        if env.env.backbone.may_close:  # SB3 explores among all, and would learn what a closed one is said to return
-            raise ValueError("sb3-dqn is for backbones whose choices are all open everywhere; choose another --agent")
+    cannot = {**SB3Agent.cannot, "finetune": "Q-learning replays what it met on the backbone as it was"}
+
+    @classmethod
+    def refuse(cls, settings: Settings, backbone: Backbone) -> None:
+        """Also refuse policies that answer with several choices, and backbones whose choices may be closed."""
+        super().refuse(settings, backbone)
+        check_one_choice(settings.learning, backbone)
+        if backbone.may_close:  # SB3 explores among all, and would learn what a closed one is said to return
+            raise ValueError("sb3-dqn is for backbones whose choices are all open everywhere; choose another agent")
+
+    def build(self, env: RoutingVecEnv, ground: Ground) -> DQN:
+        """DQN that samples one walk of each row at a time."""
+        numbers = DQN_NUMBERS
+        rate = self.settings.learning.learning_rate or numbers.learning_rate
         model = DQN(
-            RouterQ, env, policy_kwargs={"router": router},
-            learning_rate=lambda _: (self.settings.learning_rate or 1e-3) * self._left, buffer_size=100_000,
-            learning_starts=min(10_000, self.total // 10), batch_size=128, gamma=1.0, n_steps=3,
-            train_freq=(walk, "step"), gradient_steps=max(1, round(4 * walk * env.num_envs / 128)),
-            target_update_interval=1_000, max_grad_norm=10.0, seed=self.settings.seed, device="cpu",
+            RouterQ, env, policy_kwargs={"spec": ground.spec}, learning_rate=lambda _: rate * self.left,
+            buffer_size=numbers.buffer, learning_starts=min(numbers.warm_up, self.total // 10), batch_size=DQN_BATCH,
+            gamma=numbers.gamma, n_steps=DQN_STEPS, train_freq=(ground.looks, "step"),
+            gradient_steps=max(1, round(DQN_TIMES * ground.looks * env.num_envs / DQN_BATCH)),
+            target_update_interval=numbers.target_every, max_grad_norm=numbers.gradient_norm,
+            seed=self.settings.problem.seed, device="cpu",
         )  # fmt: skip
-        (first, last) = EXPLORATION
-        model.exploration_schedule = lambda _: max(last, first + (last - first) * 5 * model.num_timesteps / self.total)
+        model.exploration_schedule = lambda _: numbers.rate(model.num_timesteps, self.total)
         return model
 
     def net(self) -> LearnedPolicy:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State
-from dynrl.choice import logits_on
 from dynrl.data import Dataset
 from dynrl.files import write_aside
 from dynrl.policies import LearnedPolicy
@@ -145,10 +144,10 @@ class Finetuner:
         inputs, targets, prices = inputs.to(device), targets.to(device), prices.to(device)
         policy.to(device)
         whole = torch.arange(len(rows), device=device) < round(plan.full_share * len(rows))
-        full_route = torch.tensor(backbone.full_route, device=device)
+        full_route = backbone.dense_actions(len(rows), device)
 
         with torch.no_grad():
-            logits_at = logits_on(backbone, policy, inputs, prices)
+            logits_at = policy.logits_on(backbone, prices)
 
         @torch.no_grad()
         def choose(state: State) -> Tensor:
@@ -158,7 +157,7 @@ class Finetuner:
                 action = torch.multinomial(logits.softmax(1).cpu(), 1, generator=self._generator).squeeze(1).to(device)
             else:
                 action = logits.argmax(1)
-            return torch.where(whole[state.rows], full_route[state.walk.steps[state.rows]], action)
+            return torch.where(whole[state.rows], state.along(full_route), action)
 
         with autocast(device):
             walk = backbone.run(inputs, choose)

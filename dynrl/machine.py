@@ -1,15 +1,17 @@
-"""What figures depend on: the machine."""
+"""The machine and the sources: what figures depend on, and the devices there are."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
 def hardware() -> dict[str, Any]:
-    """What figures depend on: processor, threads, versions."""
+    """Name processor, threads and versions."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -26,3 +28,28 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def commit() -> str:
+    """Name the commit of the sources this runs from, with `+` if they were changed; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:  # no git on this machine
+            return ""
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name, "cpu" or one of CUDA; a ValueError where it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # builds without CUDA assert
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected the device cpu or cuda, got {name!r}")
+    return device

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dynrl.backbones import Backbone
 from dynrl.data import Dataset, Split
 from dynrl.files import write_aside
-from dynrl.policies import RandomPolicy, RoutePolicy, StaticPolicy
+from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
 
 
@@ -137,11 +137,10 @@ def pretrain(
 @torch.inference_mode()
 def metric_at_rate(backbone: Backbone, split: Split, rate: float | None, seed: int = 0, batch_size: int = 256) -> float:
     """The task's metric under random routes at `rate` (see `draw_routes`), or on the full route (None)."""
-    policy: RoutePolicy = StaticPolicy(backbone.full_route)
-    if rate is not None:
-        policy = RandomPolicy(backbone.column_costs, rate, seed)
+    policy = None if rate is None else RandomPolicy(backbone.thrift, rate, seed)
     total = 0.0
     for start in range(0, len(split), batch_size):
         inputs, targets = split.inputs[start : start + batch_size], split.targets[start : start + batch_size]
-        total += float(split.task.score(backbone(inputs, policy.route(inputs)), targets).sum())
+        outputs = backbone(inputs, None if policy is None else policy.route(inputs))
+        total += float(split.task.score(outputs, targets).sum())
     return total / len(split)

@@ -1,13 +1,38 @@
-"""Progress bars that also suit log files."""
+"""What dynrl says while it works: progress bars and lines, both behind one switch.
+
+Calls say nothing. `with talking():` lets them talk, as the commands do.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+_talks = False
+
+
+@contextmanager
+def talking(on: bool = True) -> Iterator[None]:
+    """Within the block bars and lines are shown; with `on=False` nothing changes."""
+    global _talks
+    before, _talks = _talks, _talks or on
+    try:
+        yield
+    finally:
+        _talks = before
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:
     """A tqdm bar; where nobody watches a terminal, a line every 10 seconds instead of ten a second."""
-    return tqdm(*args, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
+    interval = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(*args, mininterval=interval, dynamic_ncols=True, disable=not _talks, **kwargs)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line; to stdout, where no file is given."""
+    if _talks:
+        print(line, file=file, flush=True)

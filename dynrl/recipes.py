@@ -1,4 +1,4 @@
-"""Defaults of `dynrl train`: for each decision and data set, a backbone, how it is pretrained, and for how long."""
+"""Defaults of a training: for each decision and data set a backbone, how it is pretrained, and how a policy learns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dynrl.backbones import FAMILIES, Backbone
 from dynrl.data import Dataset, check_dataset, load_dataset
 from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
+from dynrl.settings import Learning
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,8 @@ class Defaults:
         family: of the backbone.
         backbone: keyword arguments of the family, beside `input_shape` and `classes`.
         pretraining: how the backbone is trained.
-        steps: decisions a policy is trained for, before any fine-tuning.
-        router_hidden: units of the policy's hidden layer; 0 for a linear one, where a step of the network costs little.
-        num_envs: inputs that walk side by side.
-        price_range: of the dense network's compute, in units of the accuracy term.
+        learning: how a policy learns, where nothing else is asked for. A linear policy (`hidden=0`) suits networks
+            whose steps cost little.
         finetuning: how backbone and policy are then trained in turn.
         joint: whether they always are, since no backbone survives random routes; else where that is asked for.
     """
@@ -35,10 +34,7 @@ class Defaults:
     family: str
     backbone: dict[str, Any]
     pretraining: Recipe
-    steps: int
-    router_hidden: int = 64
-    num_envs: int = 64
-    price_range: tuple[float, float] = (0.002, 2.0)
+    learning: Learning = field(default_factory=Learning)
     finetuning: Finetuning = field(default_factory=Finetuning)
     joint: bool = False
 
@@ -71,20 +67,21 @@ class Defaults:
 
 
 _FASHION_IMAGES = 55_000  # that fashion-mnist trains on
+_BATCHES = 4_000  # of pretraining, where no row says how long
 
 DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "digits"): Defaults(
         family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64)},
         pretraining=Recipe(epochs=24, batch_size=100),
-        steps=300_000,
+        learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=2, epochs=6, steps=60_000, batch_size=100),
     ),
     ("skip", "fashion-mnist"): Defaults(
         family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
-        steps=1_000_000,
+        learning=Learning(steps=1_000_000),
         # With 4 epochs a round half of the MACs stayed 0.3 points below the same networks' full route, with 8 less than
         # 0.1 (measured, each on a backbone of its own).
         finetuning=Finetuning(rounds=2, epochs=8, steps=200_000, learning_rate=0.1),
@@ -93,26 +90,26 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
-        steps=600_000,
+        learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
     ("exit", "digits"): Defaults(
         family="exit_resnet",
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64), "exits": (0, 2, 4, 6, 8)},
         pretraining=Recipe(epochs=16, batch_size=100),
-        steps=200_000,
+        learning=Learning(steps=200_000),
     ),
     ("exit", "fashion-mnist"): Defaults(
         family="exit_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2, "exits": (1, 3, 5, 7, 9)},
         pretraining=Recipe(epochs=8, batch_size=128),
-        steps=600_000,
+        learning=Learning(steps=600_000),
     ),
     ("expert", "digits"): Defaults(
         family="expert_net",
         backbone={"stem": 16, "channels": 64, "layers": 4, "widths": (0, 32, 64, 64, 128, 256)},
         pretraining=Recipe(epochs=40, batch_size=100, least_rate=0.0, full_share=0.2),
-        steps=200_000,
+        learning=Learning(steps=200_000),
     ),
     ("expert", "fashion-mnist"): Defaults(
         family="expert_net",
@@ -120,37 +117,34 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         # Experts that meet all routes alike learn the same. With dear ones preferred, and half of the images on the
         # full route, that route gets 90.3 % of the validation images right instead of 89.4 (measured).
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.3, full_share=0.5),
-        steps=600_000,
+        learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=6, steps=150_000, learning_rate=0.1),
     ),
     ("channel", "digits"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=24, batch_size=100, least_rate=0.0, full_share=0.25),
-        steps=300_000,
+        learning=Learning(steps=300_000),
     ),
     ("channel", "fashion-mnist"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.25),
-        steps=1_000_000,
+        learning=Learning(steps=1_000_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
     ("channel", "cluttered-fashion-mnist"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
-        steps=600_000,
+        learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
     ("hidden-update", "sequential-digits"): Defaults(
         family="skip_gru",
         backbone={"hidden": 64, "sees": "state", "knots": 32},
         pretraining=Recipe(epochs=100, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
-        steps=1_000_000,
-        router_hidden=0,
-        num_envs=256,
-        price_range=(0.01, 5.0),
+        learning=Learning(steps=1_000_000, hidden=0, num_envs=256, price_range=(0.01, 5.0)),
         finetuning=Finetuning(
             rounds=8, epochs=15, steps=400_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
             sampled=True,
@@ -160,8 +154,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="skip_gru",
         backbone={"hidden": 128, "sees": "state", "knots": 16},
         pretraining=Recipe(epochs=8, batch_size=128, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
-        steps=1_000_000,
-        router_hidden=0,
+        learning=Learning(steps=1_000_000, hidden=0),
     ),
     # Half of the rows take the full route: on the others, most of which miss a number, little is to be learned.
     ("hidden-update", "adding"): Defaults(
@@ -171,10 +164,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, least_rate=0.0,
             full_share=0.5, optimizer="adam",
         ),
-        steps=100_000,
-        router_hidden=0,
-        num_envs=256,
-        price_range=(0.03, 1.0),
+        learning=Learning(steps=100_000, hidden=0, num_envs=256, price_range=(0.03, 1.0)),
         finetuning=Finetuning(
             rounds=16, epochs=0.3, steps=120_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.0,
             label_smoothing=0.0, sampled=True,
@@ -184,22 +174,36 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
 }  # fmt: skip
 
 
-def defaults(decision: str, data: str) -> Defaults:
+def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> Defaults:
     """The row for that decision and data set.
 
     Images without a row of their own (CIFAR, a folder, `DATASETS["mine"]`) take that of fashion-mnist, with as many
     batches of training, and from 96 pixels on an ImageNet stem.
 
+    Args:
+        own_backbone: whether a backbone was given: then other data take a row that suits most networks.
+
     Raises:
-        ValueError: neither; it lists the data sets there are for the decision.
+        ValueError: there is no row; it lists the data sets there are for the decision.
     """
-    data = check_dataset(data)
-    if (decision, data) in DEFAULTS:
-        return DEFAULTS[decision, data]
-    row, known = DEFAULTS.get((decision, "fashion-mnist")), sorted(d for name, d in DEFAULTS if name == decision)
-    if row is None or len(load_dataset(data).input_shape) != 3:
-        raise ValueError(f"no defaults for {decision!r} on {data!r}; there are for {known}")
-    dataset = load_dataset(data)
+    name = data.name if isinstance(data, Dataset) else check_dataset(data)
+    if (decision, name) in DEFAULTS:
+        return DEFAULTS[decision, name]
+    dataset = data if isinstance(data, Dataset) else load_dataset(name)
+    images, row = len(dataset.input_shape) == 3, DEFAULTS.get((decision, "fashion-mnist"))
+    if row is not None and images:
+        return _for_images(row, dataset)
+    if own_backbone:
+        size = min(128, len(dataset.train))
+        epochs = math.ceil(_BATCHES * size / len(dataset.train))
+        pretraining = Recipe(epochs, size, learning_rate=2e-3, weight_decay=0.01, optimizer="adam")
+        return Defaults("", {}, pretraining, finetuning=Finetuning(epochs=epochs / 4, batch_size=size))
+    known = sorted(d for one, d in DEFAULTS if one == decision)
+    raise ValueError(f"no defaults for {decision!r} on {name!r}; there are for {known}")
+
+
+def _for_images(row: Defaults, dataset: Dataset) -> Defaults:
+    """Fashion-mnist's row for other images: as many batches of training."""
     backbone, longer = dict(row.backbone), _FASHION_IMAGES / len(dataset.train)
     if backbone.pop("stem_stride", None):
         backbone |= {"stem": "imagenet"} if dataset.input_shape[1] >= 96 else {"stem_stride": 2}

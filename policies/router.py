@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrl.ops.backend import small_steps_by_kernels
-from dynrl.ops.decide import decide
+from dynrl.ops.decide import decide, is_fused
 from dynrl.policies.base import LearnedPolicy
 from dynrl.policies.sight import StepSight
 
@@ -51,7 +50,7 @@ class Router(LearnedPolicy):
         if self.hidden is None or backbone.may_close:
             return folded
         fused = Fused(backbone, self, weight, bias)
-        return lambda state: fused(state) if small_steps_by_kernels(state.walk.macs) else folded(state)
+        return lambda state: fused(state) if is_fused(state.walk.macs) else folded(state)
 
 
 class Folded:

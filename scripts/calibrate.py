@@ -17,7 +17,7 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder; latency.json is written into it."""
     batch_size: int = 256
-    """Inputs a batch, as the model will be used."""
+    """Inputs in a batch, as the model will be used."""
     threads: int | None = None
     """CPU threads, as the model will be used; default: all available cores."""
 
@@ -25,35 +25,36 @@ class Args:
 def main(args: Args) -> None:
     """Time a batch of validation data at each price that the policy was calibrated at."""
     from dynrl.data import load_dataset
-    from dynrl.deploy import LATENCY, load, policy_fingerprint
+    from dynrl.deploy import policy_fingerprint
     from dynrl.evaluation import calibrate_latency
     from dynrl.files import write_json
     from dynrl.machine import hardware
     from dynrl.progress import progress
-    from dynrl.scripts.common import read_config, use_threads
+    from dynrl.runs import RunFolder
+    from dynrl.scripts.common import check_batch_size, use_threads
 
-    if args.batch_size < 1:
-        raise ValueError(f"expected --batch-size of at least 1, got {args.batch_size}")
-    data = read_config(args.run)["data"]
+    check_batch_size(args.batch_size)
     use_threads(args.threads)
-    model, inputs = load(args.run), load_dataset(data).validation.inputs
+    run = RunFolder(args.run)
+    data, model = run.data, run.model
     if len(model.curve) < 2:
-        raise ValueError(f"{args.run} has no calibrated budgets: it was trained at one price, or not by dynrl")
+        raise ValueError(f"{run} has no calibrated budgets: it was trained at one price, or not by dynrl")
+    inputs = load_dataset(data).validation.inputs
     if len(inputs) < args.batch_size:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
     rounds = 5
     with progress(total=rounds, desc="timing", unit="round") as bar:
         curve = calibrate_latency(model, inputs, args.batch_size, rounds, bar.update)
     write_json(
-        args.run / LATENCY,
+        run.latency_file,
         {
             "curve": curve, "batch_size": args.batch_size, "policy": policy_fingerprint(model),
             "date": f"{date.today()}", "hardware": hardware(),
         },
     )  # fmt: skip
     slow, fast = curve[0][1], curve[-1][1]
-    print(f"{args.run / LATENCY}: a batch of {args.batch_size} takes {fast:.1f} to {slow:.1f} ms")
-    print(f"use it:  model = dynrl.load({str(args.run)!r}); model.set_milliseconds({(fast + slow) / 2:.1f})")
+    print(f"{run.latency_file}: a batch of {args.batch_size} takes {fast:.1f} to {slow:.1f} ms")
+    print(f"use it:  model = dynrl.load({str(run)!r}); model.set_milliseconds({(fast + slow) / 2:.1f})")
 
 
 if __name__ == "__main__":

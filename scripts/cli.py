@@ -16,7 +16,7 @@ VERBS = {
     "export": "write a routed model as a program that needs torch alone",
     "bench": "measure: ops and whole networks against their ideals, sampling speed, how soon agents learn",
     "list": "list decisions, data sets and backbones",
-    "tables": "write the tables of the README from results/",
+    "tables": "write the tables of README and docs from results/",
 }
 
 
@@ -41,14 +41,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = ()) -> None:
     """Parse the verb's settings and run it, with what `plugins` add (see `dynrl.plugins`)."""
     from dynrl.plugins import load_plugins
+    from dynrl.progress import talking
 
     try:
         import tyro
 
-        module = importlib.import_module(f"dynrl.scripts.{verb}")
+        package = "bench.__main__" if verb == "bench" else verb
+        module = importlib.import_module(f"dynrl.scripts.{package}")
         args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
         load_plugins(plugins)
-        module.main(args)
+        with talking():
+            module.main(args)
     except ModuleNotFoundError as error:
         if (error.name or "dynrl").partition(".")[0] in {"dynrl", *sys.stdlib_module_names}:
             raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Args:
-    """It takes no settings."""
+    """This verb takes no settings."""
 
 
 def main(args: Args) -> None:
@@ -15,12 +15,13 @@ def main(args: Args) -> None:
     from dynrl.data import DATASETS
     from dynrl.deploy import shipped
     from dynrl.envs import DECISIONS
+    from dynrl.envs.pages import families_of
     from dynrl.recipes import DEFAULTS
 
-    rows = [("decision", "environment", "backbone", "data sets with defaults", "action", "source")]
+    rows = [("decision", "environment", "backbones", "data sets with defaults", "action", "source")]
     for d in DECISIONS.values():
         data = ", ".join(sorted(data for name, data in DEFAULTS if name == d.name))
-        rows.append((d.name, d.env_id, d.family, data, d.action, d.source))
+        rows.append((d.name, d.env_id, ", ".join(f.__name__ for f in families_of(d.name)), data, d.action, d.source))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

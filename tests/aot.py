@@ -20,40 +20,57 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, route
+from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, partition
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class _Pointer:
-    """Stands in for a tensor, or a tensor's descriptor, where the autotuner's pruning asks for a dtype."""
+    """A stand-in for a tensor, or a tensor's descriptor, where the autotuner's pruning asks for a dtype."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype, self.base = dtype, self
 
 
-def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
+Cases = Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]
+SIZE, CHANNELS = 256, 128
+ROWS = {
+    "in_rows_ptr": "*i64", "out_rows_ptr": "*i64", "x_rows_ptr": "*i64", "h_rows_ptr": "*i64", "offsets_ptr": "*i32",
+    "starts_ptr": "*i64", "dy_rows_ptr": "*i64", "bias_starts_ptr": "*i64", "in_widths_ptr": "*i32",
+    "out_widths_ptr": "*i32",
+}  # fmt: skip
+WHOLE = {"in_widths_ptr": None, "out_widths_ptr": None}
+GROUPS, SINGLE = {"NUM_GROUPS": 4, "BLOCK_GROUPS": 4}, {"NUM_GROUPS": 1, "BLOCK_GROUPS": 1}
+
+
+def _cases(dtype: torch.dtype) -> Cases:
     """(kernel, arguments, constants) with a type string for each pointer; what is not named is a pointer of `dtype`.
 
-    Where a value depends on the tile it is a function of the tile's constants.
+    A value that depends on the tile is a function of the tile's constants.
     """
-    size, channels = 256, 128
-    rows = {"in_rows_ptr": "*i64", "out_rows_ptr": "*i64", "x_rows_ptr": "*i64", "h_rows_ptr": "*i64"}
-    rows |= {"offsets_ptr": "*i32", "starts_ptr": "*i64", "dy_rows_ptr": "*i64", "bias_starts_ptr": "*i64"}
-    rows |= {"in_widths_ptr": "*i32", "out_widths_ptr": "*i32", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
-    precision = {"PRECISION": "ieee"}
-    groups = {"NUM_GROUPS": 4, "BLOCK_GROUPS": 4}
-    images = {
-        "size_c": channels, "size_k": channels, "H": 28, "W": 28, "P": 28, "Q": 28, "stride_wk": 9 * channels,
-        "stride_wc": 1, "stride_wr": 3 * channels, "stride_ws": channels, "size_class": 8,
+    for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+        yield from _convolutions(dtype, precision)
+        yield from _products(precision)
+    moved = {"offsets_ptr": "*i32", "rows_ptr": "*i64", "size": SIZE, "stride_src": SIZE, "stride_dst": SIZE}
+    yield gru._scatter_rows_kernel, moved, {"BLOCK_M": 16, "BLOCK_N": 128}
+    pooled = {"out_ptr": "*fp32", "pixels": 784, "channels": CHANNELS, "stride_n": 784 * CHANNELS, "stride_p": CHANNELS}
+    yield decide._pool_kernel, pooled, {"BLOCK_P": 32, "BLOCK_C": 64}
+    if dtype == torch.float32:
+        yield from _books()
+
+
+def _convolutions(dtype: torch.dtype, precision: str) -> Cases:
+    images = ROWS | {
+        "scale_ptr": "*fp32", "shift_ptr": "*fp32", "size_c": CHANNELS, "size_k": CHANNELS, "H": 28, "W": 28, "P": 28,
+        "Q": 28, "stride_wk": 9 * CHANNELS, "stride_wc": 1, "stride_wr": 3 * CHANNELS, "stride_ws": CHANNELS,
+        "size_class": 8,
     }  # fmt: skip
-    images |= {f"stride_{t}n": 784 * channels for t in "xor"} | {f"stride_{t}h": 28 * channels for t in "xor"}
-    images |= {f"stride_{t}w": channels for t in "xor"}
-    taps = {"R": 3, "S": 3, "STRIDE": 1, "PADDING": 1, "RELU": True} | precision
-    plain = {"in_widths_ptr": None, "out_widths_ptr": None}
-    yield conv._conv_rows_kernel, rows | images | plain, taps | {"NUM_GROUPS": 1, "BLOCK_GROUPS": 1}
-    yield conv._conv_rows_kernel, rows | images, taps | groups
+    images |= {f"stride_{t}n": 784 * CHANNELS for t in "xor"} | {f"stride_{t}h": 28 * CHANNELS for t in "xor"}
+    images |= {f"stride_{t}w": CHANNELS for t in "xor"}
+    taps = {"R": 3, "S": 3, "STRIDE": 1, "PADDING": 1, "RELU": True, "PRECISION": precision}
+    yield conv._conv_rows_kernel, images | WHOLE, taps | SINGLE
+    yield conv._conv_rows_kernel, images, taps | GROUPS
 
     def maps(tile: dict[str, int], channels: str) -> str:
         width = tile_width(tile)
@@ -62,60 +79,37 @@ def _cases(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, Any], dict[str, 
     def tile_width(tile: dict[str, int]) -> int:
         return conv_tiles.tile_width(28, 28, tile["BLOCK_M"])
 
-    descriptors = {
+    images |= {
         "x_desc": lambda tile: maps(tile, "BLOCK_K"), "out_desc": lambda tile: maps(tile, "BLOCK_N"),
-        "residual_desc": lambda tile: maps(tile, "BLOCK_N"), "granule": channels, "element_bytes": dtype.itemsize,
+        "residual_desc": lambda tile: maps(tile, "BLOCK_N"), "granule": CHANNELS, "element_bytes": dtype.itemsize,
         "w_desc": lambda tile: f"tensordesc<{TYPES[dtype]}[{tile['BLOCK_N']}, 1, {tile['BLOCK_K']}]>",
     }  # fmt: skip
     tiled = {name: value for name, value in taps.items() if name != "STRIDE"} | {"TILE_W": tile_width}
-    yield conv_tiles._conv_tiles_kernel, rows | images | descriptors, tiled | groups
-    single = {"NUM_GROUPS": 1, "BLOCK_GROUPS": 1}
-    yield conv_tiles._conv_tiles_kernel, rows | images | descriptors | plain, tiled | single
-    matrix = {"size_in": size, "size_out": size, "stride_x": size, "stride_wm": size, "stride_wk": 1, "size_class": 6}
-    yield linear._linear_rows_kernel, rows | matrix | {"stride_out": size}, {"RELU": True} | groups | precision
-    transposed = matrix | plain | {"stride_out": size, "stride_wm": 1, "stride_wk": size}
-    yield linear._linear_rows_kernel, rows | transposed, {"RELU": False} | groups | precision
-    yield linear._grad_weight_rows_kernel, rows | matrix | {"stride_dy": size}, {"NUM_GROUPS": 4} | precision
-    cell = {
-        "size_in": size,
-        "size_hidden": size,
-        "stride_x": size,
-        "stride_h": size,
-        "stride_out": size,
-        "size_class": 6,
-    }
-    yield gru._gru_rows_kernel, rows | cell, precision
-    moved = {"rows_ptr": "*i64", "size": size, "stride_src": size, "stride_dst": size}
-    yield gru._scatter_rows_kernel, rows | moved, {"BLOCK_M": 16, "BLOCK_N": 128}
-    pooled = {"out_ptr": "*fp32", "pixels": 784, "channels": channels, "stride_n": 784 * channels, "stride_p": channels}
-    yield decide._pool_kernel, pooled, {"BLOCK_P": 32, "BLOCK_C": 64}
-    if dtype == torch.float32:
-        books = {f"{name}_ptr": "*i64" for name in ("action", "costs", "route", "steps", "last", "macs")}
-        yield decide._record_kernel, books | {"n": size, "max_steps": 9}, {"BLOCK": 256}
-        router = books | {
-            "mask_ptr": "*i1",
-            "n": size,
-            "size_in": size,
-            "hidden": 64,
-            "choices": 2,
-            "dense_macs": "fp32",
-        }
-        yield (
-            decide._decide_kernel,
-            router,
-            {"LINEAR": False, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_H": 64, "BLOCK_C": 16},
-        )
-        yield (
-            linear._linear_rows_kernel,
-            rows | matrix | {"stride_out": size},
-            {"RELU": True, "PRECISION": "tf32"} | groups,
-        )
-        yield conv._conv_rows_kernel, rows | images, taps | groups | {"PRECISION": "tf32"}
-        yield conv._conv_rows_kernel, rows | images | plain, taps | groups | {"PRECISION": "tf32"}
-        tf32 = tiled | single | {"PRECISION": "tf32"}
-        yield conv_tiles._conv_tiles_kernel, rows | images | descriptors | plain, tf32
-        chosen = {"choice_ptr": "*i64", "order_ptr": "*i64", "offsets_ptr": "*i32", "n": 4096, "stride_choice": 1}
-        yield route._route_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
+    yield conv_tiles._conv_tiles_kernel, images, tiled | GROUPS
+    yield conv_tiles._conv_tiles_kernel, images | WHOLE, tiled | SINGLE
+
+
+def _products(precision: str) -> Cases:
+    how = {"PRECISION": precision}
+    matrix = ROWS | {
+        "size_in": SIZE, "size_out": SIZE, "stride_x": SIZE, "stride_wm": SIZE, "stride_wk": 1, "size_class": 6,
+    }  # fmt: skip
+    yield linear._linear_rows_kernel, matrix | {"stride_out": SIZE}, {"RELU": True} | GROUPS | how
+    transposed = matrix | WHOLE | {"stride_out": SIZE, "stride_wm": 1, "stride_wk": SIZE}
+    yield linear._linear_rows_kernel, transposed, {"RELU": False} | GROUPS | how
+    yield linear._grad_weight_rows_kernel, matrix | {"stride_dy": SIZE}, {"NUM_GROUPS": 4} | how
+    sizes = dict.fromkeys(("size_in", "size_hidden", "stride_x", "stride_h", "stride_out"), SIZE)
+    yield gru._gru_rows_kernel, ROWS | sizes | {"size_class": 6}, how
+
+
+def _books() -> Cases:
+    books = {f"{name}_ptr": "*i64" for name in ("action", "costs", "column", "steps", "last", "macs")}
+    yield decide._record_kernel, books | {"n": SIZE, "stride": 9}, {"BLOCK": 256}
+    router = books | {"n": SIZE, "size_in": SIZE, "hidden": 64, "choices": 2, "dense_macs": "fp32"}
+    blocks = {"LINEAR": False, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_H": 64, "BLOCK_C": 16}
+    yield decide._decide_kernel, router, blocks
+    chosen = {"choice_ptr": "*i64", "order_ptr": "*i64", "offsets_ptr": "*i32", "n": 4096, "stride_choice": 1}
+    yield partition._partition_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
 
 
 def _configs(

@@ -1,4 +1,4 @@
-"""The cases that the tests of the ops run through: an op that is added to `CASES` is tested."""
+"""The cases that the tests of the ops run through. An op that is added to `CASES` is tested."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,41 +16,35 @@ from torch import Tensor, nn
 
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.decide import decide, decide_ref
-from dynrl.ops.gated_cell import gated_cell, gated_cell_ref
+from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
+from dynrl.ops.partition import partition, partition_ref
 from dynrl.ops.pooled import pooled, pooled_ref
-from dynrl.ops.route import route, route_ref
-from dynrl.ops.routed_experts import routed_experts, routed_experts_ref
-from dynrl.ops.routed_linear import routed_linear, routed_linear_ref
+from dynrl.ops.record import record, record_ref
+from dynrl.ops.routed_experts import routed_experts, routed_experts_macs, routed_experts_ref
+from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
-from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
+from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs, sliced_linear_ref
 
 Args = dict[str, Any]
-Constants = dict[tuple[str, str], float]
+Assumed = dict[str, float]  # of `COSTS`
 NAN = float("nan")
 # Rows of a batch, by what they decide. Where 20 of 21 run, gated_residual runs all.
 KINDS = {"no rows": 0, "first": 1, "last": 1, "none": 5, "one": 5, "some": 5, "all": 5, "nearly": 21}
 ROWS = ("contiguous", "sliced", "transposed")
-# Blocks are never worth running on spare rows; two rows at a time; rows computed where they lie.
-COMPACT_BLOCK: Constants = {("gated_residual", "SPARE_MACS"): 0}
-MOVES: dict[str, Constants] = {
-    "in pieces": {**COMPACT_BLOCK, ("rows", "PIECE"): 1, ("rows", "START"): math.inf},
-    "in place": {**COMPACT_BLOCK, ("rows", "PIECE"): 1, ("rows", "START"): -math.inf},
-}
-COMPACT_ROWS: dict[str, Constants] = {"compacted": {("gated_cell", "WORTH_ROWS"): 0, ("gated_cell", "WORTH_MACS"): 0}}
-COMPACT_SLICES: dict[str, Constants] = {
-    "compacted": {("sliced_linear", "WORTH_MACS"): 0, ("sliced_linear", "MOVING"): -math.inf}
-}
 # No op computes a row that did not ask for it.
-COMPACT: Constants = {**COMPACT_BLOCK, **COMPACT_ROWS["compacted"], **COMPACT_SLICES["compacted"]}
-# Two positions at a time, and rows moved as large ones are.
-FEW_HIDDEN: dict[str, Constants] = {name: {**how, ("routed_experts", "HIDDEN"): 70} for name, how in MOVES.items()}
+COMPACT: Assumed = {"always": True}
+# Two rows, or two positions, at a time; and rows computed where they lie.
+MOVES: dict[str, Assumed] = {
+    "in pieces": {**COMPACT, "piece": 1, "hidden": 70, "restart": math.inf},
+    "in place": {**COMPACT, "piece": 1, "hidden": 70, "restart": -math.inf},
+}
 MAPS = ("contiguous", "channels_last", "sliced", "sliced channels_last")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a case's arguments are made for."""
+    """The rows, layout, type and device that a case's arguments are made for."""
 
     kind: str = "some"
     layout: str = "contiguous"
@@ -76,10 +71,10 @@ class Setting:
         return (torch.randn(*shape) * scale).to(self.device, self.dtype)
 
     def rows(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """[n, ..., width] in this layout; what lies between the rows is NaN."""
+        """[n, ..., width] in this layout; what lies between the rows is `between_rows`."""
         values = self.randn(*shape, scale=scale)
         if self.layout == "sliced":
-            whole = values.new_full((*shape[:-1], shape[-1] + 3), NAN)
+            whole = values.new_full((*shape[:-1], shape[-1] + 3), between_rows(self.dtype, self.device))
             return whole[..., 1:-2].copy_(values)
         return values.mT.contiguous().mT if self.layout == "transposed" else values
 
@@ -92,6 +87,19 @@ class Setting:
                 whole = whole.contiguous(memory_format=torch.channels_last)
             return whole[:, : shape[1]].copy_(values)
         return values.contiguous(memory_format=torch.channels_last) if self.layout == "channels_last" else values
+
+
+@cache
+def between_rows(dtype: torch.dtype, device: str) -> float:
+    """What lies between the rows of sliced inputs: NaN, or a huge number where torch's own products read beyond a row.
+
+    On processors with AMX, oneDNN fills rows of odd length up with whatever follows them, times 0: NaN would be torch's.
+    """
+    for width, rows in product((11, 31), (5, 40)):
+        x = torch.full((rows, width + 3), NAN, dtype=dtype, device=device)[:, 1:-2].copy_(torch.ones(rows, width))
+        if F.linear(x, torch.ones(24, width, dtype=dtype, device=device)).isnan().any():
+            return 1e30
+    return NAN
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,9 @@ class Case:
         hide: replaces in the arguments whatever must not be read by NaN.
         defined: the result with 0 where it is undefined.
         grads: arguments to differentiate by; a module stands for its parameters.
-        also: further paths on the CPU, by name: the constants, by (module, name), that make small tensors take them.
+        also: further paths on the CPU, by name: what `COSTS` must assume so that small tensors take them.
+        macs: makes, for n rows that all choose the same, the arguments and their MACs by the op's formula; None where
+            another case of the op has it.
     """
 
     op: str
@@ -128,19 +138,25 @@ class Case:
     hide: Callable[[Args], None] | None = None
     defined: Callable[[Args, Any], Any] = lambda args, out: out
     grads: tuple[str, ...] = ()
-    also: dict[str, Constants] = field(default_factory=dict)
+    also: dict[str, Assumed] = field(default_factory=dict)
+    macs: Callable[[int], tuple[Args, int]] | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}".strip()
 
     def args(self, setting: Setting) -> Args:
-        """The same each time."""
+        """The arguments, the same each time."""
         torch.manual_seed(0)
         return self.make(setting)
 
 
+def same(n: int) -> Tensor:
+    """[n] int64: all rows choose 0."""
+    return torch.zeros(n, dtype=torch.int64)
+
+
 def cast(args: Args, dtype: torch.dtype) -> Args:
-    """All numbers and modules in another type."""
+    """The arguments with all numbers and modules in another type."""
 
     def one(value: Any) -> Any:
         if isinstance(value, nn.Module):
@@ -151,7 +167,7 @@ def cast(args: Args, dtype: torch.dtype) -> Args:
 
 
 def assert_close(got: Tensor, exact: Tensor, plain: Tensor, interpreted: bool = False) -> None:
-    """At most twice the error that the definition makes in this dtype."""
+    """Check that the error is at most twice what the definition makes in this dtype."""
     assert got.shape == exact.shape == plain.shape, (got.shape, exact.shape, plain.shape)
     assert got.dtype == plain.dtype, (got.dtype, plain.dtype)
     if not got.is_floating_point():
@@ -169,7 +185,7 @@ def assert_close(got: Tensor, exact: Tensor, plain: Tensor, interpreted: bool = 
 
 
 class Rowwise(nn.Module):
-    """tanh(layer(x)) + x."""
+    """A block that computes tanh(layer(x)) + x."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -180,7 +196,7 @@ class Rowwise(nn.Module):
 
 
 class Overwriting(nn.Module):
-    """3 x + 1; spoils what it is given and returns something else."""
+    """A block that computes 3 x + 1, spoils what it is given and returns something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = 3 * x + 1
@@ -189,7 +205,7 @@ class Overwriting(nn.Module):
 
 
 class InPlace(nn.Module):
-    """relu(3 x + 1), written over x."""
+    """A block that computes relu(3 x + 1), written over x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(3).add_(1).relu_()
@@ -245,8 +261,8 @@ def gated_case(name: str, make: Callable[[Setting], Args], **more: Any) -> Case:
 
 def residual_case(name: str, sizes: tuple[int, ...], taps: tuple[int, ...], bias: bool) -> Case:
     make = gated_maps(lambda s: frozen_block(s, sizes, taps, bias), sizes[0])
-    f_ref = lambda x, run, block, seen=None: gated_residual_ref(x, run, plain(block), seen)  # noqa: E731
-    return gated_case(name, make, f_ref=f_ref, layouts=MAPS, kernels=True, also={"compacted": COMPACT_BLOCK, **MOVES})
+    f_ref = lambda x, run, block: gated_residual_ref(x, run, plain(block))  # noqa: E731
+    return gated_case(name, make, f_ref=f_ref, layouts=MAPS, kernels=True, also={"compacted": COMPACT, **MOVES})
 
 
 GATED_RESIDUAL = [
@@ -268,18 +284,18 @@ SPLITS = (16, 0, 7)
 
 
 def experts(s: Setting) -> Args:
-    routing = route_ref(s.choice(EXPERTS), EXPERTS)
+    parts = partition_ref(s.choice(EXPERTS), EXPERTS)
     return {
         "x": s.rows(s.n, INPUTS),
         "weight": s.rows(EXPERTS, OUTPUTS, INPUTS, scale=INPUTS**-0.5),
-        "routing": routing,
+        "parts": parts,
         "bias": s.rows(EXPERTS, OUTPUTS),
-        "gate": s.randn(s.n),
+        "scale": s.randn(s.n),
     }
 
 
 def only(make: Callable[[Setting], Args], *names: str, **fixed: Any) -> Callable[[Setting], Args]:
-    """Some of the arguments, and fixed ones."""
+    """Make some of the arguments, and fixed ones."""
     return lambda s: {name: value for name, value in make(s).items() if name in names} | fixed
 
 
@@ -287,9 +303,9 @@ def split_out(s: Setting) -> Args:
     return {
         "x": s.rows(s.n, INPUTS),
         "weight": s.rows(sum(SPLITS), INPUTS, scale=INPUTS**-0.5),
-        "routing": route_ref(s.choice(EXPERTS), EXPERTS),
+        "parts": partition_ref(s.choice(EXPERTS), EXPERTS),
         "bias": s.randn(sum(SPLITS)),
-        "gate": s.randn(s.n),
+        "scale": s.randn(s.n),
         "splits": SPLITS,
         "sorted_out": True,
         "relu": True,
@@ -300,18 +316,18 @@ def split_in(s: Setting) -> Args:
     return {
         "x": s.rows(s.n, max(SPLITS)),
         "weight": s.rows(OUTPUTS, sum(SPLITS), scale=0.25),
-        "routing": route_ref(s.choice(EXPERTS), EXPERTS),
+        "parts": partition_ref(s.choice(EXPERTS), EXPERTS),
         "bias": s.randn(EXPERTS, OUTPUTS),
-        "gate": s.randn(s.n),
+        "scale": s.randn(s.n),
         "splits": SPLITS,
         "sorted_in": True,
     }
 
 
 def two_layers(linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gate: Tensor, routing: Any) -> Tensor:
-        hidden = linear(x, w1, routing, b1, splits=SPLITS, relu=True, sorted_out=True)
-        return linear(hidden, w2, routing, b2, gate, splits=SPLITS, sorted_in=True)
+    def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, scale: Tensor, parts: Any) -> Tensor:
+        hidden = linear(x, w1, parts, b1, splits=SPLITS, relu=True, sorted_out=True)
+        return linear(hidden, w2, parts, b2, scale, splits=SPLITS, sorted_in=True)
 
     return run
 
@@ -320,40 +336,47 @@ def two_split_layers(s: Setting) -> Args:
     first, second = split_out(s), split_in(s)
     return {
         "x": first["x"], "w1": first["weight"], "b1": first["bias"], "w2": second["weight"], "b2": second["bias"],
-        "gate": second["gate"], "routing": first["routing"],
+        "scale": second["scale"], "parts": first["parts"],
     }  # fmt: skip
 
 
-def places(routing: Any, widths: tuple[int, ...], most: int) -> Tensor:
+def places(parts: Any, widths: tuple[int, ...], most: int) -> Tensor:
     """[n, most] bool, in sorted order: the columns within each row's width."""
-    count = routing.offsets[1:] - routing.offsets[:-1]
+    count = parts.offsets[1:] - parts.offsets[:-1]
     width = torch.tensor(widths, device=count.device).repeat_interleave(count)
     return torch.arange(most, device=count.device) < width.unsqueeze(1)
 
 
 def hide_unread(args: Args) -> None:
-    args["x"].masked_fill_(~places(args["routing"], SPLITS, args["x"].shape[1]), NAN)
+    args["x"].masked_fill_(~places(args["parts"], SPLITS, args["x"].shape[1]), NAN)
 
 
 def within_splits(args: Args, out: Tensor) -> Tensor:
-    return torch.where(places(args["routing"], SPLITS, out.shape[1]), out, 0)
+    return torch.where(places(args["parts"], SPLITS, out.shape[1]), out, 0)
 
 
 def routed_case(name: str, make: Callable[[Setting], Args], **more: Any) -> Case:
     return Case("routed_linear", name, **{"f": routed_linear, "f_ref": routed_linear_ref, "make": make, **more})
 
 
+def one_expert(n: int) -> tuple[Args, int]:
+    args = {"x": torch.randn(n, 11), "weight": torch.randn(1, 7, 11), "bias": torch.randn(1, 7)}
+    return {**args, "parts": partition_ref(same(n), 1)}, routed_linear_macs(n, 11, 7)
+
+
 ROUTED_LINEAR = [
-    routed_case("", only(experts, "x", "weight", "routing"), grads=("x", "weight")),
-    routed_case("bias", only(experts, "x", "weight", "routing", "bias"), grads=("x", "weight", "bias")),
-    routed_case("bias relu gate", only(experts, *experts(Setting()), relu=True), grads=("x", "weight", "bias", "gate")),
-    routed_case("sorted_in gate", only(experts, "x", "weight", "routing", "gate", sorted_in=True), grads=("x", "gate")),
-    routed_case("sorted_out", only(experts, *experts(Setting()), sorted_out=True), grads=("x", "weight", "bias", "gate")),
-    routed_case("split out", split_out, defined=within_splits, grads=("x", "weight", "bias", "gate")),
-    routed_case("split in", split_in, hide=hide_unread, grads=("x", "weight", "bias", "gate")),
+    routed_case("", only(experts, "x", "weight", "parts"), grads=("x", "weight")),
+    routed_case(
+        "bias", only(experts, "x", "weight", "parts", "bias"), grads=("x", "weight", "bias"), macs=one_expert
+    ),
+    routed_case("bias relu scale", only(experts, *experts(Setting()), relu=True), grads=("x", "weight", "bias", "scale")),
+    routed_case("sorted_in scale", only(experts, "x", "weight", "parts", "scale", sorted_in=True), grads=("x", "scale")),
+    routed_case("sorted_out", only(experts, *experts(Setting()), sorted_out=True), grads=("x", "weight", "bias", "scale")),
+    routed_case("split out", split_out, defined=within_splits, grads=("x", "weight", "bias", "scale")),
+    routed_case("split in", split_in, hide=hide_unread, grads=("x", "weight", "bias", "scale")),
     routed_case(
         "two split layers", two_split_layers, f=two_layers(routed_linear), f_ref=two_layers(routed_linear_ref),
-        grads=("x", "w1", "b1", "w2", "b2", "gate"),
+        grads=("x", "w1", "b1", "w2", "b2", "scale"),
     ),
 ]  # fmt: skip
 
@@ -373,10 +396,15 @@ def experts_case(name: str, splits: tuple[int, ...], *positions: int) -> Case:
             "splits": splits,
         }
 
-    grads = ("x", "w1", "b1", "w2")
+    def macs(n: int) -> tuple[Args, int]:
+        weights = {"w1": torch.randn(6, 11), "b1": torch.randn(6), "w2": torch.randn(11, 6), "splits": (6,)}
+        x = torch.randn(n, *positions, 11)
+        return {"x": x, "choice": same(n), **weights}, routed_experts_macs(n * math.prod(positions), 11, 6)
+
     return Case(
-        "routed_experts", name, routed_experts, routed_experts_ref, make, overwrites="x", grads=grads, also=FEW_HIDDEN
-    )
+        "routed_experts", name, routed_experts, routed_experts_ref, make, overwrites="x",
+        grads=("x", "w1", "b1", "w2"), also=MOVES, macs=macs,
+    )  # fmt: skip
 
 
 ROUTED_EXPERTS = [
@@ -393,7 +421,14 @@ def sliced_case(name: str, widths: tuple[int, ...], bias: bool = True) -> Case:
         layer = SlicedLinear(nn.Linear(13, 40, bias=bias), nn.Linear(40, 18, bias=bias), widths)
         return {"x": s.rows(s.n, 13), "choice": s.choice(len(widths)), "layer": layer.to(s.device, s.dtype)}
 
-    return Case("sliced_linear", name, sliced_linear, sliced_linear_ref, make, grads=("x",), also=COMPACT_SLICES)
+    def macs(n: int) -> tuple[Args, int]:
+        layer = SlicedLinear(nn.Linear(11, 6, bias=bias), nn.Linear(6, 7, bias=bias), (6,))
+        return {"x": torch.randn(n, 11), "choice": same(n), "layer": layer}, sliced_linear_macs(n, 11, 6, 7)
+
+    return Case(
+        "sliced_linear", name, sliced_linear, sliced_linear_ref, make, grads=("x",), also={"compacted": COMPACT},
+        macs=macs,
+    )  # fmt: skip
 
 
 SLICED_LINEAR = [
@@ -460,24 +495,37 @@ def cell_case(name: str, make: Callable[[Setting], Args]) -> Case:
         args["h"][left] = NAN
         args["x"][args["x_rows"][left] if "x_rows" in args else left] = NAN
 
+    def macs(n: int) -> tuple[Args, int]:
+        args = make(Setting("all"))
+        rows = {name: args[name][:1].repeat(n, 1) for name in ("x", "h")}
+        hidden = args["w_hh"].shape[1]
+        count = gated_cell_macs(n, args["x"].shape[1], hidden, gates=len(args["b_hh"]) // hidden)
+        return args | rows | {"update": same(n) == 0, "x_rows": None}, count
+
     return Case(
         "gated_cell", name, gated_cell, gated_cell_ref, make, kept=lambda args: args["update"].bool(), passes="h",
         overwrites="h", hide=hide, grads=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
-        also=COMPACT_ROWS,
+        also={"compacted": COMPACT}, macs=macs,
     )  # fmt: skip
 
 
-# route
+# partition
 
 
-def route_case(dtype: torch.dtype, count: int) -> Case:
+def partition_case(dtype: torch.dtype, count: int) -> Case:
     def make(s: Setting) -> Args:
         table = torch.zeros(s.n, 3, dtype=dtype, device=s.device)
         table[:, 1] = s.choice(count).to(dtype)
         return {"choice": table[:, 1] if s.layout == "sliced" else table[:, 1].contiguous(), "num_choices": count}
 
     return Case(
-        "route", f"{count} {dtype}", route, route_ref, make, layouts=("contiguous", "sliced"), dtypes=(torch.float32,)
+        "partition",
+        f"{count} {dtype}",
+        partition,
+        partition_ref,
+        make,
+        layouts=("contiguous", "sliced"),
+        dtypes=(torch.float32,),
     )
 
 
@@ -501,11 +549,25 @@ def decide_case(name: str, f: int, hidden: int | None, choices: int) -> Case:
     return Case("decide", name, decide, decide_ref, make, dtypes=(torch.float32,))
 
 
+def record_case() -> Case:
+    def make(s: Setting) -> Args:
+        route = torch.full((s.n, 3), -1, device=s.device)
+        counts = {name: s.choice(4).clone() for name in ("steps", "last", "macs")}
+        costs = torch.tensor([1, 10, 100], device=s.device)
+        return {"action": s.choice(3), "costs": costs, "column": route[:, 1], **counts}
+
+    def books(args: Args, out: None) -> Tensor:
+        return torch.stack([args[name] for name in ("column", "steps", "last", "macs")])
+
+    return Case("record", "", record, record_ref, make, layouts=("contiguous",), dtypes=(torch.float32,), defined=books)
+
+
 CASES = [
     pooled_case(),
+    record_case(),
     decide_case("two layers", 70, 64, 3),
     decide_case("one layer", 21, None, 4),
-    *(route_case(*of) for of in ((torch.int64, 2), (torch.int32, 1), (torch.int64, 5))),
+    *(partition_case(*of) for of in ((torch.int64, 2), (torch.int32, 1), (torch.int64, 5))),
     *GATED_RESIDUAL,
     *ROUTED_LINEAR,
     *ROUTED_EXPERTS,

@@ -8,8 +8,8 @@ import torch
 from ray.cluster_utils import Cluster
 from ray.rllib.core import DEFAULT_MODULE_ID
 
+from dynrl.agents.base import open_agent
 from dynrl.agents.rllib import start_ray
-from dynrl.agents.training import Settings, Stop, open_agent
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED, RoutedModel
@@ -17,6 +17,7 @@ from dynrl.evaluation import score, score_routes
 from dynrl.files import read_json
 from dynrl.plugins import VARIABLE
 from dynrl.scripts.cli import main
+from dynrl.settings import Learning, Place, Problem, Settings
 
 STEPS = 24_000
 
@@ -28,21 +29,21 @@ def kill(runner):
 
 @pytest.mark.parametrize("agent", ["ppo", "appo", "dqn"])
 def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp_path):
-    settings = Settings(
-        "skip", "digits", steps=STEPS, agent=agent, num_envs=16, num_env_runners=2, price_range=(20.0, 20.0),
-        accuracy_term="log_likelihood",
-    )  # fmt: skip
+    learning = Learning(
+        agent, steps=STEPS, num_envs=16, num_env_runners=2, price_range=(20.0, 20.0), reward="log_likelihood"
+    )
+    settings = Settings(Problem("skip", "digits"), learning)
     with open_agent(settings, small_backbone, tmp_path, STEPS) as trained:
-        trained.learn(STEPS // 4, Stop())
+        trained.learn(STEPS // 4)
         group = trained._algorithm.env_runner_group
         before, kept = trained.steps, trained.router().state_dict()
         kill(group._worker_manager.actors()[1])
-        trained.learn(STEPS // 2, Stop())
+        trained.learn(STEPS // 2)
         assert trained.steps > before
         # Both dead at once.
         for runner in group._worker_manager.actors().values():
             kill(runner)
-        trained.learn(STEPS, Stop())
+        trained.learn(STEPS)
         router, healthy = trained.router(), group.num_healthy_remote_workers()
     assert healthy == 2, "those that died are there again"
     assert any(not torch.equal(value, kept[name]) for name, value in router.state_dict().items())
@@ -53,10 +54,12 @@ def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp
 
 
 def test_learners_share_the_work_and_stay_equal(small_backbone, tmp_path):
-    settings = Settings("skip", "digits", steps=STEPS, num_envs=32, num_env_runners=1, num_learners=2)
+    settings = Settings(
+        Problem("skip", "digits"), Learning(steps=STEPS, num_envs=32, num_env_runners=1), Place(num_learners=2)
+    )
     with open_agent(settings, small_backbone, tmp_path, STEPS) as trained:
         start = trained.router().state_dict()
-        trained.learn(STEPS // 2, Stop())
+        trained.learn(STEPS // 2)
         held = trained._algorithm.learner_group.foreach_learner(
             lambda learner: learner.module[DEFAULT_MODULE_ID].unwrapped().state_dict()
         )

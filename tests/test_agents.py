@@ -1,4 +1,4 @@
-"""The RLlib agent: its advantages, its runner, known answers, TensorBoard, remote workers."""
+"""The agents of RLlib: advantages, runners, known answers, TensorBoard, remote workers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,32 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from dynrl.agents.base import Agent, open_agent, train_policy
+from dynrl.agents.baselines import BASELINES, gae, group_advantages
 from dynrl.agents.metrics import TrainingLog, ended_episodes, episode_scalars
-from dynrl.agents.ppo import SlabGAE, gae, group_advantages, ppo_config
-from dynrl.agents.rllib import RouterModule, Slab, SlabRunner, router_of
-from dynrl.agents.training import GROUP, Settings, Stop, open_agent, train_policy
+from dynrl.agents.ppo import SlabGAE, ppo_config
+from dynrl.agents.rllib import RouterModule, router_of
+from dynrl.agents.slab import Slab, SlabRunner
 from dynrl.backbones import Point, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
-from dynrl.observation import Layout
+from dynrl.policies import PolicySpec
+from dynrl.settings import Learning, Problem, Settings
 from tests.cases import make_backbone, numbers_split
 
 PRICES = [0.01, 1.0]
+GROUP = BASELINES["group"].group
 
 
 def config_for(backbone, path, **changes):
-    router = ("sequential", {**Layout.of(backbone).to_dict(), "price_range": PRICES, "start": 1})
-    env = {"backbone": str(path), "price_range": PRICES, "accuracy_term": "log_likelihood"}
-    return ppo_config("dynrl/Skip-v0", env, router, **{"num_envs": 8, "rollout": 12, **changes})
+    spec = PolicySpec.of("sequential", backbone, PRICES, hidden=64)
+    env = {"backbone": str(path), "price_range": PRICES, "reward": "log_likelihood"}
+    return ppo_config("dynrl/Skip-v0", env, spec, **{"num_envs": 8, "rollout": 12, **changes})
+
+
+def connector(lambda_=1.0, baseline="value"):
+    return SlabGAE(gamma=1.0, lambda_=lambda_, baseline=BASELINES[baseline])
 
 
 @pytest.fixture
@@ -97,7 +105,7 @@ def test_a_group_meets_one_input_and_its_first_takes_the_likeliest_route(small_b
         observation_space=runner.env.single_observation_space, action_space=runner.env.single_action_space,
         model_config=runner.config.rl_module_spec.model_config, inference_only=False,
     )  # fmt: skip
-    batch = SlabGAE(gamma=1.0, lambda_=1.0)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
+    batch = connector(baseline="group")(rl_module={"default_policy": module}, batch={}, episodes=[slab])
     assert {len(column) for column in batch["default_policy"].values()} == {2 * steps * 2 * (GROUP - 1)}
     with pytest.raises(ValueError, match=f"expected {GROUP} x n environments .--num-envs., got 12"):
         config_for(backbone, small_backbone, num_envs=12, baseline="group")
@@ -150,7 +158,7 @@ def test_the_slab_is_what_the_environment_did(runner):
     first, second = runner.sample(num_timesteps=40)[0], runner.sample(num_timesteps=40)[0]
     assert len(first) == len(second) == 40
     assert torch.equal(first.last_obs, second.obs[0])
-    env, layout = runner.env.unwrapped, runner.env.unwrapped.layout
+    env, layout = runner.env.unwrapped, runner.env.unwrapped.sight
     obs = torch.cat([first.obs, second.obs])
     ended, actions = torch.cat([first.terminateds, second.terminateds]), torch.cat([first.actions, second.actions])
     rewards = torch.cat([first.rewards, second.rewards])
@@ -222,14 +230,14 @@ def test_the_connector_hands_every_step_to_the_learner_once(runner):
         observation_space=runner.env.single_observation_space, action_space=runner.env.single_action_space,
         model_config=runner.config.rl_module_spec.model_config, inference_only=False,
     )  # fmt: skip
-    batch = SlabGAE(gamma=1.0, lambda_=0.95)(rl_module={"default_policy": module}, batch={}, episodes=[slab, slab])
+    batch = connector(0.95)(rl_module={"default_policy": module}, batch={}, episodes=[slab, slab])
     columns = batch["default_policy"]
     assert {len(c) for c in columns.values()} == {192}
     assert float(columns["advantages"].mean()) == pytest.approx(0, abs=1e-5)
     assert float(columns["advantages"].std()) == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(columns["obs"].sum(0), 2 * slab.obs.flatten(0, 1).sum(0), rtol=1e-3, atol=1e-3)
     # With lambda and gamma 1 a value target is the sum of the episode's remaining rewards.
-    exact = SlabGAE(gamma=1.0, lambda_=1.0)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
+    exact = connector()(rl_module={"default_policy": module}, batch={}, episodes=[slab])
     steps = runner.env.unwrapped.backbone.max_steps
     assert len(slab.rewards) % steps == 0, "the slab should end with an episode"
     rest = slab.rewards.view(-1, steps, 8).flip(1).cumsum(1).flip(1).flatten()
@@ -270,8 +278,7 @@ def test_learners_share_the_environments(small_backbone):
 def test_slabs_stay_whole_in_rllibs_hands():
     import tree
 
-    zero = torch.zeros(3)
-    slab = Slab([(zero,) * 8] * 2, zero)
+    slab = Slab({"rewards": torch.zeros(2, 3)}, torch.zeros(3))
     assert tree.flatten([slab]) == [slab]
     assert len(slab) == 6
 
@@ -287,8 +294,8 @@ def test_a_high_price_skips_all_and_no_price_keeps_what_accuracy_needs(small_bac
     """Invariant 5: the same policy, told the two ends of its price range."""
     backbone, _ = load_backbone(small_backbone)
     config = config_for(backbone, small_backbone, num_envs=64, rollout=24, learning_rate=5e-3, total_steps=40_000)
-    config.env_config["price_range"] = config.rl_module_spec.model_config["router"][1]["price_range"] = [1e-4, 30.0]
-    config.env_config["accuracy_term"] = "distillation"
+    config.env_config["price_range"] = config.rl_module_spec.model_config["spec"].config["price_range"] = [1e-4, 30.0]
+    config.env_config["reward"] = "distillation"
     algorithm = config.build_algo()
     train(algorithm, 26)
     model, test = RoutedModel(backbone, router_of(algorithm)), load_dataset("digits").test
@@ -358,7 +365,7 @@ def test_stock_rllib_trains_on_the_registered_id():
 
     config = (
         PPOConfig()
-        .environment("dynrl:dynrl/Skip-v0", env_config={"accuracy_term": "correct"})
+        .environment("dynrl:dynrl/Skip-v0", env_config={"reward": "correct"})
         .env_runners(num_env_runners=0, num_envs_per_env_runner=8, gym_env_vectorize_mode="vector_entry_point")
         .training(train_batch_size_per_learner=96, minibatch_size=48, num_epochs=1)
     )
@@ -404,9 +411,10 @@ def test_remote_runners_find_the_environment(small_backbone):
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path):
+def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(Agent, "checkpoint_every", 1)
     backbone, _ = load_backbone(small_backbone)
-    settings = Settings("skip", "digits", steps=400, num_envs=8, checkpoint_every=1)
+    settings = Settings(Problem("skip", "digits"), Learning(steps=400, num_envs=8))
     router, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished
     events = EventAccumulator(str(tmp_path))
@@ -430,9 +438,9 @@ def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path):
 def test_ppo_goes_on_with_the_new_version_of_its_backbone(remote, small_backbone, tmp_path):
     file = tmp_path / "backbone.safetensors"
     shutil.copyfile(small_backbone, file)
-    settings = Settings("skip", "digits", steps=2000, num_envs=8, num_env_runners=remote)
+    settings = Settings(Problem("skip", "digits"), Learning(steps=2000, num_envs=8, num_env_runners=remote))
     with open_agent(settings, file, tmp_path, 2000) as agent:
-        agent.learn(1, Stop())
+        agent.learn(1)
         before = agent.steps
         backbone, _ = load_backbone(file)
         with torch.no_grad():
@@ -444,7 +452,7 @@ def test_ppo_goes_on_with_the_new_version_of_its_backbone(remote, small_backbone
             lambda runner: runner.env.unwrapped.backbone.fingerprint(), local_env_runner=not remote
         )
         assert seen == [backbone.for_inference().fingerprint()]
-        agent.learn(before + 1, Stop())
+        agent.learn(before + 1)
         assert agent.steps == 2 * before
 
 

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(page.name, *found) for page in PAGES for found in BLOCK.findall(page.read_text())]
-PYTHON = [pytest.param(mark, code, id=f"{page}-{i}") for i, (page, kind, mark, code) in enumerate(BLOCKS) if kind == "python"]
+PYTHON = [
+    pytest.param(mark, code, id=f"{page}-{i}") for i, (page, kind, mark, code) in enumerate(BLOCKS) if kind == "python"
+]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 PLUGINS = dict(re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", EXTENDING, re.DOTALL))  # what a page names, above it
 COMMANDS = [
@@ -46,7 +48,9 @@ def test_links_lead_to_what_is_there(page):
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), f"{page.name}: {target}"
-        assert not anchor or anchor in anchors(there), f"{page.name}: {target}; its headings are {sorted(anchors(there))}"
+        assert not anchor or anchor in anchors(there), (
+            f"{page.name}: {target}; its headings are {sorted(anchors(there))}"
+        )
 
 
 def test_pages_are_of_a_size_to_read():

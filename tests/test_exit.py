@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynrl.backbones import END, ExitResNet, SkipResNet
 from dynrl.ops.exit_scores import exit_scores
-from dynrl.ops.rows import take_rows
+from dynrl.ops.move import take_rows
 
 SHAPES = {
     "basic": dict(input_shape=(1, 16, 16), layers=(2, 1, 2), widths=(4, 8, 8), exits=(0, 3)),

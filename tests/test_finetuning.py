@@ -9,35 +9,36 @@ import signal
 import pytest
 import torch
 
-from dynrl.agents.training import Settings, train_jointly
+from dynrl.agents.base import Agent
+from dynrl.agents.joint import train_jointly
 from dynrl.backbones import FAMILIES, load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.finetuning import Finetuner, Finetuning
-from dynrl.observation import Layout
-from dynrl.policies import Router
 from dynrl.pretraining import make_optimizer, metric_at_rate
-from tests.cases import BACKBONES, answered_by, make_backbone
+from dynrl.settings import Learning, Problem, Settings
+from tests.cases import BACKBONES, answered_by, make_backbone, make_policy
 from tests.toys import Exiting
 
 PRICES = (0.01, 1.0)
 
 
 def untrained_policy(backbone):
-    return Router(**Layout.of(backbone).to_dict(), price_range=PRICES).eval()
+    return make_policy(backbone, PRICES).eval()
 
 
 def random_policy(backbone):
     """Its routes hang on the input, and spare some MACs."""
     router, inputs = untrained_policy(backbone), torch.randn(64, *backbone.input_shape)
-    while True:
+    for _ in range(100):
         with torch.no_grad():
             router.head.bias.zero_()
             router.head.weight.normal_(std=3)
         route = RoutedModel(backbone, router).walk(inputs)
         if len(route.route.unique(dim=0)) > 1 and route.macs.double().mean() < 0.9 * backbone.dense_macs:
             return router
+    raise AssertionError("100 draws, and none that spares MACs")
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -110,7 +111,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 # In turn ----------------------------------------------------------------------------------------------------
 
 PLAN = Finetuning(rounds=3, epochs=0.5, steps=2 * 8 * 16 * 2, batch_size=32)  # rounds of 4 batches and 2 iterations
-SETTINGS = Settings("toy", "answered", steps=8 * 16 * 2, agent="gate", num_envs=16, checkpoint_every=1)
+SETTINGS = Settings(Problem("toy", "answered"), Learning("gate", steps=8 * 16 * 2, num_envs=16))
 
 
 @pytest.fixture
@@ -119,7 +120,8 @@ def jointly(monkeypatch, tmp_path):
     data, reference = answered_by(make_backbone("exiting")), make_backbone("exiting")
     monkeypatch.setitem(FAMILIES, Exiting.family, Exiting)
     monkeypatch.setattr("dynrl.finetuning.CHECKPOINT_EVERY", 1)
-    for module in ("gates", "training"):
+    monkeypatch.setattr(Agent, "checkpoint_every", 1)
+    for module in ("gates", "joint"):
         monkeypatch.setattr(f"dynrl.agents.{module}.load_dataset", lambda name: data)
 
     def train(folder):

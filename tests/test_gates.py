@@ -12,10 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dynrl.agents.base import train_policy
 from dynrl.agents.gates import Gates, straight_through
-from dynrl.agents.training import Settings, train_policy
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
+from dynrl.settings import Learning, Problem, Settings
 from tests.cases import answered_by, make_backbone
 
 
@@ -41,7 +42,8 @@ def gates_for(monkeypatch, tmp_path):
         monkeypatch.setattr("dynrl.agents.gates.load_dataset", lambda name: answered_by(backbone))
         monkeypatch.setattr("dynrl.agents.gates.load_backbone", lambda path: (backbone, {}))
         steps = iterations * 8 * 16 * backbone.max_steps
-        settings = Settings("any", "any", steps, agent="gate", num_envs=16, price_range=(0.01, 1000.0))
+        learning = Learning("gate", steps=steps, num_envs=16, price_range=(0.01, 1000.0))
+        settings = Settings(Problem("any", "any"), learning)
         return train_policy(settings, Path("any"), folder)
 
     return train

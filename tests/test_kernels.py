@@ -17,12 +17,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dynrl.backbones.base import Walk
 from dynrl.ops.kernels.conv import conv_rows
 from dynrl.ops.kernels.decide import decide, pool, record
 from dynrl.ops.kernels.gru import gru_rows, scatter_rows
 from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
-from dynrl.ops.kernels.route import route, tile_bound
+from dynrl.ops.kernels.partition import partition, tile_bound
+from dynrl.ops.record import record_ref
 from tests.devices import NoHostSync
 
 pytestmark = pytest.mark.usefixtures("kernel_case")
@@ -46,7 +46,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def images(*shape: int, dtype: torch.dtype) -> Tensor:
-    """channels_last, and a slice of a tensor with more channels, which hold NaN."""
+    """Random images in channels_last, a slice of a tensor with more channels, which hold NaN."""
     whole = torch.full((shape[0], shape[1] + 8, *shape[2:]), NAN, device=DEVICE, dtype=dtype)
     part = whole.contiguous(memory_format=torch.channels_last)[:, : shape[1]]
     return part.copy_(randn(*shape))
@@ -67,7 +67,7 @@ def int64(values: list[int]) -> Tensor:
 
 
 def assert_close(got: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """At most twice the error that torch itself makes in this dtype."""
+    """Check that the error is at most twice what torch itself makes in this dtype."""
     assert got.shape == exact.shape == plain.shape and got.dtype == plain.dtype
     if got.numel() == 0:
         return
@@ -80,23 +80,23 @@ def assert_close(got: Tensor, exact: Tensor, plain: Tensor) -> None:
 
 
 def chosen(kind: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(chosen rows, order, offsets), as a gate hands them on: rows that are not chosen come first in the order."""
+    """(chosen rows, order, offsets), as `gated_residual` hands them on: first in the order come the rows not chosen."""
     run = {
         "none": torch.zeros(n, dtype=torch.bool),
         "all": torch.ones(n, dtype=torch.bool),
         "one": torch.arange(n) == n // 2,
         "some": torch.arange(n) % 3 != 1,
     }[kind]
-    order, offsets = route(run.to(DEVICE), 2)
+    order, offsets = partition(run.to(DEVICE), 2)
     return run.nonzero().squeeze(1).to(DEVICE), order, offsets[1:]
 
 
 @pytest.mark.parametrize("n", [0, 1, 37, 5000])
 @pytest.mark.parametrize(("dtype", "num_choices"), [(torch.int64, 5), (torch.int32, 1), (torch.bool, 2)])
-def test_route_is_a_stable_sort(n: int, dtype: torch.dtype, num_choices: int) -> None:
+def test_partition_is_a_stable_sort(n: int, dtype: torch.dtype, num_choices: int) -> None:
     # One column of a table of choices: strided.
     choice = torch.randint(num_choices, (n, 3), device=DEVICE).to(dtype)[:, 1]
-    order, offsets = route(choice, num_choices)
+    order, offsets = partition(choice, num_choices)
     torch.testing.assert_close(order, torch.sort(choice.long(), stable=True)[1])
     counts = torch.bincount(choice.long(), minlength=num_choices)
     torch.testing.assert_close(offsets, F.pad(counts.cumsum(0), (1, 0)).to(torch.int32))
@@ -121,7 +121,7 @@ def test_conv_rows(dtype: torch.dtype, kind: str, taps: int, stride: int, c: int
     picked, order, offsets = chosen(kind, n)
     left = torch.tensor([i for i in range(n) if i not in picked.tolist()], dtype=torch.long, device=DEVICE)
     x[left] = NAN
-    scale, shift, gate = randn(1, k), randn(1, k), randn(n)
+    scale, shift, factor = randn(1, k), randn(1, k), randn(n)
     out = images(n, k, (height - 1) // stride + 1, (width - 1) // stride + 1, dtype=dtype)
     out[left] = NAN
     before = out.clone()
@@ -129,11 +129,11 @@ def test_conv_rows(dtype: torch.dtype, kind: str, taps: int, stride: int, c: int
     def expected(as_dtype: torch.dtype) -> Tensor:
         y = F.conv2d(x[picked].to(as_dtype), weight.to(as_dtype), stride=stride, padding=padding)
         y = y * scale.view(1, k, 1, 1).to(as_dtype) + shift.view(1, k, 1, 1).to(as_dtype)
-        return torch.relu(y * gate[picked].view(-1, 1, 1, 1).to(as_dtype) + before[picked].to(as_dtype))
+        return torch.relu(y * factor[picked].view(-1, 1, 1, 1).to(as_dtype) + before[picked].to(as_dtype))
 
     with NoHostSync():
         conv_rows(
-            x, weight, out, offsets, in_rows=order, out_rows=order, scale=scale, shift=shift, gate=gate,
+            x, weight, out, offsets, in_rows=order, out_rows=order, scale=scale, shift=shift, factor=factor,
             residual=out, relu=True, stride=stride, padding=padding,
         )  # fmt: skip
     assert out[left].isnan().all()
@@ -193,20 +193,20 @@ def test_linear_rows(dtype: torch.dtype, counts: list[int]) -> None:
         offsets.append(offsets[-1] + count)
     order = torch.randperm(n, device=DEVICE)
     x, weight, bias = rows(n, k, dtype), (randn(experts, m, k) / k**0.5).to(dtype), randn(experts, m, dtype=dtype)
-    gate = torch.rand(n, device=DEVICE).to(dtype)
+    scale = torch.rand(n, device=DEVICE).to(dtype)
     out = torch.full((n, m), NAN, device=DEVICE, dtype=dtype)
     starts, bias_starts = int64([e * m * k for e in range(experts)]), int64([e * m for e in range(experts)])
     x[order[: offsets[0]]] = NAN
     with NoHostSync():
         linear_rows(
             x, weight, out, int32(offsets), starts, in_rows=order, out_rows=order, bias=bias, bias_starts=bias_starts,
-            gate=gate, relu=True,
+            scale=scale, relu=True,
         )  # fmt: skip
     assert out[order[: offsets[0]]].isnan().all()
     for e, (begin, end) in enumerate(pairwise(offsets)):
         picked = order[begin:end]
         exact, plain = (
-            torch.relu(F.linear(x[picked].to(t), weight[e].to(t), bias[e].to(t))) * gate[picked].to(t)[:, None]
+            torch.relu(F.linear(x[picked].to(t), weight[e].to(t), bias[e].to(t))) * scale[picked].to(t)[:, None]
             for t in (torch.float64, dtype)
         )
         assert_close(out[picked], exact, plain)
@@ -245,7 +245,7 @@ def test_linear_rows_transposed_and_grad_weight_rows(dtype: torch.dtype, stacked
         "columns": [0, widths[0], widths[0] + widths[1]],
     }[stacked]
     split = {"in_widths": int32(widths)} if stacked != "rows" else {"out_widths": int32(widths)}
-    x, dy, gate = rows(n, k, dtype), rows(n, m, dtype), torch.rand(n, device=DEVICE).to(dtype)
+    x, dy, scale = rows(n, k, dtype), rows(n, m, dtype), torch.rand(n, device=DEVICE).to(dtype)
     dx = torch.full((n, k), NAN, device=DEVICE, dtype=dtype)
     # dx: outputs and inputs change places.
     other = {"out_widths" if name == "in_widths" else "in_widths": value for name, value in split.items()}
@@ -254,9 +254,9 @@ def test_linear_rows_transposed_and_grad_weight_rows(dtype: torch.dtype, stacked
         linear_rows(
             dy, matrix.transpose(-1, -2), dx, int32(offsets), int64(starts), in_rows=order, out_rows=order, **other
         )
-        grad_weight_rows(x, dy, dw, int32(offsets), int64(starts), x_rows=order, dy_rows=order, gate=gate, **split)
+        grad_weight_rows(x, dy, dw, int32(offsets), int64(starts), x_rows=order, dy_rows=order, scale=scale, **split)
     again = torch.full_like(matrix, NAN)
-    grad_weight_rows(x, dy, again, int32(offsets), int64(starts), x_rows=order, dy_rows=order, gate=gate, **split)
+    grad_weight_rows(x, dy, again, int32(offsets), int64(starts), x_rows=order, dy_rows=order, scale=scale, **split)
     torch.testing.assert_close(again, dw, rtol=0, atol=0, equal_nan=True)
     for e, width in enumerate(widths):
         view = {
@@ -267,7 +267,7 @@ def test_linear_rows_transposed_and_grad_weight_rows(dtype: torch.dtype, stacked
         m_g, k_g = view(matrix).shape
         picked = order[offsets[e] : offsets[e + 1]]
         outer, inner = dy[picked, :m_g], x[picked, :k_g]
-        gated = (outer.double() * gate[picked].double()[:, None], outer * gate[picked][:, None])
+        gated = (outer.double() * scale[picked].double()[:, None], outer * scale[picked][:, None])
         assert_close(view(dw), gated[0].T @ inner.double(), gated[1].T @ inner)
         assert_close(dx[picked, :k_g], outer.double() @ view(matrix).double(), outer @ view(matrix))
         assert dx[picked, k_g:].isnan().all()
@@ -277,7 +277,7 @@ def test_linear_rows_transposed_and_grad_weight_rows(dtype: torch.dtype, stacked
 
 def test_linear_rows_with_64_groups() -> None:
     choice = torch.randint(64, (50,), device=DEVICE)
-    order, offsets = route(choice, 64)
+    order, offsets = partition(choice, 64)
     x, weight, out = randn(50, 16), randn(64, 16, 16), torch.full((50, 16), NAN, device=DEVICE)
     linear_rows(x, weight, out, offsets, torch.arange(64, device=DEVICE) * 256, in_rows=order, out_rows=order)
     torch.testing.assert_close(out, torch.einsum("nk,nmk->nm", x, weight[choice]), rtol=1e-4, atol=1e-4)
@@ -352,15 +352,17 @@ def test_decide(f: int, hidden: int | None, choices: int) -> None:
     assert torch.equal(action, scores.argmax(1))
 
 
-def test_record_keeps_a_walks_books() -> None:
-    n, costs = 300, int64([1, 10, 100])
-    walks = [Walk(torch.zeros(n, 1, device=DEVICE), 5) for _ in range(2)]
-    for _ in range(3):
-        action = torch.randint(3, (n,), device=DEVICE)
-        record(action, costs, walks[0].route, walks[0].steps, walks[0].last, walks[0].macs)
-        walks[1].decided(walks[1].all_rows, action, costs)
-    for name in ("route", "steps", "last", "macs"):
-        assert torch.equal(getattr(walks[0], name), getattr(walks[1], name)), name
+def test_record() -> None:
+    n, costs, books = 300, int64([1, 10, 100]), []
+    actions = [torch.randint(3, (n,), device=DEVICE) for _ in range(3)]
+    for f in (record, record_ref):
+        route = torch.full((n, 5), -1, device=DEVICE)
+        steps, last, macs = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for _ in range(3))
+        for step, action in enumerate(actions):
+            f(action, costs, route[:, step], steps, last, macs)
+        books.append((route, steps, last, macs))
+    for ours, theirs in zip(*books, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_rows_more_than_2_to_the_31_elements_apart() -> None:
@@ -384,7 +386,15 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"_route", "_conv_rows", "_conv_tiles", "_linear_rows", "_grad_weight_rows", "_gru_rows", "_scatter_rows"}
+    kernels = {
+        "_partition",
+        "_conv_rows",
+        "_conv_tiles",
+        "_linear_rows",
+        "_grad_weight_rows",
+        "_gru_rows",
+        "_scatter_rows",
+    }
     kernels |= {"_pool", "_decide", "_record"}
     assert {case["kernel"] for case in cases} == {name + "_kernel" for name in kernels}
     assert {case["dtype"] for case in cases} == {"float32", "float16", "bfloat16"}

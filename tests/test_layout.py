@@ -32,6 +32,7 @@ ALLOWED = {
     "dynrl.progress": set(),
     "dynrl.routes": set(),
     "dynrl._version": set(),
+    "dynrl.settings": {"dynrl.files"},
     "dynrl.ops": {"dynrl.ops"},
     "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.tasks"},
     "dynrl.backbones": {"dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.routes"},
@@ -40,18 +41,30 @@ ALLOWED = {
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.machine",
     },
+    "dynrl.runs": {"dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.files"},
     "dynrl.evaluation": {
-        "dynrl.evaluation", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops",
-        "dynrl.routes", "dynrl.tasks",
+        "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops",
+        "dynrl.routes", "dynrl.tasks", "dynrl.files", "dynrl.machine", "dynrl.progress",
     },
     "dynrl.pretraining": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.progress"},
     "dynrl.finetuning": {
         "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.pretraining",
     },
-    "dynrl.recipes": {"dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning"},
+    "dynrl.recipes": {
+        "dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning", "dynrl.settings",
+    },
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.progress", "dynrl.tasks",
-        "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.plugins",
+        "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.plugins", "dynrl.settings",
+    },
+    "dynrl.training": {
+        "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation", "dynrl.files",
+        "dynrl.machine", "dynrl.policies", "dynrl.pretraining", "dynrl.progress", "dynrl.recipes", "dynrl.runs",
+        "dynrl.settings",
+    },
+    "dynrl.sweep": {
+        "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.evaluation", "dynrl.files",
+        "dynrl.policies", "dynrl.runs", "dynrl.settings",
     },
     "dynrl.scripts": {"dynrl"},
 }  # fmt: skip

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrl.ops
-from dynrl.ops import backend, rows
+from dynrl.ops import backend, move
+from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.costs import COSTS, Costs
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
-from dynrl.ops.gated_residual import SPARE_ROWS, gated_residual, gated_residual_ref
-from dynrl.ops.pooled import summary
-from dynrl.ops.route import Routing, route_ref
-from dynrl.ops.routed_experts import routed_experts, routed_experts_macs, routed_experts_ref
+from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
+from dynrl.ops.partition import Partition, partition_ref
+from dynrl.ops.routed_experts import routed_experts, routed_experts_macs
 from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock
-from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs, sliced_linear_ref
+from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs
 from tests.devices import NoHostSync
 from tests.ops_cases import CASES, KINDS, MOVES, NAN, Args, Case, Overwriting, Rowwise, Setting, assert_close, cast
 
@@ -50,7 +51,7 @@ def _full_precision() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read before it is written shows in every test here."""
+    """Fresh memory holds NaN in every test here, so that what is read before it is written shows."""
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -62,21 +63,20 @@ def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in NEW.items():
         for name in names:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    monkeypatch.setattr(rows, "_layouts", rows._Layouts())  # no room kept from other tests
 
 
 @pytest.fixture
-def take(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, str], str]:
+def take(request: pytest.FixtureRequest) -> Iterator[Callable[[Case, str], str]]:
     """Makes an op take a path, and gives the device for it."""
+    with ExitStack() as stack:
 
-    def to(case: Case, path: str) -> str:
-        monkeypatch.setattr(backend, "MODE", "triton" if path == "triton" else "auto")
-        torch.set_num_threads(1)  # the tensors are tiny
-        for (module, name), value in case.also.get(path, {}).items():
-            monkeypatch.setattr(sys.modules[f"dynrl.ops.{module}"], name, value)
-        return request.getfixturevalue("kernel_case") if path == "triton" else "cuda" if path == "cuda" else "cpu"
+        def to(case: Case, path: str) -> str:
+            stack.enter_context(backend.ops_mode("triton" if path == "triton" else "auto"))
+            stack.enter_context(COSTS.assuming(**case.also.get(path, {})))
+            torch.set_num_threads(1)  # the tensors are tiny
+            return request.getfixturevalue("kernel_case") if path == "triton" else "cuda" if path == "cuda" else "cpu"
 
-    return to
+        yield to
 
 
 def interpreted(path: str) -> bool:
@@ -84,7 +84,7 @@ def interpreted(path: str) -> bool:
 
 
 def listed(result: Any) -> list[Tensor]:
-    if isinstance(result, Routing):
+    if isinstance(result, Partition):
         return [result.order, result.offsets, *(torch.tensor(of) for of in (result.ends, result.sizes))]
     return [result]
 
@@ -120,7 +120,7 @@ def cases(**only: bool | str) -> list[Any]:
 
 
 def cases_on_paths(kinds: list[str], few: list[str], **only: bool | str) -> list[Any]:
-    """(case, path, kind); `few` kinds where kernels run, which have no occupancy rule and are slow interpreted."""
+    """Parameters (case, path, kind). Kernels run `few` kinds: they know no costs and are slow interpreted."""
     return [
         pytest.param(case, path, kind, id=f"{path} {case}-{kind}")
         for (case,) in (param.values for param in cases(**only))
@@ -209,22 +209,6 @@ def test_op_overwrites_and_returns_its_argument(
     torch.testing.assert_close(args[case.overwrites], out, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("case", "path", "kind"), [
-    param for op in ("gated_residual", "sliced_conv")
-    for param in cases_on_paths(["none", "one", "some", "nearly", "all"], ["none", "some"], op=op)
-])  # fmt: skip
-@torch.no_grad()
-def test_what_was_seen_of_rows_is_brought_up_to_date(
-    case: Case, path: str, kind: str, take: Callable[[Case, str], str]
-) -> None:
-    args = case.args(Setting(kind, usual(case), device=take(case, path)))
-    seen = summary(args["x"])
-    for f in (case.f_ref, case.f):
-        known = seen.clone()
-        result = f(**args, seen=known)
-        torch.testing.assert_close(known, summary(result), atol=1e-5, rtol=1e-5)
-
-
 # Half a million elements: enough for `put_rows` to move words.
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 @torch.no_grad()
@@ -237,9 +221,9 @@ def test_large_rows(layout: str) -> None:
     expected = gated_cell_ref(x, h, update, *gru.parameters())
     torch.testing.assert_close(gated_cell(x, h, update, *gru.parameters()), expected)
     wide = torch.randn(n, 12)
-    x, routing = wide[:, :8] if layout == "sliced" else wide, route_ref(torch.arange(n) * 5 % 3, 3)
+    x, parts = wide[:, :8] if layout == "sliced" else wide, partition_ref(torch.arange(n) * 5 % 3, 3)
     weight = torch.randn(3, width, x.shape[1])
-    torch.testing.assert_close(routed_linear(x, weight, routing), routed_linear_ref(x, weight, routing))
+    torch.testing.assert_close(routed_linear(x, weight, parts), routed_linear_ref(x, weight, parts))
 
 
 @torch.no_grad()
@@ -289,19 +273,81 @@ def test_nan_that_is_not_to_be_read_does_not_spread(
 @torch.no_grad()
 def test_rows_left_out_are_never_computed(case: Case, path: str, kind: str, take: Callable[[Case, str], str]) -> None:
     take(case, path)
-    args, seen = case.args(Setting(kind)), []
+    args, sizes = case.args(Setting(kind)), []
     block, kept = args.pop("block"), int(args["run"].sum())
-    gated_residual(**args, block=lambda x: seen.append(len(x)) or block(x))
-    all_run = path != "in place" and (KINDS[kind] - kept) * SPARE_ROWS <= KINDS[kind]
-    assert sum(seen) == (KINDS[kind] if all_run else kept)
-    assert all_run or kept == KINDS[kind] or path not in MOVES or max(seen, default=0) <= 2
+    gated_residual(**args, block=lambda x: sizes.append(len(x)) or block(x))
+    if path in case.also:
+        assert sum(sizes) == kept
+        assert path not in MOVES or kept == KINDS[kind] or max(sizes, default=0) <= 2  # in pieces of two rows
+    else:
+        assert sum(sizes) in (kept, KINDS[kind])
+
+
+def rows_computed(n: int, kept: int, channels: int, side: int) -> int:
+    """How many rows of a residual block are computed of `n`, the first `kept` of which run."""
+    counted_rows = []
+
+    class Counting(ResidualBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            counted_rows.append(len(x))
+            return super().forward(x)
+
+    layers = [FoldedConv2d.of(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2)]
+    x = torch.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last)
+    gated_residual(x, torch.arange(n) < kept, Counting(layers))
+    return sum(counted_rows)
+
+
+@torch.no_grad()
+def test_rows_are_left_out_where_that_pays() -> None:
+    with COSTS.assuming(**vars(Costs())):
+        assert rows_computed(40, 20, channels=16, side=16) == 20  # half of the work is saved
+        assert rows_computed(40, 39, channels=16, side=16) == 40  # nearly all rows would have to be moved
+        assert rows_computed(8, 7, channels=2, side=3) == 8  # nothing much is saved
+        assert rows_computed(40, 0, channels=16, side=16) == 0
+    with COSTS.assuming(always=True):
+        assert rows_computed(40, 39, channels=16, side=16) == 39
+
+
+def test_costs_are_assumed_for_a_while_and_known_by_name() -> None:
+    before = vars(COSTS).copy()
+    with pytest.raises(RuntimeError, match="inside"), COSTS.assuming(piece=1, always=True):
+        assert (COSTS.piece, COSTS.always) == (1, True)
+        raise RuntimeError("inside")
+    assert vars(COSTS) == before
+    with pytest.raises(AssertionError, match="peace"), COSTS.assuming(peace=1):
+        pass
+
+
+@torch.no_grad()
+def test_keep_rows() -> None:
+    x, rows = torch.randn(4, 2, 3, 3).contiguous(memory_format=torch.channels_last), torch.arange(4)
+    some = torch.tensor([False, True, False, True])
+    kept = move.keep_rows(some, rows, x)
+    assert kept is not None and torch.equal(kept[0], rows[some]) and torch.equal(kept[1], x[some])
+    assert kept[1].is_contiguous(memory_format=torch.channels_last)
+    everything = move.keep_rows(rows >= 0, rows, x)
+    assert everything is not None and everything[0] is rows and everything[1] is x
+    assert move.keep_rows(rows < 0, rows, x) is None
+    assert move.keep_rows(some[:0], rows[:0]) is not None
+    with pytest.raises(ValueError, match="CUDA graph"), backend.device_counts():
+        move.keep_rows(some, x)
+
+
+@torch.no_grad()
+def test_apart() -> None:
+    x = torch.randn(3, 4)
+    view = x.t()
+    assert move.apart(view, x).data_ptr() != x.data_ptr() and torch.equal(move.apart(view, x), view)
+    own = x.clone()
+    assert move.apart(own, x) is own
 
 
 # Gradients
 
 
 def gradients(case: Case, f: Callable[..., Any], args: Args, names: tuple[str, ...]) -> list[Tensor]:
-    """By each leaf; checked to be the same when taken twice."""
+    """The gradients by each leaf, checked to be the same when taken twice."""
     leaves = []
     for name in names:
         if isinstance(args[name], nn.Module):
@@ -354,24 +400,6 @@ def test_gradcheck_of_the_definition(case: Case) -> None:
 # MACs
 
 
-def of_one_choice(case: str, rows: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
-    """f and f_ref on rows of one choice, and the MACs they are to have."""
-    x, zeros = torch.randn(rows, 11), torch.zeros(rows, dtype=torch.int64)
-    if case == "routed_linear_macs":
-        args = (x, torch.randn(1, 7, 11), route_ref(zeros, 1), torch.randn(1, 7))
-        return lambda: routed_linear(*args), lambda: routed_linear_ref(*args), routed_linear_macs(rows, 11, 7)
-    if case == "routed_experts_macs":
-        w1, b1, w2 = torch.randn(6, 11), torch.randn(6), torch.randn(11, 6)
-        args = (x, zeros, w1, b1, w2, (6,))
-        return lambda: routed_experts(*args), lambda: routed_experts_ref(*args), routed_experts_macs(rows, 11, 6)
-    if case == "sliced_linear_macs":
-        args = (x, zeros, SlicedLinear(nn.Linear(11, 6), nn.Linear(6, 7), (6,)))
-        return lambda: sliced_linear(*args), lambda: sliced_linear_ref(*args), sliced_linear_macs(rows, 11, 6, 7)
-    assert case == "gated_cell_macs", "how is it called?"
-    args = (x, torch.randn(rows, 14), zeros == 0, *nn.LSTMCell(11, 7).parameters())
-    return lambda: gated_cell(*args), lambda: gated_cell_ref(*args), gated_cell_macs(rows, 11, 7, gates=4)
-
-
 def counted(call: Callable[[], Any]) -> float:
     def in_place(into: Any, a: Any, b: Any, **_: Any) -> int:  # of shapes; torch's own counter does not know this form
         return 2 * a[0] * a[1] * b[1]
@@ -381,12 +409,20 @@ def counted(call: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2
 
 
+def test_every_formula_of_macs_has_a_case() -> None:
+    formulas = {name.removesuffix("_macs") for module in MODULES for name in vars(module) if name.endswith("_macs")}
+    assert formulas == {case.op for case in CASES if case.macs}
+
+
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("name", sorted({name for m in MODULES for name in vars(m) if name.endswith("_macs")}))
+@pytest.mark.parametrize("case", cases(macs=True))
 @torch.no_grad()
-def test_macs_are_those_that_the_flop_counter_sees(name: str, rows: int) -> None:
-    f, f_ref, macs = of_one_choice(name, rows)
-    assert counted(f) == counted(f_ref) == macs > 0
+def test_macs_are_those_that_the_flop_counter_sees(case: Case, rows: int) -> None:
+    results = []
+    for f in (case.f, case.f_ref):
+        args, macs = case.macs(rows)
+        results.append(counted(lambda f=f, args=args: f(**args)))
+    assert results == [macs, macs] and macs > 0
 
 
 @torch.no_grad()
@@ -398,7 +434,7 @@ def test_ops_pay_for_each_row_at_its_choice_only(take: Callable[[Case, str], str
 
     routed, sliced, gated = (args(op) for op in ("routed_linear", "sliced_linear", "gated_cell"))
     experts = args("routed_experts")
-    sizes = route_ref(Setting().choice(3), 3).sizes
+    sizes = partition_ref(Setting().choice(3), 3).sizes
     _, m, k = routed["weight"].shape
     assert counted(lambda: routed_linear(**routed)) == routed_linear_macs(sum(sizes), k, m)
     expected = sum(routed_experts_macs(n, k, width) for n, width in zip(sizes, experts["splits"], strict=True))
@@ -415,11 +451,8 @@ def test_ops_pay_for_each_row_at_its_choice_only(take: Callable[[Case, str], str
 
 
 @pytest.mark.parametrize("case", cases(kernels=True))
-def test_kernels_do_not_wait_for_the_device(
-    case: Case, take: Callable[[Case, str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setting = Setting("one", usual(case), device=take(case, "triton"))
-    monkeypatch.setattr(backend, "MODE", "auto")
+def test_kernels_do_not_wait_for_the_device(case: Case, kernel_case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting("one", usual(case), device=kernel_case)
     differentiable = case.grads and case.op != "sliced_linear"  # whose gradients are the definition's
 
     def differentiate() -> None:
@@ -452,9 +485,8 @@ def test_kernels_do_not_wait_for_the_device(
 @pytest.mark.parametrize("case", cases(kernels=True))
 @torch.no_grad()
 def test_triton_that_cannot_run_is_refused(case: Case, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "MODE", "triton" if asked == "by the mode" else "auto")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with nullcontext() if asked == "by the mode" else backend.device_counts():
+    with backend.ops_mode("triton") if asked == "by the mode" else backend.device_counts():
         with pytest.raises(ValueError, match="move them to a CUDA device.*DYNRL_OPS=auto"):
             case.f(**case.args(Setting()))
         monkeypatch.setattr(backend, "_installed", lambda: False)
@@ -464,17 +496,17 @@ def test_triton_that_cannot_run_is_refused(case: Case, asked: str, monkeypatch: 
 
 @pytest.mark.parametrize("case", cases())
 @torch.no_grad()
-def test_mode_ref_runs_the_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "MODE", "ref")
+def test_mode_ref_runs_the_definition(case: Case) -> None:
     args = case.args(Setting())
     if case.op == "gated_residual":
         block, seen = args["block"], []
         args["block"] = lambda x: seen.append(len(x)) or block(x)
-    got = case.f(**args)
-    monkeypatch.undo()
+    with backend.ops_mode("ref"):
+        got = case.defined(args, case.f(**args))
     module = sys.modules[f"dynrl.ops.{case.op}"]
     if case.f is getattr(module, case.op):
-        expected = getattr(module, f"{case.op}_ref")(**case.args(Setting()))
+        again = case.args(Setting())
+        expected = case.defined(again, getattr(module, f"{case.op}_ref")(**again))
         for a, b in zip(listed(got), listed(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     if case.op == "gated_residual":
@@ -486,7 +518,8 @@ def test_the_environment_names_the_mode() -> None:
 import importlib, os
 os.environ["DYNRL_OPS"] = "ref"
 from dynrl.ops import backend
-assert backend.use_ref()
+import torch
+assert backend.path(torch.zeros(1)) is backend.Path.REF
 os.environ["DYNRL_OPS"] = "Triton"
 importlib.reload(backend)
 """
@@ -617,40 +650,38 @@ def test_a_block_that_fails_leaves_the_op_usable() -> None:
 )
 @torch.no_grad()
 def test_results_may_lie_in_memory_as_they_like(block: Callable[[Tensor], Tensor]) -> None:
-    """As copies are moved on CUDA, on whatever there is here."""
+    """Rows are moved here as they are on CUDA, on whatever device there is."""
     x, index = torch.randn(7, 3, 5), torch.tensor([0, 2, 5])
     expected = x.clone()
     expected[index] *= 2
-    got = rows._compute_copies(x.clone(), rows._layout(x), index, ((block, 0, 1), (block, 1, 3)))
+    got = move.compute_copies(x.clone(), index, ((block, 0, 1), (block, 1, 3)))
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(rows.compute_rows(x, index, block), expected)
+    torch.testing.assert_close(move.compute_rows(x, index, block), expected)
 
 
 @pytest.mark.parametrize("splits", [None, (2, 5, 3)])
-def test_training_in_half_precision_after_inference(
-    splits: tuple[int, ...] | None, kernel_case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_in_half_precision_after_inference(splits: tuple[int, ...] | None, kernel_case: str) -> None:
     """Under autocast rows come in half precision and weights do not; what inference has made, training may use."""
     x = torch.randn(9, 4, device=kernel_case, dtype=torch.bfloat16)
     size = (3, 5, 4) if splits is None else (10, 4)
     weight, bias = (torch.randn(size[:end], device=kernel_case).requires_grad_() for end in (None, -1))
-    routing = route_ref(torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1], device=kernel_case), 3)
+    parts = partition_ref(torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1], device=kernel_case), 3)
     how: Any = {"splits": splits, "sorted_out": splits is not None}
     results = []
     for mode in ("ref", "triton"):
-        monkeypatch.setattr(backend, "MODE", mode)
-        with torch.inference_mode():
-            routed_linear(x, weight.bfloat16(), routing, bias.bfloat16(), **how)
-        given = (x, weight.bfloat16(), routing, bias.bfloat16()) if mode == "ref" else (x, weight, routing, bias)
-        out = routed_linear(*given, **how)
-        assert out.dtype == torch.bfloat16
-        results.append((out.float(), *torch.autograd.grad(out.float().square().sum(), (weight, bias))))
+        with backend.ops_mode(mode):
+            with torch.inference_mode():
+                routed_linear(x, weight.bfloat16(), parts, bias.bfloat16(), **how)
+            given = (x, weight.bfloat16(), parts, bias.bfloat16()) if mode == "ref" else (x, weight, parts, bias)
+            out = routed_linear(*given, **how)
+            assert out.dtype == torch.bfloat16
+            results.append((out.float(), *torch.autograd.grad(out.float().square().sum(), (weight, bias))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=0.3, rtol=0.05)
 
 
 def test_precision_follows_torchs_switches(kernel_case: str) -> None:
-    """By either of torch's two interfaces, which must not be mixed."""
+    """Either of torch's two interfaces may set it; they must not be mixed."""
     from dynrl.ops.kernels.conv import _precision
     from dynrl.ops.kernels.linear import dot_precision
 

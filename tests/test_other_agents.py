@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -12,15 +10,17 @@ import torch
 from gymnasium.vector import AutoresetMode
 from ray.rllib.core.columns import Columns
 
-from dynrl.agents.rllib import EpisodesRunner, SlabRunner
+from dynrl.agents.base import AGENTS, agent_class, open_agent
 from dynrl.agents.sb3 import RoutingVecEnv
-from dynrl.agents.training import AGENTS, Settings, Stop, open_agent
+from dynrl.agents.slab import EpisodesRunner, SlabRunner
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score, score_routes
+from dynrl.policies import SIGHTS, UpfrontRouter
 from dynrl.scripts.cli import main
-from dynrl.scripts.train import AgentName
+from dynrl.settings import Learning, Place, Problem, Settings
+from tests.cases import make_backbone
 from tests.test_agents import exit_config
 
 OTHERS = ["appo", "dqn", "sb3-ppo", "sb3-dqn"]
@@ -60,14 +60,12 @@ def test_episodes_are_the_walks_of_the_slabs():
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("agent", OTHERS)
 def test_a_high_price_is_obeyed_and_training_goes_on_where_it_stopped(agent, small_backbone, tmp_path):
-    settings = Settings(
-        "skip", "digits", steps=8_000, agent=agent, num_envs=32, price_range=(20.0, 20.0),
-        accuracy_term="log_likelihood",
-    )  # fmt: skip
+    learning = Learning(agent, steps=8_000, num_envs=32, price_range=(20.0, 20.0), reward="log_likelihood")
+    settings = Settings(Problem("skip", "digits"), learning)
     scalars = {}
     with open_agent(settings, small_backbone, tmp_path, 8_000) as trained:
         trained.write = lambda given: scalars.update(given)
-        trained.learn(6_000, Stop())
+        trained.learn(6_000)
         before, weights = trained.steps, trained.router().state_dict()
     assert {"reward", "accuracy", "macs_fraction", "price", "routes/distinct", "rate/layer1.1"} <= set(scalars)
     assert any(tag.startswith("loss/") for tag in scalars)
@@ -76,7 +74,7 @@ def test_a_high_price_is_obeyed_and_training_goes_on_where_it_stopped(agent, sma
         for name, value in trained.router().state_dict().items():
             # APPO's learner may have learned a little more before `router` asked.
             torch.testing.assert_close(value, weights[name], rtol=0, atol=0.02 if agent == "appo" else 0)
-        trained.learn(8_000, Stop())
+        trained.learn(8_000)
         assert trained.steps > before
         router = trained.router()
     backbone, _ = load_backbone(small_backbone)
@@ -89,10 +87,10 @@ def test_a_high_price_is_obeyed_and_training_goes_on_where_it_stopped(agent, sma
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("agent", ["appo", "sb3-ppo"])
 def test_whole_routes_at_once(agent, small_backbone, tmp_path):
-    settings = Settings("skip", "digits", steps=3_000, agent=agent, num_envs=16, upfront=True)
+    settings = Settings(Problem("skip", "digits"), Learning(agent, "upfront", steps=3_000, num_envs=16))
     with open_agent(settings, small_backbone, tmp_path, 3_000) as trained:
-        trained.learn(3_000, Stop())
-        assert trained.steps >= 3_000 and trained.router().kind == "upfront"
+        trained.learn(3_000)
+        assert trained.steps >= 3_000 and isinstance(trained.router(), UpfrontRouter)
 
 
 @pytest.mark.parametrize("agent", ["ppo", "sb3-ppo"])
@@ -100,13 +98,13 @@ def test_whole_routes_at_once(agent, small_backbone, tmp_path):
 def test_each_seed_meets_inputs_of_its_own_and_a_reload_others_again(agent, small_backbone, tmp_path):
     met = []
     for seed in (0, 1):
-        settings = Settings("skip", "digits", steps=500, agent=agent, num_envs=8, seed=seed)
+        settings = Settings(Problem("skip", "digits", seed=seed), Learning(agent, steps=500, num_envs=8))
         with open_agent(settings, small_backbone, tmp_path / str(seed), 500) as trained:
             envs = (lambda t: t._env.env) if agent == "sb3-ppo" else (lambda t: t._algorithm.env_runner.env.unwrapped)
-            trained.learn(1, Stop())
+            trained.learn(1)
             met.append(set(envs(trained)._seeds.tolist()))
             trained.reload()
-            trained.learn(trained.steps + 1, Stop())
+            trained.learn(trained.steps + 1)
             met.append(set(envs(trained)._seeds.tolist()))
     assert all(len(one) == 8 for one in met)
     assert not any(one & other for i, one in enumerate(met) for other in met[:i])
@@ -142,9 +140,9 @@ def test_the_adapter_is_the_environment():
     assert ended == sum(len(part["return"]) for part in given.ended) > 6
 
 
-@pytest.mark.parametrize("upfront", [False, True])
-def test_the_adapter_serves_policies_of_sb3s_own(upfront):
-    env = RoutingVecEnv(make(upfront=upfront))
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_the_adapter_serves_policies_of_sb3s_own(sight):
+    env = RoutingVecEnv(make(sight=sight))
     model = sb3.PPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=1, device="cpu").learn(96)
     assert model.num_timesteps == 96 and len(model.ep_info_buffer) > 0
 
@@ -161,10 +159,14 @@ def test_the_adapter_refuses_what_would_lose_transitions():
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--agent", "dqn", "--upfront"], "one choice a step"), (["--agent", "sb3-dqn", "--upfront"], "one choice a step"),
+        (["--agent", "dqn", "--policy", "upfront"], "one choice a step"),
+        (["--agent", "sb3-dqn", "--policy", "upfront"], "one choice a step"),
         (["--agent", "sb3-ppo", "--num-learners", "1"], "agents of RLlib"),
         (["--agent", "sb3-ppo", "--num-env-runners", "1"], "agents of RLlib"),
-        (["--agent", "appo", "--baseline", "group"], "for --agent ppo"),
+        (["--agent", "appo", "--baseline", "group"], "for the agent ppo"), (["--baseline", "nosuch"], "value, group, greedy"),
+        (["--baseline", "greedy"], "compares whole routes"), (["--agent", "dqn", "--entropy", "0.01"], "ppo, appo and sb3-ppo"),
+        (["--agent", "gate", "--device", "cpu:0"], "on the CPU"), (["--agent", "gate", "--dtype", "bfloat16"], "in float32"),
+        (["--policy", "nosuch"], "sequential or upfront"),
         (["--agent", "gate", "--cost", "time"], "counts MACs"), (["--agent", "nosuch"], "nosuch"),
         (["--agent", "dqn", "--finetune"], "as it was"), (["--num-learners", "3"], "3 learners"),
     ],
@@ -176,5 +178,25 @@ def test_what_an_agent_cannot_do_is_refused(words, reason, tmp_path, capsys):
     assert reason in told.err + told.out and not list(tmp_path.iterdir())
 
 
-def test_every_agent_can_be_named():
-    assert set(get_args(AgentName)) == set(AGENTS)
+def test_choices_that_close_are_no_ground_for_sb3s_dqn():
+    settings = Settings(Problem("exit", "digits"), Learning("sb3-dqn"))
+    agent_class("sb3-dqn").refuse(settings, make_backbone("exit"))
+    with pytest.raises(ValueError, match="all open"):
+        agent_class("sb3-dqn").refuse(settings, make_backbone("branching"))
+
+
+def test_remote_runners_see_one_gpu_each():
+    backbone = make_backbone("skip")
+    for agent in ("ppo", "appo", "dqn"):
+        settings = Settings(Problem("skip", "digits"), Learning(agent), Place("cuda:1"))
+        agent_class(agent).refuse(settings, backbone)
+        with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
+            agent_class(agent).refuse(
+                Settings(settings.problem, Learning(agent, num_env_runners=2), settings.place), backbone
+            )
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_what_an_agent_cannot_do_are_settings_that_there_are(agent):
+    known = {*vars(Learning()), *vars(Place())}
+    assert set(agent_class(agent).cannot) <= known

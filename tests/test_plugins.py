@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import dynrl
 from dynrl.agents.rllib import start_ray
 from dynrl.plugins import VARIABLE, load_plugins
 from dynrl.scripts.cli import main
@@ -20,7 +23,8 @@ from dataclasses import replace
 from dynrl.recipes import DEFAULTS
 row = DEFAULTS["unroll", "digits"]
 DEFAULTS["unroll", "digits"] = replace(
-    row, backbone={"width": 8, "most": 3}, pretraining=replace(row.pretraining, epochs=2), steps=2000
+    row, backbone={"width": 8, "most": 3}, pretraining=replace(row.pretraining, epochs=2),
+    learning=replace(row.learning, steps=2000),
 )
 """
 CHECKS = """
@@ -107,13 +111,9 @@ def test_workers_of_a_cluster_are_told_of_plugins(clean, monkeypatch):
     assert given == [None, {"env_vars": {VARIABLE: str(clean / "told.py")}}]
 
 
-def test_the_sixth_decision_works_as_printed(tmp_path):
-    """Trained, evaluated, listed and plugged; found by other processes through the environment."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) < 80
-    (tmp_path / "unroll.py").write_text(code)
-    (tmp_path / "quickly.py").write_text(QUICKLY)
-    (tmp_path / "checks.py").write_text(CHECKS)
+@pytest.fixture
+def run(tmp_path):
+    """Run Python in a folder of its own; what it prints."""
 
     def run(*words, **more):
         done = subprocess.run(
@@ -122,7 +122,48 @@ def test_the_sixth_decision_works_as_printed(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    return run
+
+
+def printed(name, most):
+    """The file of that name as the page prints it, of fewer lines than `most`."""
+    (code,) = re.findall(rf"`{name}`:\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) < most
+    return code
+
+
+def test_the_sixth_decision_works_as_printed(tmp_path, run):
+    """Trained, evaluated, listed and plugged; found by other processes through the environment."""
+    (tmp_path / "unroll.py").write_text(printed("unroll.py", 80))
+    (tmp_path / "quickly.py").write_text(QUICKLY)
+    (tmp_path / "checks.py").write_text(CHECKS)
     plugins = ["-m", "dynrl.scripts.cli", "--plugin", "unroll.py", "--plugin", "quickly.py"]
     assert "dynrl/Unroll-v0" in run(*plugins, "list")
     assert "learned" in run(*plugins, "train", "unroll", "--out", "run")
     run("checks.py", **{VARIABLE: str(tmp_path / "unroll.py")})
+
+
+def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):
+    """Trained, reported, plugged, and gone on with; it obeys a high price."""
+    (tmp_path / "evolution.py").write_text(printed("evolution.py", 55))
+    (tmp_path / "brier.py").write_text(printed("brier.py", 12))
+    (tmp_path / "given").mkdir()
+    shutil.copyfile(small_backbone, tmp_path / "given" / "backbone.safetensors")
+    command = ["-m", "dynrl.scripts.cli", "--plugin", "evolution.py", "--plugin", "brier.py", "train", "skip"]
+    words = ["--agent", "evolution", "--reward", "brier", "--backbone", "given", "--out", "run"]
+    words += ["--price-range", "20", "20", "--steps", "12000", "--threads", "2"]
+    shown = run(*command, *words)
+    assert "evolution" in shown and "macs_fraction" not in shown
+    model = dynrl.load(tmp_path / "run")
+    model(torch.randn(3, *model.input_shape))
+    assert model.curve[0][1] < 0.5
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "evolution.pt", weights_only=True)
+    run(*command, "--resume", "run", "--threads", "2")
+    again = torch.load(tmp_path / "run" / "checkpoints" / "evolution.pt", weights_only=True)
+    assert again["steps"] == saved["steps"] >= 12_000
+
+
+def test_without_its_plugin_an_agent_is_unknown(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "skip", "--agent", "evolution", "--out", str(tmp_path / "run")])
+    assert "unknown agent 'evolution'; expected one of ppo" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -9,14 +9,14 @@ from torch import nn
 from torch.library import opcheck
 
 from dynrl.backbones import ExitResNet, SkipResNet, SlimmableResNet
-from dynrl.deploy import EXPORTED, RoutedModel
-from dynrl.observation import Layout, observation
+from dynrl.deploy import RoutedModel
 from dynrl.ops.gated_cell import gated_cell
-from dynrl.ops.route import route
+from dynrl.ops.partition import partition
 from dynrl.ops.routed_linear import routed_linear
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
-from dynrl.policies import Router, StaticPolicy
+from dynrl.policies import StaticPolicy
+from tests.cases import make_policy
 
 
 class Everything(nn.Module):
@@ -32,7 +32,7 @@ class Everything(nn.Module):
         self.cell = nn.GRUCell(36, 6)
 
     def forward(self, x, choice, update):
-        y = sliced_linear(routed_linear(x, self.experts, route(choice, 3)), choice, self.layer)
+        y = sliced_linear(routed_linear(x, self.experts, partition(choice, 3)), choice, self.layer)
         y = sliced_conv(y.view(-1, 4, 3, 3), choice, self.block).flatten(1)
         cell = self.cell
         return gated_cell(y, y[:, :6], update, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
@@ -50,7 +50,7 @@ class Walk(nn.Module):
 def arguments(module, rows, seed=0):
     generator = torch.Generator().manual_seed(seed)
     if isinstance(module, Walk):
-        steps = module.backbone.max_steps
+        steps = module.backbone.columns
         return torch.randn(rows, 1, 8, 8, generator=generator), torch.randint(0, 2, (rows, steps), generator=generator)
     choice = torch.randint(0, 3, (rows,), generator=generator)
     return torch.randn(rows, 8, generator=generator), choice, choice > 0
@@ -96,10 +96,10 @@ def decided(name, hidden=8):
         "exit": ExitResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), exits=(0, 1, 2)),
         "channel": SlimmableResNet((1, 8, 8), layers=(2,), widths=(32,)),
     }[name].eval()
-    router = Router(**Layout.of(backbone).to_dict(), price_range=(0.01, 1.0), hidden=hidden)
+    router = make_policy(backbone, (0.01, 1.0), hidden)
     inputs = inputs_for(backbone, 64)
     with torch.no_grad():
-        seen = torch.cat([observation(backbone, backbone.begin(inputs), price) for price in (0.01, 1.0)])
+        seen = torch.cat([router.sight.see(backbone, backbone.begin(inputs), price) for price in (0.01, 1.0)])
         for parameter in router.parameters():
             torch.nn.init.normal_(parameter)
         scores = router._scores(seen)
@@ -116,7 +116,7 @@ def as_exported(model, path):
 
 
 @pytest.mark.parametrize(("hidden", "file"), [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")])
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", ["skip", "exit"])
 @torch.no_grad()
 def test_a_plugged_model_is_exported(name, hidden, file, tmp_path):
     model, met = decided(name, hidden), set()
@@ -137,22 +137,18 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
             bad.export(tmp_path / "model.pt2")
     with pytest.raises(ValueError, match=r"expected a file \*.pt2 .* or \*.onnx"):
         model.export(tmp_path / "model.pt")
-    monkeypatch.setattr("dynrl.deploy.routed.find_spec", lambda name: None)
+    monkeypatch.setattr("dynrl.deploy.export.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="takes onnx and onnxscript: pip install"):
         model.export(tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_custom_ops_are_declared_right():
-    import dynrl.ops.traced  # noqa: F401
-
     module = Everything().requires_grad_(False)
     x, choice, update = arguments(module, 9)
-    routing, cell, layer = route(choice, 3), module.cell, module.layer
+    parts, cell, layer = partition(choice, 3), module.cell, module.layer
     ops = torch.ops.dynrl
-    opcheck(
-        ops.routed_linear, (x, module.experts, routing.order, routing.offsets, None, None, None, True, False, False)
-    )
+    opcheck(ops.routed_linear, (x, module.experts, parts.order, parts.offsets, None, None, None, True, False, False))
     hidden = torch.randn(9, 12)
     opcheck(
         ops.sliced_linear, (hidden, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, list(layer.widths))

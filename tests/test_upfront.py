@@ -13,9 +13,10 @@ from gymnasium.spaces import MultiDiscrete
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from dynrl.agents.ppo import SlabGAE, ppo_config
-from dynrl.agents.rllib import RouterModule, SlabRunner
-from dynrl.agents.training import Settings, open_agent, router_arguments, train_policy
+from dynrl.agents.base import open_agent, train_policy
+from dynrl.agents.ppo import ppo_config
+from dynrl.agents.rllib import RouterModule
+from dynrl.agents.slab import SlabRunner
 from dynrl.backbones import CostTable, Point, State, Walk, load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel, plug
@@ -26,8 +27,9 @@ from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.policies import PolicySpec, RouteSight, UpfrontRouter, load_policy, save_policy
 from dynrl.policies.sight import VIEW
 from dynrl.scripts.cli import main
+from dynrl.settings import Learning, Problem, Settings
 from tests.cases import REGISTERED, answered_by, make_backbone, make_policy, vector_env
-from tests.test_agents import assert_two_routes, two_kinds
+from tests.test_agents import assert_two_routes, connector, two_kinds
 from tests.test_traced import as_exported
 
 PRICES = (0.01, 1.0)
@@ -199,10 +201,9 @@ def test_choices_that_a_step_has_not_are_never_drawn():
 
 
 def config_for(backbone, path, baseline="value", **changes):
-    settings = Settings("skip", "digits", 1, sight="route", price_range=PRICES)
-    env = {"backbone": path, "price_range": PRICES, "upfront": True, "accuracy_term": "log_likelihood"}
-    arguments = router_arguments(backbone, settings)
-    return ppo_config("dynrl/Skip-v0", env, arguments, baseline=baseline, **{"num_envs": 8, "rollout": 4, **changes})
+    env = {"backbone": path, "price_range": PRICES, "sight": "route", "reward": "log_likelihood"}
+    spec = PolicySpec.of("upfront", backbone, PRICES, 64)
+    return ppo_config("dynrl/Skip-v0", env, spec, baseline=baseline, **{"num_envs": 8, "rollout": 4, **changes})
 
 
 @pytest.mark.parametrize("baseline", ["value", "greedy"])
@@ -228,7 +229,7 @@ def test_the_slab_is_what_the_environment_did(baseline, small_backbone):
         observation_space=runner.env.single_observation_space, action_space=runner.env.single_action_space,
         model_config=runner.config.rl_module_spec.model_config, inference_only=False,
     )  # fmt: skip
-    batch = SlabGAE(gamma=1.0, lambda_=0.95)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
+    batch = connector(0.95, baseline)(rl_module={"default_policy": module}, batch={}, episodes=[slab])
     columns = batch["default_policy"]
     logp = module.action_dist_cls.from_logits(columns["action_dist_inputs"]).logp(columns["actions"])
     torch.testing.assert_close(logp, columns["action_logp"], atol=1e-5, rtol=1e-5)
@@ -253,7 +254,7 @@ def test_two_kinds_of_inputs_get_two_routes(baseline):
 
 @pytest.mark.usefixtures("ray_local")
 def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
-    settings = Settings("skip", "digits", steps=300, num_envs=8, sight="route")
+    settings = Settings(Problem("skip", "digits"), Learning(policy="upfront", steps=300, num_envs=8))
     with open_agent(settings, small_backbone, tmp_path, 300) as agent:
         agent.iterate()
         assert agent.steps == 16 * 8 * load_backbone(small_backbone)[0].max_steps
@@ -262,9 +263,8 @@ def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
 
 def test_gates_learn_upfront_too(small_backbone, tmp_path):
     """A high price takes the cheapest route, a low one keeps what accuracy needs."""
-    settings = Settings(
-        "skip", "digits", steps=40_000, agent="gate", num_envs=16, sight="route", price_range=(1e-3, 30.0)
-    )
+    learning = Learning("gate", "upfront", steps=40_000, num_envs=16, price_range=(1e-3, 30.0))
+    settings = Settings(Problem("skip", "digits"), learning)
     policy, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished
     backbone, data = load_backbone(small_backbone)[0], load_dataset("digits")
@@ -290,7 +290,7 @@ def test_by_the_command_charged_by_time(small_backbone, tmp_path, monkeypatch):
     given, out = tmp_path / "given", tmp_path / "run"
     given.mkdir()
     shutil.copyfile(small_backbone, given / "backbone.safetensors")
-    words = ("--upfront", "--baseline", "greedy", "--cost", "time", "--steps", "500", "--num-envs", "8")
+    words = ("--policy", "upfront", "--baseline", "greedy", "--cost", "time", "--steps", "500", "--num-envs", "8")
     main(["train", "skip", "--backbone", str(given), "--out", str(out), *words])
     times, backbone = read_json(out / "times.json"), load_backbone(small_backbone)[0]
     assert [len(row) for row in times["choices"]] == [2] * len(backbone.points)

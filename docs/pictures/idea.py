@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 ROOT = Path(__file__).parents[2]
 REPORT, PICTURE = ROOT / "results" / "skip-fashion-mnist" / "report.json", ROOT / "docs" / "pictures" / "idea.png"
 INK, FAINT = "#22303c", "#8894a0"
-LINES = {  # contender: colour, width, style, marker, label, and where the label stands: at which point, offset in points
+LINES = {  # contender: colour, width, style, marker, label; the point at which the label stands, and its offset
     "learned tuned": ("#0b6e99", 2.6, "-", "o", "learned, fine-tuned", 4, (-34, -15)),
     "learned": ("#58b0d3", 2.0, "-", "o", "learned", 5, (5, -2)),
     "static": ("#d9822b", 1.4, "--", "s", "static", 0, (-33, -2)),
@@ -30,11 +30,15 @@ LINES = {  # contender: colour, width, style, marker, label, and where the label
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the picture of `report`, a dictionary as `report.json` has it, into the file `path`."""
     pyplot.rcParams.update({"font.size": 9, "axes.edgecolor": FAINT, "text.color": INK, "axes.labelcolor": INK})
-    pyplot.rcParams.update({"xtick.color": FAINT, "ytick.color": FAINT, "axes.titlesize": 10, "axes.titleweight": "bold"})
+    pyplot.rcParams.update(
+        {"xtick.color": FAINT, "ytick.color": FAINT, "axes.titlesize": 10, "axes.titleweight": "bold"}
+    )
     figure, (routes, macs, times) = pyplot.subplots(1, 3, figsize=(11, 3.5), width_ratios=(1.05, 1, 1))
     _draw_routes(routes, [p for p in report["points"] if p["policy"] == "learned tuned"])
     _draw_fronts(macs, report, "macs_fraction", 1.0, "multiply-accumulates, of the dense network's")
-    _draw_fronts(times, report, "latency_ms", report["dense"]["latency_ms"], "measured milliseconds, 256 images on 2 cores")
+    _draw_fronts(
+        times, report, "latency_ms", report["dense"]["latency_ms"], "measured milliseconds, 256 images on 2 cores"
+    )
     macs.set_ylabel("accuracy on test images, %")
     macs.set_title("Accuracy for compute", loc="left")
     times.set_title("What is skipped saves time", loc="left")
@@ -79,7 +83,10 @@ def _draw_fronts(axes: Any, report: dict[str, Any], spent: str, dense: float, la
             color=colour, linewidth=width,
         )  # fmt: skip
     smaller = next(p for p in report["points"] if p["policy"] == "smaller")
-    plain = [(dense, report["dense"]["plain_accuracy"], "plain network"), (smaller[spent], smaller["accuracy"], "half as deep")]
+    plain = [
+        (dense, report["dense"]["plain_accuracy"], "plain network"),
+        (smaller[spent], smaller["accuracy"], "half as deep"),
+    ]
     for x, accuracy, name in plain:
         axes.plot(x, 100 * accuracy, "D", color=INK, markersize=5)
         end = {"xytext": (-2, 7), "ha": "right"} if x == dense else {"xytext": (-4, 7), "ha": "center"}

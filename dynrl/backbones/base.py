@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from dynrl.backbones.gated import GatedWalk
-from dynrl.backbones.walk import END, CostTable, Point, State, Walk, merge
+from dynrl.backbones.walk import CostTable, Point, State, Walk, merge
 from dynrl.files import fingerprint, load_tensors, save_tensors
+from dynrl.ops.backend import may_look
 from dynrl.routes import draw_routes
 
 
@@ -329,12 +329,11 @@ class Backbone(nn.Module):
         while pending:
             # The earliest point first: rows that reach a later point by different branches then merge there.
             state = pending.pop(min(pending))
-            reached = self.advance(state, choose(state))
+            reached = [state for state in self.advance(state, choose(state)) if not state.ended]
             if pending or len(reached) > 1:
                 pending = merge([*pending.values(), *reached])
             else:
-                pending = {reached[0].point: reached[0]}
-            pending.pop(END, None)
+                pending = {state.point: state for state in reached}
         return walk
 
     def gated(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> GatedWalk:
@@ -401,9 +400,7 @@ class Backbone(nn.Module):
         expected = (inputs.shape[0], self.columns)
         if tuple(route.shape) != expected or route.is_floating_point():
             raise ValueError(f"expected integer actions of shape {expected}, got {route.dtype} {tuple(route.shape)}")
-        if is_compiling():
-            pass  # a tracer cannot look at values
-        elif len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
+        if may_look() and len(route) and not 0 <= int(route.min()) <= int(route.max()) < self.num_choices:
             raise ValueError(
                 f"expected actions in 0..{self.num_choices - 1}, got {int(route.min())}..{int(route.max())}"
             )

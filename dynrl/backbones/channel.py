@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dynrl.backbones.resnet import Block
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.walk import Point, State, Walk
-from dynrl.ops.route import route
-from dynrl.ops.rows import take_rows
+from dynrl.ops.move import take_rows
+from dynrl.ops.partition import partition
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 
 # In training mode, groups of fewer rows than these are normalised by the running statistics and not counted in them.
@@ -80,13 +80,13 @@ class SlimmableBlock(Block):
 
     def mixed(self, x: Tensor, choice: Tensor) -> Tensor:
         """Run each row of `x` [n, C, H, W] at the width of its own `choice` [n]; differentiable."""
-        routing = route(choice, len(self.widths))
-        if max(routing.sizes) == len(x):  # all chose the same
-            return self.sliced(x, routing.sizes.index(len(x)))
-        groups = take_rows(x, routing.order).split(routing.sizes)
+        parts = partition(choice, len(self.widths))
+        if max(parts.sizes) == len(x):  # all chose the same
+            return self.sliced(x, parts.sizes.index(len(x)))
+        groups = take_rows(x, parts.order).split(parts.sizes)
         # All groups are moved at once, there and back: a copy for each makes training much slower.
         done = torch.cat([self.sliced(rows, c) for c, rows in enumerate(groups) if len(rows)])
-        return take_rows(done, routing.order.argsort())
+        return take_rows(done, parts.order.argsort())
 
     def folded(self) -> SlicedBlock:  # type: ignore[override]
         """A frozen copy for inference."""

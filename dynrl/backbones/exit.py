@@ -8,17 +8,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
-from dynrl.ops.backend import counts_on_device
 from dynrl.ops.exit_scores import exit_scores
+from dynrl.ops.move import keep_rows
 from dynrl.ops.pooled import summary
-from dynrl.ops.rows import take_rows
 
 STOP, GO_ON = 0, 1
 CELLS = 4  # early classifiers see means over this many cells each way, or all pixels of smaller maps
@@ -34,7 +32,7 @@ class Exits(Backbone):
 
     decision = "exit"
     scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # as `exit_scores` has them
-    rule = "thresholds"
+    rule = "threshold"
     speaks = True
     exports = True
 
@@ -72,18 +70,12 @@ class Exits(Backbone):
         return self._arrive(walk, 0, rows, inputs)
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        if counts_on_device():
-            raise ValueError("rows leave at exits, and the host must know how many go on: this walk cannot be captured")
         walk, rows, x = state.walk, state.rows, state.features
-        going = action.nonzero().squeeze(1)
-        if is_compiling():  # how many go on is data, and must not decide on a branch
-            return [self._arrive(walk, state.point + 1, rows[going], take_rows(x, going))]
-        reached = []
-        if len(going) < len(rows):
-            reached.append(State(walk, END, rows[action == STOP]))
-            rows, x = rows[going], take_rows(x, going)
-        if len(going) or not len(action):  # none of none: on to the end
-            reached.append(self._arrive(walk, state.point + 1, rows, x))
+        ended, going, reached = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, x), []
+        if ended is not None:
+            reached.append(State(walk, END, ended[0]))
+        if going is not None:
+            reached.append(self._arrive(walk, state.point + 1, *going))
         return reached
 
     def _gated_run(self, state: State, gates: Tensor) -> State:

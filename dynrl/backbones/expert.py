@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,7 @@ from dynrl.backbones.base import Backbone
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
-from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_macs
-from dynrl.ops.routed_linear import column_major
+from dynrl.ops.routed_experts import ExpertLayer, routed_experts_macs
 
 
 class _Convolution(nn.Module):
@@ -39,49 +38,14 @@ class _Convolution(nn.Module):
         return F.relu(x, inplace=True) if self.relu else x
 
 
-class _Layer(nn.Module):
+class _Layer(ExpertLayer):
     """A depthwise convolution that all images run, and experts side by side of which each image takes one."""
 
-    _frozen = False
-
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        self.widths = widths
-        self.mix = _Convolution(channels, channels, groups=channels)
-        self.mix.conv.weight.data[:, :, 1, 1] += 1  # it starts near the identity
-        hidden = torch.tensor(widths)
-        self.w1 = nn.Parameter(torch.randn(sum(widths), channels) * (2 / channels) ** 0.5)
-        self.b1 = nn.Parameter(torch.zeros(sum(widths)))
-        # Small at first: what an image meets depends little on its route until experts have learned to agree.
-        self.w2 = nn.Parameter(0.2 * torch.randn(channels, sum(widths)) / hidden.repeat_interleave(hidden).sqrt())
-
-    def freeze(self) -> None:
-        """Lay the experts' weights out in the order that is fastest for few positions."""
-        self._frozen = True
-        self.w1.data, self.w2.data = column_major(self.w1.data), column_major(self.w2.data)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> _Layer:
-        super()._apply(fn, recurse)
-        if self._frozen:
-            self.freeze()
-        return self
-
-    def experts(self) -> list[Expert]:
-        """Each expert by itself."""
-        parts = (self.w1.split(self.widths), self.b1.split(self.widths), self.w2.split(self.widths, 1))
-        return [Expert(*of) for of in zip(*parts, strict=True)]
-
-    def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        """Run each row of `x` [n, C, H, W], behind the convolution, through the expert that `choice` [n] names."""
-        y = routed_experts(x.permute(0, 2, 3, 1), choice, self.w1, self.b1, self.w2, self.widths)
-        return y.permute(0, 3, 1, 2)
-
-    def gated(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Run `forward` through all experts, each weighted by its gate of `gates` [n, experts]."""
-        positions, hidden = x.permute(0, 2, 3, 1), torch.tensor(self.widths, device=x.device)
-        share = gates.repeat_interleave(hidden, 1)[:, None, None]
-        y = F.linear(F.linear(positions, self.w1, self.b1).relu() * share, self.w2)
-        return (positions + y).permute(0, 3, 1, 2)
+        mix = _Convolution(channels, channels, groups=channels)  # first: seeds give the same weights as ever
+        mix.conv.weight.data[:, :, 1, 1] += 1  # it starts near the identity
+        super().__init__(channels, widths)
+        self.mix = mix
 
 
 class ExpertNet(Backbone):
@@ -158,10 +122,12 @@ class ExpertNet(Backbone):
         return State(walk, 0, rows, self._layers[0].mix(self.stem(inputs)))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        return [self._go_on(state, self.layers[state.point](state.features, action))]
+        x = self.layers[state.point](state.features.permute(0, 2, 3, 1), action)
+        return [self._go_on(state, x.permute(0, 3, 1, 2))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        return self._go_on(state, self._layers[state.point].gated(state.features, gates))
+        x = self._layers[state.point].weighted(state.features.permute(0, 2, 3, 1), gates)
+        return self._go_on(state, x.permute(0, 3, 1, 2))
 
     def _go_on(self, state: State, x: Tensor) -> State:
         """Go on from behind the experts to the next point or the end."""

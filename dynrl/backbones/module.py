@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.compiler import is_compiling
 
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.exit import Exits, early_inputs
 from dynrl.backbones.skip import Skipping
 from dynrl.cost import executed_macs
+from dynrl.ops.move import apart
 from dynrl.ops.pooled import summary
 
 
@@ -203,7 +203,7 @@ class SkipModule(_OfModule, Skipping):
         super().__init__(module, input_shape, blocks, family, blocks=list(blocks))
         block_macs, width, x = [], 1, self._example()
         macs, lead = executed_macs(self._between[0], x)
-        self._lead_is_view, x, fixed_macs = _same_memory(lead, x), lead, [macs]
+        x, fixed_macs = lead, [macs]
         for name, block, behind in zip(blocks, self._named, self._between[1:], strict=True):
             width = max(width, summary(x).shape[1])
             macs, y = executed_macs(block, x.clone())
@@ -217,11 +217,7 @@ class SkipModule(_OfModule, Skipping):
         self._set_points(list(blocks), block_macs, fixed_macs, width)
 
     def _lead(self, inputs: Tensor) -> Tensor:
-        x = self._between[0](inputs)
-        # Blocks overwrite their features in place, and inputs are the user's. Whether a layer copies them
-        # (`contiguous`, `reshape`) may depend on their strides. A tracer has no addresses and goes by the example.
-        view = self._lead_is_view if is_compiling() else _same_memory(x, inputs)
-        return x.clone() if view else x
+        return apart(self._between[0](inputs), inputs)  # blocks write in place, and inputs are the user's
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
         return self._named[point]
@@ -282,10 +278,6 @@ class ExitModule(_OfModule, Exits):
 
 def _cut_again(backbone: _OfModule, keys: Any) -> None:
     backbone._cut()
-
-
-def _same_memory(x: Tensor, inputs: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
 
 
 def _set_classes(backbone: Backbone, output: Tensor, classes: int | None) -> None:

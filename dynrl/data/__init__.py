@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from dynrl.data.base import Augmentation, Dataset, Split, standardised
 from dynrl.data.cifar import cifar_10, cifar_100
 from dynrl.data.folder import image_folder, split_name
 from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist, varied_fashion_mnist
 from dynrl.data.many import many_tasks
+from dynrl.data.own import is_own, own_dataset
 from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
 from dynrl.data.traces import trace, trace_small
 
 __all__ = [
-    "DATASETS", "Augmentation", "Dataset", "Split", "check_dataset", "image_folder", "load_dataset", "standardised",
+    "DATASETS", "Augmentation", "Dataset", "Split", "as_dataset", "check_dataset", "image_folder", "load_dataset",
+    "own_dataset", "standardised",
 ]  # fmt: skip
 
 # Your own: DATASETS["mine"] = a function that makes a `Dataset` (`standardised` helps), before dynrl's commands run.
@@ -43,6 +49,8 @@ def check_dataset(name: str) -> str:
     if name in DATASETS:
         return name
     folder, size = split_name(name)
+    if is_own(name):
+        raise ValueError(f"{name!r} was handed over as tensors or a Dataset: hand it over again, by data=...")
     if not folder.is_dir():
         raise ValueError(f"unknown data set {name!r}; expected one of {sorted(DATASETS)} or a folder of images")
     return f"{folder.resolve()}" + ("" if size is None else f"@{size}")
@@ -56,3 +64,23 @@ def load_dataset(name: str) -> Dataset:
     """
     name = check_dataset(name)
     return DATASETS[name]() if name in DATASETS else image_folder(name)
+
+
+def as_dataset(data: Any, seed: int = 0) -> Dataset:
+    """A data set from what may stand for one, known by its name from now on in this process.
+
+    Args:
+        data: a name, a folder of images, a `Dataset`, or what `own_dataset` takes.
+        seed: of the splits that `own_dataset` draws.
+
+    Raises:
+        ValueError: it is none of these, or another data set has its name.
+    """
+    if isinstance(data, str | Path):
+        return load_dataset(check_dataset(str(data)))
+    dataset = data if isinstance(data, Dataset) else own_dataset(data, seed)
+    known = load_dataset(dataset.name) if dataset.name in DATASETS else dataset
+    if known is not dataset and not torch.equal(known.train.inputs, dataset.train.inputs):
+        raise ValueError(f"there is another data set named {dataset.name!r}; give yours another name")
+    DATASETS.setdefault(dataset.name, lambda: dataset)
+    return known

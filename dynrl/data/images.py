@@ -144,16 +144,16 @@ def varied_fashion_mnist() -> Dataset:
     """
     made, difficulty = [], []
     for seed, ((images, labels), count) in enumerate(zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)):
-        rng = np.random.default_rng(seed)
+        rng, count = np.random.default_rng(seed), min(count, len(images))
         sizes, pieces = rng.integers(SIZES[0], SIZES[1] + 1, count), rng.integers(0, MOST_PIECES + 1, count)
         canvas = torch.zeros(count, 1, CANVAS, CANVAS)
-        for size in np.unique(sizes):
+        for size in np.unique(sizes).tolist():
             for row in np.flatnonzero(sizes == size):
                 top, left = rng.integers(0, CANVAS - size + 1, 2)
-                scaled = F.interpolate(images[row : row + 1], size=int(size), mode="bilinear", antialias=True)
+                scaled = F.interpolate(images[row : row + 1], size=size, mode="bilinear", antialias=True)
                 canvas[row, :, top : top + size, left : left + size] = scaled[0]
         for row in range(count):
-            for _ in range(pieces[row]):
+            for _ in range(int(pieces[row])):
                 other = images[(row + int(rng.integers(1, count))) % count, 0]
                 (y, x), (top, left) = rng.integers(0, 28 - PIECE + 1, 2), rng.integers(0, CANVAS - PIECE + 1, 2)
                 place = canvas[row, 0, top : top + PIECE, left : left + PIECE]
@@ -161,11 +161,11 @@ def varied_fashion_mnist() -> Dataset:
         made.append((canvas, labels[:count]))
         difficulty.append({"size": torch.from_numpy(sizes).float(), "clutter": torch.from_numpy(pieces).float()})
     data = standardised("varied-fashion-mnist", 10, Augmentation(flip=True, shift=1), made)
-    splits = (
+    train, validation, test = (
         replace(split, difficulty=hard)
         for split, hard in zip((data.train, data.validation, data.test), difficulty, strict=True)
     )
-    return replace(data, **dict(zip(("train", "validation", "test"), splits, strict=True)))
+    return replace(data, train=train, validation=validation, test=test)
 
 
 def cluttered_fashion_mnist() -> Dataset:

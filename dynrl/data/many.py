@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.data.base import Augmentation, Dataset, Split, standardised
+from dynrl.data.base import Augmentation, Dataset, standardised
 from dynrl.data.images import digit_images, fashion_images
 
 # Pairs of clothes that are told apart: shirts, tops, shoes, long ones, the rest.
@@ -21,7 +21,7 @@ def many_tasks() -> Dataset:
     """Seven tasks on images of 28x28, drawn alike; 20,000 / 2,000 / 5,000.
 
     Five tell two kinds of clothes apart, one tells ten digits apart, one tells how clothes are turned. An input has the
-    image in its first channel; of the channels behind it, one a task, that of its own task is 1. Answers are the
+    image in its first channel. Of the channels behind it, one a task, that of its own task is bright. Answers are the
     first classes of ten. After the many-task sets on which routing networks are tried (Rosenbaum et al. 2018, ICLR,
     section 4), whose tasks are pairs of classes, too.
     """
@@ -33,15 +33,14 @@ def many_tasks() -> Dataset:
         for k in range(TASKS):
             mine = (task == k).nonzero().flatten()
             images[mine], labels[mine] = _drawn(k, len(mine), clothes, digits, rng)
-        made.append((images, labels))
+        planes = F.one_hot(task, TASKS).float()[:, :, None, None].expand(-1, -1, 28, 28)
+        made.append((torch.cat([images, planes], 1), labels))
         tasks.append(task)
     data = standardised("many-tasks", 10, Augmentation(shift=1), made)
-
-    def told(split: Split, task: Tensor) -> Split:
-        planes = F.one_hot(task, TASKS).float()[:, :, None, None].expand(-1, -1, 28, 28)
-        return replace(split, inputs=torch.cat([split.inputs, planes], 1), difficulty={"task": task.float()})
-
-    train, validation, test = map(told, (data.train, data.validation, data.test), tasks)
+    train, validation, test = (
+        replace(split, difficulty={"task": task.float()})
+        for split, task in zip((data.train, data.validation, data.test), tasks, strict=True)
+    )
     return replace(data, train=train, validation=validation, test=test)
 
 

@@ -124,7 +124,8 @@ def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> 
     def anew(seed: int) -> Split:
         return split(*trace_images(scene, train, 1000 + seed))
 
-    return Dataset(name, len(COLOURS), *(split(*part) for part in made), Augmentation(), mean, deviation, anew)
+    first, second, third = (split(*part) for part in made)
+    return Dataset(name, len(COLOURS), first, second, third, Augmentation(), mean, deviation, anew)
 
 
 def trace() -> Dataset:

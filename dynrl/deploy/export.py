@@ -35,7 +35,7 @@ def export(model: RoutedModel, path: str | Path) -> None:
     if not model.backbone.exports or model.price_range is None:
         raise ValueError(
             f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be exported: only learned "
-            "policies can, and only on families whose rows' choices set no sizes (`exports`); use the plugged model in Python"
+            "policies can, on families whose choices set no sizes (`exports`); use the plugged model in Python"
         )
     missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)] if path.suffix == ".onnx" else []
     if missing:

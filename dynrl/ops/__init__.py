@@ -1,5 +1,7 @@
-"""Gated-execution ops: one file an op; `f` is what runs, `f_ref` is its definition in plain torch.
+"""The ops compute the rows that a decision has left to compute. Each op has one file.
 
-What they share: `backend` (which path is taken), `rows` (moving rows on the CPU), `convolution` (folded layers) and
-`kernels` (Triton, imported where it is used).
+An op `f` has a definition `f_ref` in plain torch, of the same arguments. A test holds the two together on every path.
+
+They share `backend` (which path is taken), `costs` (when it pays to compute some rows only), `move` (moving rows),
+`partition` (rows sorted by choice), `convolution` (folded layers) and `kernels` (Triton, imported where it is used).
 """

@@ -1,8 +1,8 @@
-"""Which path an op takes: `DYNRL_OPS=auto|ref|triton`, read once.
+"""`path` decides how an op runs. Each op is a `match` on its answer.
 
-`ref` is the definition in plain torch. `triton` launches the kernels, and raises where it cannot; it never falls back
-in silence. `auto` takes compaction on the CPU; on CUDA the kernels, and the vendor's convolution on compacted rows
-where the host may know their count.
+The environment variable `DYNRL_OPS=auto|ref|triton` is read once. `ref` runs the definitions in plain torch. `triton`
+launches the kernels; where they cannot run it raises, and never falls back in silence. `auto` compacts rows on the CPU.
+On CUDA it runs the kernels, or the vendor's own on compacted rows where these are as good.
 """
 
 from __future__ import annotations
@@ -12,23 +12,52 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import Enum
 from functools import cache
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
 MODES = ("auto", "ref", "triton")
-MODE = os.environ.get("DYNRL_OPS", "auto")
-if MODE not in MODES:
-    raise ValueError(f"expected DYNRL_OPS to be one of {', '.join(MODES)}, got {MODE!r}")
 
 
+class Path(Enum):
+    """A way to run an op."""
+
+    REF = "the definition, in plain torch"
+    TRACED = "what torch.compile and torch.export can carry: no value decides anything in Python"
+    HOST = "compaction: the host knows how many rows made each choice"
+    TRITON = "the kernels, which read these counts from the device's memory"
+
+
+def _checked(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"expected DYNRL_OPS to be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+_mode = _checked(os.environ.get("DYNRL_OPS", "auto"))
 _device_counts: ContextVar[bool] = ContextVar("device_counts", default=False)
 
 
 @contextmanager
+def ops_mode(mode: str) -> Iterator[None]:
+    """Inside this context, ops of all threads run as `DYNRL_OPS=mode` says.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    global _mode
+    before, _mode = _mode, _checked(mode)
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+@contextmanager
 def device_counts() -> Iterator[None]:
-    """Inside, no op asks the host how many rows made a choice: kernels read it from device memory, for CUDA graphs.
+    """Inside this context, no op asks the host how many rows made a choice: CUDA graphs need that.
 
     Raises:
         ValueError: in the ops, where the kernels cannot run.
@@ -40,47 +69,33 @@ def device_counts() -> Iterator[None]:
         _device_counts.reset(token)
 
 
-def counts_on_device() -> bool:
-    """Whether this runs inside `device_counts`."""
-    return not is_compiling() and _device_counts.get()  # a tracer cannot look at context variables
+def may_look() -> bool:
+    """Whether the host may look at values of tensors here: not in traced code, and not inside `device_counts`."""
+    return not is_compiling() and not _device_counts.get()  # in this order: a tracer cannot read context variables
 
 
-def small_steps_by_kernels(x: Tensor) -> bool:
-    """Whether what is small beside the layers is worth a kernel, too: in graphs (launching one takes Python longer than
-    the steps it replaces), or where Triton was asked for.
-
-    Raises:
-        ValueError: as `use_triton`.
-    """
-    return (counts_on_device() or (MODE == "triton" and not is_compiling())) and use_triton(x)
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether the CPU path is to be run on tensors like `x`: the common case, told in one step."""
-    return not x.is_cuda and MODE == "auto" and not is_compiling() and not _device_counts.get()
-
-
-def use_ref() -> bool:
-    """Whether definitions are to be run."""
-    return MODE == "ref"
-
-
-def use_triton(x: Tensor, vendor: bool = False) -> bool:
-    """Whether the kernels are to be run on tensors like `x`.
+def path(x: Tensor, *, vendor: bool = False) -> Path:
+    """The path for tensors like `x`.
 
     Args:
         x: an argument of the op.
-        vendor: the host path of this op on CUDA leads to the vendor's kernels, which are taken where the host may know
-            the counts.
+        vendor: whether this op's host path is good on CUDA too. Then the kernels run only where they are asked for: in
+            mode `triton` and inside `device_counts`.
 
     Raises:
-        ValueError: Triton was asked for and cannot run: not installed, or CPU tensors without its interpreter.
+        ValueError: the kernels are asked for and cannot run. Either Triton is not installed, or these are CPU tensors
+            and Triton does not interpret.
     """
-    if MODE == "ref":
-        return False
-    if MODE == "auto" and not _device_counts.get():
-        return x.is_cuda and not vendor and _installed()
-    why = f"DYNRL_OPS={MODE}" if MODE == "triton" else "counts on the device are asked for"
+    auto = _mode == "auto"
+    if auto and not x.is_cuda and may_look():  # the common case, told in one step
+        return Path.HOST
+    if _mode == "ref":
+        return Path.REF
+    if is_compiling():
+        return Path.TRACED
+    if auto and not _device_counts.get():
+        return Path.HOST if vendor or not _installed() else Path.TRITON
+    why = "counts on the device are asked for" if auto else f"DYNRL_OPS={_mode}"
     if not _installed():
         raise ValueError(f"{why}, but triton is not installed; install it")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -88,7 +103,7 @@ def use_triton(x: Tensor, vendor: bool = False) -> bool:
             f"{why}, but the tensors are on {x.device}; move them to a CUDA device, or use DYNRL_OPS=auto "
             "(tests on a CPU set TRITON_INTERPRET=1 before the start)"
         )
-    return True
+    return Path.TRITON
 
 
 @cache  # looking for a package takes longer than many a kernel

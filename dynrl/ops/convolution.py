@@ -1,4 +1,4 @@
-"""`FoldedConv2d`: a frozen convolution with batch norm, ReLU and residual folded in; what inference runs."""
+"""`FoldedConv2d` is what inference runs: a frozen convolution with batch norm, ReLU and residual folded in."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# One small image is convolved faster by torch's own loop: on an EPYC 64 channels of 7x7 in 37 instead of 52 us, 1 of
-# 28x28 in 16 instead of 42; on a Xeon 64 of 8x8 in 76 instead of 107, 32 of 16x16 in 86 instead of 109; 16 of 32x32
-# take the same.
-SMALL = 16384
+from dynrl.ops.costs import COSTS
 
 
 def fusible(x: Tensor) -> bool:
-    """Whether `FoldedConv2d` may run oneDNN's fused convolution on `x`, else plain torch."""
+    """Whether `FoldedConv2d` may run oneDNN's fused convolution on `x`."""
     return (
         not is_compiling()  # packed weights mean nothing to a tracer
         and not x.is_cuda
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _runs_bf16()))  # few CPUs have fp16
         and not torch.is_grad_enabled()
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (x.shape[0] > 1 or x.numel() >= SMALL)
+        and (x.shape[0] > 1 or x.numel() >= COSTS.small_map)
         and torch.backends.mkldnn.is_available()
         and x.device.type == "cpu"
     )
@@ -32,19 +29,16 @@ def fusible(x: Tensor) -> bool:
 
 @cache
 def _runs_bf16() -> bool:
-    # In hardware or emulated; where neither, oneDNN refuses to lay out weights.
+    # Where the CPU neither has bfloat16 nor emulates it, oneDNN refuses to lay out weights.
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return supported
 
 
 def _vendor_fuses(x: Tensor, outputs: int) -> bool:
-    """Whether cuDNN's convolutions with bias, residual and ReLU in one pass can be run on `x`.
-
-    Measured on an H200, a ResNet-50 block's last convolution in stage 1, 128 rows, bfloat16: 135 us instead of 588.
-    """
+    """Whether cuDNN's convolutions with bias, residual and ReLU in one pass can be run on `x`."""
     return (
         x.is_cuda
-        and x.shape[1] % 8 == outputs % 8 == 0  # nothing else was tried
+        and x.shape[1] % 8 == outputs % 8 == 0  # cuDNN is known to take such sizes
         and not is_compiling()
         and not torch.is_grad_enabled()
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -54,7 +48,7 @@ def _vendor_fuses(x: Tensor, outputs: int) -> bool:
 
 
 def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift, [K] each, that a batch norm (or none) makes of a convolution's output, its bias included.
+    """The scale and the shift, [K] each, that a batch norm (or none) and the bias make of a convolution's output.
 
     Raises:
         ValueError: another norm, or one without running statistics: what it does depends on what it is given.
@@ -69,19 +63,21 @@ def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution for inference only: batch norm folded into its weights, ReLU and residual into its store.
+    """A convolution for inference only. Batch norm is folded into its weights; ReLU and residual are part of its store.
 
-    On the CPU it runs oneDNN's fused convolution on weights laid out once (what torch's Inductor compiles frozen
-    models to), elsewhere plain torch. Measured on 2 cores, 64 channels of 8x8, convolution and ReLU: 177 instead of
-    201 us for 8 rows, within 5 % from 64 rows on; 2048 to 512 channels of 7x7: 0.6 instead of 2.4 ms for one row, 4.1
-    instead of 7.2 for 8.
+    On the CPU it runs oneDNN's fused convolution on weights laid out once, as torch's Inductor compiles frozen models.
+    Elsewhere it runs plain torch, or cuDNN's fused convolution.
     """
 
     _packed: dict[bool, Tensor]
 
     @classmethod
     def of(cls, convolution: nn.Conv2d, norm: nn.Module | None = None) -> FoldedConv2d:
-        """A frozen copy of `convolution` followed by `norm`, a batch norm or an identity; a ValueError for others."""
+        """A frozen copy of `convolution` followed by `norm`, a batch norm or an identity.
+
+        Raises:
+            ValueError: another norm, or a convolution whose padding is not zeros.
+        """
         if convolution.padding_mode != "zeros":
             raise ValueError(f"expected a convolution with zero padding, got padding_mode={convolution.padding_mode!r}")
         weight, bias = convolution.weight.detach().clone(), convolution.bias
@@ -100,16 +96,16 @@ class FoldedConv2d(nn.Conv2d):
         made = cls(
             inputs * groups, outputs, tuple(kernel), stride, padding, dilation, groups, bias is not None, device="meta"  # type: ignore[arg-type]
         )  # fmt: skip
-        # As inputs are laid out: a Xeon convolves one image of 64 channels of 8x8 in 76 instead of 109 us.
+        # Weights laid out as inputs are convolve a single image faster.
         made.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         if bias is not None:
-            # A copy, as cuDNN wants it aligned: part of a table of biases ran into a misaligned address.
+            # cuDNN wants an aligned address, which a part of a table of biases need not have: copy.
             made.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
         made._packed = {}
         return made.eval()
 
     def like_output(self, x: Tensor) -> Tensor:
-        """Uninitialised, [n, K, P, Q] in channels_last: room for the result for `x`."""
+        """Room for the result for `x`: [n, K, P, Q] in channels_last, uninitialised."""
         sides = []
         for i, side in enumerate(x.shape[2:]):
             reach = self.dilation[i] * (self.kernel_size[i] - 1) + 1
@@ -118,7 +114,7 @@ class FoldedConv2d(nn.Conv2d):
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """[n, C, H, W] to [n, K, P, Q]. `residual` is added and may be overwritten; ReLU comes last."""
+        """[n, C, H, W] to [n, K, P, Q]. `residual` [n, K, P, Q] is added and may be overwritten; ReLU comes last."""
         if fusible(x) and (residual is None or fusible(residual)):
             return self.fused(x, relu, residual)
         if relu and _vendor_fuses(x, self.out_channels):
@@ -133,7 +129,7 @@ class FoldedConv2d(nn.Conv2d):
     def fused(self, x: Tensor, relu: bool, residual: Tensor | None = None) -> Tensor:
         """`forward` where `fusible(x)` is known to hold."""
         layout = (self.padding, self.stride, self.dilation, self.groups)
-        many = len(x) > 1  # oneDNN wants other layouts for one row than for more, and is up to 13 times slower without
+        many = len(x) > 1  # oneDNN wants other layouts for one row than for more, and is far slower without
         packed = self._packed.get(many)
         if packed is None:
             size = [64 if many else 1, *x.shape[1:]]

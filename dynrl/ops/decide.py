@@ -1,11 +1,11 @@
-"""`decide`: a router of one or two linear layers at one point and price, from features to choices."""
+"""`decide` is a router of one or two linear layers, at one point and price: features in, choices out."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dynrl.ops.backend import small_steps_by_kernels
+from dynrl.ops.backend import Path, path
 
 
 def decide_ref(
@@ -19,7 +19,7 @@ def decide_ref(
         last: [n] int64, 1 + the last choice, 0 before the first.
         spent: [n] int64, MACs.
         weight: [f, h] float32; without a head, h is the number of choices.
-        bias: [h], with all in it that is the same for every row.
+        bias: [h], which includes whatever is the same for every row.
         last_weight: [1 + choices, h].
         spent_weight: [h], for the share `spent` / `dense_macs`.
         head: [h, choices], after ReLU; None for a router of one layer.
@@ -35,12 +35,17 @@ def decide_ref(
     return scores.argmax(1)
 
 
+def is_fused(x: Tensor) -> bool:
+    """Whether `decide` is one kernel for tensors like `x`. Where it is not, it may pay to spare some of its steps."""
+    return path(x, vendor=True) is Path.TRITON
+
+
 def decide(
     features: Tensor, last: Tensor, spent: Tensor, *, weight: Tensor, bias: Tensor, last_weight: Tensor,
     spent_weight: Tensor, head: Tensor | None, head_bias: Tensor | None, dense_macs: int,
 ) -> Tensor:  # fmt: skip
-    """`decide_ref` in one kernel. MACs: f h + h choices for each row."""
-    if not small_steps_by_kernels(features):
+    """`decide_ref`, in one kernel where kernels are asked for. MACs: f h + h choices for each row."""
+    if not is_fused(features):
         return decide_ref(
             features, last, spent, weight=weight, bias=bias, last_weight=last_weight, spent_weight=spent_weight,
             head=head, head_bias=head_bias, dense_macs=dense_macs,

@@ -1,4 +1,4 @@
-"""`exit_scores`: how sure a classifier is of its answer."""
+"""`exit_scores` tells how sure a classifier is of its answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def exit_scores(logits: Tensor) -> Tensor:
     """Three scores of each row's class probabilities, each in 0 ... 1.
 
-    Plain torch on every device, and differentiable: it is its own definition. MACs: 0.
+    It is plain torch on every device, differentiable, and its own definition. MACs: 0.
 
     Args:
         logits: [n, K], K > 1.

@@ -1,4 +1,4 @@
-"""`gated_cell`: a GRU or LSTM cell on the rows that update their state; the others keep it untouched."""
+"""`gated_cell` runs a GRU or LSTM cell on the rows that update their state. All other rows keep theirs untouched."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
-from dynrl.ops.backend import on_host, use_ref, use_triton
-from dynrl.ops.route import route
+from dynrl.ops.backend import Path, path
+from dynrl.ops.costs import COSTS
+from dynrl.ops.move import put_rows
+from dynrl.ops.partition import partition
 from dynrl.ops.routed_linear import GroupedProduct
-from dynrl.ops.rows import put_rows
-
-# The occupancy rule: smaller batches are computed whole, and selected from. Measured on 2 cores, warm: 8 rows of 128
-# units take 52 us dense, 57 selected, 65 compacted; 8 of 512 units, where reading the weights rules, 482, 502 and 516;
-# 64 rows of 128, three quarters of them updating, 150, 161 and 141.
-WORTH_ROWS = 12
-WORTH_MACS = 2_000_000
 
 
 def gated_cell_macs(rows: int, inputs: int, hidden: int, gates: int = 3) -> int:
-    """MACs of `rows` rows that update, by a GRU (3 gates) or an LSTM (4)."""
+    """MACs of a GRU (3 gates) or an LSTM (4 gates) for `rows` rows that update."""
     return rows * gates * hidden * (inputs + hidden)
 
 
@@ -37,18 +31,18 @@ def gated_cell_ref(
     b_hh: Tensor,
     x_rows: Tensor | None = None,
 ) -> Tensor:
-    """The definition. Computes every row and selects: saves nothing.
+    """The definition. It computes every row and selects: it saves nothing.
 
     Args:
         x: [m, I], inputs; m = n without `x_rows`.
-        h: [n, H], hidden states; of an LSTM [n, 2H], the hidden state and behind it the cell's.
+        h: [n, H], hidden states; for an LSTM [n, 2H], the hidden state and behind it the cell's.
         update: [n] bool (or 0/1), the rows that update.
-        w_ih: [3H, I], for the reset, update and new gates, as in `torch.nn.GRUCell`; or [4H, I], as in
-            `torch.nn.LSTMCell`: by these the two are told apart.
+        w_ih: [3H, I], for the reset, update and new gates of a `torch.nn.GRUCell`; or [4H, I] of a
+            `torch.nn.LSTMCell`. This size tells the two apart.
         w_hh: [3H, H] or [4H, H].
         b_ih: [3H] or [4H].
         b_hh: [3H] or [4H].
-        x_rows: [n], row i's input is x[x_rows[i]]: a step of a sequence, say.
+        x_rows: [n], or None. Row i's input is x[x_rows[i]], such as its step of a sequence.
 
     Returns:
         [n, H] or [n, 2H]: the cell's new state where `update`, else `h`.
@@ -76,21 +70,31 @@ def gated_cell(
 ) -> Tensor:
     """`gated_cell_ref`, paying only for the rows that update. Differentiable.
 
-    Where no gradient is recorded, `h` itself is overwritten and returned. MACs: `gated_cell_macs`.
-    """
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    if not on_host(h):
-        if use_ref():
-            return gated_cell_ref(x, h, update, *weights, x_rows)
-        if is_compiling() and not torch.is_grad_enabled():
-            import dynrl.ops.traced  # noqa: F401 (registers the op)
+    Where no gradient is recorded, `h` itself is overwritten and returned.
 
-            return torch.ops.dynrl.gated_cell(x, h, update, *weights, x_rows)
-        if use_triton(h):
-            return _on_triton(x, h, update, *weights, x_rows)
+    MACs: `gated_cell_macs` for the rows that update.
+    """
+    args = (x, h, update, w_ih, w_hh, b_ih, b_hh, x_rows)
+    match path(h):
+        case Path.REF:
+            return gated_cell_ref(*args)
+        case Path.TRACED if not torch.is_grad_enabled():
+            return torch.ops.dynrl.gated_cell(*args)
+        case Path.TRITON:
+            return _on_triton(*args)
+        case _:
+            return _on_host(*args)
+
+
+def _on_host(
+    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, x_rows: Tensor | None
+) -> Tensor:
+    weights = (w_ih, w_hh, b_ih, b_hh)
     into = None if torch.is_grad_enabled() else h
     n = h.shape[0]  # len() takes five times as long
-    if into is not None and (n <= WORTH_ROWS or n * (w_ih.numel() + w_hh.numel()) < WORTH_MACS):
+    macs = w_ih.numel() + w_hh.numel()
+    # How many rows update is not known yet: what could be saved at most decides.
+    if into is not None and not COSTS.worth_compacting(COSTS.rows_time(n, macs), COSTS.moving_vectors):
         count = sum(update.tolist())
         if count == 0:
             return h
@@ -111,11 +115,35 @@ def gated_cell(
     return h.index_copy(0, index, new) if into is None else put_rows(h, index, new)
 
 
+@torch.library.custom_op("dynrl::gated_cell", mutates_args=())
+def _traced(
+    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, x_rows: Tensor | None
+) -> Tensor:
+    return gated_cell(x, h.clone(), update, w_ih, w_hh, b_ih, b_hh, x_rows)
+
+
+@_traced.register_fake
+def _(
+    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, x_rows: Tensor | None
+) -> Tensor:
+    return torch.empty_like(h)
+
+
 def recurrent_cell(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """The cell on all rows, as `gated_cell_ref` with every row updating: without gradients in fewer and smaller steps
-    than torch's, and into `out`, which may be `h`.
+    """The cell on all rows: `gated_cell_ref` with every row updating. Differentiable.
+
+    Without gradients it takes fewer and smaller steps than torch's, and writes into `out`.
+
+    Args:
+        x: [n, I].
+        h: [n, H] or [n, 2H].
+        w_ih, w_hh, b_ih, b_hh: as in `gated_cell_ref`.
+        out: None or like `h`; it may be `h`.
+
+    Returns:
+        like `h`.
     """
     step = _lstm_cell if _is_lstm(w_hh) else _gru_cell
     return step(x, h, w_ih, w_hh, b_ih, b_hh, out)
@@ -149,7 +177,7 @@ def _lstm_cell(
 
 
 def _lstm_state(gates: Tensor, before: Tensor, out: Tensor | None = None) -> Tensor:
-    """[n, 4H] sums for the input, forget, new and output gates, [n, H] the cell's state, to [n, 2H]."""
+    """[n, 2H], from the sums [n, 4H] for the input, forget, new and output gates and the cell's state [n, H]."""
     size = before.shape[1]
     admit, forget = gates[:, : 2 * size].sigmoid().chunk(2, 1)
     new, show = gates[:, 2 * size : 3 * size].tanh(), gates[:, 3 * size :].sigmoid()
@@ -166,8 +194,8 @@ def _on_triton(
     x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, x_rows: Tensor | None
 ) -> Tensor:
     x, before, h = x.contiguous(), h, h.contiguous()
-    routing = route(update.long(), 2)
-    order, offsets = routing.order, routing.offsets
+    rows_by_choice = partition(update.long(), 2)
+    order, offsets = rows_by_choice.order, rows_by_choice.offsets
     # Items offsets[1] ... n - 1 of `order` are the rows that update.
     inputs = order if x_rows is None else x_rows.index_select(0, order)
     if _is_lstm(w_hh):
@@ -187,7 +215,7 @@ def _lstm_on_triton(
     x: Tensor, h: Tensor, order: Tensor, offsets: Tensor, inputs: Tensor,
     w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[n, 2H]: the products by `routed_linear`'s kernels, with its gradients; what is pointwise on all rows."""
+    """[n, 2H]. The kernels of `routed_linear` do the products and their gradients; pointwise steps run on all rows."""
     size, starts = w_hh.shape[1], torch.zeros(1, dtype=torch.int64, device=h.device)
     ran = (torch.arange(len(order), device=h.device) >= offsets[0]).unsqueeze(1)
     ways = dict.fromkeys(("in_rows", "out_rows", "in_widths", "out_widths"))
@@ -201,7 +229,7 @@ def _lstm_on_triton(
 
 
 class _Cell(torch.autograd.Function):
-    """The gated cell with its gradients: the kernels forward, grouped products backward."""
+    """The gated cell with its gradients: kernels run it forward, and grouped products backward."""
 
     @staticmethod
     def forward(

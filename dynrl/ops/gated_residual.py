@@ -1,32 +1,25 @@
-"""`gated_residual`: run a block on the rows that chose it, hand the other rows through."""
+"""`gated_residual` runs a block on the rows that chose it, and hands the other rows through."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from dynrl.ops.backend import counts_on_device, on_host, use_ref, use_triton
+from dynrl.ops.backend import Path, may_look, path
 from dynrl.ops.convolution import FoldedConv2d, fusible
-from dynrl.ops.pooled import noted
-from dynrl.ops.route import route
-from dynrl.ops.rows import as_rows, compute_rows, moves_nothing, piece_rows
-
-# The occupancy rule: all rows are computed, and those that did not choose so put back, where these are few (one in 20),
-# or where computing them (in MACs) takes no longer than the extra steps of compaction. Measured on 2 cores: of 256 rows
-# of 16 channels, 32x32, 243 take 14.7 ms compacted and 14.4 this way, 236 take 14.6 and 15.2; of 64 rows of 64
-# channels, 8x8, 61 take 2.68 and 2.74, 63 take 2.68 and 2.53; 7 of 8 rows of 16 channels take 0.69 and 0.55.
-SPARE_ROWS = 20
-SPARE_MACS = 6_000_000
+from dynrl.ops.costs import COSTS
+from dynrl.ops.move import as_rows, compute_rows, moves_nothing
+from dynrl.ops.partition import partition
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut(x) + branch(x)), the branch a chain of convolutions with ReLU between. For inference only.
+    """A residual block for inference only: relu(shortcut(x) + branch(x)).
 
     Args:
-        convolutions: of the branch.
+        convolutions: the branch, a chain of convolutions with ReLU between them.
         projection: the shortcut; None for the identity, where the result overwrites `x`.
     """
 
@@ -37,7 +30,7 @@ class ResidualBlock(nn.Module):
         self.weight_bytes = sum(c.weight.numel() * c.weight.element_size() for c in convolutions)
 
     def macs(self, x: Tensor) -> int:
-        """MACs of one row of the branch, where it keeps the map's size."""
+        """MACs of the branch for one row of `x` [n, C, H, W], if the branch keeps the map's size."""
         return self.weight_bytes // x.element_size() * x.shape[2] * x.shape[3]
 
     @property
@@ -45,7 +38,7 @@ class ResidualBlock(nn.Module):
         return list(self.convolutions)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] to [n, K, P, Q]: to the same tensor, overwritten, if there is no projection."""
+        """[n, C, H, W] to [n, K, P, Q]; without a projection to `x` itself, overwritten."""
         *first, last = self._chain
         if not fusible(x):
             y = x
@@ -53,7 +46,7 @@ class ResidualBlock(nn.Module):
                 y = convolution(y, relu=True)
             return last(y, relu=True, residual=x if self.projection is None else self.projection(x))
         out = x if self.projection is None else self.projection.like_output(x)
-        size = piece_rows(len(x), x.stride(0) * x.element_size(), self.weight_bytes)
+        size = COSTS.piece_rows(len(x), x.stride(0) * x.element_size(), self.weight_bytes)
         parts = zip(x.split(size), out.split(size), strict=True) if size < len(x) else ((x, out),)
         for part, into in parts:
             if self.projection is not None:
@@ -65,71 +58,78 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor], seen: Tensor | None = None) -> Tensor:
-    """The definition. Computes every row and selects: saves nothing.
+def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+    """The definition. It computes every row and selects: it saves nothing.
 
     Args:
         x: [n, ...].
         run: [n] bool (or 0/1), the rows to run.
         block: a function of rows that keeps their shape, each row's result depending on that row only.
-        seen: [n, C] float32, the `summary` of `x` or None; overwritten by that of the result, without gradients.
 
     Returns:
         [n, ...]: `block(x)` where `run`, else `x`.
 
     Source: the skipped residual block of SkipNet (Wang et al. 2018, ECCV) and BlockDrop (Wu et al. 2018, CVPR).
     """
-    return noted(torch.where(run.bool().view(-1, *[1] * (x.dim() - 1)), block(x.clone()), x), seen)
+    return torch.where(run.bool().view(-1, *[1] * (x.dim() - 1)), block(x.clone()), x)
 
 
-def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor], seen: Tensor | None = None) -> Tensor:
+def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
     """`gated_residual_ref`, paying only for the rows that run. Differentiable where `block` is.
 
-    Where no gradient is recorded, `x` may be overwritten, and `block` may overwrite what it is given, but not keep it.
-    A `ResidualBlock` runs by the kernels where the host must not learn how many rows run (CUDA graphs).
+    Where no gradient is recorded, `x` may be overwritten. Then `block` may overwrite what it is given, but not keep it.
 
-    MACs: those of `block` for each row that runs, 0 for the others.
+    MACs: those of `block` for each row that runs, 0 for the other rows.
+
+    Raises:
+        ValueError: inside `device_counts`, if `block` is no `ResidualBlock`: the kernels run no other block.
     """
-    if not on_host(x):
-        if use_ref():
-            return gated_residual_ref(x, run, block, seen)
-        if is_compiling():  # a count that is data must not decide on a branch
-            return compute_rows(x, run.nonzero().squeeze(1), block, seen)
-        if isinstance(block, ResidualBlock) and use_triton(x, vendor=True):
-            return noted(_on_triton(x, run, block), seen)
-        if counts_on_device():
-            raise ValueError(
-                f"a {type(block).__name__} cannot run without asking how many rows run it, which a CUDA graph must "
-                "not; only blocks of convolutions (`ResidualBlock`) can"
-            )
-    if x.shape[0] == 1:  # to ask for an index takes 10 us, and 40 between blocks
-        return noted(block(x).to(x.dtype), seen) if run.item() else x
+    match path(x, vendor=True):
+        case Path.REF:
+            return gated_residual_ref(x, run, block)
+        case Path.TRACED:
+            return compute_rows(x, run.nonzero().squeeze(1), block)
+        case Path.TRITON if isinstance(block, ResidualBlock):
+            return _on_triton(x, run, block)
+        case _:
+            if not may_look():
+                raise ValueError(
+                    f"a {type(block).__name__} cannot run without asking how many rows run it, which a CUDA graph must "
+                    "not; only blocks of convolutions (`ResidualBlock`) can"
+                )
+            return _on_host(x, run, block)
+
+
+def _on_host(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+    n = x.shape[0]
+    if n == 1:  # finding the index would take longer
+        return block(x).to(x.dtype) if run.item() else x
     index = run.nonzero().squeeze(1)
-    if len(index) == 0:
+    spared = n - index.shape[0]
+    if spared == n:
         return x
-    if len(index) == len(x):
-        return noted(block(x).to(x.dtype), seen)
-    spare = len(x) - len(index)
-    few = spare * SPARE_ROWS <= len(x) or (isinstance(block, ResidualBlock) and spare * block.macs(x) < SPARE_MACS)
-    if few and not torch.is_grad_enabled() and not moves_nothing(x, block):
-        rest = (run == 0).nonzero().squeeze(1)
-        flat = as_rows(x)
-        kept = flat.index_select(0, rest)
-        done = block(x)
-        if done is not x:
-            x.copy_(done)
-        flat.index_copy_(0, rest, kept)
-        return noted(x, seen)
-    return compute_rows(x, index, block, seen)
+    if spared == 0:
+        return block(x).to(x.dtype)
+    saved = COSTS.mac_time(spared * block.macs(x)) if isinstance(block, ResidualBlock) else math.inf
+    worth = COSTS.worth_compacting(saved, COSTS.moving, spared / n)
+    if worth or torch.is_grad_enabled() or moves_nothing(x, block):
+        return compute_rows(x, index, block)
+    rest = (run == 0).nonzero().squeeze(1)
+    flat = as_rows(x)
+    kept = flat.index_select(0, rest)
+    done = block(x)
+    if done is not x:
+        x.copy_(done)
+    flat.index_copy_(0, rest, kept)
+    return x
 
 
 def _on_triton(x: Tensor, run: Tensor, block: ResidualBlock) -> Tensor:
     from dynrl.ops.kernels.conv import conv_rows
 
     before, x = x, x.contiguous(memory_format=torch.channels_last)
-    routing = route(run.long(), 2)
-    order, offsets = routing.order, routing.offsets
-    offsets = offsets[1:]  # items offsets[1] ... n - 1 of `order` are the rows that run
+    rows_by_choice = partition(run.long(), 2)
+    order, offsets = rows_by_choice.order, rows_by_choice.offsets[1:]  # the rows that run are the second part
     y, convolutions = x, block._chain
     rows: Tensor | None = order
     for convolution in convolutions:

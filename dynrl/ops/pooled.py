@@ -1,11 +1,11 @@
-"""`pooled`: each channel's mean over its map, the cheap summary that most routers see."""
+"""`pooled` is each channel's mean over its map, the cheap summary that most routers see."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dynrl.ops.backend import small_steps_by_kernels
+from dynrl.ops.backend import Path, path
 
 
 def pooled_ref(x: Tensor) -> Tensor:
@@ -21,8 +21,8 @@ def pooled_ref(x: Tensor) -> Tensor:
 
 
 def pooled(x: Tensor) -> Tensor:
-    """`pooled_ref`; in CUDA graphs one kernel, which adds in float32. MACs: 0."""
-    if small_steps_by_kernels(x) and not (torch.is_grad_enabled() and x.requires_grad):
+    """`pooled_ref`, in one kernel, which adds in float32, where kernels are asked for. Differentiable. MACs: 0."""
+    if path(x, vendor=True) is Path.TRITON and not (torch.is_grad_enabled() and x.requires_grad):
         from dynrl.ops.kernels.decide import pool
 
         last = x.contiguous(memory_format=torch.channels_last)
@@ -31,16 +31,14 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def summary(x: Tensor) -> Tensor:
-    """What routers see of features of any kind, as float32: `pooled` maps [n, C, H, W], tokens [n, T, C] averaged, and
-    vectors [n, C] as they are.
+    """A summary of features of any kind, for routers to see.
+
+    Args:
+        x: maps [n, C, H, W], which are `pooled`; tokens [n, T, C], which are averaged; or vectors [n, C].
+
+    Returns:
+        [n, C] float32, in memory of its own.
     """
     if x.dim() == 4:
         return pooled(x)
     return x.mean(1).float() if x.dim() == 3 else x.to(torch.float32, copy=True)
-
-
-def noted(x: Tensor, seen: Tensor | None) -> Tensor:
-    """`x`, its `summary` written to `seen`, if that is given."""
-    if seen is not None:
-        seen.copy_(summary(x.detach()))
-    return x

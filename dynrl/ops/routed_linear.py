@@ -1,4 +1,4 @@
-"""`routed_linear`: each row is multiplied with the matrix of the expert it chose."""
+"""`routed_linear` multiplies each row with the matrix of the expert it chose."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
-from dynrl.ops.backend import on_host, use_ref, use_triton
-from dynrl.ops.route import Routing
-from dynrl.ops.rows import put_rows
+from dynrl.ops.backend import Path, path
+from dynrl.ops.move import put_rows
+from dynrl.ops.partition import Partition
 
 
 def column_major(weight: Tensor) -> Tensor:
-    """`weight` [..., m, k], laid out in memory as few rows are multiplied with it fastest: on the CPU column by column,
-    on CUDA row by row.
+    """`weight` [..., m, k], laid out in memory as it is fastest for few rows: by columns on the CPU, by rows on CUDA.
 
-    Measured on 2 cores (Xeon, MKL), 256 inputs and 768 outputs: 52 instead of 193 us for 16 rows, 130 instead of 278
-    for 48; up to 4 and from 64 rows on no difference. 8 experts of 512 and 1024 units, 256 rows: 7.5 instead of 12.2
-    ms; 64 experts, which lie in no cache, 256 rows: 26 instead of 24.
+    Some 5 to 60 rows are multiplied faster so; for fewer and for more there is no difference. Weights that lie in no
+    cache are read a little slower.
     """
     if weight.is_cuda:
         return weight.contiguous()
@@ -30,39 +27,39 @@ def column_major(weight: Tensor) -> Tensor:
 
 
 def routed_linear_macs(rows: int, inputs: int, outputs: int) -> int:
-    """MACs of `rows` rows at an expert with so many inputs and outputs."""
+    """MACs of `rows` rows at an expert with `inputs` inputs and `outputs` outputs."""
     return rows * inputs * outputs
 
 
 def routed_linear_ref(
     x: Tensor,
     weight: Tensor,
-    routing: Routing,
+    parts: Partition,
     bias: Tensor | None = None,
-    gate: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     splits: tuple[int, ...] | None = None,
     relu: bool = False,
     sorted_in: bool = False,
     sorted_out: bool = False,
 ) -> Tensor:
-    """The definition: every expert on every row, of which each row takes one.
+    """The definition: every expert computes every row, and each row takes the result of one.
 
     Two calls make a layer of two-layer experts: the first with `sorted_out`, the second with `sorted_in`. Experts of
-    unequal hidden width lie side by side in one weight, `splits` telling their widths; 0 is one that does nothing.
+    unequal hidden width lie side by side in one weight, and `splits` tells their widths; 0 is an expert without units.
 
     Args:
         x: [n, k], in the batch's order, or sorted by choice where `sorted_in`.
-        weight: [E, m, k]. With `splits` and `sorted_out`: [sum(splits), k], expert e gives the first splits[e] columns
-            of its rows; the others are undefined. With `splits` and `sorted_in`: [m, sum(splits)], expert e reads the
-            first splits[e] columns of its rows.
-        routing: of the n rows to E experts.
+        weight: [E, m, k]. With `splits` and `sorted_out`: [sum(splits), k], where expert e gives the first splits[e]
+            columns of its rows, and the other columns are undefined. With `splits` and `sorted_in`: [m, sum(splits)],
+            where expert e reads the first splits[e] columns of its rows.
+        parts: the partition of the n rows by their E experts.
         bias: [E, m]; [sum(splits)] with `splits` and `sorted_out`.
-        gate: [n] in the batch's order, a factor of the result (after ReLU).
+        scale: [n] in the batch's order, or None; each row of the result is multiplied with it, after ReLU.
         splits: E widths.
         relu: apply ReLU.
         sorted_in: whether the rows of `x` are sorted by choice.
-        sorted_out: whether the result's are to be.
+        sorted_out: whether the rows of the result are to be sorted by choice.
 
     Returns:
         [n, m], m = max(splits) where the outputs are split.
@@ -70,66 +67,92 @@ def routed_linear_ref(
     Source: the grouped product of mixture-of-experts layers (Tan et al. 2024, "Scattered Mixture-of-Experts
     Implementation", section 3), with the router outside.
     """
-    order, offsets = routing.order, routing.offsets
+    order, offsets = parts.order, parts.offsets
     rows = x if sorted_in else x[order]
     place = torch.arange(len(rows), device=x.device).unsqueeze(1)
     width = _width(weight, splits, sorted_out)
     out = rows.new_zeros(len(rows), width)
-    for e, (matrix, shift) in enumerate(_experts(weight, bias, splits, sorted_out, [1] * routing.num_choices)):
+    for e, (matrix, shift) in enumerate(_experts(weight, bias, splits, sorted_out, [1] * parts.num_choices)):
         y = F.pad(F.linear(rows[:, : matrix.shape[1]], matrix, shift), (0, width - len(matrix)))
         out = torch.where((place >= offsets[e]) & (place < offsets[e + 1]), y, out)
     out = out.relu() if relu else out
-    if gate is not None:
-        out = out * gate[order].unsqueeze(1).to(out.dtype)
+    if scale is not None:
+        out = out * scale[order].unsqueeze(1).to(out.dtype)
     return out if sorted_out else torch.zeros_like(out).index_copy(0, order, out)
 
 
 def routed_linear(
     x: Tensor,
     weight: Tensor,
-    routing: Routing,
+    parts: Partition,
     bias: Tensor | None = None,
-    gate: Tensor | None = None,
+    scale: Tensor | None = None,
     *,
     splits: tuple[int, ...] | None = None,
     relu: bool = False,
     sorted_in: bool = False,
     sorted_out: bool = False,
 ) -> Tensor:
-    """`routed_linear_ref`, each row at its own expert only. Differentiable in `x`, `weight`, `bias` and `gate`.
+    """`routed_linear_ref`, each row at its own expert only. Differentiable in `x`, `weight`, `bias` and `scale`.
 
-    A `weight` that stays as it is gives few rows faster as `column_major(weight)`. MACs: `routed_linear_macs` for each
-    expert's rows.
+    Few rows are multiplied faster with a `weight` that has been laid out by `column_major`.
+
+    MACs: `routed_linear_macs` for each expert's rows.
     """
     how: Any = {"splits": splits, "relu": relu, "sorted_in": sorted_in, "sorted_out": sorted_out}
-    if not on_host(x):
-        if use_ref():
-            return routed_linear_ref(x, weight, routing, bias, gate, **how)
-        if is_compiling() and not torch.is_grad_enabled():
-            import dynrl.ops.traced  # noqa: F401 (registers the op)
-
-            offsets, widths = routing.offsets, list(splits) if splits else None
+    match path(x):
+        case Path.REF:
+            return routed_linear_ref(x, weight, parts, bias, scale, **how)
+        case Path.TRACED if not torch.is_grad_enabled():
+            widths = list(splits) if splits else None
             return torch.ops.dynrl.routed_linear(
-                x, weight, routing.order, offsets, bias, gate, widths, relu, sorted_in, sorted_out
+                x, weight, parts.order, parts.offsets, bias, scale, widths, relu, sorted_in, sorted_out
             )
-        if use_triton(x):
-            return _on_triton(x, weight, routing, bias, gate, **how)
-    order = routing.order
+        case Path.TRITON:
+            return _on_triton(x, weight, parts, bias, scale, **how)
+        case _:
+            return _on_host(x, weight, parts, bias, scale, **how)
+
+
+@torch.library.custom_op("dynrl::routed_linear", mutates_args=())
+def _traced(
+    x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, bias: Tensor | None, scale: Tensor | None,
+    splits: list[int] | None, relu: bool, sorted_in: bool, sorted_out: bool,
+) -> Tensor:  # fmt: skip
+    return routed_linear(
+        x, weight, Partition(order, len(offsets) - 1, sorted_choice=None, offsets=offsets), bias, scale,
+        splits=tuple(splits) if splits else None, relu=relu, sorted_in=sorted_in, sorted_out=sorted_out,
+    )  # fmt: skip
+
+
+@_traced.register_fake
+def _(
+    x: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, bias: Tensor | None, scale: Tensor | None,
+    splits: list[int] | None, relu: bool, sorted_in: bool, sorted_out: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], max(splits) if splits and sorted_out else weight.shape[-2])
+
+
+def _on_host(
+    x: Tensor, weight: Tensor, parts: Partition, bias: Tensor | None, scale: Tensor | None, *,
+    splits: tuple[int, ...] | None, relu: bool, sorted_in: bool, sorted_out: bool,
+) -> Tensor:  # fmt: skip
+    order = parts.order
     rows = x if sorted_in else x.index_select(0, order)
     width = _width(weight, splits, sorted_out)
-    experts = _experts(weight, bias, splits, sorted_out, routing.sizes)
+    experts = _experts(weight, bias, splits, sorted_out, parts.sizes)
     if torch.is_grad_enabled():
-        parts = [
+        pieces = [
             F.pad(F.linear(part[:, : matrix.shape[1]], matrix, shift), (0, width - len(matrix)))
-            for part, (matrix, shift) in zip(rows.split(routing.sizes), experts, strict=True)
+            for part, (matrix, shift) in zip(rows.split(parts.sizes), experts, strict=True)
             if len(part)
         ]
-        out = torch.cat(parts) if parts else rows.new_zeros(0, width)
+        out = torch.cat(pieces) if pieces else rows.new_zeros(0, width)
         out = out.relu() if relu else out
-        out = out if gate is None else out * gate[order].unsqueeze(1).to(out.dtype)
+        out = out if scale is None else out * scale[order].unsqueeze(1).to(out.dtype)
         return out if sorted_out else torch.zeros_like(out).index_copy(0, order, out)
     out = rows.new_empty(len(rows), width)
-    for part, into, (matrix, shift) in zip(rows.split(routing.sizes), out.split(routing.sizes), experts, strict=True):
+    for part, into, (matrix, shift) in zip(rows.split(parts.sizes), out.split(parts.sizes), experts, strict=True):
         if not len(part):
             continue
         if splits:
@@ -139,13 +162,13 @@ def routed_linear(
         else:
             torch.addmm(shift, part, matrix.t(), out=into)
     out = out.relu_() if relu else out
-    if gate is not None:
-        out.mul_(gate.index_select(0, order).unsqueeze(1))
+    if scale is not None:
+        out.mul_(scale.index_select(0, order).unsqueeze(1))
     return out if sorted_out else put_rows(torch.empty_like(out), order, out)
 
 
 def _width(weight: Tensor, splits: tuple[int, ...] | None, ragged_out: bool) -> int:
-    """Columns of the result."""
+    """How many columns the result has."""
     if splits and ragged_out:
         return max(splits)
     return weight.shape[-2]
@@ -154,7 +177,7 @@ def _width(weight: Tensor, splits: tuple[int, ...] | None, ragged_out: bool) -> 
 def _experts(
     weight: Tensor, bias: Tensor | None, splits: tuple[int, ...] | None, ragged_out: bool, sizes: list[int]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Each expert's matrix [m_e, k_e] and bias [m_e]; those without rows are not looked up where that saves time."""
+    """Each expert's matrix [m_e, k_e] and bias [m_e]; an expert without rows is not looked up where that saves time."""
     if splits is None:
         return [(weight[e], None if bias is None else bias[e]) if n else (weight, None) for e, n in enumerate(sizes)]
     matrices = weight.split(splits, 0 if ragged_out else 1)
@@ -163,12 +186,15 @@ def _experts(
     return list(zip(matrices, bias.split(splits) if ragged_out else bias.unbind(0), strict=True))
 
 
-@cache  # without a bound: a graph reads what it has read when it was recorded
+@cache  # without a bound: a graph goes on reading the tensors that it read when it was recorded
 @torch.inference_mode(False)  # or training could not use what inference has made
 def _starts(
     splits: tuple[int, ...] | None, experts: int, rows: int, row_stride: int, ragged_out: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """On the device, where each expert's matrix and bias start, and how wide it is; made once, for capture's sake."""
+    """Where each expert's matrix and bias start, and how wide it is: three tensors on the device.
+
+    They are made once: a CUDA graph cannot copy them from the host.
+    """
     before = [sum(splits[:e]) for e in range(experts)] if splits else [e * rows for e in range(experts)]
     starts = before if splits and not ragged_out else [b * row_stride for b in before]
     bias_starts = [e * rows for e in range(experts)] if splits and not ragged_out else before
@@ -177,7 +203,7 @@ def _starts(
 
 
 def _on_triton(
-    x: Tensor, weight: Tensor, routing: Routing, bias: Tensor | None, gate: Tensor | None, *,
+    x: Tensor, weight: Tensor, parts: Partition, bias: Tensor | None, scale: Tensor | None, *,
     splits: tuple[int, ...] | None, relu: bool, sorted_in: bool, sorted_out: bool,
 ) -> Tensor:  # fmt: skip
     from dynrl.ops.kernels.linear import linear_rows
@@ -185,35 +211,35 @@ def _on_triton(
     ragged_out = splits is not None and sorted_out
     weight = weight.to(x.dtype).contiguous()  # under autocast rows come in half precision, and weights do not
     starts, bias_starts, widths = _starts(
-        splits, routing.num_choices, weight.shape[-2], weight.stride(-2), sorted_out, x.device
+        splits, parts.num_choices, weight.shape[-2], weight.stride(-2), sorted_out, x.device
     )
     ways = {
-        "in_rows": None if sorted_in else routing.order, "out_rows": None if sorted_out else routing.order,
+        "in_rows": None if sorted_in else parts.order, "out_rows": None if sorted_out else parts.order,
         "in_widths": None if ragged_out else widths, "out_widths": widths if ragged_out else None,
     }  # fmt: skip
     width = _width(weight, splits, sorted_out)
     if not torch.is_grad_enabled():
-        gates = gate.index_select(0, routing.order) if gate is not None and sorted_out else gate
+        factors = scale.index_select(0, parts.order) if scale is not None and sorted_out else scale
         if bias is None:
             bias_at: dict[str, Any] = {}
         else:
             bias_at = {"bias": bias.contiguous(), "bias_starts": bias_starts}
         out = x.new_empty(len(x), width)
         return linear_rows(
-            x.contiguous(), weight, out, routing.offsets, starts, gate=gates, relu=relu, **bias_at, **ways
+            x.contiguous(), weight, out, parts.offsets, starts, scale=factors, relu=relu, **bias_at, **ways
         )  # fmt: skip
     # Only the product needs a backward pass of its own; what is pointwise is left to autograd.
-    out = GroupedProduct.apply(x, weight, routing.offsets, starts, width, ways)
+    out = GroupedProduct.apply(x, weight, parts.offsets, starts, width, ways)
     if bias is not None:
-        out = out + _bias_rows(bias.to(x.dtype), routing, splits, sorted_out, width)
+        out = out + _bias_rows(bias.to(x.dtype), parts, splits, sorted_out, width)
     out = out.relu() if relu else out
-    return out if gate is None else out * (gate[routing.order] if sorted_out else gate).unsqueeze(1).to(out.dtype)
+    return out if scale is None else out * (scale[parts.order] if sorted_out else scale).unsqueeze(1).to(out.dtype)
 
 
-def _bias_rows(bias: Tensor, routing: Routing, splits: tuple[int, ...] | None, sorted_out: bool, width: int) -> Tensor:
+def _bias_rows(bias: Tensor, parts: Partition, splits: tuple[int, ...] | None, sorted_out: bool, width: int) -> Tensor:
     """[n, width]: the bias of each row's expert, in the order of the result."""
-    order = routing.order
-    expert = torch.searchsorted(routing.offsets[1:], torch.arange(len(order), device=order.device), right=True)
+    order = parts.order
+    expert = torch.searchsorted(parts.offsets[1:], torch.arange(len(order), device=order.device), right=True)
     if splits and sorted_out:
         bias = torch.stack([F.pad(part, (0, width - len(part))) for part in bias.split(splits)])
     rows = bias[expert]
@@ -221,7 +247,7 @@ def _bias_rows(bias: Tensor, routing: Routing, splits: tuple[int, ...] | None, s
 
 
 class GroupedProduct(torch.autograd.Function):
-    """The grouped product with its gradients, by the kernels; `ways` are arguments of `linear_rows`."""
+    """The grouped product by the kernels, with its gradients; `ways` are arguments of `linear_rows`."""
 
     @staticmethod
     def forward(  # noqa: D102

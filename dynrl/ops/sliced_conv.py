@@ -1,4 +1,4 @@
-"""`sliced_conv`: a residual block whose inner channels are a prefix slice, as wide as each row chose."""
+"""`sliced_conv` is a residual block whose inner channels are a prefix slice, as wide as each row chose."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from dynrl.ops.backend import on_host, use_ref, use_triton
+from dynrl.ops.backend import Path, path
 from dynrl.ops.convolution import FoldedConv2d, fold
 from dynrl.ops.gated_residual import ResidualBlock
-from dynrl.ops.pooled import noted
-from dynrl.ops.route import route
-from dynrl.ops.rows import compute_groups, compute_rows
+from dynrl.ops.move import compute_groups, compute_rows
+from dynrl.ops.partition import partition
 
 
 class SlicedBlock(nn.Module):
-    """relu(x + branch_w(x)): a chain of convolutions of which choice c uses the first widths[c] inner channels.
+    """A residual block for inference only, relu(x + branch_w(x)), at any of several inner widths w.
 
-    For inference only. Weights are shared by all widths; batch norm, which is not, is folded into a scale and a shift
-    for each width and channel.
+    Its branch is a chain of convolutions, of which choice c uses the first widths[c] inner channels. All widths share
+    the weights. Batch norm is not shared: it is folded into a scale and a shift for each width and channel.
 
     Args:
-        convolutions: two or more, of stride 1, keeping the map's size; all channels but the outermost are inner ones.
-        norms: for each convolution one batch norm a width, over its channels at that width.
+        convolutions: two or more, of stride 1, which keep the map's size. All channels but the outermost are inner.
+        norms: for each convolution a batch norm for each width, over its channels at that width.
         widths: inner channels at each choice, none of them 0.
     """
 
@@ -66,11 +64,11 @@ class SlicedBlock(nn.Module):
         self._narrow: dict[int, ResidualBlock] = {}
 
     def channels(self, i: int, choice: int) -> tuple[int | None, int | None]:
-        """Input and output channels of convolution `i` at a choice, as ends of slices; None for all."""
+        """How many input and output channels convolution `i` uses at a choice, as ends of slices; None for all."""
         return (None if i == 0 else self.widths[choice], None if i == self.count - 1 else self.widths[choice])
 
     def narrow(self, choice: int) -> ResidualBlock:
-        """The block at one width as a block of its own; made once."""
+        """The block at one width, as a block of its own. It is made once."""
         if choice not in self._narrow:
             convolutions = []
             for i, padding in enumerate(self.paddings):
@@ -83,7 +81,7 @@ class SlicedBlock(nn.Module):
         return self._narrow[choice]
 
     def masked(self, x: Tensor, choice: int) -> Tensor:
-        """The block at one width by masks over all channels: the definition."""
+        """[n, C, H, W] to [n, C, H, W]: the block at one width by masks over all channels, which is the definition."""
         y = x
         for i, padding in enumerate(self.paddings):
             weight, scale, shift = (getattr(self, f"{name}{i}") for name in ("weight", "scale", "shift"))
@@ -95,7 +93,10 @@ class SlicedBlock(nn.Module):
         return (x + y).relu()
 
     def sliced(self, x: Tensor, choice: int) -> Tensor:
-        """The block at one width by slices of the weights: for tracers, which cannot look into `narrow`."""
+        """[n, C, H, W] to [n, C, H, W]: the block at one width by slices of the weights.
+
+        Traced code takes this, as packed weights mean nothing to a tracer.
+        """
         y = x
         for i, padding in enumerate(self.paddings):
             inputs, outputs = self.channels(i, choice)
@@ -117,14 +118,13 @@ class SlicedBlock(nn.Module):
         return {**self.__dict__, "_narrow": {}}
 
 
-def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock, seen: Tensor | None = None) -> Tensor:
-    """The definition. Computes every row at every width, all channels, and selects: saves nothing.
+def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+    """The definition. It computes every row at every width, all channels, and selects: it saves nothing.
 
     Args:
         x: [n, C, H, W].
         choice: [n] integers in 0 ... choices-1.
-        block: with so many widths.
-        seen: [n, C] float32, the `summary` of `x` or None; overwritten by that of the result, without gradients.
+        block: has a width for each choice.
 
     Returns:
         [n, C, H, W].
@@ -135,39 +135,43 @@ def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock, seen: Tensor 
     out = x
     for c in range(len(block.widths)):
         out = torch.where((choice == c).view(-1, 1, 1, 1), block.masked(x, c), out)
-    return noted(out, seen)
+    return out
 
 
-def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock, seen: Tensor | None = None) -> Tensor:
-    """`sliced_conv_ref`, computing each row at its width only. `x` itself is overwritten and returned.
+def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+    """`sliced_conv_ref`, computing each row at its width only.
+
+    `x` itself is overwritten and returned. Where gradients are recorded, the definition runs instead: it is
+    differentiable in `x`.
 
     MACs: those of the block at each row's width.
     """
     if torch.is_grad_enabled():
-        return sliced_conv_ref(x, choice, block, seen)
-    if not on_host(x):
-        if use_ref():
-            return sliced_conv_ref(x, choice, block, seen)
-        if is_compiling():
+        return sliced_conv_ref(x, choice, block)
+    match path(x, vendor=True):
+        case Path.REF:
+            return sliced_conv_ref(x, choice, block)
+        case Path.TRACED:
             for c in range(len(block.widths)):
                 x = compute_rows(x, (choice == c).nonzero().squeeze(1), partial(block.sliced, choice=c))
-            return noted(x, seen)
-        if use_triton(x, vendor=True):
-            return noted(_on_triton(x, choice, block), seen)
-    routing = route(choice, len(block.widths))
-    if max(routing.sizes) == len(x):  # all chose the same
-        return noted(block.narrow(routing.sizes.index(len(x)))(x), seen)
-    ends = routing.ends
-    groups = [(block.narrow(c), start, end) for c, (start, end) in enumerate(pairwise(ends)) if end > start]
-    return compute_groups(x, routing.order, groups, seen)
+            return x
+        case Path.TRITON:
+            return _on_triton(x, choice, block)
+        case Path.HOST:
+            parts = partition(choice, len(block.widths))
+            if max(parts.sizes) == len(x):  # all chose the same
+                return block.narrow(parts.sizes.index(len(x)))(x)
+            ends = pairwise(parts.ends)
+            groups = [(block.narrow(c), start, end) for c, (start, end) in enumerate(ends) if end > start]
+            return compute_groups(x, parts.order, groups)
 
 
 def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
     from dynrl.ops.kernels.conv import conv_rows
 
     before, x = x, x.contiguous(memory_format=torch.channels_last)
-    routing = route(choice, len(block.widths))
-    order, offsets = routing.order, routing.offsets
+    parts = partition(choice, len(block.widths))
+    order, offsets = parts.order, parts.offsets
     y = x
     for i, padding in enumerate(block.paddings):
         first, last = i == 0, i == block.count - 1

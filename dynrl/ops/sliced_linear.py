@@ -1,4 +1,4 @@
-"""`sliced_linear`: two products whose hidden units are a prefix slice, as wide as each row chose."""
+"""`sliced_linear` is two products whose hidden units are a prefix slice, as wide as each row chose."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from dynrl.ops.backend import on_host, use_ref, use_triton
-from dynrl.ops.route import route
+from dynrl.ops.backend import Path, path
+from dynrl.ops.costs import COSTS
+from dynrl.ops.move import put_rows
+from dynrl.ops.partition import partition
 from dynrl.ops.routed_linear import column_major
-from dynrl.ops.rows import put_rows
-
-# The occupancy rule: what the paths are estimated to take, in us. Measured on 2 cores: starting a product, reading a
-# megabyte of weights, a million MACs; sorting, gathering and putting back the rows.
-PRODUCT, MEGABYTE, MEGAMAC, MOVING = 40, 40, 13, 80
-WORTH_MACS = 12_000_000  # below, not even the estimate is worth its time
 
 
 class SlicedLinear(nn.Module):
-    """second[:, :w](relu(first[:w](x))): choice c uses the first w = widths[c] hidden units. For inference only.
+    """Two layers for inference only, second[:, :w](relu(first[:w](x))): choice c uses the first w = widths[c] units.
 
     Args:
         first: to the hidden units.
@@ -70,12 +65,12 @@ def sliced_linear_macs(rows: int, inputs: int, width: int, outputs: int) -> int:
 
 
 def sliced_linear_ref(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
-    """The definition: all hidden units for every row, of which each row keeps a prefix.
+    """The definition: every row computes all hidden units and keeps a prefix of them.
 
     Args:
         x: [n, inputs].
         choice: [n] integers in 0 ... choices-1.
-        layer: with so many widths.
+        layer: has a width for each choice.
 
     Returns:
         [n, outputs].
@@ -90,34 +85,33 @@ def sliced_linear_ref(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
 def sliced_linear(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
     """`sliced_linear_ref`, reading and computing each row's slice only.
 
-    On the CPU the rows sorted by width are multiplied block by block of the weights: block j with all rows that are
-    wide enough for it, so that the weights are read once, and not once a width.
+    The CPU sorts the rows by width, and multiplies them block by block of the weights: block j with all rows that are
+    wide enough for it. So the weights are read once, and not once for each width. Where gradients are recorded, the
+    definition runs instead: it is differentiable in `x`.
 
     MACs: `sliced_linear_macs` for each width's rows.
     """
     if torch.is_grad_enabled():
         return sliced_linear_ref(x, choice, layer)
-    if not on_host(x):
-        if use_ref():
+    tensors = (layer.w1, layer.b1, layer.w2, layer.b2, layer.limit)
+    match path(x):
+        case Path.REF:
             return sliced_linear_ref(x, choice, layer)
-        if is_compiling():
-            import dynrl.ops.traced  # noqa: F401 (registers the op)
-
-            return torch.ops.dynrl.sliced_linear(
-                x, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, list(layer.widths)
-            )
-        if use_triton(x):
+        case Path.TRACED:
+            return torch.ops.dynrl.sliced_linear(x, choice, *tensors, list(layer.widths))
+        case Path.TRITON:
             return _on_triton(x, choice, layer)
-    return sliced_product(x, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, layer.widths)
+        case Path.HOST:
+            return _on_host(x, choice, *tensors, list(layer.widths))
 
 
-def sliced_product(
+def _on_host(
     x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, limit: Tensor,
-    widths: tuple[int, ...],
+    widths: list[int],
 ) -> Tensor:  # fmt: skip
-    """The CPU path of `sliced_linear`."""
-    n = len(x)
-    if n > 1 and n * (w1.numel() + w2.numel()) < WORTH_MACS:
+    n, weights = len(x), w1.numel() + w2.numel()
+    # Where sparing half of the work would not pay, the estimate below is not worth its time.
+    if n > 1 and not COSTS.worth_compacting(COSTS.mac_time(n * weights) / 2, COSTS.moving):
         return _masked(x, choice, w1, b1, w2, b2, limit)
     choices = choice.tolist()
     if n and choices.count(choices[0]) == n:
@@ -125,9 +119,10 @@ def sliced_product(
         hidden = F.linear(x, w1[:width], None if b1 is None else b1[:width]).relu_()
         return F.linear(hidden, w2[:, :width], b2)
     blocks = list(_blocks(choices, widths))
-    if _time([(n, *w1.shape), (n, *w2.shape)]) < MOVING + _time(
-        [(rows, stop - start, side) for rows, start, stop in blocks for side in (w1.shape[1], w2.shape[0])]
-    ):
+    whole = COSTS.product_time(n, w1.numel()) + COSTS.product_time(n, w2.numel())
+    sides = w1.shape[1], w2.shape[0]
+    sliced = sum(COSTS.product_time(rows, (stop - start) * side) for rows, start, stop in blocks for side in sides)
+    if not COSTS.worth_compacting(whole - sliced, COSTS.moving):
         return _masked(x, choice, w1, b1, w2, b2, limit)
     # The widest first: each block takes the first rows.
     order = torch.sort(choice, descending=True, stable=True).indices
@@ -151,6 +146,17 @@ def sliced_product(
     return put_rows(torch.empty_like(out), order, out)
 
 
+_traced = torch.library.custom_op("dynrl::sliced_linear", _on_host, mutates_args=())
+
+
+@_traced.register_fake
+def _(
+    x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, limit: Tensor,
+    widths: list[int],
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], len(w2))
+
+
 def _masked(
     x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, limit: Tensor
 ) -> Tensor:
@@ -158,8 +164,8 @@ def _masked(
     return F.linear(hidden.clamp_(hidden.new_zeros(()), limit.index_select(0, choice)), w2, b2)
 
 
-def _blocks(choices: list[int], widths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(rows, first, last) of each block of hidden units, and how many rows, widest first, are wide enough for it."""
+def _blocks(choices: list[int], widths: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Each block of hidden units start ... stop-1, as (rows, start, stop): so many rows, widest first, are as wide."""
     rows, start = len(choices), 0
     for c, stop in enumerate(widths):
         if rows and (stop > start or c == 0):  # the first block, even if empty, sets the biases
@@ -168,16 +174,11 @@ def _blocks(choices: list[int], widths: tuple[int, ...]) -> Iterator[tuple[int, 
         rows -= choices.count(c)
 
 
-def _time(products: list[tuple[int, int, int]]) -> float:
-    """Estimated us of products of [rows, k] and [k, m]: the weights must be read, and the MACs done."""
-    return sum(PRODUCT + max(4e-6 * m * k * MEGABYTE, 1e-6 * rows * m * k * MEGAMAC) for rows, m, k in products)
-
-
 def _on_triton(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
     from dynrl.ops.kernels.linear import linear_rows
 
-    routing = route(choice, len(layer.widths))
-    order, offsets, starts = routing.order, routing.offsets, layer.starts
+    parts = partition(choice, len(layer.widths))
+    order, offsets, starts = parts.order, parts.offsets, layer.starts
     hidden = x.new_empty(len(x), len(layer.w1))  # sorted by choice; nothing beyond a row's width is written or read
     linear_rows(
         x.contiguous(), layer.w1, hidden, offsets, starts, in_rows=order, out_widths=layer.active, relu=True,

@@ -1,48 +1,134 @@
-"""The results of a GPU as Markdown tables: ops, whole networks, and modules of users."""
+"""The parts of `scripts/gpu_check.py`, run in a tree that is laid out as a wheel installs it."""
 
 from __future__ import annotations
 
-from statistics import geometric_mean
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
-from dynrl.scripts.bench.ops import summary
+SECONDS = 460  # for all of it; what would begin later is left out, and named so
+TESTS = ("tests/test_kernels.py", "tests/test_ops.py", "tests/test_capture.py")
+IMPORTS = (
+    "from dynrl.scripts.bench.env import bench_env; from dynrl.scripts.bench.model import bench_model; "
+    "from dynrl.scripts.bench.ops import bench_ops; "
+)
+WARMING = 200
+PARTS = {
+    "model bfloat16": "bench_model('cuda', 'bfloat16', rounds=10)",
+    "ops bfloat16": "bench_ops('cuda', 'bfloat16', 0.1, batches=(64, 256))",
+    "env": "bench_env(3, counts=(256, 4096), device='cuda')",
+    "env resnet50": "bench_env(3, ('resnet50 224x224',), (64,), 'cuda', 'bfloat16')",
+    "ops float32": "bench_ops('cuda', 'float32', 0.1, batches=(64, 256))",
+    "ops bfloat16, small": "bench_ops('cuda', 'bfloat16', 0.1, batches=(1, 8))",
+}
+TRAINERS = {"ray": "ppo", "stable_baselines3": "sb3-ppo"}  # the agents of packages, the better one first
 
 
-def gpu_table(result: dict[str, Any]) -> list[str]:
-    """Ops at batch 64 and more, networks outside and inside CUDA graphs, and modules of users, where there are any."""
-    rows = [row for part in ("rows", "ops", "model") for row in result.get(part, ())]
-    ops = [r for r in rows if "op" in r and r.get("realised_ratio") and r["batch"] >= 64 and r["dtype"] == "bfloat16"]
-    lines = [
-        "| op | rows | of ideal, geometric mean | worst | slower than dense | speed-up over dense, geometric mean |",
-        "|---|---|---|---|---|---|",
-    ]
-    for s in summary(ops, least_ms=0.0):
-        gains = [r["dense_ms"] / r["routed_ms"] for r in ops if r["op"] == s["op"] and r["dense_ms"]]
-        beside = f"{s['slower_than_dense']} of {len(gains)} | {geometric_mean(gains):.2f}" if gains else " | "
-        lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.2f} | {s['worst']:.2f} | {beside} |")
-    lines += ["", *_networks([r for r in rows if "captured_dense_ms" in r]), "", *_modules(result.get("vision", []))]
-    return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
+class Check:
+    """One check: the time that it has left, and what it has found, in `result`. It runs in the present folder.
+
+    Args:
+        out: the file to write.
+        commit: of the sources.
+        command: what was typed.
+    """
+
+    def __init__(self, out: Path, commit: str, command: str) -> None:
+        import torch
+
+        self.began, self.out, self.commit = time.monotonic(), out, commit
+        self.result: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "triton": __import__("triton").__version__, "python": sys.version.split()[0], "commit": self.commit,
+            "command": command, "date": time.strftime("%Y-%m-%d"), "left_out": [], "failed": {}, "rows": [],
+        }  # fmt: skip
+
+    def passed(self) -> float:
+        """Return the seconds since it began."""
+        return time.monotonic() - self.began
+
+    def write(self) -> None:
+        """Write the finds so far."""
+        aside = self.out.with_suffix(".part")
+        aside.write_text(json.dumps(self.result, indent=1))
+        aside.replace(self.out)
+
+    def call(self, *command: str) -> tuple[int, str]:
+        """Run Python in the tree; return its exit status, and what it printed."""
+        try:
+            done = subprocess.run(
+                [sys.executable, *command], check=False, text=True,
+                timeout=max(SECONDS - self.passed(), 1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            return done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            return 124, (error.stdout or b"").decode(errors="replace")
+
+    def tests(self) -> int:
+        """Run the tests while all benchmarks warm up; return the exit status of the tests."""
+        warming = [
+            subprocess.Popen(
+                [sys.executable, "-c", IMPORTS + code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            for code in PARTS.values()
+        ]  # fmt: skip
+        status, log = self.call("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *TESTS)
+        self.result["tests"] = {"status": status, "seconds": self.passed(), "log": log[-6000:]}
+        print(log[-3000:], flush=True)
+        self.write()
+        for process in warming:
+            try:
+                process.wait(max(WARMING - self.passed(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        return status
+
+    def bench(self, name: str, code: str) -> None:
+        """Run one part, if there is time."""
+        if SECONDS - self.passed() < 20:
+            self.result["left_out"].append(name)
+            return
+        rows = Path("rows.json")
+        ending = f"; import json; json.dump(rows, open({str(rows)!r}, 'w'))"
+        status, log = self.call("-c", f"{IMPORTS}rows = {code}{ending}")
+        if status:
+            self.result["failed"][name] = log[-4000:]
+        else:
+            self.result["rows"] += [row | {"commit": self.commit} for row in json.loads(rows.read_text())]
+        print(log[-2500:], flush=True)
+        self.write()
+
+    def train(self) -> None:
+        """Train a policy, if there is an agent and time."""
+        agent = next((TRAINERS[name] for name in TRAINERS if importlib.util.find_spec(name)), None)
+        if agent is None or SECONDS - self.passed() < 60:
+            self.result["left_out"].append("train")
+            return
+        start = time.monotonic()
+        words = ("train", "skip", "--data", "digits", "--agent", agent, "--device", "cuda", "--out", "run")
+        status, log = self.call("-m", "dynrl.scripts.cli", *words)
+        seconds = time.monotonic() - start
+        self.result["training"] = {"words": words, "status": status, "seconds": seconds, "log": log[-6000:]}
+        print(log[-2500:], flush=True)
 
 
-def _networks(rows: list[dict[str, Any]]) -> list[str]:
-    sides = ("dense", "routed", "with_router", "captured_dense", "captured_ideal", "captured_routed",
-             "captured_with_router")  # fmt: skip
-    lines = [
-        "| network | batch | dense ms | routed | with router | captured: dense | ideal | routed | with router |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cells = " | ".join(f"{r[f'{side}_ms']:.2f}" for side in sides)
-        lines.append(f"| {r['network']} | {r['batch']} | {cells} |")
-    return lines
+def main(out: str, commit: str, command: str) -> int:
+    """Run all parts; the exit status is that of the tests."""
+    check = Check(Path(out), commit, command)
+    status = check.tests()
+    for name, code in PARTS.items():
+        check.bench(name, code)
+    check.train()
+    check.write()
+    left_out = check.result["left_out"] or "nothing"
+    print(f"written to {check.out} after {check.passed():.0f} s; left out: {left_out}")
+    return status
 
 
-def _modules(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| module | batch | MACs | the module itself ms | all blocks | ideal | routed | with router |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cells = " | ".join(f"{r[side]:.1f}" for side in ("dense", "full_route", "ideal", "routed", "with_router"))
-        lines.append(f"| {r['net']} | {r['batch']} | {r['macs']:.2f} | {cells} |")
-    return lines
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

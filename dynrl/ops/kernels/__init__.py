@@ -1,4 +1,4 @@
-"""Triton kernels behind the ops, for NVIDIA GPUs: forward products over the rows that a routing decision kept.
+"""Triton kernels behind the ops, for NVIDIA GPUs: products over the rows that a decision has left to compute.
 
 The modules here import triton at their top, so the ops import them only when Triton is to be used. Each public function
 launches one kernel on rows that are named by arrays in device memory; none reads a device value on the host, so the

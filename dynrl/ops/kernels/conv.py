@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynrl.ops.kernels.conv_tiles import conv_tiles
 from dynrl.ops.kernels.linear import INTERPRETED, device_time, dot, fitting_configs, size_class, tile_configs
-from dynrl.ops.kernels.route import group_of_tile, tile_bound
+from dynrl.ops.kernels.partition import group_of_tile, tile_bound
 
 # The first fits everything: it is the choice where none other does.
 CONV_TILES = [
@@ -56,7 +56,7 @@ def _convolve(
     R: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sum over taps and channels < width, in float32. -> [BLOCK_M, BLOCK_N]."""
+    """[BLOCK_M, BLOCK_N] float32: the sum over taps and channels < width."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     blocks = tl.cdiv(width, BLOCK_K)
     # One loop over (tap, block of channels) and not two nested ones: only an innermost loop has its loads prefetched,
@@ -83,18 +83,18 @@ def _convolve(
 
 @triton.jit
 def _finish(
-    acc, out_ptr, out_offset, scale_ptr, shift_ptr, gate_ptr, residual_ptr, residual_offset, group, out_row, m_mask, n,
-    out_width, size_k, RELU: tl.constexpr,
+    acc, out_ptr, out_offset, scale_ptr, shift_ptr, factor_ptr, residual_ptr, residual_offset, group, out_row, m_mask,
+    n, out_width, size_k, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Scale, shift, gate, residual, relu; then write."""
+    """Apply scale, shift, factor, residual and relu, and write the result."""
     n_mask = n < out_width
     mask = m_mask[:, None] & n_mask[None, :]
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + group * size_k + n, mask=n_mask, other=0.0)[None, :]
     if shift_ptr is not None:
         acc += tl.load(shift_ptr + group * size_k + n, mask=n_mask, other=0.0)[None, :]
-    if gate_ptr is not None:
-        acc *= tl.load(gate_ptr + out_row, mask=m_mask, other=0.0).to(tl.float32)[:, None]
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr + out_row, mask=m_mask, other=0.0).to(tl.float32)[:, None]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + residual_offset[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
     if RELU:
@@ -112,7 +112,7 @@ def _finish(
 @triton.jit
 def _conv_rows_kernel(
     x_ptr, w_ptr, out_ptr, offsets_ptr, in_rows_ptr, out_rows_ptr, scale_ptr, shift_ptr,
-    in_widths_ptr, out_widths_ptr, gate_ptr, residual_ptr,
+    in_widths_ptr, out_widths_ptr, factor_ptr, residual_ptr,
     size_c, size_k, H, W, P, Q,
     stride_xn, stride_xh, stride_xw, stride_wk, stride_wc, stride_wr, stride_ws,
     stride_on, stride_oh, stride_ow, stride_rn, stride_rh, stride_rw,
@@ -164,7 +164,7 @@ def _conv_rows_kernel(
             R, S, None, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         _finish(
-            acc, out_ptr, out_offset, scale_ptr, shift_ptr, gate_ptr, residual_ptr, residual_offset, group, out_row,
+            acc, out_ptr, out_offset, scale_ptr, shift_ptr, factor_ptr, residual_ptr, residual_offset, group, out_row,
             m_mask, n, size_k, size_k, RELU,
         )  # fmt: skip
     elif (width % 16 == 0) & (out_width % 16 == 0):
@@ -174,7 +174,7 @@ def _conv_rows_kernel(
             R, S, None, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         _finish(
-            acc, out_ptr, out_offset, scale_ptr, shift_ptr, gate_ptr, residual_ptr, residual_offset, group, out_row,
+            acc, out_ptr, out_offset, scale_ptr, shift_ptr, factor_ptr, residual_ptr, residual_offset, group, out_row,
             m_mask, n, out_width // 16 * 16, size_k, RELU,
         )  # fmt: skip
     else:
@@ -184,7 +184,7 @@ def _conv_rows_kernel(
             R, S, 1, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K // 2,
         )  # fmt: skip
         _finish(
-            acc, out_ptr, out_offset, scale_ptr, shift_ptr, gate_ptr, residual_ptr, residual_offset, group, out_row,
+            acc, out_ptr, out_offset, scale_ptr, shift_ptr, factor_ptr, residual_ptr, residual_offset, group, out_row,
             m_mask, n, out_width, size_k, RELU,
         )  # fmt: skip
 
@@ -204,14 +204,14 @@ def conv_rows(
     shift: Tensor | None = None,
     in_widths: Tensor | None = None,
     out_widths: Tensor | None = None,
-    gate: Tensor | None = None,
+    factor: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
     stride: int = 1,
     padding: int = 0,
     granule: int | None = None,
 ) -> Tensor:
-    """Convolve chosen images: scale, shift, gate, add the residual, relu, in this order and all in float32.
+    """Convolve chosen images, then scale, shift, multiply by a factor, add the residual and relu, all in float32.
 
     Item j of group g (offsets[g] <= j < offsets[g + 1]) reads image in_rows[j] of `x` and writes image out_rows[j]
     of `out`; no other image and nothing beyond a group's widths is touched. Zero padding.
@@ -227,7 +227,7 @@ def conv_rows(
         shift: [G, K] float32, or None: 0.
         in_widths: [G] int32, how many channels of `x` a group has, or None: C.
         out_widths: [G] int32, how many channels of `out` a group has, or None: K.
-        gate: [M] any float dtype, one factor for each image of `out`, or None.
+        factor: [M] any float dtype, one factor for each image of `out`, or None.
         residual: [M, K, P, Q] channels_last, or None. May be `out` itself, but must not overlap with it otherwise.
         relu: whether to clip at zero.
         stride: the same for both axes.
@@ -259,7 +259,7 @@ def conv_rows(
     if residual is not None and residual.data_ptr() == out.data_ptr() and not INTERPRETED:
         # The autotuner's runs would add to the sum over and over: it is given a copy, the first time.
         sizes = (x.shape[1:], weight.shape, stride, size_class(pixels), num_groups, granule)
-        given = (in_rows, out_rows, scale, shift, in_widths, out_widths, gate)
+        given = (in_rows, out_rows, scale, shift, in_widths, out_widths, factor)
         dtypes = (x.dtype, *(None if tensor is None else tensor.dtype for tensor in given))
         key = (*sizes, dtypes, _precision(x), x.device)
         if key not in _tuned:
@@ -267,7 +267,7 @@ def conv_rows(
             copy = out.clone(memory_format=torch.channels_last)
             conv_rows(
                 x, weight, copy, offsets, in_rows=in_rows, out_rows=out_rows, scale=scale, shift=shift,
-                in_widths=in_widths, out_widths=out_widths, gate=gate, residual=copy, relu=relu, stride=stride,
+                in_widths=in_widths, out_widths=out_widths, factor=factor, residual=copy, relu=relu, stride=stride,
                 padding=padding, granule=granule,
             )  # fmt: skip
 
@@ -276,7 +276,7 @@ def conv_rows(
     if stride == 1 and granule is not None and _has_tensor_copies(x.device):
         done = conv_tiles(
             x, weight, out, offsets, granule=granule, precision=_precision(x), in_rows=in_rows, out_rows=out_rows,
-            scale=scale, shift=shift, in_widths=in_widths, out_widths=out_widths, gate=gate, residual=residual,
+            scale=scale, shift=shift, in_widths=in_widths, out_widths=out_widths, factor=factor, residual=residual,
             relu=relu, padding=padding,
         )  # fmt: skip
         if done:
@@ -288,7 +288,7 @@ def conv_rows(
 
     residual_strides = (0, 0, 0) if residual is None else (residual.stride(0), residual.stride(2), residual.stride(3))
     _conv_rows_kernel[grid](
-        x, weight, out, offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, gate, residual,
+        x, weight, out, offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, factor, residual,
         size_c, size_k, height, width, out_height, out_width,
         x.stride(0), x.stride(2), x.stride(3), *weight.stride(), out.stride(0), out.stride(2), out.stride(3),
         *residual_strides, size_class(pixels),

@@ -18,7 +18,10 @@ from dynrl.ops.kernels.linear import INTERPRETED, device_time, dot, size_class
 
 
 def tile_width(height: int, width: int, pixels: int) -> int:
-    """Width of the tile of so many pixels, both powers of two, that covers a map with the fewest; the widest such."""
+    """The width of a tile of a given number of pixels, both powers of two, with which the fewest tiles cover a map.
+
+    Where several widths need as few tiles, it is the widest.
+    """
     widths = [1 << i for i in range(pixels.bit_length())]
     return min(widths, key=lambda w: (-(-width // w) * -(-height * w // pixels), -w))
 
@@ -74,7 +77,7 @@ def _configs() -> list[triton.Config]:
 
 
 def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """Those whose blocks divide the channels in use, are not mostly padding, and fit into memory."""
+    """The configurations whose blocks divide the channels in use, are not mostly padding, and fit into memory."""
     values = args | kwargs
 
     def fits(config: triton.Config) -> bool:
@@ -92,7 +95,7 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
 
 @triton.autotune(
     _configs(),
-    # Of tensors the autotuner tells types apart by itself, but not of their descriptors.
+    # The autotuner tells types of tensors apart by itself, but not types of their descriptors.
     key=["size_c", "size_k", "size_class", "granule", "element_bytes", "H", "W", "R", "NUM_GROUPS", "PRECISION"],
     prune_configs_by={"early_config_prune": _prune},
     do_bench=device_time,
@@ -101,7 +104,7 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
 @triton.jit
 def _conv_tiles_kernel(
     x_desc, w_desc, out_desc, residual_desc,
-    offsets_ptr, in_rows_ptr, out_rows_ptr, scale_ptr, shift_ptr, in_widths_ptr, out_widths_ptr, gate_ptr,
+    offsets_ptr, in_rows_ptr, out_rows_ptr, scale_ptr, shift_ptr, in_widths_ptr, out_widths_ptr, factor_ptr,
     size_c, size_k, H, W,
     size_class, granule, element_bytes,  # read by the autotuner only
     NUM_GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PADDING: tl.constexpr,
@@ -157,8 +160,8 @@ def _conv_tiles_kernel(
                 acc *= tl.load(scale_ptr + group * size_k + n, mask=n_mask, other=0.0)[None, :]
             if shift_ptr is not None:
                 acc += tl.load(shift_ptr + group * size_k + n, mask=n_mask, other=0.0)[None, :]
-            if gate_ptr is not None:
-                acc *= tl.load(gate_ptr + out_row).to(tl.float32)
+            if factor_ptr is not None:
+                acc *= tl.load(factor_ptr + out_row).to(tl.float32)
             if residual_desc is not None:
                 acc += residual_desc.load([out_row, top, left, n0]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             if RELU:
@@ -194,10 +197,10 @@ def _descriptor(x: Tensor) -> TensorDescriptor:
 def conv_tiles(
     x: Tensor, weight: Tensor, out: Tensor, offsets: Tensor, *, granule: int, precision: str,
     in_rows: Tensor | None, out_rows: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    in_widths: Tensor | None, out_widths: Tensor | None, gate: Tensor | None, residual: Tensor | None,
+    in_widths: Tensor | None, out_widths: Tensor | None, factor: Tensor | None, residual: Tensor | None,
     relu: bool, padding: int,
 ) -> bool:  # fmt: skip
-    """`conv_rows` of stride 1, where its tensors can be addressed by tensor copies; else False, and nothing is done.
+    """`conv_rows` of stride 1, where tensor copies can address its tensors. Elsewhere it does nothing, and gives False.
 
     Beyond a group's width `out` is overwritten up to a multiple of the tile.
 
@@ -228,7 +231,7 @@ def conv_tiles(
     _conv_tiles_kernel[grid](
         _descriptor(x_view), _descriptor(taps.reshape(size_k, taps_h * taps_w, size_c)), _descriptor(out_view),
         None if residual_view is None else _descriptor(residual_view),
-        offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, gate,
+        offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, factor,
         size_c, size_k, height, width, size_class(items * height * width), granule, x.element_size(),
         NUM_GROUPS=num_groups, BLOCK_GROUPS=triton.next_power_of_2(num_groups), R=taps_h, S=taps_w, PADDING=padding,
         RELU=relu, PRECISION=precision,

@@ -1,4 +1,4 @@
-"""What happens at a decision beside the products of layers: pooling, the router, and the walk's books."""
+"""Kernels for what happens at a decision beside the products of layers: pooling, the router, the walk's books."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -28,7 +28,7 @@ def _pool_kernel(
 
 
 def pool(x: Tensor, out: Tensor) -> Tensor:
-    """Mean of each channel over its map.
+    """Write the mean of each channel over its map.
 
     Args:
         x: [n, C, H, W] channels_last; a slice of a wider tensor will do.

@@ -1,4 +1,4 @@
-"""torch.nn.GRUCell on chosen rows, and writing rows back where they came from."""
+"""Kernels that run torch.nn.GRUCell on chosen rows, and that write rows back where they came from."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -138,7 +138,7 @@ def gru_rows(
     out_rows: Tensor | None = None,
     saved: Tensor | None = None,
 ) -> Tensor:
-    """One step of torch.nn.GRUCell (gates in the order r, z, n) for items offsets[0] to offsets[1] - 1.
+    """Run one step of torch.nn.GRUCell (gates in the order r, z, n) for items offsets[0] to offsets[1] - 1.
 
     Item j reads row x_rows[j] of `x` and h_rows[j] of `h` and writes row out_rows[j] of `out`; no other row is touched.
 
@@ -199,7 +199,7 @@ def _scatter_rows_kernel(
 
 
 def scatter_rows(src: Tensor, dst: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-    """dst[rows[j]] = src[j] for offsets[0] <= j < offsets[1]; other rows of `dst` are left alone.
+    """Set dst[rows[j]] = src[j] for offsets[0] <= j < offsets[1]. Other rows of `dst` are left alone.
 
     Args:
         src: [capacity, n], last stride 1, any row stride.

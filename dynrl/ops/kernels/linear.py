@@ -1,4 +1,4 @@
-"""Products of chosen rows with the matrix of their group, and the gradient of these matrices."""
+"""Kernels for products of chosen rows with the matrix of their group, and for the gradient of these matrices."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynrl.ops.kernels.route import group_of_tile, tile_bound
+from dynrl.ops.kernels.partition import group_of_tile, tile_bound
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def device_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
-    """What the autotuner goes by: the time on the device alone. For small work, all other is the host's."""
+    """The time that the autotuner goes by: the device's alone, as the host's hides that of small work."""
     return triton.testing.do_bench_cudagraph(call, rep=10, quantiles=quantiles)
 
 
@@ -49,7 +49,7 @@ def tile_configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Con
 def fitting_configs(
     configs: list[triton.Config], x: Tensor, precision: str, size_n: int, size_k: int
 ) -> list[triton.Config]:
-    """Those whose blocks are not mostly padding, fit into shared memory and leave no sum outside the registers."""
+    """The configurations whose blocks are not mostly padding, fit into shared memory and keep all sums in registers."""
 
     def fits(config: triton.Config) -> bool:
         m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -109,7 +109,7 @@ def _product(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x[row, :width] times w[n, :width] transposed, in float32. -> [BLOCK_M, BLOCK_N]."""
+    """[BLOCK_M, BLOCK_N] float32: x[row, :width] times w[n, :width] transposed."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_rows = x_ptr + row.to(tl.int64) * stride_x  # [BM]
     w_rows = w_ptr + n.to(tl.int64) * stride_wm  # [BN]
@@ -134,7 +134,7 @@ def _product(
 @triton.jit
 def _linear_rows_kernel(
     x_ptr, w_ptr, out_ptr, offsets_ptr, starts_ptr, in_rows_ptr, out_rows_ptr, bias_ptr, bias_starts_ptr,
-    in_widths_ptr, out_widths_ptr, gate_ptr,
+    in_widths_ptr, out_widths_ptr, scale_ptr,
     size_in, size_out, stride_x, stride_wm, stride_wk, stride_out,
     size_class,  # read by the autotuner only
     NUM_GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -184,8 +184,8 @@ def _linear_rows_kernel(
     if RELU:
         # propagate NaN, as torch does: a NaN that turns into 0 would hide a fault.
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if gate_ptr is not None:
-        acc *= tl.load(gate_ptr + out_row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + out_row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + out_row.to(tl.int64)[:, None] * stride_out + n[None, :]  # [BM, BN]
     y = acc.to(out_ptr.dtype.element_ty)
     if aligned:
@@ -207,10 +207,10 @@ def linear_rows(
     bias_starts: Tensor | None = None,
     in_widths: Tensor | None = None,
     out_widths: Tensor | None = None,
-    gate: Tensor | None = None,
+    scale: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Multiply each item's row with the matrix of its group: product, bias, relu, gate, in this order.
+    """Multiply each item's row with the matrix of its group, then add the bias, relu and scale, in this order.
 
     Item j of group g (offsets[g] <= j < offsets[g + 1]) reads row in_rows[j] of `x` and writes row out_rows[j] of
     `out`; no other row and nothing beyond a group's widths is touched.
@@ -228,8 +228,8 @@ def linear_rows(
         bias_starts: [G] int64; needed with `bias`.
         in_widths: [G] int32, k_g, or None: k.
         out_widths: [G] int32, m_g, or None: m.
-        gate: [M] any float dtype, one factor for each row of `out`, or None.
-        relu: whether to clip at zero, before the gate.
+        scale: [M] any float dtype, one factor for each row of `out`, or None.
+        relu: whether to clip at zero, before scaling.
 
     Returns:
         `out`.
@@ -246,7 +246,7 @@ def linear_rows(
         return (tile_bound(capacity, num_groups, meta["BLOCK_M"]) * triton.cdiv(size_out, meta["BLOCK_N"]),)
 
     _linear_rows_kernel[grid](
-        x, weight, out, offsets, starts, in_rows, out_rows, bias, bias_starts, in_widths, out_widths, gate,
+        x, weight, out, offsets, starts, in_rows, out_rows, bias, bias_starts, in_widths, out_widths, scale,
         size_in, size_out, x.stride(0), weight.stride(-2), weight.stride(-1), out.stride(0), size_class(capacity),
         NUM_GROUPS=num_groups, BLOCK_GROUPS=triton.next_power_of_2(num_groups), RELU=relu, PRECISION=dot_precision(x),
     )  # fmt: skip
@@ -261,7 +261,7 @@ def linear_rows(
 )
 @triton.jit
 def _grad_weight_rows_kernel(
-    x_ptr, dy_ptr, dw_ptr, offsets_ptr, starts_ptr, x_rows_ptr, dy_rows_ptr, in_widths_ptr, out_widths_ptr, gate_ptr,
+    x_ptr, dy_ptr, dw_ptr, offsets_ptr, starts_ptr, x_rows_ptr, dy_rows_ptr, in_widths_ptr, out_widths_ptr, scale_ptr,
     size_in, size_out, stride_x, stride_dy, stride_wm, stride_wk,
     size_class,  # read by the autotuner only
     NUM_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -308,9 +308,9 @@ def _grad_weight_rows_kernel(
             mask=row_mask[:, None] & (n < size_in)[None, :],
             other=0.0,
         )  # [BK, BN]
-        if gate_ptr is not None:
-            gate = tl.load(gate_ptr + dy_row, mask=row_mask, other=0.0).to(tl.float32)
-            dy = (dy.to(tl.float32) * gate[None, :]).to(dy_ptr.dtype.element_ty)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + dy_row, mask=row_mask, other=0.0).to(tl.float32)
+            dy = (dy.to(tl.float32) * scale[None, :]).to(dy_ptr.dtype.element_ty)
         acc = dot(dy, x, acc, PRECISION)
     matrix = dw_ptr + tl.load(starts_ptr + group)
     dw = matrix + m.to(tl.int64)[:, None] * stride_wm + n.to(tl.int64)[None, :] * stride_wk
@@ -329,9 +329,9 @@ def grad_weight_rows(
     dy_rows: Tensor | None = None,
     in_widths: Tensor | None = None,
     out_widths: Tensor | None = None,
-    gate: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of `linear_rows` by its matrices: for each group the sum over its items of gate * dy^T x.
+    """Compute the gradient of `linear_rows` by its matrices: for each group the sum over its items of scale * dy^T x.
 
     Every element of each group's matrix within its widths is written, zeros for a group without items; elements
     between the matrices are left as they are. The result is the same each time.
@@ -348,7 +348,7 @@ def grad_weight_rows(
         dy_rows: [capacity] int32 or int64, or None: row j.
         in_widths: [G] int32, k_g, or None: k.
         out_widths: [G] int32, m_g, or None: m.
-        gate: [M] any float dtype, one factor for each row of `dy`, or None. The product is rounded to dy's dtype.
+        scale: [M] any float dtype, one factor for each row of `dy`, or None. The product is rounded to dy's dtype.
 
     Returns:
         `dw`.
@@ -363,7 +363,7 @@ def grad_weight_rows(
         return (triton.cdiv(size_out, meta["BLOCK_M"]) * triton.cdiv(size_in, meta["BLOCK_N"]) * num_groups,)
 
     _grad_weight_rows_kernel[grid](
-        x, dy, dw, offsets, starts, x_rows, dy_rows, in_widths, out_widths, gate,
+        x, dy, dw, offsets, starts, x_rows, dy_rows, in_widths, out_widths, scale,
         size_in, size_out, x.stride(0), dy.stride(0), dw.stride(-2), dw.stride(-1), size_class(len(rows)),
         NUM_GROUPS=num_groups, PRECISION=dot_precision(x),
     )  # fmt: skip

@@ -1,0 +1,277 @@
+"""What all agents share: the class that each fills in, the registry, and what a backbone says of how to learn on it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from dynrl.agents.metrics import TrainingLog
+from dynrl.backbones import Backbone
+from dynrl.policies import LearnedPolicy, PolicySpec, Sight
+from dynrl.policies.files import check_kind
+from dynrl.progress import progress
+from dynrl.settings import Learning, Place, Settings
+from dynrl.tasks import TASKS
+
+# Names are strings, so that gates are trained without ray. A plugin adds a row: AGENTS["mine"] = "its_file:Mine".
+AGENTS = {
+    "ppo": "dynrl.agents.ppo:PPO", "appo": "dynrl.agents.appo:APPO", "dqn": "dynrl.agents.dqn:DQN",
+    "sb3-ppo": "dynrl.agents.sb3:SB3PPO", "sb3-dqn": "dynrl.agents.sb3:SB3DQN", "gate": "dynrl.agents.gates:Gates",
+}  # fmt: skip
+WALKS, ENOUGH_STEPS, LEAST_STEPS = 8, 72, 16  # see `rollout`
+FREE_STEPS = 8  # a walk of so many decisions gets the whole entropy bonus, see `entropy_bonus`
+
+
+class Agent:
+    """What learns a policy, the backbone frozen. A context: it may hold processes, and holds open files.
+
+    An agent's file fills in the hooks of the first part. Checkpoints go to `folder/checkpoints`, TensorBoard's files
+    to `folder`.
+
+    Args:
+        settings: as they are.
+        backbone_file: the backbone; `reload` reads it again.
+        folder: of the run. Training goes on from its newest checkpoint.
+        total: decisions in all, the end of its schedules.
+        times: what is charged instead of MACs, as `RoutingVectorEnv` takes it.
+    """
+
+    # What a user may set and this agent cannot do, by the name of the setting, with the reason.
+    cannot: ClassVar[Mapping[str, str]] = {
+        "baseline": "baselines are for the agent ppo",
+        "entropy": "an entropy bonus is for the agents ppo, appo and sb3-ppo",
+        "num_env_runners": "remote processes are for the agents of RLlib: ppo, appo, dqn",
+        "num_learners": "remote processes are for the agents of RLlib: ppo, appo, dqn",
+        "address": "ray is for the agents of RLlib: ppo, appo, dqn",
+    }
+    steps_share: ClassVar[float] = 1.0  # of a recipe's steps; with these it takes about as long as PPO does
+    checkpoint_every: int = 10  # training iterations between checkpoints
+    steps: int  # decisions learned from so far
+
+    def __init__(
+        self,
+        settings: Settings,
+        backbone_file: Path,
+        folder: Path,
+        total: int,
+        times: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.settings, self.backbone_file, self.total, self.times = settings, backbone_file, total, times
+        self.checkpoints = folder / "checkpoints"
+        self._iteration, self._folder = 0, folder
+        self._held = ExitStack()
+
+    # for the agent to write --------------------------------------------------------------------------------
+
+    @classmethod
+    def refuse(cls, settings: Settings, backbone: Backbone) -> None:
+        """Refuse, with a ValueError, settings that this agent cannot learn by; called before anything is made.
+
+        Args:
+            backbone: one of the shape that is to be learned on; its weights may be any.
+        """
+        for part in (settings.learning, settings.place):
+            for each in fields(part):
+                name, value = each.name, getattr(part, each.name)
+                if name in cls.cannot and value != each.default:
+                    agent = settings.learning.agent
+                    raise ValueError(f"{cls.cannot[name]}; the agent {agent} takes no {name}, got {value!r}")
+
+    def start(self) -> None:
+        """Set up, restore the newest checkpoint and set `steps`; what must end again goes on the stack `_held`."""
+        raise NotImplementedError
+
+    def iterate(self) -> dict[str, float]:
+        """Learn from some more decisions, counted in `steps`; scalars by the tags of `TrainingLog`."""
+        raise NotImplementedError
+
+    def router(self) -> LearnedPolicy:
+        """A copy of the policy as it is."""
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """Write a checkpoint, all or nothing."""
+        raise NotImplementedError
+
+    def reload(self) -> None:
+        """Go on with the backbone that now lies in `backbone_file`."""
+        raise NotImplementedError
+
+    # the same for all --------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        with ExitStack() as held:
+            self._held = held
+            self.start()
+            self._log = held.enter_context(TrainingLog(self._folder, begins_after=self.steps))
+            self._bar = held.enter_context(
+                progress(total=self.total, initial=self.steps, desc="learning", unit="step", unit_scale=True)
+            )
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._held.close()
+
+    @property
+    def left(self) -> float:
+        """What is left of a learning rate or an entropy bonus at the present step, from 1 to a tenth."""
+        return 1 - 0.9 * min(1.0, self.steps / self.total)
+
+    def write(self, scalars: dict[str, float]) -> None:
+        """Show `scalars` in TensorBoard at the present step."""
+        self._log.write(self.steps, scalars)
+
+    def learn(self, until: int, stop: threading.Event | None = None) -> None:
+        """Learn until `steps` has reached `until` or `stop` is set, and write a checkpoint.
+
+        Raises:
+            ValueError: the weights are no longer finite; the last checkpoint stays.
+        """
+        stop = stop or threading.Event()
+        while self.steps < until and not stop.is_set():
+            before, start = self.steps, time.perf_counter()
+            scalars = self.iterate()
+            self._iteration += 1
+            scalars["throughput/steps_per_s"] = (self.steps - before) / (time.perf_counter() - start)
+            self.write(scalars)
+            self._bar.update(min(self.steps, self.total) - min(before, self.total))
+            shown = ("reward", *TASKS, "macs_fraction", "routes/distinct")
+            self._bar.set_postfix({tag: f"{scalars[tag]:.3g}" for tag in shown if tag in scalars}, refresh=False)
+            if not all(torch.isfinite(p).all() for p in self.router().parameters()):
+                raise ValueError(
+                    f"the policy's weights are no longer finite after {self.steps} steps; see {self.checkpoints}"
+                )
+            if self.steps >= until or stop.is_set() or self._iteration % self.checkpoint_every == 0:
+                self.save()
+
+
+def agent_class(name: str) -> type[Agent]:
+    """The agent of that name in `AGENTS`, or a ValueError."""
+    if name not in AGENTS:
+        raise ValueError(f"unknown agent {name!r}; expected one of {', '.join(AGENTS)}")
+    module, kind = AGENTS[name].split(":")
+    found: type[Agent] = getattr(importlib.import_module(module), kind)
+    return found
+
+
+def open_agent(
+    settings: Settings, backbone_file: Path, folder: Path, total: int, times: Mapping[str, Any] | None = None
+) -> Agent:
+    """The agent that `settings` name, to be entered; see `Agent` for the arguments."""
+    return agent_class(settings.learning.agent)(settings, backbone_file, folder, total, times)
+
+
+def train_policy(
+    settings: Settings, backbone_file: Path, folder: Path, times: Mapping[str, Any] | None = None
+) -> tuple[LearnedPolicy, bool]:
+    """Train a policy for a backbone that stays as it is, going on from the newest checkpoint in `folder`.
+
+    Returns:
+        the policy, and whether all steps were done (False after Ctrl-C).
+    """
+    total = settings.learning.steps
+    with stop_on_interrupt() as stop, open_agent(settings, backbone_file, folder, total, times) as agent:
+        agent.learn(total, stop)
+        return agent.router(), agent.steps >= total
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """Within the block the first Ctrl-C sets the event, so that an iteration is never torn; the second raises."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main one hears Ctrl-C
+        yield stop
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# How to learn on a backbone ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What an agent learns on, as counts: the walks of one backbone, seen by one kind of policy.
+
+    Attributes:
+        looks: environment steps of the longest walk, one for each look.
+        decisions: decisions that an environment step counts as.
+        rollout: environment steps of each row in a training iteration.
+        spec: what builds the policy.
+    """
+
+    looks: int
+    decisions: int
+    rollout: int
+    spec: PolicySpec
+
+    @classmethod
+    def of(cls, learning: Learning, backbone: Backbone) -> Ground:
+        """The ground of a training on `backbone`."""
+        sight = sight_of(learning.policy, backbone)
+        looks = sight.looks(backbone.max_steps)
+        spec = PolicySpec.of(learning.policy, backbone, learning.price_range, learning.hidden)
+        return cls(looks, min(sight.span, backbone.max_steps), rollout(backbone, looks), spec)
+
+
+def sight_of(kind: str, backbone: Backbone) -> Sight:
+    """What policies of that kind see of `backbone`.
+
+    Raises:
+        ValueError: an unknown kind, or one that cannot see such inputs.
+    """
+    return check_kind(kind).sight_class.of(backbone)
+
+
+def walks(backbone: Backbone) -> int:
+    """How many walks of each row a training iteration has: eight, or fewer long ones, of some seventy steps in all."""
+    return max(1, min(WALKS, ENOUGH_STEPS // backbone.max_steps))
+
+
+def rollout(backbone: Backbone, looks: int) -> int:
+    """Environment steps of each row in a training iteration, for walks of so many looks: whole walks.
+
+    Where a walk is one look it is also one sample to learn from: then there are more walks, `LEAST_STEPS` at least.
+    """
+    return math.ceil(max(LEAST_STEPS, walks(backbone) * looks) / looks) * looks
+
+
+def entropy_bonus(entropy: float, backbone: Backbone) -> float:
+    """The bonus for each decision: `entropy` for walks of up to eight, less for longer ones.
+
+    Each decision of a longer walk moves the return less. At the same bonus policies stay undecided, and the likeliest
+    choices, taken throughout, lead where training never was.
+    """
+    return entropy * min(1.0, FREE_STEPS / backbone.max_steps)
+
+
+def env_arguments(settings: Settings, backbone_file: Path, times: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The environment's arguments, but for how many rows it has and how it resets."""
+    learning: Learning = settings.learning
+    place: Place = settings.place
+    return {
+        "backbone": str(backbone_file.resolve()), "data": settings.problem.data,
+        "price_range": list(learning.price_range), "reward": learning.reward,
+        "sight": check_kind(learning.policy).sight_class.name, "times": times,
+        "device": place.device, "dtype": learning.dtype,
+    }  # fmt: skip

@@ -1,0 +1,63 @@
+"""Train a policy and its backbone in turn, through kills and Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynrl.agents.base import open_agent, stop_on_interrupt
+from dynrl.backbones import Backbone, load_backbone
+from dynrl.data import load_dataset
+from dynrl.finetuning import Finetuner, Finetuning
+from dynrl.policies import LearnedPolicy
+from dynrl.progress import progress
+from dynrl.settings import Settings
+
+
+def train_jointly(
+    settings: Settings,
+    plan: Finetuning,
+    backbone_file: Path,
+    reference: Backbone,
+    folder: Path,
+    times: Mapping[str, Any] | None = None,
+) -> tuple[LearnedPolicy, bool]:
+    """Train a policy and its backbone in turn, going on where `folder` says they are.
+
+    First the policy learns from `settings.learning.steps` decisions. Each round then fine-tunes the backbone on the
+    routes of the policy as it is, writes the backbone, and lets the policy learn on it.
+
+    Args:
+        backbone_file: changed after each round, all or nothing; its notes say how many there were (`rounds`).
+        reference: the dense network that the backbone is distilled from: one for all rounds, since a backbone that
+            follows itself drifts.
+        times: what is charged instead of MACs, see `Agent`.
+
+    Returns:
+        the policy, and whether all rounds were done (False after Ctrl-C).
+    """
+    problem, learning = settings.problem, settings.learning
+    backbone, notes = load_backbone(backbone_file)
+    done, total = notes.get("rounds", 0), learning.steps + plan.rounds * plan.steps
+    tuner = Finetuner(
+        backbone, reference, load_dataset(problem.data), plan, learning.price_range, problem.seed,
+        folder / "checkpoints" / "finetuning.pt", settings.place.device,
+    )  # fmt: skip
+    with (
+        stop_on_interrupt() as stop,
+        open_agent(settings, backbone_file, folder, total, times) as agent,
+        progress(total=tuner.total, initial=tuner.batches, desc="fine-tuning", unit="batch") as bar,
+    ):
+        while True:
+            agent.learn(learning.steps + done * plan.steps, stop)
+            if stop.is_set() or done >= plan.rounds:
+                break
+            scalars = tuner.train(agent.router(), done + 1, stop.is_set, bar.update)
+            agent.write({f"finetuning/{tag}": value for tag, value in scalars.items()})
+            if stop.is_set():
+                break
+            done += 1
+            tuner.backbone.save(backbone_file, **notes | {"rounds": done})
+            agent.reload()
+        return agent.router(), done >= plan.rounds and agent.steps >= total

@@ -1,0 +1,252 @@
+"""Sampling for RLlib: `SlabRunner` steps the environment in torch and returns one time-major `Slab`.
+
+RLlib's own runner costs tens of microseconds of Python a step and knows next-step autoreset only. `EpisodesRunner` cuts
+a slab into RLlib's episodes, for algorithms that ask for them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.metrics import (
+    EPISODE_LEN_MEAN,
+    EPISODE_RETURN_MAX,
+    EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
+    SAMPLE_TIMER,
+    WEIGHTS_SEQ_NO,
+)
+from torch import Tensor
+
+from dynrl.agents.baselines import BASELINES, Baseline
+from dynrl.agents.metrics import ended_episodes, episode_scalars
+from dynrl.envs.core import RoutingVectorEnv
+
+
+class Slab:
+    """T steps of N sub-environments, time first, as named columns. It stands where RLlib expects a list of episodes.
+
+    A plain class, since RLlib takes dicts and tuples apart when it gathers samples.
+
+    Attributes:
+        obs: [T, N, D].
+        actions: [T, N], or [T, N, decisions] where a look is answered by several.
+        rewards: [T, N].
+        terminateds: [T, N] bool.
+        logp: [T, N], the logarithm of the probability that the actions were drawn with.
+        logits: [T, N, A].
+        last_obs: [N, D], what the next slab begins with.
+        episodes, greedy: [T, N], what a baseline keeps; see `dynrl.agents.baselines`.
+    """
+
+    obs: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminateds: Tensor
+    logp: Tensor
+    logits: Tensor
+    last_obs: Tensor
+    episodes: Tensor
+    greedy: Tensor
+
+    def __init__(self, columns: Mapping[str, Tensor], last_obs: Tensor) -> None:
+        vars(self).update(columns, last_obs=last_obs)
+
+    def to(self, device: torch.device | str) -> Slab:
+        """The same columns elsewhere."""
+        columns = {name: value.to(device) for name, value in vars(self).items()}
+        return Slab(columns, columns.pop("last_obs"))
+
+    def split(self, parts: int) -> list[Slab]:
+        """Equal parts of the sub-environments, each a slab; their number must be a multiple of `parts`."""
+        found = [copy.copy(self) for _ in range(parts)]
+        for name, value in vars(self).items():
+            for slab, piece in zip(found, value.chunk(parts, 0 if name == "last_obs" else 1), strict=True):
+                # A view would travel with all that it is a view of.
+                setattr(slab, name, piece.clone() if parts > 1 else piece)
+        return found
+
+    def __len__(self) -> int:
+        return self.rewards.numel()
+
+
+class SlabRunner(SingleAgentEnvRunner):
+    """Steps a same-step autoreset `RoutingVectorEnv` in torch; returns one `Slab` a sample."""
+
+    env: Any
+
+    def make_env(self) -> None:
+        """As RLlib makes it, without the wrapper that turns infos into Python lists."""
+        super().make_env()
+        self.env = self.env.env
+        mode = self.env.metadata["autoreset_mode"]
+        # Anything else would lose the first transition of every episode, or train on reset steps.
+        if not isinstance(self.env.unwrapped, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
+            raise ValueError(
+                f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}"
+            )
+        self._obs: Tensor | None = None
+        self._lengths = torch.zeros(0)
+        self._begun: dict[int, tuple[Any, ...]] = {}  # for `EpisodesRunner`: what there is so far of a row's walk
+
+    def make_module(self) -> None:
+        """As RLlib makes it, where the environment's tensors are."""
+        if self.env is not None:
+            self._device = self.env.unwrapped.device
+        super().make_module()
+
+    @property
+    def _baseline(self) -> Baseline:
+        module: Any = self.module
+        return BASELINES[module.model_config.get("baseline", Baseline.name)]
+
+    def sample(  # type: ignore[override]
+        self,
+        *,
+        num_timesteps: int | None = None,
+        num_episodes: int | None = None,
+        explore: bool | None = None,
+        random_actions: bool = False,
+        force_reset: bool = False,
+    ) -> list[Any]:
+        """Collect at least `num_timesteps` steps, or `num_episodes` episodes from fresh ones on."""
+        explore = self.config.explore if explore is None else explore
+        env: RoutingVectorEnv = self.env.unwrapped
+        count, fresh = env.num_envs, force_reset or num_episodes is not None
+        self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
+        with self.metrics.log_time(SAMPLE_TIMER), torch.no_grad():
+            if num_timesteps is None and num_episodes is None:
+                num_timesteps = self.config.get_rollout_fragment_length(self.worker_index) * count
+            obs, done = self._first_obs(fresh), 0
+            steps: list[dict[str, Tensor]] = []
+            ended: list[dict[str, Tensor]] = []
+            before = self.num_env_steps_sampled_lifetime
+            while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
+                step = self._decide(obs, before + len(steps) * count, explore, random_actions)
+                following, rewards, terminated, info = env.step_tensors(step["actions"])
+                steps.append({**step, "rewards": rewards, "terminateds": terminated})
+                self._returns += rewards
+                self._lengths += 1
+                if "route" in info:
+                    over = ended_episodes(env, info, self._returns) | {"length": self._lengths[terminated]}
+                    ended.append(over)
+                    done += len(over["return"])
+                    self._returns[terminated], self._lengths[terminated] = 0, 0
+                obs = following
+            self._obs = obs
+        self._report(len(steps) * count, done, ended)
+        return self._hand_over(Slab({name: torch.stack([s[name] for s in steps]) for name in steps[0]}, obs).to("cpu"))
+
+    def _first_obs(self, fresh: bool) -> Tensor:
+        """What the rows see before the first step: where they stood, or at the begin of new episodes."""
+        env: RoutingVectorEnv = self.env.unwrapped
+        # A baseline's new episodes are drawn by a new seed.
+        self._needs_initial_reset = self._needs_initial_reset or self._baseline.begins_anew(self._lengths)
+        if self._obs is None or fresh or self._needs_initial_reset:
+            self._obs = env.reset_tensors(self._new_seed() if self._needs_initial_reset else None)
+            self._needs_initial_reset = False
+            self._returns, self._lengths = torch.zeros(2, env.num_envs, device=env.device)
+            self._begun = {}
+        return self._obs
+
+    def _decide(self, obs: Tensor, sampled: int, explore: bool, random_actions: bool) -> dict[str, Tensor]:
+        """The columns of one step that are known before it is taken, after so many steps `sampled`."""
+        env: RoutingVectorEnv = self.env.unwrapped
+        module: Any = self.module
+        net = module.net
+        shape: Any = env.action_space.shape
+        logits = module.logits(obs)
+        # A row for each decision: one of each observation, or all of a walk's.
+        log_probs = torch.log_softmax(logits.view(-1, net.sight.choices), 1)
+        likeliest = log_probs.argmax(1)
+        if random_actions:
+            actions = torch.randint(env.backbone.num_choices, likeliest.shape, device=env.device)
+        else:
+            actions = module.explore(log_probs, sampled) if explore else likeliest
+        actions = self._baseline.replace(actions, likeliest, net.sight.decisions)
+        logp = log_probs.gather(1, actions.unsqueeze(1)).view(len(obs), -1).sum(1)
+        kept = self._baseline.columns(env, likeliest.view(shape))
+        return {"obs": obs, "actions": actions.view(shape), "logp": logp, "logits": logits, **kept}
+
+    def _new_seed(self) -> int | None:
+        """A seed that no other worker of any run has (RLlib counts workers on from their run's seed).
+
+        After a restart it is another one than at the start, so that other inputs are met.
+        """
+        if self.config.seed is None:
+            return None
+        own = (self.config.seed, self.worker_index, self.num_env_steps_sampled_lifetime)
+        return int(np.random.SeedSequence(own).generate_state(1, np.uint64)[0]) >> 2  # room to count on from it
+
+    def _hand_over(self, slab: Slab) -> list[Any]:
+        """What a sample returns: slabs of one size, which RLlib shares out whole, and which may travel."""
+        return slab.split(max(1, self.config.num_learners))
+
+    def _report(self, steps: int, episodes: int, ended: list[dict[str, Tensor]]) -> None:
+        """Log once a sample. PPO's training step reads the stock runner's counters."""
+        self._increase_sampled_metrics(steps, episodes)
+        self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
+        if not ended:
+            return
+        over = {name: torch.cat([part[name] for part in ended]) for name in ended[0]}
+        log = self.metrics.log_value
+        log(EPISODE_RETURN_MEAN, float(over["return"].mean()), window=1)
+        log(EPISODE_RETURN_MIN, float(over["return"].min()), reduce="min", window=1)
+        log(EPISODE_RETURN_MAX, float(over["return"].max()), reduce="max", window=1)
+        log(EPISODE_LEN_MEAN, float(over["length"].mean()), window=1)
+        for tag, value in episode_scalars(over, self.env.unwrapped.backbone.points).items():
+            log(("route", tag), value, window=1)
+
+    def get_metrics(self) -> Any:
+        """What was logged since the last call."""
+        return self.metrics.reduce()
+
+    def get_spaces(self) -> dict[str, Any]:
+        """The environment's spaces; without one (a driver with remote runners) those handed in."""
+        if self.env is None:
+            return self.spaces
+        spaces = super().get_spaces()
+        spaces[DEFAULT_MODULE_ID] = (self.env.single_observation_space, self.env.single_action_space)
+        return spaces
+
+
+class EpisodesRunner(SlabRunner):
+    """`SlabRunner` for algorithms that ask for RLlib's episodes: whole walks, each when it has ended.
+
+    A walk that a slab cuts waits for its end: RLlib's V-trace counts a cut episode's rest as nothing.
+    """
+
+    def _hand_over(self, slab: Slab) -> list[Any]:
+        found = []
+        columns = (slab.obs, slab.actions, slab.rewards, slab.logp, slab.logits)
+        by_row: list[Any] = [column.transpose(0, 1).numpy() for column in columns]
+        for row, ended in enumerate(slab.terminateds.t()):
+            start = 0
+            for end in [*(ended.nonzero().flatten() + 1).tolist(), len(ended)]:
+                walk: tuple[Any, ...] = tuple(column[row, start:end] for column in by_row)
+                if row in self._begun:
+                    walk = tuple(map(np.concatenate, zip(self._begun.pop(row), walk, strict=True)))
+                if start == end or not ended[end - 1]:  # the slab ends, with a walk or within one
+                    if len(walk[0]):
+                        self._begun[row] = walk
+                    continue
+                obs, actions, rewards, logp, logits = walk
+                seen: Any = np.concatenate([obs, obs[-1:]])  # behind its end there is nothing to see
+                found.append(
+                    SingleAgentEpisode(
+                        observations=seen, infos=[{}] * (len(obs) + 1), actions=actions,
+                        rewards=rewards, terminated=True, len_lookback_buffer=0, t_started=0,
+                        extra_model_outputs={Columns.ACTION_LOGP: logp, Columns.ACTION_DIST_INPUTS: logits},
+                    )
+                )  # fmt: skip
+                start = end
+        return found

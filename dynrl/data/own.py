@@ -1,0 +1,96 @@
+"""Data of your own: pairs of tensors, or any torch `Dataset` of pairs, as a data set with three splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import TensorDataset
+
+from dynrl.data.base import Augmentation, Dataset, Split
+from dynrl.files import fingerprint
+from dynrl.tasks import CLASSIFICATION, Regression, Task
+
+SHARE = 0.1  # of the pairs, for validation; as many for the test
+
+
+def own_dataset(data: Any, seed: int = 0) -> Dataset:
+    """A data set of your own pairs (input, target), of which a tenth each is drawn for validation and test.
+
+    Inputs become float32 and are standardised by the training part's mean and deviation. Whole-number targets [n] are
+    classes; floating-point targets [n] or [n, outputs] make a regression.
+
+    Args:
+        data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. All is held in
+            memory.
+        seed: of the draw.
+
+    Returns:
+        a data set whose name tells its content and the seed: "own-" and a part of a hash.
+
+    Raises:
+        ValueError: no pairs, too few of them, pairs of different shapes, inputs or targets that are not finite, or
+            targets of another kind.
+    """
+    inputs, targets = _pairs(data)
+    if inputs.shape[0] != targets.shape[0] or len(inputs) < 10 or inputs.dim() < 2:
+        raise ValueError(
+            f"expected at least 10 inputs [n, ...] and as many targets, got {list(inputs.shape)} and "
+            f"{list(targets.shape)}"
+        )
+    name = "own-" + fingerprint({"inputs": inputs, "targets": targets}, seed)[:12]
+    inputs = inputs.float()
+    if targets.is_floating_point():
+        targets = targets.float().view(len(targets), -1)
+    elif targets.dim() != 1 or targets.dtype == torch.bool or int(targets.min()) < 0:
+        raise ValueError(
+            f"expected classes [n] from 0 on or numbers, got targets {targets.dtype} {list(targets.shape)}, the least "
+            f"{targets.min()}"
+        )
+    else:
+        targets = targets.long()
+    if not inputs.isfinite().all() or not targets.isfinite().all():
+        raise ValueError("the inputs or targets hold NaN or infinity; clean them first")
+    order, few = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)), int(SHARE * len(inputs))
+    parts = order[2 * few :], order[few : 2 * few], order[:few]
+    mean, deviation = float(inputs[parts[0]].mean()), float(inputs[parts[0]].std()) or 1.0
+    numbers = targets.is_floating_point()
+    task: Task = Regression.of(targets[parts[0]]) if numbers else CLASSIFICATION
+    classes = targets.shape[1] if numbers else int(targets.max()) + 1
+    if classes < 2 and not numbers:
+        raise ValueError("expected two classes or more, all targets are 0")
+    train, validation, test = (Split((inputs[part] - mean) / deviation, targets[part], task) for part in parts)
+    return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation)
+
+
+def _pairs(data: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return data[0].detach().cpu(), data[1].detach().cpu()
+    if not isinstance(data, TorchDataset) or not hasattr(data, "__len__"):
+        raise ValueError(
+            "expected a data set's name, a folder of images, a dynrl.data.Dataset, a torch Dataset of (input, target) "
+            f"pairs with a length, or a pair of tensors; got {type(data).__name__}"
+        )
+    pairs = [data[i] for i in range(len(data))]  # not by iteration: a Dataset need not end one
+    if not pairs or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target)")
+    return _stacked(pair[0] for pair in pairs), _stacked(pair[1] for pair in pairs)
+
+
+def _stacked(values: Iterable[Any]) -> Tensor:
+    tensors = [torch.as_tensor(value) for value in values]
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise ValueError(f"expected inputs of one shape and targets of one shape, got {shapes[:3]}")
+    return torch.stack(tensors).cpu()
+
+
+def is_own(name: str) -> bool:
+    """Whether a data set's name is one that `own_dataset` gives."""
+    return name.startswith("own-") and not Path(name).exists()

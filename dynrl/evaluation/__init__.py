@@ -1,0 +1,46 @@
+"""This package measures routed models: scores, calibration, rivals, how sure differences are, and reports."""
+
+from dynrl.evaluation.calibration import calibrate, calibrate_latency, collapse
+from dynrl.evaluation.comparison import COMPARED, compare, comparison_text
+from dynrl.evaluation.contenders import (
+    BUDGETS,
+    Contender,
+    Dense,
+    Ground,
+    Learned,
+    Oracle,
+    Random,
+    Reached,
+    Ruled,
+    Smaller,
+    Static,
+    Uniform,
+    rivals,
+)
+from dynrl.evaluation.intervals import Front, area, differences, paired, verdict
+from dynrl.evaluation.report import evaluate, measure, report_text
+from dynrl.evaluation.routes import (
+    ORACLE_PRICE,
+    affordable,
+    cheapest_choices,
+    oracle_candidates,
+    oracle_routes,
+    random_rate,
+    spaced_routes,
+    static_routes,
+    static_tries,
+    uniform_routes,
+)
+from dynrl.evaluation.rules import RULES, rules_of
+from dynrl.evaluation.scores import Score, Usage, Walked, score, score_routes, score_rows
+from dynrl.evaluation.timing import captured, dense_sides, medians_in_turn, step_times
+
+__all__ = [
+    "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Contender", "Dense", "Front", "Ground", "Learned", "Oracle",
+    "Random", "Reached", "Ruled", "Score", "Smaller", "Static", "Uniform", "Usage", "Walked", "affordable", "area",
+    "calibrate", "calibrate_latency", "captured", "cheapest_choices", "collapse", "compare", "comparison_text",
+    "dense_sides",
+    "differences", "evaluate", "measure", "medians_in_turn", "oracle_candidates", "oracle_routes", "paired",
+    "random_rate", "report_text", "rivals", "rules_of", "score", "score_routes", "score_rows", "spaced_routes",
+    "static_routes", "static_tries", "step_times", "uniform_routes", "verdict",
+]  # fmt: skip

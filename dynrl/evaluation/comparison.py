@@ -1,0 +1,169 @@
+"""A comparison of runs of one backbone tells who is better, by how much, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynrl.data import Dataset, load_dataset
+from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, rivals
+from dynrl.evaluation.intervals import Front, better, differences, verdict
+from dynrl.evaluation.report import Run, plain_network
+from dynrl.files import write_json
+from dynrl.machine import commit
+from dynrl.progress import progress, talking
+from dynrl.runs import RunFolder, by_kind
+from dynrl.tasks import TASKS, Task
+
+COMPARED = tuple(sorted((*BUDGETS, 1 / 3, 0.9)))  # a third, which papers name, and nearly all
+
+
+def compare(
+    runs: Iterable[Run],
+    *,
+    out: str | Path | None = None,
+    smaller: Sequence[str | Path] = (),
+    data: Dataset | None = None,
+    budgets: Sequence[float] = COMPARED,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Compare policies on the test split: fronts, and paired differences with 95 % intervals over inputs and seeds.
+
+    PPO's policies (without them, all) are each held against every other contender. Policies that were trained at one
+    price are held against those of the same kind for all prices, at equal MACs.
+
+    Args:
+        runs: run folders of one backbone, finished ones.
+        out: a folder for `comparison.json` and `comparison.png`; None writes nothing.
+        smaller: folders whose `plain.safetensors`, smaller networks, stand beside them.
+        data: the data set; None takes the runs' own by its name.
+        budgets: shares of the dense MACs, rising, over which areas are taken.
+        show: whether to show progress.
+
+    Returns:
+        the comparison, JSON-able.
+    """
+    folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in runs]
+    if not folders:
+        raise ValueError("expected at least one finished run to compare")
+    kinds = by_kind(folders)
+    dataset = load_dataset(folders[0].data) if data is None else data
+    ground = Ground(folders[0].pretrained, dataset)
+    everyone = [Learned(kind, [run.model for run in mine], ground) for kind, mine in kinds.items()]
+    learned, alone = ([of for of in everyone if of.asked is asked] for asked in (True, False))
+    dense = Dense(ground, folders[0].plain, learned)
+    *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller])
+    others = [rival for rival in others if rival.asked]  # what is the same everywhere is among the static routes
+    fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, show)
+    result = {
+        "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
+        "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
+        "kinds": {kind.label: kind.to_dict() for kind in kinds},
+        "date": f"{date.today()}", "commit": commit(), "budgets": list(budgets), "inputs": len(ground.test),
+        "dense": dense.best, "fronts": {name: _figures(front) for name, front in fronts.items()},
+        "differences": _all_differences(fronts, learned, dense, ground.task), "one_price": one_price,
+    }  # fmt: skip
+    if out is not None:
+        from dynrl.evaluation.figures import draw_comparison
+
+        write_json(Path(out) / "comparison.json", result)
+        draw_comparison(result, Path(out) / "comparison.png")
+    return result
+
+
+def _ask(
+    contenders: Sequence[Contender],
+    learned: Sequence[Learned],
+    alone: Sequence[Learned],
+    ground: Ground,
+    budgets: Sequence[float],
+    show: bool,
+) -> tuple[dict[str, Front], list[dict[str, Any]]]:
+    """The fronts of all contenders, and what policies for one price say beside those for all."""
+    total = sum(contender.passes(budgets) for contender in contenders) + len(alone)
+    fronts, one_price = {}, []
+    with talking(show), progress(total=total, desc="comparing", unit="pass") as bar:
+        for contender in contenders:
+            contender.prepare(bar.update)
+            fronts[contender.name] = Front.of(contender, budgets, len(ground.test), bar.update)
+        for single in alone:
+            assert single.kind is not None
+            twins = [of for of in learned if of.kind == replace(single.kind, price=None)]
+            if twins and (row := at_equal_macs(twins[0], single, ground.task)):
+                one_price.append({"policy": single.name, "price": single.kind.price, **row})
+            bar.update()
+    return fronts, one_price
+
+
+def _all_differences(
+    fronts: dict[str, Front], learned: Sequence[Learned], dense: Dense, task: Task
+) -> list[dict[str, Any]]:
+    """Hold each of PPO's policies (without them, each policy) against every other contender."""
+    held = [of.name for of in learned if of.kind is not None and of.kind.agent == "ppo"]
+    return [
+        # Where the dense network is a policy's own, seed by seed, what a seed's networks share cancels.
+        {"policy": name, "rival": rival, **differences(fronts[name], fronts[rival], task, same)}
+        for name in held or [of.name for of in learned]
+        for rival in fronts
+        if rival != name
+        for same in [rival == dense.name and name == dense.best]
+    ]
+
+
+def at_equal_macs(every: Learned, alone: Learned, task: Task) -> dict[str, float] | None:
+    """Tell how much better policies for all prices (`every`) are than some for one price only (`alone`).
+
+    The former are told to spend what the latter do on average. None where one of them cannot.
+    """
+    theirs = alone.reach(None)
+    assert theirs is not None, "its only point is in reach"
+    budget = sum(float(of.macs.mean()) for of in theirs) / len(theirs)
+    ours = every.reach(budget) if every.spends(budget) else None
+    if ours is None:
+        return None
+
+    def metric(reached: list[Any]) -> Tensor:
+        return torch.stack([of.metric for of in reached])
+
+    gain, low, high = better(metric(ours), metric(theirs), task)
+    return {
+        "difference": gain, "low": low, "high": high,
+        "macs_fraction": sum(float(of.macs.mean()) for of in ours) / len(ours), "one_price_macs_fraction": budget,
+        "metric": float(metric(ours).mean()), "one_price_metric": float(metric(theirs).mean()),
+    }  # fmt: skip
+
+
+def _figures(front: Front) -> dict[str, list[float | None]]:
+    """Return mean and spread over seeds at each budget; None where it is out of reach."""
+
+    def listed(values: Tensor) -> list[float | None]:
+        return [float(v) if ok else None for v, ok in zip(values, front.reached.tolist(), strict=True)]
+
+    means = front.metric.mean(2)
+    spread = means.std(0) if len(means) > 1 else means[0] * 0
+    return {"metric": listed(means.mean(0)), "std": listed(spread), "macs_fraction": listed(front.macs.mean(0))}
+
+
+def comparison_text(result: dict[str, Any]) -> str:
+    """Return the differences as a table to print."""
+    task = TASKS[result["metric"]]
+    lines = [
+        f"{result['decision']} on {result['data']}, {result['inputs']} test inputs; seeds: {result['seeds']}",
+        f"difference in {task.heading}, more is better for the policy; 95 % interval over inputs and seeds",
+    ]
+    for row in result["differences"]:
+        for at in ("area", "0.333", "0.5"):
+            if of := row.get(at):
+                gain, low, high = (task.show(of[name]) for name in ("difference", "low", "high"))
+                lines.append(f"{row['policy']} less {row['rival']:20} {at:>6} {gain:>8} [{low}, {high}]  {verdict(of)}")
+    for row in result["one_price"]:
+        gain, low, high = (task.show(row[name]) for name in ("difference", "low", "high"))
+        said = f"at {row['macs_fraction']:.3f} and {row['one_price_macs_fraction']:.3f} of the MACs"
+        lines.append(f"all prices less {row['policy']}, {said}: {gain} [{low}, {high}]  {verdict(row)}")
+    return "\n".join(lines)

@@ -1,0 +1,416 @@
+"""Contenders are the rows of a report: learned policies, and all that they must beat.
+
+Each contender is one object. `Contender.reach(budget)` says what each of its seeds does with every input of the test
+split; reports average that, comparisons pair it input by input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynrl.backbones import Backbone
+from dynrl.data import Dataset, Split
+from dynrl.deploy import RoutedModel
+from dynrl.evaluation import routes as ways
+from dynrl.evaluation.rules import Fit, PolicyFor, rules_of
+from dynrl.evaluation.scores import score_routes, score_rows
+from dynrl.policies import RandomPolicy, StaticPolicy
+from dynrl.runs import RunKind
+from dynrl.tasks import Task
+
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of the dense MACs at which reports ask
+RANDOM_SEEDS = 3
+VALIDATED = 1024  # rows of the validation split that searches look at
+RATED = 256  # of them, those that tell what random routes cost
+
+Tick = Callable[[], Any]
+
+
+class Ground:
+    """A ground is one pretrained network with its data; all contenders of a report stand on it.
+
+    Args:
+        backbone: as pretrained; its `for_inference` copy walks random, static and oracle routes.
+        dataset: with the splits that rules are fitted on, and judged on.
+        device, dtype: of networks and inputs; policies stay in float32.
+    """
+
+    def __init__(
+        self, backbone: Backbone, dataset: Dataset, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.place: tuple[torch.device, torch.dtype] = (torch.device(device), dtype)
+        self.network: Backbone = self.put(backbone)
+        self.test, self.validation = (split.to(*self.place) for split in (dataset.test, dataset.validation))
+        self.searched = self.validation.head(VALIDATED)
+        self.task: Task = dataset.task
+
+    def put(self, network: Backbone) -> Backbone:
+        """Copy a network for inference (batch norm folded, say) and put it where all are."""
+        return network.for_inference().to(*self.place)
+
+    def wait(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.place[0].type == "cuda":
+            torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One seed's answer to a budget: each input of the test split, with its metric, its cost and its route.
+
+    Attributes:
+        network: what walks.
+        metric: [n], the task's.
+        macs: [n], shares of the dense MACs of `Ground.network`, the router's included.
+        router: [n], the router's share of that.
+        route: [n, columns], what ran; -1 where a row never was.
+        start: from a batch to what is timed: a function that walks it.
+        price: that the policy was told, if it knows one.
+    """
+
+    network: Backbone
+    metric: Tensor
+    macs: Tensor
+    router: Tensor
+    route: Tensor
+    start: Callable[[Tensor], Callable[[], Any]]
+    price: float | None = None
+
+
+class Contender:
+    """A contender is one row of a report, or one line of a picture; it may have several seeds.
+
+    Attributes:
+        name: what reports call it.
+        kind: of a learned policy, what kind of run it is.
+        preparing: how often `prepare` ticks at most.
+        asked: whether it heeds budgets; else it has one point only.
+    """
+
+    name: str
+    kind: RunKind | None = None
+    preparing: int = 0
+    asked: bool = True
+
+    def prepare(self, tick: Tick) -> None:
+        """Search or fit on validation data; it is called once, before the first question."""
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Answer what each seed does with `budget`, a share of the dense MACs.
+
+        Args:
+            budget: None asks a contender without budgets for its one point, and learned policies for their dearest.
+
+        Returns:
+            an answer of each seed, or None where not all of them can be so cheap. Where the budget is more than a seed
+            can spend, it is what spends most.
+        """
+        raise NotImplementedError
+
+    def spends(self, budget: float) -> bool:
+        """Tell whether it can spend just that, so that a report has a row for it."""
+        return True
+
+    def rows(self, budgets: Sequence[float]) -> list[float | None]:
+        """List the budgets of its rows in a report; [None] is a single row without a budget."""
+        return [budget for budget in budgets if self.spends(budget)] if self.asked else [None]
+
+    def passes(self, budgets: Sequence[float]) -> int:
+        """Count how often its preparation and its answers tick, at most: the length of a progress bar."""
+        return self.preparing + (len(budgets) if self.asked else 1)
+
+
+class Learned(Contender):
+    """Learned policies of one kind are one contender, with a model for each seed.
+
+    Args:
+        kind: of the runs.
+        models: calibrated, unless they know one price only: then they have one point.
+    """
+
+    kind: RunKind
+
+    def __init__(self, kind: RunKind, models: Sequence[RoutedModel], ground: Ground) -> None:
+        self.kind, self.name, self.models, self._ground = kind, kind.label, list(models), ground
+        self.asked = all(len(model.curve) > 1 for model in self.models)
+        for model in self.models:
+            model.to(*ground.place)
+        self._known: list[tuple[float, Reached] | None] = [None] * len(self.models)  # at the last price
+
+    def spends(self, budget: float) -> bool:
+        """Tell whether all seeds reach it: else rows of one front would be of different seeds."""
+        ends = [[macs for _, macs in model.curve] for model in self.models]
+        return all(min(mine) <= budget <= max(mine) for mine in ends)
+
+    def rows(self, budgets: Sequence[float]) -> list[float | None]:
+        """List the budgets that all seeds reach; where there are none, one row at the lowest price."""
+        return super().rows(budgets) or [None]
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Set each seed's price so that it meets the budget on validation data; None sets the lowest price."""
+        if budget is not None and any(budget < min(macs for _, macs in model.curve) for model in self.models):
+            return None
+        return [self._reach(i, budget) for i in range(len(self.models))]
+
+    def _reach(self, i: int, budget: float | None) -> Reached:
+        model = self.models[i]
+        assert model.price_range is not None, "learned policies know a price"
+        if budget is None or not self.asked:
+            model.set_price(model.price_range[0])
+        else:
+            model.set_budget(min(budget, max(macs for _, macs in model.curve)))
+        price, known = model.price, self._known[i]
+        if known is not None and known[0] == price:
+            return known[1]
+
+        def start(batch: Tensor) -> Callable[[], Any]:
+            def run() -> Tensor:
+                model.set_price(price)
+                return model(batch)
+
+            return run
+
+        metric, route = score_rows(model, self._ground.test)
+        macs, router = route.macs_fraction, route.router_fraction
+        found = Reached(model.backbone, metric, macs, router, route.actions, start, price)
+        self._known[i] = (price, found)
+        return found
+
+
+def _along(ground: Ground, network: Backbone, routes: Tensor) -> Reached:
+    """Walk the test split along `routes` [n, columns]; no policy is asked."""
+    walked, none = score_routes(network, routes, ground.test), torch.zeros(len(routes))
+    macs = walked.macs * (network.dense_macs / ground.network.dense_macs)
+
+    def start(batch: Tensor) -> Callable[[], Any]:
+        route = routes[: len(batch)].to(batch.device)
+        return lambda: network.run_route(batch, route)
+
+    return Reached(network, walked.metric, macs, none, walked.route, start)
+
+
+class Random(Contender):
+    """Random routes that cost the budget on average are one contender, with several seeds."""
+
+    name = "random"
+
+    def __init__(self, ground: Ground, seeds: int = RANDOM_SEEDS) -> None:
+        self._ground, self._seeds = ground, seeds
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Draw routes of independent choices that cost the budget on average; None where they never do."""
+        assert budget is not None
+        network, ground = self._ground.network, self._ground
+        rate = ways.random_rate(network, ground.searched.inputs[:RATED], budget)
+        if rate is None:
+            return None
+        policies = [RandomPolicy(network.thrift, rate, seed) for seed in range(self._seeds)]
+        return [_along(ground, network, policy.route(ground.test.inputs)) for policy in policies]
+
+
+class Static(Contender):
+    """This contender takes one route for all inputs: the best within the budget that a search found.
+
+    Attributes:
+        found: the routes of `static_routes`.
+        uniform: those of `uniform_routes`, where points have more than two choices.
+    """
+
+    name = "static"
+    found: list[ways.Found]
+    uniform: list[ways.Found]
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground, network = ground, ground.network
+        self.kinds = network.num_choices if network.num_choices > 2 else 0
+        self.preparing = ways.static_tries(network) + self.kinds
+
+    def prepare(self, tick: Tick) -> None:
+        """Search for static routes."""
+        network, split = self._ground.network, self._ground.searched
+        self.found = ways.static_routes(network, split, tick)
+        self.uniform = ways.uniform_routes(network, split, tick) if self.kinds else []
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Take the route with the least error within the budget."""
+        assert budget is not None
+        best = ways.affordable(self.found + self.uniform, budget, self._ground.task)
+        return None if best is None else [_fixed_route(self._ground, best)]
+
+
+def _fixed_route(ground: Ground, route: tuple[int, ...]) -> Reached:
+    return _along(ground, ground.network, StaticPolicy(route).route(ground.test.inputs))
+
+
+class Uniform(Contender):
+    """This contender makes the same choice everywhere: of all choices the `place`-th dearest.
+
+    Args:
+        static: which tries them.
+    """
+
+    name, asked = "uniform", False
+
+    def __init__(self, static: Static, place: int, ground: Ground) -> None:
+        self._static, self._place, self._ground = static, place, ground
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Take that route, whatever the budget."""
+        return [_fixed_route(self._ground, self._static.uniform[self._place].what)]
+
+
+class Ruled(Contender):
+    """A rule of thumb is a contender once it is fitted (see `dynrl.evaluation.rules`)."""
+
+    preparing = 1
+    _policy_for: PolicyFor
+
+    def __init__(self, name: str, fit: Fit, ground: Ground) -> None:
+        self.name, self._fit, self._ground = name, fit, ground
+
+    def prepare(self, tick: Tick) -> None:
+        """Fit the rule."""
+        self._policy_for = self._fit(self._ground.network, self._ground.validation)
+        tick()
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Take the rule that meets the budget on validation data."""
+        assert budget is not None
+        policy = self._policy_for(budget)
+        if policy is None:
+            return None
+        model = RoutedModel(self._ground.network, policy)
+        metric, route = score_rows(model, self._ground.test)
+
+        def start(batch: Tensor) -> Callable[[], Any]:
+            return lambda: model(batch)
+
+        return [Reached(model.backbone, metric, route.macs_fraction, route.router_fraction, route.actions, start)]
+
+
+class Smaller(Contender):
+    """This contender takes plain networks of fewer MACs, each trained alone: the best within the budget."""
+
+    name = "smaller"
+
+    def __init__(self, networks: Sequence[Backbone], ground: Ground, asked: bool = True) -> None:
+        self._ground, self._networks, self.asked = ground, [ground.put(network) for network in networks], asked
+        self.preparing = len(self._networks)
+
+    def prepare(self, tick: Tick) -> None:
+        """Try each on validation data."""
+        self._known, whole = [], self._ground.network.dense_macs
+        for network in self._networks:
+            metric = float(_full(network, self._ground.searched).mean())
+            self._known.append(ways.Found(network, network.dense_macs / whole, metric))
+            tick()
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Take the best network within the budget; without a budget, the best of all."""
+        limit = float("inf") if budget is None else budget
+        best = ways.affordable(self._known, limit, self._ground.task)
+        return None if best is None else [_whole(best, self._ground)]
+
+
+def _full(network: Backbone, split: Split) -> Tensor:
+    """Return the metric [n] of each input on the full route."""
+    return score_routes(network, network.dense_actions(len(split)), split).metric
+
+
+def _whole(network: Backbone, ground: Ground) -> Reached:
+    """Walk the full route of a network, which is timed as a plain network."""
+    found = _along(ground, network, network.dense_actions(len(ground.test)))
+
+    def start(batch: Tensor) -> Callable[[], Any]:
+        return network.ideal(batch, network.dense_actions(len(batch), batch.device))
+
+    return Reached(network, found.metric, found.macs, found.router, found.route, start)
+
+
+class Oracle(Contender):
+    """The oracle takes each input's best route in hindsight: one that the static search found, or a random one."""
+
+    name, asked = "oracle", False
+    preparing = ways.ORACLE_DRAWS
+    _reached: Reached
+
+    def __init__(self, static: Static, ground: Ground) -> None:
+        self._static, self._ground = static, ground
+        self.preparing += static.preparing  # at most
+
+    def prepare(self, tick: Tick) -> None:
+        """Try each candidate on the test split; it sees the targets."""
+        network, test = self._ground.network, self._ground.test
+        known = ways.oracle_candidates(network, self._static.found)
+        self._reached = _along(self._ground, network, ways.oracle_routes(network, test, known, tick))
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Answer the same at every budget."""
+        return [self._reached]
+
+
+@dataclass
+class Dense(Contender):
+    """The dense network is the best of all networks on their full routes, by validation data.
+
+    Args:
+        ground: with the pretrained network.
+        plain: the same network trained on its full route only, if there is one.
+        learned: contenders; those whose backbones were fine-tuned bring them, a network a seed.
+
+    Attributes:
+        networks: by their names, in order of preference between equals.
+        best: the name of the best.
+    """
+
+    ground: Ground
+    plain: Backbone | None
+    learned: Sequence[Learned] = ()
+    networks: dict[str, list[Backbone]] = field(default_factory=dict)
+    best: str = "pretrained"
+    name, asked = "dense", False
+
+    def __post_init__(self) -> None:
+        tuned = {of.name: [m.backbone for m in of.models] for of in self.learned if of.kind.tuned}
+        self.networks = {**tuned, "pretrained": [self.ground.network]}
+        if self.plain is not None:
+            self.networks["plain"] = [self.ground.put(self.plain)]
+        self.preparing = len(self.networks)
+
+    def prepare(self, tick: Tick) -> None:
+        """Choose by the mean over each name's networks, on all validation data."""
+        errors = {}
+        for name, mine in self.networks.items():
+            errors[name] = self.ground.task.error(mean_metric(mine, self.ground.validation))
+            tick()
+        self.best = min(errors, key=lambda name: errors[name])
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Answer the same at every budget."""
+        return [_whole(network, self.ground) for network in self.networks[self.best]]
+
+
+def mean_metric(networks: Sequence[Backbone], split: Split) -> float:
+    """Return the mean metric of networks on their full routes."""
+    return sum(float(_full(network, split).mean()) for network in networks) / len(networks)
+
+
+def rivals(ground: Ground, smaller: Sequence[Backbone] = (), one_smaller: bool = False) -> list[Contender]:
+    """List all that learned policies stand beside, in a report's order.
+
+    Args:
+        ground: with the pretrained network.
+        smaller: plain networks of fewer MACs.
+        one_smaller: show them as one point, without budgets.
+    """
+    static = Static(ground)
+    found: list[Contender] = [Random(ground)]
+    found += [Ruled(name, fit, ground) for name, fit in rules_of(ground.network).items()]
+    found += [static, *(Uniform(static, place, ground) for place in range(static.kinds))]
+    found += [Smaller(smaller, ground, asked=not one_smaller)] if smaller else []
+    return [*found, Oracle(static, ground)]

@@ -1,0 +1,136 @@
+"""Pictures of reports and comparisons are drawn by matplotlib from what their JSON files hold."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from dynrl.data import Split
+from dynrl.evaluation.report import seeds_text
+from dynrl.files import write_aside
+from dynrl.tasks import CLASSIFICATION, TASKS
+
+RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # others: "x-."
+MARKERS = {"ppo": "o", "gate": "v"}  # of a frozen backbone's policies, by agent; others: "p"
+TUNED = {"ppo": "D", "gate": "P"}  # the same where the backbone was fine-tuned; others: "d"
+
+
+def style(name: str, kind: dict[str, Any] | None) -> str:
+    """Choose how a line is drawn: a run by the fields of its kind (`RunKind.to_dict`), a rival by its name."""
+    if kind is None:
+        return RIVALS.get(name, "x-.")
+    marker = TUNED.get(kind["agent"], "d") if kind["tuned"] else MARKERS.get(kind["agent"], "p")
+    if kind["cost"] == "time":
+        marker = "h"
+    line = "-" if kind["policy"] == "sequential" else ":" if kind["baseline"] == "value" else "-."
+    return marker + line
+
+
+def _new_figure(**settings: Any) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.figure(layout="constrained", **settings)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, all or nothing, and close it."""
+    from matplotlib import pyplot
+
+    with write_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def show_in_tensorboard(picture: Path, run: Path) -> None:
+    """Put a picture beside the run's curves."""
+    from matplotlib.image import imread
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run)) as writer:
+        writer.add_image(picture.stem, imread(picture), dataformats="HWC")
+
+
+def draw_report(report: dict[str, Any], test: Split, path: Path) -> None:
+    """Draw the metric against MACs and against measured time, and where one policy spends, and on which inputs."""
+    figure = _new_figure(figsize=(11, 8.4))
+    upper, lower = figure.subfigures(2, 1)
+    axes = upper.subplots(1, 2, sharey=True)
+    dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
+    full_height = task.factor * dense[metric]
+    for axis, x, label, full in (
+        (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
+        (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
+    ):
+        for policy in dict.fromkeys(p["policy"] for p in report["points"]):
+            mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
+            ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
+            marker = style(policy, mine[0]["kind"])
+            axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
+        axis.axhline(full_height, color="grey", linewidth=0.8)
+        axis.plot([full], [full_height], "D", color="grey", label="dense")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale(task.axis)
+    axes[0].set_ylabel(f"test {task.heading}")
+    axes[0].legend(fontsize="small")
+    upper.suptitle(f"{report['decision']} on {report['data']}, policy seeds: {seeds_text(report)}", fontsize="medium")
+    if report["usage"] is not None:
+        _draw_usage(report["usage"], test, lower)
+    _save(figure, path)
+
+
+def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
+    """Draw what each class spends at each visit of a point, and the images that most and least is spent on."""
+    images = test.inputs.ndim == 4 and test.inputs.shape[1] in (1, 3)
+    left, right = figure.subfigures(1, 2) if images else (figure, None)
+    axis = left.subplots()
+    names = [f"{'all' if g['class'] is None else g['class']}  {g['macs_fraction']:.2f}" for g in usage["groups"]]
+    picture = axis.imshow(usage["by_column"], aspect="auto", vmin=0, vmax=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="point, and its visits one after the other", ylabel="class, and what it takes of the dense MACs")
+    routes = f"{usage['distinct_routes']} distinct routes, the commonest for {usage['commonest']:.0%}"
+    axis.set_title(f"{usage['policy']}, first seed, price {usage['price']:.3g}: {routes}", fontsize="medium")
+    left.colorbar(picture, label="spent, share of the dearest choice")
+    if right is None:
+        return
+    for name, mine, half in zip(
+        ("least", "most"), (usage["cheapest"], usage["dearest"]), right.subfigures(2, 1), strict=True
+    ):
+        half.suptitle(f"{name} is spent on", fontsize="medium")
+        grid = half.subplots(2, -(-len(mine) // 2), squeeze=False).flatten()
+        for axis in grid:
+            axis.set_axis_off()
+        for row, axis in zip(mine, grid, strict=False):
+            image = test.inputs[row].float().cpu().permute(1, 2, 0)
+            low, high = image.min(), image.max()
+            axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
+            if test.task == CLASSIFICATION:
+                axis.set_title(str(int(test.targets[row])), fontsize="small")
+
+
+def draw_comparison(result: dict[str, Any], path: Path) -> None:
+    """Draw the fronts, with the spread over seeds."""
+    figure, task = _new_figure(figsize=(7, 4.6)), TASKS[result["metric"]]
+    axis = figure.subplots()
+    for name, front in result["fronts"].items():
+        columns = zip(front["macs_fraction"], front["metric"], front["std"], strict=True)
+        rows = [row for row in columns if row[0] is not None]
+        if not rows:
+            continue
+        xs, ys, spread = zip(*rows, strict=True)
+        if name == "dense":
+            axis.axhline(task.factor * ys[0], color="grey", linewidth=0.8, label="dense")
+        else:
+            axis.errorbar(
+                xs, [task.factor * y for y in ys], yerr=[task.factor * s for s in spread],
+                fmt=style(name, result["kinds"].get(name)), label=name, capsize=2,
+            )  # fmt: skip
+    axis.set(xlabel="MACs, share of the dense network's", ylabel=f"test {task.heading}", yscale=task.axis)
+    axis.set_title(f"{result['decision']} on {result['data']}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)

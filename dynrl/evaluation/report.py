@@ -1,0 +1,267 @@
+"""A report of one or more runs of one backbone has figures as JSON, a picture, and a table to print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynrl.backbones import Backbone, load_backbone
+from dynrl.data import Dataset, load_dataset
+from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
+from dynrl.evaluation.scores import Score, Usage
+from dynrl.evaluation.timing import dense_sides, medians_in_turn
+from dynrl.files import write_json
+from dynrl.machine import commit, hardware
+from dynrl.progress import progress, talking
+from dynrl.runs import RunFolder, by_kind
+from dynrl.tasks import TASKS
+
+ROUNDS = 11  # each side is timed so often
+Run = str | Path | RunFolder
+
+
+def evaluate(
+    runs: Run | Iterable[Run],
+    *,
+    out: str | Path | None = None,
+    smaller: str | Path | None = None,
+    data: Dataset | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    dtype: str = "float32",
+    budgets: Sequence[float] = BUDGETS,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Evaluate runs of one backbone on the test split, beside all that they must beat.
+
+    Args:
+        runs: run folders, one or more.
+        out: a folder for `report.json` and `report.png`; None writes nothing.
+        smaller: a folder whose `plain.safetensors`, a smaller network, stands beside them.
+        data: the data set; None takes the runs' own by its name.
+        batch_size: rows of the batch that is timed.
+        device, dtype: of networks and inputs.
+        budgets: shares of the dense MACs at which contenders are asked.
+        show: whether to show progress.
+
+    Returns:
+        the report, JSON-able.
+
+    Raises:
+        ValueError: folders that are no runs, or do not belong in one report (see `by_kind`).
+    """
+    folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
+    if not folders:
+        raise ValueError("expected at least one run folder")
+    kinds = by_kind(folders)
+    dataset = load_dataset(folders[0].data) if data is None else data
+    ground = Ground(folders[0].pretrained, dataset, device, getattr(torch, dtype))
+    learned = [Learned(kind, [run.model for run in mine], ground) for kind, mine in kinds.items()]
+    beside = None if smaller is None else plain_network(smaller, dataset)
+    report = {
+        "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
+        "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
+        "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
+        **measure(ground, learned, folders[0].plain, beside, batch_size, budgets, show),
+    }  # fmt: skip
+    if out is not None:
+        from dynrl.evaluation.figures import draw_report
+
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(out) / "report.json", report)
+        draw_report(report, dataset.test, Path(out) / "report.png")
+    return report
+
+
+def _several(runs: Run | Iterable[Run]) -> list[Run]:
+    return [runs] if isinstance(runs, str | Path | RunFolder) else list(runs)
+
+
+def plain_network(folder: str | Path, dataset: Dataset) -> Backbone:
+    """Load the plain network in a folder of `dynrl pretrain`; a ValueError where it is for another data set."""
+    backbone, notes = load_backbone(Path(folder) / "plain.safetensors")
+    if notes.get("data") != dataset.name:
+        raise ValueError(f"{folder} was trained on {notes.get('data')!r}, these runs on {dataset.name!r}")
+    return backbone
+
+
+def measure(
+    ground: Ground,
+    learned: Sequence[Learned],
+    plain: Backbone | None = None,
+    smaller: Backbone | None = None,
+    batch_size: int = 256,
+    budgets: Sequence[float] = BUDGETS,
+    show: bool = False,
+) -> dict[str, Any]:
+    """Measure all figures of a report; docs/reports.md says what they mean.
+
+    Args:
+        ground: the pretrained network, and the data.
+        learned: policies, by kinds.
+        plain: the same network trained on its full route only.
+        smaller: a plain network of fewer MACs.
+        batch_size: rows of the batch that is timed.
+        budgets: at which contenders are asked.
+        show: whether to show progress.
+    """
+    dense = Dense(ground, plain, learned)
+    random, *others = rivals(ground, () if smaller is None else (smaller,), one_smaller=True)
+    everybody: list[Contender] = [dense, *learned, random, *others]
+    points = _Points(ground, ground.test.inputs[:batch_size])
+    total = sum(contender.passes(budgets) for contender in everybody) + ROUNDS
+    with talking(show), progress(total=total, desc="evaluating", unit="pass") as bar:
+        dense.prepare(bar.update)
+        _learned_and_random(points, learned, random, budgets, bar.update)
+        usage = _usage(learned[0], ground) if learned else None
+        for contender in others:
+            contender.prepare(bar.update)
+            for budget in contender.rows(budgets):
+                points.add(contender, budget, contender.reach(budget))
+                bar.update()
+        times = points.time(bar.update)
+    return {
+        "dense": _dense_figures(dense, times, points),
+        "points": points.rows,
+        "usage": usage,
+        "hardware": hardware(),
+    }
+
+
+class _Points:
+    """The rows of a report are collected here, and what is timed: each contender's first seed, on one batch."""
+
+    def __init__(self, ground: Ground, batch: torch.Tensor) -> None:
+        self.ground, self.batch, self.rows = ground, batch, list[dict[str, Any]]()
+        self._sides: dict[str, Callable[[], Any]] = {}
+
+    def add(self, contender: Contender, budget: float | None, reached: list[Reached] | None) -> float | None:
+        """Add a row, the mean over seeds, if the contender reached anything; return the share of MACs spent."""
+        if reached is None:
+            return None
+        scores = [Score.of(of.network, of.metric, of.macs, of.router, of.route) for of in reached]
+        metrics = torch.tensor([score.metric for score in scores], dtype=torch.float64)
+        macs = sum(score.macs_fraction for score in scores) / len(scores)
+        metric, first = self.ground.task.metric, reached[0]
+        name = len(self.rows)
+        self._sides[f"{name}/routed"] = first.start(self.batch)
+        route = first.route[: len(self.batch)].to(self.batch.device)
+        self._sides[f"{name}/ideal"] = first.network.ideal(self.batch, route)
+        self.rows.append(
+            {
+                "policy": contender.name, "kind": contender.kind and contender.kind.to_dict(), "price": first.price,
+                "budget": budget, "runs": len(scores), metric: float(metrics.mean()),
+                f"{metric}_std": float(metrics.std()) if len(scores) > 1 else 0.0,
+                "macs_fraction": macs, "mac_speedup": 1 / macs,
+                "router_fraction": sum(score.router_fraction for score in scores) / len(scores),
+                "distinct_routes": max(score.distinct_routes for score in scores),
+                "choice_rates": {tag: sum(s.rates[tag] for s in scores) / len(scores) for tag in scores[0].rates},
+            }
+        )  # fmt: skip
+        return macs
+
+    def time(self, tick: Callable[[], Any]) -> dict[str, float]:
+        """Time all rows and the dense network in turn, and put each row's times into it."""
+        dense = dense_sides(self.ground.network, self.batch)
+        with torch.inference_mode():
+            times = medians_in_turn(self._sides | dense, ROUNDS, tick, self.ground.wait)
+        fastest = min(times[name] for name in dense)
+        for i, row in enumerate(self.rows):
+            ms, ideal = times[f"{i}/routed"], times[f"{i}/ideal"]
+            row |= {"latency_ms": ms, "speedup": fastest / ms, "realised_ratio": ideal / ms}
+        return {name.removeprefix("dense "): times[name] for name in dense}
+
+
+def _learned_and_random(
+    points: _Points,
+    learned: Sequence[Learned],
+    random: Contender,
+    budgets: Sequence[float],
+    tick: Callable[[], Any],
+) -> None:
+    """Add the learned policies, budget by budget, and random routes that spend as much as the first of them did."""
+    for budget in (*budgets, None):
+        spent = None
+        for contender in learned:
+            if budget in contender.rows(budgets):
+                macs = points.add(contender, budget, contender.reach(budget))
+                spent = spent or macs
+            tick()
+        if spent:
+            points.add(random, budget, random.reach(spent))
+        tick()
+
+
+def _usage(contender: Learned, ground: Ground) -> dict[str, Any]:
+    """Tell where the first seed spends at half of the dense MACs, or at its lowest price."""
+    model = contender.models[0]
+    ends = [macs for _, macs in model.curve]
+    if contender.asked and min(ends) <= 0.5 <= max(ends):
+        model.set_budget(0.5)
+    elif model.price_range is not None:
+        model.set_price(model.price_range[0])
+    return {"policy": contender.name, "price": model.price, **asdict(Usage.of(model, ground.test))}
+
+
+def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> dict[str, Any]:
+    """Tell what each kind of dense network reaches on the test split, and how fast it is computed."""
+    metric, test = dense.ground.task.metric, dense.ground.test
+    own = {"pretrained", "plain"}
+    groups = {
+        "all_execute": dense.networks["pretrained"],
+        "plain": dense.networks.get("plain", []),
+        "tuned": [network for name, mine in dense.networks.items() if name not in own for network in mine],
+    }
+    return {
+        metric: mean_metric(dense.networks[dense.best], test),
+        "network": dense.best,
+        **{f"{name}_{metric}": mean_metric(mine, test) if mine else None for name, mine in groups.items()},
+        "macs": dense.ground.network.dense_macs,
+        "latency_ms": min(times.values()),
+        "latency_ms_by_side": times,
+        "batch_size": len(points.batch),
+    }
+
+
+def seeds_text(report: dict[str, Any]) -> str:
+    """Name the seeds behind each row."""
+    return "; ".join(f"{name} {', '.join(map(str, seeds))}" for name, seeds in report["seeds"].items())
+
+
+def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> str:
+    """Return the report as a table to print."""
+    dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
+    wide = max(len(p["policy"]) for p in report["points"])
+    lines = [
+        f"{report['decision']} on {report['data']}, test split, policy seeds: {seeds_text(report)}",
+        f"times: a batch of {dense['batch_size']} on {report['hardware']['threads']} threads",
+        f"{'policy':{wide}} {'budget':>6} {task.heading:>16} {'MACs':>6} {'ms':>8} {'speed-up':>9} {'of ideal':>9}",
+        f"{'dense':{wide}} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}",
+    ]
+    for p in report["points"]:
+        budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
+        spread = f"±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
+        lines.append(
+            f"{p['policy']:{wide}} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
+            f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
+        )
+    lines.append(
+        "MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those."
+    )
+    if (usage := report["usage"]) is not None:
+        spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}
+        least, most = (choose(spent, key=lambda of: spent[of]) for choose in (min, max))
+        between = f"; class {least} takes {spent[least]:.2f}, class {most} {spent[most]:.2f}" if len(spent) > 1 else ""
+        lines.append(
+            f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}"
+        )
+    for name in report["seeds"]:
+        missed = sorted(set(budgets) - {p["budget"] for p in report["points"] if p["policy"] == name})
+        if missed:
+            lines.append(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
+    return "\n".join(lines)

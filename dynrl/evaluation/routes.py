@@ -1,0 +1,204 @@
+"""Routes without a policy are random ones of a given cost, one for all inputs, or each input's best in hindsight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynrl.backbones import Backbone
+from dynrl.data import Split
+from dynrl.evaluation.scores import score_routes
+from dynrl.policies import RandomPolicy, StaticPolicy
+from dynrl.routes import draw_routes
+from dynrl.tasks import Task
+
+MOST_TRIES = 400  # passes over validation data that the greedy search for static routes may take
+PARTS = 16  # of the columns that `spaced_routes` keep: none, one sixteenth, ... all
+ORACLE_DRAWS = 24
+ORACLE_PRICE = 1e-3  # of the dense MACs, in the task's error: below what policies are told
+PROBED = 8  # rows that tell what a static route costs: choices may be closed to some inputs
+
+
+@torch.inference_mode()
+def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float | None:
+    """Find the rate at which random routes cost `macs_fraction` on average; None where they never do."""
+
+    def cost(rate: float) -> float:
+        routes = RandomPolicy(backbone.thrift, rate).route(inputs)
+        return float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
+
+    if not cost(0.0) <= macs_fraction <= cost(1.0):
+        return None
+    # By bisection in log-odds: of many choices all but the cheapest grow rare only as a power of a small rate.
+    low, high = -30.0, 30.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(_rate(middle)) < macs_fraction else (low, middle)
+    return _rate((low + high) / 2)
+
+
+def _rate(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
+
+
+class Found(NamedTuple):
+    """A find is a route for all inputs (or a network), with its share of the dense MACs and its metric."""
+
+    what: Any
+    macs_fraction: float
+    metric: float
+
+
+def affordable(found: Sequence[Found | tuple[Any, float, float]], budget: float, task: Task) -> Any:
+    """Choose what has the least error within `budget`, of equals the cheapest; None where nothing is so cheap."""
+    within = [(task.error(metric), macs, i) for i, (_, macs, metric) in enumerate(found) if macs <= budget]
+    return found[min(within)[2]][0] if within else None
+
+
+def cheapest_choices(backbone: Backbone) -> Tensor:
+    """Return the choice [columns] of each column that is the cheapest in the long run."""
+    return backbone.thrift.double().masked_fill(backbone.thrift < 0, math.inf).argmin(1)
+
+
+def static_tries(backbone: Backbone) -> int:
+    """Count the passes over the split that `static_routes` takes at most."""
+    greedy = _greedy_tries(backbone)
+    return greedy if greedy <= MOST_TRIES else len(spaced_routes(backbone))
+
+
+def _greedy_tries(backbone: Backbone) -> int:
+    steps = int((backbone.thrift >= 0).sum()) - backbone.columns  # each makes one choice of one column another
+    return 1 + steps * (steps + 1) // 2
+
+
+def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None) -> list[Found]:
+    """Find smaller networks on validation data: one route for all inputs each.
+
+    The search is greedy: from the full route, again and again the one change of one choice that lowers the cost and
+    keeps the log-likelihood highest, until no choice can be made cheaper. Where that may take more than `MOST_TRIES`,
+    the routes are those of `spaced_routes`.
+
+    Args:
+        backbone: what walks.
+        split: validation data.
+        tick: is called after each try.
+
+    Returns:
+        routes, actions for every column, from dear to cheap.
+    """
+
+    def probe(route: Sequence[int]) -> tuple[float, Tensor]:
+        """Return the share of the dense MACs, and [columns] whether a row comes there."""
+        inputs = split.inputs[:PROBED]
+        walk = backbone.run_route(inputs, torch.tensor([route]).expand(len(inputs), -1))
+        return float(walk.macs.double().mean()) / backbone.dense_macs, (walk.route >= 0).any(0)
+
+    def judge(route: tuple[int, ...]) -> tuple[float, float]:
+        """Return mean log-likelihood and metric."""
+        tick()
+        walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        return float(walked.likely.mean()), float(walked.metric.mean())
+
+    if _greedy_tries(backbone) > MOST_TRIES:
+        found = [Found(route, probe(route)[0], judge(route)[1]) for route in spaced_routes(backbone)]
+        return sorted(found, key=lambda of: -of.macs_fraction)
+    route = _full_route(backbone)
+    cost, reached = probe(route)
+    found = [Found(route, cost, judge(route)[1])]
+    while True:
+        tried = []
+        for other in _changes(backbone, route, reached):
+            less, where = probe(other)
+            if less < cost:
+                tried.append((*judge(other), other, less, where))
+        if not tried:
+            return found
+        _, metric, route, cost, reached = max(tried, key=lambda of: of[:3])
+        found.append(Found(route, cost, metric))
+
+
+def _full_route(backbone: Backbone) -> tuple[int, ...]:
+    """Return the dense network's actions; where it never comes, the dearest choice for rows that do."""
+    full, dearest = torch.tensor(backbone.full_route), backbone.thrift.argmax(1)
+    return tuple(torch.where(full >= 0, full, dearest).tolist())
+
+
+def _changes(backbone: Backbone, route: tuple[int, ...], reached: Tensor) -> list[tuple[int, ...]]:
+    """List all routes that change one choice in a column where rows come, to one that its point has."""
+    exists = (backbone.thrift >= 0).tolist()
+    return [
+        (*route[:column], choice, *route[column + 1 :])
+        for column in reached.nonzero().flatten().tolist()
+        for choice in range(backbone.num_choices)
+        if exists[column][choice] and choice != route[column]
+    ]
+
+
+def spaced_routes(backbone: Backbone) -> list[tuple[int, ...]]:
+    """Give static routes for long walks: the full route's choice in some columns, the cheapest in all others.
+
+    Kept are the first columns, the last or evenly spaced ones, from all of them to none.
+    """
+    columns = backbone.columns
+    cheapest, full = cheapest_choices(backbone).tolist(), _full_route(backbone)
+    routes: dict[tuple[int, ...], None] = {}  # in order, each once
+    for part in range(PARTS + 1):
+        count = round(columns * part / PARTS)
+        for kept in (
+            range(count),
+            range(columns - count, columns),
+            [t for t in range(columns) if (t + 1) * count // columns > t * count // columns],
+        ):
+            routes[tuple(full[t] if t in kept else cheapest[t] for t in range(columns))] = None
+    return list(routes)
+
+
+def uniform_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None) -> list[Found]:
+    """Give the static routes that make the same choice everywhere, such as the best single expert.
+
+    Where a choice is closed, or the point has none of that number, the nearest runs in its place.
+
+    Returns:
+        routes from dear to cheap, of equally dear ones the best first. `tick` is called after each.
+    """
+    found = []
+    for choice in range(backbone.num_choices):
+        route = (choice,) * backbone.columns
+        walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
+        found.append(Found(route, float(walked.macs.mean()), float(walked.metric.mean())))
+        tick()
+    return sorted(found, key=lambda of: (-of.macs_fraction, split.task.error(of.metric)))
+
+
+def oracle_candidates(backbone: Backbone, static: Sequence[Found], drawn: int = ORACLE_DRAWS) -> list[tuple[int, ...]]:
+    """Give what the oracle chooses from: the routes of `static_routes`, and `drawn` at random, from cheap to dear."""
+    routes = draw_routes(backbone.thrift, torch.linspace(0, 1, drawn), torch.Generator().manual_seed(0))
+    return [route for route, _, _ in static] + [tuple(route) for route in routes.tolist()]
+
+
+def oracle_routes(
+    backbone: Backbone, split: Split, candidates: list[tuple[int, ...]], tick: Callable[[], Any] = lambda: None
+) -> Tensor:
+    """Choose for each input the candidate route with the least `Task.error`, at `ORACLE_PRICE` for its MACs.
+
+    It sees the targets. In classification that is the cheapest route that is right, else the cheapest of all. In
+    regression errors are of any size, and without a price the oracle would pay the dense network's compute for the last
+    digit.
+
+    Returns:
+        [n, columns].
+    """
+    best = torch.full((len(split),), math.inf)
+    chosen = torch.zeros(len(split), backbone.columns, dtype=torch.int64)
+    for candidate in candidates:
+        walked = score_routes(backbone, StaticPolicy(candidate).route(split.inputs), split)
+        cost = split.task.error(walked.metric) + ORACLE_PRICE * walked.macs
+        better = cost < best
+        best = torch.where(better, cost, best)
+        chosen[better] = torch.tensor(candidate)
+        tick()
+    return chosen

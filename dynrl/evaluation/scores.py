@@ -1,0 +1,145 @@
+"""Scores tell how good a routed model is on a split, what it spends, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynrl.backbones import Backbone, choice_rates
+from dynrl.data import Split
+from dynrl.deploy import Route, RoutedModel
+from dynrl.tasks import CLASSIFICATION
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score is one pass over a split, in means.
+
+    Attributes:
+        metric: the task's.
+        macs_fraction: MACs over the dense network's, the router's included.
+        router_fraction: the router's share of that.
+        distinct_routes: how many different routes the rows took.
+        rates: how often each choice was taken, see `choice_rates`.
+    """
+
+    metric: float
+    macs_fraction: float
+    router_fraction: float
+    distinct_routes: int
+    rates: dict[str, float]
+
+    @classmethod
+    def of(cls, backbone: Backbone, metric: Tensor, macs: Tensor, router: Tensor, routes: Tensor) -> Score:
+        """Average what each row reached and spent [n], and count what `routes` [n, columns] tell."""
+        rates = choice_rates(backbone.points, routes)
+        return cls(float(metric.mean()), float(macs.mean()), float(router.mean()), len(routes.unique(dim=0)), rates)
+
+
+def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
+    """Send each row of `split` through the plugged model once."""
+    metric, route = score_rows(model, split, batch_size)
+    return Score.of(model.backbone, metric, route.macs_fraction, route.router_fraction, route.actions)
+
+
+def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple[Tensor, Route]:
+    """Return the same row by row, on the CPU: the task's metric [n], and the route of the whole split."""
+    metric, routes = [], []
+    for inputs, targets in _batches(batch_size, split.inputs, split.targets):
+        metric.append(split.task.score(model(inputs).float(), targets))
+        assert model.last_route is not None
+        routes.append(model.last_route)
+    actions, macs, router = (
+        torch.cat([getattr(r, name) for r in routes]).cpu() for name in ("actions", "macs", "router_macs")
+    )
+    return torch.cat(metric).cpu(), Route(actions, macs, router, routes[0].dense_macs)
+
+
+class Walked(NamedTuple):
+    """A walked split has these figures for each row.
+
+    Attributes:
+        metric: [n], the task's.
+        likely: [n], log-likelihood of the target.
+        macs: [n], MACs over the dense network's.
+        route: [n, columns], what ran; -1 where a row never was.
+    """
+
+    metric: Tensor
+    likely: Tensor
+    macs: Tensor
+    route: Tensor
+
+
+@torch.inference_mode()
+def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256) -> Walked:
+    """Walk each input of `split` along its row of `routes` [n, columns]; what is returned is on the CPU."""
+    task, parts = split.task, []
+    for inputs, targets, route in _batches(batch_size, split.inputs, split.targets, routes):
+        walk = backbone.run_route(inputs, route)
+        assert walk.outputs is not None
+        outputs = walk.outputs.float()
+        scored = (task.score(outputs, targets), task.log_likelihood(outputs, targets))
+        parts.append((*scored, walk.macs / backbone.dense_macs, walk.route))
+    return Walked(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def _batches(size: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(column.split(size) for column in columns), strict=True)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Usage tells where a routed model spends its compute on a split, and on which inputs.
+
+    Attributes:
+        groups: [{"class", "inputs", the metric, "macs_fraction", "choice_rates"}], one for each class. In a regression
+            there is one group for all inputs, and its class is None.
+        by_column: [groups, columns], what is spent at each visit of a point, as a share of its dearest choice; 0 where
+            an input never was.
+        cheapest, dearest: rows of the split by what was spent on them, the extreme first.
+        distinct_routes: how many different routes the inputs take.
+        commonest: share of the inputs that take the commonest route.
+    """
+
+    groups: list[dict[str, Any]]
+    by_column: list[list[float]]
+    cheapest: list[int]
+    dearest: list[int]
+    distinct_routes: int
+    commonest: float
+
+    @classmethod
+    def of(cls, model: RoutedModel, split: Split, shown: int = 8) -> Usage:
+        """Describe a model at its present price; `shown` rows are named at either end."""
+        metric, route = score_rows(model, split)
+        macs, actions, classes = route.macs_fraction, route.actions, split.targets.cpu()
+        spent = _column_shares(model.backbone, actions)
+        groups: list[dict[str, Any]] = []
+        by_column = []
+        for name in classes.unique().tolist() if split.task == CLASSIFICATION else [None]:
+            mine = torch.ones(len(macs), dtype=torch.bool) if name is None else classes == name
+            groups.append(
+                {
+                    "class": name, "inputs": int(mine.sum()), split.task.metric: float(metric[mine].mean()),
+                    "macs_fraction": float(macs[mine].mean()),
+                    "choice_rates": choice_rates(model.backbone.points, actions[mine]),
+                }
+            )  # fmt: skip
+            by_column.append(spent[mine].mean(0).tolist())
+        order = macs.argsort(stable=True).tolist()
+        _, counts = actions.unique(dim=0, return_counts=True)
+        commonest = float(counts.max() / len(actions))
+        return cls(groups, by_column, order[:shown], order[-shown:][::-1], len(counts), commonest)
+
+
+def _column_shares(backbone: Backbone, actions: Tensor) -> Tensor:
+    """Divide what `actions` [n, columns] cost by the dearest choice of each one's own column; 0 for -1."""
+    table = backbone.column_costs
+    dearest = table.amax(1).clamp_min(1)  # a point whose choices all cost nothing spends nothing
+    costs = table.gather(1, actions.t().clamp_min(0)).t()
+    return torch.where(actions >= 0, costs / dearest, 0.0)

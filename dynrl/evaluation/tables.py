@@ -1,0 +1,164 @@
+"""These functions write reports and comparisons as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
+
+from dynrl.deploy import SHIPPED, shipped
+from dynrl.evaluation.intervals import verdict
+from dynrl.evaluation.report import seeds_text
+from dynrl.files import read_json
+from dynrl.tasks import CLASSIFICATION, TASKS
+
+HALF = 0.5  # of the dense MACs
+
+
+def report_table(report: Mapping[str, Any]) -> list[str]:
+    """Write one report: a row for each contender, a column for each budget, and times at half of the dense MACs."""
+    metric = report["metric"]
+    budgets = sorted({p["budget"] for p in report["points"]} - {None})
+    lines = [
+        f"| {TASKS[metric].heading}, by budget | {' | '.join(map(str, budgets))} | other MACs | speed-up | of ideal |",
+        "|" + "---|" * (len(budgets) + 4),
+    ]
+    for text, value in _full_networks(report):
+        lines.append(f"| {text} |{' |' * len(budgets)} {TASKS[metric].show(value)} at 1.00 | | |")
+    for name in dict.fromkeys(p["policy"] for p in report["points"] if p["policy"] != "uniform"):
+        mine = {p["budget"]: p for p in report["points"] if p["policy"] == name}
+        cells = [_reached(mine[budget], metric) if budget in mine else "" for budget in budgets]
+        own, timed = mine.get(None), mine.get(HALF, mine.get(None))
+        cells.append("" if own is None else f"{_reached(own, metric)} at {own['macs_fraction']:.2f}")
+        cells += ["", ""] if timed is None else [f"{timed[of]:.2f}" for of in ("speedup", "realised_ratio")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    dense, hardware = report["dense"], report["hardware"]
+    lines += ["", f"Policy seeds: {seeds_text(dict(report))}. {report['date']}, batch {dense['batch_size']}, "
+              f"{hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."]  # fmt: skip
+    return lines
+
+
+def _full_networks(report: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the networks of a report that run in full, each with its metric; no choice of the best is made here."""
+    named = {"plain": "plain network", "all_execute": "full route, pretrained", "tuned": "full route, tuned"}
+    found = [(text, report["dense"].get(f"{name}_{report['metric']}")) for name, text in named.items()]
+    return [(text, value) for text, value in found if value is not None]
+
+
+def _reached(point: Mapping[str, Any], metric: str) -> str:
+    show, spread = TASKS[metric].show, point[f"{metric}_std"]
+    return show(point[metric]) + (f" ±{show(spread)}" if spread else "")
+
+
+def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Write each report, by its folder, in one row: what it says at half of the dense MACs.
+
+    The learned policy is the fine-tuned one where there is one. The strongest rival is the most accurate of the rest:
+    gates, rules of thumb, and a smaller plain network.
+    """
+    lines = [
+        "| report | plain network | learned, half of its MACs | random | static | strongest rival | speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for folder, report in reports.items():
+        metric = report["metric"]
+        task = TASKS[metric]
+        half = [p for p in report["points"] if p["budget"] in (HALF, None)]
+        best = max if metric == CLASSIFICATION.metric else min
+        mine = [p for p in half if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
+        learned = best(mine, key=itemgetter(metric))
+        random, static = (_at_half(report, name) for name in ("random", "static"))
+        rest = [p for p in half if p not in mine and p["policy"] not in ("random", "static", "uniform", "oracle")]
+        rival = best(sorted(rest, key=lambda p: p["kind"] is not None), key=itemgetter(metric), default=None)
+        cells = [
+            task.show(report["dense"][f"plain_{metric}"]),
+            f"**{task.show(learned[metric])}**" + (" tuned" if learned["kind"]["tuned"] else ""),
+            task.show(random[metric]), task.show(static[metric]),
+            "" if rival is None else f"{rival['policy']} {task.show(rival[metric])}", f"{learned['speedup']:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| [{report['decision']}, {report['data']}](results/{folder}) | {' | '.join(cells)} |")
+    return lines
+
+
+def demo_table(report: Mapping[str, Any]) -> list[str]:
+    """Write one report at half of the dense MACs, in four rows: dense, learned, random, static."""
+    dense, metric = report["dense"], report["metric"]
+    task = TASKS[metric]
+    lines = [
+        f"| policy | {task.heading} | MACs | ms | speed-up |",
+        "|---|---|---|---|---|",
+        f"| dense | {task.show(dense[metric])} | 1.00 | {dense['latency_ms']:.1f} | 1.00 |",
+    ]
+    for name in ("learned", "random", "static"):
+        p = _at_half(report, name)
+        lines.append(
+            f"| {name} | {task.show(p[metric])} | {p['macs_fraction']:.2f} | {p['latency_ms']:.1f} "
+            f"| {p['speedup']:.2f} |"
+        )
+    return lines
+
+
+def _at_half(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = [p for p in report["points"] if p["policy"] == name]
+    return min(found, key=lambda p: abs(p["budget"] - HALF))
+
+
+def comparison_table(results: list[dict[str, Any]]) -> list[str]:
+    """Write what comparisons say of areas under the fronts and of half of the dense MACs."""
+    lines = [
+        "| decision, data | policy (seeds) | less (seeds) | area, 0.3 to 0.9 of the MACs | at half | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        show, seeds = TASKS[result["metric"]].show, result["seeds"]
+        for row in result["differences"]:
+            if row["rival"] == "oracle":
+                continue
+            policy, rival = (
+                f"{name} ({len(seeds[name])})" if name in seeds else name for name in (row["policy"], row["rival"])
+            )
+            cells = [
+                f"{show(of['difference'])} [{show(of['low'])}, {show(of['high'])}]" if (of := row.get(at)) else ""
+                for at in ("area", "0.5")
+            ]
+            lines.append(
+                f"| {result['decision']}, {result['data']} | {policy} | {rival} | {' | '.join(cells)} "
+                f"| {verdict(row['area']) if 'area' in row else ''} |"
+            )
+    dates = sorted({result["date"] for result in results})
+    return [*lines, "", f"{', '.join(dates)}; accuracy in points, mse in its own units turned so that more is better."]
+
+
+def one_price_table(results: list[dict[str, Any]]) -> list[str]:
+    """Write policies for all prices beside those for one, at equal MACs."""
+    lines = [
+        "| decision, data | at one price | MACs | alone | for all prices | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        show = TASKS[result["metric"]].show
+        for row in sorted(result["one_price"], key=lambda row: row["one_price_macs_fraction"]):
+            lines.append(
+                f"| {result['decision']}, {result['data']} | {row['price']:g} | {row['one_price_macs_fraction']:.2f} "
+                f"| {show(row['one_price_metric'])} | {show(row['metric'])} "
+                f"| {show(row['difference'])} [{show(row['low'])}, {show(row['high'])}] |"
+            )
+    return lines
+
+
+def shipped_table() -> list[str]:
+    """Write what the reports of the models in the package say at half of the dense MACs."""
+    lines = [
+        "| `dynrl.load` | kB | its full route | at half of the MACs | random routes | static | speed-up, batch 256 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in shipped():
+        report = read_json(SHIPPED / name / "report.json")
+        size = sum(file.stat().st_size for file in (SHIPPED / name).glob("*.safetensors")) / 1e3
+        half = [p for p in report["points"] if p["budget"] == 0.5]
+        learned = next(p for p in half if p["kind"] is not None)
+        rivals = [next(p for p in half if p["policy"] == rival) for rival in ("random", "static")]
+        own = report["dense"]["tuned_accuracy"] or report["dense"]["all_execute_accuracy"]
+        cells = [f"{100 * accuracy:.2f} %" for accuracy in (own, *(p["accuracy"] for p in (learned, *rivals)))]
+        lines.append(f"| `{name}` | {size:.0f} | {' | '.join(cells)} | {learned['speedup']:.2f} |")
+    return lines

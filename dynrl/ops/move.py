@@ -1,0 +1,169 @@
+"""How the ops move rows, when some rows of a batch are computed and the rest stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from dynrl.ops.backend import may_look
+from dynrl.ops.costs import COSTS
+
+Block = Callable[[Tensor], Tensor]
+
+
+def keep_rows(chosen: Tensor, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+    """The chosen rows of each tensor, in their memory format. Differentiable. MACs: 0.
+
+    Args:
+        chosen: [n] bool.
+        tensors: [n, ...] each.
+
+    Returns:
+        [k, ...] each: the very tensors where all rows are chosen (or there are none), and None where no row is. Traced
+        code, which cannot ask how many rows are chosen, always gets tensors.
+
+    Raises:
+        ValueError: inside `device_counts`, where the host must not learn how many rows are chosen.
+    """
+    if not (is_compiling() or may_look()):
+        raise ValueError("the host must know how many rows go on here, which a CUDA graph does not let it: no capture")
+    index = chosen.nonzero().squeeze(1)
+    if not is_compiling():
+        if len(index) == len(chosen):
+            return tensors
+        if len(index) == 0:
+            return None
+    return tuple(take_rows(tensor, index) for tensor in tensors)
+
+
+def apart(x: Tensor, other: Tensor) -> Tensor:
+    """`x`, or a copy of it where it may lie in the memory of `other`: writing to the result leaves `other` alone.
+
+    Whether a layer copies may depend on strides. Traced code has no addresses, and always copies.
+    """
+    return x.clone() if is_compiling() or x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() else x
+
+
+def compute_rows(x: Tensor, index: Tensor, block: Block) -> Tensor:
+    """`x` after `x[index] = block(x[index])`, for an `index` that rises. Differentiable.
+
+    Where no gradient is recorded, `x` is overwritten and returned, and `block` may overwrite what it is given. A block
+    with large weights says so in an attribute `weight_bytes`.
+    """
+    if not (torch.is_grad_enabled() or is_compiling()):
+        return compute_groups(x, index, ((block, 0, len(index)),))
+    last, flat = _channels_last(x), as_rows(x)
+    rows = flat.index_select(0, index)
+    done = block(rows.permute(0, 3, 1, 2) if last else rows)
+    flat = flat.index_copy(0, index, (done.permute(0, 2, 3, 1) if last else done).to(x.dtype))
+    return flat.permute(0, 3, 1, 2) if last else flat
+
+
+def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, int]]) -> Tensor:
+    """`x` after `x[i] = block(x[i])` for i in `order[start:end]`, for each (block, start, end); in place.
+
+    The groups follow each other, and together they make up `order`. No gradients are recorded.
+    """
+    count = len(order)
+    if count == 0:  # compiled code comes here without having looked
+        return x
+    if x.is_cuda:
+        return compute_copies(x, order, groups)
+    row_bytes, weight_bytes = x.stride(0) * x.element_size(), 0
+    for block, start, end in groups:
+        weight_bytes += getattr(block, "weight_bytes", 0) * (end - start) // count
+    size = COSTS.piece_rows(count, row_bytes, weight_bytes)
+    if COSTS.stays(row_bytes, weight_bytes):
+        for block, start, end in groups:
+            _compute_in_place(x, order[start:end].tolist(), block, size)
+        return x
+    last, flat = _channels_last(x), as_rows(x)
+    for begin in range(0, count, size):
+        part = order if size >= count else order[begin : begin + size]
+        held = flat.index_select(0, part)
+        rows = held.permute(0, 3, 1, 2) if last else held
+        for block, start, end in groups:
+            start, end = start - begin, end - begin
+            if start < size and end > 0:
+                given = rows[max(start, 0) : end]
+                done = block(given)
+                if done is not given:
+                    given.copy_(done)
+        put_rows(flat, part, held)
+    return x
+
+
+def compute_copies(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, int]]) -> Tensor:
+    """`compute_groups` by a copy of each group's rows, which is best on CUDA."""
+    last, flat = _channels_last(x), as_rows(x)
+    for block, start, end in groups:
+        index = order[start:end]
+        rows = flat.new_empty(end - start, *flat.shape[1:])
+        words, into = _words(flat), _words(rows)
+        if words is None or into is None:
+            torch.index_select(flat, 0, index, out=rows)
+        else:
+            torch.index_select(words, 0, index, out=into)
+        done = block(rows.permute(0, 3, 1, 2) if last else rows).to(x.dtype)
+        put_rows(flat, index, (done.permute(0, 2, 3, 1) if last else done).contiguous())
+    return x
+
+
+def moves_nothing(x: Tensor, block: Block) -> bool:
+    """Whether `compute_rows` computes rows like `x`'s where they lie."""
+    return COSTS.stays(x.stride(0) * x.element_size(), getattr(block, "weight_bytes", 0))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """A view of `x`, each of whose rows is moved as one run of memory."""
+    return x.permute(0, 2, 3, 1) if _channels_last(x) else x
+
+
+def _compute_in_place(x: Tensor, index: list[int], block: Block, size: int) -> None:
+    """Compute large rows where they lie, one run of neighbours after the other: more starts, but nothing is moved."""
+    start = index[0]
+    for row, after in zip(index, [*index[1:], -1], strict=True):
+        if after != row + 1 or row + 1 - start == size:
+            part = x[start : row + 1]
+            done = block(part)
+            if done is not part:
+                part.copy_(done)
+            start = after
+
+
+def _channels_last(x: Tensor) -> bool:
+    # A row must be moved as one run of memory: index_select on a channels_last tensor copies element by element
+    # and hands back a contiguous one, which every layer after it would convert again.
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _words(x: Tensor) -> Tensor | None:
+    """[n, ...] as [n, words of 16 bytes]; None where rows are not made up of such words."""
+    # Rows are moved one element at a time, by index_put_ on the CPU and by CUDA: larger elements are faster.
+    if not x.is_contiguous() or (x.stride(0) * x.element_size() | x.data_ptr()) % 16:
+        return None
+    return x.view(len(x), -1).view(torch.complex128)
+
+
+def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """`x` after `x[index] = rows`, in place, for `x` and `rows` [n, ...] of one type."""
+    if rows.numel() >= COSTS.words:
+        words, given = _words(x), _words(rows)
+        if words is not None and given is not None:
+            if x.is_cuda:
+                words.index_copy_(0, index, given)
+            else:
+                words.index_put_((index,), given)
+            return x
+    return x.index_copy_(0, index, rows)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]`, in the memory format of `x`. Differentiable."""
+    if is_compiling():  # a tensor whose size is data cannot be asked for its memory format
+        return x.index_select(0, index)
+    rows = as_rows(x).index_select(0, index)
+    return rows.permute(0, 3, 1, 2) if _channels_last(x) else rows

@@ -1,0 +1,233 @@
+"""A run folder holds the files of one training; its kind says what was trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dynrl.backbones import Backbone, load_backbone
+from dynrl.deploy import LATENCY, RoutedModel, check_match
+from dynrl.files import read_json
+from dynrl.policies import LearnedPolicy, load_policy
+
+
+@dataclass(frozen=True)
+class RunKind:
+    """A kind is what a run is, whatever its seed: runs of one kind are seeds of one another.
+
+    Attributes:
+        agent: what learned.
+        policy: what the policy sees: each step, or the input alone ("upfront").
+        baseline: what rewards were compared with.
+        reward: the reward's name.
+        price: the only price it was trained at; None for a range.
+        cost: what the price is of, "macs" or "time".
+        tuned: whether its backbone was trained on, too.
+        finished: whether training came to its end.
+    """
+
+    agent: str = "ppo"
+    policy: str = "sequential"
+    baseline: str = "value"
+    reward: str = "distillation"
+    price: float | None = None
+    cost: str = "macs"
+    tuned: bool = False
+    finished: bool = True
+
+    @property
+    def label(self) -> str:
+        """Name it as reports do: "learned", and what differs from the default."""
+        words = ["learned" if self.agent == "ppo" else self.agent]
+        words += [word for word, usual in ((self.policy, "sequential"), (self.baseline, "value")) if word != usual]
+        words += [self.reward] if self.reward != "distillation" else []
+        words += [f"by {self.cost}"] if self.cost != "macs" else []
+        words += [f"at {self.price:g}"] if self.price is not None else []
+        words += ["tuned"] if self.tuned else []
+        words += [] if self.finished else ["unfinished"]
+        return " ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its fields, for a report."""
+        return asdict(self)
+
+
+def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind:
+    """Read a run's kind off its settings (`RunFolder.settings`)."""
+    low, high = settings["price_range"]
+    return RunKind(
+        agent=settings["agent"],
+        policy=settings["policy"],
+        baseline=settings["baseline"],
+        reward=settings["reward"],
+        price=low if low == high else None,
+        cost=settings["cost"],
+        tuned=tuned,
+        finished=finished,
+    )
+
+
+# Settings in which seeds of one kind may differ; `network` is what the backbone says itself.
+FREE = {"seed", "num_env_runners", "network"}
+
+
+class RunFolder:
+    """A run folder reads and checks each of its files once, when it is first asked for.
+
+    Attributes:
+        path: the folder.
+        config_file: the settings it was made with.
+        backbone_file: the backbone that its policy was trained for.
+        pretrained_file: that backbone as it was before any fine-tuning.
+        plain_file: the same network trained on its full route only.
+        policy_file, checkpoints, times_file, latency_file, report_file: as their names say.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
+        self.config_file, self.checkpoints = path / "config.json", path / "checkpoints"
+        self.backbone_file, self.plain_file = path / "backbone.safetensors", path / "plain.safetensors"
+        self.policy_file, self.report_file = path / "policy.safetensors", path / "report.json"
+        self.times_file, self.latency_file = path / "times.json", path / LATENCY
+        self.kept_file = path / "backbone-pretrained.safetensors"  # written when fine-tuning begins
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def pretrained_file(self) -> Path:
+        """The backbone's file from before any fine-tuning: the one that was put aside, if there was any."""
+        return self.kept_file if self.kept_file.is_file() else self.backbone_file
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Return what `config.json` holds.
+
+        Raises:
+            ValueError: it is no run folder, or no run of `dynrl train`.
+        """
+        if not self.config_file.is_file():
+            raise ValueError(f"{self} is no run folder: it has no config.json")
+        config = read_json(self.config_file)
+        if not isinstance(config, dict) or not {"decision", "data", "seed"} <= set(flat(config)):
+            raise ValueError(f"{self.config_file} is not what dynrl train writes")
+        if "agent" not in flat(config) and not self.policy_file.is_file():
+            raise ValueError(
+                f"{self} is from dynrl pretrain, it holds no policy; train one: "
+                f"dynrl train {flat(config)['decision']} --backbone {self}"
+            )
+        return config
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by their own names, whatever group they stand in."""
+        return flat(self.config)
+
+    @property
+    def decision(self) -> str:
+        """What is decided."""
+        return str(self.settings["decision"])
+
+    @property
+    def data(self) -> str:
+        """The data set's name."""
+        return str(self.settings["data"])
+
+    @property
+    def seed(self) -> int:
+        """The policy's seed."""
+        return int(self.settings["seed"])
+
+    @cached_property
+    def _backbone(self) -> tuple[Backbone, dict[str, Any]]:
+        return load_backbone(self.backbone_file)
+
+    @cached_property
+    def _policy(self) -> tuple[LearnedPolicy, dict[str, Any]]:
+        return load_policy(self.policy_file)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone that the policy was trained for."""
+        return self._backbone[0]
+
+    @cached_property
+    def pretrained(self) -> Backbone:
+        """That backbone as it was before any fine-tuning."""
+        return load_backbone(self.kept_file)[0] if self.kept_file.is_file() else self.backbone
+
+    @cached_property
+    def plain(self) -> Backbone | None:
+        """The same network trained on its full route only; None where the folder has none."""
+        return load_backbone(self.plain_file)[0] if self.plain_file.is_file() else None
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether it holds a policy whose training came to its end."""
+        return self.policy_file.is_file() and bool(self._policy[1]["finished"])
+
+    @cached_property
+    def model(self) -> RoutedModel:
+        """The backbone with the policy plugged in."""
+        policy, metadata = self._policy
+        check_match(self.policy_file, metadata, self.backbone)
+        return RoutedModel(self.backbone, policy, [(float(price), float(macs)) for price, macs in metadata["curve"]])
+
+    @property
+    def kind(self) -> RunKind:
+        """Tell what kind of run it is.
+
+        Raises:
+            ValueError: it was fine-tuned, and the backbone from before is not there to compare with.
+        """
+        if self.settings["finetune"] and not self.kept_file.is_file():
+            raise ValueError(
+                f"{self} was fine-tuned, but its {self.kept_file.name} is not there: evaluate the run it was copied "
+                "from"
+            )
+        # By the backbone's own notes: a run that was killed while it was fine-tuned still has its frozen policy.
+        return kind_of(self.settings, "rounds" in self._backbone[1], self.finished)
+
+    def drop_half_made(self) -> None:
+        """Remove a folder that a kill left without its settings, which are written before anything is trained."""
+        if self.path.is_dir() and not self.config_file.is_file():
+            shutil.rmtree(self.path)
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the groups of nested settings beside one another: {"learning": {"agent": ...}} becomes {"agent": ...}."""
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        settings |= flat(value) if isinstance(value, dict) else {name: value}
+    return settings
+
+
+def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
+    """Sort runs of one backbone by their kinds, in the order in which they come.
+
+    Raises:
+        ValueError: runs of several backbones or data sets, or that are not what `dynrl train` writes; runs of one kind
+            that were not trained alike, or one seed twice.
+    """
+    runs = list(runs)
+    for run in runs:
+        _ = run.config  # what is no run is named before any larger file is read
+    if len({run.pretrained.fingerprint() for run in runs}) > 1 or len({run.data for run in runs}) > 1:
+        raise ValueError("these runs have different backbones or data sets; only policies of one backbone compare")
+    kinds: dict[RunKind, list[RunFolder]] = {}
+    for run in runs:
+        alike = kinds.setdefault(run.kind, [])
+        if alike:
+            first, mine = alike[0].settings, run.settings
+            differ = {name for name in mine if mine[name] != first.get(name)} - FREE
+            if differ:
+                both = f"{alike[0]} and {run} are both {run.kind.label!r}"
+                raise ValueError(f"{both} and differ in {sorted(differ)}; report them apart")
+        if run.seed in [other.seed for other in alike]:
+            raise ValueError(f"{run} is {run.kind.label!r} of seed {run.seed} a second time; leave one of them out")
+        alike.append(run)
+    return kinds

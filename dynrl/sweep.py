@@ -1,0 +1,156 @@
+"""A sweep searches settings of training with Ray Tune: runs side by side, the poor ones stopped early."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynrl.agents.base import open_agent
+from dynrl.backbones import Backbone
+from dynrl.data import Split, load_dataset
+from dynrl.deploy import RoutedModel
+from dynrl.evaluation import COMPARED, calibrate, cheapest_choices, score_routes, score_rows
+from dynrl.evaluation.intervals import Front, area
+from dynrl.files import read_json, write_json
+from dynrl.policies import LearnedPolicy
+from dynrl.runs import RunFolder
+from dynrl.settings import Settings
+
+NUMBERS = {"learning_rate": float, "entropy": float, "hidden": int, "num_envs": int, "steps": int}
+VARIED = (*NUMBERS, "reward", "baseline")
+QUARTERS = 4
+
+
+def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
+    """Read settings NAME=VALUE,VALUE... and return every combination of their values, by names.
+
+    Raises:
+        ValueError: a name that is not in `VARIED` or comes twice, no value, one that comes twice, or no number.
+    """
+    choices: dict[str, list[Any]] = {}
+    for setting in vary:
+        name, _, words = setting.partition("=")
+        if name not in VARIED or not words or name in choices:
+            raise ValueError(
+                f"expected --vary NAME=VALUE,... with names of {', '.join(VARIED)}, once each; got {setting}"
+            )
+        try:
+            choices[name] = [NUMBERS.get(name, str)(word) for word in words.split(",")]
+        except ValueError:
+            raise ValueError(f"expected numbers for {name}, got {words}") from None
+        if len(set(choices[name])) < len(choices[name]):
+            raise ValueError(f"expected each value of {name} once, got {words}")
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def check_same(out: Path, common: dict[str, Any]) -> None:
+    """Keep in `out` what all its runs have in common; a ValueError for a sweep that goes on with something else."""
+    kept = out / "sweep-settings.json"
+    if kept.is_file() and (before := read_json(kept)) != common:
+        changed = [name for name in common if before.get(name) != common[name]]
+        raise ValueError(f"{out} is a sweep with another {', '.join(changed)}; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(kept, common)
+
+
+def search(runs: Sequence[str], out: Path) -> list[dict[str, Any]]:
+    """Train all run folders by Ray Tune, whose own files go to `out/tune-*`.
+
+    Returns:
+        a row each, those that came furthest first, and of them the best. Runs that failed are named on stderr, and have
+        none.
+
+    Raises:
+        ValueError: all failed.
+    """
+    task = load_dataset(RunFolder(runs[0]).data).task
+    ended = _tuned(runs, out, "max" if task.error(1.0) < task.error(0.0) else "min")
+    failed = [of for of in ended if of.error is not None]
+    for of in failed:
+        run, reason = Path((of.config or {}).get("run", of.path)).name, str(of.error).strip().rpartition("\n")[2]
+        print(f"{run} failed: {reason}", file=sys.stderr)
+    if failed and len(failed) == len(ended):
+        raise ValueError(f"all {len(failed)} runs failed, for the reasons above")
+    last = [metrics for of in ended if of.error is None and "area" in (metrics := of.metrics or {})]
+    rows = [{name: of[name] for name in ("run", "quarter", "steps", "seconds", "area")} for of in last]
+    return sorted(rows, key=lambda row: (-row["quarter"], task.error(row["area"])))
+
+
+def _tuned(runs: Sequence[str], out: Path, mode: str) -> list[Any]:
+    """Return Ray Tune's result of each run, from a new search or one that was interrupted."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    class Shown(tune.Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            quarter, run = result["quarter"], Path(result["config"]["run"]).name
+            print(f"{run}: area {result['area']:.4f} after quarter {quarter} of {QUARTERS}", flush=True)
+
+    trainable = tune.with_resources(learn_in_quarters, {"cpu": 1})
+    # Named by these very runs: with others it is another search, in which runs say once more what they said before.
+    name = f"tune-{hashlib.sha256(' '.join(runs).encode()).hexdigest()[:8]}"
+    if tune.Tuner.can_restore(str(out / name)):
+        tuner = tune.Tuner.restore(str(out / name), trainable, resume_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"run": tune.grid_search(list(runs))},
+            tune_config=tune.TuneConfig(
+                metric="area", mode=mode,
+                scheduler=ASHAScheduler(time_attr="quarter", max_t=QUARTERS, grace_period=1, reduction_factor=2),
+            ),
+            run_config=tune.RunConfig(name, str(out), verbose=0, callbacks=[Shown()]),
+        )  # fmt: skip
+    results = tuner.fit()  # after Ctrl-C, too, it returns: what there is so far
+    return [results[i] for i in range(len(results))]
+
+
+def learn_in_quarters(config: dict[str, Any]) -> None:
+    """Train the run folder `config["run"]` from its newest checkpoint on; in a process of Ray's."""
+    from ray import tune
+
+    torch.set_num_threads(1)
+    run = RunFolder(config["run"])
+    settings = Settings.read(run.config_file)
+    steps, kept = settings.learning.steps, run.path / "quarters.json"
+    said: list[dict[str, Any]] = read_json(kept) if kept.is_file() else []
+    validation = load_dataset(run.data).validation.head(1024)
+    with open_agent(settings, run.backbone_file, run.path, steps) as agent:
+        for quarter in range(1, QUARTERS + 1):
+            if quarter > len(said):
+                start = time.perf_counter()
+                agent.learn(steps * quarter // QUARTERS)
+                seconds = (said[-1]["seconds"] if said else 0.0) + time.perf_counter() - start
+                area = front_area(run.backbone, agent.router(), validation)
+                said.append(
+                    {"run": str(run), "quarter": quarter, "steps": agent.steps, "seconds": seconds, "area": area}
+                )
+                write_json(kept, said)
+            tune.report(said[quarter - 1])
+
+
+def front_area(backbone: Backbone, policy: LearnedPolicy, split: Split) -> float:
+    """Average the metric over budgets from 0.3 to 0.9 of the dense MACs.
+
+    Where a budget is out of a policy's reach, the cheapest choice at all points counts, which everybody can take.
+    """
+    model = RoutedModel(backbone, policy)
+    fractions = [macs for _, macs in calibrate(model, split)]
+    nothing = score_routes(model.backbone, cheapest_choices(backbone).expand(len(split), -1), split).metric
+    rows = []
+    for budget in COMPARED:
+        if budget < min(fractions):
+            rows.append(nothing)
+            continue
+        model.set_budget(min(budget, max(fractions)))
+        rows.append(score_rows(model, split)[0])
+    metric = torch.stack(rows).unsqueeze(0)
+    front = Front(COMPARED, metric, torch.zeros(1, len(COMPARED)))
+    return float(area(front, front.reached).mean())

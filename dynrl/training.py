@@ -1,0 +1,412 @@
+"""Train a policy into a run folder: the call behind `dynrl train`, and its parts.
+
+A run is planned first (`plan`: settings are filled in and all that can be refused is refused), then its folder is made
+(`make_run`), then it learns (`learn`). `train` does all three, `resume` goes on with a folder that is there.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynrl import pretraining
+from dynrl.agents.base import agent_class, sight_of, train_policy
+from dynrl.agents.joint import train_jointly
+from dynrl.backbones import FAMILIES, Backbone, load_backbone
+from dynrl.data import Dataset, as_dataset, check_dataset, load_dataset
+from dynrl.data.own import is_own
+from dynrl.deploy import RoutedModel
+from dynrl.envs import decision as decision_row
+from dynrl.envs.core import check_dtype
+from dynrl.envs.rewards import check_reward
+from dynrl.evaluation import calibrate, collapse, step_times
+from dynrl.files import read_json, write_aside, write_json
+from dynrl.machine import check_device, hardware
+from dynrl.policies import LearnedPolicy, save_policy
+from dynrl.pretraining import Recipe, metric_at_rate
+from dynrl.progress import progress, say, talking
+from dynrl.recipes import Defaults, defaults
+from dynrl.runs import RunFolder
+from dynrl.settings import Learning, Place, Problem, Settings, names, parse
+
+CALIBRATED = 1024  # validation inputs: they place the mean MACs within about 0.005 of the whole split's
+TIMED_ROUNDS, TIMED_BATCH = 11, 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training that has been checked, and nothing of it made.
+
+    Attributes:
+        settings: complete, as they will be saved.
+        dataset: what `settings.problem.data` names.
+        recipe: how the backbone is pretrained and fine-tuned.
+        backbone: one of the shape that is learned on, with the weights that it begins with.
+    """
+
+    settings: Settings
+    dataset: Dataset
+    recipe: Defaults
+    backbone: Backbone
+
+
+def train(
+    decision: str | Backbone,
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    backbone: str | Path | None = None,
+    pretrain: bool | Recipe = True,
+    show: bool = False,
+    **settings: Any,
+) -> RunFolder:
+    """Train a policy: pretrain a backbone if none is given, learn, fine-tune if asked, calibrate budgets.
+
+    Ctrl-C ends it early with a policy of what was learned so far; `resume` goes on.
+
+    Args:
+        decision: a decision's name; or a backbone of your own (a module in `SkipModule`, say), which is not changed.
+        data: a data set's name, a folder of images, a `dynrl.data.Dataset`, any torch `Dataset` of (input, target)
+            pairs, or a pair of tensors (see `dynrl.data.own_dataset`); None for the decision's own.
+        out: the run folder to make; None for runs/DECISION-DATA-TIME.
+        backbone: a folder of `dynrl pretrain` or of another run, whose backbone is taken.
+        pretrain: for a backbone of your own, whether it is trained under random routes first (else routes other than
+            the full one may be worth little), or the recipe for that.
+        show: whether progress is shown and results are told.
+        settings: fields of `dynrl.settings.Problem`, `Learning` and `Place`; what is left out is the data set's.
+
+    Returns:
+        the run's folder; its `model` is the backbone with the policy plugged in.
+
+    Raises:
+        ValueError: settings that are unknown, out of range or do not go together; before any folder is made.
+    """
+    planned = plan(decision, data, **settings)
+    own = isinstance(decision, Backbone)
+    if isinstance(pretrain, Recipe):
+        planned = replace(planned, recipe=replace(planned.recipe, pretraining=pretrain))
+    with talking(show):
+        run = make_run(planned, out, backbone)
+        if own and pretrain is False:
+            planned.backbone.save(run.backbone_file, data=planned.dataset.name)
+        learn(run, planned)
+    return run
+
+
+def resume(
+    run: str | Path, data: Any = None, *, backbone: Backbone | None = None, show: bool = False, **settings: Any
+) -> RunFolder:
+    """Go on with a run folder by its own settings, whether it was killed, interrupted or is done.
+
+    Args:
+        data: what was handed over as tensors or a `Dataset` must be handed over again.
+        backbone: so must a backbone of your own, unless `FAMILIES` has what builds it.
+        show: whether progress is shown and results are told.
+        settings: fields of `Place`, where it goes on; `finetune=True` fine-tunes a run that was not.
+
+    Raises:
+        ValueError: no run folder, or other settings than these.
+    """
+    folder = RunFolder(run)
+    with talking(show):
+        learn(folder, plan_again(folder, data, backbone, **settings))
+    return folder
+
+
+# Plans ------------------------------------------------------------------------------------------------------------
+
+
+def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
+    """Fill in settings and check them; see `train` for the arguments.
+
+    Raises:
+        ValueError: see `train`.
+    """
+    if unknown := set(given) - set(names(Problem, Learning, Place)):
+        expected = ", ".join(n for n in names(Problem, Learning, Place) if n not in names(Problem)[:2])
+        raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; expected {expected}")
+    own = decision if isinstance(decision, Backbone) else None
+    name = own.decision if own is not None else str(decision)
+    row = decision_row(name)
+    if not isinstance(data, str | Path | None):
+        dataset = as_dataset(data)
+        data = dataset.name
+    data = check_dataset(str(data or row.data))
+    problem = _given(Problem(name, data), given)
+    if own is not None and problem.network:
+        raise ValueError("network is for a backbone that is built here; leave it out")
+    recipe = defaults(name, data, own is not None).changed(problem.network)
+    agent = agent_class(given.get("agent", recipe.learning.agent))
+    usual = replace(recipe.learning, steps=int(agent.steps_share * recipe.learning.steps))
+    learning = _given(usual, given)
+    settings = Settings(problem, replace(learning, finetune=learning.finetune or recipe.joint), _given(Place(), given))
+    dataset = load_dataset(data)
+    backbone = copy.deepcopy(own).eval() if own is not None else recipe.build(dataset, problem.seed)
+    if own is not None:
+        FAMILIES.setdefault(own.family, _rebuild(own))
+    return _checked(Plan(settings, dataset, recipe, backbone))
+
+
+def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = None, **given: Any) -> Plan:
+    """The plan of a run folder that is there; see `resume`. The folder's settings are brought up to date."""
+    _ = run.config  # what is no run is refused by its own reasons
+    if wrong := set(given) - {*names(Place), "finetune"}:
+        raise ValueError(f"{run} goes on by its own settings; leave out {', '.join(sorted(wrong))}")
+    settings = Settings.read(run.config_file, _given(Place(), given))
+    learning = replace(settings.learning, finetune=settings.learning.finetune or given.get("finetune", False))
+    problem = settings.problem
+    if data is not None and (met := as_dataset(data).name) != problem.data:
+        raise ValueError(f"{run} was trained on {problem.data}, not {met}")
+    if backbone is not None:
+        FAMILIES.setdefault(backbone.family, _rebuild(backbone))
+    dataset = load_dataset(problem.data)
+    recipe = defaults(problem.decision, problem.data, own_backbone=True).changed(problem.network)
+    if backbone is None:
+        begun = run.backbone_file.is_file()
+        backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
+    found = _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
+    found.settings.save(run.config_file)
+    return found
+
+
+def _given(settings: Any, given: Mapping[str, Any]) -> Any:
+    """`settings` with those of `given` that are its fields, checked."""
+    kind = type(settings)
+    mine = {name: value for name, value in given.items() if name in names(kind)}
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in mine.items()}
+    return parse(kind, asdict(settings) | lists)
+
+
+def _rebuild(backbone: Backbone) -> Any:
+    """What `FAMILIES` takes for a backbone of your own: it makes copies, into which files load their weights."""
+    kept = copy.deepcopy(backbone)
+
+    def build(**config: Any) -> Backbone:
+        if config != kept.config:
+            raise ValueError(
+                f"a backbone of the family {kept.family!r} with other settings is known here: {kept.config}"
+            )
+        return copy.deepcopy(kept)
+
+    return build
+
+
+def _checked(planned: Plan) -> Plan:
+    """The plan, or a ValueError for what does not go together."""
+    settings, backbone, dataset = planned.settings, planned.backbone, planned.dataset
+    learning = settings.learning
+    check_device(settings.place.device)
+    mine, wanted = (backbone.input_shape, backbone.config["classes"]), (dataset.input_shape, dataset.classes)
+    if mine != wanted:
+        raise ValueError(f"the backbone is for inputs and outputs {mine}, {dataset.name} has {wanted}")
+    sight = sight_of(learning.policy, backbone)
+    check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
+    if learning.num_env_runners and is_own(dataset.name):
+        raise ValueError(
+            "remote processes do not see data of this one: bring it by a plugin, or leave out num_env_runners"
+        )
+    agent_class(learning.agent).refuse(settings, backbone)
+    return planned
+
+
+# Folders ----------------------------------------------------------------------------------------------------------
+
+
+def folder_name(data: str) -> str:
+    """What a data set is called in the names of folders: a folder of images goes by the last part of its path."""
+    return Path(data).name
+
+
+def new_folder(out: str | Path | None, *parts: str) -> Path:
+    """Make the folder `out`, or `runs/<parts>-<time>`, data sets by `folder_name`; one that exists is refused."""
+    folder = Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
+    if folder.exists():
+        raise ValueError(
+            f"{folder} exists; choose another --out, or, if it is a run, go on with it by dynrl train --resume {folder}"
+        )
+    folder.mkdir(parents=True)
+    return folder
+
+
+def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | None = None) -> RunFolder:
+    """Make the folder of a planned run, with the backbone of the folder `source`, if there is one.
+
+    Raises:
+        ValueError: the folder exists, or the backbone is for something else.
+    """
+    problem, given = planned.settings.problem, None
+    if source is not None:
+        given = RunFolder(source)
+        if not Path(source).is_dir():
+            raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
+        if problem.network:
+            raise ValueError("network is for a backbone that is pretrained here; leave it out, or the backbone")
+        backbone, _ = load_backbone(given.backbone_file)
+        if backbone.decision != problem.decision:
+            raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
+        _checked(replace(planned, backbone=backbone))
+    run = RunFolder(new_folder(out, problem.decision, problem.data))
+    if given is not None:
+        for file in (given.backbone_file, given.plain_file, given.kept_file):
+            if file.is_file():
+                shutil.copyfile(file, run.path / file.name)
+    # Last: a folder with settings has its backbone, so resuming never trains another.
+    planned.settings.save(run.config_file)
+    return run
+
+
+# Backbones --------------------------------------------------------------------------------------------------------
+
+
+def pretrain(
+    decision: str,
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    plain: bool = False,
+    device: str = "cpu",
+    show: bool = False,
+    **problem: Any,
+) -> Path:
+    """Train a backbone under random routes, so that every route works, and its plain twin on the full route only.
+
+    The same call goes on with its folder after a kill.
+
+    Args:
+        decision, data: see `train`.
+        out: the folder to make; None for runs/backbone-DECISION-DATA-TIME.
+        plain: whether only the plain network is trained: a smaller one to stand beside routed ones.
+        device: where it is trained.
+        show: whether progress is shown and results are told.
+        problem: `network` and `seed`, see `dynrl.settings.Problem`.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: a folder that this call did not make by the same settings; see also `train`.
+    """
+    planned = plan(decision, data, device=device, **problem)
+    posed = asdict(planned.settings.problem) | {"network": list(planned.settings.problem.network)}
+    settings = {"problem": posed, "plain": plain}
+    if out is not None and Path(out).exists():
+        folder = Path(out)
+        _check_same(folder, settings)
+    else:
+        folder = new_folder(out, "backbone", decision, planned.settings.problem.data)
+        write_json(folder / "config.json", settings)
+    with talking(show):
+        pretrain_into(folder, planned, plain)
+    return folder
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    kept = folder / "config.json"
+    before = read_json(kept) if kept.is_file() else None
+    if not isinstance(before, dict) or before.keys() != settings.keys():
+        raise ValueError(f"{folder} exists, and is no folder of dynrl pretrain to go on with; choose another --out")
+    was, now = ({**each["problem"], "plain": each["plain"]} for each in (before, settings))
+    if changed := [name for name, value in now.items() if was.get(name) != value]:
+        raise ValueError(f"{folder} was made by dynrl pretrain with another {', '.join(changed)}; choose another --out")
+
+
+def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None:
+    """Make whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resumable."""
+    files, dataset, seed = RunFolder(folder), planned.dataset, planned.settings.problem.seed
+    for path, random_routes, label in (
+        # The backbone last: where its file is there, both are, and a killed run knows what is left to do.
+        (files.plain_file, False, "training the plain network"),
+        (files.backbone_file, True, "pretraining under random routes"),
+    ):
+        if path.exists() or (random_routes and plain_only):
+            continue
+        checkpoint = files.checkpoints / f"{path.stem}.pt"
+        backbone = pretraining.pretrain(
+            copy.deepcopy(planned.backbone), dataset, planned.recipe.pretraining, random_routes=random_routes,
+            seed=seed, checkpoint=checkpoint, label=label, device=planned.settings.place.device,
+        )  # fmt: skip
+        value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
+        backbone.save(
+            path, data=planned.settings.problem.data, mean=dataset.mean, deviation=dataset.deviation, seed=seed,
+            random_routes=random_routes, **{f"validation_{metric}": value},
+        )  # fmt: skip
+        checkpoint.unlink(missing_ok=True)  # not before: what was trained must not be lost
+        macs = backbone.dense_macs / 1e6
+        say(f"{path.stem}: {metric} {value:.4g} on validation data, {macs:.1f} million MACs an input")
+
+
+# Learning ---------------------------------------------------------------------------------------------------------
+
+
+def learn(run: RunFolder, planned: Plan) -> bool:
+    """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
+    settings, validation = planned.settings, planned.dataset.validation.head(CALIBRATED)
+    newest = run.backbone_file
+    if not newest.exists():
+        pretrain_into(run.path, planned)
+    times = _times(run, planned) if settings.learning.cost == "time" else None
+    if settings.learning.finetune:
+        newest = run.checkpoints / "backbone.safetensors"
+        router, finished = _learn_jointly(run, planned, newest, times)
+    else:
+        router, finished = train_policy(settings, newest, run.path, times)
+    backbone, notes = load_backbone(newest)
+    model = RoutedModel(backbone, router)
+    with progress(desc="calibrating budgets", unit="price") as bar:
+        curve = calibrate(model, validation, tick=bar.update)
+    if newest != run.backbone_file:  # not before: until here the run's policy, if it has one, fits its backbone
+        backbone.save(run.backbone_file, **notes)
+    save_policy(
+        run.policy_file, router,
+        {
+            "decision": settings.problem.decision, "data": settings.problem.data, "backbone": backbone.fingerprint(),
+            "curve": curve, "finished": finished,
+        },
+    )  # fmt: skip
+    low, high = min(macs for _, macs in curve), max(macs for _, macs in curve)
+    say(f"policy: {run.policy_file}, budgets from {low:.2f} to {high:.2f} of the dense MACs")
+    if advice := collapse(model, validation):
+        say(advice, sys.stderr)
+    if not finished:
+        again = f"dynrl train {settings.problem.decision} --resume {run.path}"
+        say(f"stopped early; go on with: {again}", sys.stderr)
+    return finished
+
+
+def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
+    """What each choice takes on this machine, measured once a run."""
+    if not run.times_file.exists():
+        device, dtype = planned.settings.place.device, check_dtype(planned.settings.learning.dtype)
+        inputs = planned.dataset.validation.inputs[:TIMED_BATCH].to(device, dtype)
+        backbone = load_backbone(run.backbone_file)[0].for_inference().to(device, dtype)
+        wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
+        with progress(total=TIMED_ROUNDS + 1, desc="timing choices", unit="round") as bar:
+            measured = step_times(backbone, inputs, TIMED_ROUNDS, bar.update, wait)
+        write_json(run.times_file, {**measured, "batch_size": len(inputs), "device": device, "hardware": hardware()})
+    written = read_json(run.times_file)
+    return {"start": written["start"], "choices": written["choices"]}
+
+
+def _learn_jointly(
+    run: RunFolder, planned: Plan, working: Path, times: Mapping[str, Any] | None
+) -> tuple[LearnedPolicy, bool]:
+    """`train_jointly` on the file `working`, which begins as a copy of the run's backbone; that one is kept."""
+    dataset = planned.dataset
+    if not run.kept_file.exists():
+        with write_aside(run.kept_file) as aside:
+            shutil.copyfile(run.backbone_file, aside)
+    if not working.exists():
+        backbone, notes = load_backbone(run.backbone_file)
+        backbone.save(working, **notes | {"rounds": 0})
+    # The teacher is what reports call dense: the better of the two, by validation data.
+    known = [load_backbone(path)[0] for path in (run.pretrained_file, run.plain_file) if path.is_file()]
+    reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
+    return train_jointly(planned.settings, planned.recipe.finetuning, working, reference, run.path, times)

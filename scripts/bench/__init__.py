@@ -1,0 +1,1 @@
+"""Each file is a suite of `dynrl bench`."""

@@ -1,0 +1,185 @@
+"""`dynrl bench model` measures whole plugged networks against dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynrl.backbones import FAMILIES, Backbone, State
+from dynrl.data import load_dataset
+from dynrl.deploy import RoutedModel, load
+from dynrl.evaluation import captured, dense_sides, medians_in_turn, random_rate
+from dynrl.policies import LearnedPolicy, Policy, PolicySpec, RandomPolicy
+from dynrl.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to measure: batch sizes, the backbone's settings, and the router's hidden units."""
+
+    batches: tuple[int, ...]
+    settings: dict[str, Any]
+    family: str = "skip_resnet"
+    router_hidden: int = 64
+
+
+NETWORKS = {
+    "resnet20 32x32": Network(
+        (1, 8, 64, 256), {"input_shape": (3, 32, 32), "layers": (3, 3, 3), "widths": (16, 32, 64)}
+    ),
+    "resnet110 32x32": Network((256,), {"input_shape": (3, 32, 32), "layers": (18, 18, 18), "widths": (16, 32, 64)}),
+    "resnet50 224x224": Network(
+        (1, 8, 64),
+        {
+            "input_shape": (3, 224, 224), "classes": 1000, "block": "bottleneck", "layers": (3, 4, 6, 3),
+            "widths": (64, 128, 256, 512), "stem": "imagenet",
+        },
+    ),
+    "gru256 50 steps": Network((64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 256}, "skip_gru", 0),
+    "gru512 50 steps": Network((64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 512}, "skip_gru", 0),
+}  # fmt: skip
+
+
+class _InVain(Policy):
+    """A policy that takes a router's time to decide, and then takes a given route."""
+
+    route: Tensor
+
+    def __init__(self, router: LearnedPolicy) -> None:
+        super().__init__()
+        self.router, self.sight, self.price_range = router, router.sight, router.price_range
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """The router's logits: what a look costs."""
+        logits: Tensor = self.router(observation)
+        return logits
+
+    def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
+        """Ask the router, and go along `route` all the same."""
+        decide = self.router.chooser(backbone, price)
+
+        def forced(state: State) -> Tensor:
+            decide(state)
+            return state.along(self.route)
+
+        return forced
+
+
+def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any] | None:
+    """Compile the dense network by torch's Inductor; None where that fails (some shapes it cannot lower)."""
+    torch._dynamo.reset()  # else shapes seen before make it try dynamic ones
+    run = torch.compile(network.ideal(inputs, route), dynamic=False)
+    try:
+        run()
+    except Exception as error:  # whatever the compiler raises
+        print(f"torch.compile failed on the dense network: {str(error).splitlines()[0]}", flush=True)
+        return None
+    return run
+
+
+def bench_model(
+    device: str = "cpu", dtype: str = "float32", rounds: int = 15, networks: tuple[str, ...] = (),
+    batches: tuple[int, ...] = (), runs: tuple[Path, ...] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure networks of random weights on random routes at half the MACs, and learned policies from `runs`.
+
+    Rows have the times of: dense (the fastest of both memory formats), dense compiled, ideal, routed (the route is
+    given), routed with router (it decides in vain; that of a run in earnest).
+    """
+    unknown = set(networks) - set(NETWORKS)
+    if unknown:
+        raise ValueError(f"unknown networks {sorted(unknown)}; expected some of {sorted(NETWORKS)}")
+    rows = []
+    for name in networks or NETWORKS:
+        network = NETWORKS[name]
+        torch.manual_seed(0)
+        backbone = FAMILIES[network.family](**network.settings).eval().to(device, getattr(torch, dtype))
+        spec = PolicySpec.of("sequential", backbone, (0.01, 1.0), network.router_hidden)
+        model = RoutedModel(backbone, _InVain(spec.build()))
+        for batch in batches or network.batches:
+            inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=getattr(torch, dtype))
+            with torch.inference_mode():
+                count = 256 if batch > 64 else 16  # what a route costs does not depend on the input
+                rate = random_rate(model.backbone, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
+            assert rate is not None, "each of these networks can do with half of its MACs"
+            model.policy.route = RandomPolicy(backbone.thrift, rate).route(inputs).to(device)
+            rows.append({"network": name, "policy": "random", **_measure(model, inputs, model.policy.route, rounds)})
+            _show(rows[-1])
+    for run in runs:
+        plugged = load(run).to(device, getattr(torch, dtype))
+        plugged.set_budget(0.5)
+        test = load_dataset(RunFolder(run).data).test
+        for batch in batches or (256,):
+            inputs = test.inputs[:batch].to(device, getattr(torch, dtype))
+            plugged(inputs)
+            assert plugged.last_route is not None
+            route = plugged.last_route.actions
+            rows.append({"network": str(run), "policy": "learned", **_measure(plugged, inputs, route, rounds)})
+            _show(rows[-1])
+    for row in rows:
+        row |= {"device": device, "dtype": dtype}
+    return rows
+
+
+@torch.inference_mode()
+def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> dict[str, Any]:
+    backbone, device = model.backbone, inputs.device
+    taken = route.clamp_min(0)  # where a row never was there is no choice
+    sides = dense_sides(backbone, inputs)
+    run = _compiled(backbone, inputs, backbone.dense_actions(len(inputs), device))
+    sides["ideal"] = backbone.ideal(inputs, route)
+    sides["routed"] = lambda: backbone.run_route(inputs, taken)
+    graphs = _captured(model, inputs, route, sides) if device.type == "cuda" and backbone.captures else {}
+    compiled = {} if run is None else {"compiled": run}
+    every = {**sides, **compiled, "with router": lambda: model(inputs), **graphs}
+    ms = medians_in_turn(every, rounds, wait=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    dense = min(value for name, value in ms.items() if name.startswith("dense"))
+    on_device = {}
+    if graphs:
+        on_device["captured_dense_ms"] = min(value for name, value in ms.items() if name.startswith("captured dense"))
+        for name in ("ideal", "routed", "with router"):
+            on_device[f"captured_{name.replace(' ', '_')}_ms"] = ms[f"captured {name}"]
+    fraction = float(backbone.run_route(inputs, taken).macs.double().mean()) / backbone.dense_macs
+    return {
+        "batch": len(inputs), "macs_fraction": fraction, "dense_ms": dense, "compiled_ms": ms.get("compiled"),
+        "ideal_ms": ms["ideal"], "routed_ms": ms["routed"], "with_router_ms": ms["with router"],
+        "speedup": dense / ms["routed"], "speedup_with_router": dense / ms["with router"],
+        "realised_ratio": ms["ideal"] / ms["routed"], "realised_ratio_with_router": ms["ideal"] / ms["with router"],
+        "rounds": rounds, **on_device,
+    }  # fmt: skip
+
+
+def _captured(
+    model: RoutedModel, inputs: Tensor, route: Tensor, sides: dict[str, Callable[[], Any]]
+) -> dict[str, Callable[[], Any]]:
+    """Capture all `sides` and the model with its router as CUDA graphs; none where the policy cannot be captured."""
+    try:
+        graph = model.capture(len(inputs))
+    except ValueError:  # it gives whole routes
+        return {}
+    backbone = model.backbone
+    # In what is captured no row ends early, and the values of a route cannot be looked at.
+    alone = {**sides, "routed": lambda: backbone.run(inputs, lambda state: state.along(route))}
+    graphs = {f"captured {name}": captured(side, 1) for name, side in alone.items()}
+    return {**graphs, "captured with router": lambda: graph(inputs)}
+
+
+def _show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['network']:18} {row['policy']:8} batch {row['batch']:4} MACs {row['macs_fraction']:.2f} "
+        f"dense {row['dense_ms']:8.2f} "
+        f"compiled {row['compiled_ms'] or 0:8.2f} ideal {row['ideal_ms']:8.2f} routed {row['routed_ms']:8.2f} "
+        f"({row['realised_ratio']:.3f}) with router {row['with_router_ms']:8.2f} "
+        f"({row['realised_ratio_with_router']:.3f})",
+        flush=True,
+    )
+    if "captured_dense_ms" in row:
+        print(
+            "    captured: " + ", ".join(f"{k[9:-3]} {v:.3f}" for k, v in row.items() if k.startswith("captured")),
+            flush=True,
+        )

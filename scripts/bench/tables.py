@@ -1,0 +1,170 @@
+"""These functions write the benches' results as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import geometric_mean, median
+from typing import Any
+
+from dynrl.scripts.bench.ops import summary
+
+
+def bench_agents_table(result: dict[str, Any]) -> list[str]:
+    """Write rows of `dynrl bench agents`, medians over seeds."""
+    names = {"ours": "RLlib's PPO, our runner", "sb3": "SB3's PPO", "rllib-stock": "RLlib's PPO, its own runner"}
+    lines = [
+        "| agent | seeds | decisions a second | 95 % of ours after | gap to random routes, nats | in accuracy "
+        "| all decisions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for agent, name in names.items():
+        mine = [row for row in result["rows"] if row["agent"] == agent]
+        if not mine:
+            continue
+        reached = [row["seconds_to_enough"] for row in mine]
+        shown = ", ".join("never" if at is None else f"{at:.0f}" for at in reached) + " s"
+        lines.append(
+            f"| {name} | {len(mine)} | {median(row['steps_per_s'] for row in mine):.0f} | {shown} "
+            f"| {median(row['gap'] for row in mine):.4f} "
+            f"| {100 * median(row['gap_in_metric'] for row in mine):.2f} points "
+            f"| {median(row['seconds'] for row in mine):.0f} s |"
+        )
+    return [*lines, "", _machine(result)]
+
+
+def bench_known_table(result: dict[str, Any]) -> list[str]:
+    """Write rows of `dynrl bench known`, the slowest of each decision's seeds."""
+    lines = ["| decision | seeds | 95 % of the gap after | of the gap at the end |", "|---|---|---|---|"]
+    for decision in dict.fromkeys(row["decision"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["decision"] == decision]
+        slowest = [row["seconds_to_enough"] for row in mine]
+        shown = "not by all" if None in slowest else f"{max(slowest):.1f} s"
+        ends = f"{min(row['share'] for row in mine):.1%} in {max(row['seconds'] for row in mine):.0f} s"
+        lines.append(f"| {decision} | {len(mine)} | {shown} | {ends} |")
+    return [*lines, "", _machine(result)]
+
+
+def bench_env_table(result: dict[str, Any]) -> list[str]:
+    """Write rows of `dynrl bench env`."""
+    processor = result["hardware"]["processor"]
+    return [*_sampled(result["rows"]), "", f"{result['date']}, one thread of {processor}, half of the blocks forced."]
+
+
+def _sampled(rows: list[dict[str, Any]]) -> list[str]:
+    names = {
+        "walk": "the backbone alone, on known routes", "bare": "a bare loop of backbone and router, in torch",
+        "env": "through the environment", "rllib": "our runner",
+        "rllib-upfront": "our runner, all of a walk decided at once",
+        "rllib-stock": "RLlib's runner, same batched environment", "naive": "RLlib's runner, single environments",
+    }  # fmt: skip
+    lines = ["| network | path | sub-environments | decisions a second |", "|---|---|---|---|"]
+    return lines + [
+        f"| {r['network']}, {r['dtype']} | {names[r['path']]} | {r['num_envs']} | {r['steps_per_s']:.0f} |"
+        for r in rows
+    ]
+
+
+def _machine(result: dict[str, Any]) -> str:
+    hardware = result["hardware"]
+    return f"{result['date']}, {hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."
+
+
+def ms(value: float | None) -> str:
+    """Write a time, or nothing."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def bench_ops_table(result: dict[str, Any]) -> list[str]:
+    """Write the rows of `dynrl bench ops` with half kept at batch 256, and the summary of all rows."""
+    lines = [
+        "| op | shape | dense ms | masked | indexed | routed | ideal | of ideal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    for r in result["rows"]:
+        if r["batch"] == 256 and r["kept"] in (0.5, None) and "ideal_ms" in r:
+            cells = [ms(r[f"{side}_ms"]) for side in ("dense", "masked", "indexed", "routed", "ideal")]
+            lines.append(f"| {r['op']} | {r['shape']} | {' | '.join(cells)} | {r['realised_ratio']:.2f} |")
+    lines += [
+        "",
+        "| op | rows | of ideal, geometric mean | worst | slower than dense | clearly |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in summary(result["rows"]):
+        of = f" of {s['with_dense']}"
+        slower = f"{s['slower_than_dense']}{of} | {s['clearly']}{of}" if s["with_dense"] else " | "
+        lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.3f} | {s['worst']:.2f} | {slower} |")
+    note = [result["note"]] if "note" in result else []
+    return [*lines, "", _machine(result), *note]
+
+
+def summed(found: dict[str, Any]) -> str:
+    """Say one row of the summary of `dynrl bench ops` in words."""
+    return (
+        f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean {found['geometric_mean']:.3f}, "
+        f"worst {found['worst']:.3f}; slower than dense: {found['slower_than_dense']} of {found['with_dense']}, "
+        f"{found['clearly']} clearly"
+    )
+
+
+def bench_model_table(result: dict[str, Any]) -> list[str]:
+    """Write rows of `dynrl bench model`."""
+    lines = [
+        "| network | routes | batch | dense ms | compiled | routed | speed-up | of ideal | with router |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        lines.append(
+            f"| {r['network']} | {r['policy']} | {r['batch']} | {r['dense_ms']:.1f} | {ms(r['compiled_ms'])} "
+            f"| {r['routed_ms']:.1f} | {r['speedup']:.2f} | {r['realised_ratio']:.2f} "
+            f"| {r['speedup_with_router']:.2f}, {r['realised_ratio_with_router']:.2f} |"
+        )
+    return [*lines, "", _machine(result)]
+
+
+def gpu_table(result: dict[str, Any]) -> list[str]:
+    """Write rows of `scripts/gpu_check.py`: ops at batch 64 and more, networks, and modules of users."""
+    rows = [row for part in ("rows", "ops", "model") for row in result.get(part, ())]
+    ops = [r for r in rows if "op" in r and r.get("realised_ratio") and r["batch"] >= 64 and r["dtype"] == "bfloat16"]
+    lines = [
+        "| op | rows | of ideal, geometric mean | worst | slower than dense | speed-up over dense, geometric mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in summary(ops, least_ms=0.0):
+        gains = [r["dense_ms"] / r["routed_ms"] for r in ops if r["op"] == s["op"] and r["dense_ms"]]
+        beside = f"{s['slower_than_dense']} of {len(gains)} | {geometric_mean(gains):.2f}" if gains else " | "
+        lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.2f} | {s['worst']:.2f} | {beside} |")
+    lines += ["", *_networks([r for r in rows if "captured_dense_ms" in r]), "", *_modules(result.get("vision", []))]
+    if sampled := [r for r in rows if "path" in r]:
+        lines += ["", *_sampled(sampled)]
+    return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
+
+
+def _networks(rows: list[dict[str, Any]]) -> list[str]:
+    sides = ("dense", "routed", "with_router", "captured_dense", "captured_ideal", "captured_routed",
+             "captured_with_router")  # fmt: skip
+    lines = [
+        "| network | batch | dense ms | routed | with router | captured: dense | ideal | routed | with router |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = " | ".join(f"{r[f'{side}_ms']:.2f}" for side in sides)
+        lines.append(f"| {r['network']} | {r['batch']} | {cells} |")
+    return lines
+
+
+def _modules(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| module | batch | MACs | the module itself ms | all blocks | ideal | routed | with router |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = " | ".join(f"{r[side]:.1f}" for side in ("dense", "full_route", "ideal", "routed", "with_router"))
+        lines.append(f"| {r['net']} | {r['batch']} | {r['macs']:.2f} | {cells} |")
+    return lines
+
+
+BENCHES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "bench-known": bench_known_table, "bench-agents": bench_agents_table, "bench-env": bench_env_table,
+    "bench-ops": bench_ops_table, "bench-model": bench_model_table, "gpu": gpu_table,
+}  # fmt: skip

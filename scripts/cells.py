@@ -1,0 +1,78 @@
+"""`dynrl compare` trains the cells of a matrix, `dynrl sweep` combinations of settings: both are made here."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynrl.runs import RunFolder
+
+if TYPE_CHECKING:
+    from dynrl.scripts.compare import Args
+    from dynrl.scripts.sweep import Args as Sweep
+
+
+def check(args: Args, matrix: list[tuple[str, str]]) -> None:
+    """Refuse, before hours of training, what some cell would refuse; `matrix` holds (decision, data set)."""
+    from dynrl.data import load_dataset
+    from dynrl.envs.core import check_price_range
+    from dynrl.recipes import defaults
+    from dynrl.training import plan
+
+    for name, data in matrix:
+        for agent, seed in product(args.agents, args.seeds):
+            plan(name, data, agent=agent, seed=seed, finetune=args.finetune)
+        for setting in args.plain:
+            defaults(name, data).changed((setting,)).build(load_dataset(data), args.seeds[0])
+    for price in args.prices:
+        check_price_range((price, price))
+    if args.prices and "ppo" not in args.agents:
+        raise ValueError("--prices trains PPO at one price each, to stand beside PPO: add ppo to --agents")
+
+
+def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
+    """Train what is missing in `folder`; False after Ctrl-C."""
+    from dynrl.training import plan, pretrain_into, resume, train
+
+    backbone = folder / "backbone"
+    backbone.mkdir(parents=True, exist_ok=True)
+    pretrain_into(backbone, plan(decision, data, seed=args.seeds[0]))
+    for setting in args.plain:
+        plain = folder / f"plain-{re.sub(r'[^a-z0-9]+', '-', setting.lower()).strip('-')}"
+        plain.mkdir(exist_ok=True)
+        pretrain_into(plain, plan(decision, data, seed=args.seeds[0], network=(setting,)), plain_only=True)
+    kinds: list[tuple[str, dict[str, Any]]] = [(agent, {"agent": agent}) for agent in args.agents]
+    kinds += [(f"ppo-at-{price:g}", {"agent": "ppo", "price_range": (price, price)}) for price in args.prices]
+    for (kind, given), seed in product(kinds, args.seeds):
+        run = RunFolder(folder / f"{kind}{'-tuned' if args.finetune else ''}-{seed}")
+        if run.finished:
+            continue
+        run.drop_half_made()
+        if run.path.is_dir() and run.data != data:  # folders of images may bear the same name
+            raise ValueError(f"{run} was trained on {run.data}, not {data}; choose another --out")
+        print(f"cell: {run}", flush=True)
+        if run.path.is_dir():
+            done = resume(run.path, show=True)
+        else:
+            learning = {**given, "finetune": args.finetune, "seed": seed}
+            done = train(decision, data, out=run.path, backbone=backbone, show=True, **learning)
+        if not done.finished:
+            return False
+    return True
+
+
+def trainings(args: Sweep) -> list[dict[str, Any]]:
+    """The settings of each training of a sweep, by what is varied; a ValueError for any that would be refused."""
+    from dynrl.sweep import combinations
+    from dynrl.training import plan
+
+    given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | ({"steps": args.steps} if args.steps else {})
+    varied = combinations(args.vary)
+    for values in varied:
+        if plan(args.decision, args.data, **given | values).settings.learning.finetune:
+            raise ValueError(
+                f"{args.decision} on {args.data} is trained with its backbone; a sweep is for policies on a frozen one"
+            )
+    return [given | values for values in varied]

@@ -1,0 +1,177 @@
+"""Rules of thumb: thresholds on what a network says of itself, which reports show beside learned policies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dynrl
+from dynrl.backbones import ExitResNet
+from dynrl.data import Split
+from dynrl.envs import DECISIONS
+from dynrl.evaluation import RULES, rules_of, score
+from dynrl.ops.exit_scores import exit_scores
+from dynrl.policies import StaticPolicy, ThresholdPolicy
+from dynrl.policies.threshold import fit_thresholds
+from tests.cases import make_backbone
+from tests.toys import Branching, Exiting, Looping
+
+COSTS = torch.tensor([3.0, 4.0, 7.0, 20.0])
+
+
+def leaves(scores, thresholds, rising=True):
+    """[n], the exit at which each input leaves: one input, one exit at a time."""
+    found = []
+    for row in scores.tolist():
+        sure = [s >= t if rising else s <= t for s, t in zip(row, thresholds.tolist(), strict=True)]
+        found.append(sure.index(True) if any(sure) else len(row))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("rising", [True, False])
+@pytest.mark.parametrize("budget", [3.0, 3.5, 5.0, 8.5, 12.0, 19.0, 20.0])
+def test_fitted_thresholds_meet_the_budget(budget, rising):
+    scores = torch.rand(500, 3)
+    at = leaves(scores, fit_thresholds(scores, COSTS, budget, rising), rising)
+    assert float(COSTS[at].mean()) == pytest.approx(budget, rel=0.02)
+    assert len(at.unique()) == 4 or budget in (3.0, 20.0, 19.0, 3.5)
+
+
+def test_shares_fall_or_rise_by_one_factor_from_exit_to_exit():
+    """q_k = z (1 - q)^(k-1) q: what MSDNet's protocol fixes beside the budget."""
+    scores = torch.rand(20_000, 3)
+    for budget in (5.0, 13.0):
+        share = torch.bincount(leaves(scores, fit_thresholds(scores, COSTS, budget)), minlength=4) / len(scores)
+        factors = share[1:] / share[:-1]
+        torch.testing.assert_close(factors, factors[:1].expand(3), rtol=0.02, atol=0)
+        assert (factors[0] > 1) == (budget > float(COSTS.mean()))
+
+
+def test_the_surest_leave_first_and_a_dearer_budget_lets_none_leave_earlier():
+    scores = torch.rand(400, 3)
+    before = None
+    for budget in (4.0, 6.0, 9.0, 15.0):
+        thresholds = fit_thresholds(scores, COSTS, budget)
+        at = leaves(scores, thresholds)
+        assert scores[at == 0, 0].min() > scores[at > 0, 0].max()
+        if before is not None:
+            assert thresholds[0] > before
+        before = thresholds[0]
+
+
+def test_ties_leave_together_and_the_rest_of_the_fit_goes_on():
+    scores = torch.ones(100, 3)
+    thresholds = fit_thresholds(scores, COSTS, 8.0)
+    assert (leaves(scores, thresholds) == 0).all()
+    with pytest.raises(ValueError, match="out of reach"):
+        fit_thresholds(scores, COSTS, 2.9)
+
+
+@pytest.mark.parametrize("name", ExitResNet.scores)
+@torch.no_grad()
+def test_a_policy_reads_its_column_and_its_exit(name):
+    backbone = make_backbone("exit")
+    column, rising = backbone.scores[name]
+    thresholds = torch.tensor([0.15, 0.9, 0.12]) if rising else torch.tensor([0.995, 0.5, 0.999])
+    choose = ThresholdPolicy(backbone, name, thresholds).chooser(backbone, 0.3)
+    state = backbone.begin(torch.randn(40, *backbone.input_shape))
+    for threshold in thresholds:
+        scores = exit_scores(backbone.output(state))[:, column]
+        stop = scores >= threshold if rising else scores <= threshold
+        assert torch.equal(choose(state), (~stop).long())
+        (state,) = backbone.advance(state, torch.ones(40, dtype=torch.int64))
+
+
+def test_bad_thresholds_are_refused():
+    backbone = make_backbone("exit")
+    with pytest.raises(ValueError, match="a threshold for each of 3 columns"):
+        ThresholdPolicy(backbone, "margin", torch.zeros(4))
+    with pytest.raises(ValueError, match="unknown score 'nosuch'"):
+        ThresholdPolicy(backbone, "nosuch", torch.zeros(3))
+
+
+def random_split(backbone, size=180):
+    return Split(torch.randn(size, *backbone.input_shape), torch.arange(size) % 2)
+
+
+RULED = [(d, name) for d in DECISIONS for name in rules_of(make_backbone(d))]
+
+
+def test_exits_are_known_for_thresholds_on_three_scores():
+    assert [("exit", f"threshold {score}") for score in ("top-1", "margin", "entropy")] == RULED
+
+
+@pytest.mark.parametrize(("decision", "name"), RULED)
+def test_rules_meet_budgets_on_their_data_or_pass(decision, name):
+    backbone = make_backbone(decision).for_inference()
+    split = random_split(backbone)
+    policy_for = rules_of(backbone)[name](backbone, split)
+    met = 0
+    for budget in (0.01, 0.3, 0.5, 0.7, 0.9, 1.0):
+        policy = policy_for(budget)
+        if policy is not None:
+            model = dynrl.plug(backbone, policy)
+            assert score(model, split).macs_fraction == pytest.approx(budget, rel=0.02)
+            met += 1
+    assert policy_for(0.01) is None
+    assert met >= 3
+
+
+class ByFirst:
+    """The first column of what the toy shows of itself as its score: the higher, the surer."""
+
+    scores, rule = {"first": (0, True)}, "threshold"
+
+
+class RuledExiting(ByFirst, Exiting):
+    """Its choice 1 stops, and costs nothing: the cheapest."""
+
+
+class RuledLooping(ByFirst, Looping):
+    """It is met again and again, so no share of the inputs leaves at each point: one threshold for all visits."""
+
+
+class RuledBranching(ByFirst, Branching):
+    """Nobody leaves early: the walk goes on whatever is chosen."""
+
+
+@pytest.mark.parametrize("family", [RuledExiting, RuledLooping, RuledBranching])
+def test_any_familys_own_score_is_a_rule(family):
+    """Thresholds meet budgets whether rows leave, come again or go on; the surest are those that take less."""
+    backbone = family().eval()
+    split = random_split(backbone, 400)
+    (fit,) = rules_of(backbone).values()
+    policy_for, spent = fit(backbone, split), []
+    for budget in (0.6, 0.7, 0.8, 0.9):
+        policy = policy_for(budget)
+        if policy is not None:
+            spent.append(score(dynrl.plug(backbone, policy), split).macs_fraction)
+            assert budget - 0.1 <= spent[-1] <= budget + 0.02
+    assert len(spent) >= 2 and spent == sorted(spent) and policy_for(1.2) is None
+
+
+def test_a_rule_of_ones_own_is_one_row(monkeypatch):
+    backbone = Exiting().eval()
+    assert rules_of(backbone) == {}
+    monkeypatch.setattr(Exiting, "rule", "mine")
+    with pytest.raises(ValueError, match=r"asks for the rule 'mine'; expected one of \['threshold'\]"):
+        rules_of(backbone)
+    monkeypatch.setitem(RULES, "mine", lambda backbone: {"mine": lambda network, split: lambda budget: None})
+    assert list(rules_of(backbone)) == ["mine"]
+
+
+@torch.no_grad()
+def test_a_plugged_threshold_charges_no_router():
+    backbone = make_backbone("exit")
+    model = dynrl.plug(backbone, ThresholdPolicy(backbone, "top-1", torch.full((3,), 2.0)))
+    inputs = torch.randn(5, *backbone.input_shape)
+    torch.testing.assert_close(model(inputs), backbone(inputs), atol=1e-4, rtol=1e-4)
+    assert model.last_route.router_macs.sum() == 0
+    assert (model.last_route.macs == backbone.dense_macs).all()
+    with pytest.raises(ValueError, match="observations of"):
+        dynrl.plug(ExitResNet((1, 8, 8), layers=(2,), widths=(4,), exits=(0,)), model.policy)
+    with pytest.raises(ValueError, match="knows no price"):
+        model.set_price(0.1)
+    plug_static = dynrl.plug(backbone, StaticPolicy((0, 0, 0)))
+    plug_static(inputs)
+    assert (plug_static.last_route.macs == backbone.start_macs).all()

@@ -1,0 +1,93 @@
+"""What all commands have in common: bad input is refused with a reason, and help tells what there is."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dynrl.scripts.cli import main
+from dynrl.scripts.common import folder_name, new_folder
+from tests.scripts.calls import ROOT, call
+
+RUN = "no run folder"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "expected a verb"), (("nosuch",), "got nosuch"), (("list", "nosuch"), "Unrecognized"),
+        (("evaluate",), "at least one run folder"), (("evaluate", "nosuch"), RUN), (("evaluate", "/dev/null"), RUN),
+        (("evaluate", "junk.safetensors"), RUN), (("evaluate", "."), f". is {RUN}"),
+        (("evaluate", ".", "--threads", "-1"), "--threads of at least 1, got -1"),
+        (("evaluate", ".", "--batch-size", "0"), "--batch-size of at least 1, got 0"),
+        (("evaluate", ".", "--device", "nosuch"), "no device 'nosuch'"),
+        (("evaluate", ".", "--dtype", "int8"), "--dtype"),
+        (("calibrate", "."), RUN), (("calibrate", ".", "--threads", "0"), "--threads of at least 1, got 0"),
+        (("calibrate", ".", "--batch-size", "-1"), "--batch-size of at least 1, got -1"),
+        (("export", "nosuch", "--out", "x.pt2"), RUN), (("export", "skip-digits", "--out", "x.txt"), "*.pt2"),
+        (("export", "skip-digits", "--out", "x.pt2", "--budget", "7"), "out of reach"),
+        (("tables", "nosuch"), "nosuch"), (("tables", "--results", "nosuch"), "README.md"),
+        (("bench", "nosuch"), "nosuch"), (("bench", "env", "--rounds", "0"), "--rounds of at least 1, got 0"),
+        (("bench", "env", "--seconds", "2"), "does not heed --seconds; its options are --rounds, --only"),
+        (("bench", "ops", "--runs", "x"), "does not heed --runs"),
+        (("bench", "known", "--device", "cuda"), "does not heed --device"),
+        (("compare",), "--out"), (("sweep", "skip"), "--out"),
+    ],
+)  # fmt: skip
+def test_bad_commands_are_refused(words, reason, tmp_path, monkeypatch, capsys):
+    """Exit code 2, the reason, nothing written. In this process: a start costs seconds each."""
+    (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert reason in " ".join((said.err + said.out).replace("│", " ").split())
+    assert [p.name for p in tmp_path.iterdir()] == ["junk.safetensors"]
+
+
+def test_folders_are_named_by_the_last_part_of_a_data_sets_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [new_folder(None, "exit", "/tmp/my/photos@96"), new_folder(None, "backbone", "skip", "digits")]
+    assert [re.sub(r"\d{8}-\d{6}", "TIME", str(path)) for path in made] == [
+        "runs/exit-photos@96-TIME", "runs/backbone-skip-digits-TIME",
+    ]  # fmt: skip
+    assert [folder_name(data) for data in ("digits", "/photos@96", "/a/b/photos")] == ["digits", "photos@96", "photos"]
+    with pytest.raises(ValueError, match="made exists; choose another --out, .*dynrl train .*--resume"):
+        (tmp_path / "made").mkdir()
+        new_folder(tmp_path / "made")
+
+
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
+    """`pip install dynrl` leaves out what the commands need."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tyro", None)
+        with pytest.raises(SystemExit) as left:
+            main(["list"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "tyro" in said and "pip install 'dynrl[train]'" in said and "'.[train]'" in said
+    monkeypatch.setitem(sys.modules, "dynrl.scripts.list", None)  # a fault of dynrl's own
+    with pytest.raises(ModuleNotFoundError, match=r"dynrl\.scripts\.list"):
+        main(["list"])
+
+
+def test_help_and_list(tmp_path):
+    assert "train" in call("--help", cwd=tmp_path).stdout
+    shown = call("train", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "--price-range" in shown.stdout
+    listed = call("list", cwd=tmp_path).stdout
+    assert "dynrl/Skip-v0" in listed
+    assert "skip_resnet" in listed
+
+
+def test_scripts_are_the_same_programs(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "list.py"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert shown.stdout == call("list", cwd=tmp_path).stdout

@@ -1,0 +1,115 @@
+"""`dynrl compare`, from end to end."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from dynrl.backbones import load_backbone
+from dynrl.data import load_dataset
+from dynrl.deploy import load
+from dynrl.evaluation import COMPARED, score
+from dynrl.files import read_json, write_json
+from dynrl.scripts import cells, compare, train
+from dynrl.scripts.cli import main
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path, monkeypatch):
+    cells = tmp_path / "skip-digits"
+    (cells / "backbone").mkdir(parents=True)
+    for name in ("backbone", "plain"):
+        shutil.copyfile(small_backbone, cells / "backbone" / f"{name}.safetensors")
+    shutil.copytree(cells / "backbone", cells / "plain-itself")
+    wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0, 1), threads=1)
+    opened = train.open_run
+
+    def short(args):
+        if args.resume is None:
+            args.steps, args.price_range = 24_000, (0.05, 20.0)
+        return opened(args)
+
+    monkeypatch.setattr(train, "open_run", short)
+    compare.main(wanted)
+    result = read_json(cells / "comparison.json")
+    assert result["seeds"] == {"gate": [0, 1]} and (cells / "comparison.png").is_file()
+    assert set(result["fronts"]) == {"gate", "random", "static", "smaller", "dense", "oracle"}
+    # By hand: both at the highest budget that both reach, on the test split.
+    models, means = [load(cells / f"gate-{seed}") for seed in (0, 1)], []
+    reached = [b for b in result["budgets"] if all(m.curve[-1][1] < b < m.curve[0][1] for m in models)]
+    at = result["budgets"].index(reached[-1])
+    for model in models:
+        model.set_budget(reached[-1])
+        means.append(score(model, load_dataset("digits").test).metric)
+    assert result["fronts"]["gate"]["metric"][at] == pytest.approx(np.mean(means), abs=1e-6)
+    # One more beside them, trained at one price: it is no contender, but held against those for all prices.
+    alone = opened(
+        train.Args("skip", "digits", "gate", backbone=cells / "backbone", out=cells / "alone", steps=12_000,
+                   price_range=(2.0, 2.0))
+    )  # fmt: skip
+    assert train.learn(*alone)
+    # A second time nothing is trained: what is there stays as it is.
+    before = {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
+    monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("trained again"))
+    main(["compare", "skip", "--out", str(tmp_path), "--agents", "gate", "--seeds", "0", "1"])
+    assert before == {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
+    again = read_json(cells / "comparison.json")
+    assert again["fronts"] == result["fronts"] and not result["one_price"]
+    (at_one,) = again["one_price"]
+    alone_score, found = score(load(cells / "alone"), load_dataset("digits").test), []
+    for seed in (0, 1):
+        model = load(cells / f"gate-{seed}")
+        model.set_budget(alone_score.macs_fraction)
+        found.append(score(model, load_dataset("digits").test))
+    assert at_one["policy"] == "gate at 2" and at_one["one_price_metric"] == pytest.approx(alone_score.metric)
+    assert at_one["metric"] == pytest.approx(np.mean([s.metric for s in found]), abs=1e-6)
+    assert at_one["macs_fraction"] == pytest.approx(alone_score.macs_fraction, abs=0.1)
+    assert at_one["difference"] == pytest.approx(at_one["metric"] - at_one["one_price_metric"], abs=1e-6)
+    backbone, _ = load_backbone(small_backbone)
+    dense = backbone.for_inference()(load_dataset("digits").test.inputs).argmax(1)
+    assert result["fronts"]["smaller"]["metric"] == [None] * len(COMPARED), "it costs as much as dense"
+    assert result["fronts"]["dense"]["metric"][0] == pytest.approx(
+        float((dense == load_dataset("digits").test.targets).float().mean())
+    )
+
+
+def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_backbone, tmp_path):
+    cell = tmp_path / "skip-photos"
+    for folder in (cell / "backbone", cell / "gate-0"):
+        folder.mkdir(parents=True)
+    shutil.copyfile(small_backbone, cell / "backbone" / "backbone.safetensors")
+    shutil.copyfile(small_backbone, cell / "backbone" / "plain.safetensors")
+    write_json(cell / "gate-0" / "config.json", {"decision": "skip", "data": "/a/photos", "seed": 0, "agent": "gate"})
+    wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,))
+    with pytest.raises(ValueError, match="gate-0 was trained on /a/photos, not digits"):
+        cells.train_cells(cell, "skip", "digits", wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "at least one decision"), (["nosuch"], "nosuch"), (["skip", "--plain", "nosuch=1"], "NAME=VALUE"),
+        (["skip", "--data", "nosuch"], "unknown data set 'nosuch'"), (["skip", "--prices", "-1"], "price"),
+        (["skip", "--seeds", "0", "-1"], "--seed"), (["exit", "hidden-update", "--data", "digits"], "no defaults for"),
+        (["skip", "--agents", "ppo", "dqn", "--finetune"], "--finetune"),
+        (["skip", "--agents", "gate", "--prices", "1"], "add ppo to --agents"),
+    ],
+)  # fmt: skip
+def test_a_matrix_that_cannot_be_is_refused_before_anything_is_made(words, reason, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", *words, "--out", str(tmp_path / "x")])
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_being_made_when_it_was_killed_is_made_anew(small_backbone, tmp_path, monkeypatch):
+    cell, learned = tmp_path / "skip-digits", []
+    for name in ("backbone", "gate-0"):
+        (cell / name).mkdir(parents=True)
+        shutil.copyfile(small_backbone, cell / name / "backbone.safetensors")
+    shutil.copyfile(small_backbone, cell / "backbone" / "plain.safetensors")
+    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config: learned.append((run, config["data"])) or True)
+    assert cells.train_cells(cell, "skip", "digits", compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,)))
+    assert learned == [(cell / "gate-0", "digits")] and (cell / "gate-0" / "config.json").is_file()

@@ -1,0 +1,141 @@
+"""`dynrl evaluate`: one report of one run, of several, of several kinds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dynrl.backbones import load_backbone
+from dynrl.data import load_dataset
+from dynrl.evaluation import BUDGETS
+from dynrl.evaluation.tables import by_decision_table, report_table
+from dynrl.files import read_json
+from dynrl.policies import load_policy, save_policy
+from dynrl.pretraining import metric_at_rate
+from dynrl.runs import RunFolder, RunKind, by_kind
+from dynrl.scripts.cli import main
+from dynrl.scripts.evaluate import report_runs
+from tests.scripts.calls import call, twin
+
+
+def test_report(run):
+    report = read_json(run / "report.json")
+    assert (report["decision"], report["data"], report["metric"]) == ("skip", "digits", "accuracy")
+    assert report["seeds"] == {"learned": [0]}
+    assert set(report["dense"]) >= {"accuracy", "macs", "latency_ms", "batch_size"}
+    assert report["dense"]["accuracy"] == max(
+        report["dense"]["all_execute_accuracy"], report["dense"]["plain_accuracy"]
+    )
+    backbone, _ = load_backbone(run / "backbone.safetensors")
+    assert report["dense"]["macs"] == backbone.dense_macs
+    keys = {
+        "policy", "price", "budget", "accuracy", "macs_fraction", "router_fraction", "latency_ms", "speedup", "realised_ratio",
+    }  # fmt: skip
+    by_policy = {}
+    for point in report["points"]:
+        assert keys <= set(point)
+        assert 0 <= point["accuracy"] <= 1
+        by_policy.setdefault(point["policy"], []).append(point)
+    assert set(by_policy) == {"learned", "random", "static", "oracle"}
+    learned = {p["budget"]: p for p in by_policy["learned"]}
+    assert set(learned) <= set(BUDGETS)
+    for point in by_policy["random"]:
+        assert point["macs_fraction"] == pytest.approx(learned[point["budget"]]["macs_fraction"], abs=0.04)
+    for budget, point in learned.items():
+        assert point["macs_fraction"] == pytest.approx(budget, abs=0.06)
+        assert 0 < point["router_fraction"] < 0.2
+    (oracle,) = by_policy["oracle"]
+    assert oracle["accuracy"] >= max(p["accuracy"] for p in by_policy["static"])
+    assert run.joinpath("report.png").read_bytes()[:4] == b"\x89PNG"
+    # By class: together they spend what the row at half of the MACs says.
+    usage, test = report["usage"], load_dataset("digits").test
+    assert usage["policy"] == "learned" and [group["class"] for group in usage["groups"]] == list(range(10))
+    assert sum(group["inputs"] for group in usage["groups"]) == len(test)
+    for key in ("macs_fraction", "accuracy"):
+        mean = sum(group["inputs"] * group[key] for group in usage["groups"]) / len(test)
+        assert mean == pytest.approx(learned[0.5][key], abs=1e-6)
+    shown = EventAccumulator(str(run)).Reload()
+    assert shown.Tags()["images"] == ["report"]
+
+
+def test_several_runs_make_one_report(run, tmp_path):
+    before = (run / "report.json").read_text()
+    report = report_runs([run, twin(run, tmp_path / "again", seed=1)], tmp_path / "out", batch_size=32)
+    assert report["seeds"] == {"learned": [0, 1]}
+    assert (run / "report.json").read_text() == before
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    done = call("evaluate", run, run, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--out" in done.stderr
+
+
+def test_a_run_is_evaluated_in_bf16(run, tmp_path):
+    main(["evaluate", str(run), "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16", "--batch-size", "16"])
+    half, full = read_json(tmp_path / "bf16" / "report.json"), read_json(run / "report.json")
+    assert (half["device"], half["dtype"], full["dtype"]) == ("cpu", "bfloat16", "float32")
+    assert [(p["policy"], p["budget"]) for p in half["points"]] == [(p["policy"], p["budget"]) for p in full["points"]]
+    for of, other in zip(half["points"], full["points"], strict=True):
+        if of["policy"] in ("learned", "static"):  # the oracle picks what is right by chance, too
+            assert of["accuracy"] == pytest.approx(other["accuracy"], abs=0.05)
+            assert of["macs_fraction"] == pytest.approx(other["macs_fraction"], abs=0.05)
+
+
+def test_runs_that_were_not_trained_alike_are_no_seeds_of_one_another(run, others, tmp_path):
+    other = twin(run, tmp_path / "other", seed=1, steps=7, entropy=0.5)
+    with pytest.raises(ValueError, match=r"are both 'learned' and differ in \['entropy', 'steps'\]"):
+        by_kind([RunFolder(run), RunFolder(other)])
+    with pytest.raises(ValueError, match="of seed 0 a second time"):
+        by_kind([RunFolder(run), RunFolder(twin(run, tmp_path / "again"))])
+    stopped = twin(run, tmp_path / "stopped", seed=1)
+    router, metadata = load_policy(stopped / "policy.safetensors")
+    save_policy(stopped / "policy.safetensors", router, metadata | {"finished": False})
+    found = by_kind([RunFolder(run), RunFolder(stopped)])
+    assert {kind.label: [of.seed for of in mine] for kind, mine in found.items()} == {
+        "learned": [0], "learned unfinished": [1],
+    }  # fmt: skip
+    assert list(found) == [RunKind(), RunKind(finished=False)]
+    killed = twin(run, tmp_path / "killed", seed=2, finetune=True)  # while its backbone was fine-tuned
+    shutil.copyfile(run / "backbone.safetensors", killed / "backbone-pretrained.safetensors")
+    with pytest.raises(ValueError, match="finetune"):
+        by_kind([RunFolder(run), RunFolder(killed)])
+
+
+def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsys):
+    again = twin(run, tmp_path / "again", seed=1)
+    runs = [run, others / "gate", again, others / "tuned"]
+    report = report_runs(runs, tmp_path / "out", batch_size=32, smaller=others / "gate")
+    assert report["seeds"] == {"learned": [0, 1], "gate": [0], "learned tuned": [0]}
+    rows = [p for p in report["points"] if p["policy"] in report["seeds"]]
+    assert {(p["policy"], p["runs"]) for p in rows} == {("learned", 2), ("gate", 1), ("learned tuned", 1)}
+    drawn = [p["budget"] for p in report["points"] if p["policy"] == "random"]
+    assert len(drawn) == len(set(drawn))
+    pretrained, tuned = (
+        metric_at_rate(load_backbone(folder / "backbone.safetensors")[0], load_dataset("digits").test, None)
+        for folder in (run, others / "tuned")
+    )
+    dense = report["dense"]
+    assert dense["all_execute_accuracy"] == pytest.approx(pretrained)
+    assert dense["tuned_accuracy"] == pytest.approx(tuned)
+    on_validation = {
+        name: metric_at_rate(load_backbone(file)[0], load_dataset("digits").validation, None)
+        for name, file in (
+            ("all_execute", run / "backbone.safetensors"), ("plain", run / "plain.safetensors"),
+            ("tuned", others / "tuned" / "backbone.safetensors"),
+        )
+    }  # fmt: skip
+    best = [name for name, value in on_validation.items() if value == max(on_validation.values())]
+    assert dense["accuracy"] in [dense[f"{name}_accuracy"] for name in best]
+    smaller = next(p for p in report["points"] if p["policy"] == "smaller")
+    assert smaller["accuracy"] == pytest.approx(dense["plain_accuracy"])
+    assert smaller["macs_fraction"] == 1  # the twin itself, here
+    assert "learned 0, 1; gate 0; learned tuned 0" in capsys.readouterr().out
+    assert "| learned tuned | " in "\n".join(report_table(report))
+    (row,) = by_decision_table({"out": report})[2:]
+    best = max(p["accuracy"] for p in report["points"] if p["budget"] == 0.5 and p["policy"].startswith("learned"))
+    assert row.startswith(f"| [skip, digits](results/out) | {100 * dense['plain_accuracy']:.2f} | **{100 * best:.2f}**")
+    kinds = {p["policy"]: p["kind"] for p in report["points"]}
+    assert kinds["learned tuned"] == RunKind(tuned=True).to_dict() and kinds["gate"]["agent"] == "gate"
+    assert kinds["random"] is None

@@ -1,0 +1,246 @@
+"""`dynrl train` and `dynrl pretrain`: what they refuse, what they write, and that a killed training goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import dynrl
+from dynrl.backbones import load_backbone
+from dynrl.data import load_dataset
+from dynrl.deploy import SHIPPED
+from dynrl.files import read_json
+from dynrl.recipes import DEFAULTS
+from dynrl.runs import RunFolder
+from dynrl.scripts import train
+from dynrl.scripts.cli import main
+from dynrl.scripts.pretrain import pretrain_into
+from tests.scripts.calls import COMMAND, call
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "nosuch"), ("train",), ("train", "skip", "--data", "nosuch"),
+        ("train", "skip", "--nosuch", "3"), ("train", "skip", "--agent", "nosuch"), ("train", "skip", "--steps", "0"),
+        ("train", "skip", "--steps", "many"), ("train", "skip", "--seed", "-1"), ("train", "skip", "--threads", "0"),
+        ("train", "skip", "--price-range", "1", "0.5"), ("train", "skip", "--price-range", "0", "0.5"),
+        ("train", "skip", "--backbone", "nosuch"), ("train", "skip", "--backbone", "junk.safetensors"),
+        ("train", "skip", "--seed", str(2**32)), ("pretrain", "skip", "--out", "/dev/null/x"),
+        ("pretrain", "skip", "--threads", "0"),
+        ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
+        ("train", "skip", "--agent", "gate", "--accuracy-term", "correct"),
+        ("train", "skip", "--agent", "gate", "--num-env-runners", "1"),
+        ("train", "skip", "--accuracy-term", "blockdrop"), ("train", "skip", "--baseline", "greedy"),
+        ("train", "skip", "--device", "nosuch"), ("train", "skip", "--dtype", "int8"), ("pretrain", "skip", "--device", "nosuch"),
+        ("train", "skip", "--agent", "gate", "--dtype", "bfloat16"), ("train", "skip", "--num-learners", "-1"),
+        ("train", "skip", "--num-learners", "3"), ("train", "skip", "--device", "meta"),
+        ("train", "skip", "--agent", "gate", "--address", "auto"), ("train", "hidden-update", "--upfront"), ("train", "skip", "--agent", "gate", "--cost", "time"),
+        ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
+    ],
+)  # fmt: skip
+def test_bad_commands_are_refused(words, tmp_path, monkeypatch, capsys):
+    """Exit code 2, a reason, nothing written. In this process: a start costs seconds each."""
+    (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.strip() or said.out.strip()
+    assert [p.name for p in tmp_path.iterdir()] == ["junk.safetensors"]
+
+
+def test_a_bad_command_from_a_shell(tmp_path):
+    done = call("train", "skip", "--data", "nosuch", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "unknown data set 'nosuch'" in done.stderr
+
+
+def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
+    """A run killed between the two must not be taken for pretrained when it is resumed."""
+    made = []
+    monkeypatch.setattr(
+        "dynrl.pretraining.pretrain", lambda backbone, *a, **k: made.append(k["random_routes"]) or backbone
+    )
+    pretrain_into(tmp_path, "skip", "digits", 0)
+    assert made == [False, True]
+    assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors"}
+    _, notes = load_backbone(tmp_path / "backbone.safetensors")
+    assert notes["mean"] == load_dataset("digits").mean
+    main(["pretrain", "skip", "--network", "layers=[1,2,1]", "--plain", "--out", str(tmp_path / "smaller")])
+    assert made == [False, True, False]
+    assert {p.name for p in (tmp_path / "smaller").iterdir()} == {"plain.safetensors", "config.json"}
+    smaller, notes = load_backbone(tmp_path / "smaller" / "plain.safetensors")
+    assert (smaller.max_steps, notes["random_routes"]) == (2, False)
+
+
+def test_a_killed_pretraining_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
+    made, killed = [], [True]
+
+    def pretrain(backbone, *rest, random_routes, checkpoint, **more):
+        made.append(checkpoint.name)
+        if random_routes and killed:
+            killed.pop()
+            raise KeyboardInterrupt
+        return backbone
+
+    def refused(*words):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        return left.value.code, capsys.readouterr().err
+
+    monkeypatch.setattr("dynrl.pretraining.pretrain", pretrain)
+    out = tmp_path / "made"
+    words = ["pretrain", "skip", "--network", "layers=[1,2,1]", "--out", str(out)]
+    assert refused(*words)[0] == 130
+    kept = (out / "config.json").read_text()
+    assert "another seed" in refused(*words, "--seed", "3")[1]
+    assert "another decision, network" in refused("pretrain", "exit", "--out", str(out))[1]
+    main([*words, "--threads", "2"])  # where it runs may change
+    assert made == ["plain.pt", "backbone.pt", "backbone.pt"]
+    assert {p.name for p in out.iterdir()} == {"plain.safetensors", "backbone.safetensors", "config.json"}
+    assert (out / "config.json").read_text() == kept
+    (tmp_path / "else").mkdir()
+    assert "no folder of dynrl pretrain" in refused("pretrain", "skip", "--out", str(tmp_path / "else"))[1]
+    shutil.copyfile(SHIPPED / "skip-digits" / "config.json", tmp_path / "else" / "config.json")
+    assert "no folder of dynrl pretrain" in refused("pretrain", "skip", "--out", str(tmp_path / "else"))[1]
+    # It holds no policy.
+    for other in (("train", "skip", "--resume"), ("evaluate",), ("calibrate",)):
+        code, said = refused(*other, str(out))
+        assert code == 2 and f"{out} is from dynrl pretrain" in said and f"--backbone {out}" in said
+    assert {p.name for p in (tmp_path / "else").iterdir()} == {"config.json"}
+    (out / "policy.safetensors").touch()  # one put there by hand: `dynrl calibrate` needs no more
+    assert RunFolder(out).data == "digits"
+
+
+def test_a_run_folder_holds_what_is_promised(run):
+    names = {p.name for p in run.iterdir()}
+    expected = {
+        "config.json",
+        "checkpoints",
+        "backbone.safetensors",
+        "plain.safetensors",
+        "policy.safetensors",
+        "report.json",
+    }
+    assert names >= expected | {"report.png"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.startswith(".")]
+    model = dynrl.load(run)
+    assert model(torch.randn(2, *model.input_shape)).shape == (2, 10)
+
+
+def test_a_finished_run_is_finetuned(run, others):
+    tuned = others / "tuned"
+    before, after = (load_backbone(folder / "backbone.safetensors") for folder in (run, tuned))
+    assert (tuned / "backbone-pretrained.safetensors").read_bytes() == (run / "backbone.safetensors").read_bytes()
+    assert before[0].fingerprint() != after[0].fingerprint()
+    assert after[1] == before[1] | {"rounds": 2}
+    assert dynrl.load(tuned)(torch.randn(2, 1, 24, 24)).shape == (2, 10)
+    with pytest.raises(ValueError, match="trained for another backbone"):
+        dynrl.plug(before[0], tuned / "policy.safetensors")
+    assert read_json(tuned / "config.json") == read_json(run / "config.json") | {"finetune": True}
+
+
+def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config, *where: False)
+    for data, more in (("adding", []), ("adding", ["--num-envs", "8", "--price-range", "0.1", "2"]), ("digits", [])):
+        name = f"{data}-{len(more)}"
+        decision = "hidden-update" if data == "adding" else "skip"
+        main(["train", decision, "--data", data, "--out", str(tmp_path / name), "--threads", "2", *more])
+    row, found = DEFAULTS["hidden-update", "adding"], read_json(tmp_path / "adding-0" / "config.json")
+    assert (found["num_envs"], found["price_range"], found["steps"]) == (row.num_envs, list(row.price_range), row.steps)
+    assert found["finetune"]  # no backbone survives random routes there
+    found = read_json(tmp_path / "adding-5" / "config.json")
+    assert (found["num_envs"], found["price_range"], found["router_hidden"]) == (8, [0.1, 2.0], 0)
+    found = read_json(tmp_path / "digits-0" / "config.json")
+    assert (found["num_envs"], found["price_range"], found["finetune"]) == (64, [0.002, 2.0], False)
+
+
+def test_gates_are_resumed_by_the_command(others):
+    done = torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"]
+    assert read_json(others / "gate" / "config.json")["agent"] == "gate"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynrl.scripts.evaluate.report_runs", lambda *runs: None)
+        main(["train", "skip", "--resume", str(others / "gate")])
+    assert torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"] == done
+
+
+def start(*words, cwd):
+    return subprocess.Popen(
+        [*COMMAND, *map(str, words)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path, pattern, process, seconds=120):
+    end = time.time() + seconds
+    while not list(path.glob(pattern)):
+        assert process.poll() is None, process.stdout.read()[-2000:]
+        assert time.time() < end, f"no {pattern} in {path}"
+        time.sleep(0.05)
+
+
+def files(folder):
+    """What lies in a run folder, numbers left out: event files carry times, checkpoints steps."""
+    return {re.sub(r"\d+", "N", p.name.split(".tfevents")[0]) for p in folder.iterdir()}
+
+
+def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
+    out = tmp_path / "killed"
+    process = start("train", "skip", "--backbone", backbone_folder, "--steps", 60_000, "--out", out, cwd=tmp_path)
+    wait_for(out / "checkpoints", "checkpoint_*", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done_before = max(int(p.name.split("_")[1]) for p in (out / "checkpoints").glob("checkpoint_*"))
+    assert 0 < done_before < 60_000
+    assert not (out / "policy.safetensors").exists()
+    # Fewer steps in all, so that the test is short: what matters is where it starts and how it ends.
+    config = read_json(out / "config.json")
+    target = done_before + 3000
+    (out / "config.json").write_text(json.dumps(config | {"steps": target}))
+    resumed = call("train", "skip", "--resume", out, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    done_after = max(int(p.name.split("_")[1]) for p in (out / "checkpoints").glob("checkpoint_*"))
+    assert target <= done_after < target + 64 * 8 * 3
+    assert files(out) == files(run)
+    dynrl.load(out)
+    for words, reason in ((("--resume", out, "--seed", 5), "own settings"), (("--out", out), "exists")):
+        with pytest.raises(SystemExit) as refused:
+            main(["train", "skip", *map(str, words)])
+        assert refused.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
+    out = tmp_path / "stopped"
+    process = start("train", "skip", "--backbone", backbone_folder, "--steps", 10_000_000, "--out", out, cwd=tmp_path)
+    wait_for(out / "checkpoints", "checkpoint_*", process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to ray's processes, too
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text[-2000:]
+    assert "--resume" in text
+    model = dynrl.load(out)
+    model(torch.randn(2, *model.input_shape))
+    assert not (out / "report.json").exists()
+
+
+def test_remote_runners_see_one_gpu_each(monkeypatch):
+    """Of a run that is resumed, too."""
+    monkeypatch.setattr("dynrl.scripts.common.check_device", torch.device)
+    train._check_place(train.Args("skip", device="cuda:1"), "ppo", 0)
+    with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
+        train._check_place(train.Args("skip", device="cuda:1"), "ppo", 2)

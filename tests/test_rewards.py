@@ -1,0 +1,107 @@
+"""Rewards: each term by a plain loop, and what makes no sense is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dynrl.envs.rewards import REWARDS, Reward, check_reward
+from dynrl.tasks import CLASSIFICATION, Regression
+
+LOGITS, DENSE = [[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], [[3.0, 0.0, 0.0], [0.0, 2.0, 1.0]]
+TARGETS, PRICES, SHARES = [0, 2], [0.5, 2.0], [0.25, 0.75]
+
+
+def log_softmax(row):
+    return [x - math.log(sum(map(math.exp, row))) for x in row]
+
+
+def expected(name, i):
+    """The accuracy and the cost term of row i."""
+    said, dense = log_softmax(LOGITS[i]), log_softmax(DENSE[i])
+    likely, right = said[TARGETS[i]], float(max(range(3), key=LOGITS[i].__getitem__) == TARGETS[i])
+    away = sum(math.exp(d) * (d - s) for d, s in zip(dense, said, strict=True))
+    price, share = PRICES[i], SHARES[i]
+    accuracy = {
+        "distillation": likely - away, "log_likelihood": likely, "gain": likely, "correct": right,
+        "blockdrop": right - 1 + price * right,
+    }[name]  # fmt: skip
+    return accuracy, -price * right * share**2 if name == "blockdrop" else -price * share
+
+
+def terms(reward, dense=lambda: torch.tensor(DENSE)):
+    return reward.terms(
+        CLASSIFICATION, torch.tensor(LOGITS), torch.tensor(TARGETS), dense, torch.tensor(PRICES), torch.tensor(SHARES)
+    )
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_terms_by_a_plain_loop(name):
+    got = terms(REWARDS[name])
+    for i in range(2):
+        assert [float(term[i]) for term in got] == pytest.approx(expected(name, i), abs=1e-6)
+
+
+def test_blockdrops_reward_is_equation_2():
+    earned, paid = terms(REWARDS["blockdrop"])
+    for i in range(2):
+        gamma = 1 / PRICES[i]
+        right = LOGITS[i].index(max(LOGITS[i])) == TARGETS[i]
+        paper = 1 - SHARES[i] ** 2 if right else -gamma
+        # At the scale where a wrong answer costs 1; and a right one is worth the same at all prices but for its share.
+        assert float(earned[i] + paid[i]) == pytest.approx(paper / gamma)
+
+
+def test_the_dense_network_is_asked_only_where_it_is_needed():
+    def asked():
+        raise AssertionError
+
+    for name, reward in REWARDS.items():
+        if name == "distillation":
+            with pytest.raises(AssertionError):
+                terms(reward, asked)
+        else:
+            terms(reward, asked)
+
+
+@pytest.mark.parametrize("name", [name for name, reward in REWARDS.items() if reward.has_gradient])
+def test_what_is_said_to_have_a_gradient_has_one(name):
+    output = torch.tensor(LOGITS, requires_grad=True)
+    earned, _ = REWARDS[name].terms(
+        CLASSIFICATION,
+        output,
+        torch.tensor(TARGETS),
+        lambda: torch.tensor(DENSE),
+        torch.tensor(PRICES),
+        torch.tensor(SHARES),
+    )
+    (gradient,) = torch.autograd.grad(earned.sum(), output)
+    assert (gradient != 0).any(1).all()
+
+
+def test_what_makes_no_sense_is_refused():
+    numbers = Regression(1.0)
+    with pytest.raises(ValueError, match="unknown reward 'nosuch'; expected one of distillation, log_likelihood, gain"):
+        check_reward("nosuch", CLASSIFICATION, True)
+    for name, reward in REWARDS.items():
+        assert reward.name == name and reward.about
+        if reward.for_classes:
+            with pytest.raises(ValueError, match="for classes, this task's metric is mse; choose from distillation"):
+                check_reward(name, numbers, True)
+        if reward.whole_route:
+            with pytest.raises(ValueError, match="decides upfront"):
+                check_reward(name, CLASSIFICATION, False)
+        assert check_reward(name, CLASSIFICATION, True) is reward
+    assert [name for name, reward in REWARDS.items() if reward.per_step] == ["gain"]
+
+
+def test_a_reward_of_ones_own_is_one_row(monkeypatch):
+    mine = Reward(
+        "mine", "twice the log-likelihood", lambda task, output, target, dense: 2 * task.log_likelihood(output, target)
+    )
+    monkeypatch.setitem(REWARDS, "mine", mine)
+    earned, paid = terms(check_reward("mine", Regression(1.0), False))
+    torch.testing.assert_close(earned, 2 * terms(REWARDS["log_likelihood"])[0])
+    torch.testing.assert_close(paid, -torch.tensor(PRICES) * torch.tensor(SHARES))

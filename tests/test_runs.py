@@ -1,0 +1,74 @@
+"""Run folders: their files, and what kind of run each is."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from dynrl.deploy import SHIPPED, load, shipped
+from dynrl.files import read_json, write_json
+from dynrl.runs import RunFolder, RunKind, by_kind, flat, kind_of
+
+SETTINGS = {
+    "agent": "ppo", "policy": "sequential", "baseline": "value", "reward": "distillation", "price_range": [0.1, 1.0],
+    "cost": "macs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "tuned", "finished", "label"),
+    [
+        ({}, False, True, "learned"), ({"agent": "gate"}, True, True, "gate tuned"),
+        ({"policy": "upfront", "baseline": "greedy"}, False, True, "learned upfront greedy"),
+        ({"policy": "upfront", "reward": "blockdrop"}, False, True, "learned upfront blockdrop"),
+        ({"baseline": "group"}, False, True, "learned group"), ({"cost": "time"}, False, True, "learned by time"),
+        ({"price_range": [0.058, 0.058]}, True, True, "learned at 0.058 tuned"),
+        ({"agent": "sb3-dqn"}, False, False, "sb3-dqn unfinished"),
+    ],
+)  # fmt: skip
+def test_labels_are_made_from_a_kinds_fields(changed, tuned, finished, label):
+    kind = kind_of(SETTINGS | changed, tuned, finished)
+    assert kind.label == label
+    assert RunKind(**kind.to_dict()) == kind
+
+
+def test_nested_settings_are_read_by_their_names():
+    assert flat({"problem": {"data": "digits", "seed": 3}, "steps": 9}) == {"data": "digits", "seed": 3, "steps": 9}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_run_folder_is_the_plugged_model(name):
+    run, model = RunFolder(SHIPPED / name), load(name)
+    assert run.finished and run.model.curve == model.curve
+    inputs = torch.randn(5, *model.input_shape)
+    for plugged in (run.model, model):
+        plugged.set_price(plugged.price_range[0])
+    assert torch.equal(run.model(inputs), model(inputs))
+    assert run.pretrained is run.backbone and run.plain is None  # the package holds no more
+
+
+def test_files_are_read_once_and_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nosuch is no run folder: it has no config\.json"):
+        _ = RunFolder(tmp_path / "nosuch").config
+    write_json(tmp_path / "config.json", {"a": 1})
+    with pytest.raises(ValueError, match="is not what dynrl train writes"):
+        _ = RunFolder(tmp_path).config
+    shutil.copytree(SHIPPED / "skip-digits", tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert run.backbone is run.backbone and run.model is run.model
+    write_json(run.config_file, read_json(run.config_file) | {"finetune": True})
+    with pytest.raises(ValueError, match="was fine-tuned, but its backbone-pretrained"):
+        by_kind([RunFolder(tmp_path / "run")])
+    (tmp_path / "half").mkdir()
+    for folder in (tmp_path / "half", run.path):
+        RunFolder(folder).drop_half_made()
+    assert not (tmp_path / "half").exists() and run.path.exists()
+
+
+def test_a_policy_of_another_backbone_is_refused(tmp_path):
+    shutil.copytree(SHIPPED / "skip-digits", tmp_path / "run")
+    shutil.copyfile(SHIPPED / "exit-digits" / "backbone.safetensors", tmp_path / "run" / "backbone.safetensors")
+    with pytest.raises(ValueError, match="decides 'skip'"):
+        _ = RunFolder(tmp_path / "run").model
