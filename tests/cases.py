@@ -53,7 +53,12 @@ def make_backbone(name: str) -> Backbone:
 
 
 def make_policy(
-    backbone: Backbone, prices: tuple[float, float] = (0.01, 1.0), hidden: int = 64, kind: str = "sequential"
+    backbone: Backbone,
+    prices: tuple[float, float] = (0.01, 1.0),
+    hidden: int = 64,
+    kind: str = "sequential",
+    start: list[int] | None = None,
 ) -> LearnedPolicy:
-    """An untrained policy."""
-    return PolicySpec.of(kind, backbone, prices, hidden).build()
+    """An untrained policy, which favours the full route, or `start`."""
+    spec = PolicySpec.of(kind, backbone, prices, hidden)
+    return PolicySpec(kind, spec.config | ({} if start is None else {"start": start})).build()

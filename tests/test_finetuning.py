@@ -25,7 +25,7 @@ PRICES = (0.01, 1.0)
 
 
 def untrained_policy(backbone):
-    return make_policy(backbone, PRICES).eval()
+    return make_policy(backbone, PRICES, start=[0]).eval()
 
 
 def random_policy(backbone):

@@ -58,10 +58,10 @@ class _Walking(nn.Module):
 
     def __init__(self, model: RoutedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._chooser = model, model.chooser  # made here: a tracer's tables must not stay in the model
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs = self.model.backbone.run(inputs, self.model.chooser).outputs
+        outputs = self.model.backbone.run(inputs, self._chooser).outputs
         assert outputs is not None
         return outputs
 

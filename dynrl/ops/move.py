@@ -145,7 +145,7 @@ def _words(x: Tensor) -> Tensor | None:
     # Rows are moved one element at a time, by index_put_ on the CPU and by CUDA: larger elements are faster.
     if not x.is_contiguous() or (x.stride(0) * x.element_size() | x.data_ptr()) % 16:
         return None
-    return x.view(len(x), -1).view(torch.complex128)
+    return x.flatten(1).view(torch.complex128)
 
 
 def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:

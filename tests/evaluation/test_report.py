@@ -11,7 +11,6 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import Ground, Learned, measure, report_text
 from dynrl.evaluation.figures import draw_report
 from dynrl.evaluation.tables import report_table
-from dynrl.policies import PolicySpec
 from dynrl.runs import RunKind
 from tests.cases import make_policy, numbers_split
 
@@ -49,9 +48,8 @@ def numbers_report(backbone, models):
     split = numbers_split(48)
     ground, learned = Ground(backbone, Dataset("numbers", 1, split, split, split, Augmentation())), []
     for start, curve in models:
-        router = PolicySpec.of("sequential", backbone, (0.01, 1.0), 64)
-        router.config["start"] = [start]
-        learned.append(Learned(RunKind(), [RoutedModel(backbone, router.build(), curve)], ground))
+        router = make_policy(backbone, start=[start])
+        learned.append(Learned(RunKind(), [RoutedModel(backbone, router, curve)], ground))
     return measure(ground, learned, batch_size=16)["points"]
 
 

@@ -15,9 +15,8 @@ from dynrl.deploy import SHIPPED
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import score_routes
 from dynrl.scripts import lay_out
-from dynrl.scripts.bench import gpu
 from dynrl.scripts.bench import env as bench_env
-from dynrl.scripts.bench import known, tables
+from dynrl.scripts.bench import gpu, known, tables
 from dynrl.scripts.bench import model as bench_model
 from dynrl.scripts.bench import ops as bench_ops
 from dynrl.tasks import Regression
