@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynrl.deploy import RoutedModel, load, plug
+    from dynrl.evaluation import compare, evaluate
+    from dynrl.training import train
 
 from dynrl._version import __version__
 
-__all__ = ["RoutedModel", "__version__", "load", "plug"]
+__all__ = ["RoutedModel", "__version__", "compare", "evaluate", "load", "plug", "train"]
+
+_WHERE = {
+    "RoutedModel": "deploy", "load": "deploy", "plug": "deploy", "train": "training", "evaluate": "evaluation",
+    "compare": "evaluation",
+}  # fmt: skip
 
 if importlib.util.find_spec("gymnasium") is not None:
     from dynrl.envs import register
@@ -21,11 +29,9 @@ if importlib.util.find_spec("gymnasium") is not None:
 
 
 def __getattr__(name: str) -> Any:
-    """Load the plug on first use, so that `import dynrl` (and a remote worker's look for env ids) stays cheap."""
-    if name in ("RoutedModel", "load", "plug"):
-        from dynrl import deploy
-
-        return getattr(deploy, name)
+    """Load a name on first use, so that `import dynrl` (and a remote worker's look for env ids) stays cheap."""
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"dynrl.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

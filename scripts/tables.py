@@ -1,7 +1,8 @@
 """Write tables into README and docs, from the registry and `results/`: from `<!-- table:NAME -->` to `<!-- end -->`.
 
-NAME is a folder of `results/` with a report, `at-half` (all reports), `comparison` and `one-price` (all comparisons),
-`decisions`, `shipped`, or a bench: its newest file counts.
+NAME is a folder of `results/` with a report, `demo` (one report in four rows), `by-decision` (a row for each
+decision), `comparison` and `one-price` (all comparisons), `decisions`, `decisions-pages` or `data` (the registries),
+`shipped`, or a bench: its newest file counts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+SHOWN = (  # the README's report for each decision
+    "skip-fashion-mnist", "exit-fashion-mnist", "expert-fashion-mnist", "channel-fashion-mnist",
+    "hidden-update-sequential-digits",
+)  # fmt: skip
+REGISTRIES = {"decisions": "decisions_table", "decisions-pages": "decisions_pages", "data": "data_table"}
 
 
 @dataclass
@@ -48,33 +55,24 @@ def table(name: str, results: Path) -> list[str]:
     """Return the lines of the table of that name."""
     from dynrl.evaluation import tables
     from dynrl.files import read_json
+    from dynrl.scripts import registries
     from dynrl.scripts.bench.tables import BENCHES
 
-    if name == "decisions":
-        return decisions_table()
+    if name in REGISTRIES:
+        return getattr(registries, REGISTRIES[name])()
     if name == "shipped":
         return tables.shipped_table()
     if name in ("comparison", "one-price"):
         compared = [read_json(path) for path in sorted(results.glob("*/comparison.json"))]
         return tables.comparison_table(compared) if name == "comparison" else tables.one_price_table(compared)
-    if name == "at-half":
-        from dynrl.envs import DECISIONS
-
-        found = {path.parent.name: read_json(path) for path in results.glob("*/report.json")}
-        order = sorted(found, key=lambda folder: (list(DECISIONS).index(found[folder]["decision"]), folder))
-        return tables.at_half_table({folder: found[folder] for folder in order if found[folder]["data"] != "digits"})
+    if name == "by-decision":
+        return tables.by_decision_table({folder: read_json(results / folder / "report.json") for folder in SHOWN})
+    if name == "demo":
+        return tables.demo_table(read_json(results / "skip-digits" / "report.json"))
     if name in BENCHES:
         newest = max(results.glob(f"{name}-*.json"), default=results / f"{name}-DATE.json")
         return BENCHES[name](read_json(newest))
     return tables.report_table(read_json(results / name / "report.json"))
-
-
-def decisions_table() -> list[str]:
-    """Write the registry as Markdown."""
-    from dynrl.envs import DECISIONS
-
-    lines = ["| decision | environment | what is chosen | source |", "|---|---|---|---|"]
-    return lines + [f"| `{d.name}` | `{d.env_id}` | {d.action} | {d.source} |" for d in DECISIONS.values()]
 
 
 if __name__ == "__main__":

@@ -2,60 +2,105 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from dynrl.deploy import SHIPPED, shipped
 from dynrl.evaluation.intervals import verdict
 from dynrl.evaluation.report import seeds_text
 from dynrl.files import read_json
-from dynrl.tasks import TASKS
+from dynrl.tasks import CLASSIFICATION, TASKS
+
+HALF = 0.5  # of the dense MACs
 
 
-def report_table(report: dict[str, Any]) -> list[str]:
-    """Write one report."""
-    dense, hardware, metric = report["dense"], report["hardware"], report["metric"]
-    task = TASKS[metric]
+def report_table(report: Mapping[str, Any]) -> list[str]:
+    """Write one report: a row for each contender, a column for each budget, and times at half of the dense MACs."""
+    metric = report["metric"]
+    budgets = sorted({p["budget"] for p in report["points"]} - {None})
     lines = [
-        f"| policy | budget | {task.heading} | MACs | ms | speed-up | of ideal |",
-        "|---|---|---|---|---|---|---|",
-        f"| dense | | {task.show(dense[metric])} | 1.00 | {dense['latency_ms']:.1f} | 1.00 | |",
+        f"| {TASKS[metric].heading}, by budget | {' | '.join(map(str, budgets))} | other MACs | speed-up | of ideal |",
+        "|" + "---|" * (len(budgets) + 4),
     ]
-    for p in report["points"]:
-        lines.append(
-            f"| {p['policy']} | {p['budget'] or ''} | {_reached(p, metric)} | {p['macs_fraction']:.2f} "
-            f"| {p['latency_ms']:.1f} | {p['speedup']:.2f} | {p['realised_ratio']:.2f} |"
-        )
-    lines.append("")
-    lines.append(
-        f"Policy seeds: {seeds_text(report)}, on one pretrained backbone; batch {dense['batch_size']}, "
-        f"{hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."
-    )
+    for text, value in _full_networks(report):
+        lines.append(f"| {text} |{' |' * len(budgets)} {TASKS[metric].show(value)} at 1.00 | | |")
+    for name in dict.fromkeys(p["policy"] for p in report["points"] if p["policy"] != "uniform"):
+        mine = {p["budget"]: p for p in report["points"] if p["policy"] == name}
+        cells = [_reached(mine[budget], metric) if budget in mine else "" for budget in budgets]
+        own, timed = mine.get(None), mine.get(HALF, mine.get(None))
+        cells.append("" if own is None else f"{_reached(own, metric)} at {own['macs_fraction']:.2f}")
+        cells += ["", ""] if timed is None else [f"{timed[of]:.2f}" for of in ("speedup", "realised_ratio")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    dense, hardware = report["dense"], report["hardware"]
+    lines += ["", f"Policy seeds: {seeds_text(dict(report))}. {report['date']}, batch {dense['batch_size']}, "
+              f"{hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."]  # fmt: skip
     return lines
 
 
-def _reached(point: dict[str, Any], metric: str) -> str:
+def _full_networks(report: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the networks of a report that run in full, each with its metric; no choice of the best is made here."""
+    named = {"plain": "plain network", "all_execute": "full route, pretrained", "tuned": "full route, tuned"}
+    found = [(text, report["dense"].get(f"{name}_{report['metric']}")) for name, text in named.items()]
+    return [(text, value) for text, value in found if value is not None]
+
+
+def _reached(point: Mapping[str, Any], metric: str) -> str:
     show, spread = TASKS[metric].show, point[f"{metric}_std"]
     return show(point[metric]) + (f" ±{show(spread)}" if spread else "")
 
 
-def at_half_table(reports: dict[str, dict[str, Any]]) -> list[str]:
-    """Write what reports, by their folders, say at half of the dense MACs and of contenders without budgets."""
+def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Write each report, by its folder, in one row: what it says at half of the dense MACs.
+
+    The learned policy is the fine-tuned one where there is one. The strongest rival is the most accurate of the rest:
+    gates, rules of thumb, and a smaller plain network.
+    """
     lines = [
-        "| report | policy | accuracy % or mse | MACs | speed-up | of ideal |",
-        "|---|---|---|---|---|---|",
+        "| report | plain network | learned, half of its MACs | random | static | strongest rival | speed-up |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, report in reports.items():
+    for folder, report in reports.items():
         metric = report["metric"]
-        dense = TASKS[metric].show(report["dense"][metric])
-        lines.append(f"| [{name}](results/{name}) | dense | {dense} | 1.00 | 1.00 | |")
-        for p in report["points"]:
-            if p["budget"] in (0.5, None) and p["policy"] != "uniform":
-                lines.append(
-                    f"| | {p['policy']} | {_reached(p, metric)} | {p['macs_fraction']:.2f} | {p['speedup']:.2f} "
-                    f"| {p['realised_ratio']:.2f} |"
-                )
-    lines += ["", "Policy seeds: " + ". ".join(f"{name}: {seeds_text(r)}" for name, r in reports.items()) + "."]
+        task = TASKS[metric]
+        half = [p for p in report["points"] if p["budget"] in (HALF, None)]
+        best = max if metric == CLASSIFICATION.metric else min
+        mine = [p for p in half if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
+        learned = best(mine, key=itemgetter(metric))
+        random, static = (_at_half(report, name) for name in ("random", "static"))
+        rest = [p for p in half if p not in mine and p["policy"] not in ("random", "static", "uniform", "oracle")]
+        rival = best(sorted(rest, key=lambda p: p["kind"] is not None), key=itemgetter(metric), default=None)
+        cells = [
+            task.show(report["dense"][f"plain_{metric}"]),
+            f"**{task.show(learned[metric])}**" + (" tuned" if learned["kind"]["tuned"] else ""),
+            task.show(random[metric]), task.show(static[metric]),
+            "" if rival is None else f"{rival['policy']} {task.show(rival[metric])}", f"{learned['speedup']:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| [{report['decision']}, {report['data']}](results/{folder}) | {' | '.join(cells)} |")
     return lines
+
+
+def demo_table(report: Mapping[str, Any]) -> list[str]:
+    """Write one report at half of the dense MACs, in four rows: dense, learned, random, static."""
+    dense, metric = report["dense"], report["metric"]
+    task = TASKS[metric]
+    lines = [
+        f"| policy | {task.heading} | MACs | ms | speed-up |",
+        "|---|---|---|---|---|",
+        f"| dense | {task.show(dense[metric])} | 1.00 | {dense['latency_ms']:.1f} | 1.00 |",
+    ]
+    for name in ("learned", "random", "static"):
+        p = _at_half(report, name)
+        lines.append(
+            f"| {name} | {task.show(p[metric])} | {p['macs_fraction']:.2f} | {p['latency_ms']:.1f} "
+            f"| {p['speedup']:.2f} |"
+        )
+    return lines
+
+
+def _at_half(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = [p for p in report["points"] if p["policy"] == name]
+    return min(found, key=lambda p: abs(p["budget"] - HALF))
 
 
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:

@@ -123,30 +123,45 @@ def bench_model_table(result: dict[str, Any]) -> list[str]:
 
 
 def gpu_table(result: dict[str, Any]) -> list[str]:
-    """Write rows of `scripts/gpu_check.py`: ops at batch 64 and more in bfloat16, and captured networks."""
-    ops = [r for r in result["rows"] if r.get("realised_ratio") and "op" in r and r["dtype"] == "bfloat16"]
-    large = [r for r in ops if r["batch"] >= 64]
+    """Write rows of `scripts/gpu_check.py`: ops at batch 64 and more, networks, and modules of users."""
+    rows = [row for part in ("rows", "ops", "model") for row in result.get(part, ())]
+    ops = [r for r in rows if "op" in r and r.get("realised_ratio") and r["batch"] >= 64 and r["dtype"] == "bfloat16"]
     lines = [
         "| op | rows | of ideal, geometric mean | worst | slower than dense | speed-up over dense, geometric mean |",
         "|---|---|---|---|---|---|",
     ]
-    for s in summary(large, least_ms=0.0):
-        gains = [r["dense_ms"] / r["routed_ms"] for r in large if r["op"] == s["op"] and r["dense_ms"]]
+    for s in summary(ops, least_ms=0.0):
+        gains = [r["dense_ms"] / r["routed_ms"] for r in ops if r["op"] == s["op"] and r["dense_ms"]]
         beside = f"{s['slower_than_dense']} of {len(gains)} | {geometric_mean(gains):.2f}" if gains else " | "
         lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.2f} | {s['worst']:.2f} | {beside} |")
-    sides = ("dense", "ideal", "routed", "with_router")
-    lines += [
-        "",
-        "| network, captured | batch | dense ms | ideal | routed | with router | commit |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in result["rows"]:
-        if "captured_dense_ms" in r:
-            cells = " | ".join(f"{r[f'captured_{side}_ms']:.3f}" for side in sides)
-            lines.append(f"| {r['network']} | {r['batch']} | {cells} | {r['commit']} |")
-    if sampled := [r for r in result["rows"] if "path" in r]:
+    lines += ["", *_networks([r for r in rows if "captured_dense_ms" in r]), "", *_modules(result.get("vision", []))]
+    if sampled := [r for r in rows if "path" in r]:
         lines += ["", *_sampled(sampled)]
     return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
+
+
+def _networks(rows: list[dict[str, Any]]) -> list[str]:
+    sides = ("dense", "routed", "with_router", "captured_dense", "captured_ideal", "captured_routed",
+             "captured_with_router")  # fmt: skip
+    lines = [
+        "| network | batch | dense ms | routed | with router | captured: dense | ideal | routed | with router |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = " | ".join(f"{r[f'{side}_ms']:.2f}" for side in sides)
+        lines.append(f"| {r['network']} | {r['batch']} | {cells} |")
+    return lines
+
+
+def _modules(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| module | batch | MACs | the module itself ms | all blocks | ideal | routed | with router |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = " | ".join(f"{r[side]:.1f}" for side in ("dense", "full_route", "ideal", "routed", "with_router"))
+        lines.append(f"| {r['net']} | {r['batch']} | {r['macs']:.2f} | {cells} |")
+    return lines
 
 
 BENCHES: dict[str, Callable[[dict[str, Any]], list[str]]] = {

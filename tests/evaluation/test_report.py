@@ -31,11 +31,12 @@ def test_a_regression_reports_its_own_metric(tmp_path):
     assert {p["policy"] for p in measured["points"]} == {"learned", "random", "static", "oracle"}
     (oracle,) = (p for p in measured["points"] if p["policy"] == "oracle")
     assert oracle["mse"] < min(p["mse"] for p in measured["points"] if p["policy"] == "static")
-    report = {"decision": "skip", "data": "numbers", "metric": "mse", "seeds": {"learned": [0]}, **measured}
+    known = {"decision": "skip", "data": "numbers", "metric": "mse", "seeds": {"learned": [0]}, "date": "2026-11-28"}
+    report = {**known, **measured}
     assert f"{oracle['mse']:.2g}" in report_text(report)
     table = report_table(report)
-    assert " mse " in table[0]
-    assert f"| oracle |  | {oracle['mse']:.2g} |" in "\n".join(table)
+    assert table[0].startswith("| mse, by budget | 0.")
+    assert f" {oracle['mse']:.2g} at {oracle['macs_fraction']:.2f} |" in next(row for row in table if "oracle" in row)
     (group,) = measured["usage"]["groups"]
     assert group["class"] is None and group["inputs"] == 48
     draw_report(report, dataset.test, tmp_path / "report.png")
