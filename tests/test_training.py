@@ -200,7 +200,7 @@ def test_settings_are_filled_in_by_decision_data_and_agent():
         ("skip", "digits", {"nosuch": 1}, "unknown settings nosuch; expected network, seed, agent"),
         ("skip", "digits", {"steps": "many"}, "steps: expected int, got 'many'"),
         ("skip", "digits", {"agent": "nosuch"}, "unknown agent"), ("skip", "digits", {"reward": "nosuch"}, "unknown reward"),
-        ("skip", "digits", {"policy": "nosuch"}, "unknown policy"), ("skip", "digits", {"device": "nosuch"}, "no device"),
+        ("skip", "digits", {"policy": "nosuch"}, "unknown kind of policy"), ("skip", "digits", {"device": "nosuch"}, "no device"),
         ("skip", "digits", {"reward": "blockdrop"}, "decides upfront"), ("skip", 3, {}, "got int"),
         ("skip", "digits", {"network": ("nosuch=1",)}, "NAME=VALUE"), ("nosuch", "digits", {}, "unknown decision"),
         ("hidden-update", None, {"policy": "upfront"}, "needs images"), ("skip", "adding", {}, "no defaults"),
