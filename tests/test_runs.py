@@ -58,7 +58,8 @@ def test_files_are_read_once_and_what_is_no_run_is_refused(tmp_path):
     shutil.copytree(SHIPPED / "skip-digits", tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     assert run.backbone is run.backbone and run.model is run.model
-    write_json(run.config_file, read_json(run.config_file) | {"finetune": True})
+    config = read_json(run.config_file)
+    write_json(run.config_file, config | {"learning": config["learning"] | {"finetune": True}})
     with pytest.raises(ValueError, match="was fine-tuned, but its backbone-pretrained"):
         by_kind([RunFolder(tmp_path / "run")])
     (tmp_path / "half").mkdir()

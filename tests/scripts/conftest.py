@@ -21,7 +21,7 @@ def once(tmp_path_factory, name, make):
     try:
         folder.mkdir()
     except FileExistsError:
-        for _ in range(1200):
+        for _ in range(3000):
             if done.exists():
                 assert done.read_text() == "made", f"{name} could not be made, see the other process"
                 return folder

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dynrl.scripts.cli import main
-from dynrl.scripts.common import folder_name, new_folder
+from dynrl.training import folder_name, new_folder
 from tests.scripts.calls import ROOT, call
 
 RUN = "no run folder"
@@ -83,7 +83,7 @@ def test_help_and_list(tmp_path):
     assert "--price-range" in shown.stdout
     listed = call("list", cwd=tmp_path).stdout
     assert "dynrl/Skip-v0" in listed
-    assert "skip_resnet" in listed
+    assert "SkipResNet" in listed
 
 
 def test_scripts_are_the_same_programs(tmp_path):
