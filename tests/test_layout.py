@@ -23,7 +23,7 @@ FOLDERS = {
 
 # What a module may import of this package, by the longest prefix of its name. Names as strings are free.
 ALLOWED = {
-    "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.deploy", "dynrl.plugins"},
+    "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.deploy", "dynrl.plugins", "dynrl.training", "dynrl.evaluation"},
     "dynrl.plugins": set(),
     "dynrl.files": set(),
     "dynrl.tasks": set(),
