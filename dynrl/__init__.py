@@ -35,6 +35,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})
+
+
 # In a remote worker, say; see dynrl.plugins. Last: what is imported here may itself import from dynrl.
 if os.environ.get("DYNRL_PLUGINS"):
     from dynrl.plugins import load_plugins

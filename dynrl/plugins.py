@@ -1,7 +1,8 @@
-"""Your own backbones, data sets and decisions, in files that dynrl's commands and their remote workers import.
+"""Plugins: your own backbones, data sets, decisions, rewards and agents, in files that dynrl's commands import.
 
-Such a file adds to the registries: `dynrl.backbones.FAMILIES`, `dynrl.data.DATASETS`, `dynrl.recipes.DEFAULTS`, and
-decisions by `dynrl.envs.add`.
+Such a file adds rows to registries: `dynrl.backbones.FAMILIES`, `dynrl.data.DATASETS`, `dynrl.recipes.DEFAULTS`,
+`dynrl.envs.rewards.REWARDS`, `dynrl.agents.base.AGENTS`, and decisions by `dynrl.envs.add`. Remote workers import it,
+too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-VARIABLE = "DYNRL_PLUGINS"  # files and modules, apart by os.pathsep; processes that are started inherit it
+VARIABLE = "DYNRL_PLUGINS"  # files and modules, separated by os.pathsep; processes that are started inherit it
 
 
 def load_plugins(names: Iterable[str]) -> None:

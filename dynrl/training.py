@@ -89,8 +89,14 @@ def train(
     Raises:
         ValueError: settings that are unknown, out of range or do not go together; before any folder is made.
     """
-    planned = plan(decision, data, **settings)
     own = isinstance(decision, Backbone)
+    if own and backbone is not None:
+        raise ValueError(
+            "a backbone was given twice: as what poses the decision, and as a folder; leave one of them out"
+        )
+    if not own and pretrain is not True:
+        raise ValueError("pretrain is for a backbone of your own; leave it out, or name a folder that has the backbone")
+    planned = plan(decision, data, **settings)
     if isinstance(pretrain, Recipe):
         planned = replace(planned, recipe=replace(planned.recipe, pretraining=pretrain))
     with talking(show):

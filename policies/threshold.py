@@ -43,6 +43,11 @@ class ThresholdPolicy(Policy):
         self.register_buffer("sure", thrift.masked_fill(thrift < 0, torch.inf).argmin(1))
         self.register_buffer("unsure", torch.tensor(backbone.full_route).clamp_min(0))
 
+    def check(self, backbone: Any) -> None:
+        """Refuse, with a ValueError, a backbone of more or fewer columns than there are thresholds."""
+        if backbone.columns != len(self.thresholds):
+            raise ValueError(f"the policy has thresholds for {len(self.thresholds)} columns, not {backbone.columns}")
+
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
         """`Policy.chooser`, by what `backbone.observe` shows."""
 

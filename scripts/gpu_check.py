@@ -42,9 +42,10 @@ def main() -> int:
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "scripts" / "lay_out.py", folder], check=True)
-        command = [sys.executable, "-m", "dynrl.scripts.bench.gpu", Path(sys.argv[1]).resolve(), git.stdout.strip()]
+        out = str(Path(sys.argv[1]).resolve())
+        command = [sys.executable, "-m", "dynrl.scripts.bench.gpu", out, git.stdout.strip(), " ".join(sys.argv)]
         environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        return subprocess.run([*command, " ".join(sys.argv)], cwd=folder, env=environment).returncode
+        return subprocess.run(command, cwd=folder, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def varied_fashion_mnist() -> Dataset:
         sizes, pieces = rng.integers(SIZES[0], SIZES[1] + 1, count), rng.integers(0, MOST_PIECES + 1, count)
         canvas = torch.zeros(count, 1, CANVAS, CANVAS)
         for size in np.unique(sizes).tolist():
-            for row in np.flatnonzero(sizes == size):
+            for row in np.flatnonzero(sizes == size).tolist():
                 top, left = rng.integers(0, CANVAS - size + 1, 2)
                 scaled = F.interpolate(images[row : row + 1], size=size, mode="bilinear", antialias=True)
                 canvas[row, :, top : top + size, left : left + size] = scaled[0]

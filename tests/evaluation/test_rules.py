@@ -168,7 +168,7 @@ def test_a_plugged_threshold_charges_no_router():
     torch.testing.assert_close(model(inputs), backbone(inputs), atol=1e-4, rtol=1e-4)
     assert model.last_route.router_macs.sum() == 0
     assert (model.last_route.macs == backbone.dense_macs).all()
-    with pytest.raises(ValueError, match="observations of"):
+    with pytest.raises(ValueError, match="thresholds for 3 columns"):
         dynrl.plug(ExitResNet((1, 8, 8), layers=(2,), widths=(4,), exits=(0,)), model.policy)
     with pytest.raises(ValueError, match="knows no price"):
         model.set_price(0.1)

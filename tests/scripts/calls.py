@@ -22,5 +22,8 @@ def call(*words, cwd, timeout=240):
 def twin(run, folder, **changes):
     """A copy of a run that says it was trained otherwise."""
     shutil.copytree(run, folder)
-    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+    config = read_json(folder / "config.json")
+    for group in config.values():
+        group.update({name: value for name, value in changes.items() if name in group})
+    write_json(folder / "config.json", config)
     return folder

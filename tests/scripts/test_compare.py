@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from dynrl.data import load_dataset
 from dynrl.deploy import load
 from dynrl.evaluation import COMPARED, score
 from dynrl.files import read_json, write_json
-from dynrl.scripts import cells, compare, train
+from dynrl.recipes import DEFAULTS
+from dynrl.scripts import cells, compare
 from dynrl.scripts.cli import main
+from dynrl.training import train
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -24,14 +27,9 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
         shutil.copyfile(small_backbone, cells / "backbone" / f"{name}.safetensors")
     shutil.copytree(cells / "backbone", cells / "plain-itself")
     wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0, 1), threads=1)
-    opened = train.open_run
-
-    def short(args):
-        if args.resume is None:
-            args.steps, args.price_range = 24_000, (0.05, 20.0)
-        return opened(args)
-
-    monkeypatch.setattr(train, "open_run", short)
+    row = DEFAULTS["skip", "digits"]
+    short = replace(row.learning, steps=48_000, price_range=(0.05, 20.0))  # of which gates take half
+    monkeypatch.setitem(DEFAULTS, ("skip", "digits"), replace(row, learning=short))
     compare.main(wanted)
     result = read_json(cells / "comparison.json")
     assert result["seeds"] == {"gate": [0, 1]} and (cells / "comparison.png").is_file()
@@ -45,14 +43,11 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
         means.append(score(model, load_dataset("digits").test).metric)
     assert result["fronts"]["gate"]["metric"][at] == pytest.approx(np.mean(means), abs=1e-6)
     # One more beside them, trained at one price: it is no contender, but held against those for all prices.
-    alone = opened(
-        train.Args("skip", "digits", "gate", backbone=cells / "backbone", out=cells / "alone", steps=12_000,
-                   price_range=(2.0, 2.0))
-    )  # fmt: skip
-    assert train.learn(*alone)
+    given = {"agent": "gate", "steps": 12_000, "price_range": (2.0, 2.0)}
+    assert train("skip", "digits", backbone=cells / "backbone", out=cells / "alone", **given).finished
     # A second time nothing is trained: what is there stays as it is.
     before = {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
-    monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("dynrl.training.learn", lambda *_: pytest.fail("trained again"))
     main(["compare", "skip", "--out", str(tmp_path), "--agents", "gate", "--seeds", "0", "1"])
     assert before == {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
     again = read_json(cells / "comparison.json")
@@ -92,8 +87,8 @@ def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_back
     [
         ([], "at least one decision"), (["nosuch"], "nosuch"), (["skip", "--plain", "nosuch=1"], "NAME=VALUE"),
         (["skip", "--data", "nosuch"], "unknown data set 'nosuch'"), (["skip", "--prices", "-1"], "price"),
-        (["skip", "--seeds", "0", "-1"], "--seed"), (["exit", "hidden-update", "--data", "digits"], "no defaults for"),
-        (["skip", "--agents", "ppo", "dqn", "--finetune"], "--finetune"),
+        (["skip", "--seeds", "0", "-1"], "seed of at least 0"), (["exit", "hidden-update", "--data", "digits"], "no defaults for"),
+        (["skip", "--agents", "ppo", "dqn", "--finetune"], "as it was"),
         (["skip", "--agents", "gate", "--prices", "1"], "add ppo to --agents"),
     ],
 )  # fmt: skip
@@ -110,6 +105,6 @@ def test_a_run_that_was_being_made_when_it_was_killed_is_made_anew(small_backbon
         (cell / name).mkdir(parents=True)
         shutil.copyfile(small_backbone, cell / name / "backbone.safetensors")
     shutil.copyfile(small_backbone, cell / "backbone" / "plain.safetensors")
-    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config: learned.append((run, config["data"])) or True)
+    monkeypatch.setattr("dynrl.training.learn", lambda run, planned: learned.append((run.path, run.data)) or True)
     assert cells.train_cells(cell, "skip", "digits", compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,)))
     assert learned == [(cell / "gate-0", "digits")] and (cell / "gate-0" / "config.json").is_file()

@@ -22,10 +22,10 @@ from tests.cases import make_policy
     [
         (["--vary", "nosuch=1"], "names of"), (["--vary", "entropy="], "names of"),
         (["--vary", "entropy=a"], "numbers for entropy"), (["--vary", "num_envs=8,1.5"], "numbers for num_envs"),
-        (["--vary", "entropy=0.1,2"], "--entropy"), (["--vary", "learning_rate=0"], "--learning-rate"),
-        (["--vary", "baseline=group,greedy"], "baselines"), (["--vary", "entropy=0.1", "entropy=0.2"], "once each"),
-        (["--agent", "dqn", "--vary", "entropy=0.1"], "--entropy is for"),
-        (["--vary", "baseline=nosuch"], "baselines"), (["--vary", "accuracy_term=nosuch"], "accuracy term"),
+        (["--vary", "entropy=0.1,2"], "an entropy of"), (["--vary", "learning_rate=0"], "a learning_rate above"),
+        (["--vary", "baseline=group,greedy"], "compares whole routes"), (["--vary", "entropy=0.1", "entropy=0.2"], "once each"),
+        (["--agent", "dqn", "--vary", "entropy=0.1"], "an entropy bonus is for"),
+        (["--vary", "baseline=nosuch"], "unknown baseline"), (["--vary", "reward=nosuch"], "unknown reward"),
         (["--vary", "entropy=0.01,0.010"], "once"), (["--side-by-side", "0"], "--side-by-side"),
     ],
 )  # fmt: skip

@@ -20,42 +20,48 @@ from dynrl.deploy import SHIPPED
 from dynrl.files import read_json
 from dynrl.recipes import DEFAULTS
 from dynrl.runs import RunFolder
-from dynrl.scripts import train
 from dynrl.scripts.cli import main
-from dynrl.scripts.pretrain import pretrain_into
+from dynrl.training import plan, pretrain_into
 from tests.scripts.calls import COMMAND, call
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "reason"),
     [
-        ("train", "nosuch"), ("train",), ("train", "skip", "--data", "nosuch"),
-        ("train", "skip", "--nosuch", "3"), ("train", "skip", "--agent", "nosuch"), ("train", "skip", "--steps", "0"),
-        ("train", "skip", "--steps", "many"), ("train", "skip", "--seed", "-1"), ("train", "skip", "--threads", "0"),
-        ("train", "skip", "--price-range", "1", "0.5"), ("train", "skip", "--price-range", "0", "0.5"),
-        ("train", "skip", "--backbone", "nosuch"), ("train", "skip", "--backbone", "junk.safetensors"),
-        ("train", "skip", "--seed", str(2**32)), ("pretrain", "skip", "--out", "/dev/null/x"),
-        ("pretrain", "skip", "--threads", "0"),
-        ("train", "skip", "--resume", "nosuch"), ("train", "skip", "--out", "."),
-        ("train", "skip", "--agent", "gate", "--accuracy-term", "correct"),
-        ("train", "skip", "--agent", "gate", "--num-env-runners", "1"),
-        ("train", "skip", "--accuracy-term", "blockdrop"), ("train", "skip", "--baseline", "greedy"),
-        ("train", "skip", "--device", "nosuch"), ("train", "skip", "--dtype", "int8"), ("pretrain", "skip", "--device", "nosuch"),
-        ("train", "skip", "--agent", "gate", "--dtype", "bfloat16"), ("train", "skip", "--num-learners", "-1"),
-        ("train", "skip", "--num-learners", "3"), ("train", "skip", "--device", "meta"),
-        ("train", "skip", "--agent", "gate", "--address", "auto"), ("train", "hidden-update", "--upfront"), ("train", "skip", "--agent", "gate", "--cost", "time"),
-        ("train", "skip", "--accuracy-term", "nosuch"), ("pretrain", "nosuch"), ("pretrain", "skip", "--data", "nosuch"),
+        (("train", "nosuch"), "unknown decision 'nosuch'"), (("train",), "required"),
+        (("train", "skip", "--data", "nosuch"), "unknown data set 'nosuch'"),
+        (("train", "skip", "--nosuch", "3"), "nosuch"), (("train", "skip", "--agent", "nosuch"), "unknown agent 'nosuch'"),
+        (("train", "skip", "--steps", "0"), "steps of at least 1"), (("train", "skip", "--steps", "many"), "many"),
+        (("train", "skip", "--seed", "-1"), "seed of at least 0"), (("train", "skip", "--threads", "0"), "--threads of at least 1"),
+        (("train", "skip", "--price-range", "1", "0.5"), "price range"), (("train", "skip", "--price-range", "0", "0.5"), "price range"),
+        (("train", "skip", "--backbone", "nosuch"), "nosuch"), (("train", "skip", "--backbone", "junk.safetensors"), "junk"),
+        (("train", "skip", "--seed", str(2**32)), "below 2^31"), (("pretrain", "skip", "--out", "/dev/null/x"), "/dev/null/x"),
+        (("pretrain", "skip", "--threads", "0"), "--threads of at least 1"),
+        (("train", "skip", "--resume", "nosuch"), "no run folder"), (("train", "skip", "--out", "."), "exists"),
+        (("train", "skip", "--agent", "gate", "--reward", "correct"), "gradient"),
+        (("train", "skip", "--agent", "gate", "--num-env-runners", "1"), "agents of RLlib"),
+        (("train", "skip", "--reward", "blockdrop"), "upfront"), (("train", "skip", "--baseline", "greedy"), "whole routes"),
+        (("train", "skip", "--device", "nosuch"), "no device 'nosuch'"), (("train", "skip", "--dtype", "int8"), "int8"),
+        (("pretrain", "skip", "--device", "nosuch"), "no device 'nosuch'"),
+        (("train", "skip", "--agent", "gate", "--dtype", "bfloat16"), "float32"),
+        (("train", "skip", "--num-learners", "-1"), "num_learners of at least 0"),
+        (("train", "skip", "--num-learners", "3"), "3 learners"), (("train", "skip", "--device", "meta"), "cpu or cuda"),
+        (("train", "skip", "--agent", "gate", "--address", "auto"), "agents of RLlib"),
+        (("train", "hidden-update", "--policy", "upfront"), "needs images"),
+        (("train", "skip", "--agent", "gate", "--cost", "time"), "MACs"), (("train", "skip", "--reward", "nosuch"), "unknown reward 'nosuch'"),
+        (("train", "skip", "--policy", "nosuch"), "unknown kind of policy 'nosuch'"), (("train", "skip", "--cost", "money"), "money"),
+        (("pretrain", "nosuch"), "unknown decision 'nosuch'"), (("pretrain", "skip", "--data", "nosuch"), "unknown data set 'nosuch'"),
     ],
 )  # fmt: skip
-def test_bad_commands_are_refused(words, tmp_path, monkeypatch, capsys):
-    """Exit code 2, a reason, nothing written. In this process: a start costs seconds each."""
+def test_bad_commands_are_refused(words, reason, tmp_path, monkeypatch, capsys):
+    """Exit code 2, the reason, nothing written. In this process: a start costs seconds each."""
     (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 2
     said = capsys.readouterr()
-    assert said.err.strip() or said.out.strip()
+    assert reason in said.err + said.out
     assert [p.name for p in tmp_path.iterdir()] == ["junk.safetensors"]
 
 
@@ -72,7 +78,7 @@ def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "dynrl.pretraining.pretrain", lambda backbone, *a, **k: made.append(k["random_routes"]) or backbone
     )
-    pretrain_into(tmp_path, "skip", "digits", 0)
+    pretrain_into(tmp_path, plan("skip", "digits"))
     assert made == [False, True]
     assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors"}
     _, notes = load_backbone(tmp_path / "backbone.safetensors")
@@ -149,27 +155,27 @@ def test_a_finished_run_is_finetuned(run, others):
     assert dynrl.load(tuned)(torch.randn(2, 1, 24, 24)).shape == (2, 10)
     with pytest.raises(ValueError, match="trained for another backbone"):
         dynrl.plug(before[0], tuned / "policy.safetensors")
-    assert read_json(tuned / "config.json") == read_json(run / "config.json") | {"finetune": True}
+    assert RunFolder(tuned).settings == RunFolder(run).settings | {"finetune": True}
 
 
 def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynrl.scripts.train.learn", lambda run, config, *where: False)
+    monkeypatch.setattr("dynrl.training.learn", lambda run, planned: False)
     for data, more in (("adding", []), ("adding", ["--num-envs", "8", "--price-range", "0.1", "2"]), ("digits", [])):
         name = f"{data}-{len(more)}"
         decision = "hidden-update" if data == "adding" else "skip"
         main(["train", decision, "--data", data, "--out", str(tmp_path / name), "--threads", "2", *more])
-    row, found = DEFAULTS["hidden-update", "adding"], read_json(tmp_path / "adding-0" / "config.json")
+    row, found = DEFAULTS["hidden-update", "adding"].learning, RunFolder(tmp_path / "adding-0").settings
     assert (found["num_envs"], found["price_range"], found["steps"]) == (row.num_envs, list(row.price_range), row.steps)
     assert found["finetune"]  # no backbone survives random routes there
-    found = read_json(tmp_path / "adding-5" / "config.json")
-    assert (found["num_envs"], found["price_range"], found["router_hidden"]) == (8, [0.1, 2.0], 0)
-    found = read_json(tmp_path / "digits-0" / "config.json")
+    found = RunFolder(tmp_path / "adding-5").settings
+    assert (found["num_envs"], found["price_range"], found["hidden"]) == (8, [0.1, 2.0], 0)
+    found = RunFolder(tmp_path / "digits-0").settings
     assert (found["num_envs"], found["price_range"], found["finetune"]) == (64, [0.002, 2.0], False)
 
 
 def test_gates_are_resumed_by_the_command(others):
     done = torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"]
-    assert read_json(others / "gate" / "config.json")["agent"] == "gate"
+    assert RunFolder(others / "gate").settings["agent"] == "gate"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dynrl.scripts.evaluate.report_runs", lambda *runs: None)
         main(["train", "skip", "--resume", str(others / "gate")])
@@ -212,7 +218,8 @@ def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
     # Fewer steps in all, so that the test is short: what matters is where it starts and how it ends.
     config = read_json(out / "config.json")
     target = done_before + 3000
-    (out / "config.json").write_text(json.dumps(config | {"steps": target}))
+    config["learning"]["steps"] = target
+    (out / "config.json").write_text(json.dumps(config))
     resumed = call("train", "skip", "--resume", out, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     done_after = max(int(p.name.split("_")[1]) for p in (out / "checkpoints").glob("checkpoint_*"))
@@ -236,11 +243,3 @@ def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
     model = dynrl.load(out)
     model(torch.randn(2, *model.input_shape))
     assert not (out / "report.json").exists()
-
-
-def test_remote_runners_see_one_gpu_each(monkeypatch):
-    """Of a run that is resumed, too."""
-    monkeypatch.setattr("dynrl.scripts.common.check_device", torch.device)
-    train._check_place(train.Args("skip", device="cuda:1"), "ppo", 0)
-    with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
-        train._check_place(train.Args("skip", device="cuda:1"), "ppo", 2)

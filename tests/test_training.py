@@ -1,0 +1,251 @@
+"""Training from Python: data and backbones of one's own, silence, refusals before anything is made, going on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import TensorDataset
+
+import dynrl
+from dynrl.backbones import FAMILIES, SkipModule, SkipResNet, load_backbone
+from dynrl.data import DATASETS, Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
+from dynrl.data.own import SHARE
+from dynrl.files import read_json
+from dynrl.finetuning import Finetuning
+from dynrl.pretraining import Recipe
+from dynrl.settings import Settings
+from dynrl.tasks import CLASSIFICATION, Regression
+from dynrl.training import learn, make_run, plan, resume, train
+
+RECIPE = Recipe(12, 32, 5e-3, optimizer="adam")
+SHORT = {"agent": "gate", "steps": 600, "num_envs": 16, "price_range": (0.1, 2.0)}
+
+
+def small_images(count=200, classes=3):
+    """Inputs [count, 1, 8, 8] of which a bright row tells the class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (count,), generator=generator)
+    images = torch.randn(count, 1, 8, 8, generator=generator)
+    images[torch.arange(count), 0, labels] += 3
+    return images, labels
+
+
+class Pairs(TorchDataset):
+    def __init__(self, inputs, targets):
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, i):
+        return self.inputs[i].numpy(), int(self.targets[i])
+
+
+class Residual(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.inner(x).relu()
+
+
+def own_backbone(classes=3):
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), Residual(), Residual(), nn.Linear(16, classes))
+    return SkipModule(module, (1, 8, 8), ["2", "3"])
+
+
+# Data ---------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_become_three_splits():
+    inputs, labels = small_images()
+    data = own_dataset((inputs, labels))
+    assert data.task == CLASSIFICATION and data.classes == 3 and data.input_shape == (1, 8, 8)
+    few = int(SHARE * len(inputs))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [len(inputs) - 2 * few, few, few]
+    raw = torch.cat([part.inputs for part in (data.train, data.validation, data.test)]) * data.deviation + data.mean
+    met = sorted(map(tuple, raw.flatten(1).round(decimals=3).tolist()))
+    assert met == sorted(map(tuple, inputs.flatten(1).round(decimals=3).tolist()))  # each in one part
+    assert float(data.train.inputs.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(data.train.inputs.std()) == pytest.approx(1, abs=1e-5)
+    same, other = own_dataset((inputs, labels)), own_dataset((inputs, labels), seed=1)
+    assert torch.equal(same.test.inputs, data.test.inputs) and same.name == data.name
+    assert not torch.equal(other.test.targets, data.test.targets) or other.name != data.name
+
+
+def test_all_ways_to_hold_pairs_are_the_same_data():
+    inputs, labels = small_images(40)
+    names = {
+        own_dataset(data).name
+        for data in ((inputs, labels), [inputs, labels], TensorDataset(inputs, labels), Pairs(inputs, labels))
+    }
+    assert len(names) == 1
+    assert own_dataset((inputs, labels + 1)).name not in names
+
+
+def test_numbers_make_a_regression():
+    inputs = torch.randn(50, 4)
+    data = own_dataset((inputs, inputs.sum(1)))
+    assert data.task == Regression.of(data.train.targets) and data.classes == 1 and data.train.targets.shape == (40, 1)
+    assert own_dataset((inputs.double(), inputs[:, :2].double())).classes == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (3, "got int"), ([1, 2], "got list"), ((torch.randn(5, 4), torch.zeros(5)), "at least 10 inputs"),
+        ((torch.randn(20, 4), torch.zeros(19)), "as many targets"), ((torch.randn(20), torch.zeros(20)), "at least 10 inputs"),
+        ((torch.randn(20, 4), torch.zeros(20).long() - 1), "classes .n. from 0 on"),
+        ((torch.randn(20, 4), torch.zeros(20, 2).long()), "classes .n. from 0 on"),
+        ((torch.randn(20, 4), torch.zeros(20).bool()), "classes .n. from 0 on"),
+        ((torch.randn(20, 4), torch.zeros(20).long()), "two classes or more"),
+        ((torch.full((20, 4), torch.nan), torch.arange(20) % 2), "NaN or infinity"),
+        (Pairs(torch.zeros(0, 4), torch.zeros(0)), "to hold pairs"),
+    ],
+)  # fmt: skip
+def test_what_are_no_pairs_is_refused(data, reason):
+    with pytest.raises(ValueError, match=reason):
+        own_dataset(data)
+
+
+def test_a_torch_dataset_of_unequal_inputs_is_refused():
+    class Unequal(Pairs):
+        def __getitem__(self, i):
+            return torch.zeros(3 + i % 2), 0
+
+    with pytest.raises(ValueError, match="of one shape"):
+        own_dataset(Unequal(torch.zeros(12, 1), torch.zeros(12)))
+
+
+def test_data_is_known_by_its_name_from_then_on():
+    data = as_dataset(small_images(30))
+    assert load_dataset(data.name).train.inputs is data.train.inputs
+    assert as_dataset("digits") is load_dataset("digits") and as_dataset(load_dataset("digits")).name == "digits"
+    split = Split(torch.zeros(3, 2), torch.zeros(3).long())
+    with pytest.raises(ValueError, match="another data set named 'digits'"):
+        as_dataset(Dataset("digits", 2, split, split, split, Augmentation()))
+
+
+# Training -----------------------------------------------------------------------------------------------------
+
+
+def test_a_network_and_data_of_ones_own(tmp_path, capfd):
+    """Pretrained under random routes, learned, plugged, gone on with; and not a word is said."""
+    data, backbone = small_images(), own_backbone()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    run = train(backbone, data, out=tmp_path / "run", pretrain=RECIPE, **SHORT)
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items()), "the user's stays"
+    settings = Settings.read(run.config_file)
+    assert settings.problem.data == own_dataset(data).name and settings.learning.agent == "gate"
+    model, test = dynrl.load(run.path), own_dataset(data).test
+    assert run.finished and (model(test.inputs).argmax(1) == test.targets).float().mean() > 0.8
+    assert load_backbone(run.backbone_file)[0].fingerprint() != backbone.fingerprint()
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    resume(run.path, data)
+    with pytest.raises(ValueError, match="was trained on own-"):
+        resume(run.path, small_images(50))
+    # Another process knows neither.
+    code = f"from dynrl.training import resume; resume({str(run.path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "hand it over again, by data=" in done.stderr
+
+
+def test_a_trained_backbone_is_taken_as_it_is(tmp_path):
+    data, backbone = small_images(), own_backbone()
+    run = train(backbone, data, out=tmp_path / "run", pretrain=False, **SHORT)
+    assert load_backbone(run.backbone_file)[0].fingerprint() == backbone.fingerprint()
+    assert not run.plain_file.exists()
+    dynrl.plug(backbone, run.policy_file)(data[0])  # fits the user's own
+
+
+def test_it_is_tuned_in_turn_with_its_policy(tmp_path):
+    planned = plan(own_backbone(), small_images(), finetune=True, **SHORT)
+    tuning = Finetuning(rounds=1, epochs=1, steps=400, batch_size=32, optimizer="adam", learning_rate=1e-3)
+    planned = replace(planned, recipe=replace(planned.recipe, pretraining=RECIPE, finetuning=tuning))
+    run = make_run(planned, tmp_path / "run")
+    assert learn(run, planned)
+    tuned, notes = load_backbone(run.backbone_file)
+    assert notes["rounds"] == 1 and tuned.fingerprint() != load_backbone(run.kept_file)[0].fingerprint()
+    dynrl.load(run.path)
+
+
+def test_a_call_may_talk(tmp_path, capfd):
+    train(own_backbone(), small_images(), out=tmp_path / "run", pretrain=False, show=True, **SHORT)
+    said = capfd.readouterr()
+    assert "policy: " in said.out and "learning: 100%" in said.err
+
+
+def test_settings_are_filled_in_by_decision_data_and_agent():
+    usual = plan("skip", "digits").settings.learning
+    assert (usual.steps, usual.num_envs, usual.price_range) == (300_000, 64, (0.002, 2.0))
+    assert plan("skip", "digits", agent="gate").settings.learning.steps == 150_000
+    adding = plan("hidden-update", "adding", hidden=3).settings.learning
+    assert (adding.hidden, adding.num_envs, adding.finetune, adding.price_range) == (3, 256, True, (0.03, 1.0))
+    assert plan("hidden-update").settings.problem.data == "sequential-digits"
+    assert plan("skip", "digits", network=["widths=[4,4,4]"]).backbone.config["widths"] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("decision", "data", "given", "reason"),
+    [
+        ("skip", "digits", {"nosuch": 1}, "unknown settings nosuch; expected network, seed, agent"),
+        ("skip", "digits", {"steps": "many"}, "steps: expected int, got 'many'"),
+        ("skip", "digits", {"agent": "nosuch"}, "unknown agent"), ("skip", "digits", {"reward": "nosuch"}, "unknown reward"),
+        ("skip", "digits", {"policy": "nosuch"}, "unknown kind of policy"), ("skip", "digits", {"device": "nosuch"}, "no device"),
+        ("skip", "digits", {"reward": "blockdrop"}, "decides upfront"), ("skip", 3, {}, "got int"),
+        ("skip", "digits", {"network": ("nosuch=1",)}, "NAME=VALUE"), ("nosuch", "digits", {}, "unknown decision"),
+        ("hidden-update", None, {"policy": "upfront"}, "needs images"), ("skip", "adding", {}, "no defaults"),
+        ("skip", "digits", {"baseline": "group", "num_envs": 12}, "expected 8 x n"),
+        (SkipResNet((1, 8, 8), classes=4, layers=(1,), widths=(4,)), "digits", {}, "is for inputs and outputs"),
+        (SkipResNet((1, 8, 8), layers=(1,), widths=(4,)), "digits", {"network": ("a=1",)}, "leave it out"),
+        (SkipResNet((1, 8, 8), layers=(1,), widths=(4,)), "digits", {"backbone": "here"}, "given twice"),
+        ("skip", "digits", {"pretrain": False}, "of your own"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_made(decision, data, given, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        train(decision, data, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_own_data_is_not_for_remote_processes():
+    with pytest.raises(ValueError, match="bring it by a plugin"):
+        plan(own_backbone(), small_images(), num_env_runners=2)
+
+
+def test_a_run_goes_on_by_its_own_settings(tmp_path):
+    run = make_run(plan("skip", "digits", **SHORT), tmp_path / "run")
+    assert read_json(run.config_file)["learning"]["agent"] == "gate"
+    with pytest.raises(ValueError, match="own settings; leave out agent, seed"):
+        resume(run.path, seed=0, agent="gate")
+    with pytest.raises(ValueError, match="no run folder"):
+        resume(tmp_path)
+
+
+def test_a_backbone_of_another_network_is_refused(tmp_path):
+    SkipResNet((1, 8, 8), layers=(1,), widths=(4,)).save(tmp_path / "backbone.safetensors")
+    for source, reason in ((tmp_path, "is for inputs and outputs"), (tmp_path / "nosuch", "expected a folder")):
+        with pytest.raises(ValueError, match=reason):
+            make_run(plan("skip", "digits"), tmp_path / "run", source)
+    with pytest.raises(ValueError, match="poses 'skip', not 'exit'"):
+        make_run(plan("exit", "digits"), tmp_path / "run", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(autouse=True)
+def _registries_as_they_were():
+    kept = dict(FAMILIES), dict(DATASETS)
+    yield
+    for registry, was in zip((FAMILIES, DATASETS), kept, strict=True):
+        registry.clear()
+        registry.update(was)
