@@ -23,13 +23,9 @@ FOLDERS = {
 
 # What a module may import of this package, by the longest prefix of its name. Names as strings are free.
 ALLOWED = {
-<<<<<<< HEAD
-    "dynrl": {"dynrl._version", "dynrl.envs", "dynrl.deploy", "dynrl.plugins", "dynrl.training", "dynrl.evaluation"},
-=======
     "dynrl": {
         "dynrl._version", "dynrl.envs", "dynrl.deploy", "dynrl.evaluation", "dynrl.plugins", "dynrl.training"
     },
->>>>>>> main
     "dynrl.plugins": set(),
     "dynrl.files": set(),
     "dynrl.tasks": set(),
