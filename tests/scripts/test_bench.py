@@ -104,7 +104,7 @@ def test_every_route_is_walked_once_and_weighs_what_random_choices_make_it(name)
             inputs.expand(3000, -1), torch.randint(0, backbone.num_choices, (3000, backbone.columns))
         ).route.tolist()
     }
-    ended_alike = {"exiting": 3, "looping": 4, "branching": 2 + 2 * 2 * 2}
+    ended_alike = {"exiting": 3, "looping": 4, "branching": 2 + 2 * 2 * 2, "roundabout": 2 + 4 * 2}
     assert len(routes) == ended_alike[name] and int(reached.max()) <= backbone.max_steps
     with pytest.raises(ValueError, match="more than 2 routes"):
         known.every_route(backbone, inputs, most=2)
