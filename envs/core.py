@@ -298,9 +298,9 @@ class RoutingVectorEnv(VectorEnv):
 
     @torch.no_grad()
     def foresee(self, actions: Tensor) -> Tensor:
-        """[N]: what `actions` [N, decisions], which decide the whole walk, would earn now; changes nothing."""
+        """[N]: what `actions` [N] or [N, decisions], which decide the whole walk, would earn now; changes nothing."""
         state = self.backbone.begin(self._walk.inputs, table=self._table)
-        going, end = self._go({state.point: state}, actions)
+        going, end = self._go({state.point: state}, actions.view(self.num_envs, -1))
         assert end is not None and not going, "only what decides the whole walk can be foreseen"
         earned, paid = self._terms(end)
         return torch.empty(self.num_envs, device=self.device).index_copy(0, end.rows, earned + paid)

@@ -272,7 +272,7 @@ class RouteSight(Sight):
         """The same for all inputs: the choices that each column's point has."""
         counts = torch.tensor(self.column_choices, device=observation.device).unsqueeze(1)
         has = (torch.arange(self.choices, device=observation.device) < counts).float()
-        return has.expand(len(observation), -1, -1)
+        return has.expand(observation.shape[0], -1, -1)  # len() would make a traced size a constant
 
     def pick(self, answer: Tensor, state: Any) -> Tensor:
         """What stands in the rows' next column."""

@@ -109,8 +109,8 @@ def fashion_folder(tmp_path, monkeypatch):
     contents = {
         "train-images-idx3-ubyte": idx((5010, 28, 28), bytes(i % 256 for i in range(5010 * 784))),
         "train-labels-idx1-ubyte": idx((5010,), bytes(i % 10 for i in range(5010))),
-        "t10k-images-idx3-ubyte": idx((4, 28, 28), bytes(i % 251 for i in range(4 * 784))),
-        "t10k-labels-idx1-ubyte": idx((4,), bytes([1, 2, 3, 4])),
+        "t10k-images-idx3-ubyte": idx((10, 28, 28), bytes(i % 251 for i in range(10 * 784))),
+        "t10k-labels-idx1-ubyte": idx((10,), bytes([1, 2, 3, 4, 5, 6, 7, 8, 9, 0])),
     }
     folder = tmp_path / "dynrl" / "fashion-mnist"
     folder.mkdir(parents=True)
