@@ -107,8 +107,8 @@ def test_idx_format():
 def fashion_folder(tmp_path, monkeypatch):
     """Small stand-ins for the files of fashion-mnist, in the cache."""
     contents = {
-        "train-images-idx3-ubyte": idx((5010, 28, 28), bytes(i % 256 for i in range(5010 * 784))),
-        "train-labels-idx1-ubyte": idx((5010,), bytes(i % 10 for i in range(5010))),
+        "train-images-idx3-ubyte": idx((5100, 28, 28), bytes(i % 256 for i in range(5100 * 784))),
+        "train-labels-idx1-ubyte": idx((5100,), bytes(i % 10 for i in range(5100))),
         "t10k-images-idx3-ubyte": idx((10, 28, 28), bytes(i % 251 for i in range(10 * 784))),
         "t10k-labels-idx1-ubyte": idx((10,), bytes([1, 2, 3, 4, 5, 6, 7, 8, 9, 0])),
     }
@@ -180,8 +180,8 @@ def test_cifar_is_read_from_the_cache_checked(classes, cifar_folder):
 def test_fashion_mnist_is_read_from_the_cache_checked(fashion_folder):
     """On small stand-ins: the loader, the cache's place, the checksum."""
     loaded = DATASETS["fashion-mnist"]()
-    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (10, 5000, 4)
-    assert loaded.test.targets.tolist() == [1, 2, 3, 4]
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (100, 5000, 10)
+    assert loaded.test.targets.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     (fashion_folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"other"))
     with pytest.raises(ValueError, match="SHA256"):
         DATASETS["fashion-mnist"]()
