@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.gated import GatedWalk
-from dynrl.backbones.walk import CostTable, Point, State, Walk, merge
+from dynrl.backbones.walk import END, CostTable, Point, State, Walk, merge
 from dynrl.files import fingerprint, load_tensors, save_tensors
 from dynrl.ops.backend import may_look
 from dynrl.routes import draw_routes
@@ -329,7 +329,7 @@ class Backbone(nn.Module):
         while pending:
             # The earliest point first: rows that reach a later point by different branches then merge there.
             state = pending.pop(min(pending))
-            reached = [state for state in self.advance(state, choose(state)) if not state.ended]
+            reached = [state for state in self.advance(state, choose(state)) if state.point != END]
             if pending or len(reached) > 1:
                 pending = merge([*pending.values(), *reached])
             else:

@@ -153,18 +153,19 @@ class Walk:
 
     def decided(self, state: State, action: Tensor) -> None:
         """Write down that the rows of `state` took `action` [n], count the decision, and charge it."""
-        rows, point, column = state.rows, state.point, state.column
-        if state.together:
-            assert isinstance(column, int), "rows that are together are at one column"
-            record(action, self._mac_table.choices[point], self.route[:, column], self.steps, self.last, self.macs)
+        rows, point, costs = state.rows, state.point, self._mac_table.choices[state.point]
+        if rows is self.all_rows:
+            # While a point has not been met again, its first column is the column.
+            column = self.first_column[point] + self.visits_together[point]
+            record(action, costs, self.route[:, column], self.steps, self.last, self.macs)
             self.visits_together[point] += 1
             if self._visits is not None:
                 self._visits[:, point] += 1
         else:
-            self.route[rows, column] = action
+            self.route[rows, state.column] = action
             self.steps[rows] += 1
             self.last[rows] = action + 1
-            self.macs[rows] += self._mac_table.choices[point].index_select(0, action)
+            self.macs[rows] += costs.index_select(0, action)
             if self._visits is not None:
                 self._visits[rows, point] += 1
         if self._charged is not None:
