@@ -163,6 +163,21 @@ def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):
     assert again["steps"] == saved["steps"] >= 12_000
 
 
+def test_a_policy_works_as_printed(small_backbone, tmp_path, run):
+    """Trained, reported and plugged; it obeys a high price, and its file is nothing without its plugin."""
+    (tmp_path / "per_point.py").write_text(printed("per_point.py", 30))
+    (tmp_path / "given").mkdir()
+    shutil.copyfile(small_backbone, tmp_path / "given" / "backbone.safetensors")
+    words = ["--policy", "per-point", "--backbone", "given", "--out", "run", "--price-range", "20", "20"]
+    words += ["--steps", "8000", "--threads", "2"]
+    assert "learned" in run("-m", "dynrl.scripts.cli", "--plugin", "per_point.py", "train", "skip", *words)
+    checks = "import dynrl, torch; m = dynrl.load('run'); m(torch.randn(3, *m.input_shape))\n"
+    checks += "assert type(m.policy).__name__ == 'PerPoint' and m.curve[0][1] < 0.5, m.curve"
+    run("-c", checks, **{VARIABLE: str(tmp_path / "per_point.py")})
+    with pytest.raises(ValueError, match="per-point"):
+        dynrl.load(tmp_path / "run")
+
+
 def test_without_its_plugin_an_agent_is_unknown(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "skip", "--agent", "evolution", "--out", str(tmp_path / "run")])
