@@ -7,7 +7,7 @@ import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -27,14 +27,28 @@ def optional(*kinds: type) -> Any:
         hints, about = typing.get_type_hints(kind), texts(kind)
         for each in dataclasses.fields(kind):
             usual = BY_DATA.get(each.name, each.default)
-            help = tyro.conf.arg(help=about[each.name], help_behavior_hint=f"(default: {usual})")
-            if each.default is dataclasses.MISSING and each.name not in BY_DATA:
+            positional = each.default is dataclasses.MISSING and each.name not in BY_DATA
+            help = tyro.conf.arg(
+                help=about[each.name], help_behavior_hint=f"(default: {usual})",
+                metavar=each.name.upper() if positional else metavar(hints[each.name]),
+            )  # fmt: skip
+            if positional:
                 made.append((each.name, Annotated[hints[each.name], tyro.conf.Positional, help], dataclasses.field()))
             elif hints[each.name] is bool:
                 made.append((each.name, Annotated[bool, help], False))
             else:
                 made.append((each.name, Annotated[hints[each.name] | None, help], None))
     return dataclasses.make_dataclass("Given", made)
+
+
+def metavar(hint: Any) -> str | None:
+    """What help shows for a value of that type; without it, each of these would offer None, too."""
+    words = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "{" + ",".join(words) + "}"
+    if words:
+        return " ".join("..." if word is Ellipsis else word.__name__.upper() for word in words)
+    return None if hint is bool else hint.__name__.upper()
 
 
 def texts(kind: type) -> dict[str, str]:
@@ -49,6 +63,7 @@ class Args:
     """Settings of `dynrl train`."""
 
     settings: tyro.conf.OmitArgPrefixes[optional(Problem, Learning, Place)]  # type: ignore[valid-type]
+    """What is learned, how, and where."""
     backbone: Path | None = None
     """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
     out: Path | None = None
