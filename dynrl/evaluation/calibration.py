@@ -78,9 +78,9 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
     if routes > 1:
         return None
     return (
-        f"collapsed: every input takes the same route at each price (the policy spends {reach}). Train for more steps or "
-        "with another seed; TensorBoard shows when routes/distinct fell. If this happens again, the inputs may not differ "
-        "in what they need: then the static routes of the report are as good"
+        f"collapsed: every input takes the same route at each price (the policy spends {reach}). Train for more steps "
+        "or with another seed; TensorBoard shows when routes/distinct fell. If this happens again, the inputs may not "
+        "differ in what they need: then the static routes of the report are as good"
     )
 
 

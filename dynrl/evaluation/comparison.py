@@ -50,8 +50,8 @@ def compare(
     Returns:
         the comparison, as a dictionary that JSON can hold.
 
-        Raises:
-            ValueError: there are no runs, or they do not belong in one comparison (see `by_kind`).
+    Raises:
+        ValueError: there are no runs, or they do not belong in one comparison (see `by_kind`).
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in runs]
     if not folders:

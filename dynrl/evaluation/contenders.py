@@ -104,8 +104,8 @@ class Contender:
         """Return what each seed does with `budget`, a share of the dense MACs.
 
         Args:
-            budget: a share of the dense MACs. None asks a contender that heeds no budgets for its one point, and learned
-                policies for their dearest.
+            budget: a share of the dense MACs. None asks a contender that heeds no budgets for its one point, and
+                learned policies for their dearest.
 
         Returns:
             an answer of each seed, or None if some seed cannot be that cheap. A seed that cannot spend the whole budget

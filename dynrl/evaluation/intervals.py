@@ -77,7 +77,8 @@ def paired(ours: Tensor, theirs: Tensor, by_seed: bool = False) -> tuple[float, 
     Args:
         ours: [seeds, n], the metric of one side.
         theirs: [other seeds, n], the metric of the other side on the same inputs.
-        by_seed: whether seed i is the same network on both sides; then what its two results have in common cancels, too.
+        by_seed: whether seed i is the same network on both sides; then what its two results have in common cancels,
+            too.
     """
     from scipy.stats import t as student  # not at the top of the file: plugging a model needs torch alone
 
