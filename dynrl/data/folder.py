@@ -51,8 +51,8 @@ def image_folder(name: str) -> Dataset:
     for part, images in found.items():
         if list(images) != classes:
             raise ValueError(
-                f"{root / part} has the classes {list(images)}, {root / 'train'} has {classes}; give all parts the same "
-                "classes"
+                f"{root / part} has the classes {list(images)}, {root / 'train'} has {classes}; give all parts the "
+                "same classes"
             )
     files = {part: [(file, i) for i, c in enumerate(classes) for file in found[part][c]] for part in found}
     missing = [part for part in SHARES if part not in files]

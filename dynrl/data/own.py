@@ -63,7 +63,7 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     classes = targets.shape[1] if numbers else int(targets.max()) + 1
     if classes < 2 and not numbers:
         raise ValueError(
-            "expected two classes or more, but all targets are 0; give floating-point targets for a regression"
+            "expected two classes or more, but all targets are 0; a regression needs floating-point targets"
         )
     train, validation, test = (Split((inputs[part] - mean) / deviation, targets[part], task) for part in parts)
     return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation)
