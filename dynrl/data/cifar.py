@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) are read from the binary archives, since a pickle may run code."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) are read from binary archives: Python's own format may run code."""
 
 from __future__ import annotations
 
