@@ -1,1 +1,1 @@
-"""Agents: what learns; RLlib first. They need the `train` extra."""
+"""Agents learn policies, mostly by the algorithms of RLlib. They need the `train` extra."""

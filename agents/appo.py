@@ -1,4 +1,4 @@
-"""APPO, by RLlib, as an agent of `dynrl train`: runners sample while the learner learns."""
+"""This agent trains by RLlib's APPO: runners sample while the learner learns."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
 from dynrl.agents.slab import EpisodesRunner
 from dynrl.policies import PolicySpec
 
-BATCHES, TIMES = 2, 4  # how many batches the learner goes round, and how often it learns from each
-REPORTED = 8  # batches a training iteration
+BATCHES, TIMES = 2, 4  # how many batches the learner holds at a time, and how often it learns from each
+REPORTED = 8  # how many batches a training iteration has
 
 
 class OldRouterModule(RouterModule, TargetNetworkAPI):
-    """A policy beside its former self, by which APPO measures its samples' age."""
+    """This module holds a policy and its former self; APPO compares the two to correct for old samples."""
 
     def make_target_networks(self) -> None:
         """Copy the policy."""
         self._old = make_target_network(self.net)
 
     def get_non_inference_attributes(self) -> list[str]:
-        """What runners do not need: values and the former policy."""
+        """Name what runners do not need: the value network and the former policy."""
         return [*super().get_non_inference_attributes(), "_old"]
 
     def get_target_network_pairs(self) -> list[Any]:
-        """Which network follows which."""
+        """Return the pair of networks whose second follows the first."""
         return [(self.net, self._old)]
 
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Logits of the former policy."""
+        """Return the logits of the former policy."""
         return {TARGET_NETWORK_ACTION_DIST_INPUTS: self._old(batch[Columns.OBS])}
 
 
 class APPO(RLlibAgent):
-    """Asynchronous PPO: V-trace corrects for what was sampled by an older policy (Espeholt et al. 2018, IMPALA).
+    """APPO is asynchronous PPO: V-trace corrects for samples of an older policy (Espeholt et al. 2018, IMPALA).
 
-    It scales to many runners, which need not wait for each other. On one machine of few cores PPO learns more from as
-    many steps.
+    APPO scales to many runners, which need not wait for each other. On one machine of few cores, PPO learns more from
+    the same number of steps.
     """
 
     def configure(
         self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any
     ) -> APPOConfig:
-        """APPO with our runner; each batch is one walk of each sub-environment of one runner."""
+        """Configure APPO with our runner; a batch has one walk of each sub-environment of one runner."""
         learning = self.settings.learning
         rate = learning.learning_rate or NUMBERS.learning_rate
         entropy = entropy_bonus(NUMBERS.entropy if learning.entropy is None else learning.entropy, self.backbone)
@@ -59,8 +59,8 @@ class APPO(RLlibAgent):
         batch = place["num_envs"] * place["rollout"]
         module = RLModuleSpec(module_class=OldRouterModule, model_config={"spec": spec})
         config: APPOConfig = routing_config(APPOConfig(), env_id, env_config, module, EpisodesRunner, **place)
-        # RLlib's own runner would ask a server for weights when it samples; ours are sent them. Where all remote
-        # runners have died and are not back yet, this process samples: it needs an environment.
+        # RLlib's own runner asks a server for weights when it samples; ours are sent the weights. If all remote
+        # runners have died and are not back yet, this process samples, and needs an environment for that.
         return (
             config.env_runners(use_env_runner_state_server=False, create_env_on_local_worker=True)
             .training(

@@ -1,4 +1,4 @@
-"""What all agents share: the class that each fills in, the registry, and what a backbone says of how to learn on it."""
+"""All agents share their base class, their registry, and the numbers that a backbone implies for learning on it."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ from dynrl.progress import progress
 from dynrl.settings import Learning, Place, Settings
 from dynrl.tasks import TASKS
 
-# Names are strings, so that gates are trained without ray. A plugin adds a row: AGENTS["mine"] = "its_file:Mine".
+# Classes are named by strings, so that gates train without importing ray. A plugin adds a row:
+# AGENTS["mine"] = "its_file:Mine".
 AGENTS = {
     "ppo": "dynrl.agents.ppo:PPO", "appo": "dynrl.agents.appo:APPO", "dqn": "dynrl.agents.dqn:DQN",
     "sb3-ppo": "dynrl.agents.sb3:SB3PPO", "sb3-dqn": "dynrl.agents.sb3:SB3DQN", "gate": "dynrl.agents.gates:Gates",
 }  # fmt: skip
 WALKS, ENOUGH_STEPS, LEAST_STEPS = 8, 72, 16  # see `rollout`
-FREE_STEPS = 8  # a walk of so many decisions gets the whole entropy bonus, see `entropy_bonus`
+FREE_STEPS = 8  # walks of at most this many decisions get the whole entropy bonus (see `entropy_bonus`)
 
 
 class Agent:
-    """What learns a policy, the backbone frozen. A context: it may hold processes, and holds open files.
+    """An agent learns a policy for a frozen backbone. It is a context, because it holds open files and maybe processes.
 
-    An agent's file fills in the hooks of the first part. Checkpoints go to `folder/checkpoints`, TensorBoard's files
+    A subclass writes the methods of the first part below. Checkpoints go to `folder/checkpoints`, TensorBoard's files
     to `folder`.
 
     Args:
-        settings: as they are.
-        backbone_file: the backbone; `reload` reads it again.
-        folder: of the run. Training goes on from its newest checkpoint.
-        total: decisions in all, the end of its schedules.
-        times: what is charged instead of MACs, as `RoutingVectorEnv` takes it.
+        settings: the complete settings of the training.
+        backbone_file: the file of the backbone; `reload` reads it again.
+        folder: the run folder. Training continues from its newest checkpoint.
+        total: the number of decisions in all, at which the schedules end.
+        times: the times to charge instead of MACs, as `RoutingVectorEnv` takes them.
     """
 
-    # What a user may set and this agent cannot do, by the name of the setting, with the reason.
+    # The settings that this agent cannot follow, by name, each with the reason that a user is told.
     cannot: ClassVar[Mapping[str, str]] = {
         "baseline": "baselines are for the agent ppo",
         "entropy": "an entropy bonus is for the agents ppo, appo and sb3-ppo",
@@ -54,9 +55,9 @@ class Agent:
         "num_learners": "remote processes are for the agents of RLlib: ppo, appo, dqn",
         "address": "ray is for the agents of RLlib: ppo, appo, dqn",
     }
-    steps_share: ClassVar[float] = 1.0  # of a recipe's steps; with these it takes about as long as PPO does
-    checkpoint_every: int = 10  # training iterations between checkpoints
-    steps: int  # decisions learned from so far
+    steps_share: ClassVar[float] = 1.0  # the share of a recipe's steps with which it takes about as long as PPO does
+    checkpoint_every: int = 10  # the number of training iterations between checkpoints
+    steps: int  # the number of decisions learned from so far
 
     def __init__(
         self,
@@ -75,10 +76,11 @@ class Agent:
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Refuse, with a ValueError, settings that this agent cannot learn by; called before anything is made.
+        """Refuse, with a ValueError, settings that this agent cannot follow; called before anything is made.
 
         Args:
-            backbone: one of the shape that is to be learned on; its weights may be any.
+            settings: the complete settings of the training.
+            backbone: a backbone of the shape to learn on, with any weights.
         """
         for part in (settings.learning, settings.place):
             for each in fields(part):
@@ -88,23 +90,23 @@ class Agent:
                     raise ValueError(f"{cls.cannot[name]}; the agent {agent} takes no {name}, got {value!r}")
 
     def start(self) -> None:
-        """Set up, restore the newest checkpoint and set `steps`; what must end again goes on the stack `_held`."""
+        """Set up, restore the newest checkpoint and set `steps`; put what must be closed on the stack `_held`."""
         raise NotImplementedError
 
     def iterate(self) -> dict[str, float]:
-        """Learn from some more decisions, counted in `steps`; scalars by the tags of `TrainingLog`."""
+        """Learn from more decisions, add their number to `steps`, and return scalars by the tags of `TrainingLog`."""
         raise NotImplementedError
 
     def router(self) -> LearnedPolicy:
-        """A copy of the policy as it is."""
+        """Return a copy of the present policy."""
         raise NotImplementedError
 
     def save(self) -> None:
-        """Write a checkpoint, all or nothing."""
+        """Write a complete checkpoint, or none."""
         raise NotImplementedError
 
     def reload(self) -> None:
-        """Go on with the backbone that now lies in `backbone_file`."""
+        """Continue on the backbone that `backbone_file` holds now."""
         raise NotImplementedError
 
     # the same for all --------------------------------------------------------------------------------------
@@ -125,18 +127,18 @@ class Agent:
 
     @property
     def left(self) -> float:
-        """What is left of a learning rate or an entropy bonus at the present step, from 1 to a tenth."""
+        """The factor on the learning rate and the entropy bonus at the present step; it falls from 1 to a tenth."""
         return 1 - 0.9 * min(1.0, self.steps / self.total)
 
     def write(self, scalars: dict[str, float]) -> None:
-        """Show `scalars` in TensorBoard at the present step."""
+        """Write `scalars` to TensorBoard at the present step."""
         self._log.write(self.steps, scalars)
 
     def learn(self, until: int, stop: threading.Event | None = None) -> None:
         """Learn until `steps` has reached `until` or `stop` is set, and write a checkpoint.
 
         Raises:
-            ValueError: the weights are no longer finite; the last checkpoint stays.
+            ValueError: the policy's weights are no longer finite; the last checkpoint stays.
         """
         stop = stop or threading.Event()
         while self.steps < until and not stop.is_set():
@@ -150,14 +152,15 @@ class Agent:
             self._bar.set_postfix({tag: f"{scalars[tag]:.3g}" for tag in shown if tag in scalars}, refresh=False)
             if not all(torch.isfinite(p).all() for p in self.router().parameters()):
                 raise ValueError(
-                    f"the policy's weights are no longer finite after {self.steps} steps; see {self.checkpoints}"
+                    f"the policy's weights are no longer finite after {self.steps} steps; lower the learning rate "
+                    f"({self.checkpoints} holds the last good checkpoint)"
                 )
             if self.steps >= until or stop.is_set() or self._iteration % self.checkpoint_every == 0:
                 self.save()
 
 
 def agent_class(name: str) -> type[Agent]:
-    """The agent of that name in `AGENTS`, or a ValueError."""
+    """Return the class of the agent `name` in `AGENTS`, or raise a ValueError that lists the agents."""
     if name not in AGENTS:
         raise ValueError(f"unknown agent {name!r}; expected one of {', '.join(AGENTS)}")
     module, kind = AGENTS[name].split(":")
@@ -168,17 +171,17 @@ def agent_class(name: str) -> type[Agent]:
 def open_agent(
     settings: Settings, backbone_file: Path, folder: Path, total: int, times: Mapping[str, Any] | None = None
 ) -> Agent:
-    """The agent that `settings` name, to be entered; see `Agent` for the arguments."""
+    """Return the agent that `settings` name, a context to enter; see `Agent` for the arguments."""
     return agent_class(settings.learning.agent)(settings, backbone_file, folder, total, times)
 
 
 def train_policy(
     settings: Settings, backbone_file: Path, folder: Path, times: Mapping[str, Any] | None = None
 ) -> tuple[LearnedPolicy, bool]:
-    """Train a policy for a backbone that stays as it is, going on from the newest checkpoint in `folder`.
+    """Train a policy for a frozen backbone, from the newest checkpoint in `folder` on; see `Agent` for the arguments.
 
     Returns:
-        the policy, and whether all steps were done (False after Ctrl-C).
+        the policy, and whether all steps were done; False after Ctrl-C.
     """
     total = settings.learning.steps
     with stop_on_interrupt() as stop, open_agent(settings, backbone_file, folder, total, times) as agent:
@@ -188,9 +191,9 @@ def train_policy(
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Within the block the first Ctrl-C sets the event, so that an iteration is never torn; the second raises."""
+    """Within the block, the first Ctrl-C sets the event, so that no iteration is cut short; the second raises."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main one hears Ctrl-C
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives Ctrl-C
         yield stop
         return
 
@@ -211,13 +214,13 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 @dataclass(frozen=True)
 class Ground:
-    """What an agent learns on, as counts: the walks of one backbone, seen by one kind of policy.
+    """A ground describes the walks of one backbone as one kind of policy sees them; agents learn on it.
 
     Attributes:
-        looks: environment steps of the longest walk, one for each look.
-        decisions: decisions that an environment step counts as.
-        rollout: environment steps of each row in a training iteration.
-        spec: what builds the policy.
+        looks: the environment steps of the longest walk, one for each look.
+        decisions: how many decisions an environment step counts as.
+        rollout: the environment steps of each row in a training iteration.
+        spec: the specification that builds the policy.
     """
 
     looks: int
@@ -227,7 +230,7 @@ class Ground:
 
     @classmethod
     def of(cls, learning: Learning, backbone: Backbone) -> Ground:
-        """The ground of a training on `backbone`."""
+        """Return the ground of a training on `backbone`."""
         sight = sight_of(learning.policy, backbone)
         looks = sight.looks(backbone.max_steps)
         spec = PolicySpec.of(learning.policy, backbone, learning.price_range, learning.hidden)
@@ -235,38 +238,39 @@ class Ground:
 
 
 def sight_of(kind: str, backbone: Backbone) -> Sight:
-    """What policies of that kind see of `backbone`.
+    """Return the sight by which policies of the kind `kind` see `backbone`.
 
     Raises:
-        ValueError: an unknown kind, or one that cannot see such inputs.
+        ValueError: the kind is unknown, or its policies cannot see such inputs.
     """
     return check_kind(kind).sight_class.of(backbone)
 
 
 def walks(backbone: Backbone) -> int:
-    """How many walks of each row a training iteration has: eight, or fewer long ones, of some seventy steps in all."""
+    """Return how many walks of each row a training iteration has: eight, or fewer if seventy steps are enough."""
     return max(1, min(WALKS, ENOUGH_STEPS // backbone.max_steps))
 
 
 def rollout(backbone: Backbone, looks: int) -> int:
-    """Environment steps of each row in a training iteration, for walks of so many looks: whole walks.
+    """Return the environment steps of each row in a training iteration; they make up whole walks of `looks` steps.
 
-    Where a walk is one look it is also one sample to learn from: then there are more walks, `LEAST_STEPS` at least.
+    If a walk has few looks, it gives few samples to learn from. Then there are more walks, with at least `LEAST_STEPS`
+    steps in all.
     """
     return math.ceil(max(LEAST_STEPS, walks(backbone) * looks) / looks) * looks
 
 
 def entropy_bonus(entropy: float, backbone: Backbone) -> float:
-    """The bonus for each decision: `entropy` for walks of up to eight, less for longer ones.
+    """Return the bonus for each decision: `entropy` for walks of up to `FREE_STEPS` decisions, less for longer ones.
 
-    Each decision of a longer walk moves the return less. At the same bonus policies stay undecided, and the likeliest
-    choices, taken throughout, lead where training never was.
+    Each decision of a longer walk changes the return less. With the same bonus, policies would stay undecided, and
+    their likeliest choices, taken at every step, would lead to states that training never met.
     """
     return entropy * min(1.0, FREE_STEPS / backbone.max_steps)
 
 
 def env_arguments(settings: Settings, backbone_file: Path, times: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The environment's arguments, but for how many rows it has and how it resets."""
+    """Return the environment's arguments, except for the number of rows and the way it resets."""
     learning: Learning = settings.learning
     place: Place = settings.place
     return {

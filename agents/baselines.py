@@ -1,4 +1,4 @@
-"""What PPO compares a reward with. A baseline says what the runner must do for it and how advantages come of it."""
+"""A baseline is what PPO compares a reward with. It says what runners must do and how advantages are computed."""
 
 from __future__ import annotations
 
@@ -11,77 +11,81 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class Baseline:
-    """A learned value: advantages are as `gae` estimates them. Other baselines change some of its moments."""
+    """This baseline is a learned value, whose advantages are those of `gae`. Subclasses change some of its methods."""
 
     name: ClassVar[str] = "value"
-    group: ClassVar[int] = 1  # neighbouring rows of the environment that meet the same inputs
-    one_look: ClassVar[bool] = False  # whether it is only for walks of one look
+    group: ClassVar[int] = 1  # how many neighbouring rows of the environment meet the same input
+    one_look: ClassVar[bool] = False  # whether the baseline is only for walks of one look
 
     def begins_anew(self, lengths: Tensor) -> bool:
-        """Whether a rollout must begin with new episodes, where rows are `lengths` [N] steps into theirs."""
+        """Tell whether a rollout must begin with new episodes, when rows are `lengths` [N] steps into theirs."""
         return False
 
     def replace(self, actions: Tensor, likeliest: Tensor, decisions: int) -> Tensor:
-        """The actions to take, [N * decisions] as drawn and as the policy finds likeliest."""
+        """Return the actions to take [N * decisions], given those drawn and those that the policy finds likeliest."""
         return actions
 
     def columns(self, env: RoutingVectorEnv, likeliest: Tensor) -> dict[str, Tensor]:
-        """What a slab keeps of each step for `advantages`, [N] each, asked for before the step.
+        """Return the columns [N] that a slab keeps of each step for `advantages`; called before the step.
 
         Args:
-            likeliest: the policy's likeliest actions, as the environment takes them.
+            env: the environment that is about to step.
+            likeliest: the policy's likeliest actions, in the shape that the environment takes.
         """
         return {}
 
     def advantages(self, slab: Any, estimates: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[T, N] advantages, and [T, N] bool, which steps to learn from; None: from all.
+        """Return [T, N] advantages, and [T, N] bool that marks the steps to learn from; None stands for all steps.
 
         Args:
-            slab: what was sampled.
-            estimates: [T, N], by `gae`.
+            slab: the `Slab` that was sampled.
+            estimates: [T, N], the advantages that `gae` estimates.
         """
         return estimates, None
 
 
 class Group(Baseline):
-    """What eight routes of one input earn on average, the likeliest route among them (see `group_advantages`)."""
+    """This baseline is the mean reward of eight routes of one input, one of them the likeliest route."""
 
     name = "group"
     group = 8
 
     def begins_anew(self, lengths: Tensor) -> bool:
-        """Whether some episode is under way.
+        """Tell whether any episode is under way.
 
-        Rows whose walks differ in length drift apart, until none of a group meet the same input in a slab.
+        Rows whose walks differ in length drift apart, until no two rows of a group meet the same input in a slab.
         """
         return bool(lengths.any())
 
     def replace(self, actions: Tensor, likeliest: Tensor, decisions: int) -> Tensor:
-        """The likeliest action in the first row of each group."""
+        """Put the likeliest action into the first row of each group."""
         rows = torch.arange(len(actions) // decisions, device=actions.device)
         return torch.where((rows % self.group == 0).repeat_interleave(decisions), likeliest, actions)
 
     def columns(self, env: RoutingVectorEnv, likeliest: Tensor) -> dict[str, Tensor]:
-        """The number of each row's episode, all of which began in the slab."""
+        """Keep the number of each row's episode; all these episodes began in the slab."""
         return {"episodes": env.episodes}
 
     def advantages(self, slab: Any, estimates: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `group_advantages` says."""
+        """Return the advantages of `group_advantages`."""
         return group_advantages(slab.rewards, slab.terminateds, slab.episodes, self.group)
 
 
 class Greedy(Baseline):
-    """What the likeliest route alone earns (self-critical training, Rennie et al. 2017, CVPR; BlockDrop uses it)."""
+    """This baseline is the reward of the likeliest route: self-critical training (Rennie et al. 2017, CVPR).
+
+    BlockDrop uses it.
+    """
 
     name = "greedy"
     one_look = True
 
     def columns(self, env: RoutingVectorEnv, likeliest: Tensor) -> dict[str, Tensor]:
-        """What the likeliest routes would have earned."""
+        """Keep what the likeliest routes would have earned."""
         return {"greedy": env.foresee(likeliest)}
 
     def advantages(self, slab: Any, estimates: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The reward less that."""
+        """Return each reward less what the likeliest route would have earned."""
         return slab.rewards - slab.greedy, None
 
 
@@ -89,11 +93,12 @@ BASELINES: dict[str, Baseline] = {each.name: each for each in (Baseline(), Group
 
 
 def gae(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, equation 16), episodes cut where `ended`.
+    """Return generalised advantage estimates (Schulman et al. 2016, equation 16), cut where episodes `ended`.
 
     Args:
-        rewards, ended: [T, N]; `ended` where the episode ended with that step.
-        values: [T + 1, N], of each observation and of the one after the last.
+        rewards, ended: [T, N], the rewards, and whether the episode ended with that step.
+        values: [T + 1, N], the value of each observation and of the one after the last.
+        gamma, lambda_: the discount, and the weight of later estimates.
 
     Returns:
         [T, N].
@@ -109,22 +114,23 @@ def gae(rewards: Tensor, values: Tensor, ended: Tensor, gamma: float, lambda_: f
 
 
 def group_advantages(rewards: Tensor, ended: Tensor, episodes: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """What each route earned, less what its group did on average: of one input, at one price (Shao et al. 2024,
-    "DeepSeekMath", section 4.1, without their division by the group's spread: inputs whose routes differ little should
-    not count as much as others).
+    """Return what each route earned less what its group earned on average; a group is of one input, at one price.
 
-    The first of each group is the greedy route, which is compared with and not learned from, as it was not drawn.
+    This is the estimate of Shao et al. 2024 ("DeepSeekMath", section 4.1) without their division by the group's spread:
+    inputs whose routes differ little should not count as much as others. The first row of each group takes the greedy
+    route. It counts in the mean but is not learned from, because it was not drawn from the policy.
 
     Args:
-        rewards, ended: [T, N].
-        episodes: [T, N] int64, their numbers; none began earlier.
+        rewards, ended: [T, N], the rewards, and whether the episode ended with that step.
+        episodes: [T, N] int64, the numbers of the episodes; all of them began in this slab.
+        group: the number of rows of a group.
 
     Returns:
-        [T, N] each: advantages, the same for all steps of a route, and which steps to learn from: those of groups whose
-        routes lie in the slab as wholes.
+        advantages [T, N], the same for all steps of a route; and [T, N] bool that marks the steps to learn from, those
+        of groups whose routes all end in the slab.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no group has all its routes in the slab.
     """
     count = rewards.shape[1]
     number = episodes - episodes.min()

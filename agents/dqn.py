@@ -1,4 +1,4 @@
-"""DQN, by RLlib, as an agent of `dynrl train`."""
+"""This agent trains by RLlib's DQN."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from dynrl.backbones import Backbone
 from dynrl.policies import PolicySpec
 from dynrl.settings import Settings
 
-BATCH, TIMES = 64, 2.0  # steps a batch, and how often each step that is sampled is learned from
-# RLlib's replay never begins in the last n - 1 steps of an episode, and walks are short: with 3 nothing is learned of
-# their last decisions. SB3's, which begins everywhere, does better with 3.
+BATCH, TIMES = 64, 2.0  # the steps of a batch, and how often each sampled step is learned from
+# RLlib's replay never begins in the last n - 1 steps of an episode. Walks are short, so with n = 3 nothing would be
+# learned about their last decisions. SB3's replay begins everywhere, and does better with 3.
 N_STEP = 1
-REPORTED = 8  # walks of each sub-environment a training iteration
+REPORTED = 8  # how many walks of each sub-environment a training iteration has
 
 
 class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
-    """A policy whose scores are what each choice is expected to return, beside its former self."""
+    """This module holds a policy whose scores are the returns expected of each choice, and its former self."""
 
     def setup(self) -> None:
-        """Build the network, without values beside it."""
+        """Build the policy, without a value network."""
         super().setup()
         settings: Any = self.model_config
         self.net = q_network(settings["spec"])
         del self.value
 
     def get_non_inference_attributes(self) -> list[str]:
-        """What runners do not need: the former network."""
+        """Name what runners do not need: the former network."""
         return ["_old"]
 
     def logits(self, observation: Tensor) -> Tensor:
-        """[n, choices], without the cap: returns have none."""
+        """Return the scores [n, choices], without the policy's cap on logits, since returns have no such bound."""
         scores: Tensor = self.net.scores(observation)
         return scores
 
     def explore(self, log_probs: Tensor, steps: int) -> Tensor:
-        """The best choice of each row, or now and then any."""
+        """Return the best choice of each row, or at random any open one."""
         settings: Any = self.model_config
         rate = NUMBERS.rate(steps, settings["total_steps"])
-        # Among those that are open: a closed one's score is far below any return, and would be learned from.
+        # Only open choices may be explored: a closed choice's score is far below any return, and would be learned from.
         any_choice = (log_probs > -1e8).float().multinomial(1).squeeze(1)
         return torch.where(torch.rand(len(log_probs), device=log_probs.device) < rate, any_choice, log_probs.argmax(1))
 
@@ -67,15 +67,15 @@ class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
         return scores
 
     def get_target_network_pairs(self) -> list[Any]:
-        """Which network follows which."""
+        """Return the pair of networks whose second follows the first."""
         return [(self.net, self._old)]
 
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the former network expects."""
+        """Return the returns that the former network expects."""
         return {QF_PREDS: self._former(batch[Columns.OBS])}
 
     def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the network expects."""
+        """Return the returns that the network expects."""
         return {QF_PREDS: self.logits(batch[Columns.OBS])}
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
 
 
 class DQN(RLlibAgent):
-    """Double Q-learning (van Hasselt et al. 2016) from a buffer of replayed episodes.
+    """This agent is double Q-learning (van Hasselt et al. 2016) from a buffer of replayed episodes.
 
     Training that is resumed begins with an empty buffer.
     """
@@ -96,7 +96,7 @@ class DQN(RLlibAgent):
     cannot = {
         **RLlibAgent.cannot,
         "entropy": Agent.cannot["entropy"],
-        "finetune": "Q-learning replays what it met on the backbone as it was",
+        "finetune": "Q-learning would replay episodes from the backbone before fine-tuning",
     }
 
     @classmethod
@@ -108,7 +108,7 @@ class DQN(RLlibAgent):
     def configure(
         self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any
     ) -> DQNConfig:
-        """DQN with our runner; a sample is one walk of each sub-environment."""
+        """Configure DQN with our runner; a sample has one walk of each sub-environment."""
         place["rollout"] = self.ground.looks
         rate = self.settings.learning.learning_rate or NUMBERS.learning_rate
         module = RLModuleSpec(module_class=QRouterModule, model_config={"spec": spec, "total_steps": steps})

@@ -1,4 +1,4 @@
-"""Gates trained by gradient, beside which reinforcement learning must stand. This file needs torch only, no ray."""
+"""This agent trains gates by gradient, which reinforcement learning is compared with. It needs torch, but no ray."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ GRADIENT_NORM = 0.5
 
 
 def straight_through(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """[n, choices] one-hot draws from the distribution of `logits`, with the gradient of a softmax.
+    """Return one-hot draws [n, choices] from the distribution of `logits`, with the gradient of a softmax.
 
-    Straight-through Gumbel-softmax at temperature 1 (Jang et al. 2017, section 2.2): hard forwards, soft backwards.
-    One estimator for what the decisions' own papers do: SkipNet's supervised phase (Wang et al. 2018, section 3.2),
-    DS-Net's gate over widths (Li et al. 2021, section 3.3), Skip RNN's binary state update (Campos et al. 2018,
-    section 3) and, since noise comes before the choice, the noisy top-1 gate over experts (Shazeer et al. 2017,
-    section 2.1).
+    This is the straight-through Gumbel-softmax at temperature 1 (Jang et al. 2017, section 2.2): hard in the forward
+    pass, soft in the backward pass. This one estimator stands for what the decisions' own papers do: SkipNet's
+    supervised phase (Wang et al. 2018, section 3.2), DS-Net's gate over widths (Li et al. 2021, section 3.3), Skip
+    RNN's binary state update (Campos et al. 2018, section 3) and, since noise comes before the choice, the noisy top-1
+    gate over experts (Shazeer et al. 2017, section 2.1).
     """
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
     soft = (logits + noise).softmax(1)
@@ -41,10 +41,11 @@ def straight_through(logits: Tensor, generator: torch.Generator | None = None) -
 
 
 class Gates(Agent):
-    """The router that PPO trains, trained by gradient through the gated walk of the frozen backbone.
+    """This agent trains the same router as PPO, but by gradient through the gated walk of the frozen backbone.
 
-    It maximises what PPO does, the accuracy term less price x MACs / dense MACs. Each input takes all branches,
-    forwards and backwards, weighted by its gates: a decision takes more time than PPO's, and tells more.
+    It maximises the same return as PPO: the accuracy term less price x MACs / dense MACs. Each input takes all
+    branches, forwards and backwards, weighted by its gates. A decision therefore takes more time than in PPO, and tells
+    more.
     """
 
     cannot = {
@@ -59,7 +60,7 @@ class Gates(Agent):
         super().refuse(settings, backbone)
         if not REWARDS[settings.learning.reward].has_gradient:
             raise ValueError(
-                f"the reward {settings.learning.reward!r} has no gradient for gates; choose another, or another agent"
+                f"the reward {settings.learning.reward!r} has no gradient for gates; choose another reward or agent"
             )
 
     def start(self) -> None:
@@ -87,13 +88,13 @@ class Gates(Agent):
         return self.checkpoints / "gate.pt"
 
     def reload(self) -> None:
-        """Read the backbone, unfolded: folded layers are for inference."""
+        """Read the backbone without folding its layers, because folded layers are for inference only."""
         self._backbone = load_backbone(self.backbone_file)[0].requires_grad_(False)
         self._backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dense = DenseOutputs(self._backbone.for_inference(), self._split)
 
     def iterate(self) -> dict[str, float]:
-        """Descend along the gradient of some batches."""
+        """Take one gradient step on each of several batches."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * self.left
         parts = [self._descend() for _ in range(walks(self._backbone))]
@@ -102,7 +103,7 @@ class Gates(Agent):
         return episode_scalars(over, self._backbone.points)
 
     def _descend(self) -> dict[str, Tensor]:
-        """Descend along the gradient of one batch."""
+        """Take one gradient step on one batch and return what its rows did."""
         learning, backbone, task = self.settings.learning, self._backbone, self._split.task
         rows = torch.randint(len(self._split), (learning.num_envs,), generator=self._generator)
         inputs, targets = self._split.inputs[rows], self._split.targets[rows]
@@ -134,11 +135,11 @@ class Gates(Agent):
         }  # fmt: skip
 
     def router(self) -> LearnedPolicy:
-        """A copy of the router as it is."""
+        """Return a copy of the present router."""
         return copy.deepcopy(self._router).eval()
 
     def save(self) -> None:
-        """Write one file."""
+        """Write the router, the optimiser and the generator to one file."""
         state: dict[str, Any] = {
             "router": self._router.state_dict(), "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(), "steps": self.steps,

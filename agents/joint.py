@@ -1,4 +1,4 @@
-"""Train a policy and its backbone in turn, through kills and Ctrl-C."""
+"""Joint training trains a policy and its backbone in turn, and survives kills and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ def train_jointly(
     folder: Path,
     times: Mapping[str, Any] | None = None,
 ) -> tuple[LearnedPolicy, bool]:
-    """Train a policy and its backbone in turn, going on where `folder` says they are.
+    """Train a policy and its backbone in turn, from the state that `folder` holds on.
 
-    First the policy learns from `settings.learning.steps` decisions. Each round then fine-tunes the backbone on the
-    routes of the policy as it is, writes the backbone, and lets the policy learn on it.
+    First, the policy learns from `settings.learning.steps` decisions. Each round then fine-tunes the backbone on the
+    routes of the present policy, writes the backbone, and lets the policy learn on it.
 
     Args:
-        backbone_file: changed after each round, all or nothing; its notes say how many there were (`rounds`).
-        reference: the dense network that the backbone is distilled from: one for all rounds, since a backbone that
-            follows itself drifts.
-        times: what is charged instead of MACs, see `Agent`.
+        settings: the complete settings of the training.
+        plan: how many rounds there are, and how each fine-tunes.
+        backbone_file: the backbone's file, replaced as a whole after each round; its notes count the rounds (`rounds`).
+        reference: the dense network that the backbone is distilled from. It is the same in all rounds, since a backbone
+            that is distilled from itself drifts.
+        folder: the run folder, which has the checkpoints.
+        times: the times to charge instead of MACs (see `Agent`).
 
     Returns:
-        the policy, and whether all rounds were done (False after Ctrl-C).
+        the policy, and whether all rounds were done; False after Ctrl-C.
     """
     problem, learning = settings.problem, settings.learning
     backbone, notes = load_backbone(backbone_file)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows, whichever library trains. Its x-axis counts decisions."""
+"""TensorBoard shows the same scalars whichever library trains. Its x-axis counts decisions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch.utils.tensorboard import SummaryWriter
 from dynrl.backbones import Point, choice_rates
 from dynrl.envs.core import Info, RoutingVectorEnv
 
-SHOWN_CLASSES = 20  # a thousand curves are of use to nobody, and writing them takes longer than learning does
+SHOWN_CLASSES = 20  # nobody reads a thousand curves, and writing them takes longer than learning does
 
 
 def ended_episodes(env: RoutingVectorEnv, info: Info, returns: Tensor) -> dict[str, Tensor]:
-    """What is logged of the episodes that ended with a step: [n] each, routes [n, columns].
+    """Return what is logged of the episodes that ended with a step: [n] each, but routes [n, columns].
 
     Args:
-        info: that step's.
-        returns: [N], of each row's episode so far.
+        env: the environment that stepped.
+        info: what `step_tensors` returned with the step.
+        returns: [N], the return of each row's episode so far.
     """
     ended = info["ended"]
     found = {name: info[name][ended] for name in (env.task.metric, "macs_fraction", "price", "route", "target")}
@@ -30,37 +31,38 @@ def ended_episodes(env: RoutingVectorEnv, info: Info, returns: Tensor) -> dict[s
 
 
 def episode_scalars(over: Mapping[str, Tensor], points: Sequence[Point]) -> dict[str, float]:
-    """Means over episodes that ended (see `ended_episodes`), by the tags of `TrainingLog`."""
+    """Return means over the episodes of `ended_episodes`, by the tags of `TrainingLog`."""
     target, not_means = over["target"], ("route", "return", "length", "target")
     scalars = {name: float(values.mean()) for name, values in over.items() if name not in not_means}
     scalars |= {"reward": float(over["return"].mean()), "routes/distinct": float(len(over["route"].unique(dim=0)))}
-    if not target.is_floating_point():  # a regression's has no classes
+    if not target.is_floating_point():  # the targets of a regression have no classes
         few = target < SHOWN_CLASSES
         spent, met = (torch.bincount(target[few], weights) for weights in (over["macs_fraction"][few], None))
         for label, mean in enumerate((spent / met).tolist()):
-            if not math.isnan(mean):  # none of them was met
+            if not math.isnan(mean):  # NaN: no input of this class was met
                 scalars[f"macs_by_class/{label}"] = mean
     return scalars | {f"rate/{tag}": rate for tag, rate in choice_rates(points, over["route"]).items()}
 
 
 class TrainingLog:
-    """Writes scalars of one training run into `folder`, for TensorBoard.
+    """A training log writes the scalars of one run into `folder`, for TensorBoard.
 
-    Tags: `reward`, the task's metric (`accuracy` or `mse`), `macs_fraction`, `price`, `routes/distinct` (few of them:
-    the policy has collapsed), `rate/<point>` (share of the decisions there that were choice 1; `rate/<point>/<choice>`
-    where there are more than two), `macs_by_class/<class>` (what inputs of that class spend; of the first 20),
-    `loss/...`, `entropy`, `throughput/steps_per_s`; after each round of fine-tuning `finetuning/...`, means over its
-    batches.
+    The tags are `reward`, the task's metric (`accuracy` or `mse`), `macs_fraction`, `price`, `routes/distinct` (if
+    there are few, the policy has collapsed), `rate/<point>` (the share of the decisions there that were choice 1; at
+    points of more than two choices, `rate/<point>/<choice>`), `macs_by_class/<class>` (what inputs of that class spend,
+    for the first 20 classes), `loss/...`, `entropy` and `throughput/steps_per_s`. After each round of fine-tuning,
+    there is `finetuning/...` with means over its batches.
 
     Args:
-        begins_after: the step training goes on from; what a killed run wrote after it is hidden.
+        folder: the folder for TensorBoard's files.
+        begins_after: the step that training continues from; what a killed run wrote after this step is hidden.
     """
 
     def __init__(self, folder: Path, begins_after: int = 0) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=begins_after + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write those of `scalars` that are finite, at `step`."""
+        """Write the finite values among `scalars` at `step`."""
         for tag, value in scalars.items():
             if math.isfinite(value):
                 self._writer.add_scalar(tag, value, step)

@@ -1,4 +1,4 @@
-"""PPO, by RLlib, as an agent of `dynrl train`: its advantages from slabs, and its learner."""
+"""This agent trains by RLlib's PPO, with its own learner and its own advantages from slabs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from dynrl.settings import Settings
 
 
 class RouterLearner(PPOTorchLearner):
-    """RLlib's PPO learner with an Adam that does not leap where gradients have long been next to nothing."""
+    """This is RLlib's PPO learner with an Adam that makes no leap after gradients were tiny for a long time."""
 
     def configure_optimizers_for_module(self, module_id: Any, config: Any = None) -> None:
-        """Make RLlib's optimiser, with `ADAM_EPSILON`."""
+        """Make RLlib's optimiser with `ADAM_EPSILON`."""
         assert self._module is not None
         module = self._module[module_id]
         parameters = self.get_parameters(module)
@@ -39,8 +39,10 @@ class RouterLearner(PPOTorchLearner):
         )
 
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
-        """Also set the entropy bonus. RLlib sets it afterwards and keeps none in its checkpoints: the first iteration
-        after a restart would have that of the start.
+        """Set the entropy bonus before the update, too.
+
+        RLlib sets it after the update and keeps none in its checkpoints. The first iteration after a restart would have
+        the bonus of the start.
         """
         super().before_gradient_based_update(timesteps=timesteps)
         for module_id, _ in self.module.items():
@@ -49,7 +51,7 @@ class RouterLearner(PPOTorchLearner):
 
 
 class SlabGAE(ConnectorV2):
-    """The whole learner pipeline: slabs to one flat, shuffled batch with advantages (Schulman et al. 2016)."""
+    """This is the whole learner pipeline: it turns slabs into one flat, shuffled batch with advantages."""
 
     def __init__(self, *args: Any, gamma: float, lambda_: float, baseline: Baseline, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,8 +59,8 @@ class SlabGAE(ConnectorV2):
 
     @torch.no_grad()
     def __call__(self, *, rl_module: Any, batch: Any, episodes: Any, **kwargs: Any) -> dict[str, Any]:
-        """Values, advantages (standardised over the batch), and value targets for every step of every slab."""
-        module = rl_module[DEFAULT_MODULE_ID].unwrapped()  # several learners wrap it
+        """Add advantages, standardised over the batch, and value targets to every step of every slab."""
+        module = rl_module[DEFAULT_MODULE_ID].unwrapped()  # RLlib wraps it where there are several learners
         device = next(module.parameters()).device
         columns: dict[str, list[Tensor]] = {}
         for given in episodes:
@@ -78,7 +80,7 @@ class SlabGAE(ConnectorV2):
                 (Postprocessing.VALUE_TARGETS, (estimates + values[:-1]).flatten()),
             ):
                 columns.setdefault(name, []).append(column[kept])
-        # Neighbours in a slab stand at the same point; minibatches should not.
+        # Neighbours in a slab stand at the same point; the rows of a minibatch should not.
         order = torch.randperm(sum(map(len, columns[Columns.OBS])), device=device)
         flat_batch = {name: torch.cat(parts)[order] for name, parts in columns.items()}
         raw = flat_batch[Postprocessing.ADVANTAGES]
@@ -87,7 +89,7 @@ class SlabGAE(ConnectorV2):
 
 
 def check_shares(num_envs: int, num_learners: int, baseline: Baseline) -> None:
-    """Refuse, with a ValueError, environments of which learners cannot have equal shares, of whole groups."""
+    """Refuse, with a ValueError, a number of environments that learners cannot share equally in whole groups."""
     learners = max(1, num_learners)
     if num_envs % (learners * baseline.group):
         raise ValueError(
@@ -111,19 +113,19 @@ def ppo_config(
     entropy: float = NUMBERS.entropy,
     **place: Any,
 ) -> PPOConfig:
-    """PPO with our runner and connector.
+    """Return a configuration of RLlib's PPO with our runner and connector.
 
-    Any further RLlib setting can be changed on what is returned, but for `gamma` and `lambda_`, which the connector
-    holds.
+    Any other setting of RLlib can be changed on the result, except `gamma` and `lambda_`, which the connector holds.
 
     Args:
         env_id, env_config, num_envs, rollout, num_env_runners, num_learners, place: see `routing_config`.
-        spec: what builds the policy.
-        baseline: of the advantages, a name in `BASELINES`.
-        total_steps: environment steps over which the learning rate and the entropy bonus fall to a tenth.
+        spec: the specification that builds the policy.
+        baseline: what rewards are compared with, a name in `BASELINES`.
+        total_steps: the environment steps over which the learning rate and the entropy bonus fall to a tenth.
+        learning_rate, entropy: their values at the start.
 
     Raises:
-        ValueError: environments that cannot be shared out among learners, or make no groups.
+        ValueError: the environments cannot be shared equally among the learners in whole groups.
     """
     compared = BASELINES[baseline]
     check_shares(num_envs, num_learners, compared)
@@ -144,7 +146,9 @@ def ppo_config(
         clip_param=NUMBERS.clip,
         grad_clip=NUMBERS.gradient_norm,
         vf_loss_coeff=NUMBERS.value_weight,
-        vf_clip_param=float("inf"),  # RLlib clips the squared error at 10: no gradient where the critic is far off
+        vf_clip_param=float(
+            "inf"
+        ),  # RLlib clips the squared error at 10: a critic that is far off would get no gradient
         use_kl_loss=False,
         add_default_connectors_to_learner_pipeline=False,
         learner_class=RouterLearner,
@@ -153,18 +157,18 @@ def ppo_config(
 
 
 def falling(start: float, steps: int) -> Any:
-    """RLlib's schedule of a number that falls to a tenth over `steps`."""
+    """Return RLlib's schedule of a number that falls from `start` to a tenth of it over `steps`."""
     return [[0, start], [steps, start / 10]]
 
 
 class PPO(RLlibAgent):
-    """Proximal policy optimisation (Schulman et al. 2017)."""
+    """This agent is proximal policy optimisation (Schulman et al. 2017)."""
 
     cannot = {}
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse baselines that are none or do not fit the policy, and environments that cannot be shared out."""
+        """Also refuse baselines that are unknown or do not fit the policy, and environments that cannot be shared."""
         super().refuse(settings, backbone)
         learning = settings.learning
         if learning.baseline not in BASELINES:
@@ -179,7 +183,7 @@ class PPO(RLlibAgent):
     def configure(
         self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any
     ) -> PPOConfig:
-        """What `ppo_config` makes of the settings."""
+        """Configure PPO by `ppo_config` from the settings."""
         learning = self.settings.learning
         entropy = NUMBERS.entropy if learning.entropy is None else learning.entropy
         return ppo_config(

@@ -1,6 +1,7 @@
-"""RLlib on a routing environment: the policy as RLModule, and the agent that all its algorithms share.
+"""RLlib trains on a routing environment by the module and the agent here, which all its algorithms share.
 
-RLlib's training steps, learners, checkpoints, evaluation and Tune stay stock; the runners are in `dynrl.agents.slab`.
+RLlib's training steps, learners, checkpoints, evaluation and Tune stay its own; the runners are in
+`dynrl.agents.slab`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-# Before ray is imported: it reads them once. No telemetry; no warnings about machines without accelerators.
+# Ray reads these variables once, when it is imported. They turn off telemetry and warnings about missing accelerators.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -37,20 +38,20 @@ from dynrl.plugins import VARIABLE
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
 
-for _name in ("ray", "ray.rllib", "ray.tune"):  # each has a level of its own
+for _name in ("ray", "ray.rllib", "ray.tune"):  # each logger has a level of its own
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 KEEP_CHECKPOINTS = 2
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
-    """A policy (`net`, which is what is deployed) beside a value network.
+    """This module holds a policy, `net`, which is later deployed, and a value network.
 
     `model_config["spec"]` is the policy's `PolicySpec`.
     """
 
     def setup(self) -> None:
-        """Build both networks."""
+        """Build the policy and the value network."""
         if not isinstance(self.action_space, (Discrete, MultiDiscrete)):
             raise ValueError(f"RouterModule takes Discrete or MultiDiscrete actions, got {self.action_space}")
         settings: Any = self.model_config  # RLlib adds keys of its own beside "spec"
@@ -65,20 +66,20 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
         self.value = value_network(self.net)
 
     def get_non_inference_attributes(self) -> list[str]:
-        """What runners do not need: they act, and need no values."""
+        """Name what runners do not need: the value network."""
         return ["value"]
 
     def get_initial_state(self) -> dict[str, Any]:
-        """Nothing, since policies are stateless."""
+        """Return an empty state, since policies are stateless."""
         return {}
 
     def logits(self, observation: Tensor) -> Tensor:
-        """[n, decisions * choices], what choices are drawn by."""
+        """Return the logits [n, decisions * choices] by which choices are drawn."""
         logits: Tensor = self.net(observation)
         return logits
 
     def explore(self, log_probs: Tensor, steps: int) -> Tensor:
-        """[rows] int64: a choice for each row of `log_probs` [rows, choices], after so many environment steps."""
+        """Return a choice [rows] for each row of `log_probs` [rows, choices], after `steps` environment steps."""
         # The largest of log-probability plus Gumbel noise is a draw from the distribution.
         return (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
 
@@ -86,7 +87,7 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
         return {Columns.ACTION_DIST_INPUTS: self.logits(batch[Columns.OBS])}
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
-        """[n], the return expected from each observation."""
+        """Return the return [n] expected from each observation."""
         return self.value(self.net.trunk(batch[Columns.OBS])).squeeze(-1)
 
 
@@ -105,14 +106,20 @@ def routing_config(
     num_gpus_per_learner: float = 0,
     num_gpus_per_env_runner: float = 0,
 ) -> Any:
-    """`config`, an RLlib algorithm's, with a routing environment, a module and a runner; and returned.
+    """Set a routing environment, a module and a runner in an RLlib algorithm's `config`, and return it.
 
     Args:
-        env_id: a registered dynrl environment; remote workers find it by `dynrl:` before the id.
-        env_config: its arguments, without `autoreset_mode`.
-        rollout: steps of each sub-environment a training iteration.
-        num_env_runners, num_learners: remote processes that sample and that learn; 0: this one does.
-        num_gpus_per_env_runner, num_gpus_per_learner: which ray sets aside for each; fractions share one.
+        config: the configuration to change.
+        env_id: the id of a registered dynrl environment; remote workers find it by `dynrl:` before the id.
+        env_config: the environment's arguments, without `autoreset_mode`.
+        module: the specification of the module to train.
+        runner: the class that samples.
+        seed: the seed of RLlib's draws.
+        num_envs: the number of sub-environments of each runner.
+        rollout: the steps of each sub-environment in a training iteration.
+        num_env_runners, num_learners: the number of remote processes that sample and that learn; with 0, this process
+            does.
+        num_gpus_per_env_runner, num_gpus_per_learner: the GPUs that ray reserves for each process; fractions share one.
     """
     return (
         config.environment(
@@ -134,27 +141,27 @@ def routing_config(
 
 
 def start_ray(num_cpus: int, address: str | None = None) -> bool:
-    """Start a quiet local ray, or join the cluster at `address`; whether it did: False where ray runs already.
+    """Start a quiet local ray, or join the cluster at `address`, and return True; return False if ray runs already.
 
     Raises:
-        ValueError: no cluster there.
+        ValueError: there is no cluster at `address`.
     """
     if ray.is_initialized():
         return False
     if address is not None:
-        plugins = os.environ.get(VARIABLE)  # the cluster starts its workers: they inherit nothing from here
+        plugins = os.environ.get(VARIABLE)  # the cluster's workers inherit no variables from this process
         told = {"env_vars": {VARIABLE: plugins}} if plugins else None
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=told)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"no ray cluster at {address!r}: {error}") from None
+            raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
         return True
     ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
 
 
 def router_of(algorithm: Any) -> LearnedPolicy:
-    """A copy of the policy inside an algorithm, with the learner's weights, the newest ones."""
+    """Return a copy of the policy inside an algorithm, with the learner's weights, which are the newest."""
     twin = algorithm.config.rl_module_spec.model_config["spec"].build()
     weights = algorithm.learner_group.get_weights()[DEFAULT_MODULE_ID]
     own = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
@@ -163,23 +170,23 @@ def router_of(algorithm: Any) -> LearnedPolicy:
 
 
 class RLlibAgent(Agent):
-    """An algorithm of RLlib's on the decision's environment; its file fills in `configure`."""
+    """This agent runs an algorithm of RLlib on the decision's environment; a subclass writes `configure`."""
 
     cannot = {"baseline": Agent.cannot["baseline"]}
 
     def configure(self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any) -> Any:
-        """The algorithm's config.
+        """Return the algorithm's configuration.
 
         Args:
-            env_id, env_config, place: as `routing_config` takes them.
-            spec: what builds the policy.
-            steps: of the environment in all, for schedules.
+            env_id, env_config, place: the arguments of `routing_config`.
+            spec: the specification that builds the policy.
+            steps: the number of environment steps in all, for schedules.
         """
         raise NotImplementedError
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse a GPU by its number where remote runners take what ray gives them."""
+        """Also refuse a numbered GPU together with remote runners, which take the GPU that ray gives them."""
         super().refuse(settings, backbone)
         device, runners = torch.device(settings.place.device), settings.learning.num_env_runners
         if runners and device.index is not None:
@@ -189,7 +196,9 @@ class RLlibAgent(Agent):
         """Start ray and build the algorithm."""
         (backbone, _), learning, place = load_backbone(self.backbone_file), self.settings.learning, self.settings.place
         if start_ray(max(2, learning.num_env_runners + place.num_learners + 1), place.address):
-            self._held.callback(ray.shutdown)  # what follows is timed: ray's processes should not share its cores
+            self._held.callback(
+                ray.shutdown
+            )  # timings follow the training, and ray's processes should not disturb them
         self.backbone, self.ground = backbone, Ground.of(learning, backbone)
         config = self.configure(
             decision(self.settings.problem.decision).env_id,
@@ -197,7 +206,7 @@ class RLlibAgent(Agent):
             self.total // self.ground.decisions,
             seed=self.settings.problem.seed, num_envs=learning.num_envs, rollout=self.ground.rollout,
             num_env_runners=learning.num_env_runners, num_learners=place.num_learners,
-            # Remote runners see no GPU that ray has not given them.
+            # Remote runners see only the GPUs that ray gives them.
             num_gpus_per_env_runner=place.device.startswith("cuda") / max(1, learning.num_env_runners),
         )  # fmt: skip
         self._algorithm = config.build_algo()
@@ -208,29 +217,29 @@ class RLlibAgent(Agent):
             self.steps = int(newest.name.removeprefix("checkpoint_"))
 
     def iterate(self) -> dict[str, float]:
-        """One training iteration of RLlib's."""
+        """Run one training iteration of RLlib."""
         result = self._algorithm.train()
         self.steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"]) * self.ground.decisions
         return scalars_of(result)
 
     def router(self) -> LearnedPolicy:
-        """A copy of the policy inside the algorithm."""
+        """Return a copy of the policy inside the algorithm."""
         return router_of(self._algorithm)
 
     def save(self) -> None:
-        """RLlib's own checkpoint."""
+        """Write a checkpoint of RLlib's own."""
         save_checkpoint(self._algorithm, self.checkpoints, self.steps)
 
     def reload(self) -> None:
-        """New environments in every runner: they load the file again, since it has changed."""
+        """Make new environments in every runner, so that they load the changed file."""
         runners = self._algorithm.env_runner_group
         assert runners is not None
-        # Given the method's name only, the local runner would not call it.
+        # If this were given the method's name only, the local runner would not call it.
         runners.foreach_env_runner(lambda runner: runner.make_env() if runner.env is not None else None)
 
 
 def scalars_of(result: dict[str, Any]) -> dict[str, float]:
-    """The scalars of one RLlib training result, by the tags of `TrainingLog`."""
+    """Return the scalars of one training result of RLlib, by the tags of `TrainingLog`."""
     learned = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
     scalars: dict[str, Any] = dict(result["env_runners"].get("route", {}))
     for name, key in (
@@ -242,12 +251,15 @@ def scalars_of(result: dict[str, Any]) -> dict[str, float]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
+    """Return the newest complete checkpoint in `folder`, or None."""
     return max(folder.glob("checkpoint_*"), default=None)
 
 
 def save_checkpoint(algorithm: Any, folder: Path, steps: int) -> None:
-    """Save aside, then rename: a checkpoint that bears its name is whole. Older ones than the last two go."""
+    """Save a checkpoint and delete all but the last two.
+
+    It is saved under another name first and then renamed, so that every checkpoint with a proper name is complete.
+    """
     aside = folder / ".unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 on a routing environment: the adapter, the router as its policies, its PPO and DQN as agents."""
+"""Stable-Baselines3 trains on a routing environment by the adapter, the policy classes and the agents here."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ from dynrl.files import write_aside
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
 
-# Where SB3's DQN differs from RLlib's: steps a batch, how often each step that is sampled is learned from, and rewards
-# that are added up before a value is asked for.
+# SB3's DQN differs from RLlib's in the steps of a batch, in how often each sampled step is learned from, and in how
+# many rewards are added up before a value takes over.
 DQN_BATCH, DQN_TIMES, DQN_STEPS = 128, 4, 3
 
 
 class RoutingVecEnv(VecEnv):
-    """A `RoutingVectorEnv` with same-step autoreset as Stable-Baselines3's `VecEnv`, for any of its
-    algorithms that take discrete choices.
+    """This adapter makes a `RoutingVectorEnv` a `VecEnv`, for SB3's algorithms that take discrete choices.
 
     Args:
-        env: as `gymnasium.make_vec` makes it.
+        env: the environment that `gymnasium.make_vec` makes, with same-step autoreset.
 
     Raises:
-        ValueError: another environment, or another autoreset mode, which would lose transitions.
+        ValueError: the environment is not dynrl's, or has another autoreset mode, which would lose transitions.
     """
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
@@ -53,7 +52,7 @@ class RoutingVecEnv(VecEnv):
             raise ValueError(f"expected a dynrl environment with autoreset_mode='SameStep', got {env}, {mode}")
         self.env = inner
         self.render_mode = None
-        self.ended: list[dict[str, Tensor]] | None = None  # a list there gets what `ended_episodes` says of each step
+        self.ended: list[dict[str, Tensor]] | None = None  # if this is a list, each step appends its `ended_episodes`
         super().__init__(inner.num_envs, inner.single_observation_space, inner.single_action_space)
 
     def reset(self) -> np.ndarray:
@@ -65,11 +64,11 @@ class RoutingVecEnv(VecEnv):
         return self.env.reset_tensors(seed).cpu().numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take note of the actions."""
+        """Keep the actions for `step_wait`."""
         self._actions = torch.as_tensor(actions, dtype=torch.int64, device=self.env.device)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """One decision of every row."""
+        """Take one decision of every row."""
         obs, rewards, terminated, info = self.env.step_tensors(self._actions)
         self._returns += rewards.cpu()
         self._lengths += 1
@@ -85,27 +84,27 @@ class RoutingVecEnv(VecEnv):
         return obs.cpu().numpy(), rewards.cpu().numpy(), terminated.cpu().numpy(), infos
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, since nothing is held open."""
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the environment, once a row."""
+        """Return an attribute of the environment once for each row."""
         return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Refused: rows share one environment."""
+        """Raise a ValueError, because all rows share one environment."""
         raise ValueError("rows of a routing environment share its attributes; make another one")
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Refused: rows share one environment."""
+        """Raise a ValueError, because all rows share one environment."""
         raise ValueError("rows of a routing environment have no methods of their own")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """Never."""
+        """Return False for each row."""
         return [False] * len(list(self._get_indices(indices)))
 
 
 class _Reader(nn.Module):
-    """What SB3's actor and critic read: the whole observation, and it without its mask."""
+    """This reader gives the actor the whole observation, and the critic the observation without its mask."""
 
     def __init__(self, net: LearnedPolicy) -> None:
         super().__init__()
@@ -123,10 +122,10 @@ class _Reader(nn.Module):
 
 
 class RouterActorCritic(ActorCriticPolicy):
-    """SB3's actor is the policy, its critic the value network that RLlib's PPO has.
+    """SB3's actor is the policy, and its critic is the same value network as in RLlib's PPO.
 
     Args:
-        spec: what builds the policy.
+        spec: the specification that builds the policy.
     """
 
     def __init__(self, *args: Any, spec: PolicySpec, **kwargs: Any) -> None:
@@ -135,7 +134,7 @@ class RouterActorCritic(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         net = self.spec.build()
-        if not isinstance(self.action_space, Discrete):  # each decision has columns for the one of most choices
+        if not isinstance(self.action_space, Discrete):  # each decision has as many columns as the largest one needs
             self.action_dist = MultiCategoricalDistribution([net.sight.choices] * net.sight.decisions)
         self.mlp_extractor: Any = _Reader(net)
         self.action_net: Any = net
@@ -144,7 +143,7 @@ class RouterActorCritic(ActorCriticPolicy):
 
 
 class _Returns(BasePolicy):
-    """The policy's scores, as what each choice is expected to return."""
+    """This wrapper reads the policy's scores as the returns expected of each choice."""
 
     def __init__(self, net: LearnedPolicy, *spaces: Any) -> None:
         super().__init__(*spaces)
@@ -161,7 +160,7 @@ class RouterQ(DQNPolicy):
     """SB3's Q-network is the policy.
 
     Args:
-        spec: what builds the policy.
+        spec: the specification that builds the policy.
     """
 
     def __init__(self, *args: Any, spec: PolicySpec, **kwargs: Any) -> None:
@@ -169,19 +168,19 @@ class RouterQ(DQNPolicy):
         super().__init__(*args, **kwargs)
 
     def make_q_net(self) -> Any:
-        """An untrained Q-network."""
+        """Return an untrained Q-network."""
         return _Returns(q_network(self.spec), self.observation_space, self.action_space)
 
 
 class SB3Agent(Agent):
-    """An algorithm of Stable-Baselines3's on the decision's environment; its classes fill in `build`."""
+    """This agent runs an algorithm of SB3 on the decision's environment; a subclass writes `build` and `net`."""
 
     def build(self, env: RoutingVecEnv, ground: Ground) -> Any:
-        """The algorithm, on `env`."""
+        """Return the algorithm, set up on `env`."""
         raise NotImplementedError
 
     def schedule(self) -> None:
-        """Set what changes with `steps`."""
+        """Set the numbers that change with `steps`."""
 
     def start(self) -> None:
         """Build the environment and the algorithm."""
@@ -198,9 +197,9 @@ class SB3Agent(Agent):
         self._seed()
 
     def _seed(self) -> None:
-        """Let each seed meet other inputs, and a restart not the first ones again.
+        """Seed the environment so that each seed meets other inputs, and a restart does not meet the first ones again.
 
-        SB3 seeds the environment, too, by its own seed alone, when an algorithm is built: before this.
+        SB3 also seeds the environment, by its own seed alone, when an algorithm is built; this call comes after that.
         """
         self._env.seed(self.settings.problem.seed * 1_000_003 + 31 * self.steps)
 
@@ -217,7 +216,7 @@ class SB3Agent(Agent):
         return env
 
     def iterate(self) -> dict[str, float]:
-        """One rollout and what is learned from it."""
+        """Sample one rollout and learn from it."""
         self.schedule()
         samples = self.ground.rollout * self.settings.learning.num_envs
         self._algorithm.learn(samples, reset_num_timesteps=False, log_interval=None)
@@ -238,15 +237,15 @@ class SB3Agent(Agent):
         return scalars
 
     def router(self) -> LearnedPolicy:
-        """A copy of the policy inside the algorithm."""
+        """Return a copy of the policy inside the algorithm."""
         return copy.deepcopy(self.net()).eval()
 
     def net(self) -> LearnedPolicy:
-        """The policy inside the algorithm."""
+        """Return the policy inside the algorithm."""
         raise NotImplementedError
 
     def save(self) -> None:
-        """Write one file of tensors and numbers; SB3's own would run code when it is loaded."""
+        """Write one file of tensors and numbers, because loading SB3's own files may run code."""
         policy = self._algorithm.policy
         state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "steps": self.steps}
         with write_aside(self._file) as aside:
@@ -257,19 +256,19 @@ class SB3Agent(Agent):
         return self.checkpoints / "sb3.pt"
 
     def reload(self) -> None:
-        """Make a new environment: it loads the file again, since that has changed."""
+        """Make a new environment, which loads the changed file."""
         self._env = self._make_env()
         self._seed()
         self._algorithm.set_env(self._env)
 
 
 class SB3PPO(SB3Agent):
-    """SB3's PPO with the numbers of RLlib's."""
+    """This agent is SB3's PPO with the same numbers as RLlib's."""
 
     cannot = {name: reason for name, reason in SB3Agent.cannot.items() if name != "entropy"}
 
     def build(self, env: RoutingVecEnv, ground: Ground) -> PPO:
-        """PPO with a learning rate that falls to a tenth."""
+        """Return PPO with a learning rate that falls to a tenth."""
         learning, numbers = self.settings.learning, PPO_NUMBERS
         rate = learning.learning_rate or numbers.learning_rate
         batch = ground.rollout * env.num_envs
@@ -283,30 +282,30 @@ class SB3PPO(SB3Agent):
         )  # fmt: skip
 
     def schedule(self) -> None:
-        """Let the entropy bonus fall to a tenth, too."""
+        """Let the entropy bonus fall to a tenth, like the learning rate."""
         self._algorithm.ent_coef = self._entropy * self.left
 
     def net(self) -> LearnedPolicy:
-        """The actor."""
+        """Return the actor."""
         net: LearnedPolicy = self._algorithm.policy.action_net
         return net
 
 
 class SB3DQN(SB3Agent):
-    """SB3's DQN with the numbers of RLlib's. Training that is resumed begins with an empty buffer."""
+    """This agent is SB3's DQN with the same numbers as RLlib's. Resumed training begins with an empty buffer."""
 
-    cannot = {**SB3Agent.cannot, "finetune": "Q-learning replays what it met on the backbone as it was"}
+    cannot = {**SB3Agent.cannot, "finetune": "Q-learning would replay episodes from the backbone before fine-tuning"}
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
         """Also refuse policies that answer with several choices, and backbones whose choices may be closed."""
         super().refuse(settings, backbone)
         check_one_choice(settings.learning, backbone)
-        if backbone.may_close:  # SB3 explores among all, and would learn what a closed one is said to return
+        if backbone.may_close:  # SB3 explores closed choices too, and would learn from the scores that mask them
             raise ValueError("sb3-dqn is for backbones whose choices are all open everywhere; choose another agent")
 
     def build(self, env: RoutingVecEnv, ground: Ground) -> DQN:
-        """DQN that samples one walk of each row at a time."""
+        """Return DQN that samples one walk of each row at a time."""
         numbers = DQN_NUMBERS
         rate = self.settings.learning.learning_rate or numbers.learning_rate
         model = DQN(
@@ -321,6 +320,6 @@ class SB3DQN(SB3Agent):
         return model
 
     def net(self) -> LearnedPolicy:
-        """The Q-network."""
+        """Return the policy that is the Q-network."""
         net: LearnedPolicy = self._algorithm.policy.q_net.net
         return net

@@ -1,7 +1,7 @@
-"""Sampling for RLlib: `SlabRunner` steps the environment in torch and returns one time-major `Slab`.
+"""These runners sample for RLlib: `SlabRunner` steps the environment in torch and returns one time-major `Slab`.
 
-RLlib's own runner costs tens of microseconds of Python a step and knows next-step autoreset only. `EpisodesRunner` cuts
-a slab into RLlib's episodes, for algorithms that ask for them.
+RLlib's own runner spends much Python time on each step and supports next-step autoreset only. `EpisodesRunner` cuts a
+slab into RLlib's episodes, for algorithms that ask for them.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class Slab:
-    """T steps of N sub-environments, time first, as named columns. It stands where RLlib expects a list of episodes.
+    """A slab holds T steps of N sub-environments as named columns, time first.
 
-    A plain class, since RLlib takes dicts and tuples apart when it gathers samples.
+    It takes the place of RLlib's lists of episodes. It is a plain class, since RLlib takes dicts and tuples apart when
+    it gathers samples.
 
     Attributes:
-        obs: [T, N, D].
-        actions: [T, N], or [T, N, decisions] where a look is answered by several.
-        rewards: [T, N].
-        terminateds: [T, N] bool.
-        logp: [T, N], the logarithm of the probability that the actions were drawn with.
-        logits: [T, N, A].
-        last_obs: [N, D], what the next slab begins with.
-        episodes, greedy: [T, N], what a baseline keeps; see `dynrl.agents.baselines`.
+        obs: [T, N, D], the observations.
+        actions: [T, N], or [T, N, decisions] if one look is answered by several decisions.
+        rewards: [T, N], the rewards.
+        terminateds: [T, N] bool, whether the episode ended with that step.
+        logp: [T, N], the log-probability with which the actions were drawn.
+        logits: [T, N, A], the policy's logits.
+        last_obs: [N, D], the observation that the next slab begins with.
+        episodes, greedy: [T, N], columns that a baseline keeps (see `dynrl.agents.baselines`).
     """
 
     obs: Tensor
@@ -62,16 +63,16 @@ class Slab:
         vars(self).update(columns, last_obs=last_obs)
 
     def to(self, device: torch.device | str) -> Slab:
-        """The same columns elsewhere."""
+        """Return a slab of the same columns on `device`."""
         columns = {name: value.to(device) for name, value in vars(self).items()}
         return Slab(columns, columns.pop("last_obs"))
 
     def split(self, parts: int) -> list[Slab]:
-        """Equal parts of the sub-environments, each a slab; their number must be a multiple of `parts`."""
+        """Split the slab into equal parts of the sub-environments, whose number must be a multiple of `parts`."""
         found = [copy.copy(self) for _ in range(parts)]
         for name, value in vars(self).items():
             for slab, piece in zip(found, value.chunk(parts, 0 if name == "last_obs" else 1), strict=True):
-                # A view would travel with all that it is a view of.
+                # A view would take its whole base along when it is sent to another process.
                 setattr(slab, name, piece.clone() if parts > 1 else piece)
         return found
 
@@ -80,26 +81,26 @@ class Slab:
 
 
 class SlabRunner(SingleAgentEnvRunner):
-    """Steps a same-step autoreset `RoutingVectorEnv` in torch; returns one `Slab` a sample."""
+    """This runner steps a `RoutingVectorEnv` with same-step autoreset in torch, and returns one `Slab` a sample."""
 
     env: Any
 
     def make_env(self) -> None:
-        """As RLlib makes it, without the wrapper that turns infos into Python lists."""
+        """Make the environment like RLlib, but without the wrapper that turns infos into Python lists."""
         super().make_env()
         self.env = self.env.env
         mode = self.env.metadata["autoreset_mode"]
-        # Anything else would lose the first transition of every episode, or train on reset steps.
+        # Another mode would lose the first transition of every episode, or train on reset steps.
         if not isinstance(self.env.unwrapped, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
             raise ValueError(
                 f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}"
             )
         self._obs: Tensor | None = None
         self._lengths = torch.zeros(0)
-        self._begun: dict[int, tuple[Any, ...]] = {}  # for `EpisodesRunner`: what there is so far of a row's walk
+        self._begun: dict[int, tuple[Any, ...]] = {}  # for `EpisodesRunner`: the begun walk of a row
 
     def make_module(self) -> None:
-        """As RLlib makes it, where the environment's tensors are."""
+        """Make the module like RLlib, but on the device of the environment."""
         if self.env is not None:
             self._device = self.env.unwrapped.device
         super().make_module()
@@ -118,7 +119,7 @@ class SlabRunner(SingleAgentEnvRunner):
         random_actions: bool = False,
         force_reset: bool = False,
     ) -> list[Any]:
-        """Collect at least `num_timesteps` steps, or `num_episodes` episodes from fresh ones on."""
+        """Collect at least `num_timesteps` steps, or at least `num_episodes` episodes that begin anew."""
         explore = self.config.explore if explore is None else explore
         env: RoutingVectorEnv = self.env.unwrapped
         count, fresh = env.num_envs, force_reset or num_episodes is not None
@@ -147,9 +148,9 @@ class SlabRunner(SingleAgentEnvRunner):
         return self._hand_over(Slab({name: torch.stack([s[name] for s in steps]) for name in steps[0]}, obs).to("cpu"))
 
     def _first_obs(self, fresh: bool) -> Tensor:
-        """What the rows see before the first step: where they stood, or at the begin of new episodes."""
+        """Return what the rows see before the first step: where they stood, or the beginning of new episodes."""
         env: RoutingVectorEnv = self.env.unwrapped
-        # A baseline's new episodes are drawn by a new seed.
+        # New episodes for a baseline are drawn by a new seed.
         self._needs_initial_reset = self._needs_initial_reset or self._baseline.begins_anew(self._lengths)
         if self._obs is None or fresh or self._needs_initial_reset:
             self._obs = env.reset_tensors(self._new_seed() if self._needs_initial_reset else None)
@@ -159,13 +160,13 @@ class SlabRunner(SingleAgentEnvRunner):
         return self._obs
 
     def _decide(self, obs: Tensor, sampled: int, explore: bool, random_actions: bool) -> dict[str, Tensor]:
-        """The columns of one step that are known before it is taken, after so many steps `sampled`."""
+        """Return the columns of one step that are known before it is taken, when `sampled` steps came before."""
         env: RoutingVectorEnv = self.env.unwrapped
         module: Any = self.module
         net = module.net
         shape: Any = env.action_space.shape
         logits = module.logits(obs)
-        # A row for each decision: one of each observation, or all of a walk's.
+        # There is one row for each decision: one an observation, or all decisions of a walk.
         log_probs = torch.log_softmax(logits.view(-1, net.sight.choices), 1)
         likeliest = log_probs.argmax(1)
         if random_actions:
@@ -178,21 +179,21 @@ class SlabRunner(SingleAgentEnvRunner):
         return {"obs": obs, "actions": actions.view(shape), "logp": logp, "logits": logits, **kept}
 
     def _new_seed(self) -> int | None:
-        """A seed that no other worker of any run has (RLlib counts workers on from their run's seed).
+        """Return a seed that no other worker of any run has (RLlib only adds a worker's number to its run's seed).
 
-        After a restart it is another one than at the start, so that other inputs are met.
+        After a restart, the seed differs from that of the start, so that other inputs are met.
         """
         if self.config.seed is None:
             return None
         own = (self.config.seed, self.worker_index, self.num_env_steps_sampled_lifetime)
-        return int(np.random.SeedSequence(own).generate_state(1, np.uint64)[0]) >> 2  # room to count on from it
+        return int(np.random.SeedSequence(own).generate_state(1, np.uint64)[0]) >> 2  # leaves room to count upwards
 
     def _hand_over(self, slab: Slab) -> list[Any]:
-        """What a sample returns: slabs of one size, which RLlib shares out whole, and which may travel."""
+        """Return slabs of equal size, one for each learner; RLlib shares them out whole."""
         return slab.split(max(1, self.config.num_learners))
 
     def _report(self, steps: int, episodes: int, ended: list[dict[str, Tensor]]) -> None:
-        """Log once a sample. PPO's training step reads the stock runner's counters."""
+        """Log one sample, and count its steps like RLlib's own runner: PPO's training step reads these counts."""
         self._increase_sampled_metrics(steps, episodes)
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
         if not ended:
@@ -207,11 +208,11 @@ class SlabRunner(SingleAgentEnvRunner):
             log(("route", tag), value, window=1)
 
     def get_metrics(self) -> Any:
-        """What was logged since the last call."""
+        """Return what was logged since the last call."""
         return self.metrics.reduce()
 
     def get_spaces(self) -> dict[str, Any]:
-        """The environment's spaces; without one (a driver with remote runners) those handed in."""
+        """Return the environment's spaces; a driver of remote runners has none and returns those it was given."""
         if self.env is None:
             return self.spaces
         spaces = super().get_spaces()
@@ -220,9 +221,9 @@ class SlabRunner(SingleAgentEnvRunner):
 
 
 class EpisodesRunner(SlabRunner):
-    """`SlabRunner` for algorithms that ask for RLlib's episodes: whole walks, each when it has ended.
+    """This `SlabRunner` returns RLlib's episodes: whole walks, each once it has ended.
 
-    A walk that a slab cuts waits for its end: RLlib's V-trace counts a cut episode's rest as nothing.
+    A walk that a slab cuts is kept until it ends, because RLlib's V-trace counts the rest of a cut episode as nothing.
     """
 
     def _hand_over(self, slab: Slab) -> list[Any]:
@@ -235,12 +236,12 @@ class EpisodesRunner(SlabRunner):
                 walk: tuple[Any, ...] = tuple(column[row, start:end] for column in by_row)
                 if row in self._begun:
                     walk = tuple(map(np.concatenate, zip(self._begun.pop(row), walk, strict=True)))
-                if start == end or not ended[end - 1]:  # the slab ends, with a walk or within one
+                if start == end or not ended[end - 1]:  # the slab ends here, after a walk or within one
                     if len(walk[0]):
                         self._begun[row] = walk
                     continue
                 obs, actions, rewards, logp, logits = walk
-                seen: Any = np.concatenate([obs, obs[-1:]])  # behind its end there is nothing to see
+                seen: Any = np.concatenate([obs, obs[-1:]])  # RLlib wants an observation after the end; there is none
                 found.append(
                     SingleAgentEpisode(
                         observations=seen, infos=[{}] * (len(obs) + 1), actions=actions,

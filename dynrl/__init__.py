@@ -1,4 +1,4 @@
-"""Reinforcement-learning routing policies for dynamic neural networks."""
+"""dynrl learns policies that decide, input by input, which parts of a neural network run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if importlib.util.find_spec("gymnasium") is not None:
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name on first use, so that `import dynrl` (and a remote worker's look for env ids) stays cheap."""
+    """Load a name on first use, so that `import dynrl` stays cheap, also for remote workers that look for env ids."""
     if name in _WHERE:
         return getattr(importlib.import_module(f"dynrl.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -39,7 +39,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_WHERE})
 
 
-# In a remote worker, say; see dynrl.plugins. Last: what is imported here may itself import from dynrl.
+# This is for remote workers, for example (see dynrl.plugins). It comes last, since plugins may import from dynrl.
 if os.environ.get("DYNRL_PLUGINS"):
     from dynrl.plugins import load_plugins
 

@@ -1,7 +1,7 @@
-"""What compute costs: multiply-accumulates (MACs).
+"""Compute is counted in multiply-accumulates (MACs).
 
-Formulas, not torch's FLOP counter: that one imports torch's compiler, a second of start-up for a deployed model. The
-tests hold the formulas to what the counter sees executed.
+Formulas count them, not torch's FLOP counter, which imports torch's compiler and would slow down the start of a
+deployed model. Tests compare the formulas with what the counter sees executed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _linear(layer: Any, output: Tensor) -> int:
     return output[0].numel() * layer.in_features
 
 
-# By convention normalisation counts 0, as activations and pooling do: it folds into the product before it.
+# By convention, normalisation counts 0, like activations and pooling: it folds into the product before it.
 FORMULAS: dict[type[nn.Module], Callable[[nn.Module, Tensor], int]] = {
     nn.Conv2d: _convolution,
     nn.Linear: _linear,
@@ -41,10 +41,10 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
         shapes: the shape of each input of one row, without the batch dimension.
 
     Returns:
-        The MACs of one row, and the shape of the output of one row.
+        the MACs of one row, and the shape of the output of one row.
 
     Raises:
-        ValueError: a layer has parameters but no formula: it would count 0 in silence.
+        ValueError: a layer has parameters but no formula, so that it would silently count 0.
 
     Example:
         >>> count_macs(nn.Linear(8, 4), (8,))
@@ -68,14 +68,15 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
 
 
 def executed_macs(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
-    """The MACs that torch's FLOP counter sees `function` execute on `x`, and what it returns; for modules of any kind.
+    """Return the MACs that torch's FLOP counter sees `function` execute on `x`, and the output of `function`.
 
-    The counter does not know the products of `nn.LSTM` and its like: they count 0.
+    This works for modules of any kind, but the counter does not know the products of `nn.LSTM` and similar layers,
+    which count 0.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # With gradients and in plain steps: the counter does not know all fused ones of attention.
+    # Attention runs with gradients and in plain steps, because the counter does not know all fused kernels.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         y = function(x)
     return counter.get_total_flops() // 2, y.detach()

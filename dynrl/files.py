@@ -1,4 +1,4 @@
-"""Files that are safe to load and never half-written: safetensors with JSON metadata, and plain JSON."""
+"""Files are safe to load and never half-written: safetensors with JSON metadata, and plain JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = "1"  # of the tensors files; another number is refused
+FORMAT = "1"  # the format number of tensor files; files with another number are refused
 
 
 @contextlib.contextmanager
@@ -35,14 +35,14 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, all or nothing. NaN and infinity are refused: they are not JSON."""
+    """Write `value` as a complete file of indented JSON, or not at all; refuse NaN and infinity, which are not JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with write_aside(path) as aside:
         aside.write_text(text)
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; ValueError names the file if it is missing or damaged."""
+    """Read a JSON file; raise a ValueError that names the file if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -50,7 +50,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of `tensors` and over the JSON of `metadata`."""
+    """Return the SHA-256 digest of the names, dtypes, shapes and bytes of `tensors` and of `metadata` as JSON."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -78,11 +78,11 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], met
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
+    """Read the tensors and the metadata that `save_tensors` wrote.
 
     Raises:
-        ValueError: the file is missing, is no safetensors file, is cut short, was changed after it was
-            written, is of another `kind`, or holds NaN or infinity.
+        ValueError: the file is missing, is no safetensors file, is cut short, was changed after it was written, is of
+            another `kind`, or holds NaN or infinity.
     """
     path = Path(path)
     if not path.is_file():

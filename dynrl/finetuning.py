@@ -1,4 +1,4 @@
-"""Fine-tune a backbone on the routes that a policy takes: the supervised half of training both."""
+"""Fine-tuning trains a backbone on the routes that a policy takes: the supervised half of training both."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from dynrl.policies import LearnedPolicy
 from dynrl.pretraining import autocast, make_optimizer
 from dynrl.routes import draw_prices
 
-CHECKPOINT_EVERY = 100  # batches
+CHECKPOINT_EVERY = 100  # the number of batches between checkpoints
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a backbone and its policy are trained in turn.
+    """These numbers say how a backbone and its policy are trained in turn.
 
     Attributes:
         rounds: how often the backbone learns on the policy's routes and then the policy on the new backbone.
-        epochs: of the backbone, a round; a fraction makes short rounds.
-        steps: decisions of the policy, a round.
-        batch_size, weight_decay, label_smoothing: as in `Recipe`.
+        epochs: the backbone's epochs in a round; a fraction makes short rounds.
+        steps: the policy's decisions in a round.
+        batch_size, weight_decay, label_smoothing: the same as in `Recipe`.
         optimizer: "sgd" (with momentum) or "adam".
-        learning_rate: at first; it falls to 0 along a cosine over all rounds (Loshchilov & Hutter 2017).
-        full_share: this share of each batch takes the full route, or the dense network would be forgotten, and batch
-            norm of a block that the policy seldom runs would have no statistics.
-        sampled: whether routes are drawn from the policy, as while it learns, or its likeliest, as when plugged. Drawn
-            ones make a network that would not survive a stray choice learn to.
-        distillation: weight of the divergence from what the reference says (Hinton et al. 2015, section 2), beside the
-            loss on the targets.
+        learning_rate: the learning rate at first; it falls to 0 along a cosine over all rounds (Loshchilov & Hutter
+            2017).
+        full_share: the share of each batch that takes the full route. Without it, the network would forget how to run
+            dense, and batch norm in blocks that the policy seldom runs would have no statistics.
+        sampled: whether routes are drawn from the policy, as while it learns, or are its likeliest ones, as when
+            plugged in. Drawn routes teach a network that fails after a stray choice to survive it.
+        distillation: the weight of the divergence from the reference's outputs (Hinton et al. 2015, section 2), next to
+            the loss on the targets.
     """
 
     rounds: int = 2
@@ -53,18 +54,21 @@ class Finetuning:
 
 
 class Finetuner:
-    """Trains a backbone on a policy's routes, round by round.
+    """A fine-tuner trains a backbone on a policy's routes, round by round.
 
     Args:
-        backbone: trained in place.
-        reference: the dense network that it is distilled from, on its full route.
-        price_range: each input draws the price that the policy is told.
-        checkpoint: saved now and then and, if it is there, continued from.
-        device: to train on; the backbone moves there.
+        backbone: the backbone, which is trained in place.
+        reference: the dense network that the backbone is distilled from, on its full route.
+        dataset: the data set, whose training split is used.
+        plan: the numbers of the training.
+        price_range: the range from which each input draws the price that the policy is told.
+        seed: the seed of all draws.
+        checkpoint: the file that is saved now and then; training continues from it if it exists.
+        device: the device to train on; the backbone moves there.
 
     Attributes:
-        batches: done so far.
-        total: batches of all rounds.
+        batches: the number of batches done so far.
+        total: the number of batches of all rounds.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class Finetuner:
         self.backbone, self._reference = backbone.to(self._device), reference.for_inference().to(self._device)
         self._dataset, self._plan, self._price_range = dataset, plan, price_range
         self._seed, self._checkpoint = seed, checkpoint
-        self._epoch = len(dataset.train) // plan.batch_size  # in batches
+        self._epoch = len(dataset.train) // plan.batch_size  # the number of batches
         if self._epoch == 0:
             raise ValueError(f"a batch of {plan.batch_size} is larger than the {len(dataset.train)} training inputs")
         self._round = max(1, round(plan.epochs * self._epoch))
@@ -108,13 +112,13 @@ class Finetuner:
         stopped: Callable[[], bool] = lambda: False,
         tick: Callable[[], Any] = lambda: None,
     ) -> dict[str, float]:
-        """Go on, on the routes of `policy`, until `rounds` are done or `stopped` says so; writes a checkpoint.
+        """Train on the routes of `policy` until `rounds` are done or `stopped` returns True, and write a checkpoint.
 
         `tick` is called after each batch.
 
         Returns:
             means over the batches of `loss`, `divergence` (from the reference), the task's metric and
-            `macs_fraction`, full routes included; empty where there was nothing left to do.
+            `macs_fraction`, full routes included; empty if there was nothing left to do.
 
         Raises:
             ValueError: the loss is no longer finite; the last checkpoint stays.
@@ -179,7 +183,7 @@ class Finetuner:
         }  # fmt: skip
 
     def _rows(self) -> Tensor:
-        """The next batch of an order that is drawn anew for each epoch, so that a round may end within one."""
+        """Return the next batch of an order that is drawn for each epoch by its number; a round may end within one."""
         epoch, position = divmod(self.batches, self._epoch)
         if position == 0 or not hasattr(self, "_order"):
             seed = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)

@@ -1,4 +1,4 @@
-"""The machine and the sources: what figures depend on, and the devices there are."""
+"""Measured figures depend on the machine and on the sources, which are described here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def hardware() -> dict[str, Any]:
-    """Name processor, threads and versions."""
+    """Return the processor, the number of threads and the versions."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -31,7 +31,7 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Name the commit of the sources this runs from, with `+` if they were changed; empty outside a checkout."""
+    """Return the commit of the running sources, with `+` if they were changed; it is empty outside a checkout."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -44,12 +44,14 @@ def commit() -> str:
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name, "cpu" or one of CUDA; a ValueError where it is not there."""
+    """Return the device of that name, the CPU or one of CUDA; raise a ValueError if it is not there."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # builds without CUDA assert
-        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"no device {name!r} here: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine that has a GPU"
+        ) from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"expected the device cpu or cuda, got {name!r}")
     return device

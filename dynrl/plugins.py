@@ -1,8 +1,8 @@
-"""Plugins: your own backbones, data sets, decisions, rewards and agents, in files that dynrl's commands import.
+"""Plugins are files that dynrl's commands import; they add your own backbones, data sets, decisions, and so on.
 
-Such a file adds rows to registries: `dynrl.backbones.FAMILIES`, `dynrl.data.DATASETS`, `dynrl.recipes.DEFAULTS`,
-`dynrl.envs.rewards.REWARDS`, `dynrl.agents.base.AGENTS`, and decisions by `dynrl.envs.add`. Remote workers import it,
-too.
+A plugin adds rows to registries: `dynrl.backbones.FAMILIES`, `dynrl.data.DATASETS`, `dynrl.recipes.DEFAULTS`,
+`dynrl.envs.rewards.REWARDS`, `dynrl.agents.base.AGENTS`, `dynrl.evaluation.RULES`, and decisions by `dynrl.envs.add`.
+Remote workers import it, too.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-VARIABLE = "DYNRL_PLUGINS"  # files and modules, separated by os.pathsep; processes that are started inherit it
+VARIABLE = "DYNRL_PLUGINS"  # it lists files and modules, separated by os.pathsep; child processes inherit it
 
 
 def load_plugins(names: Iterable[str]) -> None:
-    """Import each file (`*.py`, under its name without that) or module, once, and let workers to come do so.
+    """Import each file (`*.py`, under its name without the suffix) or module once; later workers do the same.
 
     Raises:
-        ValueError: one that cannot be found or imported, with the reason, or has the name of another module.
+        ValueError: a plugin cannot be found or imported, or has the name of another module.
     """
     for name in names:
         path = Path(name).resolve()
@@ -40,7 +40,7 @@ def load_plugins(names: Iterable[str]) -> None:
                 spec.loader.exec_module(sys.modules[module])
             else:
                 importlib.import_module(name)
-        except Exception as error:  # whatever a user's file raises
+        except Exception as error:  # a user's file may raise anything
             sys.modules.pop(module, None)
             raise ValueError(f"the plugin {name} cannot be imported: {type(error).__name__}: {error}") from error
         known = [part for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]

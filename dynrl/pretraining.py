@@ -1,4 +1,4 @@
-"""Train a backbone so that every route works: supervised, on the outputs that its family asks for."""
+"""Pretraining is supervised training of a backbone under random routes, so that every route works."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynrl.progress import progress
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how a backbone is trained."""
+    """A recipe says how long and how a backbone is trained."""
 
     epochs: int
     batch_size: int
@@ -27,22 +27,22 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     least_rate: float = 0.3  # each image draws the rate of its random route (`draw_routes`) from [least_rate, 1]
-    full_share: float = 0.15  # this share of the images has rate 1
-    optimizer: Literal["sgd", "adam"] = "sgd"  # with momentum; or AdamW
+    full_share: float = 0.15  # the share of the images that take the full route, at rate 1
+    optimizer: Literal["sgd", "adam"] = "sgd"  # "sgd" has momentum; "adam" is AdamW
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the device multiplies it in hardware; other devices would only be slower."""
+    """Autocast to bfloat16 if the device multiplies it in hardware; other devices would only be slower."""
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(including_emulation=False))
-    # Not by `torch.ops.mkldnn._is_mkldnn_bf16_supported`: that is true where oneDNN emulates it, too, which makes
-    # training much slower.
+    # `torch.ops.mkldnn._is_mkldnn_bf16_supported` is not asked: it is also true where oneDNN emulates bfloat16, which
+    # makes training much slower.
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 def make_optimizer(backbone: Backbone, name: str, learning_rate: float, weight_decay: float) -> Optimizer:
-    """The optimiser of that name, "sgd" (Nesterov momentum 0.9) or "adam"; biases and normalisation do not decay."""
+    """Make an optimiser, "sgd" (Nesterov momentum 0.9) or "adam"; biases and normalisation do not decay."""
     decay = [p for p in backbone.parameters() if p.dim() > 1]
     rest = [p for p in backbone.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -67,10 +67,16 @@ def pretrain(
     """Train `backbone` in place and return it, on the CPU in eval mode.
 
     Args:
-        random_routes: False trains the full route only: the plain network that learned routes must stand beside.
-        checkpoint: saved after each epoch and, if it is there, continued from. It is left: whoever keeps the result
-            removes it then.
-        device: to train on; batches are augmented on the CPU.
+        backbone: the backbone, which is trained in place.
+        dataset: the data set, whose training split is used.
+        recipe: how long and how to train.
+        random_routes: whether routes are random. False trains the full route only, which gives the plain network that
+            learned routes are compared with.
+        seed: the seed of all draws.
+        checkpoint: the file that is saved after each epoch; training continues from it if it exists. It is not deleted:
+            the caller deletes it once the result is saved.
+        label: the text before the progress bar.
+        device: the device to train on; batches are augmented on the CPU.
 
     Raises:
         ValueError: the loss is no longer finite; the last checkpoint stays.
@@ -83,7 +89,7 @@ def pretrain(
     if batches == 0:
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training inputs")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.epochs * batches)
-    # Convolutions train faster on channels_last maps on a CPU.
+    # On a CPU, convolutions train faster on channels_last maps.
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = 0
     if checkpoint is not None and checkpoint.exists():
@@ -120,7 +126,7 @@ def pretrain(
 def _learn_batch(
     backbone: Backbone, dataset: Dataset, recipe: Recipe, index: Tensor, random_routes: bool, generator: torch.Generator
 ) -> float:
-    """The loss of the training inputs at `index` [n]; its gradients are added to the parameters' and clipped."""
+    """Return the loss of the training inputs at `index` [n]; add its gradients to the parameters' and clip them."""
     device = next(backbone.parameters()).device
     images = dataset.augmentation(dataset.train.inputs[index], generator)
     if images.dim() == 4:
@@ -146,7 +152,7 @@ def _learn_batch(
 
 @torch.inference_mode()
 def metric_at_rate(backbone: Backbone, split: Split, rate: float | None, seed: int = 0, batch_size: int = 256) -> float:
-    """The task's metric under random routes at `rate` (see `draw_routes`), or on the full route (None)."""
+    """Return the mean metric under random routes at `rate` (see `draw_routes`), or on the full route if it is None."""
     policy = None if rate is None else RandomPolicy(backbone.thrift, rate, seed)
     total = 0.0
     for start in range(0, len(split), batch_size):

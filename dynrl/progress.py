@@ -1,6 +1,6 @@
-"""What dynrl says while it works: progress bars and lines, both behind one switch.
+"""One switch turns on everything that dynrl shows while it works: progress bars and lines.
 
-Calls say nothing. `with talking():` lets them talk, as the commands do.
+Calls from Python show nothing by default. Inside `with talking():` they do, as in the commands.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _talks = False
 
 @contextmanager
 def talking(on: bool = True) -> Iterator[None]:
-    """Within the block bars and lines are shown; with `on=False` nothing changes."""
+    """Within the block, bars and lines are shown; with `on=False`, nothing changes."""
     global _talks
     before, _talks = _talks, _talks or on
     try:
@@ -27,12 +27,12 @@ def talking(on: bool = True) -> Iterator[None]:
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:
-    """A tqdm bar; where nobody watches a terminal, a line every 10 seconds instead of ten a second."""
+    """Return a tqdm bar; outside a terminal, it writes a line every 10 seconds."""
     interval = 0.2 if sys.stderr.isatty() else 10
     return tqdm(*args, mininterval=interval, dynamic_ncols=True, disable=not _talks, **kwargs)
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Print a line; to stdout, where no file is given."""
+    """Print a line to `file`, or to stdout if none is given."""
     if _talks:
         print(line, file=file, flush=True)

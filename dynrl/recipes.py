@@ -1,4 +1,4 @@
-"""Defaults of a training: for each decision and data set a backbone, how it is pretrained, and how a policy learns."""
+"""For each decision and data set, there are defaults: a backbone, its pretraining, and how a policy learns on it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dynrl.settings import Learning
 
 @dataclass(frozen=True)
 class Defaults:
-    """One row of the table.
+    """The defaults of one decision on one data set: a row of the table.
 
     Attributes:
-        family: of the backbone.
-        backbone: keyword arguments of the family, beside `input_shape` and `classes`.
+        family: the family of the backbone.
+        backbone: the keyword arguments of the family, other than `input_shape` and `classes`.
         pretraining: how the backbone is trained.
-        learning: how a policy learns, where nothing else is asked for. A linear policy (`hidden=0`) suits networks
-            whose steps cost little.
-        finetuning: how backbone and policy are then trained in turn.
-        joint: whether they always are, since no backbone survives random routes; else where that is asked for.
+        learning: how a policy learns by default. A linear policy (`hidden=0`) suits networks whose steps cost little.
+        finetuning: how backbone and policy are trained in turn afterwards.
+        joint: whether they are always trained in turn, because no backbone survives random routes. If False, this
+            happens on request.
     """
 
     family: str
@@ -39,10 +39,10 @@ class Defaults:
     joint: bool = False
 
     def changed(self, settings: Sequence[str]) -> Defaults:
-        """The same with other settings of the backbone, each NAME=VALUE, the value in JSON or a word as it is.
+        """Return these defaults with other settings of the backbone, each NAME=VALUE, where VALUE is JSON or a word.
 
         Raises:
-            ValueError: no NAME=VALUE, no setting of that name, or a value of another type.
+            ValueError: an entry is not NAME=VALUE, names no setting, or has a value of the wrong type.
         """
         backbone = dict(self.backbone)
         for setting in settings:
@@ -60,14 +60,14 @@ class Defaults:
         return replace(self, backbone=backbone)
 
     def build(self, dataset: Dataset, seed: int) -> Backbone:
-        """A fresh backbone for `dataset`, its weights drawn from `seed`."""
+        """Build a fresh backbone for `dataset`; its weights are drawn from `seed`."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return FAMILIES[self.family](input_shape=dataset.input_shape, classes=dataset.classes, **self.backbone)
 
 
-_FASHION_IMAGES = 55_000  # that fashion-mnist trains on
-_BATCHES = 4_000  # of pretraining, where no row says how long
+_FASHION_IMAGES = 55_000  # the training images of fashion-mnist
+_BATCHES = 4_000  # the batches of pretraining if no row says how long
 
 DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "digits"): Defaults(
@@ -82,7 +82,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
         pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
         learning=Learning(steps=1_000_000),
-        # With half as many epochs a round, half of the MACs stay visibly below the same networks' full route.
+        # With half as many epochs a round, the metric at half of the MACs stays visibly below that of the full route.
         finetuning=Finetuning(rounds=2, epochs=8, steps=200_000, learning_rate=0.1),
     ),
     ("skip", "cluttered-fashion-mnist"): Defaults(
@@ -113,8 +113,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("expert", "fashion-mnist"): Defaults(
         family="expert_net",
         backbone={"stem": 32, "channels": 128, "layers": 4, "widths": (0, 64, 128, 128, 256, 512)},
-        # Experts that meet all routes alike learn the same. With dear ones preferred, and half of the images on the
-        # full route, that route gets better.
+        # If all routes are equally likely, all experts learn the same. The full route gets better if dear experts are
+        # preferred and half of the images take it.
         pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.3, full_share=0.5),
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=6, steps=150_000, learning_rate=0.1),
@@ -155,7 +155,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=8, batch_size=128, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
         learning=Learning(steps=1_000_000, hidden=0),
     ),
-    # Half of the rows take the full route: on the others, most of which miss a number, little is to be learned.
+    # Half of the rows take the full route: most other routes miss a number, so little can be learned on them.
     ("hidden-update", "adding"): Defaults(
         family="skip_gru",
         backbone={"hidden": 110, "sees": "state", "knots": 16},
@@ -174,16 +174,18 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
 
 
 def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> Defaults:
-    """The row for that decision and data set.
+    """Return the defaults for a decision on a data set.
 
-    Images without a row of their own (CIFAR, a folder, `DATASETS["mine"]`) take that of fashion-mnist, with as many
-    batches of training, and from 96 pixels on an ImageNet stem.
+    Images without a row of their own (CIFAR, a folder, `DATASETS["mine"]`) take the row of fashion-mnist, with the same
+    number of training batches. From 96 pixels on, they take an ImageNet stem.
 
     Args:
-        own_backbone: whether a backbone was given: then other data take a row that suits most networks.
+        decision: the decision's name.
+        data: the data set or its name.
+        own_backbone: whether a backbone was given; if so, data without a row take defaults that suit most networks.
 
     Raises:
-        ValueError: there is no row; it lists the data sets there are for the decision.
+        ValueError: there is no row; the message lists the data sets that have one for the decision.
     """
     name = data.name if isinstance(data, Dataset) else check_dataset(data)
     if (decision, name) in DEFAULTS:
@@ -202,7 +204,7 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
 
 
 def _for_images(row: Defaults, dataset: Dataset) -> Defaults:
-    """Fashion-mnist's row for other images: as many batches of training."""
+    """Adapt fashion-mnist's row to other images, keeping the number of training batches."""
     backbone, longer = dict(row.backbone), _FASHION_IMAGES / len(dataset.train)
     if backbone.pop("stem_stride", None):
         backbone |= {"stem": "imagenet"} if dataset.input_shape[1] >= 96 else {"stem_stride": 2}

@@ -17,16 +17,16 @@ from dynrl.policies import load_policy
 
 @dataclass(frozen=True)
 class RunKind:
-    """A kind is what a run is, whatever its seed: runs of one kind are seeds of one another.
+    """A kind says what a run is, apart from its seed; runs of one kind differ in their seeds only.
 
     Attributes:
-        agent: what learned.
-        policy: what the policy sees: each step, or the input alone ("upfront").
+        agent: the name of the agent that learned.
+        policy: the kind of policy, "sequential" or "upfront".
         baseline: what rewards were compared with.
         reward: the reward's name.
-        price: the only price it was trained at; None for a range.
-        cost: what the price is of, "macs" or "time".
-        tuned: whether its backbone was trained on, too.
+        price: the only price that the policy was trained at; None for a range of prices.
+        cost: the cost that the price refers to, "macs" or "time".
+        tuned: whether the backbone was fine-tuned, too.
         finished: whether training came to its end.
     """
 
@@ -41,7 +41,7 @@ class RunKind:
 
     @property
     def label(self) -> str:
-        """Name it as reports do: "learned", and what differs from the default."""
+        """Return the name that reports show: "learned", and everything that differs from the default."""
         words = ["learned" if self.agent == "ppo" else self.agent]
         words += [word for word, usual in ((self.policy, "sequential"), (self.baseline, "value")) if word != usual]
         words += [self.reward] if self.reward != "distillation" else []
@@ -52,12 +52,12 @@ class RunKind:
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return its fields, for a report."""
+        """Return the fields as a dictionary, for a report."""
         return asdict(self)
 
 
 def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind:
-    """Read a run's kind off its settings (`RunFolder.settings`)."""
+    """Return the kind of a run with these settings (`RunFolder.settings`)."""
     low, high = settings["price_range"]
     return RunKind(
         agent=settings["agent"],
@@ -71,21 +71,24 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
     )
 
 
-# Settings in which seeds of one kind may differ; `network` is what the backbone says itself.
+# The settings in which runs of one kind may differ. `network` is among them, because backbones are compared by content.
 FREE = {"seed", "num_env_runners", "network"}
 
 
 class RunFolder:
-    """A run folder reads and checks each of its files once, when it is first asked for.
+    """A run folder reads and checks each of its files once, when the file is first needed.
 
     Attributes:
         path: the folder.
-        config_file: the settings it was made with.
-        backbone_file: the backbone that its policy was trained for.
-        pretrained_file: that backbone as it was before any fine-tuning.
-        plain_file: the same network trained on its full route only.
-        recipe_file: how its backbone is trained, where the caller gave a recipe.
-        policy_file, checkpoints, times_file, latency_file, report_file: as their names say.
+        config_file: the file of the settings that the run was made with.
+        backbone_file: the file of the backbone that the policy was trained for.
+        pretrained_file: the file of that backbone from before any fine-tuning.
+        plain_file: the file of the same network, trained on its full route only.
+        recipe_file: the file of how the backbone is trained, where the caller gave a recipe.
+        kept_file: the copy of the backbone that is made when fine-tuning begins.
+        policy_file, times_file, latency_file, report_file: the files of the policy, of the times of choices, of the
+            times of batches, and of the report.
+        checkpoints: the folder of the agent's checkpoints.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -102,21 +105,21 @@ class RunFolder:
 
     @property
     def pretrained_file(self) -> Path:
-        """The backbone's file from before any fine-tuning: the one that was put aside, if there was any."""
+        """The file of the backbone from before any fine-tuning: the copy that was kept, if there is one."""
         return self.kept_file if self.kept_file.is_file() else self.backbone_file
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Return what `config.json` holds.
+        """The content of `config.json`.
 
         Raises:
-            ValueError: it is no run folder, or no run of `dynrl train`.
+            ValueError: the folder is no run folder, or no run of `dynrl train`.
         """
         if not self.config_file.is_file():
-            raise ValueError(f"{self} is no run folder: it has no config.json")
+            raise ValueError(f"{self} is no run folder: it has no config.json; name a folder that dynrl train made")
         config = read_json(self.config_file)
         if not isinstance(config, dict) or not {"decision", "data", "seed"} <= set(flat(config)):
-            raise ValueError(f"{self.config_file} is not what dynrl train writes")
+            raise ValueError(f"{self.config_file} is not what dynrl train writes; name a folder that dynrl train made")
         if "agent" not in flat(config) and not self.policy_file.is_file():
             raise ValueError(
                 f"{self} is from dynrl pretrain, it holds no policy; train one: "
@@ -126,12 +129,12 @@ class RunFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by their own names, whatever group they stand in."""
+        """The settings by their own names, without their groups."""
         return flat(self.config)
 
     @property
     def decision(self) -> str:
-        """What is decided."""
+        """The name of the decision."""
         return str(self.settings["decision"])
 
     @property
@@ -155,17 +158,17 @@ class RunFolder:
 
     @cached_property
     def pretrained(self) -> Backbone:
-        """That backbone as it was before any fine-tuning."""
+        """The backbone from before any fine-tuning."""
         return load_backbone(self.kept_file)[0] if self.kept_file.is_file() else self.backbone
 
     @cached_property
     def plain(self) -> Backbone | None:
-        """The same network trained on its full route only; None where the folder has none."""
+        """The same network, trained on its full route only; None if the folder has none."""
         return load_backbone(self.plain_file)[0] if self.plain_file.is_file() else None
 
     @cached_property
     def finished(self) -> bool:
-        """Tell whether it holds a policy whose training came to its end."""
+        """Whether the folder holds a policy whose training came to its end."""
         return self.policy_file.is_file() and bool(load_policy(self.policy_file)[1]["finished"])
 
     @cached_property
@@ -175,27 +178,27 @@ class RunFolder:
 
     @property
     def kind(self) -> RunKind:
-        """Tell what kind of run it is.
+        """The kind of this run.
 
         Raises:
-            ValueError: it was fine-tuned, and the backbone from before is not there to compare with.
+            ValueError: the run was fine-tuned, and the backbone from before is missing, which others are compared by.
         """
         if self.settings["finetune"] and not self.kept_file.is_file():
             raise ValueError(
                 f"{self} was fine-tuned, but its {self.kept_file.name} is not there: evaluate the run it was copied "
                 "from"
             )
-        # By the backbone's own notes: a run that was killed while it was fine-tuned still has its frozen policy.
+        # The backbone's own notes decide: a run that was killed during fine-tuning still has the policy from before.
         return kind_of(self.settings, "rounds" in self._backbone[1], self.finished)
 
     def drop_half_made(self) -> None:
-        """Remove a folder that a kill left without its settings, which are written before anything is trained."""
+        """Remove the folder if a kill left it without settings, which are written before anything is trained."""
         if self.path.is_dir() and not self.config_file.is_file():
             shutil.rmtree(self.path)
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the groups of nested settings beside one another: {"learning": {"agent": ...}} becomes {"agent": ...}."""
+    """Flatten nested settings: {"learning": {"agent": ...}} becomes {"agent": ...}."""
     settings: dict[str, Any] = {}
     for name, value in config.items():
         settings |= flat(value) if isinstance(value, dict) else {name: value}
@@ -203,17 +206,20 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
-    """Sort runs of one backbone by their kinds, in the order in which they come.
+    """Group runs of one backbone by their kinds, in the order in which they come.
 
     Raises:
-        ValueError: runs of several backbones or data sets, or that are not what `dynrl train` writes; runs of one kind
-            that were not trained alike, or one seed twice.
+        ValueError: the runs have different backbones or data sets, or one is not what `dynrl train` writes; runs of one
+            kind were not trained alike, or two of them have one seed.
     """
     runs = list(runs)
     for run in runs:
-        _ = run.config  # what is no run is named before any larger file is read
+        _ = run.config  # a folder that holds no run is refused before any larger file is read
     if len({run.pretrained.fingerprint() for run in runs}) > 1 or len({run.data for run in runs}) > 1:
-        raise ValueError("these runs have different backbones or data sets; only policies of one backbone compare")
+        raise ValueError(
+            "these runs have different backbones or data sets; give runs that were trained on one backbone "
+            "(dynrl train --backbone)"
+        )
     kinds: dict[RunKind, list[RunFolder]] = {}
     for run in runs:
         alike = kinds.setdefault(run.kind, [])

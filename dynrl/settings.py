@@ -1,4 +1,4 @@
-"""The settings of one training: what is learned, how, and where. They are saved as they are, in `config.json`."""
+"""The settings of one training say what is learned, how, and where; `config.json` holds them under the same names."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dynrl.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Problem:
-    """What is decided on which data.
+    """The problem says what is decided on which data.
 
     Attributes:
-        decision: What to decide; see `dynrl list`.
-        data: A data set by name, a folder with a folder of images for each class, or FOLDER@SIZE, to which their
-            squares are brought.
-        network: Settings of a backbone that is pretrained here and differs from the data set's defaults, each
-            NAME=VALUE.
-        seed: Seed of the policy and of what it meets, and of a backbone that is pretrained here.
+        decision: The decision to learn; `dynrl list` shows all of them.
+        data: The name of a data set; or a folder that has a folder of images for each class; or FOLDER@SIZE, which
+            crops the images to squares and resizes them to SIZE pixels.
+        network: Settings, each NAME=VALUE, in which the backbone that is pretrained here differs from the data set's
+            defaults.
+        seed: The seed of the policy and of the inputs it meets, and of a backbone that is pretrained here.
     """
 
     decision: str
@@ -37,31 +37,34 @@ class Problem:
 
 @dataclass(frozen=True)
 class Learning:
-    """How a policy is learned. Two runs whose `Learning` is equal differ in their seeds at most.
+    """These settings say how a policy is learned. Runs of one problem with equal `Learning` are alike but for seeds.
 
     Attributes:
-        agent: What learns: RLlib's ppo, appo (for many runners) or dqn; Stable-Baselines3's sb3-ppo or sb3-dqn; gate,
-            gates trained by gradient (straight-through), beside which the others must stand; or what a plugin brings.
-        policy: The kind of policy: sequential decides step by step from what the network computes, upfront all at once
-            from the input, before the network runs.
-        hidden: Units of the policy's hidden layer; 0 makes a linear policy.
-        steps: Decisions to learn from, those of fine-tuning's rounds not counted.
-        num_envs: Inputs that walk side by side in one runner; for gates, the size of a batch.
-        num_env_runners: Remote processes that sample, each with `num_envs` inputs; with 0 this process samples. For
-            RLlib's agents.
-        price_range: Lowest and highest price of the dense network's compute, in units of the reward's accuracy term.
-        reward: What is set against the price: distillation, log_likelihood, gain, correct, blockdrop, or what a plugin
-            brings.
-        baseline: What PPO compares a reward with: value, a learned one; group, what eight routes of the same input earn
-            on average, the likeliest among them; greedy, what the likeliest route alone earns (self-critical, for
-            policies that decide a whole walk at once).
-        learning_rate: Of the optimiser, at the start; it falls to a tenth.
-        entropy: Bonus for undecided policies, at the start; it falls to a tenth. For PPO and APPO.
-        cost: What the price is of: macs (multiply-accumulates) or time, that of each choice on this machine, which is
-            measured first in batches of 256. Budgets stay shares of the MACs, or milliseconds after dynrl calibrate.
-        finetune: Whether backbone and policy are then trained in turn, by the data set's plan. Where no backbone
-            survives random routes (recurrent ones on adding) that is always done.
-        dtype: Type of the backbone's numbers while the policy learns on it.
+        agent: The algorithm that learns: ppo, appo (for many runners) or dqn from RLlib; sb3-ppo or sb3-dqn from
+            Stable-Baselines3; gate, which trains soft gates by gradient (straight-through), for comparison; or one that
+            a plugin adds.
+        policy: The kind of policy: sequential decides step by step from what the network computes; upfront decides all
+            steps at once from the input, before the network runs.
+        hidden: The number of units in the policy's hidden layer; 0 makes a linear policy.
+        steps: The number of decisions to learn from, not counting those of the fine-tuning rounds.
+        num_envs: The number of inputs that one runner routes at the same time; for gates, the size of a batch.
+        num_env_runners: The number of remote processes that sample, each with `num_envs` inputs; with 0, this process
+            samples. Only for agents from RLlib.
+        price_range: The lowest and highest price of the dense network's compute, in units of the reward's accuracy
+            term.
+        reward: The accuracy term that the price is weighed against: distillation, log_likelihood, gain, correct,
+            blockdrop, or one that a plugin adds.
+        baseline: What PPO compares a reward with: value is a learned estimate; group is the mean over eight routes of
+            the same input, including the likeliest one; greedy is the reward of the likeliest route alone
+            (self-critical training, for policies that decide a whole walk at once).
+        learning_rate: The optimiser's learning rate at the start; it falls to a tenth.
+        entropy: The bonus for undecided policies at the start; it falls to a tenth. Only for PPO and APPO.
+        cost: The cost that the price refers to: macs counts multiply-accumulates; time is the time of each choice on
+            this machine, measured first in batches of 256. Budgets remain shares of the MACs, or milliseconds after
+            `dynrl calibrate`.
+        finetune: Whether backbone and policy are trained in turn afterwards, by the data set's plan. This is always
+            done where no backbone survives random routes (recurrent ones on adding).
+        dtype: The number type of the backbone while the policy learns on it.
     """
 
     agent: str = "ppo"
@@ -73,7 +76,7 @@ class Learning:
     price_range: tuple[float, float] = (0.002, 2.0)
     reward: str = "distillation"
     baseline: str = "value"
-    learning_rate: float | None = None  # None: the agent's own; so is the entropy bonus
+    learning_rate: float | None = None  # None takes the agent's own value, here and for the entropy bonus
     entropy: float | None = None
     cost: Literal["macs", "time"] = "macs"
     finetune: bool = False
@@ -93,14 +96,15 @@ class Learning:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the work is done. It is not saved: a run may go on elsewhere.
+    """The place is where the work is done. It is not saved, because a run may continue elsewhere.
 
     Attributes:
-        device: Where the backbone runs and is trained, `cuda` say; the policy, which is small, learns on the CPU.
-        num_learners: Remote processes that learn, each from its share of the environments; with 0 this process learns.
-            For RLlib's agents.
-        address: Address of a ray cluster to run on, `auto` for the one on this machine; its machines must share the
-            run's folder. By default ray is started here. For RLlib's agents.
+        device: The device on which the backbone runs and is trained, for example `cuda`. The policy is small and learns
+            on the CPU.
+        num_learners: The number of remote processes that learn, each from its share of the environments; with 0, this
+            process learns. Only for agents from RLlib.
+        address: The address of a ray cluster to run on, or `auto` for the one on this machine; its machines must share
+            the run folder. By default, ray is started here. Only for agents from RLlib.
     """
 
     device: str = "cpu"
@@ -113,14 +117,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one training."""
+    """These are all settings of one training."""
 
     problem: Problem
     learning: Learning = field(default_factory=Learning)
     place: Place = field(default_factory=Place)
 
     def save(self, path: str | Path) -> None:
-        """Write problem and learning as JSON."""
+        """Write `problem` and `learning` to a JSON file."""
         write_json(path, {"problem": asdict(self.problem), "learning": asdict(self.learning)})
 
     @classmethod
@@ -128,7 +132,7 @@ class Settings:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: an unknown or missing field, or a value of another type; it names the file and the field.
+            ValueError: a field is unknown or missing, or a value has the wrong type; the message names file and field.
         """
         written = read_json(path)
         _same_names(f"{path}: ", written, ("problem", "learning"))
@@ -140,15 +144,15 @@ class Settings:
 
 
 def names(*kinds: type) -> list[str]:
-    """The names of all fields of settings classes."""
+    """Return the names of all fields of settings classes."""
     return [each.name for kind in kinds for each in fields(kind)]
 
 
 def parse(kind: type, values: Any, prefix: str = "") -> Any:
-    """An instance of a settings class from values as JSON has them: lists where it has tuples.
+    """Make an instance of a settings class from JSON values, which have lists in place of tuples.
 
     Raises:
-        ValueError: an unknown or missing field, or a value of another type.
+        ValueError: a field is unknown or missing, or a value has the wrong type.
     """
     _same_names(prefix, values, names(kind))
     hints, found = typing.get_type_hints(kind), {}
@@ -171,7 +175,7 @@ def _same_names(prefix: str, values: Any, expected: typing.Sequence[str]) -> Non
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type that a field is annotated with."""
+    """Tell whether a value has the type that a field is annotated with."""
     origin, given = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in given

@@ -1,4 +1,4 @@
-"""A sweep searches settings of training with Ray Tune: runs side by side, the poor ones stopped early."""
+"""A sweep searches for good settings with Ray Tune: it trains runs in parallel and stops poor ones early."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ QUARTERS = 4
 
 
 def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
-    """Read settings NAME=VALUE,VALUE... and return every combination of their values, by names.
+    """Parse settings NAME=VALUE,VALUE... and return every combination of their values, by names.
 
     Raises:
-        ValueError: a name that is not in `VARIED` or comes twice, no value, one that comes twice, or no number.
+        ValueError: a name is not in `VARIED` or comes twice, or a value is missing, comes twice or is no number.
     """
     choices: dict[str, list[Any]] = {}
     for setting in vary:
@@ -51,7 +51,7 @@ def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def check_same(out: Path, common: dict[str, Any]) -> None:
-    """Keep in `out` what all its runs have in common; a ValueError for a sweep that goes on with something else."""
+    """Keep in `out` the settings that its runs share; raise a ValueError if it holds a sweep with other settings."""
     kept = out / "sweep-settings.json"
     if kept.is_file() and (before := read_json(kept)) != common:
         changed = [name for name in common if before.get(name) != common[name]]
@@ -61,14 +61,14 @@ def check_same(out: Path, common: dict[str, Any]) -> None:
 
 
 def search(runs: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """Train all run folders by Ray Tune, whose own files go to `out/tune-*`.
+    """Train all run folders with Ray Tune, whose own files go to `out/tune-*`.
 
     Returns:
-        a row each, those that came furthest first, and of them the best. Runs that failed are named on stderr, and have
-        none.
+        a row for each run. Runs that trained longest come first, and the best come first among these. Runs that failed
+        have no row and are named on stderr.
 
     Raises:
-        ValueError: all failed.
+        ValueError: all runs failed.
     """
     task = load_dataset(RunFolder(runs[0]).data).task
     ended = _tuned(runs, out, "max" if task.error(1.0) < task.error(0.0) else "min")
@@ -84,7 +84,7 @@ def search(runs: Sequence[str], out: Path) -> list[dict[str, Any]]:
 
 
 def _tuned(runs: Sequence[str], out: Path, mode: str) -> list[Any]:
-    """Return Ray Tune's result of each run, from a new search or one that was interrupted."""
+    """Return Ray Tune's result of each run, from a new search or from one that was interrupted."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -94,7 +94,7 @@ def _tuned(runs: Sequence[str], out: Path, mode: str) -> list[Any]:
             print(f"{run}: area {result['area']:.4f} after quarter {quarter} of {QUARTERS}", flush=True)
 
     trainable = tune.with_resources(learn_in_quarters, {"cpu": 1})
-    # Named by these very runs: with others it is another search, in which runs say once more what they said before.
+    # The name depends on the runs: with other runs, this is a new search, to which finished runs report again.
     name = f"tune-{hashlib.sha256(' '.join(runs).encode()).hexdigest()[:8]}"
     if tune.Tuner.can_restore(str(out / name)):
         tuner = tune.Tuner.restore(str(out / name), trainable, resume_errored=True)
@@ -108,12 +108,12 @@ def _tuned(runs: Sequence[str], out: Path, mode: str) -> list[Any]:
             ),
             run_config=tune.RunConfig(name, str(out), verbose=0, callbacks=[Shown()]),
         )  # fmt: skip
-    results = tuner.fit()  # after Ctrl-C, too, it returns: what there is so far
+    results = tuner.fit()  # after Ctrl-C, it returns the results so far
     return [results[i] for i in range(len(results))]
 
 
 def learn_in_quarters(config: dict[str, Any]) -> None:
-    """Train the run folder `config["run"]` from its newest checkpoint on; in a process of Ray's."""
+    """Train the run folder `config["run"]` from its newest checkpoint on, in a process of Ray."""
     from ray import tune
 
     torch.set_num_threads(1)
@@ -137,9 +137,9 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
 
 
 def front_area(backbone: Backbone, policy: LearnedPolicy, split: Split) -> float:
-    """Average the metric over budgets from 0.3 to 0.9 of the dense MACs.
+    """Return the mean metric over budgets from 0.3 to 0.9 of the dense MACs.
 
-    Where a budget is out of a policy's reach, the cheapest choice at all points counts, which everybody can take.
+    If a budget is out of the policy's reach, the cheapest choice at all points counts, which needs no policy.
     """
     model = RoutedModel(backbone, policy)
     fractions = [macs for _, macs in calibrate(model, split)]

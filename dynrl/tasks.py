@@ -1,4 +1,4 @@
-"""Tasks: what a network's outputs mean, for the loss, for the reward, and for people."""
+"""A task says what a network's outputs mean: for the loss, for the reward, and for people."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Value = TypeVar("Value", float, Tensor)
 
 
 class Task:
-    """What the outputs [n, outputs] of a network are compared with, and how.
+    """A task says what the outputs [n, outputs] of a network are compared with, and how.
 
     Attributes:
-        metric: the figure for people, one a row, in `info`, reports and TensorBoard by this name.
-        heading: what tables and axes call it.
-        factor, digits: from the metric to the figure under that heading, and the format of that.
-        axis: the scale on which it is drawn, "linear" or "log".
+        metric: the name of the figure for people, one a row, in `info`, reports and TensorBoard.
+        heading: the metric's name in tables and on axes.
+        factor, digits: the metric times `factor`, in the format `digits`, is the figure under that heading.
+        axis: the scale on which the metric is drawn, "linear" or "log".
     """
 
     metric: ClassVar[str]
@@ -28,67 +28,68 @@ class Task:
     axis: ClassVar[str]
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-        """The mean loss that a backbone is trained by; `smoothing` of labels, where there are labels."""
+        """Return the mean loss that a backbone is trained by; `smoothing` is of labels, if there are labels."""
         raise NotImplementedError
 
     def log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
-        """[n] how well each output explains its target: at most 0, in nats."""
+        """Return how well each output explains its target: [n], at most 0, in nats."""
         raise NotImplementedError
 
     def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
-        """[n] how far each output is from what the dense network says: at least 0, in nats."""
+        """Return how far each output is from the dense network's: [n], at least 0, in nats."""
         raise NotImplementedError
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
-        """[n] float, the metric of each row; means of it are what reports show."""
+        """Return the metric of each row, [n] float; reports show its means."""
         raise NotImplementedError
 
     def error(self, metric: Value) -> Value:
-        """The metric (of a row, or a mean) turned so that less is better: 0 is perfect, 1 is useless."""
+        """Turn the metric (of a row, or a mean) so that less is better: 0 is perfect, 1 is useless."""
         raise NotImplementedError
 
     @classmethod
     def show(cls, metric: float) -> str:
-        """The metric as a table shows it."""
+        """Return the metric as tables show it."""
         return f"{cls.factor * metric:{cls.digits}}"
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """Outputs are logits [n, classes], targets are classes [n] int64."""
+    """In classification, outputs are logits [n, classes], and targets are classes [n] int64."""
 
     metric, heading, factor, digits, axis = "accuracy", "accuracy %", 100.0, ".2f", "linear"
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy, label smoothing as in Szegedy et al. 2016, section 7."""
+        """Return the cross-entropy, with label smoothing (Szegedy et al. 2016, section 7)."""
         return F.cross_entropy(output, target, label_smoothing=smoothing)
 
     def log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
-        """[n] the logarithm of the target's probability."""
+        """Return the logarithm of the target's probability, [n]."""
         return -F.cross_entropy(output, target, reduction="none")
 
     def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
-        """[n] Kullback-Leibler, from the dense network's distribution over classes to this one."""
+        """Return the Kullback-Leibler divergence [n] from the dense network's distribution over classes to this one."""
         return F.kl_div(output.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none").sum(1)
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
-        """[n] 1.0 where the likeliest class is the target, else 0.0."""
+        """Return 1.0 where the likeliest class is the target, else 0.0, [n]."""
         return (output.argmax(1) == target).float()
 
     def error(self, metric: Value) -> Value:
-        """The share of wrong answers."""
+        """Return the share of wrong answers."""
         return 1 - metric
 
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Outputs and targets are numbers, [n, outputs] float32 both.
+    """In regression, outputs and targets are numbers, [n, outputs] float32 both.
 
-    Likelihoods are a Gaussian's whose variance is the targets', without constants and the factor of a half: answering
-    the mean costs 1, as knowing nothing of ten classes costs log 10, so that the same prices make sense for both.
+    Log-likelihoods are those of a Gaussian with the targets' variance, without constants and without the factor of a
+    half. The answer of the mean then costs 1; in classification, knowing nothing about ten classes costs log 10. So the
+    same prices make sense for both.
 
     Attributes:
-        variance: of the targets in the training split, mean over outputs.
+        variance: the variance of the targets in the training split, averaged over outputs.
     """
 
     variance: float
@@ -97,23 +98,23 @@ class Regression(Task):
 
     @classmethod
     def of(cls, targets: Tensor) -> Regression:
-        """The task of predicting the likes of `targets` [n, outputs]."""
+        """Return the task of predicting targets like `targets` [n, outputs]."""
         return cls(float(targets.var(0).mean()))
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Mean squared error in units of the variance, so that learning rates mean the same on any scale."""
+        """Return the mean squared error over the variance, so that learning rates mean the same on any scale."""
         return -self.log_likelihood(output, target).mean()
 
     def log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
-        """[n] minus the squared error over the variance."""
+        """Return minus the squared error over the variance, [n]."""
         return -self.error(self.score(output, target))
 
     def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
-        """[n] the squared difference over the variance."""
+        """Return the squared difference over the variance, [n]."""
         return self.error(self.score(output, dense))
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
-        """[n] the squared error, mean over outputs."""
+        """Return the squared error, averaged over outputs, [n]."""
         if output.shape != target.shape:  # [n, 1] less [n] would be [n, n]
             raise ValueError(
                 f"expected outputs of the targets' shape {tuple(target.shape)}, got {tuple(output.shape)}; a backbone "
@@ -122,7 +123,7 @@ class Regression(Task):
         return (output - target).square().flatten(1).mean(1)
 
     def error(self, metric: Value) -> Value:
-        """The share of the variance that is not explained."""
+        """Return the share of the variance that is not explained."""
         return metric / self.variance
 
 

@@ -1,7 +1,7 @@
-"""Train a policy into a run folder: the call behind `dynrl train`, and its parts.
+"""These functions train a policy into a run folder; `dynrl train` calls them.
 
-A run is planned first (`plan`: settings are filled in and all that can be refused is refused), then its folder is made
-(`make_run`), then it learns (`learn`). `train` does all three, `resume` goes on with a folder that is there.
+A run is planned first: `plan` fills in settings and refuses whatever can be refused. Then `make_run` makes its folder,
+and `learn` trains. `train` does all three; `resume` continues in an existing folder.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from dynrl.recipes import Defaults, defaults
 from dynrl.runs import RunFolder
 from dynrl.settings import Learning, Place, Problem, Settings, names, parse
 
-CALIBRATED = 1024  # validation inputs: they place the mean MACs within about 0.005 of the whole split's
+CALIBRATED = 1024  # how many validation inputs calibrate budgets; more would hardly change the mean MACs
 TIMED_ROUNDS, TIMED_BATCH = 11, 256
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training that has been checked, and nothing of it made.
+    """A plan is a training whose settings have been checked, and of which nothing has been made yet.
 
     Attributes:
-        settings: complete, as they will be saved.
-        dataset: what `settings.problem.data` names.
+        settings: the complete settings, as they will be saved.
+        dataset: the data set that `settings.problem.data` names.
         recipe: how the backbone is pretrained and fine-tuned.
-        backbone: one of the shape that is learned on, with the weights that it begins with.
+        backbone: a backbone of the shape to learn on, with its first weights.
     """
 
     settings: Settings
@@ -70,32 +70,36 @@ def train(
 ) -> RunFolder:
     """Train a policy: pretrain a backbone if none is given, learn, fine-tune if asked, calibrate budgets.
 
-    Ctrl-C ends it early with a policy of what was learned so far; `resume` goes on.
+    Ctrl-C ends training early and leaves the policy that was learned so far; `resume` continues.
 
     Args:
-        decision: a decision's name; or a backbone of your own (a module in `SkipModule`, say), which is not changed.
+        decision: a decision's name, or a backbone of your own (a module in `SkipModule`, for example), which is not
+            changed.
         data: a data set's name, a folder of images, a `dynrl.data.Dataset`, any torch `Dataset` of (input, target)
-            pairs, or a pair of tensors (see `dynrl.data.own_dataset`); None for the decision's own.
-        out: the run folder to make; None for runs/DECISION-DATA-TIME.
-        backbone: a folder of `dynrl pretrain` or of another run, whose backbone is taken.
-        pretrain: for a backbone of your own, whether it is trained under random routes first (else routes other than
-            the full one may be worth little), or the recipe for that.
-        show: whether progress is shown and results are told.
-        settings: fields of `dynrl.settings.Problem`, `Learning` and `Place`; what is left out is the data set's.
+            pairs, or a pair of tensors (see `dynrl.data.own_dataset`); None takes the decision's own data set.
+        out: the run folder to make; None makes runs/DECISION-DATA-TIME.
+        backbone: a folder of `dynrl pretrain` or of another run, whose backbone is copied.
+        pretrain: whether a backbone of your own is first trained under random routes, or the recipe for that. Without
+            this training, routes other than the full one may be worth little.
+        show: whether progress and results are shown.
+        settings: fields of `dynrl.settings.Problem`, `Learning` and `Place`; those left out take the data set's values.
 
     Returns:
-        the run's folder; its `model` is the backbone with the policy plugged in.
+        the run folder; its `model` is the backbone with the policy plugged in.
 
     Raises:
-        ValueError: settings that are unknown, out of range or do not go together; before any folder is made.
+        ValueError: a setting is unknown or out of range, or settings do not go together. This is raised before any
+            folder is made.
     """
     own = isinstance(decision, Backbone)
     if own and backbone is not None:
         raise ValueError(
-            "a backbone was given twice: as what poses the decision, and as a folder; leave one of them out"
+            "a backbone was given twice: as the decision and as the folder `backbone`; leave one of them out"
         )
     if not own and pretrain is not True:
-        raise ValueError("pretrain is for a backbone of your own; leave it out, or name a folder that has the backbone")
+        raise ValueError(
+            "pretrain is for a backbone of your own; leave it out, or give `backbone`, a folder that holds one"
+        )
     planned = plan(decision, data, **settings)
     if isinstance(pretrain, Recipe):
         planned = replace(planned, recipe=replace(planned.recipe, pretraining=pretrain))
@@ -112,16 +116,17 @@ def train(
 def resume(
     run: str | Path, data: Any = None, *, backbone: Backbone | None = None, show: bool = False, **settings: Any
 ) -> RunFolder:
-    """Go on with a run folder by its own settings, whether it was killed, interrupted or is done.
+    """Continue a run folder by its own settings, whether it was killed, was interrupted or is done.
 
     Args:
-        data: what was handed over as tensors or a `Dataset` must be handed over again.
-        backbone: so must a backbone of your own, unless `FAMILIES` has what builds it.
-        show: whether progress is shown and results are told.
-        settings: fields of `Place`, where it goes on; `finetune=True` fine-tunes a run that was not.
+        run: the run folder.
+        data: the data that the run was given as tensors or as a `Dataset`; other data need not be given again.
+        backbone: the backbone of your own that the run was given, unless `FAMILIES` can build it.
+        show: whether progress and results are shown.
+        settings: fields of `Place`, which say where training continues; `finetune=True` fine-tunes a run that was not.
 
     Raises:
-        ValueError: no run folder, or other settings than these.
+        ValueError: it is no run folder, or other settings than these were given.
     """
     folder = RunFolder(run)
     with talking(show):
@@ -164,8 +169,8 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
 
 
 def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = None, **given: Any) -> Plan:
-    """The plan of a run folder that is there; see `resume`. The folder's settings are brought up to date."""
-    _ = run.config  # what is no run is refused by its own reasons
+    """Return the plan of an existing run folder, whose settings are brought up to date; see `resume`."""
+    _ = run.config  # a folder that holds no run is refused here, with the reason
     if wrong := set(given) - {*names(Place), "finetune"}:
         raise ValueError(f"{run} goes on by its own settings; leave out {', '.join(sorted(wrong))}")
     settings = Settings.read(run.config_file, _given(Place(), given))
@@ -189,7 +194,7 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
 
 
 def _given(settings: Any, given: Mapping[str, Any]) -> Any:
-    """`settings` with those of `given` that are its fields, checked."""
+    """Return `settings` changed by the entries of `given` that are its fields, checked."""
     kind = type(settings)
     mine = {name: value for name, value in given.items() if name in names(kind)}
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in mine.items()}
@@ -197,13 +202,14 @@ def _given(settings: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _rebuild(backbone: Backbone) -> Any:
-    """What `FAMILIES` takes for a backbone of your own: it makes copies, into which files load their weights."""
+    """Return an entry of `FAMILIES` for a backbone of your own; it makes copies, into which files load weights."""
     kept = copy.deepcopy(backbone)
 
     def build(**config: Any) -> Backbone:
         if config != kept.config:
             raise ValueError(
-                f"a backbone of the family {kept.family!r} with other settings is known here: {kept.config}"
+                f"the family {kept.family!r} is known here with other settings: expected {kept.config}, got {config}; "
+                "give your backbone another `family`"
             )
         return copy.deepcopy(kept)
 
@@ -211,18 +217,21 @@ def _rebuild(backbone: Backbone) -> Any:
 
 
 def _checked(planned: Plan) -> Plan:
-    """The plan, or a ValueError for what does not go together."""
+    """Return the plan, or raise a ValueError if its parts do not go together."""
     settings, backbone, dataset = planned.settings, planned.backbone, planned.dataset
     learning = settings.learning
     check_device(settings.place.device)
     mine, wanted = (backbone.input_shape, backbone.config["classes"]), (dataset.input_shape, dataset.classes)
     if mine != wanted:
-        raise ValueError(f"the backbone is for inputs and outputs {mine}, {dataset.name} has {wanted}")
+        raise ValueError(
+            f"expected a backbone for the inputs and classes {wanted} of {dataset.name}, got one for {mine}; give "
+            "other data or another backbone"
+        )
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
     if learning.num_env_runners and is_own(dataset.name):
         raise ValueError(
-            "remote processes do not see data of this one: bring it by a plugin, or leave out num_env_runners"
+            "remote processes do not see the data of this one: bring it by a plugin, or leave out num_env_runners"
         )
     agent_class(learning.agent).refuse(settings, backbone)
     return planned
@@ -232,12 +241,12 @@ def _checked(planned: Plan) -> Plan:
 
 
 def folder_name(data: str) -> str:
-    """What a data set is called in the names of folders: a folder of images goes by the last part of its path."""
+    """Return what a data set is called in names of folders: for a folder of images, the last part of its path."""
     return Path(data).name
 
 
 def new_folder(out: str | Path | None, *parts: str) -> Path:
-    """Make the folder `out`, or `runs/<parts>-<time>`, data sets by `folder_name`; one that exists is refused."""
+    """Make the folder `out`, or `runs/<parts>-<time>` if `out` is None, and refuse a folder that exists."""
     folder = Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
     if folder.exists():
         raise ValueError(
@@ -248,10 +257,10 @@ def new_folder(out: str | Path | None, *parts: str) -> Path:
 
 
 def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | None = None) -> RunFolder:
-    """Make the folder of a planned run, with the backbone of the folder `source`, if there is one.
+    """Make the folder of a planned run; if `source` is a folder, copy its backbone.
 
     Raises:
-        ValueError: the folder exists, or the backbone is for something else.
+        ValueError: the folder exists, or the backbone is for another decision or other data.
     """
     problem, given = planned.settings.problem, None
     if source is not None:
@@ -259,7 +268,7 @@ def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | 
         if not Path(source).is_dir():
             raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
         if problem.network:
-            raise ValueError("network is for a backbone that is pretrained here; leave it out, or the backbone")
+            raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
         backbone, _ = load_backbone(given.backbone_file)
         if backbone.decision != problem.decision:
             raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
@@ -269,7 +278,7 @@ def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | 
         for file in (given.backbone_file, given.plain_file, given.kept_file):
             if file.is_file():
                 shutil.copyfile(file, run.path / file.name)
-    # Last: a folder with settings has its backbone, so resuming never trains another.
+    # The settings are saved last: a folder that has them has its backbone, so resuming never trains another one.
     planned.settings.save(run.config_file)
     return run
 
@@ -287,23 +296,23 @@ def pretrain(
     show: bool = False,
     **problem: Any,
 ) -> Path:
-    """Train a backbone under random routes, so that every route works, and its plain twin on the full route only.
+    """Train a backbone under random routes, so that every route works, and a plain twin on the full route only.
 
-    The same call goes on with its folder after a kill.
+    After a kill, the same call continues in its folder.
 
     Args:
-        decision, data: see `train`.
-        out: the folder to make; None for runs/backbone-DECISION-DATA-TIME.
-        plain: whether only the plain network is trained: a smaller one to stand beside routed ones.
-        device: where it is trained.
-        show: whether progress is shown and results are told.
-        problem: `network` and `seed`, see `dynrl.settings.Problem`.
+        decision, data: what is decided on which data (see `train`).
+        out: the folder to make; None makes runs/backbone-DECISION-DATA-TIME.
+        plain: whether only the plain network is trained, for example a smaller one to compare routed networks with.
+        device: the device to train on.
+        show: whether progress and results are shown.
+        problem: `network` and `seed` (see `dynrl.settings.Problem`).
 
     Returns:
         the folder.
 
     Raises:
-        ValueError: a folder that this call did not make by the same settings; see also `train`.
+        ValueError: the folder exists and was not made by this call with the same settings; see also `train`.
     """
     planned = plan(decision, data, device=device, **problem)
     posed = asdict(planned.settings.problem) | {"network": list(planned.settings.problem.network)}
@@ -323,17 +332,17 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     kept = folder / "config.json"
     before = read_json(kept) if kept.is_file() else None
     if not isinstance(before, dict) or before.keys() != settings.keys():
-        raise ValueError(f"{folder} exists, and is no folder of dynrl pretrain to go on with; choose another --out")
+        raise ValueError(f"{folder} exists and is no folder of dynrl pretrain to continue; choose another --out")
     was, now = ({**each["problem"], "plain": each["plain"]} for each in (before, settings))
     if changed := [name for name, value in now.items() if was.get(name) != value]:
         raise ValueError(f"{folder} was made by dynrl pretrain with another {', '.join(changed)}; choose another --out")
 
 
 def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None:
-    """Make whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resumable."""
+    """Train whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resume after kills."""
     files, dataset, seed = RunFolder(folder), planned.dataset, planned.settings.problem.seed
     for path, random_routes, label in (
-        # The backbone last: where its file is there, both are, and a killed run knows what is left to do.
+        # The backbone comes last: if its file exists, both files do, so a killed run knows what is left to do.
         (files.plain_file, False, "training the plain network"),
         (files.backbone_file, True, "pretraining under random routes"),
     ):
@@ -349,7 +358,7 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
             path, data=planned.settings.problem.data, mean=dataset.mean, deviation=dataset.deviation, seed=seed,
             random_routes=random_routes, **{f"validation_{metric}": value},
         )  # fmt: skip
-        checkpoint.unlink(missing_ok=True)  # not before: what was trained must not be lost
+        checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
         macs = backbone.dense_macs / 1e6
         say(f"{path.stem}: {metric} {value:.4g} on validation data, {macs:.1f} million MACs an input")
 
@@ -358,7 +367,10 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
 
 
 def learn(run: RunFolder, planned: Plan) -> bool:
-    """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
+    """Train the run's backbone and policy, and return whether training is done; False after Ctrl-C.
+
+    After Ctrl-C, the folder holds the policy that was learned so far.
+    """
     settings, validation = planned.settings, planned.dataset.validation.head(CALIBRATED)
     newest = run.backbone_file
     if not newest.exists():
@@ -373,7 +385,7 @@ def learn(run: RunFolder, planned: Plan) -> bool:
     model = RoutedModel(backbone, router)
     with progress(desc="calibrating budgets", unit="price") as bar:
         curve = calibrate(model, validation, tick=bar.update)
-    if newest != run.backbone_file:  # not before: until here the run's policy, if it has one, fits its backbone
+    if newest != run.backbone_file:  # only now: a policy that the folder may hold fits the backbone it has until here
         backbone.save(run.backbone_file, **notes)
     save_policy(
         run.policy_file, router,
@@ -393,7 +405,7 @@ def learn(run: RunFolder, planned: Plan) -> bool:
 
 
 def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
-    """What each choice takes on this machine, measured once a run."""
+    """Return the time of each choice on this machine, which is measured once a run."""
     if not run.times_file.exists():
         device, dtype = planned.settings.place.device, check_dtype(planned.settings.learning.dtype)
         inputs = planned.dataset.validation.inputs[:TIMED_BATCH].to(device, dtype)
@@ -409,7 +421,7 @@ def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
 def _learn_jointly(
     run: RunFolder, planned: Plan, working: Path, times: Mapping[str, Any] | None
 ) -> tuple[LearnedPolicy, bool]:
-    """`train_jointly` on the file `working`, which begins as a copy of the run's backbone; that one is kept."""
+    """Call `train_jointly` on the file `working`, which begins as a copy of the run's backbone; keep the original."""
     dataset = planned.dataset
     if not run.kept_file.exists():
         with write_aside(run.kept_file) as aside:
@@ -417,7 +429,7 @@ def _learn_jointly(
     if not working.exists():
         backbone, notes = load_backbone(run.backbone_file)
         backbone.save(working, **notes | {"rounds": 0})
-    # The teacher is what reports call dense: the better of the two, by validation data.
+    # The teacher is the network that reports call dense: the better of the two on validation data.
     known = [load_backbone(path)[0] for path in (run.pretrained_file, run.plain_file) if path.is_file()]
     reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
     return train_jointly(planned.settings, planned.recipe.finetuning, working, reference, run.path, times)

@@ -1,4 +1,4 @@
-"""Environments: one decision of a dynamic network each. `DECISIONS` is the registration table."""
+"""Each environment poses one decision of a dynamic network. `DECISIONS` is the table of all of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decision:
-    """One row of the table. Names are strings, so that importing dynrl stays cheap.
+    """A decision is a row of the table. It names its class by a string, so that importing dynrl stays cheap.
 
     Attributes:
-        name: what the commands call it.
-        env_id: its Gymnasium id.
-        vector_entry_point: its class, a `dynrl.envs.core.RoutingVectorEnv`, as MODULE:CLASS.
+        name: the name in commands.
+        env_id: the id of its environment in Gymnasium.
+        vector_entry_point: the class of its environment, a `dynrl.envs.core.RoutingVectorEnv`, as MODULE:CLASS.
         action: what is chosen, in a few words.
-        source: where the decision comes from.
-        data: the data set that is taken where none is named.
+        source: the paper that the decision comes from.
+        data: the data set that is taken if none is named.
     """
 
     name: str
@@ -55,22 +55,22 @@ DECISIONS: dict[str, Decision] = {
 
 
 def decision(name: str) -> Decision:
-    """The row of that name, or a ValueError that lists the names."""
+    """Return the row of that name, or raise a ValueError that lists the names."""
     if name not in DECISIONS:
         raise ValueError(f"unknown decision {name!r}; expected one of {sorted(DECISIONS)}")
     return DECISIONS[name]
 
 
 def add(row: Decision) -> None:
-    """Put a decision of your own into the table, and register it with Gymnasium."""
+    """Add a decision of your own to the table and register it with Gymnasium."""
     if row.name in DECISIONS:
-        raise ValueError(f"there is a decision {row.name!r} already")
+        raise ValueError(f"there is a decision {row.name!r} already; give yours another name")
     DECISIONS[row.name] = row
     _register(row)
 
 
 def register() -> None:
-    """Register every decision with Gymnasium, as single and as batched environment."""
+    """Register every decision with Gymnasium, as a single and as a batched environment."""
     for row in DECISIONS.values():
         _register(row)
 

@@ -1,4 +1,4 @@
-"""Channel subsets: `dynrl/Channel-v0`."""
+"""`dynrl/Channel-v0` is the environment of the decision how many channels a block computes."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class ChannelVectorEnv(RoutingVectorEnv):
-    """At each identity block of a residual network: how many of its inner channels are computed?
+    """At each identity block of a residual network, how many of its inner channels are computed?
 
     ## Features
-    The mean of each channel of the features that stand before the block.
+    They are the mean of each channel of the features before the block.
 
     ## Action
-    `Discrete(n)`, n the number of the backbone's `shares` (4: a quarter, a half, three quarters, all): the higher, the
-    wider. Channels are nested: a wider choice computes all that a narrower one does. The features that go from block to
-    block keep their full width. Blocks that change the shape always run whole and are no decisions.
+    `Discrete(n)`, where n is the number of the backbone's `shares` (4: a quarter, a half, three quarters, all). A
+    higher action computes more channels. Channels are nested: a wider choice computes all channels of a narrower one.
+    The features between blocks keep their full width. Blocks that change the shape always run whole and pose no
+    decision.
 
     ## Episode
-    One image. It ends after the last block: every episode has as many steps as the network has identity blocks.
+    An episode is one image. It ends after the last block, so it has as many steps as the network has identity blocks.
 
     ## Source
     Runtime Neural Pruning, Lin et al., NIPS 2017 (nested groups of channels, chosen layer by layer). Slimmable Neural
     Networks, Yu et al., ICLR 2019 (batch norm for each width).
 
     ## Version history
-    v0: first.
+    v0: the first version.
     """
 
     decision = "channel"
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """A small untrained ResNet."""
+        """Return a small untrained ResNet."""
         return SlimmableResNet(input_shape, layers=(2, 2, 2), widths=(8, 16, 32))  # type: ignore[arg-type]

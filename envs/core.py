@@ -1,7 +1,7 @@
-"""The one environment core: a batch of rows walks a backbone, one decision a step.
+"""All environments share one core: a batch of rows walks a backbone, one decision a step.
 
-The transition is written once, batched, in torch (`reset_tensors`, `step_tensors`); NumPy appears only where
-Gymnasium's edge is crossed. The single environment is the batched one with one row.
+The transition is written once, batched, in torch (`reset_tensors`, `step_tensors`). NumPy appears only in the methods
+that Gymnasium calls. The single environment is the batched one with one row.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class DenseOutputs:
-    """What the dense network says of the inputs of a split, computed when first asked for and kept."""
+    """These are the dense network's outputs for a split; each is computed when it is first needed, and kept."""
 
     def __init__(self, backbone: Backbone, split: Split) -> None:
         self._backbone, self._split = backbone, split
-        self._known: Tensor | None = None  # NaN where nobody has asked yet
+        self._known: Tensor | None = None  # NaN where an output has not been needed yet
 
     @torch.no_grad()
     def __call__(self, rows: Tensor) -> Tensor:
-        """[n, ...] for `rows` [n] of the split."""
+        """Return the outputs [n, ...] for `rows` [n] of the split."""
         inputs = self._split.inputs
         if self._known is None:
             first = self._backbone(inputs[rows[:1]]).float()
@@ -52,24 +52,24 @@ class DenseOutputs:
 
 
 def check_dtype(name: str) -> torch.dtype:
-    """The dtype of that name, or a ValueError."""
+    """Return the dtype of that name, or raise a ValueError that lists the names."""
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; expected one of {sorted(DTYPES)}")
     return DTYPES[name]
 
 
 def check_price_range(prices: Sequence[float]) -> tuple[float, float]:
-    """`(low, high)`, or a ValueError."""
+    """Return `(low, high)`, or raise a ValueError if this is no range of positive prices."""
     if len(prices) != 2 or not 0 < prices[0] <= prices[1] < float("inf"):
         raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {tuple(prices)}")
     return float(prices[0]), float(prices[1])
 
 
 def draw(seeds: np.ndarray, episodes: np.ndarray, stream: int) -> np.ndarray:
-    """[n] uint64, a hash of (seed, episode, stream): two rounds of splitmix64 (Steele et al. 2014).
+    """Return a hash [n] uint64 of (seed, episode, stream), by two rounds of splitmix64 (Steele et al. 2014).
 
-    Keyed draws, not a generator's sequence: what a sub-environment meets in its k-th episode then depends neither
-    on how many others there are nor on when theirs end.
+    Draws are hashes, not a generator's sequence. So what a sub-environment meets in its k-th episode depends neither on
+    the number of other sub-environments nor on when their episodes end.
     """
     with np.errstate(over="ignore"):
         z = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(stream + 1)
@@ -82,38 +82,42 @@ def draw(seeds: np.ndarray, episodes: np.ndarray, stream: int) -> np.ndarray:
 
 
 class RoutingVectorEnv(VectorEnv):
-    """`num_envs` inputs walk one backbone side by side. A decision's class adds its page and its default backbone.
+    """In this environment, `num_envs` inputs walk one backbone at the same time.
+
+    A decision's class adds its page and its default backbone.
 
     Args:
-        num_envs: how many.
-        backbone: a backbone file, a `Backbone`, or None for a small seeded, untrained one. A file is loaded once a
-            process however many environments use it. Always run frozen, by its `for_inference` copy.
-        data: the data set the inputs come from, or its name; None for the decision's own (`Decision.data`).
-        split: of the data set.
-        reward: a name in `dynrl.envs.rewards.REWARDS`: what the answer of a row that ends is worth.
-        sight: what the policy sees, a name in `dynrl.policies.SIGHTS`: "step", a look at every decision, or "route",
-            one look at the input for the whole route: an episode is then one step, its action a choice for each column
-            of the route, of which those that a row never comes to are void.
-        times: what is charged instead of MACs; see `Backbone.time_table`.
-        device: where the backbone runs, the inputs lie and tensors are made: "cpu" or "cuda", say.
-        dtype: of the backbone and its inputs: one of `DTYPES`. What is observed and paid stays in float32.
-        price: of the dense network's compute, fixed; None draws it per episode from `price_range`, uniformly in its
-            logarithm.
-        price_range: lowest and highest price.
-        group: so many neighbouring sub-environments meet the same inputs and prices, each in its k-th episode: several
-            routes of one input. It divides `num_envs`.
-        autoreset_mode: NEXT_STEP (what stock RLlib expects), SAME_STEP (no step is wasted; our runner, SB3) or
-            DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
+        num_envs: the number of inputs, each a row.
+        backbone: a backbone file, a `Backbone`, or None for a small untrained one with fixed weights. A file is loaded
+            once a process, however many environments use it. A frozen `for_inference` copy is run.
+        data: the data set that the inputs come from, or its name; None takes the decision's own (`Decision.data`).
+        split: the name of a split of the data set.
+        reward: a name in `dynrl.envs.rewards.REWARDS`, which says what an answer is worth.
+        sight: a name in `dynrl.policies.SIGHTS`, which says what the policy sees. With "step", it looks at every
+            decision. With "route", it looks once, at the input: an episode is one step, whose action is a choice for
+            each column of the route; choices in columns that a row never comes to have no effect.
+        price: the fixed price of the dense network's compute. With None, each episode draws it from `price_range`,
+            uniformly in its logarithm.
+        price_range: the lowest and highest price.
+        times: the times to charge instead of MACs (see `Backbone.time_table`).
+        device: where the backbone runs and the inputs and other tensors are, for example "cpu" or "cuda".
+        dtype: the type of the backbone and its inputs, one of `DTYPES`. Observations and rewards stay in float32.
+        group: how many neighbouring sub-environments meet the same input at the same price in each episode, so that one
+            input takes several routes. It divides `num_envs`.
+        autoreset_mode: NEXT_STEP (which stock RLlib expects), SAME_STEP (which wastes no step; our runner and SB3 use
+            it) or DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
 
-    Rewards and `info`: a step's reward is its accuracy term less price x what the walk was charged since the step
-    before, as a share of what the dense network is charged. The first step also pays for what ran before the first
-    decision, so a return is accuracy - price x compute. `info` holds both terms (`accuracy_term`, `cost_term`) of every
-    step and, for rows that ended (mask `_route` etc.), the task's metric by its name (`accuracy`: 0 or 1; `mse`),
-    `macs_fraction` and `route`. `action_mask` belongs to the observation returned beside it.
+    A step's reward is its accuracy term less price x cost. The cost is what the walk was charged since the previous
+    step, as a share of what the dense network is charged. The first step also pays for what ran before the first
+    decision, so a return is accuracy - price x compute.
+
+    `info` holds both terms of every step (`accuracy_term`, `cost_term`). For rows that ended (the masks are `_route`
+    and so on), it holds the task's metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and `route`.
+    `action_mask` belongs to the observation that is returned with it.
 
     Raises:
-        ValueError: an unknown data set, split, accuracy term or mode; a price outside its range; a backbone that
-            poses another decision or expects other inputs than the data set's.
+        ValueError: a data set, split, reward, sight, dtype or mode is unknown; the price is outside its range; or the
+            backbone poses another decision or expects other inputs than the data set has.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -170,7 +174,7 @@ class RoutingVectorEnv(VectorEnv):
         self._table = None if times is None else self.backbone.time_table(times)
         self._same_step = mode is AutoresetMode.SAME_STEP
         self._next_step = mode is AutoresetMode.NEXT_STEP
-        # The price reaches the observation as it is; features are means of activations, without a bound.
+        # The price is observed without scaling, and features are means of activations: neither has a bound.
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.sight.width,), np.float32)
         counts = self.sight.counts
         self.single_action_space: gym.Space[Any] = (
@@ -182,16 +186,16 @@ class RoutingVectorEnv(VectorEnv):
         self._episodes = np.zeros(num_envs, np.int64)
         self._dense = DenseOutputs(self.backbone, self._split)
         self._states: dict[int, State] = {}
-        self._ended: State | None = None  # rows that stand at the end and wait for their reset
+        self._ended: State | None = None  # the rows that have ended and wait for their reset
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """A small untrained backbone for inputs of that shape, for the decision's class to say."""
+        """Return a small untrained backbone for inputs of that shape; a decision's class writes this."""
         raise NotImplementedError
 
     @classmethod
     def seeded_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """`default_backbone`, always with the same weights: what `gym.make` without arguments walks."""
+        """Return `default_backbone` with always the same weights; `gym.make` without arguments takes it."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return cls.default_backbone(input_shape)
@@ -218,11 +222,12 @@ class RoutingVectorEnv(VectorEnv):
 
     @torch.no_grad()
     def reset_tensors(self, seed: int | Sequence[int] | None = None, rows: Tensor | None = None) -> Tensor:
-        """Start new episodes in all rows (or in `rows` [n] only) and return all observations [N, width].
+        """Start new episodes in all rows, or in `rows` [n] only, and return all observations [N, width].
 
         Args:
-            seed: sub-environment i then draws by `seed + i` (its group's number, if there are groups; or by
-                `seed[i]`), from episode 0 on. None goes on with the next episodes.
+            seed: with a number, sub-environment i draws by `seed + i` from episode 0 on; i is the number of its group
+                if there are groups. With a sequence, it draws by `seed[i]`. None continues with the next episodes.
+            rows: [n] int64, the rows that start; None starts all rows.
         """
         if seed is not None or self._seeds is None:
             if seed is None:
@@ -250,7 +255,7 @@ class RoutingVectorEnv(VectorEnv):
         return self._observe()
 
     def _start(self, rows: Tensor | None) -> None:
-        """Draw inputs and prices for `rows` (None: all) and put them at the first point."""
+        """Draw inputs and prices for `rows`, or for all rows if None, and put them at the first point."""
         every = rows is None
         at = np.arange(self.num_envs) if rows is None else rows.cpu().numpy()
         assert self._seeds is not None
@@ -268,7 +273,8 @@ class RoutingVectorEnv(VectorEnv):
         inputs = self._split.inputs[chosen]
         if every:
             self._prices, self._drawn = prices, chosen
-            # What the reward has paid for of each row's bill, and of its likelihood where that is paid step by step.
+            # How much of each row's bill the reward has charged, and how much of its worth it has paid, if it pays by
+            # steps.
             begun = self.backbone.begin(inputs, table=self._table)
             self._walk = begun.walk
             self._paid, self._gained = torch.zeros_like(self._walk.bill), torch.zeros(self.num_envs, device=self.device)
@@ -293,12 +299,12 @@ class RoutingVectorEnv(VectorEnv):
 
     @property
     def episodes(self) -> Tensor:
-        """[N] int64, the number of each row's episode, from 0 on."""
+        """The number of each row's episode, from 0 on: [N] int64."""
         return torch.from_numpy(self._episodes - 1).to(self.device)
 
     @torch.no_grad()
     def foresee(self, actions: Tensor) -> Tensor:
-        """[N]: what `actions` [N] or [N, decisions], which decide the whole walk, would earn now; changes nothing."""
+        """Return what `actions` [N] or [N, decisions] of whole walks would earn now: [N]; nothing is changed."""
         state = self.backbone.begin(self._walk.inputs, table=self._table)
         going, end = self._go({state.point: state}, actions.view(self.num_envs, -1))
         assert end is not None and not going, "only what decides the whole walk can be foreseen"
@@ -306,10 +312,10 @@ class RoutingVectorEnv(VectorEnv):
         return torch.empty(self.num_envs, device=self.device).index_copy(0, end.rows, earned + paid)
 
     def _go(self, states: dict[int, State], actions: Tensor) -> tuple[dict[int, State], State | None]:
-        """As many decisions of every row as one answer covers, of `actions` [N, decisions].
+        """Take as many decisions of every row as one answer covers, from `actions` [N, decisions].
 
         Returns:
-            where the rows stand that go on, and those that have ended.
+            the states of the rows that go on, by point, and the state of those that have ended.
         """
         ends: list[State] = []
         for _ in range(self.sight.span):
@@ -321,7 +327,7 @@ class RoutingVectorEnv(VectorEnv):
         return states, merge(ends).get(END)
 
     def _terms(self, end: State) -> tuple[Tensor, Tensor]:
-        """[n] accuracy and [n] cost term of whole episodes."""
+        """Return the accuracy term [n] and the cost term [n] of whole episodes."""
         drawn, share = self._drawn[end.rows], end.get(end.walk.bill) / end.walk.table.dense
         return self.reward.terms(
             self.task, self.backbone.output(end).float(), self._split.targets[drawn], lambda: self._dense(drawn),
@@ -329,7 +335,7 @@ class RoutingVectorEnv(VectorEnv):
         )  # fmt: skip
 
     def _gain(self, state: State) -> Tensor:
-        """[n], what the outputs of the rows of `state` are worth more than what was paid for before."""
+        """Return how much more the present outputs of the rows of `state` are worth than was paid before: [n]."""
         drawn = self._drawn[state.rows]
         output, target = self.backbone.output(state).float(), self._split.targets[drawn]
         worth = self.reward.accuracy(self.task, output, target, lambda: self._dense(drawn))
@@ -339,15 +345,15 @@ class RoutingVectorEnv(VectorEnv):
 
     @torch.no_grad()
     def step_tensors(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Info]:
-        """One answer of the policy for every row: one decision each, or as many as the sight's answers cover.
+        """Take one answer of the policy for every row: one decision, or as many as the sight's answers cover.
 
         Args:
-            actions: [N] or [N, decisions] int64, in range.
+            actions: [N] or [N, decisions] int64, in range; this is not checked.
 
         Returns:
-            observations [N, width], a tensor of its own; rewards [N]; terminated [N] bool; and `info`, tensors of N
-            rows each, where `ended` [N] bool says which rows' episode values are meant, and `final_obs` [N, width]
-            (SAME_STEP only) holds the last observation of those.
+            observations [N, width], a new tensor; rewards [N]; terminated [N] bool; and `info`, tensors of N rows each.
+            There, `ended` [N] bool marks the rows whose episode values count, and `final_obs` [N, width] (SAME_STEP
+            only) holds their last observations.
         """
         walk = self._walk
         waiting, self._ended = self._ended, None
@@ -400,7 +406,7 @@ class RoutingVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Gymnasium's reset; `options` may hold `reset_mask` [N] bool where autoreset is DISABLED."""
+        """Reset for Gymnasium; if autoreset is DISABLED, `options` may hold `reset_mask` [N] bool."""
         unknown = set(options or {}) - {"reset_mask"}
         if unknown:
             raise ValueError(f"unknown reset options {sorted(unknown)}; expected 'reset_mask' or none")
@@ -419,7 +425,7 @@ class RoutingVectorEnv(VectorEnv):
         return view.cpu().numpy(), {"action_mask": self._masks(view)}
 
     def step(self, actions: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Gymnasium's step."""
+        """Step for Gymnasium."""
         given, shape = np.asarray(actions), self.action_space.shape
         if given.shape != shape or not np.issubdtype(given.dtype, np.integer):
             raise ValueError(f"expected integer actions of shape {shape}, got {given.dtype} of shape {given.shape}")
@@ -436,7 +442,7 @@ class RoutingVectorEnv(VectorEnv):
             for name in (self.task.metric, "macs_fraction", "route"):
                 info[name], info[f"_{name}"] = tensors[name].cpu().numpy(), ended
         if "final_obs" in tensors:
-            # One object a row, filled one by one: NumPy would make a matrix of equally long rows.
+            # Rows are filled in one by one: from a list of equally long rows, NumPy would make a matrix.
             final = np.full(self.num_envs, None, dtype=object)
             last = tensors["final_obs"].cpu().numpy()
             for i in np.flatnonzero(ended):

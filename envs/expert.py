@@ -1,4 +1,4 @@
-"""Expert choice: `dynrl/Expert-v0`."""
+"""`dynrl/Expert-v0` is the environment of the decision which expert of each layer runs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class ExpertVectorEnv(RoutingVectorEnv):
-    """At each layer of a network of experts: which one shall transform this image's features?
+    """At each layer of a network of experts, which expert transforms this image's features?
 
     ## Features
-    The mean of each channel of the features that stand before the experts.
+    They are the mean of each channel of the features before the experts.
 
     ## Action
-    `Discrete(E)`: e takes the layer's expert e, two products of so many hidden units. Experts stand from narrow to
-    wide; some may have the same width, and the first may have none: it hands the features through at no cost.
+    `Discrete(E)`: action e runs the layer's expert e, which is two matrix products around a hidden layer. Experts are
+    ordered from narrow to wide. Some may have the same width. The first may have no hidden units: it passes the
+    features through at no cost.
 
     ## Episode
-    One image. It ends after the last layer: every episode has as many steps as the network has layers.
+    An episode is one image. It ends after the last layer, so it has as many steps as the network has layers.
 
     ## Source
     Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, Shazeer et al., ICLR 2017; one
@@ -26,12 +27,12 @@ class ExpertVectorEnv(RoutingVectorEnv):
     observation follows Odena et al. 2017.
 
     ## Version history
-    v0: first.
+    v0: the first version.
     """
 
     decision = "expert"
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """A small untrained network of three layers."""
+        """Return a small untrained network of three layers."""
         return ExpertNet(input_shape, stem=8, channels=16, layers=3, widths=(0, 8, 32, 32))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Hidden-update skipping: `dynrl/HiddenUpdate-v0`."""
+"""`dynrl/HiddenUpdate-v0` is the environment of the decision at which steps a recurrent network updates its state."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class HiddenUpdateVectorEnv(RoutingVectorEnv):
-    """At each step of a sequence: update the hidden state of a recurrent network, or copy it?
+    """At each step of a sequence, is the hidden state of a recurrent network updated or copied?
 
     ## Features
-    The hidden state; the time (hat functions on the backbone's `knots`); the share of the sequence since the last
-    update; with a backbone that `sees` "state+input" also the numbers of this step. Without them the decision is taken
-    before the input is seen: a step that is copied need not even be read.
+    They are the hidden state, the time (hat functions on the backbone's `knots`), and the share of the sequence since
+    the last update. If the backbone `sees` "state+input", the numbers of this step follow. Without them, the decision
+    is taken before the input is seen, and a step that is copied need not even be read.
 
     ## Action
     `Discrete(2)`: 1 updates the hidden state by the cell, 0 copies it.
 
     ## Episode
-    One sequence. It ends after its last step: every episode has as many steps as the sequences.
+    An episode is one sequence. It ends after the last step, so it has as many steps as the sequence.
 
     ## Data
-    `sequential-digits` by default. `adding` is a regression, and needs a network that is trained together with its
-    policy: almost every random route misses one of the two numbers.
+    The default is `sequential-digits`. `adding` is a regression and needs a network that is trained together with its
+    policy, because almost every random route misses one of the two numbers.
 
     ## Source
-    Skip RNN: Learning to Skip State Updates in Recurrent Neural Networks, Campos et al., ICLR 2018. There the gate
-    accumulates a probability of updating, which grows with the steps since the last one; here those are observed.
+    Skip RNN: Learning to Skip State Updates in Recurrent Neural Networks, Campos et al., ICLR 2018. There, a gate
+    accumulates the probability of an update, which grows with the steps since the last update. Here, the policy
+    observes these steps.
 
     ## Version history
-    v0: first.
+    v0: the first version.
     """
 
     decision = "hidden-update"
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """A small untrained GRU."""
+        """Return a small untrained GRU."""
         return SkipGRU(input_shape, hidden=32)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Pages: what an environment's docstring says that the registries know."""
+"""The page of an environment is its docstring, completed by what the registries know."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ print(info["route"], info["macs_fraction"])
 
 
 def page(own: str, decision: str) -> str:
-    """The page of a decision's environment: what its class says, and what the registries know.
+    """Return the page of a decision's environment: its class's docstring and sections from the registries.
 
     Args:
-        own: the class's own docstring: the question, then sections on features, action, episode and source.
+        own: the class's own docstring, which has the question and then sections on features, action, episode and
+            source.
         decision: a name in `DECISIONS`.
     """
     rewards = [f"| `{reward.name}` | {reward.about} |" for reward in REWARDS.values()]
@@ -48,7 +49,7 @@ def page(own: str, decision: str) -> str:
 
 
 def families_of(decision: str) -> list[type[Backbone]]:
-    """The families of backbones that pose a decision, those around a module of the user's included."""
+    """Return the families of backbones that pose a decision, including those around a user's module."""
 
     def below(kind: type[Backbone]) -> Iterator[type[Backbone]]:
         for family in kind.__subclasses__():

@@ -1,4 +1,4 @@
-"""Rewards: what is set against the price of compute. `REWARDS` is the registry; a plugin adds a row to it."""
+"""A reward weighs how good an answer is against the price of compute. A plugin adds a row to `REWARDS`."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from torch import Tensor
 
 from dynrl.tasks import CLASSIFICATION, Task
 
-Dense = Callable[[], Tensor]  # gives [n, ...], what the dense network says of the same inputs
+Dense = Callable[[], Tensor]  # it returns the dense network's outputs [n, ...] for the same inputs
 
 
 def distillation(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
-    """[n] log-likelihood of the target, minus the divergence from what the dense network says; in nats, at most 0.
+    """Return the log-likelihood of the target less the divergence from the dense network: [n], in nats, at most 0.
 
-    The two terms of knowledge distillation (Hinton et al. 2015, section 2), weighted alike. With the first alone,
-    blocks whose only use is to copy the dense network's confidence are skipped at any price, and no price leads to
-    the upper part of the accuracy-compute front; with the second alone, routes imitate the dense network's
-    uncertainty at the expense of the class.
+    These are the two terms of knowledge distillation (Hinton et al. 2015, section 2), with equal weights. With the
+    first alone, blocks that only add confidence are skipped at any price, and no price leads to the upper part of the
+    accuracy-compute front. With the second alone, routes imitate the dense network's uncertainty at the expense of the
+    class.
     """
     return task.log_likelihood(output, target) - task.divergence(output, dense())
 
 
 def log_likelihood(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
-    """[n] how well the output explains the target; in nats, at most 0."""
+    """Return how well the output explains the target: [n], in nats, at most 0."""
     return task.log_likelihood(output, target)
 
 
 def correct(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
-    """[n] 1 where the likeliest class is the target, else 0."""
+    """Return 1 where the likeliest class is the target, else 0: [n]."""
     return task.score(output, target)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """An accuracy term and what it is for. The return of a walk is this term, less price times compute.
+    """A reward has an accuracy term. The return of a walk is this term less price x compute.
 
     Attributes:
-        name: its name in `REWARDS`.
+        name: the name in `REWARDS`.
         about: one line for help texts and pages.
-        accuracy: from (task, output [n, ...], target [n, ...], dense) to the accuracy term [n].
-        for_classes: whether it makes sense for classes only.
-        has_gradient: whether gates can be trained by it.
-        per_step: whether it is paid along the walk: at each output what the term has gained since the last one, at the
-            first output the term itself. The sum is the term at the end.
-        whole_route: whether it is only for policies that decide a whole walk at one look.
+        accuracy: a function from (task, output [n, ...], target [n, ...], dense) to the accuracy term [n].
+        for_classes: whether the reward makes sense for classes only.
+        has_gradient: whether gates can be trained by this reward.
+        per_step: whether the term is paid along the walk. Each output then pays what the term has gained since the last
+            one, and the first output pays the term itself. The sum is the term at the end.
+        whole_route: whether the reward is only for policies that decide a whole walk at one look.
     """
 
     name: str
@@ -59,29 +59,31 @@ class Reward:
     def terms(
         self, task: Task, output: Tensor, target: Tensor, dense: Dense, price: Tensor, share: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[n] accuracy and [n] cost term of whole walks; their sum is the return.
+        """Return the accuracy term [n] and the cost term [n] of whole walks; their sum is the return.
 
         Args:
-            output, target: [n, ...], as `task` has them.
-            dense: gives [n, ...], what the dense network says; called only where the term needs it.
-            price: [n], of the dense network's compute.
-            share: [n], compute over that of the dense network.
+            task: what outputs and targets mean.
+            output, target: [n, ...], in the form of `task`.
+            dense: a function that returns the dense network's outputs [n, ...]; it is called only if the term needs
+                them.
+            price: [n], the price of the dense network's compute.
+            share: [n], the compute as a share of the dense network's.
         """
         return self.accuracy(task, output, target, dense), -price * share
 
 
 class BlockDrop(Reward):
-    """BlockDrop's reward (Wu et al. 2018, equation 2), at the scale at which a wrong answer costs 1.
+    """This is BlockDrop's reward (Wu et al. 2018, equation 2), scaled so that a wrong answer costs 1.
 
-    The paper pays 1 - share^2 where the answer is right and -gamma where it is wrong. Here this is multiplied by the
-    price, which is 1 / gamma, and less 1 throughout: a right answer earns more the less it spent. `share` is that of
-    the dense MACs, not of the blocks.
+    The paper pays 1 - share^2 for a right answer and -gamma for a wrong one. Here, both are multiplied by the price,
+    which is 1 / gamma. A right answer earns more the less it spends. `share` is the share of the dense MACs, not of the
+    blocks.
     """
 
     def terms(
         self, task: Task, output: Tensor, target: Tensor, dense: Dense, price: Tensor, share: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[n] accuracy and [n] cost term; the second depends on whether the answer is right."""
+        """Return the accuracy term [n] and the cost term [n], which depends on whether the answer is right."""
         right = self.accuracy(task, output, target, dense)
         return right - 1 + price * right, -price * right * share**2
 
@@ -100,7 +102,7 @@ REWARDS: dict[str, Reward] = {
         ),
         Reward("correct", "1 for a right answer, 0 for a wrong one", correct, for_classes=True, has_gradient=False),
         BlockDrop(
-            "blockdrop", "BlockDrop's: a right answer earns 1 - (share of MACs)^2 times the price, a wrong one costs 1",
+            "blockdrop", "a right answer earns price x (1 - (share of MACs)^2), a wrong one costs 1 (BlockDrop)",
             correct, for_classes=True, has_gradient=False, whole_route=True,
         ),
     )
@@ -108,13 +110,16 @@ REWARDS: dict[str, Reward] = {
 
 
 def check_reward(name: str, task: Task, whole_route: bool) -> Reward:
-    """The reward of that name.
+    """Return the reward of that name.
 
     Args:
+        name: a name in `REWARDS`.
+        task: what outputs and targets mean.
         whole_route: whether one look decides a whole walk.
 
     Raises:
-        ValueError: an unknown name, or a reward that makes no sense for `task` or for these looks.
+        ValueError: the name is unknown, or the reward makes no sense for `task` or for a policy that looks at every
+            step.
     """
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; expected one of {', '.join(REWARDS)}")

@@ -1,4 +1,4 @@
-"""The single environments: `dynrl.envs.single:DECISION` is what Gymnasium's registry has for each."""
+"""Single environments have one row; `dynrl.envs.single:DECISION` is the entry point of each in Gymnasium."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class RoutingEnv(gym.Env):
-    """One input walks a backbone: `RoutingVectorEnv` with one row, and the same arguments.
+    """In this environment, one input walks a backbone; it is `RoutingVectorEnv` with one row and the same arguments.
 
     Args:
-        settings: those of `RoutingVectorEnv`, but for `num_envs` and `autoreset_mode`.
+        settings: the arguments of `RoutingVectorEnv`, except `num_envs` and `autoreset_mode`.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}
@@ -45,7 +45,7 @@ class RoutingEnv(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; it takes no options."""
+        """Start an episode; there are no options."""
         if options:
             raise ValueError(f"unknown reset options {sorted(options)}; this environment has none")
         super().reset(seed=seed)
@@ -54,7 +54,7 @@ class RoutingEnv(gym.Env):
         return view[0], {"action_mask": info["action_mask"][0]}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One decision."""
+        """Take one answer of the policy."""
         if self._over:
             raise ValueError("the episode has ended; call reset first")
         view, reward, terminated, _, info = self._batch.step(np.asarray([action]))
@@ -64,7 +64,7 @@ class RoutingEnv(gym.Env):
 
 
 def __getattr__(decision: str) -> type[RoutingEnv]:
-    """The single environment of a decision, made when it is first asked for."""
+    """Return the single environment of a decision, which is made when it is first needed."""
     if decision not in DECISIONS:
         raise AttributeError(f"no decision {decision!r}; there are {sorted(DECISIONS)}")
     made = type(f"RoutingEnv[{decision}]", (RoutingEnv,), {"decision": decision})

@@ -1,4 +1,4 @@
-"""Layer skipping: `dynrl/Skip-v0`."""
+"""`dynrl/Skip-v0` is the environment of the decision which residual blocks run."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class SkipVectorEnv(RoutingVectorEnv):
-    """At each identity block of a residual network: run it, or hand the features through?
+    """At each identity block of a residual network, does the block run or do the features pass it by?
 
     ## Features
-    The mean of each channel of the features that stand before the block.
+    They are the mean of each channel of the features before the block.
 
     ## Action
-    `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and are no decisions.
+    `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and pose no decision.
 
     ## Episode
-    One image. It ends after the last block: every episode has as many steps as the network has identity blocks.
+    An episode is one image. It ends after the last block, so it has as many steps as the network has identity blocks.
 
     ## Source
     SkipNet: Learning Dynamic Routing in Convolutional Networks, Wang et al., ECCV 2018 (sequential decisions from
     running features). The price in the observation follows Odena et al. 2017.
 
     ## Version history
-    v0: first.
+    v0: the first version.
     """
 
     decision = "skip"
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """A small untrained ResNet."""
+        """Return a small untrained ResNet."""
         return SkipResNet(input_shape, layers=(2, 2, 2), widths=(8, 16, 32))

@@ -1,4 +1,4 @@
-"""Policies: what decides on a walk, and what it sees of it (`dynrl.policies.sight`)."""
+"""Policies decide on a walk; a sight says what a policy sees of the walk (`dynrl.policies.sight`)."""
 
 from dynrl.policies.base import LearnedPolicy, Policy, RoutePolicy
 from dynrl.policies.files import POLICIES, PolicySpec, load_policy, save_policy

@@ -1,4 +1,4 @@
-"""The kinds of policies: those that give whole routes without a look, and those that are learned."""
+"""Some policies give whole routes without a look; others are learned. All share the base class here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from dynrl.policies.sight import Sight
 
-CAP = 5.0  # logits stay within +-CAP, so that no choice's probability reaches 0 and its logarithm stays finite
+CAP = 5.0  # logits stay within +-CAP, so that no probability becomes 0 and every logarithm stays finite
 
 
 class Policy(nn.Module):
-    """What decides on a walk. Backbones, walks and states are duck-typed: see `dynrl.backbones`.
+    """A policy decides on a walk. Backbones, walks and states are those of `dynrl.backbones`, but are not imported.
 
     Attributes:
-        sight: what it sees; None if it looks at nothing, or at the backbone itself.
-        price_range: lowest and highest price; None if it knows no price.
-        edition: how often its weights have been replaced or moved: what was derived from them before is outdated.
+        sight: what the policy sees; None if it looks at nothing, or at the backbone itself.
+        price_range: the lowest and highest price; None if the policy knows no price.
+        edition: how often the weights have been replaced or moved. What was derived from them before is outdated.
     """
 
     sight: Sight | None = None
@@ -28,21 +28,23 @@ class Policy(nn.Module):
     edition: int = 0
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
-        """The policy as `Backbone.run` asks for it: from a state to the choices [n] int64 of its rows.
+        """Return a function from a state to the choices [n] int64 of its rows, which `Backbone.run` calls.
 
         Args:
-            backbone: that will be walked, once or many times.
-            price: of the dense network's compute.
+            backbone: the backbone that will be walked, once or many times.
+            price: the price of the dense network's compute.
         """
         raise NotImplementedError
 
     def check(self, backbone: Any) -> None:
         """Refuse, with a ValueError, a backbone that the policy was not made for."""
         if self.sight is not None and (wanted := type(self.sight).of(backbone)) != self.sight:
-            raise ValueError(f"the policy is for {self.sight}, the backbone poses {wanted}")
+            raise ValueError(
+                f"the policy is for {self.sight}, the backbone poses {wanted}; plug it into its own backbone"
+            )
 
     def looks(self, walk: Any) -> Tensor:
-        """[B] int64, how often it looked at each row of a walk that is over."""
+        """Return how often the policy looked at each row of a finished walk: [B] int64."""
         span = self.sight.span if self.sight is not None else 1
         return torch.div(walk.steps + (span - 1), span, rounding_mode="floor")
 
@@ -56,17 +58,17 @@ class Policy(nn.Module):
 
 
 class RoutePolicy(Policy):
-    """A policy that gives whole routes at once, before the walk begins."""
+    """A route policy gives whole routes at once, before the walk begins."""
 
     def route(self, inputs: Tensor) -> Tensor:
-        """[B, columns] int64, the actions for `inputs` [B, ...]."""
+        """Return the actions [B, columns] int64 for `inputs` [B, ...]."""
         raise NotImplementedError
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
-        """`Policy.chooser`: a route for each row of a walk, drawn at its begin.
+        """Return a `Policy.chooser` that gives each row of a walk a route when the walk begins.
 
         Raises:
-            ValueError: when a walk begins, routes of another shape than the backbone's.
+            ValueError: the function raises it when a walk begins and the routes do not fit the backbone.
         """
 
         def at(state: Any) -> Tensor:
@@ -84,24 +86,24 @@ class RoutePolicy(Policy):
 
 
 class LearnedPolicy(Policy):
-    """What agents train: a network from observations to logits, told the price of compute.
+    """A learned policy is a network from observations to logits that is told the price of compute.
 
-    A kind of policy is one class in one file, with a row in `POLICIES`. It sets `sight_class`, calls this `__init__`,
-    and writes `_scores`.
+    Each kind of policy is one class in one file, with a row in `POLICIES`. The class sets `sight_class`, calls this
+    `__init__` and writes `_scores`.
 
     Args:
-        sight: what it sees.
-        price_range: lowest and highest price, the same if there is but one; the policy sees the price's logarithm,
-            scaled to [-1, 1].
-        hidden: units of its hidden layer, 0 for none.
-        start: [decisions], the choices that it favours before it has learned anything (e^2 to 1): the full network's.
-            From a start without favour, early routes are too poor to learn from.
+        sight: what the policy sees.
+        price_range: the lowest and highest price, which are equal if there is only one. The policy sees the logarithm
+            of the price, scaled to [-1, 1].
+        hidden: the number of units in the hidden layer; 0 for none.
+        start: [decisions], the full network's choices, which the untrained policy favours (e^2 to 1). If it favoured no
+            choice, early routes would be too poor to learn from.
 
     Attributes:
-        config: JSON-able keyword arguments that rebuild it.
+        config: the keyword arguments that rebuild the policy, as JSON can hold them.
 
     Raises:
-        ValueError: a price range that is not positive or falls, or a start that is no answer.
+        ValueError: the price range is not positive or falls, or the start is no valid answer.
     """
 
     sight_class: ClassVar[type[Sight]]
@@ -120,7 +122,9 @@ class LearnedPolicy(Policy):
             "sight": sight.config(), "price_range": list(self.price_range), "hidden": hidden, "start": list(start)
         }  # fmt: skip
         self._log_middle = (math.log(high) + math.log(low)) / 2
-        self._log_reach = (math.log(high) - math.log(low)) / 2 or 1.0  # of one price the policy is told nothing
+        self._log_reach = (
+            math.log(high) - math.log(low)
+        ) / 2 or 1.0  # if there is one price, the policy is always told 0
 
     def _favour(self, head: nn.Linear) -> None:
         """Initialise the layer that gives the scores so that the choices of `start` are favoured."""
@@ -131,41 +135,41 @@ class LearnedPolicy(Policy):
             head.bias.view(self.sight.decisions, self.sight.choices).scatter_(1, start, 2.0)
 
     def told(self, price: float) -> float:
-        """What the policy is told of `price`: its logarithm, scaled to [-1, 1] over the price range."""
+        """Return the number that stands for `price` in the policy: its logarithm, scaled to [-1, 1] over the range."""
         return (math.log(price) - self._log_middle) / self._log_reach
 
     def trunk(self, observation: Tensor) -> Tensor:
-        """[n, price + 1]: the observation without its mask, its price as a centred logarithm."""
+        """Return the observation without its mask, its price as a scaled logarithm: [n, price + 1]."""
         column = self.sight.price
         seen = observation[:, : column + 1].clone()
         seen[:, column] = (observation[:, column].log() - self._log_middle) / self._log_reach
         return seen
 
     def scores(self, observation: Tensor) -> Tensor:
-        """[n, width] float32 to [n, decisions * choices], without the cap; closed choices get -1e9."""
+        """Map [n, width] float32 to scores [n, decisions * choices] without the cap; closed choices get -1e9."""
         return self._scores(observation) + self._closed(observation)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """[n, width] float32 to logits [n, decisions * choices] within +-CAP; closed choices get -1e9."""
+        """Map [n, width] float32 to logits [n, decisions * choices] within +-CAP; closed choices get -1e9."""
         return CAP * torch.tanh(self._scores(observation) / CAP) + self._closed(observation)
 
     def act(self, observation: Tensor) -> Tensor:
-        """[n, decisions], the likeliest choices of each row (without the cap, which changes no order)."""
+        """Return the likeliest choices of each row: [n, decisions]. The cap is left out, as it changes no order."""
         return self.scores(observation).unflatten(1, (self.sight.decisions, self.sight.choices)).argmax(2)
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
-        """`Policy.chooser`: the likeliest choices."""
+        """Return a `Policy.chooser` that takes the likeliest choices."""
         return self.sight.follow(backbone, self.act, price)
 
     def logits_on(self, backbone: Any, price: Tensor | float) -> Callable[[Any], Tensor]:
-        """From a state of a walk of `backbone`, at one price or [B], to logits [n, choices]; differentiable."""
+        """Return a differentiable function from a state of a walk to logits [n, choices], at one price or at [B]."""
         shape = (self.sight.decisions, self.sight.choices)
         return self.sight.follow(backbone, lambda seen: self(seen).unflatten(1, shape), price)
 
     def _scores(self, observation: Tensor) -> Tensor:
-        """[n, decisions * choices], without cap and mask."""
+        """Return the scores [n, decisions * choices] without cap and mask."""
         raise NotImplementedError
 
     def _closed(self, observation: Tensor) -> Tensor:
-        """[n, decisions * choices]: 0 for open choices, -1e9 for closed ones; to be added to scores."""
+        """Return what is added to scores, [n, decisions * choices]: 0 for open choices, -1e9 for closed ones."""
         return ((self.sight.mask(observation) - 1) * 1e9).flatten(1)

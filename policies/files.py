@@ -1,4 +1,4 @@
-"""Files of learned policies: weights, what rebuilds the network, and what it was trained for."""
+"""The file of a learned policy holds its weights, what rebuilds the network, and what it was trained for."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dynrl.policies.base import LearnedPolicy
 from dynrl.policies.router import Router
 from dynrl.policies.upfront import UpfrontRouter
 
-# Kinds of learned policies by the names that files and `dynrl train --policy` have for them. Your own is a row more.
+# The kinds of learned policies, by their names in files and in `dynrl train --policy`. A plugin adds a row.
 POLICIES: dict[str, type[LearnedPolicy]] = {"sequential": Router, "upfront": UpfrontRouter}
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What rebuilds a policy, untrained.
+    """A specification rebuilds a policy, untrained.
 
     Attributes:
         kind: a name in `POLICIES`.
-        config: JSON-able, `LearnedPolicy.config`.
+        config: the policy's `LearnedPolicy.config`, as JSON can hold it.
     """
 
     kind: str
@@ -29,10 +29,10 @@ class PolicySpec:
 
     @classmethod
     def of(cls, kind: str, backbone: Any, price_range: tuple[float, float], hidden: int) -> PolicySpec:
-        """That of a policy of `kind` for `backbone`, which favours its full route at the start.
+        """Return the specification of a policy for `backbone` that favours the full route at the start.
 
         Raises:
-            ValueError: an unknown kind, or one that cannot see such inputs.
+            ValueError: the kind is unknown, or its policies cannot see such inputs.
         """
         sight = check_kind(kind).sight_class.of(backbone)
         start = sight.start(backbone.full_route)
@@ -40,7 +40,7 @@ class PolicySpec:
         return cls(kind, config)
 
     def build(self) -> LearnedPolicy:
-        """The policy, or a ValueError."""
+        """Build the policy, or raise a ValueError if `config` does not fit the kind."""
         policy = check_kind(self.kind)
         try:
             return policy(**{**self.config, "sight": policy.sight_class(**self.config["sight"])})
@@ -49,23 +49,23 @@ class PolicySpec:
 
 
 def check_kind(kind: str) -> type[LearnedPolicy]:
-    """The class of that kind of policy, or a ValueError that lists the kinds."""
+    """Return the class of that kind of policy, or raise a ValueError that lists the kinds."""
     if not isinstance(kind, str) or kind not in POLICIES:
         raise ValueError(f"unknown kind of policy {kind!r}; expected one of {sorted(POLICIES)}")
     return POLICIES[kind]
 
 
 def save_policy(path: str | Path, policy: LearnedPolicy, metadata: dict[str, Any]) -> None:
-    """Write a policy with what it was trained for: `decision`, `backbone` (fingerprint), `curve`, all JSON-able."""
+    """Write a policy and, as JSON, what it was trained for: `decision`, `backbone` (a fingerprint) and `curve`."""
     kind = next(name for name, row in POLICIES.items() if row is type(policy))
     save_tensors(path, "policy", policy.state_dict(), {**metadata, "kind": kind, "config": policy.config})
 
 
 def load_policy(path: str | Path) -> tuple[LearnedPolicy, dict[str, Any]]:
-    """Read a policy file: the policy in eval mode, and its metadata.
+    """Read a policy file and return the policy, in eval mode, and its metadata.
 
     Raises:
-        ValueError: the file is missing, cut short, altered, or no policy file.
+        ValueError: the file is missing, is cut short, was altered, or is no policy file.
     """
     tensors, metadata = load_tensors(path, "policy")
     policy = PolicySpec(metadata["kind"], metadata["config"]).build()

@@ -1,4 +1,4 @@
-"""Policies that look at nothing: what learned routes must beat."""
+"""These policies look at nothing; learned routes must beat them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dynrl.routes import draw_routes
 
 
 class RandomPolicy(RoutePolicy):
-    """Choices drawn independently in each column, from the cheapest (rate 0) to the dearest (rate 1): `draw_routes`.
+    """This policy draws each column's choice independently, the dearer the higher the rate (see `draw_routes`).
 
     Args:
         thrift: [columns, choices], how dear each choice is (`Backbone.thrift`).
-        rate: in [0, 1]; of two choices the dearer one's probability.
-        seed: of the sequence of routes; the first call after construction starts it.
+        rate: a number in [0, 1]; where there are two choices, it is the probability of the dearer one.
+        seed: the seed of the sequence of routes, which the first call starts.
 
     Raises:
-        ValueError: a rate that is no probability.
+        ValueError: the rate is no probability.
     """
 
     def __init__(self, thrift: Tensor, rate: float, seed: int = 0) -> None:
@@ -29,13 +29,13 @@ class RandomPolicy(RoutePolicy):
         self.generator = torch.Generator().manual_seed(seed)
 
     def route(self, inputs: Tensor) -> Tensor:
-        """A random route for each input."""
+        """Return a random route for each input: [B, columns]."""
         rate = torch.full((len(inputs),), self.rate, dtype=torch.float64)  # float32 has nothing between 1 - 6e-8 and 1
         return draw_routes(self.thrift, rate, self.generator).to(inputs.device)
 
 
 class StaticPolicy(RoutePolicy):
-    """The same route for every input: a smaller network. A column where it never goes may hold -1."""
+    """This policy gives every input the same route, which is a smaller network; unvisited columns may hold -1."""
 
     fixed: Tensor
 
@@ -44,5 +44,5 @@ class StaticPolicy(RoutePolicy):
         self.register_buffer("fixed", torch.as_tensor(route, dtype=torch.int64).clamp_min(0))
 
     def route(self, inputs: Tensor) -> Tensor:
-        """That route, once for each input."""
+        """Return the route once for each input: [B, columns]."""
         return self.fixed.expand(len(inputs), -1)

@@ -1,4 +1,4 @@
-"""The router: the learned policy that decides step by step, a small network from one observation to one choice."""
+"""The router is the learned policy that decides step by step: a small network from an observation to a choice."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dynrl.policies.sight import StepSight
 
 
 class Router(LearnedPolicy):
-    """Two linear layers, or one. The module that agents train is the module that is deployed.
+    """A router has two linear layers, or one. Agents train the same module that is deployed.
 
-    Args: those of `LearnedPolicy`.
+    The arguments are those of `LearnedPolicy`.
     """
 
     sight_class = StepSight
@@ -34,14 +34,14 @@ class Router(LearnedPolicy):
         seen = self.trunk(observation)
         return self.head(seen if self.hidden is None else torch.relu_(self.hidden(seen)))
 
-    @torch.inference_mode(False)  # tables made in that mode could not be part of an exported program
+    @torch.inference_mode(False)  # tables made in inference mode could not be part of an exported program
     @torch.no_grad()
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
-        """`Policy.chooser`, whose observations are never built: what is constant or one of few numbers is a table.
+        """Return a `Policy.chooser` that never builds observations: tables replace most of their columns.
 
         Args:
-            backbone: that will be walked; it stays on its device.
-            price: of the dense network's compute; part of the tables.
+            backbone: the backbone that will be walked; it stays on its device.
+            price: the price of the dense network's compute, which is part of the tables.
         """
         first = self.head if self.hidden is None else self.hidden
         weight = first.weight[:, : self.sight.price]
@@ -54,16 +54,16 @@ class Router(LearnedPolicy):
 
 
 class Folded:
-    """The choice of largest score of a router at one price.
+    """This function returns the choice of the largest score of a router at one price.
 
-    A column of the observation that is constant, or one of a few numbers, costs a table here, not a product. Features
-    go where the backbone has them (`Backbone.projector`).
+    Columns of the observation that are constant or take few values are looked up in tables here and cost no product.
+    The backbone itself multiplies its features (`Backbone.projector`).
 
     Args:
-        backbone: to be walked.
-        router: whose weights these are.
-        weight: [units, columns of the observation before the price], of the first layer.
-        bias: [units], of the first layer, the price's part in it.
+        backbone: the backbone to walk.
+        router: the router that the weights belong to.
+        weight: [units, columns of the observation before the price], the first layer's weight.
+        bias: [units], the first layer's bias, with the price's part added.
     """
 
     def __init__(self, backbone: Any, router: Router, weight: Tensor, bias: Tensor) -> None:
@@ -72,7 +72,7 @@ class Folded:
         self.differs = sight.choices == 2 and not self.masked
 
         def scoring(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            # Of two choices that never close the difference decides: one column instead of two.
+            # If there are two choices that never close, their difference decides: one column instead of two.
             return (weight[1:] - weight[:1], bias[1:] - bias[:1]) if self.differs else (weight, bias)
 
         closed = torch.zeros(len(backbone.points), sight.choices, device=bias.device)
@@ -83,7 +83,7 @@ class Folded:
         if head is None:
             weight, bias = scoring(weight, bias)
         features, points, last, spent = weight.split((sight.features, sight.points, 1 + sight.choices, 1), 1)
-        # Transposed, and so kept: a product with a contiguous [features, 2] takes several times as long.
+        # It is kept as a transposed view: a product with a contiguous [features, 2] takes several times as long.
         self.project = backbone.projector(features.contiguous().t())
         self.spent = spent.t() / backbone.dense_macs
         self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, units]
@@ -95,7 +95,7 @@ class Folded:
             self.head, self.head_bias = weight.contiguous().t(), bias + closed
 
     def __call__(self, state: Any) -> Tensor:
-        """[n] int64, as `Router.act` of what the sight sees, but for rounding."""
+        """Return the choices [n] int64, which are those of `Router.act` except for rounding."""
         walk = state.walk
         scores = self.project(state, self.start[state.point].index_select(0, state.get(walk.last)))
         scores.addcmul_(state.get(walk.macs).unsqueeze(1), self.spent)
@@ -111,9 +111,9 @@ class Folded:
 
 
 class Fused:
-    """What a router of two layers chooses at one price, by one op from the features on: for where a kernel runs it.
+    """This function returns the choice of a router of two layers at one price, by one op that has a kernel.
 
-    Args: those of `Folded`, of a backbone whose choices never close.
+    The arguments are those of `Folded`; the backbone's choices must never close.
     """
 
     def __init__(self, backbone: Any, router: Router, weight: Tensor, bias: Tensor) -> None:
@@ -125,7 +125,7 @@ class Fused:
         self.head, self.head_bias = head.weight.detach().t().contiguous(), head.bias.detach()
 
     def __call__(self, state: Any) -> Tensor:
-        """[n] int64, as `Router.act` of what the sight sees, but for rounding."""
+        """Return the choices [n] int64, which are those of `Router.act` except for rounding."""
         walk, features = state.walk, self.backbone.observe(state)
         return decide(
             features, state.get(walk.last), state.get(walk.macs), weight=self.features[: features.shape[1]],

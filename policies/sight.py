@@ -1,6 +1,6 @@
-"""Sights: what a policy sees of a walk, and what its answer means there.
+"""A sight says what a policy sees of a walk, and what the policy's answer means there.
 
-The environment, the runners, gates and the plugged model ask the policy's sight. None of them asks which it is.
+The environment, the runners, gates and the plugged model ask the policy's sight. None of them asks which sight it is.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VIEW = 16  # pixels that a route sight shows of an image, at most, in each direction
+VIEW = 16  # a route sight shows an image at most this many pixels wide and high
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What both sights have in common. A backbone, a walk and its states are duck-typed: see `dynrl.backbones`.
+    """This is the base class of sights. Backbones, walks and states are those of `dynrl.backbones`, not imported.
 
     Attributes:
-        name: of the sight, in `SIGHTS`.
-        width: length of an observation.
-        price: column of the price in it. What a policy reads ends there; what stands behind it is the mask.
-        counts: for each decision of one answer, how many choices it has.
-        span: how many decisions of a walk one answer covers, at most.
+        name: the sight's name in `SIGHTS`.
+        width: the length of an observation.
+        price: the column of the price in an observation. It is the last column that a policy reads; the mask follows.
+        counts: the number of choices of each decision of one answer.
+        span: how many decisions of a walk one answer covers at most.
     """
 
     name: ClassVar[str]
 
     @classmethod
     def of(cls, backbone: Any) -> Self:
-        """The sight of `backbone`.
+        """Return the sight of `backbone`.
 
         Raises:
             ValueError: the sight does not show inputs of this kind.
@@ -41,7 +41,7 @@ class Sight:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """Its numbers, JSON-able, for a policy's configuration: `SIGHTS[name](**config)` is the sight again."""
+        """Return the sight's numbers, as JSON can hold them; `SIGHTS[name](**config)` is the sight again."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @property
@@ -66,63 +66,64 @@ class Sight:
 
     @property
     def decisions(self) -> int:
-        """How many decisions one answer holds."""
+        """The number of decisions in one answer."""
         return len(self.counts)
 
     @property
     def choices(self) -> int:
-        """How many choices the decision has that has most."""
+        """The largest number of choices that a decision has."""
         return max(self.counts)
 
     def looks(self, max_steps: int) -> int:
-        """How often a policy looks on a walk of `max_steps` decisions."""
+        """Return how often a policy looks on a walk of `max_steps` decisions."""
         return -(-max_steps // self.span)
 
     def start(self, full_route: tuple[int, ...]) -> list[int]:
-        """[decisions], the choices of the dense network, which untrained policies favour."""
+        """Return the dense network's choices, which untrained policies favour: [decisions]."""
         raise NotImplementedError
 
     def see(self, backbone: Any, state: Any, price: Tensor | float) -> Tensor:
-        """[n, width] float32, a tensor of its own: what a policy sees of the rows of `state`.
+        """Return what a policy sees of the rows of `state`, a new tensor [n, width] float32.
 
         Args:
-            backbone: that is walked.
+            backbone: the backbone that is walked.
             state: rows of a walk.
-            price: of the dense network's compute, in units of the accuracy term: one number, or [B], one a slot.
+            price: the price of the dense network's compute, in units of the accuracy term: one number, or [B], one for
+                each row of the walk.
         """
         raise NotImplementedError
 
     def mask(self, observation: Tensor) -> Tensor:
-        """[n, decisions, choices] float32: 1 for each choice that is open by `observation` [n, width], else 0."""
+        """Return 1 for each choice open in `observation` [n, width], else 0: [n, decisions, choices] float32."""
         raise NotImplementedError
 
     def pick(self, answer: Tensor, state: Any) -> Tensor:
-        """[n, ...], what `answer` [B, decisions, ...], one a slot, says of the next decision of the rows of `state`."""
+        """Return the part of `answer` [B, decisions, ...] for the next decision of the rows of `state`: [n, ...]."""
         raise NotImplementedError
 
     def follow(
         self, backbone: Any, think: Callable[[Tensor], Tensor], price: Tensor | float
     ) -> Callable[[Any], Tensor]:
-        """From each state of a walk to what `think` says of its rows' next decision, [n, ...].
+        """Return a function from a state to what `think` answers for the next decision of its rows: [n, ...].
 
         Args:
-            backbone: that is walked.
-            think: from observations [n, width] to answers [n, decisions, ...].
-            price: see `see`.
+            backbone: the backbone that is walked.
+            think: a function from observations [n, width] to answers [n, decisions, ...].
+            price: the same as in `see`.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class StepSight(Sight):
-    """A look at every decision point, for one choice there.
+    """The policy looks at every decision point and makes one choice there.
 
     | columns | what |
     |---|---|
-    | `features` | the backbone's summary of where the row stands, zeros beyond the point's width |
-    | `points` | one-hot: the point at which the row stands, all zero at the end |
+    | `features` | the backbone's summary of the row at this point; zeros beyond the point's width |
+    | `points` | one-hot: the point at which the row stands; all zero at the end |
     | 1 + `choices` | one-hot: no choice yet, or the last choice |
-    | 1 | MACs spent so far over the dense network's |
+    | 1 | the MACs spent so far, as a share of the dense network's |
     | 1 | the price of compute |
     | `choices` | the mask: 1 for each open choice |
     """
@@ -134,45 +135,45 @@ class StepSight(Sight):
 
     @classmethod
     def of(cls, backbone: Any) -> Self:
-        """The sight of `backbone`."""
+        """Return the sight of `backbone`."""
         return cls(backbone.feature_width, len(backbone.points), backbone.num_choices)
 
     @property
     def last(self) -> int:
-        """First column of the last choice."""
+        """The first column of the last choice."""
         return self.features + self.points
 
     @property
     def spent(self) -> int:
-        """Column of the share of MACs spent."""
+        """The column of the share of MACs spent."""
         return self.last + 1 + self.most_choices
 
     @property
     def price(self) -> int:
-        """Column of the price."""
+        """The column of the price."""
         return self.spent + 1
 
     @property
     def width(self) -> int:
-        """Length of the vector."""
+        """The length of the vector."""
         return self.price + 1 + self.most_choices
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The choices of the one decision that an answer holds."""
+        """The number of choices of the one decision that an answer holds."""
         return (self.most_choices,)
 
     @property
     def span(self) -> int:
-        """One decision."""
+        """One answer covers one decision."""
         return 1
 
     def start(self, full_route: tuple[int, ...]) -> list[int]:
-        """The dense network's choice; where points differ in it, the commonest."""
+        """Return the dense network's choice; if points differ in it, the commonest one."""
         return [statistics.mode(choice for choice in full_route if choice >= 0)]
 
     def see(self, backbone: Any, state: Any, price: Tensor | float) -> Tensor:
-        """`Sight.see`, laid out as the table of this class says."""
+        """Return what a policy sees, in the columns of the table above."""
         walk, view = state.walk, torch.zeros(state.count, self.width, device=state.rows.device)
         if not state.ended:
             view[:, self.features + state.point] = 1.0
@@ -182,29 +183,29 @@ class StepSight(Sight):
         view[:, self.price] = state.get(price) if isinstance(price, Tensor) else price
         view[:, self.last : self.spent].scatter_(1, state.get(walk.last).unsqueeze(1), 1.0)
         torch.div(state.get(walk.macs), backbone.dense_macs, out=view[:, self.spent])
-        if not state.ended:  # last: `out=` refuses a tensor with a graph, which features of a gated walk bring
+        if not state.ended:  # this comes last: features of a gated walk have a graph, and `out=` refuses such tensors
             features = backbone.observe(state)
             view[:, : features.shape[1]] = features
         return view
 
     def mask(self, observation: Tensor) -> Tensor:
-        """The last columns."""
+        """Return the last columns of the observation, which are the mask."""
         return observation[:, None, self.price + 1 :]
 
     def pick(self, answer: Tensor, state: Any) -> Tensor:
-        """The one decision that there is."""
+        """Return the rows' part of the one decision that there is."""
         return state.get(answer[:, 0])
 
     def follow(
         self, backbone: Any, think: Callable[[Tensor], Tensor], price: Tensor | float
     ) -> Callable[[Any], Tensor]:
-        """`Sight.follow`: a look at every state."""
+        """Return a `Sight.follow` that looks at every state."""
         return lambda state: think(self.see(backbone, state, price))[:, 0]
 
 
 @dataclass(frozen=True)
 class RouteSight(Sight):
-    """One look at the input, before the network runs, for a choice in every column of the route.
+    """The policy looks once at the input, before the network runs, and makes a choice for every column of the route.
 
     | columns | what |
     |---|---|
@@ -222,10 +223,10 @@ class RouteSight(Sight):
 
     @classmethod
     def of(cls, backbone: Any) -> Self:
-        """The sight of `backbone`.
+        """Return the sight of `backbone`.
 
         Raises:
-            ValueError: its inputs are no images.
+            ValueError: the backbone's inputs are no images.
         """
         if len(backbone.input_shape) != 3:
             raise ValueError(
@@ -238,50 +239,50 @@ class RouteSight(Sight):
 
     @property
     def price(self) -> int:
-        """Column of the price, the last."""
+        """The column of the price, which is the last."""
         channels, height, width = self.view
         return channels * height * width
 
     @property
     def width(self) -> int:
-        """Length of the vector."""
+        """The length of the vector."""
         return self.price + 1
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The choices in each column of the route."""
+        """The number of choices in each column of the route."""
         return self.column_choices
 
     @property
     def span(self) -> int:
-        """A whole walk."""
+        """One answer covers a whole walk."""
         return len(self.column_choices)
 
     def start(self, full_route: tuple[int, ...]) -> list[int]:
-        """The full route; the first choice where that never goes."""
+        """Return the full route, with the first choice in columns that it never visits."""
         return [max(0, choice) for choice in full_route]
 
     def see(self, backbone: Any, state: Any, price: Tensor | float) -> Tensor:
-        """`Sight.see`, laid out as the table of this class says, wherever the rows stand."""
+        """Return what a policy sees, in the columns of the table above, wherever the rows stand."""
         images, (_, height, width) = state.get(state.walk.inputs), self.view
         seen = F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
         told = state.get(price).unsqueeze(1) if isinstance(price, Tensor) else torch.full_like(seen[:, :1], price)
         return torch.cat([seen, told], 1)
 
     def mask(self, observation: Tensor) -> Tensor:
-        """The same for all inputs: the choices that each column's point has."""
+        """Return the mask, which is the same for all inputs: it has the choices that each column's point has."""
         counts = torch.tensor(self.column_choices, device=observation.device).unsqueeze(1)
         has = (torch.arange(self.choices, device=observation.device) < counts).float()
         return has.expand(observation.shape[0], -1, -1)  # len() would make a traced size a constant
 
     def pick(self, answer: Tensor, state: Any) -> Tensor:
-        """What stands in the rows' next column."""
+        """Return the rows' part of the answer for the column that they come to next."""
         return state.along(answer)
 
     def follow(
         self, backbone: Any, think: Callable[[Tensor], Tensor], price: Tensor | float
     ) -> Callable[[Any], Tensor]:
-        """`Sight.follow`: a look at the first state, whose answer the walk keeps."""
+        """Return a `Sight.follow` that looks at the first state and keeps the answer in the walk."""
 
         def at(state: Any) -> Tensor:
             walk = state.walk

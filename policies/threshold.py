@@ -1,4 +1,4 @@
-"""The field's own rules: stop (or do less) where the network itself is sure enough. What learned routes must beat."""
+"""A threshold rule stops, or does less, where the network itself is sure enough. Learned routes must beat it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from dynrl.policies.base import Policy
 
 
 class ThresholdPolicy(Policy):
-    """The cheapest choice where one of the network's own scores is sure enough, else the dense network's choice.
+    """This policy takes the cheapest choice where the network's own score is sure enough, else the dense network's.
 
     Args:
-        backbone: that it is for: one whose `scores` have that name.
-        score: a name in `Backbone.scores`.
-        thresholds: [columns], what the score must reach (or fall to, where less of it means surer) in each column.
+        backbone: the backbone that the policy is for.
+        score: a name in the backbone's `scores`.
+        thresholds: [columns], what the score must reach in each column, or fall to if a lower score means surer.
 
     Raises:
-        ValueError: the backbone has no such score, or not as many columns.
+        ValueError: the backbone has no such score, or another number of columns.
 
-    Source: BranchyNet (Teerapittayanon et al. 2016, ICPR; entropy) and MSDNet (Huang et al. 2018, ICLR; top-1).
+    The sources are BranchyNet (Teerapittayanon et al. 2016, ICPR; entropy) and MSDNet (Huang et al. 2018, ICLR; highest
+    probability).
     """
 
     thresholds: Tensor
@@ -44,12 +45,12 @@ class ThresholdPolicy(Policy):
         self.register_buffer("unsure", torch.tensor(backbone.full_route).clamp_min(0))
 
     def check(self, backbone: Any) -> None:
-        """Refuse, with a ValueError, a backbone of more or fewer columns than there are thresholds."""
+        """Refuse, with a ValueError, a backbone whose number of columns is not that of the thresholds."""
         if backbone.columns != len(self.thresholds):
             raise ValueError(f"the policy has thresholds for {len(self.thresholds)} columns, not {backbone.columns}")
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
-        """`Policy.chooser`, by what `backbone.observe` shows."""
+        """Return a `Policy.chooser` that reads the score from `backbone.observe`."""
 
         def at(state: Any) -> Tensor:
             column, score = state.column, backbone.observe(state)[:, self.column]
@@ -61,28 +62,30 @@ class ThresholdPolicy(Policy):
 
 
 def fit_thresholds(scores: Tensor, costs: Tensor, budget: float, rising: bool = True) -> Tensor:
-    """Thresholds that meet a budget on the data they are fitted on.
+    """Find thresholds that meet a budget on the data that they are fitted on.
 
-    The budgeted batch classification of MSDNet (Huang et al. 2018, section 5): exit k of K is to be taken by a share
-    q_k = z (1 - q)^(k-1) q of the inputs, q the one number for which the mean cost is the budget; the surest inputs
-    that are still there leave. For budgets above those of equal shares, q is below 0 (and q_k positive all the same).
+    This is the budgeted batch classification of MSDNet (Huang et al. 2018, section 5). Exit k of K is taken by the
+    share q_k = z (1 - q)^(k-1) q of the inputs, where q is the number for which the mean cost is the budget. At each
+    exit, the surest of the remaining inputs leave. If the budget is above that of equal shares, q is below 0, but q_k
+    stays positive.
 
     Args:
-        scores: [n, K-1], of each input at each exit but the last.
-        costs: [K], what an input costs that leaves at each exit; rising.
-        budget: mean cost, in the same units.
+        scores: [n, K-1], the score of each input at each exit but the last.
+        costs: [K], the cost of leaving at each exit, rising.
+        budget: the mean cost, in the same units as `costs`.
         rising: whether a higher score means surer.
 
     Returns:
-        [K-1]: an input leaves at the first exit where its score is at least this (at most, if not `rising`).
+        thresholds [K-1]: an input leaves at the first exit where its score is at least the threshold, or at most if not
+        `rising`.
 
     Raises:
-        ValueError: the budget is not between the first exit's cost and the last one's.
+        ValueError: the budget is not between the first exit's cost and the last exit's.
     """
     costs = costs.double()
     if not costs[0] <= budget <= costs[-1]:
         raise ValueError(f"the budget {budget} is out of reach; exits cost {float(costs[0])} to {float(costs[-1])}")
-    low, high = -50.0, 50.0  # of log(1 - q)
+    low, high = -50.0, 50.0  # the bounds of log(1 - q)
     for _ in range(60):
         middle = (low + high) / 2
         share = torch.softmax(middle * torch.arange(len(costs), dtype=torch.float64), 0)
@@ -90,7 +93,7 @@ def fit_thresholds(scores: Tensor, costs: Tensor, budget: float, rising: bool = 
     sure = scores if rising else -scores
     left = torch.ones(len(scores), dtype=torch.bool)
     thresholds, gone = [], 0
-    # Rounding the sums, not the shares, lets no error pile up.
+    # The sums are rounded, not the shares, so that errors do not add up.
     for k, wanted in enumerate((share.cumsum(0)[:-1] * len(scores)).round().int().tolist()):
         here, count = sure[left, k].sort(descending=True).values, wanted - gone
         thresholds.append(here[count - 1] if count > 0 else here.new_tensor(torch.inf))

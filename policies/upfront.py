@@ -1,4 +1,4 @@
-"""The learned policy that decides all at once: a small network from the input, seen small, to a whole route."""
+"""The upfront router is the learned policy that decides a whole route at once, from a small view of the input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dynrl.policies.sight import RouteSight
 
 
 class UpfrontRouter(LearnedPolicy):
-    """Two convolutions and two linear layers, from an image of some 16 x 16 pixels to independent choices.
+    """An upfront router has two convolutions and two linear layers, from at most 16 x 16 pixels to choices.
 
-    Each decision is a categorical draw of its own; of two choices that is BlockDrop's Bernoulli policy (Wu et al. 2018,
-    CVPR, section 3.1).
+    Each decision is an independent categorical draw; with two choices, this is BlockDrop's Bernoulli policy (Wu et al.
+    2018, CVPR, section 3.1).
 
-    Args: those of `LearnedPolicy`.
+    The arguments are those of `LearnedPolicy`.
     """
 
     sight_class = RouteSight
@@ -32,7 +32,8 @@ class UpfrontRouter(LearnedPolicy):
         )  # fmt: skip
         seen = 32 * -(-height // 4) * -(-width // 4) + 1
         self.hidden = nn.Linear(seen, hidden) if hidden else None
-        # The price once more: it moves all rates at once, and among hundreds of features that would be learned late.
+        # The price enters once more here, because it moves all rates at once; among hundreds of features, that would be
+        # learned late.
         self.head = nn.Linear(hidden + 1 if hidden else seen, sight.decisions * sight.choices)
         self._favour(self.head)
 

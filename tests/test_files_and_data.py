@@ -388,7 +388,7 @@ def test_parts_that_are_there_are_taken(photos, tmp_path):
     ("spoil", "message"),
     [
         (lambda p: (p / "fox").mkdir(), r"fox holds no image"),
-        (lambda p: paint(p / "cat" / "large.png", 0, (9, 9)), r"9x9; say what to bring all to, by @SIZE"),
+        (lambda p: paint(p / "cat" / "large.png", 0, (9, 9)), r"9x9; add @SIZE to the folder's name"),
         (lambda p: (p / "cat" / "3.png").write_bytes(b"none"), r"3\.png cannot be read as an image"),
         (lambda p: (p / "cat" / "3.png").write_bytes((p / "cat" / "3.png").read_bytes()[:50]), r"3\.png cannot be read"),
         (lambda p: paint(p / "dog" / "deep.png", 0, mode="I;16"), r"deep\.png has pixels of mode I;16"),

@@ -1,4 +1,4 @@
-"""Backbones: dynamic networks as walks through decision points; one file a family."""
+"""Backbones are dynamic networks: walks through decision points. Each family has one file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 
-# What builds the backbones of files, by family. Your own: FAMILIES["my-vit"] = a function of a file's `config`.
+# These functions build a backbone from the `config` of its file, by family. A plugin adds a row:
+# FAMILIES["my-vit"] = a function of `config`.
 FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family for family in (SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM)
 }
@@ -28,7 +29,7 @@ __all__ = [
 
 
 def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
-    """Load a backbone file: the backbone in eval mode, and the notes it was saved with.
+    """Load a backbone file and return the backbone, in eval mode, and the notes that it was saved with.
 
     Raises:
         ValueError: the file is missing, damaged, altered, of another kind, or of an unknown family.
@@ -37,8 +38,8 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     family = FAMILIES.get(str(metadata.get("family")))
     if family is None:
         raise ValueError(
-            f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}. One of your own "
-            "must be in dynrl.backbones.FAMILIES first: a function that builds it"
+            f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}. For one of your "
+            "own, first add the function that builds it to dynrl.backbones.FAMILIES"
         )
     backbone = family(**metadata["config"])
     backbone.load_state_dict(tensors)
@@ -47,5 +48,5 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
 
 @functools.lru_cache(maxsize=4)
 def shared_backbone(path: str, modified_ns: int) -> Backbone:
-    """A frozen, inference-ready backbone, loaded once a process. `modified_ns` renews it when the file changes."""
+    """Return a frozen backbone for inference, loaded once a process and again when `modified_ns` changes."""
     return load_backbone(path)[0].for_inference()

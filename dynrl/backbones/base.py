@@ -1,7 +1,7 @@
-"""The contract between a dynamic network and whoever decides its routes.
+"""A backbone is the contract between a dynamic network and whatever decides its routes.
 
-A backbone is a walk through decision points (`dynrl.backbones.walk`). An environment walks it with an agent's actions,
-a plugged model walks it with a policy's. Both run this code, so what is trained is what is deployed.
+A backbone is walked through its decision points (`dynrl.backbones.walk`). An environment walks it with an agent's
+actions, a routed model with a policy's. Both run this code, so what is trained is what is deployed.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from dynrl.routes import draw_routes
 
 
 def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
-    """[n, k]: for each of `wanted` [n or 1, k] the nearest choice open in `mask` [n, choices], the lower of two."""
+    """Return the open choice of `mask` [n, choices] nearest to each of `wanted` [n or 1, k]: [n, k], lower first."""
     choices = torch.arange(mask.shape[1], device=mask.device)
     distance = (choices - wanted.unsqueeze(2)).abs()
     return distance.masked_fill(~mask.unsqueeze(1), torch.iinfo(torch.int64).max).argmin(2)
 
 
 class Backbone(nn.Module):
-    """A network with decision points.
+    """A backbone is a network with decision points.
 
-    A family fills in the hooks of the first part, says the class facts, and in `__init__` sets `config` (JSON-able
-    keyword arguments that rebuild it) and `input_shape` (of one input), and calls `_pose`.
+    A family writes the methods of the first part and states the class facts. Its `__init__` sets `config` (the keyword
+    arguments that rebuild it, as JSON can hold them) and `input_shape` (the shape of one input), and calls `_pose`.
 
     Class facts:
         family: the family's name in files and in the registry `FAMILIES`.
-        decision: the decision that it poses, a name in the registry of decisions.
-        scores: what `observe` shows of how sure the network is by itself: the name of each such score, its column, and
-            whether more of it means surer. Thresholds on them are the field's own rules.
-        rule: the rule of thumb that stands beside learned policies in reports, a name in `dynrl.evaluation.RULES`.
+        decision: the decision that the family poses, a name in `dynrl.envs.DECISIONS`.
+        scores: the columns of `observe` that say how sure the network is: name -> (column, whether higher means surer).
+            Rules of thumb put thresholds on these scores.
+        rule: the rule of thumb that reports compare learned policies with, a name in `dynrl.evaluation.RULES`.
         speaks: whether there is an output at every point, not only at the end.
-        gates: whether gates can be trained on it: a differentiable walk makes sense.
-        exports: whether a plugged model can be written as a torch.export or ONNX program.
-        captures: whether a plugged model can be recorded as a CUDA graph.
+        gates: whether gates can be trained on the family, so that a differentiable walk makes sense.
+        exports: whether a routed model can be written as a torch.export or ONNX program.
+        captures: whether a routed model can be captured as a CUDA graph.
     """
 
     family: ClassVar[str]
@@ -59,13 +59,13 @@ class Backbone(nn.Module):
     config: dict[str, Any]
     input_shape: tuple[int, ...]
     points: tuple[Point, ...]
-    full_route: tuple[int, ...]  # the dense network's choice in each column; -1 where that never goes
-    feature_width: int  # numbers that `observe` shows, at the point that shows most
-    num_choices: int  # of the point that has most
-    max_steps: int  # decisions of the longest walk
+    full_route: tuple[int, ...]  # the dense network's choice in each column; -1 in columns that it never visits
+    feature_width: int  # the most numbers that `observe` shows at any point
+    num_choices: int  # the most choices that any point has
+    max_steps: int  # the number of decisions of the longest walk
     costs: Tensor  # [points, num_choices] int64 MACs, -1 where there is no such choice
     start_macs: int
-    dense_macs: int  # of one row on the full route
+    dense_macs: int  # the MACs of one row on the full route
     thrift: Tensor  # [columns, num_choices] float64, see `_pose`
 
     # for the family to write -------------------------------------------------------------------------------
@@ -75,22 +75,23 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        """Run each row's chosen branch, on the rows that need it only; one state per point reached.
+        """Run each row's chosen branch, only on the rows that chose it, and return one state for each point reached.
 
-        The choice is open, written down (`state.visit` counts it) and paid for. What a choice costs beyond the table is
-        charged here by `walk.charge`. A row that ends gets its output by `walk.put_output`, here or before.
+        The choice is open, is already recorded (`state.visit` counts it) and paid for. This method charges what a
+        choice costs beyond the table, by `walk.charge`. A row that ends gets its output by `walk.put_output`, here or
+        before.
         """
         raise NotImplementedError
 
     def observe(self, state: State) -> Tensor:
-        """[n, f] float32, f <= feature_width: a cheap summary of where each row stands. Changes nothing."""
+        """Return a cheap summary of each row at this point, [n, f] float32 with f <= feature_width; change nothing."""
         raise NotImplementedError
 
     def projector(self, weight: Tensor) -> Callable[[State, Tensor], Tensor]:
-        """A function (state, start [n, k]) to `start` + `observe(state)` @ `weight`, as fast as it can be.
+        """Return a fast function from (state, start [n, k]) to `start` + `observe(state)` @ `weight`.
 
         Args:
-            weight: [feature_width, k], of a policy whose first layer is linear in the features.
+            weight: [feature_width, k], the weight of a policy whose first layer is linear in the features.
         """
 
         def project(state: State, start: Tensor) -> Tensor:
@@ -100,59 +101,59 @@ class Backbone(nn.Module):
         return project
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        """`_run` for all rows at once, each choice computed and weighted by its gate; differentiable.
+        """Do `_run` for all rows at once, with each choice computed and weighted by its gate; differentiable.
 
-        At one-hot gates this gives what `_run` gives. Where rows may end, `walk.leave(gates, choice)` lets those that
-        take `choice` go with the output they have; a loop ends where `state.visit` has reached the point's visits.
-        Where ways part and meet, the family sets `walk.weight` and `walk.present` to who is at the point it returns.
-        What a choice costs beyond the table is charged by `walk.charge_gates`.
+        At one-hot gates, the result is that of `_run`. Where rows may end, `walk.leave(gates, choice)` lets those that
+        take `choice` leave with their present output. A loop ends where `state.visit` has reached the point's visits.
+        Where ways part and meet, the family sets `walk.weight` and `walk.present` for the point that it returns. What a
+        choice costs beyond the table is charged by `walk.charge_gates`.
 
         Args:
-            state: every row of a `GatedWalk`, in order.
-            gates: [B, point's n], 0 for closed choices; taken and paid for, as in `_run`.
+            state: all rows of a `GatedWalk`, in order.
+            gates: [B, point's n], the weights of the choices, 0 for closed ones; already recorded and paid for.
         """
         raise NotImplementedError
 
     def open_choices(self, state: State) -> Tensor | None:
-        """[n, point's n] bool: the choices that are open; None where all are."""
+        """Return which choices are open, [n, point's n] bool; None stands for all of them."""
         return None
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
-        """What walking `route` would cost at best: a function that runs the same layers on as many rows.
+        """Return a function that takes the least time for `route`: it runs the same layers on as many rows.
 
-        The decisions are known and the rows already lie together: no router, no gather, no scatter. What the function
-        computes is meaningless; only the time that it takes counts.
+        The decisions are known, and the rows are already sorted: there is no router, no gather and no scatter. What the
+        function computes is meaningless; only its time counts.
 
         Args:
             inputs: [B, *input_shape].
-            route: [B, columns], what ran, -1 where a row has not been.
+            route: [B, columns], what ran; -1 where a row never was.
         """
         raise NotImplementedError
 
     def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Any]]:
-        """Other ways to compute the full route on `inputs`, by name: a vendor's layer, say. They are timed as dense."""
+        """Return other ways to compute the full route on `inputs`, by name, such as a vendor's layer; all are timed."""
         return {}
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """The outputs whose losses pretraining adds up, each backpropagated before the next is computed.
+        """Yield the outputs whose losses pretraining adds up; each is backpropagated before the next is computed.
 
         Here there is one: the output of random routes. A family whose choices need other training writes its own.
 
         Args:
             inputs: [B, *input_shape].
-            rate: [B] in [0, 1], from the cheapest choices to the dearest, see `draw_routes`; None for the full route
+            rate: [B] in [0, 1], from the cheapest choices to the dearest (see `draw_routes`); None takes the full route
                 only.
-            generator: what routes are drawn by.
+            generator: the source of the draws of routes.
 
         Yields:
-            [k * B, ...]: k outputs of each input from one pass, batch after batch.
+            outputs [k * B, ...], the k outputs of each input in one pass, batch after batch.
         """
         yield self(inputs, None if rate is None else draw_routes(self.thrift, rate, generator))
 
     def for_inference(self) -> Self:
-        """A frozen copy that computes the same faster (batch norm folded, say)."""
+        """Return a frozen copy that computes the same faster, for example with batch norm folded."""
         return copy.deepcopy(self).eval().requires_grad_(False)
 
     def _pose(
@@ -167,19 +168,19 @@ class Backbone(nn.Module):
         max_steps: int | None = None,
         charged_macs: int = 0,
     ) -> None:
-        """Say which decisions the network poses.
+        """State which decisions the network poses.
 
         Args:
-            points: in an order in which rows meet them; loops come back.
-            costs: for each point the MACs of each choice, the fixed parts that a row then passes included.
-            start_macs: what every row pays before its first decision, or whatever it decides.
-            full_route: the dense network's choice in each column (one for each visit of each point); -1 in a column
-                where the dense network never goes.
+            points: the points, in an order in which rows meet them; loops return to a point.
+            costs: for each point, the MACs of each choice, including the fixed parts that a row then passes.
+            start_macs: the MACs that every row pays, whatever it decides; they are charged before the first decision.
+            full_route: the dense network's choice in each column (one for each visit of each point); -1 in columns that
+                the dense network never visits.
             feature_width: the most numbers that `observe` shows.
-            thrift: for each point how dear each choice is in the long run, where that is another order than `costs`: a
-                choice may cost now what it saves later. Random routes draw by it.
-            max_steps: decisions of the longest walk, where that is less than all columns.
-            charged_macs: what the full route is charged beyond `costs` (`walk.charge`).
+            thrift: for each point, how dear each choice is in the long run, if this order differs from that of `costs`:
+                a choice may cost now what it saves later. Random routes draw by it.
+            max_steps: the number of decisions of the longest walk, if that is less than all columns.
+            charged_macs: the MACs that the full route is charged beyond `costs` (`walk.charge`).
         """
         self.points, self.full_route, self.feature_width = tuple(points), tuple(full_route), feature_width
         self.num_choices = max(point.n for point in points)
@@ -192,7 +193,7 @@ class Backbone(nn.Module):
         self.dense_macs = start_macs + charged_macs + sum(costs[point][choice] for point, choice in full if choice >= 0)
 
     def _table(self, rows: Sequence[Sequence[float]]) -> Tensor:
-        """[points, num_choices] float64, -1 where `rows` (a row a point) are shorter."""
+        """Return `rows`, one a point, as [points, num_choices] float64, with -1 where a row is shorter."""
         table = torch.full((len(self.points), self.num_choices), -1.0, dtype=torch.float64)
         for point, row in enumerate(rows):
             table[point, : len(row)] = torch.tensor(row, dtype=torch.float64)
@@ -202,33 +203,33 @@ class Backbone(nn.Module):
 
     @property
     def columns(self) -> int:
-        """How many columns a route has: one for each visit that a row may pay to a point."""
+        """The number of columns of a route, one for each visit that a row may make to a point."""
         return sum(point.visits for point in self.points)
 
     @property
     def column_point(self) -> Tensor:
-        """[columns] int64: whose visit each column of a route is, in the order of the points."""
+        """The point that each column of a route belongs to, in the order of the points: [columns] int64."""
         return torch.arange(len(self.points)).repeat_interleave(torch.tensor([p.visits for p in self.points]))
 
     @property
     def column_costs(self) -> Tensor:
-        """[columns, num_choices] int64 on the CPU: what each choice costs at each column's point; -1: there is none."""
+        """The cost of each choice in each column, [columns, num_choices] int64 on the CPU; -1 for no such choice."""
         return self.costs.cpu()[self.column_point]
 
     @property
     def mac_table(self) -> CostTable:
-        """What walks are charged by default."""
+        """The cost table that walks are charged by default."""
         return CostTable(self.start_macs, self.costs, self.dense_macs)
 
     def time_table(self, times: Mapping[str, Any]) -> CostTable:
-        """What walks are charged by times measured on one machine, in milliseconds.
+        """Return a cost table of times measured on one machine, in milliseconds.
 
         Args:
-            times: {"start": milliseconds before the first decision, "choices": those of each choice at each point}, as
-                `dynrl.evaluation.step_times` measures them.
+            times: {"start": milliseconds before the first decision, "choices": the milliseconds of each choice at each
+                point}, as `dynrl.evaluation.step_times` measures them.
 
         Raises:
-            ValueError: `times` are not one finite number of at least 0 for each choice at each point, more than 0 at
+            ValueError: `times` is not one finite number of at least 0 for each choice at each point, and more than 0 at
                 the start.
         """
         counts = [point.n for point in self.points]
@@ -251,18 +252,18 @@ class Backbone(nn.Module):
 
     @property
     def may_close(self) -> bool:
-        """Whether some choice is closed somewhere."""
+        """Whether any choice may be closed at any point."""
         fewer = any(point.n < self.num_choices for point in self.points)
         return fewer or type(self).open_choices is not Backbone.open_choices
 
     def dense_actions(self, size: int, device: torch.device | str = "cpu") -> Tensor:
-        """[size, columns]: the full route, for every row; any choice where that never goes."""
+        """Return the full route for each of `size` rows, [size, columns], with choice 0 in columns it never visits."""
         return torch.tensor(self.full_route, device=device).clamp_min(0).expand(size, -1)
 
     # the walk ----------------------------------------------------------------------------------------------
 
     def check_inputs(self, inputs: Tensor) -> None:
-        """Refuse, with a ValueError, what would fail later or pass on NaN in silence."""
+        """Refuse, with a ValueError, inputs that would fail later or silently pass on NaN."""
         if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != self.input_shape:
             got = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
             raise ValueError(f"expected inputs of shape [batch, {', '.join(map(str, self.input_shape))}], got {got}")
@@ -282,13 +283,13 @@ class Backbone(nn.Module):
         rows: Tensor | None = None,
         table: CostTable | None = None,
     ) -> State:
-        """Put inputs at the first decision point.
+        """Put inputs at the first decision point and return their state.
 
         Args:
             inputs: [n, *input_shape].
-            walk: refill slots of this walk instead of starting a new one of n slots.
-            rows: [n], which slots to refill.
-            table: what a new walk charges (`time_table`); None: MACs.
+            walk: a walk whose slots are refilled; None starts a new walk of n slots.
+            rows: [n] int64, the slots to refill.
+            table: the cost table of a new walk (see `time_table`); None charges MACs.
         """
         if walk is None:
             walk = Walk(inputs, self.points, self.mac_table, table)
@@ -300,12 +301,12 @@ class Backbone(nn.Module):
         return self._start(walk, rows, inputs)
 
     def advance(self, state: State, action: Tensor) -> list[State]:
-        """Run the chosen branches and return one state per point reached; `state` is used up.
+        """Run the chosen branches and return one state for each point reached; `state` must not be used again.
 
         Args:
             state: rows at one point.
-            action: [n] int64 in 0 ... n_choices-1. A closed choice is run, charged and written down as the
-                nearest open one (the lower of two equally near).
+            action: [n] int64 in 0 ... num_choices - 1. In place of a closed choice, the nearest open one is run,
+                charged and recorded (the lower of two equally near ones).
         """
         mask = self.open_choices(state)
         if mask is not None:
@@ -316,18 +317,18 @@ class Backbone(nn.Module):
         return self._run(state, action)
 
     def output(self, state: State) -> Tensor:
-        """[n, ...]: what the network says of the state's rows; defined at END, and at every point if it `speaks`."""
+        """Return the outputs [n, ...] of the state's rows; there is one at END, and at every point if it `speaks`."""
         outputs = state.walk.outputs
         assert outputs is not None, "no row of this walk has an output yet"
         return state.get(outputs)
 
     def run(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> Walk:
-        """Walk all rows from begin to END, asking `choose(state) -> [n] int64` at every point."""
+        """Walk all rows from the beginning to END, asking `choose(state) -> [n] int64` at every point."""
         state = self.begin(inputs)
         walk = state.walk
         pending = {state.point: state}
         while pending:
-            # The earliest point first: rows that reach a later point by different branches then merge there.
+            # The earliest point comes first, so that rows that reach a later point by different branches merge there.
             state = pending.pop(min(pending))
             reached = [state for state in self.advance(state, choose(state)) if state.point != END]
             if pending or len(reached) > 1:
@@ -337,17 +338,17 @@ class Backbone(nn.Module):
         return walk
 
     def gated(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> GatedWalk:
-        """Walk all rows through all choices, each weighted by its gate; differentiable. What gates are trained on.
+        """Walk all rows through all choices, each weighted by its gate; differentiable, so that gates can be trained.
 
         Args:
             inputs: [B, *input_shape].
-            choose: from a state that holds every row to float gates [B, num_choices], which sum to 1 in each row; asked
-                at every point in turn. A sight may be asked what it sees of that state. The weight of a closed choice
-                goes to the nearest open one.
+            choose: a function from a state that holds every row to float gates [B, num_choices], which sum to 1 in each
+                row; it is called at every point in turn, and may ask a sight what it sees of the state. The weight of a
+                closed choice goes to the nearest open one.
 
         Returns:
-            the walk: `outputs`, `expected_macs`, and what the likeliest choices were (`route`, `steps`, `macs`): at
-            one-hot gates all that `run` gives.
+            the walk, with `outputs`, `expected_macs`, and what the likeliest choices give (`route`, `steps`, `macs`).
+            At one-hot gates, all of this equals what `run` gives.
         """
         walk = GatedWalk(inputs, self.points, self.mac_table)
         walk.begin(walk.all_rows)
@@ -363,7 +364,7 @@ class Backbone(nn.Module):
         return walk
 
     def _open_gates(self, state: State, gates: Tensor) -> Tensor:
-        """[B, point's n]: `gates` [B, num_choices] with the weight of closed choices moved as `advance` moves rows."""
+        """Move the weights of closed choices in `gates` [B, num_choices] to the nearest open ones: [B, point's n]."""
         mask, count = self.open_choices(state), self.points[state.point].n
         choices = torch.arange(self.num_choices, device=gates.device).unsqueeze(0)
         if mask is not None:
@@ -375,13 +376,13 @@ class Backbone(nn.Module):
         return gates.new_zeros(len(gates), count).scatter_add(1, target, gates)
 
     def forward(self, inputs: Tensor, route: Tensor | None = None) -> Tensor:
-        """The whole walk at once.
+        """Return the outputs of a whole walk.
 
         Args:
             inputs: [B, *input_shape].
-            route: None for the dense network; integer actions [B, columns], computed on the rows that need it only; or
-                float gates [B, columns, num_choices], each choice's weight in each column: everything is computed and
-                weighted, differentiable in the gates, equal to the actions at one-hot gates.
+            route: None for the dense network. Integer actions [B, columns] compute each choice only on the rows that
+                take it. Float gates [B, columns, num_choices] compute everything and weight each choice in each column;
+                this is differentiable in the gates, and equal to the actions at one-hot gates.
 
         Returns:
             [B, ...], the outputs.
@@ -396,7 +397,7 @@ class Backbone(nn.Module):
         return self.run_route(inputs, route).outputs  # type: ignore[return-value]
 
     def run_route(self, inputs: Tensor, route: Tensor) -> Walk:
-        """`forward` with integer actions, returning the whole walk (outputs, MACs, what ran)."""
+        """Do `forward` with integer actions, and return the whole walk: outputs, MACs and what ran."""
         expected = (inputs.shape[0], self.columns)
         if tuple(route.shape) != expected or route.is_floating_point():
             raise ValueError(f"expected integer actions of shape {expected}, got {route.dtype} {tuple(route.shape)}")
@@ -410,15 +411,15 @@ class Backbone(nn.Module):
     # files -------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Identifies weights and shape; a policy file carries that of the backbone it was trained for."""
+        """Return a digest of weights and shape; a policy file holds that of the backbone it was trained for."""
         return fingerprint(self.state_dict(), [self.family, self.config])
 
     def save(self, path: str | Path, **notes: Any) -> None:
-        """Write weights, config and `notes` (JSON-able: data, accuracies ...) to a safetensors file."""
+        """Write weights, config and `notes` (data, accuracies and so on, as JSON can hold them) to a file."""
         metadata = {"family": self.family, "config": self.config, "notes": notes}
         save_tensors(path, "backbone", self.state_dict(), metadata)
 
 
 def read_backbone_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and metadata of a file written by `Backbone.save`."""
+    """Return the weights and the metadata of a file written by `Backbone.save`."""
     return load_tensors(path, "backbone")

@@ -1,4 +1,4 @@
-"""Channel subsets: a residual network whose blocks are as wide inside as each row chooses (RNP, slimmable networks)."""
+"""Each row chooses how wide the blocks of a residual network are inside (RNP, slimmable networks)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dynrl.ops.move import take_rows
 from dynrl.ops.partition import partition
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 
-# In training mode, groups of fewer rows than these are normalised by the running statistics and not counted in them.
-# The mean and variance of one or two rows say little, and every group would weigh a tenth in the running ones.
+# In training mode, groups of fewer rows are normalised by the running statistics and not counted in them. The mean and
+# variance of one or two rows say little, but would have a weight of a tenth in the running statistics.
 LEAST_ROWS = 8
 
 
 class SlimmableBlock(Block):
-    """A residual block at any of several widths: choice c uses the first widths[c] inner channels.
+    """A slimmable block is a residual block of several widths: choice c uses the first widths[c] inner channels.
 
-    Weights are shared by all widths, under the names they had; each width has batch norms of its own.
+    All widths share the weights, under the block's names; each width has its own batch norms.
 
     Args:
-        block: beside an identity, not a projection.
-        shares: of the inner channels.
+        block: a block whose shortcut is an identity, not a projection.
+        shares: the shares of the inner channels, one for each choice.
 
     Source: slimmable networks (Yu et al. 2019, ICLR, sections 3.1 and 3.2).
     """
@@ -54,7 +54,7 @@ class SlimmableBlock(Block):
             self.add_module(f"bn{i}", nn.ModuleList(nn.BatchNorm2d(count) for count in channels))
 
     def weights(self, choice: int) -> list[Tensor]:
-        """The slices of the convolutions' weights at the width of `choice`."""
+        """Return the slices of the convolutions' weights at the width of `choice`."""
         width, layers = self.widths[choice], self.layers()
         first, last = 0, len(layers) - 1
         return [
@@ -63,7 +63,7 @@ class SlimmableBlock(Block):
         ]
 
     def sliced(self, x: Tensor, choice: int) -> Tensor:
-        """[n, C, H, W] to [n, C, H, W]: the block at one width."""
+        """Run the block at one width, [n, C, H, W] to [n, C, H, W]."""
         y = x
         for (layer, norms), weight in zip(self.layers(), self.weights(choice), strict=True):
             y = F.conv2d(y if y is x else F.relu(y, inplace=True), weight, padding=layer.padding)
@@ -71,25 +71,25 @@ class SlimmableBlock(Block):
         return F.relu(x + y, inplace=True)
 
     def narrow(self, choice: int) -> Callable[[Tensor], Tensor]:
-        """The block at one width, as a function of rows."""
+        """Return the block at one width, as a function of rows."""
         return partial(self.sliced, choice=choice)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block at its full width."""
+        """Run the block at its full width."""
         return self.sliced(x, len(self.widths) - 1)
 
     def mixed(self, x: Tensor, choice: Tensor) -> Tensor:
         """Run each row of `x` [n, C, H, W] at the width of its own `choice` [n]; differentiable."""
         parts = partition(choice, len(self.widths))
-        if max(parts.sizes) == len(x):  # all chose the same
+        if max(parts.sizes) == len(x):  # all rows chose the same width
             return self.sliced(x, parts.sizes.index(len(x)))
         groups = take_rows(x, parts.order).split(parts.sizes)
-        # All groups are moved at once, there and back: a copy for each makes training much slower.
+        # All groups are moved at once, there and back, because one copy a group makes training much slower.
         done = torch.cat([self.sliced(rows, c) for c, rows in enumerate(groups) if len(rows)])
         return take_rows(done, parts.order.argsort())
 
     def folded(self) -> SlicedBlock:  # type: ignore[override]
-        """A frozen copy for inference."""
+        """Return a frozen copy for inference."""
         convolutions, norms = zip(*self.layers(), strict=True)
         return SlicedBlock(convolutions, norms, self.widths)
 
@@ -101,19 +101,20 @@ def _normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 
 class SlimmableResNet(SkipResNet):
-    """A ResNet whose identity blocks are decision points: action c computes the first shares[c] of the inner channels.
+    """A ResNet whose identity blocks are decision points: action c computes the share shares[c] of inner channels.
 
-    The stream between blocks stays at its full width, so rows of different choices go on together. Blocks that change
-    the shape always run whole, and are the floor of the cost.
+    The features between blocks keep their full width, so rows of different choices continue together. Blocks that
+    change the shape always run whole; no route costs less than they do.
 
     Args:
-        shares: of a block's inner channels, one a choice, rising to 1.
-        network: what `SkipResNet` takes.
+        input_shape: (channels, height, width) of one image.
+        shares: the shares of a block's inner channels, one for each choice, rising to 1.
+        network: the other arguments of `SkipResNet`.
     """
 
     family = "slimmable_resnet"
     decision = "channel"
-    exports = False  # how many rows chose each width sets sizes that torch.export cannot carry
+    exports = False  # the number of rows of each width sets tensor sizes, which torch.export cannot express
 
     def __init__(
         self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any
@@ -135,7 +136,7 @@ class SlimmableResNet(SkipResNet):
         )
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`ResNet._renamed`: each width begins with its slice of the full width's batch norm, to be trained on."""
+        """Return `state` with, for each width, a slice of the full width's batch norm, from which training begins."""
         own, renamed = self.state_dict(), {}
         for name, value in state.items():
             layer, _, part = name.rpartition(".")
@@ -158,11 +159,11 @@ class SlimmableResNet(SkipResNet):
         return self._go_on(state, torch.stack(weighted).sum(0))
 
     def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
-        """The features of a state, and the block before which they stand."""
+        """Return the features of a state and the block that comes next."""
         return state.features, self._blocks[self._skippable[state.point]]
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """`Backbone.ideal`: each block runs at each width on neighbouring rows, as many as chose that width."""
+        """Return `Backbone.ideal`: each block runs at each width on neighbouring rows, as many as chose that width."""
         parts = []
         for column in route.unbind(1):
             ends = [0, *accumulate((column == choice).sum().item() for choice in range(self.num_choices))]

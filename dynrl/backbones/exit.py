@@ -1,4 +1,4 @@
-"""Early exit: a residual network that may stop at classifiers on its way (BranchyNet, MSDNet)."""
+"""With early exits, a residual network may stop at classifiers on its way (BranchyNet, MSDNet)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from dynrl.ops.move import keep_rows
 from dynrl.ops.pooled import summary
 
 STOP, GO_ON = 0, 1
-CELLS = 4  # early classifiers see means over this many cells each way, or all pixels of smaller maps
+CELLS = 4  # early classifiers see means over this many cells each way; of smaller maps, they see all pixels
 
 
 class Exits(Backbone):
-    """The base of networks with classifiers on their way: at each, action 0 stops with its answer, 1 goes on.
+    """This is the base class of networks with exits: at each exit, action 0 stops with its answer, 1 goes on.
 
-    A row pays for an exit, its classifier and all that leads up to them, on arrival there. The last exit is the
-    network's own output. A row that arrives there is done, so K exits have K - 1 decision points. A family says what
-    the stages are and what each exit says.
+    A row pays for the stage before an exit and for the exit's classifier when it arrives there. The last exit is the
+    network's own output. A row that arrives there is done, so K exits have K - 1 decision points. A family writes the
+    stages and the exits.
     """
 
     decision = "exit"
-    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # as `exit_scores` has them
+    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
     rule = "threshold"
     speaks = True
     exports = True
@@ -41,16 +41,16 @@ class Exits(Backbone):
         raise NotImplementedError
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
-        """[n, classes], what the classifier of exit k says."""
+        """Return the output of the classifier of exit k: [n, classes]."""
         raise NotImplementedError
 
     def _set_points(self, names: list[str], stage_macs: list[int], widths: list[int]) -> None:
         """Pose a point at each exit.
 
         Args:
-            names: of the points.
-            stage_macs: MACs of each stage with its classifier, one more than points.
-            widths: channels at each exit.
+            names: the names of the points.
+            stage_macs: the MACs of each stage with its classifier; there is one more stage than points.
+            widths: the number of channels at each exit.
         """
         self._pose(
             [Point(name, 2) for name in names],
@@ -61,7 +61,7 @@ class Exits(Backbone):
         )
 
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
-        """Run what leads up to exit k, and keep what that exit says as the rows' output."""
+        """Run the stage before exit k, and keep the exit's answer as the rows' output."""
         x = self._advance_to(k, x)
         walk.put_output(rows, self._exit(k, x))
         return State(walk, k, rows, x) if k < len(self.points) else State(walk, END, rows)
@@ -84,13 +84,13 @@ class Exits(Backbone):
         return self._arrive(state.walk, state.point + 1, state.rows, state.features)
 
     def observe(self, state: State) -> Tensor:
-        """How sure the exit is (`exit_scores`), then each channel's mean over the map or the tokens."""
+        """Return how sure the exit is (`exit_scores`), then each channel's mean over the map or the tokens."""
         return torch.cat([exit_scores(self.output(state)), summary(state.features)], 1)
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """All exits in one pass, weighted alike (Huang et al. 2018, section 4); without a rate the last one alone."""
+        """Yield all exits of one pass, weighted equally (Huang et al. 2018, section 4); without a rate, the last."""
         x, outputs = inputs, []
         for k in range(len(self.points) + 1):
             x = self._advance_to(k, x)
@@ -99,7 +99,7 @@ class Exits(Backbone):
         yield torch.cat(outputs)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
-        """`Backbone.ideal`: each stage and its exit run on the first rows of the batch, as many as arrive."""
+        """Return `Backbone.ideal`: each stage and its exit run on the first rows of the batch, as many as arrive."""
         counts = [len(route), *(route == GO_ON).sum(0).tolist()]
 
         def run() -> None:
@@ -113,11 +113,11 @@ class Exits(Backbone):
 
 
 def early_inputs(x: Tensor) -> Tensor:
-    """[n, k], what an early classifier sees: maps reduced to `CELLS` means each way, tokens averaged."""
+    """Return what an early classifier sees, [n, k]: maps are reduced to `CELLS` means each way, tokens to a mean."""
     if x.dim() != 4:
         return summary(x).to(x.dtype)
     cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
-    return cells.permute(0, 2, 3, 1).flatten(1)  # in this order nothing is copied in channels_last
+    return cells.permute(0, 2, 3, 1).flatten(1)  # in this order, nothing is copied in channels_last
 
 
 class ExitResNet(Exits, ResNet):
@@ -126,8 +126,9 @@ class ExitResNet(Exits, ResNet):
     An early classifier is one linear layer on the maps reduced to 4x4, as in Shallow-Deep Networks (Kaya et al. 2019,
     ICML).
 
-    Args: those of `ResNet`, and
-        exits: the blocks (0 is the first) behind which there is an exit, beside the last.
+    Args:
+        shape, settings: the arguments of `ResNet`.
+        exits: the blocks, counted from 0, behind which there is an exit; the last exit is always there.
     """
 
     family = "exit_resnet"
@@ -157,7 +158,7 @@ class ExitResNet(Exits, ResNet):
         self._set_points([f"exit{i}" for i in exits], stage_macs, widths)
 
     def _stage(self, k: int) -> list[Any]:
-        """The blocks between exit k - 1 (or the stem) and exit k."""
+        """Return the blocks between exit k - 1 (or the stem) and exit k."""
         return self._blocks[self._ends[k] : self._ends[k + 1]]
 
     def _exit(self, k: int, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Expert choice: residual layers of experts of unequal size, of which each image takes one a layer."""
+"""Each layer of this residual network has experts of unequal size, and each image takes one of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dynrl.ops.routed_experts import ExpertLayer, routed_experts_macs
 
 
 class _Convolution(nn.Module):
-    """A 3x3 convolution with batch norm and, where asked for, ReLU."""
+    """This is a 3x3 convolution with batch norm and, if `relu`, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, relu: bool = False) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Convolution(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def fold(self) -> None:
-        """Take the batch norm into the weights."""
+        """Fold the batch norm into the weights."""
         self.conv, self.norm = FoldedConv2d.of(self.conv, self.norm), None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,10 +39,12 @@ class _Convolution(nn.Module):
 
 
 class _Layer(ExpertLayer):
-    """A depthwise convolution that all images run, and experts side by side of which each image takes one."""
+    """A layer has a depthwise convolution that all images run, and experts, of which each image takes one."""
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
-        mix = _Convolution(channels, channels, groups=channels)  # first: seeds give the same weights as ever
+        mix = _Convolution(
+            channels, channels, groups=channels
+        )  # made first, so that seeds give the same weights as before
         mix.conv.weight.data[:, :, 1, 1] += 1  # it starts near the identity
         super().__init__(channels, widths)
         self.mix = mix
@@ -51,25 +53,26 @@ class _Layer(ExpertLayer):
 class ExpertNet(Backbone):
     """A convolutional network whose pointwise layers have several experts: action e takes expert e.
 
-    The network begins with two convolutions of stride 2. Each layer is a depthwise convolution over the map, which all
-    images run, and experts: two products with ReLU between them at each position of the map, whose result is added to
-    what they are given. The mean over the map and a linear layer end the network. Batch norm follows every convolution,
-    so that experts get inputs of one scale whatever ran before them. An expert of width 0 hands the image through.
+    The network begins with two convolutions of stride 2. Each layer has a depthwise convolution over the map, which all
+    images run, and experts. An expert is two products with ReLU between them at each position of the map, and its
+    result is added to its input. The mean over the map and a linear layer end the network. Batch norm follows every
+    convolution, so that experts get inputs of one scale, whatever ran before. An expert of width 0 passes the image
+    through.
 
     Args:
         input_shape: (channels, height, width) of one image.
-        classes: outputs of the last layer.
-        stem: channels of the first convolution.
-        channels: of the map behind the stem and all layers.
-        layers: how many.
-        widths: hidden units of a layer's experts, from narrow to wide. The full route always takes the last one.
+        classes: the number of outputs of the last layer.
+        stem: the number of channels of the first convolution.
+        channels: the number of channels of the map behind the stem and behind each layer.
+        layers: the number of layers.
+        widths: the hidden units of a layer's experts, from narrow to wide. The full route always takes the last one.
 
     Raises:
-        ValueError: no layer, fewer than two experts, or widths that fall or are negative.
+        ValueError: there is no layer, there are fewer than two experts, or widths fall or are negative.
 
-    Source: mixtures of experts (Shazeer et al. 2017, ICLR) with one choice a layer and row (Switch, Fedus et al. 2022,
-    JMLR), made for the whole image (Kudugunta et al. 2021, EMNLP Findings, whose routes are a task's); blocks of a
-    depthwise convolution and a pointwise network (ConvNeXt, Liu et al. 2022, CVPR).
+    The sources are mixtures of experts (Shazeer et al. 2017, ICLR) with one choice a layer and row (Switch, Fedus et
+    al. 2022, JMLR), taken for the whole image (Kudugunta et al. 2021, EMNLP Findings, take one for a whole task). The
+    blocks of a depthwise convolution and a pointwise network are those of ConvNeXt (Liu et al. 2022, CVPR).
     """
 
     family = "expert_net"
@@ -130,7 +133,7 @@ class ExpertNet(Backbone):
         return self._go_on(state, x.permute(0, 3, 1, 2))
 
     def _go_on(self, state: State, x: Tensor) -> State:
-        """Go on from behind the experts to the next point or the end."""
+        """Continue from behind the experts to the next point or the end."""
         following = state.point + 1
         if following < len(self.points):
             return State(state.walk, following, state.rows, self._layers[following].mix(x))
@@ -141,11 +144,11 @@ class ExpertNet(Backbone):
         return self.fc(x.mean((2, 3)))
 
     def observe(self, state: State) -> Tensor:
-        """The mean of each channel over the map."""
+        """Return the mean of each channel over the map."""
         return state.features.mean((2, 3)).float()
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """`Backbone.ideal`: each expert runs on neighbouring rows of the batch, as many as chose it."""
+        """Return `Backbone.ideal`: each expert runs on neighbouring rows of the batch, as many as chose it."""
         counts = [torch.bincount(chosen, minlength=self.num_choices).tolist() for chosen in route.t()]
 
         def run() -> Tensor:
@@ -161,7 +164,7 @@ class ExpertNet(Backbone):
         return run
 
     def for_inference(self) -> Self:
-        """A frozen copy with batch norm and ReLU folded into the convolutions, its maps in channels_last."""
+        """Return a frozen copy with batch norm and ReLU folded into the convolutions, its maps in channels_last."""
         twin = super().for_inference()
         for module in twin.modules():
             if isinstance(module, _Convolution):

@@ -1,4 +1,4 @@
-"""The gated walk: every row takes every choice, each weighted by its gate. What gates are trained on."""
+"""In a gated walk, every row takes every choice, each weighted by its gate; gates are trained on it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dynrl.backbones.walk import CostTable, Point, State, Walk
 
 
 class GatedWalk(Walk):
-    """A walk whose rows all stand at each point in turn; differentiable in the gates.
+    """In a gated walk, all rows stand at each point in turn; the walk is differentiable in the gates.
 
-    What a `Walk` keeps (`route`, `steps`, `last`, `macs`) follows each row along its likeliest choices.
+    `route`, `steps`, `last` and `macs` follow each row along its likeliest choices.
 
     Attributes:
         weight: [B] float32, differentiable, the share of each row that is still walking.
-        present: [B] bool, whether the row's likeliest choices have led it where the walk stands.
+        present: [B] bool, whether the row's likeliest choices have led it to the present point.
         expected_macs: [B] float32, differentiable, the MACs of all choices, weighted by their gates.
     """
 
@@ -27,27 +27,27 @@ class GatedWalk(Walk):
         self.weight = torch.ones(len(self), device=inputs.device)
         self.present = torch.ones_like(self.all_rows, dtype=torch.bool)
         self.expected_macs = torch.zeros(len(self), device=inputs.device)
-        self._left: Tensor | None = None  # the sum of weight x output over what has left the walk
+        self._left: Tensor | None = None  # the sum of weight x output over the shares that have left the walk
 
     def begin(self, rows: Tensor) -> None:
-        """Charge all rows what is paid before the first decision."""
+        """Charge all rows the cost before the first decision."""
         super().begin(rows)
         self.expected_macs = self.expected_macs + self._mac_table.start
 
     def charge(self, rows: Tensor, macs: Tensor | int) -> None:
-        """Add `macs` to the bill of the rows that are present, and by its weight to what is expected of every row."""
+        """Add `macs` to the bill of the rows present, and add them by its weight to `expected_macs` of every row."""
         super().charge(rows, macs * self.present)
         self.expected_macs = self.expected_macs + self.weight * macs
 
     def charge_gates(self, gates: Tensor, macs: Tensor) -> None:
-        """Charge choices that cost `macs` [n or B, n] each, of which a row takes shares by `gates` [B, n]."""
+        """Charge each row for its shares `gates` [B, n] of choices that cost `macs`, [n] or [B, n]."""
         costs = macs.expand_as(gates)
         likeliest = costs.gather(1, gates.argmax(1, keepdim=True)).squeeze(1)
         super().charge(self.all_rows, likeliest.to(torch.int64) * self.present)
         self.expected_macs = self.expected_macs + self.weight * (gates.float() * costs).sum(1)
 
     def take(self, state: State, gates: Tensor) -> None:
-        """Write down the likeliest choices of the rows present, and charge every choice by `gates` [B, n]."""
+        """Record the likeliest choices of the rows present, and charge every choice by `gates` [B, n]."""
         action, column = gates.argmax(1), state.column
         assert isinstance(column, int), "a gated walk's rows are together"
         self.route[:, column] = torch.where(self.present, action, -1)
@@ -57,7 +57,7 @@ class GatedWalk(Walk):
         self.visits_together[state.point] += 1
 
     def leave(self, gates: Tensor, choice: int) -> None:
-        """Let the share of each row that takes `choice` by `gates` [B, n] end, with the output it has now."""
+        """Let the share of each row that takes `choice` by `gates` [B, n] end with its present output."""
         share = gates[:, choice]
         part = self._weighted_output(self.weight * share)
         self._left = part if self._left is None else self._left + part
@@ -65,7 +65,7 @@ class GatedWalk(Walk):
         self.present = self.present & (gates.argmax(1) != choice)
 
     def finish(self) -> None:
-        """End the walk: what has not left has the last output."""
+        """End the walk: the shares that have not left get the last output."""
         if self._left is not None:
             self.outputs = self._left + self._weighted_output(self.weight)
 

@@ -1,4 +1,4 @@
-"""A module of the user's as a backbone: its blocks may be skipped, or exits stand behind its layers, found by name."""
+"""A user's module becomes a backbone: its blocks may be skipped, or its layers get exits; both are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynrl.ops.pooled import summary
 
 
 class _Tracer(fx.Tracer):
-    """The tracer looks into the modules that hold the parts, and into no others."""
+    """The tracer looks into the modules that hold the parts, and into no other modules."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _Tracer(fx.Tracer):
 
 
 class Part:
-    """A part is a named piece of a module, as a function of rows; its further arguments are constants."""
+    """A part is a named piece of a module, as a function of rows; its other arguments are constants."""
 
     def __init__(self, module: nn.Module, node: fx.Node) -> None:
         self.module, self._more, self._options = module, node.args[1:], dict(node.kwargs)
@@ -45,17 +45,17 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
     """Cut `module` around its parts of these names, which it must run one after the other.
 
     Args:
-        module: maps one tensor to one tensor.
-        names: as in `module.named_modules()`.
+        module: a module that maps one tensor to one tensor.
+        names: names of parts, as in `module.named_modules()`.
 
     Returns:
-        the pieces before the first part, between parts and behind the last (one more than parts), and the parts. Both
-        hold the weights of `module` themselves, not copies.
+        the pieces before the first part, between parts and behind the last one (one more than parts), and the parts.
+        Both hold the weights of `module` themselves, not copies.
 
     Raises:
-        ValueError: no such part; one that is not run just once, on one tensor, in this order; a tensor that runs past a
-            part (a shortcut around it); or what holds the parts decides by its inputs, so that it cannot be traced
-            (torch.fx).
+        ValueError: there is no such part; a part is not run exactly once, on one tensor, in this order; a tensor passes
+            a part by (a shortcut around it); or the module that holds the parts decides by the values of its inputs, so
+            that torch.fx cannot trace it.
     """
     parts = dict(module.named_modules())
     missing = [name for name in names if not name or name not in parts]
@@ -68,7 +68,7 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
     }
     try:
         graph = _Tracer(names).trace(module, concrete_args=options)
-    except Exception as error:  # whatever a user's forward raises on what are no tensors
+    except Exception as error:  # a user's forward may raise anything on a tracer's proxies
         raise ValueError(
             f"the part of {kind} that holds {names[0]!r} cannot be traced by torch.fx ({error}); wrap it in a module "
             "whose forward takes one tensor and decides nothing by its values"
@@ -76,7 +76,7 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
     _, *more = (node for node in graph.nodes if node.op == "placeholder")
     if len(more) != len(options):
         raise ValueError(f"expected {kind}.forward to take one tensor; wrap it in a module that does")
-    for node in more:  # only checks that an option has its default
+    for node in more:  # these nodes only check that an option has its default
         _erase(graph, node)
     nodes = list(graph.nodes)
     calls = []
@@ -133,7 +133,7 @@ def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[s
 
 
 class _OfModule(Backbone):
-    """The base of both kinds: a module of the user's, cut around its parts of given names."""
+    """This is the base class of both kinds: a user's module, cut around its parts of given names."""
 
     def __init__(
         self, module: nn.Module, input_shape: Sequence[int], parts: Sequence[str], family: str | None, **config: Any
@@ -149,17 +149,17 @@ class _OfModule(Backbone):
             self.family = family  # type: ignore[misc]
         self.input_shape = tuple(input_shape)
         self.config = {"input_shape": list(input_shape), **config}
-        self.register_load_state_dict_post_hook(_cut_again)  # assign=True puts other parameters in place
+        self.register_load_state_dict_post_hook(_cut_again)  # with assign=True, loading replaces the parameters
         self.eval()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._cut()  # buffers that the pieces hold were replaced
+        self._cut()  # the buffers that the pieces hold were replaced
         return self
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        self._cut()  # whether dropout drops was written down in the pieces
+        self._cut()  # the pieces hold the mode as a constant, for example whether dropout is on
         return self
 
     def _cut(self) -> None:
@@ -171,23 +171,23 @@ class _OfModule(Backbone):
 
 
 class SkipModule(_OfModule, Skipping):
-    """A module of your own with blocks that may be skipped: action 1 runs a block, 0 hands the row through.
+    """A module of your own with blocks that may be skipped: action 1 runs a block, 0 passes the row through.
 
     Any chain of residual blocks will do: the blocks of a torchvision or timm ViT, or those ResNet blocks that keep the
-    shape of their input. The full route is the module itself, by the same weights.
+    shape of their input. The full route is the module itself, with the same weights.
 
     Args:
-        module: maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put into eval
-            mode.
-        input_shape: of one input.
-        blocks: names (as in `module.named_modules()`) in the order in which they run, of blocks that keep their
-            input's shape, shortcut included.
+        module: a module that maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put
+            into eval mode.
+        input_shape: the shape of one input.
+        blocks: the names (as in `module.named_modules()`), in running order, of blocks that keep their input's shape
+            and contain their shortcut.
         family: the name under which `FAMILIES` holds a function that builds this backbone from the other arguments
-            without `module`, for `load_backbone`; None for one that is never loaded by name.
-        classes: outputs; may be left out.
+            without `module`, for `load_backbone`; None for a backbone that is never loaded by name.
+        classes: the number of outputs; may be left out.
 
     Raises:
-        ValueError: see `cut`; a block that changes its input's shape.
+        ValueError: a block changes its input's shape, or `cut` refuses the blocks.
     """
 
     family = "skip_module"
@@ -217,7 +217,7 @@ class SkipModule(_OfModule, Skipping):
         self._set_points(list(blocks), block_macs, fixed_macs, width)
 
     def _lead(self, inputs: Tensor) -> Tensor:
-        return apart(self._between[0](inputs), inputs)  # blocks write in place, and inputs are the user's
+        return apart(self._between[0](inputs), inputs)  # blocks write in place, but the inputs belong to the user
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
         return self._named[point]
@@ -227,22 +227,23 @@ class SkipModule(_OfModule, Skipping):
 
 
 class ExitModule(_OfModule, Exits):
-    """A module of your own with classifiers behind some of its layers: action 0 stops with the answer, 1 goes on.
+    """A module of your own with classifiers behind some of its layers: action 0 stops with an answer, 1 goes on.
 
     An early classifier is one linear layer on maps reduced to 4x4, or on the mean of tokens. The classifiers are made
-    here, untrained; `dynrl.pretraining.pretrain` trains all exits together. The last exit is the module's own output.
+    here and are untrained; `dynrl.pretraining.pretrain` trains all exits together. The last exit is the module's own
+    output.
 
     Args:
-        module: maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put into eval
-            mode.
-        input_shape: of one input.
-        layers: names (as in `module.named_modules()`) in the order in which they run, of layers that everything the
-            module computes goes through; there is an exit behind each.
-        family: see `SkipModule`.
-        classes: outputs; may be left out.
+        module: a module that maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put
+            into eval mode.
+        input_shape: the shape of one input.
+        layers: the names (as in `module.named_modules()`), in running order, of layers that everything the module
+            computes goes through; there is an exit behind each.
+        family: the same as in `SkipModule`.
+        classes: the number of outputs; may be left out.
 
     Raises:
-        ValueError: see `cut`.
+        ValueError: `cut` refuses the layers.
     """
 
     family = "exit_module"

@@ -1,4 +1,4 @@
-"""Hidden-update skipping: a recurrent network whose rows update their state at some steps and copy it at the others."""
+"""In these recurrent networks, each row decides at each step whether to update or to copy its hidden state."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SEES = ("state", "state+input")
 
 
 def _hats(steps: int, knots: int) -> Tensor:
-    """[steps, knots]: hat functions on even knots, at each step."""
+    """Return hat functions on evenly spaced knots at each step: [steps, knots]."""
     at = torch.arange(steps) * ((knots - 1) / max(1, steps - 1))
     return (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0)
 
 
 class SkipRNN(Backbone):
-    """A recurrent network that reads a sequence: at each step a row updates its state (choice 1) or copies it (0).
+    """A recurrent network that reads a sequence: at each step, a row updates its state (1) or copies it (0).
 
-    A linear layer reads the output off the last hidden state. All rows pay for it. `SkipGRU` and `SkipLSTM` say which
-    cell it is.
+    A linear layer reads the output off the last hidden state, and all rows pay for it. `SkipGRU` and `SkipLSTM` set the
+    cell.
 
     Args:
         input_shape: (steps, numbers a step).
-        classes: outputs of the head.
-        hidden: units.
-        sees: what a policy is shown at a step: "state" alone, so that an input that is not used need not even be read,
-            or "state+input".
-        knots: how finely a policy is told the time, see `observe`; at most as many as steps count.
+        classes: the number of outputs of the head.
+        hidden: the number of hidden units.
+        sees: what a policy is shown at a step: "state+input", or "state" alone, so that the input of a step that is
+            copied need not even be read.
+        knots: how finely a policy is told the time (see `observe`); more knots than steps have no effect.
 
     Source: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state.
     """
@@ -43,8 +43,8 @@ class SkipRNN(Backbone):
     _frozen = False
     decision = "hidden-update"
     captures = True
-    layer: type[nn.GRU] | type[nn.LSTM]  # torch's, whose parameters and names these are
-    name: str  # of the layer in the state_dict
+    layer: type[nn.GRU] | type[nn.LSTM]  # torch's layer, which defines parameters and their names
+    name: str  # the name of the layer in the state_dict
 
     def __init__(
         self,
@@ -90,11 +90,11 @@ class SkipRNN(Backbone):
         Args:
             rnn: an `nn.GRU` for `SkipGRU`, an `nn.LSTM` for `SkipLSTM`; it is copied.
             head: the layer that reads the last hidden state; it is copied.
-            steps: length of the sequences.
+            steps: the length of the sequences.
             settings: `sees` and `knots`.
 
         Raises:
-            ValueError: another layer, or not of one layer and direction, or a head of another width.
+            ValueError: the layer is of another type, has more than one layer or direction, or the head does not fit.
         """
         kind = cls.layer.__name__
         if type(rnn) is not cls.layer:
@@ -110,14 +110,14 @@ class SkipRNN(Backbone):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        # What is seen is in float32, whatever the weights are.
+        # Observations are in float32, whatever type the weights have.
         self._time = _hats(*self._time.shape).to(self._time.device)
         if self._frozen:
             self._lay_out()
         return self
 
     def for_inference(self) -> Self:
-        """A frozen copy whose weights are laid out in the order that is fastest for few rows."""
+        """Return a frozen copy whose weights have the memory order that is fastest for few rows."""
         twin = super().for_inference()
         twin._frozen = True
         twin._lay_out()
@@ -129,7 +129,7 @@ class SkipRNN(Backbone):
 
     @property
     def rnn(self) -> Any:
-        """Torch's layer."""
+        """The layer of torch."""
         return self._modules[self.name]
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -164,7 +164,7 @@ class SkipRNN(Backbone):
         return self._end(on) if steps == self.max_steps else on
 
     def _tick(self, state: State, action: Tensor) -> None:
-        """Count the time since each row's last update on."""
+        """Advance the time since each row's last update."""
         since, copies = state.walk.own["since"], (1 - action).unsqueeze(1)
         if state.together:
             since += 1 / self.max_steps
@@ -177,23 +177,23 @@ class SkipRNN(Backbone):
         return State(state.walk, END, state.rows)
 
     def observe(self, state: State) -> Tensor:
-        """`Backbone.observe`: the state (an LSTM's both), the time, the share of the sequence since the last update,
-        and with "state+input" the step's input.
+        """Return the state, the time, the share of the sequence since the last update, and maybe the step's input.
 
-        The time is told by hat functions on even knots, at most one a step. A linear policy can then tell any part of
-        the sequence from all others, and telling the time costs a look into a table.
+        An LSTM shows both states. The input is shown with "state+input". The time is told by hat functions on evenly
+        spaced knots, at most one a step. A linear policy can then tell any part of the sequence from all other parts,
+        and telling the time costs one look into a table.
         """
         steps = state.visit
         time = self._time[steps].expand(state.count, -1) if isinstance(steps, int) else self._time[steps]
         return torch.cat([state.features.float(), time, *self._aside(state)], 1)
 
     def _aside(self, state: State) -> list[Tensor]:
-        """What `observe` shows beside the hidden state and the time."""
+        """Return what `observe` shows in addition to the hidden state and the time."""
         since = state.get(state.walk.own["since"])
         return [since, state.along(state.walk.inputs).float()] if self.sees_input else [since]
 
     def projector(self, weight: Tensor) -> Callable[[State, Tensor], Tensor]:
-        """`Backbone.projector` without a copy of the hidden state; the time's part is one product for all steps."""
+        """Return a `Backbone.projector` without a copy of the hidden state; one product gives all times' parts."""
         size, knots = self.state_width, self._time.shape[1]
         of_state, of_rest = weight[:size], weight[size + knots :]
         of_time = self._time @ weight[size : size + knots]
@@ -208,7 +208,7 @@ class SkipRNN(Backbone):
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """`Backbone.training_outputs`; without a rate they come from torch's own layer, which is faster."""
+        """Yield `Backbone.training_outputs`; without a rate, they come from torch's own layer, which is faster."""
         if rate is None:
             yield self._whole(inputs)
         else:
@@ -218,7 +218,7 @@ class SkipRNN(Backbone):
         return self.fc(self.rnn(inputs)[0][:, -1])
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """`Backbone.ideal`: the cell runs on the first rows of the batch, as many as update at each step."""
+        """Return `Backbone.ideal`: the cell runs on the first rows of the batch, as many as update at each step."""
         counts = (route == 1).sum(0).tolist()
 
         def run() -> Tensor:
@@ -231,20 +231,20 @@ class SkipRNN(Backbone):
         return run
 
     def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """`Backbone.dense_twins`: torch's own layer over whole sequences."""
+        """Return `Backbone.dense_twins`: torch's own layer over whole sequences."""
         return {f"nn.{self.layer.__name__}": lambda: self._whole(inputs)}
 
 
 class SkipGRU(SkipRNN):
-    """A `SkipRNN` of GRU cells. The full route is `nn.GRU`, whose state_dict (one layer and direction) `gru` takes."""
+    """A `SkipRNN` of GRU cells. The full route is `nn.GRU`: `gru` takes its state_dict of one layer and direction."""
 
     family, layer, name = "skip_gru", nn.GRU, "gru"
 
 
 class SkipLSTM(SkipRNN):
-    """A `SkipRNN` of LSTM cells: both states are updated or copied together, and shown to a policy.
+    """A `SkipRNN` of LSTM cells: both states are updated or copied together, and both are shown to a policy.
 
-    The full route is `nn.LSTM`, whose state_dict (one layer and direction) `lstm` takes.
+    The full route is `nn.LSTM`: `lstm` takes its state_dict of one layer and direction.
     """
 
     family, layer, name = "skip_lstm", nn.LSTM, "lstm"

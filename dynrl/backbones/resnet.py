@@ -1,4 +1,4 @@
-"""Residual networks without decisions: blocks, stem and stages, under torchvision's parameter names."""
+"""Residual networks without decisions have a stem and stages of blocks, under torchvision's parameter names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.C
 
 
 class Block(nn.Module):
-    """The base of basic blocks and bottlenecks: a branch of convolutions beside an identity or a projection."""
+    """A block has a branch of convolutions and a shortcut, which is an identity or a projection."""
 
     expansion: ClassVar[int]
 
@@ -32,18 +32,18 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(convolution(width_in, width_out, 1, stride), nn.BatchNorm2d(width_out))
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
-        """The branch's convolutions, each with its batch norm."""
+        """Return the branch's convolutions, each with its batch norm."""
         return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in (1, 2, 3) if hasattr(self, f"conv{i}")]
 
     def branch(self, x: Tensor) -> Tensor:
-        """Run what is added to the identity: convolutions with batch norm, and ReLU after each but the last."""
+        """Run the branch: convolutions with batch norm, and ReLU after all but the last."""
         *first, (last, last_norm) = self.layers()
         for inner, inner_norm in first:
             x = F.relu(inner_norm(inner(x)), inplace=True)
         return last_norm(last(x))
 
     def folded(self) -> ResidualBlock:
-        """A frozen copy for inference."""
+        """Return a frozen copy for inference."""
         projection = None
         if self.downsample is not None:
             projection = FoldedConv2d.of(*self.downsample.children())  # type: ignore[arg-type]
@@ -54,20 +54,21 @@ class Block(nn.Module):
             return x
         if not torch.is_grad_enabled():
             return self.downsample(x)
-        # oneDNN's backward of a strided 1x1 convolution writes beyond its buffers where the rows are few and odd in
-        # number (torch 2.13, two threads: 3 or 5 rows, 8 to 16 channels of 24x24, crash within 300 calls).
+        # oneDNN's backward of a strided 1x1 convolution writes beyond its buffers if the number of rows is small and
+        # odd (torch 2.13), which crashes after some hundred calls. So the rows are strided here, and the convolution is
+        # not.
         convolution, norm = self.downsample.children()
         assert isinstance(convolution, nn.Conv2d)
         stride = convolution.stride[0]
         return norm(F.conv2d(x[:, :, ::stride, ::stride], convolution.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] to [n, K, P, Q]."""
+        """Run the block, [n, C, H, W] to [n, K, P, Q]."""
         return F.relu(self.branch(x).add_(self._shortcut(x)), inplace=True)
 
 
 class BasicBlock(Block):
-    """Two 3x3 convolutions (He et al. 2016, CVPR, figure 5 left), under torchvision's parameter names."""
+    """A basic block has two 3x3 convolutions (He et al. 2016, CVPR, figure 5 left), under torchvision's names."""
 
     expansion = 1
 
@@ -78,7 +79,7 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """1x1, 3x3 (with the stride, as torchvision has it), 1x1 (He et al. 2016, figure 5 right)."""
+    """A bottleneck has 1x1, 3x3 and 1x1 convolutions (He et al. 2016, figure 5 right); the 3x3 has the stride."""
 
     expansion = 4
 
@@ -93,18 +94,18 @@ BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class ResNet(Backbone):
-    """A residual network without decisions; a family says where these are.
+    """A residual network without decisions; a family adds them.
 
-    Parameters carry torchvision's names: the state_dict of a torchvision ResNet of the same shape fits.
+    Parameters have torchvision's names, so the state_dict of a torchvision ResNet of the same shape fits.
 
     Args:
         input_shape: (channels, height, width) of one image.
-        classes: outputs of the last layer.
+        classes: the number of outputs of the last layer.
         block: "basic" or "bottleneck".
-        layers: blocks a stage; every stage but the first halves height and width.
-        widths: channels a stage (before a bottleneck's expansion by 4).
+        layers: the number of blocks of each stage; every stage but the first halves height and width.
+        widths: the number of channels of each stage, before a bottleneck's expansion by 4.
         stem: "cifar" (3x3) or "imagenet" (7x7 of stride 2, then max pooling of stride 2).
-        stem_stride: stride of the "cifar" stem.
+        stem_stride: the stride of the "cifar" stem.
 
     Example: the shape of torchvision's ResNet-50 is `(3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3),
     (64, 128, 256, 512), stem="imagenet"`.
@@ -152,17 +153,17 @@ class ResNet(Backbone):
 
     @classmethod
     def from_module(cls, module: nn.Module, input_shape: tuple[int, int, int], **settings: Any) -> Self:
-        """Build the backbone from a ResNet of torchvision's or timm's, or another with torchvision's names.
+        """Build the backbone from a ResNet of torchvision or timm, or from another one with torchvision's names.
 
-        The full route computes what `module` does in eval mode. This is checked on random inputs.
+        The full route computes the same as `module` in eval mode. This is checked on random inputs.
 
         Args:
             module: the ResNet; it is copied.
-            input_shape: of one input.
-            settings: what the family takes beside a ResNet's shape (`exits`, `shares`).
+            input_shape: the shape of one input.
+            settings: the arguments of the family other than a ResNet's shape (`exits`, `shares`).
 
         Raises:
-            ValueError: other layers, names or outputs than a ResNet's.
+            ValueError: the layers, names or outputs are not those of a ResNet.
         """
         kind, state = type(module).__name__, module.state_dict()
         try:
@@ -199,7 +200,7 @@ class ResNet(Backbone):
         return backbone
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The `state` of a plain ResNet under this family's names."""
+        """Return the `state` of a plain ResNet under this family's names."""
         return state
 
     def _stem(self, x: Tensor) -> Tensor:
@@ -211,15 +212,15 @@ class ResNet(Backbone):
         return self.fc(x.mean((2, 3)))
 
     def for_inference(self) -> Self:
-        """A frozen copy with batch norm, ReLU and residual folded into the convolutions.
+        """Return a frozen copy with batch norm, ReLU and residual folded into the convolutions.
 
-        Its maps are in channels_last, the faster memory format here, dense and routed.
+        Its maps are in channels_last, which is the faster memory format here, for dense and routed walks.
         """
         twin = super().for_inference()
         twin.conv1 = FoldedConv2d.of(twin.conv1, twin.bn1)
         twin.bn1 = nn.Identity()  # type: ignore[assignment]
         for i, (name, block) in enumerate(zip(twin._names, twin._blocks, strict=True)):
-            if isinstance(block, Block):  # else it is folded already
+            if isinstance(block, Block):  # other blocks are already folded
                 twin._blocks[i] = block.folded()
                 twin.set_submodule(name, twin._blocks[i])
         return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

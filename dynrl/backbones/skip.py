@@ -1,4 +1,4 @@
-"""Layer skipping: a residual network whose identity blocks may be left out, row by row (SkipNet, BlockDrop)."""
+"""In layer skipping, each row may leave out identity blocks of a residual network (SkipNet, BlockDrop)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dynrl.ops.pooled import summary
 
 
 class Skipping(Backbone):
-    """The base of networks whose blocks may be left out: action 1 runs a block, 0 hands the row through.
+    """This is the base class of networks with skippable blocks: action 1 runs a block, 0 passes the row through.
 
-    A family says what runs before the first such block, which blocks these are, and what runs behind each.
+    A family writes what runs before the first such block, which blocks these are, and what runs behind each.
     """
 
     decision = "skip"
@@ -29,7 +29,7 @@ class Skipping(Backbone):
         raise NotImplementedError
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        """The block that the choice at `point` is about."""
+        """Return the block that the choice at `point` runs or skips."""
         raise NotImplementedError
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ class Skipping(Backbone):
         """Pose a point for each block.
 
         Args:
-            names: of the points.
-            block_macs: MACs of each block.
-            fixed_macs: MACs before the first block and behind each, one more than blocks.
+            names: the names of the points.
+            block_macs: the MACs of each block.
+            fixed_macs: the MACs before the first block and behind each block, one more than blocks.
             width: the most numbers that `observe` shows.
         """
         behind = zip(block_macs, fixed_macs[1:], strict=True)
@@ -63,7 +63,7 @@ class Skipping(Backbone):
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x = state.features
         skip, run = (gates[:, choice].view(-1, *[1] * (x.dim() - 1)) for choice in (0, 1))
-        # A block may overwrite what it is given.
+        # A block may overwrite its input, so it gets a copy.
         return self._go_on(state, run * self._block(state.point)(x.clone()) + skip * x)
 
     def _go_on(self, state: State, x: Tensor) -> State:
@@ -74,11 +74,11 @@ class Skipping(Backbone):
         return State(state.walk, END, state.rows)
 
     def observe(self, state: State) -> Tensor:
-        """The mean of each channel over the map, or over the tokens."""
+        """Return the mean of each channel over the map, or over the tokens."""
         return summary(state.features)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """`Backbone.ideal`: each block runs on the first rows of the batch, as many as chose to run it."""
+        """Return `Backbone.ideal`: each block runs on the first rows of the batch, as many as chose to run it."""
         counts = (route == 1).sum(0).tolist()
 
         def run() -> Tensor:
@@ -95,10 +95,10 @@ class Skipping(Backbone):
 class SkipResNet(Skipping, ResNet):
     """A ResNet whose identity blocks are decision points.
 
-    Blocks that change the shape have no identity to fall back on. They always run and are the floor of the cost. The
-    state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
+    Blocks that change the shape have no identity to fall back on. They always run, and no route costs less than they
+    do. The state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
 
-    Args: those of `ResNet`.
+    The arguments are those of `ResNet`.
     """
 
     family = "skip_resnet"
@@ -124,7 +124,7 @@ class SkipResNet(Skipping, ResNet):
         self._set_points([self._names[i] for i in self._skippable], block_macs, fixed_macs, width)
 
     def _fixed(self, point: int) -> list[Any]:
-        """The blocks between that of `point` (-1: the stem) and the next that may be skipped."""
+        """Return the blocks between that of `point` (-1 for the stem) and the next one that may be skipped."""
         ends = [-1, *self._skippable, len(self._blocks)]
         return self._blocks[ends[point + 1] + 1 : ends[point + 2]]
 

@@ -1,7 +1,7 @@
-"""The walk: rows of a batch on their ways through the decision points of a network.
+"""In a walk, the rows of a batch go their ways through the decision points of a network.
 
-A walk owns B slots. What belongs to a slot for good (its inputs, what it has spent, what ran, its output) never moves.
-Features are compacted: a state holds those of the rows that stand at one point together.
+A walk owns B slots. What belongs to a slot (its inputs, what it has spent, what ran, its output) never moves. Features
+are compacted: a state holds those of the rows that stand at one point.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ END = -1  # the point at which finished rows stand
 
 @dataclass(frozen=True)
 class Point:
-    """A place where one of `n` choices is made. A row passes it once, or up to `visits` times: a loop."""
+    """A point is where one of `n` choices is made. A row passes it once, or up to `visits` times in a loop."""
 
     name: str
     n: int
@@ -30,12 +30,12 @@ class Point:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What walks are charged: MACs, or milliseconds on one machine.
+    """A cost table says what walks are charged: MACs, or milliseconds on one machine.
 
     Attributes:
-        start: what every row pays before its first decision.
-        choices: [points, most choices], what each choice costs at each point; -1 where there is no such choice.
-        dense: what the full route costs, `start` included.
+        start: the cost that every row pays before its first decision.
+        choices: [points, most choices], the cost of each choice at each point; -1 where there is no such choice.
+        dense: the cost of the full route, `start` included.
     """
 
     start: float
@@ -44,7 +44,7 @@ class CostTable:
 
 
 def each(function: Callable[..., Any], *features: Any) -> Any:
-    """`function` of tensors, applied to features: to each tensor where they are tuples; None stays None."""
+    """Apply a function of tensors to features: if they are tuples, to each of their tensors; None stays None."""
     first = features[0]
     if first is None:
         return None
@@ -52,25 +52,25 @@ def each(function: Callable[..., Any], *features: Any) -> Any:
 
 
 class Walk:
-    """B slots, addressed by `State.rows`.
+    """A walk has B slots, one for each row of a batch, addressed by `State.rows`.
 
-    A route has a column for each visit that a row may pay to a point, in the order of the points. A row's k-th decision
-    at a point stands in that point's k-th column, so chains, loops, branches and trees are one case.
+    A route has a column for each visit that a row may make to a point, in the order of the points. A row's k-th
+    decision at a point is in that point's k-th column, so chains, loops, branches and trees are one case.
 
     Attributes:
-        inputs: [B, ...], what each row was given.
-        points: the backbone's.
+        inputs: [B, ...], the inputs.
+        points: the backbone's points.
         route: [B, columns] int64, what ran; -1 where a row has not been.
-        steps: [B] int64, decisions taken so far.
-        last: [B] int64, 1 + the last choice, 0 before the first.
-        macs: [B] int64, MACs spent so far, the policy's excluded.
-        bill: [B], what has been charged so far by the walk's cost table: `macs` itself where that is in MACs.
+        steps: [B] int64, the number of decisions so far.
+        last: [B] int64, 1 + the last choice; 0 before the first choice.
+        macs: [B] int64, the MACs spent so far, without the policy's.
+        bill: [B], what the walk's cost table has charged so far; it is `macs` itself if the table is in MACs.
         table: the cost table.
-        outputs: [B, ...] once some row has an output, else None.
-        own: name to [B, ...], what a family keeps for each slot beside that; 0 where a slot is refilled.
-        answer: [B, ...], what a policy that decides a whole walk at once said at its begin; None for other policies.
-        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor holds every slot in order, and all of
-            these rows have gone the same way so far (`State.together`).
+        outputs: [B, ...] once some row has an output, before that None.
+        own: name -> [B, ...], other values that a family keeps for each slot; refilling a slot sets them to 0.
+        answer: [B, ...], the answer that a policy for whole walks gave at the beginning; None for other policies.
+        all_rows: [B] int64, 0 ... B-1. A state whose `rows` is this very tensor object holds every slot in order, and
+            all of these rows have gone the same way so far (`State.together`).
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Walk:
             self.first_column.append(columns)
             columns += point.visits
         self.route = torch.full((size, columns), -1, dtype=torch.int64, device=device)
-        # How often the rows that are together have been at each point, and, where rows may differ in it, each row.
+        # How often the rows that are together have been at each point; and, if rows may differ in this, how often each
+        # row.
         self.visits_together = [0] * len(points)
         loops = len(points) > 1 and any(point.visits > 1 for point in points)
         self._visits = torch.zeros(size, len(points), dtype=torch.int64, device=device) if loops else None
@@ -101,7 +102,7 @@ class Walk:
 
     @property
     def bill(self) -> Tensor:
-        """[B], see `Walk`."""
+        """What the walk's cost table has charged so far: [B]."""
         return self.macs if self._charged is None else self._charged
 
     @property
@@ -110,7 +111,7 @@ class Walk:
         return macs if self._charged is None else [*macs, (self._charged, self.table)]
 
     def copy(self) -> Walk:
-        """A walk of its own, sharing nothing that changes."""
+        """Return a copy that shares nothing that changes."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name != "all_rows":
@@ -128,11 +129,11 @@ class Walk:
         self.route[rows] = -1
 
     def visits(self, point: int) -> Tensor:
-        """[B] int64, how many decisions each row has taken at `point`, which may be met more than once."""
+        """Return how many decisions each row has taken at `point`, which may be met more than once: [B] int64."""
         return self.steps if self._visits is None else self._visits[:, point]
 
     def begin(self, rows: Tensor) -> None:
-        """Charge `rows` what is paid before the first decision."""
+        """Charge `rows` the cost before the first decision."""
         for ledger, table in self._ledgers:
             if rows is self.all_rows:
                 ledger += table.start
@@ -140,9 +141,9 @@ class Walk:
                 ledger[rows] += table.start
 
     def charge(self, rows: Tensor, macs: Tensor | int) -> None:
-        """Add to the bill of `rows` what no table can know: `macs`, one number or [n].
+        """Add `macs`, one number or [n], to the bill of `rows`, for costs that no table can hold.
 
-        Where the table is in milliseconds, MACs take as long as they do on average in the dense network.
+        If the table is in milliseconds, MACs are converted at the average speed of the dense network.
         """
         for ledger, table in self._ledgers:
             amount = macs if table is self._mac_table else macs * (table.dense / self._mac_table.dense)
@@ -152,10 +153,10 @@ class Walk:
                 ledger[rows] += amount
 
     def decided(self, state: State, action: Tensor) -> None:
-        """Write down that the rows of `state` took `action` [n], count the decision, and charge it."""
+        """Record that the rows of `state` took `action` [n], count the decision, and charge it."""
         rows, point, costs = state.rows, state.point, self._mac_table.choices[state.point]
         if rows is self.all_rows:
-            # While a point has not been met again, its first column is the column.
+            # The rows are together, so one number says which visit this is.
             column = self.first_column[point] + self.visits_together[point]
             record(action, costs, self.route[:, column], self.steps, self.last, self.macs)
             self.visits_together[point] += 1
@@ -178,17 +179,18 @@ class Walk:
             return
         if self.outputs is None:
             self.outputs = value.new_zeros(len(self), *value.shape[1:])
-        # Writing in place would break the graph of outputs written before, or change a tensor handed out already.
+        # Writing in place would break the graph of earlier outputs, or change a tensor that a caller already has.
         self.outputs = self.outputs.index_copy(0, rows, value.to(self.outputs.dtype))
 
 
 @dataclass
 class State:
-    """Rows of a walk that stand at one point.
+    """A state is the rows of a walk that stand at one point.
 
     Attributes:
-        walk, point, rows: whose, where, and which slots [n].
-        features: the backbone's own, a tensor [n, ...] or a tuple of such tensors; None at END.
+        walk, point: the walk, and the point at which the rows stand.
+        rows: [n] int64, the slots of the rows.
+        features: the backbone's features, a tensor [n, ...] or a tuple of such tensors; None at END.
     """
 
     walk: Walk
@@ -198,7 +200,7 @@ class State:
 
     @property
     def count(self) -> int:
-        """How many rows stand here."""
+        """The number of rows."""
         return self.rows.shape[0]  # len() would make a traced size a constant
 
     @property
@@ -208,25 +210,25 @@ class State:
 
     @property
     def together(self) -> bool:
-        """Whether these are all slots, in order, which have gone the same way so far."""
+        """Whether these are all slots in order, and have gone the same way so far."""
         return self.rows is self.walk.all_rows
 
     @property
     def visit(self) -> int | Tensor:
-        """How many decisions these rows have taken at this point: one number where they are together, else [n].
+        """How many decisions these rows have taken at this point: one number if they are together, else [n].
 
-        While `Backbone._run` runs a decision, that decision is counted.
+        While `Backbone._run` runs a decision, this decision is already counted.
         """
         return self.walk.visits_together[self.point] if self.together else self.walk.visits(self.point)[self.rows]
 
     @property
     def column(self) -> int | Tensor:
-        """The column of the route in which these rows' next decision here will stand: one number, or [n]."""
+        """The route's column for the rows' next decision here: one number if it is the same for all, else [n]."""
         first = self.walk.first_column[self.point]
         return first if self.walk.points[self.point].visits == 1 else first + self.visit
 
     def get(self, field: Tensor) -> Tensor:
-        """`field` [B, ...] at these rows, without a copy where they are together."""
+        """Return `field` [B, ...] at these rows; it is not copied if they are together."""
         return field if self.together else field[self.rows]
 
     def add(self, field: Tensor, amount: Tensor | int) -> None:
@@ -237,23 +239,23 @@ class State:
             field[self.rows] += amount
 
     def along(self, route: Tensor) -> Tensor:
-        """[n, ...], what `route` [B, columns, ...] holds for these rows' next decision."""
+        """Return what `route` [B, columns, ...] holds for these rows' next decision: [n, ...]."""
         column = self.column
         return route[:, column] if self.together else route[self.rows, column]
 
     def copy(self) -> State:
-        """Branch off: a state on a walk of its own. The only way to advance from one state twice."""
+        """Return a state on a copy of the walk; only this way can one state be advanced from twice."""
         walk = self.walk.copy()
         rows = walk.all_rows if self.together else self.rows.clone()
         return State(walk, self.point, rows, each(Tensor.clone, self.features))
 
     def where(self, chosen: Tensor, point: int) -> State:
-        """The rows for which `chosen` [n] bool holds, standing at `point`."""
+        """Return the rows for which `chosen` [n] bool holds, as a state at `point`."""
         return State(self.walk, point, self.rows[chosen], each(lambda part: part[chosen], self.features))
 
 
 def merge(states: Sequence[State]) -> dict[int, State]:
-    """Join states of one walk that stand at the same point; empty ones vanish. The result is keyed by point."""
+    """Join the states of one walk that stand at the same point; drop empty ones; return them by point."""
     merged: dict[int, State] = {}
     for state in states:
         if state.count == 0:
@@ -269,13 +271,13 @@ def merge(states: Sequence[State]) -> dict[int, State]:
 
 
 def choice_rates(points: Sequence[Point], route: Tensor) -> dict[str, float]:
-    """How often each choice but 0 was taken at each point, over all its visits.
+    """Return how often each choice but 0 was taken at each point, over all its visits.
 
-    The rates go by the point's name, and `/choice` behind it where there are more than two choices.
+    A rate's name is the point's name, followed by `/choice` if the point has more than two choices.
 
     Args:
-        points: a backbone's.
-        route: [B, columns], what ran, -1 where a row never was.
+        points: the points of a backbone.
+        route: [B, columns], what ran; -1 where a row never was.
     """
     rates = {}
     for point, taken in zip(points, route.split([point.visits for point in points], 1), strict=True):

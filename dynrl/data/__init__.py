@@ -1,6 +1,6 @@
-"""Data sets with fixed train, validation and test splits.
+"""Data sets have fixed training, validation and test splits.
 
-Thresholds, budgets and early stopping see validation only; test is for the report.
+Thresholds and budgets are fitted on the validation split only; the test split is for reports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "own_dataset", "standardised",
 ]  # fmt: skip
 
-# Your own: DATASETS["mine"] = a function that makes a `Dataset` (`standardised` helps), before dynrl's commands run.
+# A plugin adds its own: DATASETS["mine"] = a function that makes a `Dataset` (`standardised` helps).
 DATASETS: dict[str, Callable[[], Dataset]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
@@ -45,12 +45,12 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
 
 
 def check_dataset(name: str) -> str:
-    """`name`, or the absolute path of a folder of images, or a ValueError that lists the data sets there are."""
+    """Return the name of a data set, or the absolute path of a folder of images; refuse other names."""
     if name in DATASETS:
         return name
     folder, size = split_name(name)
     if is_own(name):
-        raise ValueError(f"{name!r} was handed over as tensors or a Dataset: hand it over again, by data=...")
+        raise ValueError(f"{name!r} was given as tensors or as a Dataset; give the same data again, by data=...")
     if not folder.is_dir():
         raise ValueError(f"unknown data set {name!r}; expected one of {sorted(DATASETS)} or a folder of images")
     return f"{folder.resolve()}" + ("" if size is None else f"@{size}")
@@ -58,23 +58,23 @@ def check_dataset(name: str) -> str:
 
 @lru_cache(maxsize=2)
 def load_dataset(name: str) -> Dataset:
-    """The data set of that name, or below that folder (`image_folder`), loaded once a process.
+    """Return the data set `name`, or the images below the folder `name`; each is loaded once a process.
 
-    Its tensors are shared: do not write into them.
+    The tensors are shared, so do not write into them.
     """
     name = check_dataset(name)
     return DATASETS[name]() if name in DATASETS else image_folder(name)
 
 
 def as_dataset(data: Any, seed: int = 0) -> Dataset:
-    """A data set from what may stand for one, known by its name from now on in this process.
+    """Return a data set for anything that can stand for one; from now on, this process knows it by its name.
 
     Args:
         data: a name, a folder of images, a `Dataset`, or what `own_dataset` takes.
-        seed: of the splits that `own_dataset` draws.
+        seed: the seed of the splits that `own_dataset` draws.
 
     Raises:
-        ValueError: it is none of these, or another data set has its name.
+        ValueError: `data` is none of these, or another data set has the same name.
     """
     if isinstance(data, str | Path):
         return load_dataset(check_dataset(str(data)))

@@ -1,4 +1,4 @@
-"""What a data set is: three splits of inputs and targets, and how training inputs are changed."""
+"""A data set has three splits of inputs and targets, and says how training inputs are augmented."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dynrl.tasks import CLASSIFICATION, Task
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and what is asked of them.
+    """A split holds inputs and the targets that a network should give for them.
 
     Attributes:
         inputs: [n, ...] float32, ready for a network.
-        targets: as the `task` has them: classes [n] int64, say.
-        task: what is asked.
-        difficulty: what makes an input hard, where that is known: names to numbers [n]. Only reports see it.
+        targets: the targets in the form of the `task`, for example classes [n] int64.
+        task: what outputs and targets mean.
+        difficulty: numbers [n] by name that say what makes an input hard, if that is known. Only reports see them.
     """
 
     inputs: Tensor
@@ -33,26 +33,26 @@ class Split:
         return len(self.inputs)
 
     def head(self, count: int) -> Split:
-        """The first `count` rows (all splits are in random order)."""
+        """Return the first `count` rows; all splits are in random order."""
         difficulty = {name: numbers[:count] for name, numbers in self.difficulty.items()}
         return Split(self.inputs[:count], self.targets[:count], self.task, difficulty)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
-        """The same elsewhere, inputs in another type; targets keep theirs."""
+        """Return the split on `device`, with inputs of the type `dtype`; targets keep their type."""
         return Split(self.inputs.to(device, dtype), self.targets.to(device), self.task, self.difficulty)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images that leave the class as it is; without any, inputs may be anything."""
+    """An augmentation changes training images at random, but not their class; one without changes takes any inputs."""
 
-    flip: bool = False  # left to right, half of the images
-    shift: int = 0  # [pixels], each way
-    rotate: float = 0.0  # [degrees], each way
-    zoom: float = 0.0  # share of the size, each way
+    flip: bool = False  # whether half of the images are mirrored left to right
+    shift: int = 0  # the most pixels that an image moves, each way
+    rotate: float = 0.0  # the most degrees that an image turns, each way
+    zoom: float = 0.0  # the largest change of size, as a share, each way
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A changed copy of `images` [n, channels, height, width]; what is not to be changed comes back as it is."""
+        """Return a changed copy of `images` [n, channels, height, width]; without changes, return them as they are."""
         if self == Augmentation():
             return images
         count, size = len(images), images.shape[-1]
@@ -62,7 +62,7 @@ class Augmentation:
 
         angle, scale = uniform() * math.radians(self.rotate), 1 + uniform() * self.zoom
         mirror = torch.where(uniform() < 0, -1.0, 1.0) if self.flip else torch.ones(count)
-        # A whole number of pixels: a fraction would blur every image that is only shifted.
+        # Images move by whole pixels: a fraction would blur every image that is only shifted.
         dx, dy = ((uniform() * (self.shift + 0.5)).round().clamp(-self.shift, self.shift) * 2 / size for _ in "xy")
         cos, sin = scale * angle.cos(), scale * angle.sin()
         matrix = torch.stack([cos * mirror, -sin, dx, sin * mirror, cos, dy], 1).view(count, 2, 3)
@@ -72,13 +72,16 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits of one task.
+    """A data set has three disjoint splits of one task.
 
     Attributes:
-        classes: outputs that a network for it has; 1 for one number.
-        augmentation: of training inputs.
-        mean, deviation: the inputs are raw ones (images in 0 to 1) less `mean`, over `deviation`.
-        anew: another training split of the same kind and size, drawn by a seed; None where there is but one.
+        name: the name in `DATASETS`.
+        classes: the number of outputs that a network for it has; 1 for one number.
+        train, validation, test: the splits.
+        augmentation: the changes of training inputs.
+        mean, deviation: inputs are raw inputs (images in 0 to 1) less `mean`, divided by `deviation`.
+        anew: a function that draws another training split of the same kind and size by a seed; None if there is only
+            one.
     """
 
     name: str
@@ -93,32 +96,32 @@ class Dataset:
 
     @property
     def task(self) -> Task:
-        """What is asked of the inputs."""
+        """The task of all splits."""
         return self.train.task
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
+        """The shape of one input."""
         return tuple(self.train.inputs.shape[1:])
 
     def split(self, name: str) -> Split:
-        """The split of that name."""
+        """Return the split "train", "validation" or "test"."""
         if name not in ("train", "validation", "test"):
             raise ValueError(f"unknown split {name!r}; expected 'train', 'validation' or 'test'")
         return getattr(self, name)
 
 
-# Inputs [n, ...] in 0 to 1 and labels [n], of the training, validation and test parts, in random order.
+# The inputs [n, ...] in 0 to 1 and the labels [n] of the training, validation and test parts, in random order.
 Parts = list[tuple[Tensor, Tensor]]
 
 
 def standardised(name: str, classes: int, augmentation: Augmentation, parts: Parts) -> Dataset:
-    """The data set of `parts`, by the training inputs' mean and deviation."""
+    """Make a data set of `parts`, standardised by the mean and the deviation of the training inputs."""
     mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
     train, validation, test = (Split(scaled(inputs, mean, deviation), labels.long()) for inputs, labels in parts)
     return Dataset(name, classes, train, validation, test, augmentation, mean, deviation)
 
 
 def scaled(inputs: Tensor, mean: float, deviation: float) -> Tensor:
-    """`inputs` less `mean`, over `deviation`."""
+    """Return `inputs` less `mean`, divided by `deviation`."""
     return (inputs - mean).div_(deviation)

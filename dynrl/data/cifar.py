@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from the binary archives: Python's own format would have to be trusted."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) are read from binary archives: Python's own format may run code."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dynrl.data.download import cache_folder, check_digest, fetch
 
 URL = "https://www.cs.toronto.edu/~kriz"
 SIDE = 32  # [pixels]
-# MD5 of the archives, as the authors' page gives them.
+# The MD5 digests of the archives, as given on the authors' page.
 _DIGESTS = {10: "c32a1d4ab5d03f1284b67883e8d87530", 100: "03b5dce01913d631647c71ecec9e9cb8"}
 
 
 def cifar_10() -> Dataset:
-    """60,000 photos of 10 classes, 3x32x32; 45,000 / 5,000 / 10,000."""
+    """CIFAR-10 has 60,000 photos of 10 classes, 3x32x32, split 45,000 / 5,000 / 10,000."""
     train = [f"data_batch_{i}.bin" for i in range(1, 6)]
     return _cifar(10, train, "test_batch.bin", labels=1)
 
 
 def cifar_100() -> Dataset:
-    """60,000 photos of 100 classes, 3x32x32; 45,000 / 5,000 / 10,000."""
+    """CIFAR-100 has 60,000 photos of 100 classes, 3x32x32, split 45,000 / 5,000 / 10,000."""
     return _cifar(100, ["train.bin"], "test.bin", labels=2)
 
 
@@ -52,10 +52,10 @@ def _cifar(classes: int, train: list[str], test: str, labels: int) -> Dataset:
 
 
 def parse_records(content: bytes, labels: int) -> tuple[Tensor, Tensor]:
-    """Records of `labels` bytes, of which the last is the class, and a photo, red, green and blue one after the other.
+    """Parse records of a photo, in red, green and blue planes, behind `labels` bytes, the last of which is the class.
 
     Returns:
-        photos [n, 3, 32, 32] in 0 to 1 and classes [n].
+        photos [n, 3, 32, 32] in 0 to 1, and classes [n].
     """
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, labels + 3 * SIDE * SIDE)
     return records[:, labels:].reshape(-1, 3, SIDE, SIDE).float() / 255, records[:, labels - 1]

@@ -1,4 +1,4 @@
-"""Files that are downloaded once, checked, and kept."""
+"""Downloaded files are checked and kept, so that each is downloaded once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dynrl.files import write_aside
 
 
 def cache_folder() -> Path:
-    """Where downloads go: $XDG_CACHE_HOME/dynrl, else ~/.cache/dynrl."""
+    """Return the folder for downloads: $XDG_CACHE_HOME/dynrl, or ~/.cache/dynrl."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynrl"
 
 
 def check_digest(content: bytes, name: str, algorithm: str, digest: str) -> None:
-    """Refuse, with a ValueError, contents that are not the official ones."""
+    """Refuse, with a ValueError, contents whose digest is not the official one."""
     if hashlib.new(algorithm, content).hexdigest() != digest:
         raise ValueError(
             f"{name}: its contents are not the official ones ({algorithm.upper()} differs); delete it and try again"
@@ -27,10 +27,10 @@ def check_digest(content: bytes, name: str, algorithm: str, digest: str) -> None
 
 
 def fetch(url: str, target: Path, check: Callable[[bytes, str], Any], otherwise: str) -> None:
-    """Download `url` to `target`, with progress, if `check(content, url)` raises nothing.
+    """Download `url` to `target` and show progress; nothing is written if `check(content, url)` raises an error.
 
     Raises:
-        ValueError: no connection; it tells what to do `otherwise`.
+        ValueError: there is no connection; the message ends with `otherwise`, which says what else to do.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Your own images: a folder with a folder for each class."""
+"""Your own images make a data set: a folder that has a folder of images for each class."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from torch import Tensor
 from dynrl.data.base import Augmentation, Dataset, standardised
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-LARGEST = 8 << 30  # [bytes] of all images as float32: they are held in memory
-# Of the images of each class, where the folder does not say. Test comes first: no other draw can move it.
+LARGEST = 8 << 30  # [bytes] the most that all images may take as float32, since they are held in memory
+# The shares of each class that are drawn if the folder has no such parts. The test part is drawn first, so that no
+# other draw changes it.
 SHARES = {"test": 0.1, "validation": 0.1}
 
 
 def image_folder(name: str) -> Dataset:
-    """The images below a folder, in memory.
+    """Load the images below a folder into memory.
 
     Args:
-        name: the folder's path, or `PATH@SIZE`: the shorter side is brought to SIZE pixels, and the middle square
-            taken. Below it is a folder for each class; or `train`, `test` and, if wanted, `validation`, each with
-            these. Of parts that are not there about a tenth of each class is drawn from `train` (or from all), and
-            one image of each class at least. A hash of CLASS/FILE says which, so images keep their part when others
-            come and go; only in a class so small that the hashes left it out of a part may the one image that stands
-            in there change.
+        name: the folder's path, or `PATH@SIZE`, which resizes the shorter side to SIZE pixels and takes the middle
+            square. The folder has a folder for each class; or it has `train`, `test` and, if wanted, `validation`,
+            each with a folder for each class. For a part that is missing, about a tenth of each class, and at least
+            one image, is drawn from `train` or from all images. A hash of CLASS/FILE draws them, so images keep their
+            part when others are added or removed. The only exception is a class so small that the hashes draw no
+            image for a part: the one image that is then taken may change.
 
     Returns:
-        grey images [1, height, width] if all are grey, else [3, height, width] in red, green and blue.
+        a data set of images [1, height, width] if all are grey, else [3, height, width] in red, green and blue.
 
     Raises:
-        ValueError: no such folder, fewer than two classes, an empty one, other classes in another part, a file that is
-            no image, images of different sizes without SIZE, or more than fit in memory.
+        ValueError: there is no such folder, it has fewer than two classes or an empty one, its parts have different
+            classes, a file is no image, images differ in size and no SIZE is given, or the images do not fit in memory.
     """
     root, size = split_name(name)
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder")
+        raise ValueError(f"{root} is no folder; name one that has a folder of images for each class")
     whole = not (root / "train").is_dir()
     found = {part: _classes(root if whole else root / part) for part in (["train"] if whole else _parts(root))}
     classes = list(found["train"])
@@ -49,7 +50,10 @@ def image_folder(name: str) -> Dataset:
         raise ValueError(f"expected a folder for each of two classes or more in {root}, found {classes}")
     for part, images in found.items():
         if list(images) != classes:
-            raise ValueError(f"{root / part} has the classes {list(images)}, {root / 'train'} has {classes}")
+            raise ValueError(
+                f"{root / part} has the classes {list(images)}, {root / 'train'} has {classes}; give all parts the "
+                "same classes"
+            )
     files = {part: [(file, i) for i, c in enumerate(classes) for file in found[part][c]] for part in found}
     missing = [part for part in SHARES if part not in files]
     for i, part in enumerate(missing):
@@ -73,7 +77,7 @@ def image_folder(name: str) -> Dataset:
 
 
 def split_name(name: str) -> tuple[Path, int | None]:
-    """`PATH` or `PATH@SIZE` as its folder and its size."""
+    """Split `PATH` or `PATH@SIZE` into the folder and the size; the size is None if there is none."""
     path, at, size = name.rpartition("@")
     if not at or not size.isdecimal():
         return Path(name), None
@@ -87,19 +91,22 @@ def _parts(root: Path) -> Iterator[str]:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class, by its name."""
+    """Return the image files of each class by the class's name."""
     found = {}
     for place in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         found[place.name] = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not found[place.name]:
-            raise ValueError(f"{place} holds no image ({', '.join(sorted(SUFFIXES))}); fill it or take it away")
+            raise ValueError(f"{place} holds no image ({', '.join(sorted(SUFFIXES))}); fill it or remove it")
     return found
 
 
 def _drawn(files: list[tuple[Path, int]], root: Path, part: str, leave: int) -> tuple[list[Any], list[Any]]:
-    """`files` without those drawn for `part`, and these: of each class one at least, and `leave` are left at least."""
+    """Draw files for `part`, and return those left and those drawn.
 
-    def place(file: Path) -> float:  # from 0 to 1, by its own name alone
+    At least one file of each class is drawn, and at least `leave` are left.
+    """
+
+    def place(file: Path) -> float:  # from 0 to 1, by the file's own name alone
         name = os.fsencode(f"{part}/{file.relative_to(root).as_posix()}")
         return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
@@ -110,7 +117,10 @@ def _drawn(files: list[tuple[Path, int]], root: Path, part: str, leave: int) -> 
     for label, mine in sorted(by_class.items()):
         mine.sort()
         if len(mine) < 1 + leave:
-            raise ValueError(f"{mine[0][1].parent} holds too few images to draw some for validation and test")
+            raise ValueError(
+                f"{mine[0][1].parent} holds too few images to draw some for validation and test; expected at least "
+                f"{1 + leave}, got {len(mine)}"
+            )
         below = sum(at < SHARES[part] for at, _ in mine)
         count = min(max(1, below), len(mine) - leave)
         drawn += [(file, label) for _, file in mine[:count]]
@@ -126,11 +136,11 @@ def _opened(file: Path) -> Iterator[Any]:
         with Image.open(file) as image:
             yield image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image ({error}); mend it or take it away") from None
+        raise ValueError(f"{file} cannot be read as an image ({error}); repair or remove it") from None
 
 
 def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
-    """(channels, height, width) of all images, by what their headers say."""
+    """Return (channels, height, width) of all images, as read from their headers."""
     grey, first = True, None
     for file in files:
         with _opened(file) as image:
@@ -140,8 +150,8 @@ def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
             first = first or image.size
             if size is None and image.size != first:
                 raise ValueError(
-                    f"{files[0]} has {first[0]}x{first[1]} pixels, {file} has {image.width}x{image.height}; say what "
-                    "to bring all to, by @SIZE behind the folder's name"
+                    f"{files[0]} has {first[0]}x{first[1]} pixels, {file} has {image.width}x{image.height}; add @SIZE "
+                    "to the folder's name to resize all images to SIZE pixels"
                 )
     assert first is not None
     width, height = first if size is None else (size, size)

@@ -1,4 +1,4 @@
-"""Images: handwritten digits, clothes, and clothes among clutter."""
+"""These data sets have images: handwritten digits, clothes, and clothes among clutter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynrl.data.download import cache_folder, check_digest, fetch
 
 
 def digit_images() -> Parts:
-    """1,797 handwritten digits that ship with scikit-learn, 8x8; 1,257 / 180 / 360."""
+    """Return the 1,797 handwritten digits, 8x8, that come with scikit-learn, split 1,257 / 180 / 360."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -32,12 +32,12 @@ def digit_images() -> Parts:
 
 
 def digits() -> Dataset:
-    """The digits, enlarged to 24x24."""
+    """Digits has the handwritten digits of scikit-learn, enlarged to 24x24, split 1,257 / 180 / 360."""
     parts = [(F.interpolate(images, size=24, mode="bilinear"), labels) for images, labels in digit_images()]
     return standardised("digits", 10, Augmentation(shift=1, rotate=10, zoom=0.1), parts)
 
 
-# SHA-256 of the files' contents, unpacked: packers differ, contents do not.
+# The SHA-256 digests of the unpacked contents: packers differ, contents do not.
 _FASHION_MNIST = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -58,10 +58,10 @@ def _unpack(packed: bytes, name: str, digest: str) -> bytes:
 
 
 def parse_idx(content: bytes, name: str = "IDX data") -> Tensor:
-    """Bytes in the IDX format of MNIST (unsigned bytes of any dimension) as a uint8 tensor.
+    """Parse bytes in MNIST's IDX format (unsigned bytes of any dimension) into a uint8 tensor.
 
     Raises:
-        ValueError: another element type, or fewer or more bytes than the header promises.
+        ValueError: the element type is another, or the number of bytes is not what the header promises.
     """
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError(f"{name}: expected IDX data of unsigned bytes (magic 00 00 08)")
@@ -74,9 +74,10 @@ def parse_idx(content: bytes, name: str = "IDX data") -> Tensor:
 
 
 def fashion_images() -> Parts:
-    """70,000 images of clothes, 28x28 (Xiao et al. 2017); 55,000 / 5,000 / 10,000.
+    """Return 70,000 images of clothes, 28x28 (Xiao et al. 2017), split 55,000 / 5,000 / 10,000.
 
-    Read from Debian's package dataset-fashion-mnist, else from the cache, else downloaded, always checked.
+    They are read from Debian's package dataset-fashion-mnist or from the cache, or are downloaded. They are always
+    checked.
     """
     files = {}
     for name, digest in _FASHION_MNIST.items():
@@ -98,27 +99,30 @@ def fashion_images() -> Parts:
 
 
 def fashion_mnist() -> Dataset:
-    """The clothes as they are."""
+    """Fashion-MNIST has 70,000 images of clothes in 10 classes, 28x28, split 55,000 / 5,000 / 10,000."""
     return standardised("fashion-mnist", 10, Augmentation(flip=True, shift=1), fashion_images())
 
 
-CANVAS, PIECES, PIECE = 48, 8, 8  # [pixels], pieces of clutter on each canvas, [pixels]
+CANVAS, PIECES, PIECE = 48, 8, 8  # the canvas in pixels, the pieces of clutter on each, the size of a piece in pixels
 
 
 def clutter(images: Tensor, seed: int) -> Tensor:
-    """[n, 1, CANVAS, CANVAS]: each image somewhere on an empty canvas, and on it pieces of others, somewhere, too.
+    """Paste each image at a random place on an empty canvas, with pieces of other images at random places.
 
-    As in Mnih et al. 2014, section 4.1; where things overlap the brighter one shows.
+    This follows Mnih et al. 2014, section 4.1. Where things overlap, the brighter one shows.
 
     Args:
-        images: [n, 1, height, width].
-        seed: of places and pieces.
+        images: [n, 1, height, width], the images.
+        seed: the seed of places and pieces.
+
+    Returns:
+        the canvases [n, 1, CANVAS, CANVAS].
     """
     rng, every = np.random.default_rng(seed), torch.arange(len(images))
     canvas = images.new_zeros(len(images), CANVAS, CANVAS)
 
     def window(room: int, size: int) -> tuple[Tensor, Tensor]:
-        """Rows [n, size, 1] and columns [n, 1, size] of a square anywhere in `room` x `room`."""
+        """Return the rows [n, size, 1] and columns [n, 1, size] of a random square in `room` x `room`."""
         corner = torch.from_numpy(rng.integers(0, room - size + 1, (len(images), 2, 1)))
         rows, columns = (corner + torch.arange(size)).unbind(1)
         return rows.unsqueeze(2), columns.unsqueeze(1)
@@ -134,13 +138,13 @@ def clutter(images: Tensor, seed: int) -> Tensor:
     return canvas.unsqueeze(1)
 
 
-SIZES, MOST_PIECES = (12, 40), 12  # [pixels] of the clothes, pieces of clutter
+SIZES, MOST_PIECES = (12, 40), 12  # the range of the clothes' size in pixels, and the most pieces of clutter
 
 
 def varied_fashion_mnist() -> Dataset:
-    """Clothes of drawn size among drawn amounts of clutter, on canvases of 48x48; 20,000 / 2,000 / 5,000.
+    """Varied-fashion-mnist has clothes of random size among random clutter, 48x48, split 20,000 / 2,000 / 5,000.
 
-    Sizes are even in 12 to 40 pixels, pieces of clutter in 0 to 12. Both are kept as what makes an image hard.
+    Sizes are uniform from 12 to 40 pixels, and the pieces of clutter from 0 to 12. Both are kept as `difficulty`.
     """
     made, difficulty = [], []
     for seed, ((images, labels), count) in enumerate(zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)):
@@ -169,10 +173,10 @@ def varied_fashion_mnist() -> Dataset:
 
 
 def cluttered_fashion_mnist() -> Dataset:
-    """Clothes among clutter on canvases of 48x48; 20,000 / 2,000 / 5,000, from those parts of fashion-mnist.
+    """Cluttered-fashion-mnist has clothes among clutter on canvases of 48x48, split 20,000 / 2,000 / 5,000.
 
-    Of 70,000 the tensors would take 650 MB, of these 250; and since a canvas has three times the pixels of an image,
-    an epoch takes as long as one of fashion-mnist.
+    Each part comes from the same part of fashion-mnist. There are fewer images, because a canvas has three times as
+    many pixels as an image: memory and the time of an epoch stay about those of fashion-mnist.
     """
     parts = zip(fashion_images(), (20_000, 2_000, 5_000), strict=True)
     made = [(clutter(images[:count], seed), labels[:count]) for seed, ((images, labels), count) in enumerate(parts)]

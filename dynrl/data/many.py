@@ -1,4 +1,4 @@
-"""Many tasks in one data set: which of them an input belongs to is told beside the image."""
+"""This data set holds many tasks; extra channels of each input say which task it belongs to."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from dynrl.data.base import Augmentation, Dataset, standardised
 from dynrl.data.images import digit_images, fashion_images
 
-# Pairs of clothes that are told apart: shirts, tops, shoes, long ones, the rest.
+# The pairs of classes of clothes that are told apart: shirts, tops, shoes, long clothes, the rest.
 PAIRS = ((0, 6), (2, 4), (5, 7), (1, 3), (8, 9))
-TASKS = len(PAIRS) + 2  # and which of ten digits it is, and by how many right angles the clothes are turned
+TASKS = len(PAIRS) + 2  # the other two ask for one of ten digits, and for the right angles that clothes are turned by
 
 
 def many_tasks() -> Dataset:
-    """Seven tasks on images of 28x28, drawn alike; 20,000 / 2,000 / 5,000.
+    """Many-tasks has seven equally frequent tasks on images of 28x28, split 20,000 / 2,000 / 5,000.
 
-    Five tell two kinds of clothes apart, one tells ten digits apart, one tells how clothes are turned. An input has the
-    image in its first channel. Of the channels behind it, one a task, that of its own task is bright. Answers are the
-    first classes of ten. After the many-task sets on which routing networks are tried (Rosenbaum et al. 2018, ICLR,
-    section 4), whose tasks are pairs of classes, too.
+    Five tasks tell two kinds of clothes apart, one tells ten digits apart, and one tells how clothes are turned. An
+    input has the image in its first channel. Then follows a channel for each task, of which the one of the input's own
+    task is 1. All tasks share ten classes, and tasks with fewer answers use the first ones. The data set follows those
+    on which routing networks are tried (Rosenbaum et al. 2018, ICLR, section 4), whose tasks are pairs of classes, too.
     """
     counts, made, tasks = (20_000, 2_000, 5_000), [], []
     for seed, (clothes, digits, count) in enumerate(zip(fashion_images(), digit_images(), counts, strict=True)):
@@ -47,7 +47,7 @@ def many_tasks() -> Dataset:
 def _drawn(
     task: int, count: int, clothes: tuple[Tensor, Tensor], digits: tuple[Tensor, Tensor], rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """`count` images [n, 1, 28, 28] of one task, and their classes."""
+    """Draw `count` images [count, 1, 28, 28] of one task, and return them with their classes."""
     if task < len(PAIRS):
         first, second = PAIRS[task]
         images, labels = clothes

@@ -1,4 +1,4 @@
-"""Data of your own: pairs of tensors, or any torch `Dataset` of pairs, as a data set with three splits."""
+"""Your own pairs of tensors, or any torch `Dataset` of pairs, become a data set with three splits."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from dynrl.data.base import Augmentation, Dataset, Split
 from dynrl.files import fingerprint
 from dynrl.tasks import CLASSIFICATION, Regression, Task
 
-SHARE = 0.1  # of the pairs, for validation; as many for the test
+SHARE = 0.1  # the share of the pairs for validation, and the same share for the test
 
 
 def own_dataset(data: Any, seed: int = 0) -> Dataset:
-    """A data set of your own pairs (input, target), of which a tenth each is drawn for validation and test.
+    """Make a data set of your own pairs (input, target); a tenth each is drawn for validation and test.
 
-    Inputs become float32 and are standardised by the training part's mean and deviation. Whole-number targets [n] are
+    Inputs become float32 and are standardised by the mean and deviation of the training part. Integer targets [n] are
     classes; floating-point targets [n] or [n, outputs] make a regression.
 
     Args:
-        data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. All is held in
-            memory.
-        seed: of the draw.
+        data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. All pairs are held
+            in memory.
+        seed: the seed of the draw.
 
     Returns:
-        a data set whose name tells its content and the seed: "own-" and a part of a hash.
+        a data set whose name, "own-" and part of a hash, depends on its content and the seed.
 
     Raises:
-        ValueError: no pairs, too few of them, pairs of different shapes, inputs or targets that are not finite, or
-            targets of another kind.
+        ValueError: there are no or too few pairs, they differ in shape, inputs or targets are not finite, or targets
+            are neither classes nor floating-point numbers.
     """
     inputs, targets = _pairs(data)
     if inputs.shape[0] != targets.shape[0] or len(inputs) < 10 or inputs.dim() < 2:
@@ -48,8 +48,8 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         targets = targets.float().view(len(targets), -1)
     elif targets.dim() != 1 or targets.dtype == torch.bool or int(targets.min()) < 0:
         raise ValueError(
-            f"expected classes [n] from 0 on or numbers, got targets {targets.dtype} {list(targets.shape)}, the least "
-            f"{targets.min()}"
+            "expected integer classes [n] from 0 on, or floating-point numbers; got targets "
+            f"{targets.dtype} {list(targets.shape)}, the least of them {targets.min()}"
         )
     else:
         targets = targets.long()
@@ -62,7 +62,9 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     task: Task = Regression.of(targets[parts[0]]) if numbers else CLASSIFICATION
     classes = targets.shape[1] if numbers else int(targets.max()) + 1
     if classes < 2 and not numbers:
-        raise ValueError("expected two classes or more, all targets are 0")
+        raise ValueError(
+            "expected two classes or more, but all targets are 0; a regression needs floating-point targets"
+        )
     train, validation, test = (Split((inputs[part] - mean) / deviation, targets[part], task) for part in parts)
     return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation)
 
@@ -77,7 +79,7 @@ def _pairs(data: Any) -> tuple[Tensor, Tensor]:
             "expected a data set's name, a folder of images, a dynrl.data.Dataset, a torch Dataset of (input, target) "
             f"pairs with a length, or a pair of tensors; got {type(data).__name__}"
         )
-    pairs = [data[i] for i in range(len(data))]  # not by iteration: a Dataset need not end one
+    pairs = [data[i] for i in range(len(data))]  # by index: iterating over a torch Dataset may never end
     if not pairs or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
         raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target)")
     return _stacked(pair[0] for pair in pairs), _stacked(pair[1] for pair in pairs)
@@ -92,5 +94,5 @@ def _stacked(values: Iterable[Any]) -> Tensor:
 
 
 def is_own(name: str) -> bool:
-    """Whether a data set's name is one that `own_dataset` gives."""
+    """Tell whether a data set's name is one that `own_dataset` gives."""
     return name.startswith("own-") and not Path(name).exists()

@@ -1,4 +1,4 @@
-"""Sequences [n, steps, numbers a step]: the adding task, parity of a drawn length, and images read bit by bit."""
+"""These data sets have sequences [n, steps, numbers a step]: adding, parity, and images read piece by piece."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from dynrl.data.base import Augmentation, Dataset, Split, standardised
 from dynrl.data.images import digit_images, fashion_images
 from dynrl.tasks import Regression
 
-STEPS = 50  # of the adding task
+STEPS = 50  # the length of sequences of the adding task
 
 
 def adding() -> Dataset:
-    """Add the two marked ones of 50 numbers (Hochreiter & Schmidhuber 1997, section 5.4); 40,000 / 2,000 / 5,000.
+    """Adding asks for the sum of the two marked numbers among 50, split 40,000 / 2,000 / 5,000.
 
-    Each step is a number, even in -0.5 to 0.5, and its mark, 0 or 1. As in Skip RNN (Campos et al. 2018, section 4.1)
-    one mark is in the first tenth, the other in the last half: at least 40 % of the steps say nothing. Answering 0
-    costs a squared error of 1/6; a network is said to solve the task at a hundredth of that.
+    The task is that of Hochreiter & Schmidhuber (1997, section 5.4). Each step is a number, uniform in -0.5 to 0.5, and
+    its mark, 0 or 1. As in Skip RNN (Campos et al. 2018, section 4.1), one mark is in the first tenth and the other in
+    the last half, so at least 40 % of the steps carry no information. The answer 0 has a squared error of 1/6; a
+    network is said to solve the task at a hundredth of that.
     """
     rng = np.random.default_rng(0)
 
@@ -34,15 +35,16 @@ def adding() -> Dataset:
     return Dataset("adding", 1, Split(*train, task), Split(*validation, task), Split(*test, task), Augmentation())
 
 
-MOST_BITS = 24  # of the parity task
+MOST_BITS = 24  # the length of sequences of the parity task
 
 
 def prefix() -> Dataset:
-    """Is the number of ones among the first bits odd? How many bits count is drawn; 20,000 / 2,000 / 5,000.
+    """Prefix asks whether the number of ones among the first bits is odd, split 20,000 / 2,000 / 5,000.
 
-    Half of the rows have 2 to 6 bits, the other half 2 to 24. A step is a bit, +1 or -1, and whether it counts; behind
-    the last one that counts all is zero. After prefix sums (Schwarzschild et al. 2021, NeurIPS) and the parity task of
-    adaptive computation time (Graves 2016, section 3.1).
+    The number of bits that count is random: from 2 to 6 in half of the rows, from 2 to 24 in the other half. A step is
+    a bit, +1 or -1, and a 1 that says that it counts; after the last bit that counts, all numbers are zero. The task
+    follows prefix sums (Schwarzschild et al. 2021, NeurIPS) and the parity task of adaptive computation time (Graves
+    2016, section 3.1).
     """
 
     def draw(count: int, seed: int) -> Split:
@@ -63,12 +65,10 @@ def prefix() -> Dataset:
 
 
 def sequential_digits() -> Dataset:
-    """The digits' 8x8 pixels one by one: 64 steps of a grey value, its row and its column (one-hot); split as the
-    digits are.
+    """Sequential-digits has the 8x8 pixels of the digits one by one, split 1,257 / 180 / 360.
 
-    A network that has skipped pixels cannot count where it is. Measured (GRU of 64 units, 200 epochs under random
-    routes, validation): half of the pixels, drawn at random, are enough for 60 % of the images without their places
-    and for 84 % with them, all pixels for 97 % of them.
+    Each of the 64 steps is a grey value, its row and its column (one-hot). The place is given because a network that
+    has skipped pixels cannot count where it is, and would recognise far fewer images from half of their pixels.
     """
     row, column = torch.arange(64) // 8, torch.arange(64) % 8
     place = torch.cat([torch.eye(8)[row], torch.eye(8)[column]], 1)
@@ -80,6 +80,6 @@ def sequential_digits() -> Dataset:
 
 
 def sequential_fashion_mnist() -> Dataset:
-    """The clothes row by row, from the top: 28 steps of 28 numbers, split as fashion-mnist is."""
+    """Sequential-fashion-mnist has the clothes row by row, 28 steps of 28 numbers, split 55,000 / 5,000 / 10,000."""
     parts = [(images.squeeze(1), labels) for images, labels in fashion_images()]
     return standardised("sequential-fashion-mnist", 10, Augmentation(), parts)

@@ -1,7 +1,7 @@
-"""Curve tracing: which colour stands at the other end of the marked curve? How far there is to trace is drawn for each.
+"""In curve tracing, a network tells the colour at the other end of a marked curve, whose length is random.
 
-After Pathfinder (Linsley et al. 2018, NeurIPS) and the visual routine of boundary tracing (Ullman 1984, Cognition),
-with six answers instead of two. The longer the curve, the more layers a network of small kernels needs.
+The task follows Pathfinder (Linsley et al. 2018, NeurIPS) and the visual routine of boundary tracing (Ullman 1984,
+Cognition), with six answers instead of two. The longer the curve, the more layers a network of small kernels needs.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ GREY, HEADING, KEPT = (
     0.4,
     2.0,
     0.5,
-)  # of a curve's pixels; a curve goes straight on with this weight in this share of steps
+)  # the grey of a curve's pixels; the weight on going straight; the share of steps in which this weight counts
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image holds.
+    """A scene says what each image holds.
 
     Attributes:
-        side: pixels each way.
-        strands: curves in an image, each with an end of another colour.
-        longest: steps of the longest curve. Half of the curves draw their length from 2 to a quarter of this, the other
-            half from 2 to all of it.
+        side: the image's width and height in pixels.
+        strands: the number of curves in an image, each with an end of another colour.
+        longest: the steps of the longest curve. Half of the curves draw their length from 2 to a quarter of this
+            number, the other half from 2 to the whole number.
     """
 
     side: int
@@ -38,7 +38,7 @@ class Scene:
 
 
 class _Walkers:
-    """One curve in each of n images, all grown at once; curves touch neither themselves nor one another."""
+    """The walkers grow one curve in each of n images at the same time; curves touch neither themselves nor others."""
 
     def __init__(self, scene: Scene, count: int, rng: np.random.Generator) -> None:
         self.width = scene.side + 2  # with a border, so that no neighbour lies outside
@@ -50,7 +50,7 @@ class _Walkers:
         self.jumps = np.array([-self.width, 1, self.width, -1])
 
     def grow(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw another curve into each image: its first and last pixel, and its steps, each [n]."""
+        """Draw another curve into each image, and return its first and last pixel and its steps, each [n]."""
         rng, count = self.rng, len(self.every)
         at = self._free_places()
         first = at.copy()
@@ -77,7 +77,7 @@ class _Walkers:
             self.drawn[moved, at[moved]] = True
 
     def _free_places(self) -> np.ndarray:
-        """[n], in each image a pixel that touches no curve."""
+        """Return a pixel in each image that touches no curve, [n]."""
         grid = self.drawn.reshape(-1, self.width, self.width)
         near = grid.copy()
         for axis in (1, 2):
@@ -89,7 +89,7 @@ class _Walkers:
 
 
 def trace_images(scene: Scene, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images of curves.
+    """Draw `count` images of curves.
 
     Returns:
         images [count, 3, side, side] in 0 to 1; classes [count], the colour at the end of the curve whose other end is
@@ -114,7 +114,7 @@ def trace_images(scene: Scene, count: int, seed: int) -> tuple[torch.Tensor, tor
 
 
 def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> Dataset:
-    """The splits have seeds of their own; training images may be drawn anew by any other."""
+    """Make a data set whose splits have seeds of their own; other seeds draw other training images."""
     made = [trace_images(scene, count, seed) for seed, count in enumerate((train, validation, test))]
     mean, deviation = float(made[0][0].mean()), float(made[0][0].std())
 
@@ -129,10 +129,10 @@ def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> 
 
 
 def trace() -> Dataset:
-    """Six curves of up to 32 steps in 24x24 pixels; 20,000 / 5,000 / 5,000."""
+    """Trace has six curves of up to 32 steps in 24x24 pixels, split 20,000 / 5,000 / 5,000."""
     return _traces("trace", Scene(side=24, strands=6, longest=32), 20_000, 5_000, 5_000)
 
 
 def trace_small() -> Dataset:
-    """Four curves of up to 20 steps in 16x16 pixels; 10,000 / 2,000 / 2,000."""
+    """Trace-small has four curves of up to 20 steps in 16x16 pixels, split 10,000 / 2,000 / 2,000."""
     return _traces("trace-small", Scene(side=16, strands=4, longest=20), 10_000, 2_000, 2_000)

@@ -1,4 +1,4 @@
-"""Deployment: a backbone with a policy plugged in."""
+"""In deployment, a backbone has a policy plugged in."""
 
 from dynrl.deploy.capture import CapturedModel
 from dynrl.deploy.routed import Route, RoutedModel, plug

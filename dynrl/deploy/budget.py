@@ -1,20 +1,23 @@
-"""Budgets: the price at which a policy spends what it may."""
+"""A budget is met by the price at which a policy spends that much."""
 
 from __future__ import annotations
 
 import warnings
 from itertools import pairwise
 
-# Neighbours on a curve whose prices are all but the same, and which differ by more than this share of the dearest cost:
-# there the policy changes its mind for most inputs at once.
+# A curve jumps where neighbours have almost the same price and costs that differ by more than this share of the dearest
+# cost. There, the policy changes its choice for most inputs at once.
 JUMP = 0.1
 
 
 def price_at(curve: list[tuple[float, float]], budget: float, unit: str) -> float:
-    """The price at which `curve` [(price, what it costs)], prices rising, passes `budget`.
+    """Return the price at which `curve`, [(price, cost)] by rising price, passes `budget`.
 
-    Where the curve jumps over it, because a policy changes its mind for most inputs at one price: the price behind the
-    jump, which costs less, and a warning.
+    If the curve jumps over the budget, the result is the price behind the jump, which costs less, and a warning is
+    given.
+
+    Raises:
+        ValueError: the budget is below or above all costs of the curve.
     """
     dearest, cheapest = max(cost for _, cost in curve), min(cost for _, cost in curve)
     if not cheapest <= budget <= dearest:
@@ -31,6 +34,6 @@ def price_at(curve: list[tuple[float, float]], budget: float, unit: str) -> floa
                 )
                 return high
             share = 0.5 if above == below else (above - budget) / (above - below)
-            # Prices were drawn evenly in their logarithm. Rounding must not carry the result out of the range.
+            # Interpolate in the logarithm of the price. Rounding must not carry the result out of the range.
             return min(max(low * (high / low) ** share, low), high)
     raise AssertionError("a continuous curve reaches every value between its ends")

@@ -1,4 +1,4 @@
-"""Capture: a routed model's walk as one CUDA graph."""
+"""A captured model runs a routed model's walk as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What of a model a recording holds for good: a replay after it has changed would answer for another model.
+    """A recording fixes these facts of a model; if they change, a replay would give another model's outputs.
 
     Attributes:
-        price: that the policy is told.
-        edition: of the policy's weights; moving the model or loading weights makes another.
+        price: the price that the policy is told.
+        edition: the edition of the policy's weights; moving the model or loading weights makes a new one.
     """
 
     price: float
@@ -28,7 +28,7 @@ class Recorded:
 
     @classmethod
     def of(cls, model: RoutedModel) -> Recorded:
-        """As the model is now."""
+        """Return the present facts of `model`."""
         return cls(model.price, model.policy.edition)
 
     def check(self, model: RoutedModel) -> None:
@@ -42,18 +42,19 @@ class Recorded:
 
 
 class CapturedModel:
-    """A routed model's walk, router included, recorded once and replayed: no Python, no wait for the host in between.
+    """A captured model records a routed model's walk, router included, and replays it without Python in between.
 
-    Decisions are taken anew at each replay; how many rows run is read from device memory by our kernels. Inputs are not
-    checked for NaN, which would wait for the device.
+    Each replay decides anew: our kernels read from device memory how many rows run. Inputs are not checked for NaN,
+    because that would wait for the device.
 
     Args:
-        model: on a CUDA device, with a learned policy. Its price is recorded, too: capture again after `set_price`, and
-            when it was moved or other weights were loaded.
-        batch_size: of all inputs to come.
+        model: a model on a CUDA device, with a learned policy. Its price is recorded, too: capture it again after
+            `set_price`, or after it was moved or other weights were loaded.
+        batch_size: the batch size of all inputs to come.
 
     Raises:
-        ValueError: the model is not on a CUDA device, or its policy gives whole routes.
+        ValueError: the model is not on a CUDA device, its policy does not decide step by step, or its family's ops
+            cannot be captured.
     """
 
     def __init__(self, model: RoutedModel, batch_size: int) -> None:
@@ -67,15 +68,16 @@ class CapturedModel:
                 "policy that decides step by step can, on a family whose ops read counts on the device"
             )
         self.model, self._state = model, Recorded.of(model)
-        # The graph reads the policy's tables wherever they lay when it was recorded: set_price must not free them.
+        # The graph reads the policy's tables at their addresses during the recording, so `set_price` must not free
+        # them.
         self._chooser = model.chooser
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
         with torch.inference_mode(), device_counts():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # the kernels choose their tiles here: capture forbids timing
-                # First with all rows at work: on few or none, one tile is as good as another.
+            with torch.cuda.stream(stream):  # the kernels choose their tiles here, because a capture forbids timing
+                # The first walk has all rows at work: on few or no rows, all tiles would take the same time.
                 model.backbone.run_route(self._inputs, model.backbone.dense_actions(batch_size, weights.device))
                 for _ in range(2):
                     model.walk(self._inputs)
@@ -85,7 +87,7 @@ class CapturedModel:
                 self._walk = model.walk(self._inputs)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[batch_size, *input_shape] to the outputs, which the next call overwrites; as it does `last_route`."""
+        """Return the outputs for [batch_size, *input_shape]; the next call overwrites them and `last_route`."""
         if inputs.shape != self._inputs.shape or inputs.dtype != self._inputs.dtype:
             raise ValueError(
                 f"expected inputs of {self._inputs.dtype} {tuple(self._inputs.shape)} as captured, got {inputs.dtype} "

@@ -1,4 +1,4 @@
-"""Export: a routed model's walk as a program of torch.export or ONNX, which needs no dynrl."""
+"""An exported routed model is a program of torch.export or ONNX that needs no dynrl."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def export(model: RoutedModel, path: str | Path) -> None:
-    """Write the walk at the present price, router included, for batches of any size (a *.pt2: of two or more).
+    """Write the walk at the present price, router included, as a program for batches of two or more.
 
-    A *.pt2 is a torch.export program: `torch.export.load(path).module()(inputs)` needs torch alone. A *.onnx is for
-    onnxruntime and others; to write one takes the packages onnx and onnxscript. What is skipped is not computed there,
-    either.
+    A *.pt2 file is a torch.export program: `torch.export.load(path).module()(inputs)` needs torch alone. A *.onnx file
+    is for onnxruntime and others, and takes batches of one, too; writing it needs the packages onnx and onnxscript.
+    These programs skip computation just like the model.
 
     Raises:
-        ValueError: another ending; a family whose rows' choices set sizes that torch.export cannot carry
-            (`Backbone.exports`); packages that are missing.
+        ValueError: the file has another suffix, the family's choices set sizes that torch.export cannot express
+            (`Backbone.exports`), or packages are missing.
     """
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
@@ -47,18 +47,21 @@ def export(model: RoutedModel, path: str | Path) -> None:
         program = torch.export.export(_Walking(model), (example,), dynamic_shapes=({0: batch},))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor found")  # the router's transposed weights
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch about its own, when it copies the program
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch warns about its own code when it copies the program
         content = _as_onnx(program) if path.suffix == ".onnx" else _as_pt2(program)
     with write_aside(path) as aside:
         aside.write_bytes(content)
 
 
 class _Walking(nn.Module):
-    """What is exported: no checks that would look at values, and no books kept."""
+    """This module is what is exported: it neither checks values nor records routes."""
 
     def __init__(self, model: RoutedModel) -> None:
         super().__init__()
-        self.model, self._chooser = model, model.chooser  # made here: a tracer's tables must not stay in the model
+        self.model, self._chooser = (
+            model,
+            model.chooser,
+        )  # made before tracing, so that no traced tables stay in the model
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.model.backbone.run(inputs, self._chooser).outputs
@@ -77,7 +80,9 @@ def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
     levels = [log.level for log in logs]
     try:
         for log in logs:
-            log.setLevel(logging.ERROR)  # torchvision's ops are missing, empty attributes are taken for integers
+            log.setLevel(
+                logging.ERROR
+            )  # warnings on torchvision's missing ops and on empty attributes mean nothing here
         converted = torch.onnx.export(program, dynamo=True, verbose=False)
     finally:
         for log, level in zip(logs, levels, strict=True):

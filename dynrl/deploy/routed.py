@@ -1,4 +1,4 @@
-"""The routed model: a backbone with a policy plugged in, as one module from tensors to outputs."""
+"""A routed model is a backbone with a policy plugged in, as one module from tensors to outputs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Route:
-    """Who went where, at what cost, in the last call of a routed model.
+    """A route says what ran for each row in one call of a routed model, and at what cost.
 
     Attributes:
-        actions: [B, columns] int64, what ran; -1 where a row has not been.
+        actions: [B, columns] int64, what ran; -1 where a row never was.
         macs: [B] int64, the backbone's MACs.
-        router_macs: [B] int64, the policy's, on top.
-        dense_macs: of one row of the dense network.
+        router_macs: [B] int64, the policy's MACs, in addition.
+        dense_macs: the MACs of one row of the dense network.
     """
 
     actions: Tensor
@@ -38,29 +38,29 @@ class Route:
 
     @property
     def macs_fraction(self) -> Tensor:
-        """[B], all MACs, the router's included, over the dense network's."""
+        """All MACs, the router's included, as a share of the dense network's: [B]."""
         return (self.macs + self.router_macs) / self.dense_macs
 
     @property
     def router_fraction(self) -> Tensor:
-        """[B], the router's MACs over the dense network's."""
+        """The router's MACs as a share of the dense network's: [B]."""
         return self.router_macs / self.dense_macs
 
 
 class RoutedModel(nn.Module):
-    """A backbone that a policy walks, row by row; made by `plug` or `load`.
+    """In a routed model, a policy routes each row through a backbone; `plug` and `load` make one.
 
     Attributes:
-        input_shape: of one input.
-        price_range: lowest and highest price; None for policies that know no price.
-        curve: [(price, MACs fraction on validation data)], prices rising.
-        latency: [(price, milliseconds a batch)] on this machine, prices rising; of `dynrl calibrate`, else empty.
-        last_route: the `Route` of the last call.
+        input_shape: the shape of one input.
+        price_range: the lowest and highest price; None for policies that know no price.
+        curve: [(price, MACs fraction on validation data)], by rising price.
+        latency: [(price, milliseconds a batch)] on this machine, by rising price; empty without `dynrl calibrate`.
+        last_route: the `Route` of the last call; None before the first one.
     """
 
     last_route: Route | None
-    _chooser: Callable[[State], Tensor] | None = None  # by the policy's weights at the present price
-    _made_for: tuple[int, float] | None = None  # which edition of them, and the price
+    _chooser: Callable[[State], Tensor] | None = None  # made of the policy's weights and a price
+    _made_for: tuple[int, float] | None = None  # the edition of the weights and the price that `_chooser` is made of
 
     def __init__(self, backbone: Backbone, policy: Policy, curve: list[tuple[float, float]] | None = None) -> None:
         super().__init__()
@@ -75,7 +75,9 @@ class RoutedModel(nn.Module):
         self._price = 0.0
         if self.price_range is not None:
             low, high = self.price_range
-            self.set_price(min(max((low * high) ** 0.5, low), high))  # of one price the root may round to another
+            self.set_price(
+                min(max((low * high) ** 0.5, low), high)
+            )  # if low == high, the root may round to another price
         self._look_macs = 0 if policy.sight is None else count_macs(policy, (policy.sight.width,))[0]
         self.eval()
 
@@ -85,15 +87,19 @@ class RoutedModel(nn.Module):
         return self._price
 
     def set_price(self, price: float) -> None:
-        """Tell the policy a price within its range: higher is cheaper to run."""
+        """Tell the policy a price within its range; at a higher price, the model spends less.
+
+        Raises:
+            ValueError: the policy knows no price, or the price is outside its range.
+        """
         if self.price_range is None:
-            raise ValueError(f"{type(self.policy).__name__} knows no price")
+            raise ValueError(f"{type(self.policy).__name__} knows no price; only learned policies do")
         if not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
         self._price = float(price)
 
     def set_budget(self, budget: float) -> None:
-        """Choose the price whose MACs on validation data were `budget` times the dense network's, on average.
+        """Choose the price at which the model spent the share `budget` of the dense MACs on average on validation data.
 
         Raises:
             ValueError: the policy was not calibrated, or `budget` lies outside what it can reach.
@@ -105,10 +111,10 @@ class RoutedModel(nn.Module):
         self.set_price(price_at(self.curve, budget, "of the dense MACs"))
 
     def set_milliseconds(self, budget: float) -> None:
-        """Choose the price at which a batch took `budget` milliseconds when `dynrl calibrate` timed it on this machine.
+        """Choose the price at which a batch took `budget` milliseconds when `dynrl calibrate` timed this machine.
 
         Raises:
-            ValueError: it was not timed on this machine, or `budget` lies outside what the policy can reach.
+            ValueError: the model was not timed on this machine, or `budget` lies outside what the policy can reach.
         """
         if len(self.latency) < 2:
             count = torch.get_num_threads()
@@ -118,18 +124,18 @@ class RoutedModel(nn.Module):
         self.set_price(price_at(self.latency, budget, "milliseconds"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
-        # The policy follows to another device, and no further: it stays in float32, as what it sees does.
+        # The policy moves to another device, but keeps its type: it stays in float32, like its observations.
         first = next(self.backbone.parameters())
         before = first.device, first.dtype
         self.backbone._apply(fn, recurse)
         first = next(self.backbone.parameters())
         if (first.device, first.dtype) != before:
-            self.latency = []  # of what it was
+            self.latency = []  # the times were those of the old device or type
             self.policy.to(first.device)
         return self
 
     def train(self, mode: bool = True) -> RoutedModel:
-        """Stays in inference mode, as what `plug` gives is frozen: in training, batch norm would change for good."""
+        """Stay in inference mode, because in training mode, running batch norm would change the frozen model."""
         return super().train(False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,7 +143,7 @@ class RoutedModel(nn.Module):
 
     @property
     def chooser(self) -> Callable[[State], Tensor]:
-        """The policy at the present price, as `Backbone.run` asks for it."""
+        """The function that `Backbone.run` asks for choices: the policy at the present price."""
         made_for = (self.policy.edition, self._price)
         if self._chooser is None or self._made_for != made_for:
             self._chooser, self._made_for = self.policy.chooser(self.backbone, self._price), made_for
@@ -145,15 +151,15 @@ class RoutedModel(nn.Module):
 
     @torch.inference_mode()
     def walk(self, inputs: Tensor) -> Walk:
-        """Walk `inputs` to their ends; `forward` with everything the walk knows."""
-        with torch.autocast(inputs.device.type, enabled=False):  # a caller's, for other models: this one has one dtype
+        """Walk `inputs` to their ends, like `forward`, and return the whole walk."""
+        with torch.autocast(inputs.device.type, enabled=False):  # a caller's autocast would change this model's dtype
             return self.backbone.run(inputs, self.chooser)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[B, *input_shape] to the backbone's outputs [B, ...]; what it did is in `last_route`.
+        """Return the backbone's outputs [B, ...] for inputs [B, *input_shape], and keep the route in `last_route`.
 
         Raises:
-            ValueError: another shape, an empty batch, NaN or infinity.
+            ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
         """
         self.backbone.check_inputs(inputs)
         walk = self.walk(inputs)
@@ -165,28 +171,28 @@ class RoutedModel(nn.Module):
         return Route(walk.route, walk.macs, self.policy.looks(walk) * self._look_macs, self.backbone.dense_macs)
 
     def export(self, path: str | Path) -> None:
-        """Write the walk at the present price as a program that needs no dynrl; see `dynrl.deploy.export`."""
+        """Write the walk at the present price as a program that needs no dynrl (see `dynrl.deploy.export`)."""
         from dynrl.deploy.export import export
 
         export(self, path)
 
     def capture(self, batch_size: int) -> CapturedModel:
-        """The walk as one CUDA graph for inputs of one batch size at the present price; see `CapturedModel`."""
+        """Capture the walk at the present price as one CUDA graph for one batch size (see `CapturedModel`)."""
         from dynrl.deploy.capture import CapturedModel
 
         return CapturedModel(self, batch_size)
 
 
 def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
-    """Plug a policy into a backbone.
+    """Plug a policy into a backbone and return the routed model.
 
     Args:
-        backbone: is copied (and its copy made fast for inference), never changed.
+        backbone: the backbone. It is copied, and the copy is made fast for inference; the original is never changed.
         policy: a policy file, or a policy, which is copied, too.
 
     Raises:
-        ValueError: a file that is missing, damaged or altered, or was trained for another backbone or decision;
-            weights of the backbone that are NaN or infinite.
+        ValueError: the file is missing, damaged or altered, or was trained for another backbone or decision; or weights
+            of the backbone are NaN or infinite.
 
     Example:
         model = dynrl.plug(backbone, "runs/skip/policy.safetensors")
@@ -195,7 +201,9 @@ def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
     """
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"the backbone's {name!r} holds NaN or infinity")
+            raise ValueError(
+                f"the backbone's {name!r} holds NaN or infinity; train it again with a lower learning rate"
+            )
     if not isinstance(policy, (str, Path)):
         return RoutedModel(backbone, policy)
     router, metadata = load_policy(policy)
@@ -205,7 +213,7 @@ def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
 
 
 def _check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) -> None:
-    """Refuse a policy that was trained for another decision or another backbone."""
+    """Refuse, with a ValueError, a policy that was trained for another decision or another backbone."""
     if metadata["decision"] != backbone.decision:
         raise ValueError(f"{path} decides {metadata['decision']!r}; this backbone poses {backbone.decision!r}")
     if metadata["backbone"] != backbone.fingerprint():

@@ -1,4 +1,4 @@
-"""Run folders as routed models, and the small models that come with the package."""
+"""Run folders are loaded as routed models, and so are the small models that come with the package."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from dynrl.deploy.routed import RoutedModel, plug
 from dynrl.files import fingerprint, read_json
 from dynrl.machine import hardware
 
-LATENCY = "latency.json"  # in a run: what a batch took on which machine
+LATENCY = "latency.json"  # the file in a run folder that says how long a batch took, and on which machine
 
-SHIPPED = Path(__file__).parents[1] / "pretrained"  # small models that come with the package, by name
+SHIPPED = Path(__file__).parents[1] / "pretrained"  # it has a folder for each model that comes with the package
 
 
 def shipped() -> list[str]:
-    """The names of the models that come with the package."""
+    """Return the names of the models that come with the package."""
     return sorted(file.parent.name for file in SHIPPED.glob("*/policy.safetensors"))
 
 
 def load(run: str | Path) -> RoutedModel:
-    """The routed model of a run folder: its backbone with its policy plugged in, and the times of this machine.
+    """Load the routed model of a run folder, with the times of this machine if `dynrl calibrate` measured them.
 
     Args:
-        run: a folder, or the name of a model that comes with the package (`shipped`), such as "skip-digits".
+        run: a run folder, or the name of a model that comes with the package (`shipped`), such as "skip-digits".
+
+    Raises:
+        ValueError: there is no such folder or model, or its files are damaged or do not belong together.
     """
     run = Path(run)
     if not run.is_dir() and str(run) in shipped():
@@ -42,5 +45,5 @@ def load(run: str | Path) -> RoutedModel:
 
 
 def policy_fingerprint(model: RoutedModel) -> str:
-    """Tells whether a model's policy is the one that was timed."""
+    """Return a digest that tells whether a model's policy is the one that was timed."""
     return fingerprint(model.policy.state_dict(), model.curve)

@@ -18,18 +18,18 @@ from dynrl.evaluation.scores import score
 def calibrate(
     model: RoutedModel, split: Split, points: int = 17, gap: float = 0.03, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:
-    """Measure the MACs fraction over the price range: the curve in which `set_budget` finds a price.
+    """Measure what share of the dense MACs the policy spends at each price; `set_budget` looks prices up in this curve.
 
     Args:
         model: a routed model whose policy knows a price.
         split: validation data.
         points: how many prices are tried at first, evenly spaced in their logarithm.
-        gap: then a price is tried halfway between neighbours that are further apart than this share of the dense MACs,
-            until there are none or their prices differ by less than half a thousandth.
-        tick: is called after each price.
+        gap: neighbours on the curve that differ by more than this share of the dense MACs get another price between
+            them, until no such gap is left or the prices differ by less than half a thousandth.
+        tick: called after each price.
 
     Returns:
-        [(price, MACs fraction)], prices rising. The model has it as its curve, too.
+        [(price, MACs fraction)], by rising price. The model's `curve` is set to the same list.
     """
     assert model.price_range is not None, "only a policy that knows a price can be calibrated"
     low, high = model.price_range
@@ -56,17 +56,19 @@ def calibrate(
 
 
 def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
-    """Tell what a calibrated policy has failed to learn, with advice; None if nothing is amiss.
+    """Say what a calibrated policy has failed to learn, with advice; return None if nothing is wrong.
 
-    A policy may end up deaf to the price (one point instead of a front) or to the inputs (one route for all: a static
-    network, which needs no router). Reinforcement learning stays there, since nothing else is tried any more.
+    A policy may end up ignoring the price: it then has one point instead of a front. It may also end up ignoring the
+    inputs: all of them take one route, which is a static network and needs no router. Reinforcement learning does not
+    recover from either state, because such a policy tries nothing else any more.
     """
     macs = [spent for _, spent in model.curve]
     reach = f"{min(macs):.2f} to {max(macs):.2f} of the dense MACs"
     if len(macs) > 1 and max(macs) - min(macs) < 0.02:
         return (
-            f"collapsed: the price changes nothing (it spends {reach}). Widen the price range (--price-range; at "
-            "its ends all and almost nothing should be spent), or train for more steps"
+            f"collapsed: the price changes nothing (the policy spends {reach}). Widen the price range "
+            "(--price-range): the lowest price should make the policy spend everything, the highest almost nothing. "
+            "Or train for more steps"
         )
     before, routes = model.price, 0
     for i in range(prices):
@@ -76,33 +78,34 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
     if routes > 1:
         return None
     return (
-        f"collapsed: every input takes the same route at each price (it spends {reach}). Train for more steps, or with "
-        "another seed; see in TensorBoard when routes/distinct fell. If it recurs, inputs may not differ in what they "
-        "need: then the static routes of the report are as good"
+        f"collapsed: every input takes the same route at each price (the policy spends {reach}). Train for more steps "
+        "or with another seed; TensorBoard shows when routes/distinct fell. If this happens again, the inputs may not "
+        "differ in what they need: then the static routes of the report are as good"
     )
 
 
 def calibrate_latency(
     model: RoutedModel, inputs: Tensor, batch_size: int, rounds: int = 5, tick: Callable[[], Any] = lambda: None
 ) -> list[tuple[float, float]]:
-    """Time a batch at each price of `model.curve`: the curve in which `set_milliseconds` finds a price.
+    """Time a batch at each price of `model.curve`; `set_milliseconds` looks prices up in the result.
 
     Args:
         model: a calibrated model.
-        inputs: validation data, at least one batch. Each call takes other rows of it: a plugged model meets new
-            batches, too, whose routes set sizes that no layer has seen, and one batch may be easier than most.
+        inputs: validation data, at least one batch. Each call takes different rows, because a plugged model meets new
+            batches too, whose routes give layers batch sizes that they have not seen, and because one batch may be
+            easier than most.
         batch_size: rows of a batch.
-        rounds: how often each price is timed, see `medians_in_turn`.
-        tick: is called after each round.
+        rounds: how often each price is timed (see `medians_in_turn`).
+        tick: called after each round.
 
     Returns:
-        [(price, milliseconds)], prices rising and times falling. A dearer price takes no longer, so medians that say
-        otherwise are noise, and all are put in order (rearrangement: Chernozhukov et al. 2009, Biometrika).
+        [(price, milliseconds)], by rising price and falling time. A higher price cannot take longer, so medians that
+        say otherwise are noise; the times are sorted (rearrangement: Chernozhukov et al. 2009, Biometrika).
     """
     draw = random.Random(0)
 
     def at(price: float) -> None:
-        if model.price != price:  # in the call before the timed ones
+        if model.price != price:  # true only in the call that precedes the timed ones
             model.set_price(price)
         start = draw.randint(0, len(inputs) - batch_size)
         model(inputs[start : start + batch_size])

@@ -1,4 +1,4 @@
-"""A comparison of runs of one backbone tells who is better, by how much, and how surely."""
+"""A comparison of runs of one backbone says which policy is better, by how much, and how certain that is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
 from dynrl.tasks import TASKS, Task
 
-COMPARED = tuple(sorted((*BUDGETS, 1 / 3, 0.9)))  # a third, which papers name, and nearly all
+COMPARED = tuple(sorted((*BUDGETS, 1 / 3, 0.9)))  # papers often name a third; 0.9 is nearly all
 
 
 def compare(
@@ -33,21 +33,25 @@ def compare(
     budgets: Sequence[float] = COMPARED,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Compare policies on the test split: fronts, and paired differences with 95 % intervals over inputs and seeds.
+    """Compare policies on the test split by fronts and by paired differences with 95 % intervals.
 
-    PPO's policies (without them, all) are each held against every other contender. Policies that were trained at one
-    price are held against those of the same kind for all prices, at equal MACs.
+    The intervals are over inputs and seeds. Each PPO policy is compared with every other contender; if no run is PPO's,
+    each learned policy is. Policies trained at one price are compared at equal MACs with policies of the same kind that
+    were trained for all prices.
 
     Args:
-        runs: run folders of one backbone, finished ones.
+        runs: finished run folders of one backbone.
         out: a folder for `comparison.json` and `comparison.png`; None writes nothing.
-        smaller: folders whose `plain.safetensors`, smaller networks, stand beside them.
-        data: the data set; None takes the runs' own by its name.
-        budgets: shares of the dense MACs, rising, over which areas are taken.
+        smaller: folders that each hold a smaller plain network, `plain.safetensors`, to compare with.
+        data: the data set; None loads the one that the runs name.
+        budgets: the shares of the dense MACs, rising, over which areas are taken.
         show: whether to show progress.
 
     Returns:
-        the comparison, JSON-able.
+        the comparison, as a dictionary that JSON can hold.
+
+    Raises:
+        ValueError: there are no runs, or they do not belong in one comparison (see `by_kind`).
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in runs]
     if not folders:
@@ -59,7 +63,7 @@ def compare(
     learned, alone = ([of for of in everyone if of.asked is asked] for asked in (True, False))
     dense = Dense(ground, folders[0].plain, learned)
     *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller])
-    others = [rival for rival in others if rival.asked]  # what is the same everywhere is among the static routes
+    others = [rival for rival in others if rival.asked]  # uniform routes heed no budget; the static ones include them
     fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, show)
     result = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
@@ -85,7 +89,7 @@ def _ask(
     budgets: Sequence[float],
     show: bool,
 ) -> tuple[dict[str, Front], list[dict[str, Any]]]:
-    """The fronts of all contenders, and what policies for one price say beside those for all."""
+    """Return the fronts of all contenders, and how policies for one price compare with policies for all prices."""
     total = sum(contender.passes(budgets) for contender in contenders) + len(alone)
     fronts, one_price = {}, []
     with talking(show), progress(total=total, desc="comparing", unit="pass") as bar:
@@ -104,10 +108,10 @@ def _ask(
 def _all_differences(
     fronts: dict[str, Front], learned: Sequence[Learned], dense: Dense, task: Task
 ) -> list[dict[str, Any]]:
-    """Hold each of PPO's policies (without them, each policy) against every other contender."""
+    """Compare each PPO policy (or, if there is none, each learned policy) with every other contender."""
     held = [of.name for of in learned if of.kind is not None and of.kind.agent == "ppo"]
     return [
-        # Where the dense network is a policy's own, seed by seed, what a seed's networks share cancels.
+        # If the dense networks are this policy's own, seed by seed, what the two networks of a seed share cancels out.
         {"policy": name, "rival": rival, **differences(fronts[name], fronts[rival], task, same)}
         for name in held or [of.name for of in learned]
         for rival in fronts
@@ -117,9 +121,10 @@ def _all_differences(
 
 
 def at_equal_macs(every: Learned, alone: Learned, task: Task) -> dict[str, float] | None:
-    """Tell how much better policies for all prices (`every`) are than some for one price only (`alone`).
+    """Measure how much better policies for all prices (`every`) are than policies for one price only (`alone`).
 
-    The former are told to spend what the latter do on average. None where one of them cannot.
+    The policies for all prices are told to spend what the others spend on average. The result is None if one of them
+    cannot.
     """
     theirs = alone.reach(None)
     assert theirs is not None, "its only point is in reach"
@@ -140,7 +145,7 @@ def at_equal_macs(every: Learned, alone: Learned, task: Task) -> dict[str, float
 
 
 def _figures(front: Front) -> dict[str, list[float | None]]:
-    """Return mean and spread over seeds at each budget; None where it is out of reach."""
+    """Return the mean and the spread over seeds at each budget; None stands where a budget is out of reach."""
 
     def listed(values: Tensor) -> list[float | None]:
         return [float(v) if ok else None for v, ok in zip(values, front.reached.tolist(), strict=True)]
@@ -155,7 +160,7 @@ def comparison_text(result: dict[str, Any]) -> str:
     task = TASKS[result["metric"]]
     lines = [
         f"{result['decision']} on {result['data']}, {result['inputs']} test inputs; seeds: {result['seeds']}",
-        f"difference in {task.heading}, more is better for the policy; 95 % interval over inputs and seeds",
+        f"difference in {task.heading}, positive where the policy is better; 95 % interval over inputs and seeds",
     ]
     for row in result["differences"]:
         for at in ("area", "0.333", "0.5"):

@@ -1,7 +1,7 @@
-"""Contenders are the rows of a report: learned policies, and all that they must beat.
+"""Contenders are the rows of a report: the learned policies and everything that they must beat.
 
-Each contender is one object. `Contender.reach(budget)` says what each of its seeds does with every input of the test
-split; reports average that, comparisons pair it input by input.
+Each contender is one object. `Contender.reach(budget)` returns what each of its seeds does with every input of the
+test split. Reports average these results; comparisons pair them input by input.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.runs import RunKind
 from dynrl.tasks import Task
 
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of the dense MACs at which reports ask
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # the shares of the dense MACs at which reports ask
 RANDOM_SEEDS = 3
-VALIDATED = 1024  # rows of the validation split that searches look at
-RATED = 256  # of them, those that tell what random routes cost
+VALIDATED = 1024  # how many rows of the validation split searches look at
+RATED = 256  # how many of those rows measure what random routes cost
 
 Tick = Callable[[], Any]
 
 
 class Ground:
-    """A ground is one pretrained network with its data; all contenders of a report stand on it.
+    """A ground is one pretrained network with its data; all contenders of a report are measured on it.
 
     Args:
-        backbone: as pretrained; its `for_inference` copy walks random, static and oracle routes.
-        dataset: with the splits that rules are fitted on, and judged on.
-        device, dtype: of networks and inputs; policies stay in float32.
+        backbone: the pretrained network; its `for_inference` copy walks random, static and oracle routes.
+        dataset: the data set; rules are fitted on its validation split and judged on its test split.
+        device, dtype: where networks and inputs are, and their type; policies stay in float32.
     """
 
     def __init__(
@@ -50,27 +50,27 @@ class Ground:
         self.task: Task = dataset.task
 
     def put(self, network: Backbone) -> Backbone:
-        """Copy a network for inference (batch norm folded, say) and put it where all are."""
+        """Copy a network for inference (with batch norm folded, for example) and move it to the ground's device."""
         return network.for_inference().to(*self.place)
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished all work that it was given."""
         if self.place[0].type == "cuda":
             torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
 class Reached:
-    """One seed's answer to a budget: each input of the test split, with its metric, its cost and its route.
+    """This is one seed's answer to a budget: the metric, the cost and the route of each input of the test split.
 
     Attributes:
-        network: what walks.
-        metric: [n], the task's.
-        macs: [n], shares of the dense MACs of `Ground.network`, the router's included.
-        router: [n], the router's share of that.
+        network: the network that walks.
+        metric: [n], the task's metric.
+        macs: [n], MACs as shares of the dense MACs of `Ground.network`, the router's included.
+        router: [n], the router's part of `macs`.
         route: [n, columns], what ran; -1 where a row never was.
-        start: from a batch to what is timed: a function that walks it.
-        price: that the policy was told, if it knows one.
+        start: a function that takes a batch and returns the function to time, which walks that batch.
+        price: the price that the policy was told; None if it knows no price.
     """
 
     network: Backbone
@@ -86,10 +86,10 @@ class Contender:
     """A contender is one row of a report, or one line of a picture; it may have several seeds.
 
     Attributes:
-        name: what reports call it.
-        kind: of a learned policy, what kind of run it is.
+        name: the contender's name in reports.
+        kind: the kind of run that a learned policy comes from; None for all other contenders.
         preparing: how often `prepare` ticks at most.
-        asked: whether it heeds budgets; else it has one point only.
+        asked: whether the contender heeds budgets; if not, it has one point only.
     """
 
     name: str
@@ -98,39 +98,41 @@ class Contender:
     asked: bool = True
 
     def prepare(self, tick: Tick) -> None:
-        """Search or fit on validation data; it is called once, before the first question."""
+        """Search or fit on validation data; this is called once, before the first `reach`."""
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Answer what each seed does with `budget`, a share of the dense MACs.
+        """Return what each seed does with `budget`, a share of the dense MACs.
 
         Args:
-            budget: None asks a contender without budgets for its one point, and learned policies for their dearest.
+            budget: a share of the dense MACs. None asks a contender that heeds no budgets for its one point, and
+                learned policies for their dearest.
 
         Returns:
-            an answer of each seed, or None where not all of them can be so cheap. Where the budget is more than a seed
-            can spend, it is what spends most.
+            an answer of each seed, or None if some seed cannot be that cheap. A seed that cannot spend the whole budget
+            answers with the most that it can spend.
         """
         raise NotImplementedError
 
     def spends(self, budget: float) -> bool:
-        """Tell whether it can spend just that, so that a report has a row for it."""
+        """Tell whether the contender can spend exactly `budget`, so that a report has a row for it."""
         return True
 
     def rows(self, budgets: Sequence[float]) -> list[float | None]:
-        """List the budgets of its rows in a report; [None] is a single row without a budget."""
+        """List the budgets of the contender's rows in a report; [None] is a single row without a budget."""
         return [budget for budget in budgets if self.spends(budget)] if self.asked else [None]
 
     def passes(self, budgets: Sequence[float]) -> int:
-        """Count how often its preparation and its answers tick, at most: the length of a progress bar."""
+        """Count how often the contender ticks at most while it prepares and answers: the length of a progress bar."""
         return self.preparing + (len(budgets) if self.asked else 1)
 
 
 class Learned(Contender):
-    """Learned policies of one kind are one contender, with a model for each seed.
+    """Learned policies of one kind are one contender, which has a model for each seed.
 
     Args:
-        kind: of the runs.
-        models: calibrated, unless they know one price only: then they have one point.
+        kind: the kind of the runs.
+        models: the models, calibrated. A model that knows one price only has one point and needs no calibration.
+        ground: the network and data that the models are measured on.
     """
 
     kind: RunKind
@@ -140,15 +142,15 @@ class Learned(Contender):
         self.asked = all(len(model.curve) > 1 for model in self.models)
         for model in self.models:
             model.to(*ground.place)
-        self._known: list[tuple[float, Reached] | None] = [None] * len(self.models)  # at the last price
+        self._known: list[tuple[float, Reached] | None] = [None] * len(self.models)  # the last price and its answer
 
     def spends(self, budget: float) -> bool:
-        """Tell whether all seeds reach it: else rows of one front would be of different seeds."""
+        """Tell whether all seeds reach the budget; otherwise the rows of one front would come from different seeds."""
         ends = [[macs for _, macs in model.curve] for model in self.models]
         return all(min(mine) <= budget <= max(mine) for mine in ends)
 
     def rows(self, budgets: Sequence[float]) -> list[float | None]:
-        """List the budgets that all seeds reach; where there are none, one row at the lowest price."""
+        """List the budgets that all seeds reach; if there are none, the only row is the one at the lowest price."""
         return super().rows(budgets) or [None]
 
     def reach(self, budget: float | None) -> list[Reached] | None:
@@ -183,7 +185,7 @@ class Learned(Contender):
 
 
 def _along(ground: Ground, network: Backbone, routes: Tensor) -> Reached:
-    """Walk the test split along `routes` [n, columns]; no policy is asked."""
+    """Walk the test split along `routes` [n, columns] without asking a policy."""
     walked, none = score_routes(network, routes, ground.test), torch.zeros(len(routes))
     macs = walked.macs * (network.dense_macs / ground.network.dense_macs)
 
@@ -195,7 +197,7 @@ def _along(ground: Ground, network: Backbone, routes: Tensor) -> Reached:
 
 
 class Random(Contender):
-    """Random routes that cost the budget on average are one contender, with several seeds."""
+    """Random routes that cost the budget on average are one contender, which has several seeds."""
 
     name = "random"
 
@@ -203,7 +205,7 @@ class Random(Contender):
         self._ground, self._seeds = ground, seeds
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Draw routes of independent choices that cost the budget on average; None where they never do."""
+        """Draw routes of independent choices that cost the budget on average; return None if no rate does."""
         assert budget is not None
         network, ground = self._ground.network, self._ground
         rate = ways.random_rate(network, ground.searched.inputs[:RATED], budget)
@@ -214,11 +216,11 @@ class Random(Contender):
 
 
 class Static(Contender):
-    """This contender takes one route for all inputs: the best within the budget that a search found.
+    """This contender takes one route for all inputs: the best route within the budget that a search found.
 
     Attributes:
         found: the routes of `static_routes`.
-        uniform: those of `uniform_routes`, where points have more than two choices.
+        uniform: the routes of `uniform_routes`; empty if no point has more than two choices.
     """
 
     name = "static"
@@ -248,10 +250,12 @@ def _fixed_route(ground: Ground, route: tuple[int, ...]) -> Reached:
 
 
 class Uniform(Contender):
-    """This contender makes the same choice everywhere: of all choices the `place`-th dearest.
+    """This contender makes the same choice everywhere: the `place`-th dearest of all choices.
 
     Args:
-        static: which tries them.
+        static: the contender whose preparation tries all uniform routes.
+        place: the rank of the choice, from 0 for the dearest.
+        ground: the network and data that the route is measured on.
     """
 
     name, asked = "uniform", False
@@ -260,7 +264,7 @@ class Uniform(Contender):
         self._static, self._place, self._ground = static, place, ground
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Take that route, whatever the budget."""
+        """Take the uniform route, whatever the budget."""
         return [_fixed_route(self._ground, self._static.uniform[self._place].what)]
 
 
@@ -279,7 +283,7 @@ class Ruled(Contender):
         tick()
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Take the rule that meets the budget on validation data."""
+        """Take the fitted rule that meets the budget on validation data; return None if none does."""
         assert budget is not None
         policy = self._policy_for(budget)
         if policy is None:
@@ -294,7 +298,7 @@ class Ruled(Contender):
 
 
 class Smaller(Contender):
-    """This contender takes plain networks of fewer MACs, each trained alone: the best within the budget."""
+    """This contender takes the best plain network within the budget; each was trained alone and has fewer MACs."""
 
     name = "smaller"
 
@@ -303,7 +307,7 @@ class Smaller(Contender):
         self.preparing = len(self._networks)
 
     def prepare(self, tick: Tick) -> None:
-        """Try each on validation data."""
+        """Measure each network on validation data."""
         self._known, whole = [], self._ground.network.dense_macs
         for network in self._networks:
             metric = float(_full(network, self._ground.searched).mean())
@@ -318,7 +322,7 @@ class Smaller(Contender):
 
 
 def _full(network: Backbone, split: Split) -> Tensor:
-    """Return the metric [n] of each input on the full route."""
+    """Return the metric [n] of all inputs on the full route."""
     return score_routes(network, network.dense_actions(len(split)), split).metric
 
 
@@ -333,7 +337,7 @@ def _whole(network: Backbone, ground: Ground) -> Reached:
 
 
 class Oracle(Contender):
-    """The oracle takes each input's best route in hindsight: one that the static search found, or a random one."""
+    """The oracle takes each input's best route in hindsight, among those of the static search and random ones."""
 
     name, asked = "oracle", False
     preparing = ways.ORACLE_DRAWS
@@ -341,10 +345,10 @@ class Oracle(Contender):
 
     def __init__(self, static: Static, ground: Ground) -> None:
         self._static, self._ground = static, ground
-        self.preparing += static.preparing  # at most
+        self.preparing += static.preparing  # an upper bound: the search finds fewer routes than it tries
 
     def prepare(self, tick: Tick) -> None:
-        """Try each candidate on the test split; it sees the targets."""
+        """Try each candidate on the test split; the oracle sees the targets."""
         network, test = self._ground.network, self._ground.test
         known = ways.oracle_candidates(network, self._static.found)
         self._reached = _along(self._ground, network, ways.oracle_routes(network, test, known, tick))

@@ -11,9 +11,9 @@ from dynrl.evaluation.report import seeds_text
 from dynrl.files import write_aside
 from dynrl.tasks import CLASSIFICATION, TASKS
 
-RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # others: "x-."
-MARKERS = {"ppo": "o", "gate": "v"}  # of a frozen backbone's policies, by agent; others: "p"
-TUNED = {"ppo": "D", "gate": "P"}  # the same where the backbone was fine-tuned; others: "d"
+RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # other rivals: "x-."
+MARKERS = {"ppo": "o", "gate": "v"}  # markers by agent where the backbone is frozen; other agents: "p"
+TUNED = {"ppo": "D", "gate": "P"}  # markers by agent where the backbone was fine-tuned; other agents: "d"
 
 
 def style(name: str, kind: dict[str, Any] | None) -> str:
@@ -37,7 +37,7 @@ def _new_figure(**settings: Any) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, all or nothing, and close it."""
+    """Write a figure as a complete PNG file or not at all, and close the figure."""
     from matplotlib import pyplot
 
     with write_aside(path) as aside:
@@ -46,7 +46,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def show_in_tensorboard(picture: Path, run: Path) -> None:
-    """Put a picture beside the run's curves."""
+    """Add a picture to the TensorBoard files of a run, beside its curves."""
     from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
@@ -55,7 +55,7 @@ def show_in_tensorboard(picture: Path, run: Path) -> None:
 
 
 def draw_report(report: dict[str, Any], test: Split, path: Path) -> None:
-    """Draw the metric against MACs and against measured time, and where one policy spends, and on which inputs."""
+    """Draw the metric against MACs and against time; below, draw where and on which inputs one policy spends."""
     figure = _new_figure(figsize=(11, 8.4))
     upper, lower = figure.subfigures(2, 1)
     axes = upper.subplots(1, 2, sharey=True)
@@ -84,14 +84,14 @@ def draw_report(report: dict[str, Any], test: Split, path: Path) -> None:
 
 
 def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
-    """Draw what each class spends at each visit of a point, and the images that most and least is spent on."""
+    """Draw what each class spends at each visit of a point, and the images that cost most and least."""
     images = test.inputs.ndim == 4 and test.inputs.shape[1] in (1, 3)
     left, right = figure.subfigures(1, 2) if images else (figure, None)
     axis = left.subplots()
     names = [f"{'all' if g['class'] is None else g['class']}  {g['macs_fraction']:.2f}" for g in usage["groups"]]
     picture = axis.imshow(usage["by_column"], aspect="auto", vmin=0, vmax=1)
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="point, and its visits one after the other", ylabel="class, and what it takes of the dense MACs")
+    axis.set(xlabel="visits of the points, in their order", ylabel="class, and its share of the dense MACs")
     routes = f"{usage['distinct_routes']} distinct routes, the commonest for {usage['commonest']:.0%}"
     axis.set_title(f"{usage['policy']}, first seed, price {usage['price']:.3g}: {routes}", fontsize="medium")
     left.colorbar(picture, label="spent, share of the dearest choice")
@@ -113,7 +113,7 @@ def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
 
 
 def draw_comparison(result: dict[str, Any], path: Path) -> None:
-    """Draw the fronts, with the spread over seeds."""
+    """Draw the fronts of a comparison, with the spread over seeds."""
     figure, task = _new_figure(figsize=(7, 4.6)), TASKS[result["metric"]]
     axis = figure.subplots()
     for name, front in result["fronts"].items():

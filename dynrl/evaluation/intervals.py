@@ -1,4 +1,4 @@
-"""Intervals tell whether one contender beats another: each input at equal compute on both sides."""
+"""Intervals tell whether one contender beats another, input by input, where both spend the same compute."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dynrl.tasks import Task
 
 @dataclass(frozen=True)
 class Front:
-    """A front is what one contender reaches at each of some budgets.
+    """A front is what one contender reaches at each of several budgets.
 
     Attributes:
         budgets: shares of the dense MACs, rising.
-        metric: [seeds, budgets, n], of each input; NaN where a budget is out of reach.
-        macs: [seeds, budgets], shares of the dense network's.
+        metric: [seeds, budgets, n], the metric of each input; NaN where a budget is out of reach.
+        macs: [seeds, budgets], the mean MACs as shares of the dense network's.
     """
 
     budgets: tuple[float, ...]
@@ -31,9 +31,9 @@ class Front:
     def of(
         cls, contender: Contender, budgets: Sequence[float], count: int, tick: Callable[[], Any] = lambda: None
     ) -> Front:
-        """Ask a contender for each budget, or once if it heeds none; `tick` is called after each answer.
+        """Ask a contender for each budget, or once if the contender heeds none.
 
-        `count` is the number of inputs.
+        `count` is the number of inputs. `tick` is called after each answer.
         """
         if not contender.asked:
             answers = [contender.reach(None)] * len(budgets)
@@ -43,7 +43,7 @@ class Front:
             for budget in budgets:
                 answers.append(contender.reach(budget))
                 tick()
-        seeds = max(len(answer or [None]) for answer in answers)  # of who reaches nothing: one, of NaN
+        seeds = max(len(answer or [None]) for answer in answers)  # a contender that reaches nothing has one seed of NaN
         metric = torch.full((seeds, len(budgets), count), torch.nan)
         macs = torch.full((seeds, len(budgets)), torch.nan)
         for i, answer in enumerate(answers):
@@ -68,17 +68,19 @@ def area(front: Front, reached: Tensor) -> Tensor:
 def paired(ours: Tensor, theirs: Tensor, by_seed: bool = False) -> tuple[float, float, float]:
     """Return the mean of `ours` less the mean of `theirs`, with the ends of its 95 % interval.
 
-    The interval is Student's t. Its variance is the sum of those of a mean over inputs (of the difference on each, so
-    that what both sides have in common cancels) and of a mean over the seeds of each side; its degrees of freedom are
-    Satterthwaite's (1946, Biometrics Bulletin 2). A bootstrap over three seeds would be too narrow. Of one seed nothing
-    is known of the spread over seeds: the interval is that over inputs alone.
+    The interval is Student's t. Its variance is a sum: the variance of the mean over inputs, plus the variance of the
+    mean over the seeds of each side. The first is taken of the difference on each input, so that what both sides have
+    in common cancels. The degrees of freedom are Satterthwaite's (1946, Biometrics Bulletin 2). A bootstrap over three
+    seeds would be too narrow. One seed says nothing about the spread over seeds: a side with one seed adds nothing to
+    the variance, and the interval is too narrow by that much.
 
     Args:
-        ours: [seeds, n].
-        theirs: [other seeds, n], the same inputs.
-        by_seed: whether seed i is the same network on both sides: what its networks have in common cancels, too.
+        ours: [seeds, n], the metric of one side.
+        theirs: [other seeds, n], the metric of the other side on the same inputs.
+        by_seed: whether seed i is the same network on both sides; then what its two results have in common cancels,
+            too.
     """
-    from scipy.stats import t as student  # not at the top: plugging takes torch alone
+    from scipy.stats import t as student  # not at the top of the file: plugging a model needs torch alone
 
     ours, theirs = ours.double(), theirs.double()
     sides = [ours - theirs] if by_seed else [ours, theirs]
@@ -101,9 +103,10 @@ def better(ours: Tensor, theirs: Tensor, task: Task, by_seed: bool = False) -> t
 
 
 def differences(ours: Front, theirs: Front, task: Task, by_seed: bool = False) -> dict[str, dict[str, float]]:
-    """Tell how much better `ours` is, in the metric's units, turned so that more is better.
+    """Measure how much better `ours` is than `theirs`, in the metric's units; positive is better.
 
-    It is given by area over the budgets that both reach (`area`), and at each of them (`0.5`). `by_seed`: see `paired`.
+    The result has one entry for the area over the budgets that both reach ("area") and one for each of these budgets
+    ("0.5", for example). See `paired` for `by_seed`.
     """
     both = ours.reached & theirs.reached
     sides: dict[str, tuple[Tensor, Tensor]] = {}
@@ -118,5 +121,5 @@ def differences(ours: Front, theirs: Front, task: Task, by_seed: bool = False) -
 
 
 def verdict(of: dict[str, float]) -> str:
-    """Say in a word what an interval tells."""
+    """Say in one word what an interval tells: "better", "worse" or "even"."""
     return "better" if of["low"] > 0 else "worse" if of["high"] < 0 else "even"

@@ -1,4 +1,4 @@
-"""A report of one or more runs of one backbone has figures as JSON, a picture, and a table to print."""
+"""A report on one or more runs of one backbone has figures as JSON, a picture, and a table to print."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
 from dynrl.tasks import TASKS
 
-ROUNDS = 11  # each side is timed so often
+ROUNDS = 11  # how often each side is timed
 Run = str | Path | RunFolder
 
 
@@ -37,23 +37,23 @@ def evaluate(
     budgets: Sequence[float] = BUDGETS,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate runs of one backbone on the test split, beside all that they must beat.
+    """Evaluate runs of one backbone on the test split, beside everything that they must beat.
 
     Args:
-        runs: run folders, one or more.
+        runs: one or more run folders.
         out: a folder for `report.json` and `report.png`; None writes nothing.
-        smaller: a folder whose `plain.safetensors`, a smaller network, stands beside them.
-        data: the data set; None takes the runs' own by its name.
-        batch_size: rows of the batch that is timed.
-        device, dtype: of networks and inputs.
-        budgets: shares of the dense MACs at which contenders are asked.
+        smaller: a folder that holds a smaller plain network, `plain.safetensors`, to compare with.
+        data: the data set; None loads the one that the runs name.
+        batch_size: the number of rows of the batch that is timed.
+        device, dtype: where networks and inputs are, and their type.
+        budgets: the shares of the dense MACs at which contenders are asked.
         show: whether to show progress.
 
     Returns:
-        the report, JSON-able.
+        the report, as a dictionary that JSON can hold.
 
     Raises:
-        ValueError: folders that are no runs, or do not belong in one report (see `by_kind`).
+        ValueError: a folder holds no run, or the runs do not belong in one report (see `by_kind`).
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
     if not folders:
@@ -83,10 +83,13 @@ def _several(runs: Run | Iterable[Run]) -> list[Run]:
 
 
 def plain_network(folder: str | Path, dataset: Dataset) -> Backbone:
-    """Load the plain network in a folder of `dynrl pretrain`; a ValueError where it is for another data set."""
+    """Load the plain network in a folder of `dynrl pretrain`; raise a ValueError if it is for another data set."""
     backbone, notes = load_backbone(Path(folder) / "plain.safetensors")
     if notes.get("data") != dataset.name:
-        raise ValueError(f"{folder} was trained on {notes.get('data')!r}, these runs on {dataset.name!r}")
+        raise ValueError(
+            f"{folder} was trained on {notes.get('data')!r}, but these runs on {dataset.name!r}; give a smaller "
+            "network that was trained on the same data"
+        )
     return backbone
 
 
@@ -99,15 +102,15 @@ def measure(
     budgets: Sequence[float] = BUDGETS,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Measure all figures of a report; docs/reports.md says what they mean.
+    """Measure all figures of a report; docs/reports.md explains them.
 
     Args:
-        ground: the pretrained network, and the data.
-        learned: policies, by kinds.
+        ground: the pretrained network and the data.
+        learned: the learned policies, one contender a kind.
         plain: the same network trained on its full route only.
         smaller: a plain network of fewer MACs.
-        batch_size: rows of the batch that is timed.
-        budgets: at which contenders are asked.
+        batch_size: the number of rows of the batch that is timed.
+        budgets: the shares of the dense MACs at which contenders are asked.
         show: whether to show progress.
     """
     dense = Dense(ground, plain, learned)
@@ -134,14 +137,14 @@ def measure(
 
 
 class _Points:
-    """The rows of a report are collected here, and what is timed: each contender's first seed, on one batch."""
+    """The rows of a report are collected here, with what is timed for each: the first seed, on one batch."""
 
     def __init__(self, ground: Ground, batch: torch.Tensor) -> None:
         self.ground, self.batch, self.rows = ground, batch, list[dict[str, Any]]()
         self._sides: dict[str, Callable[[], Any]] = {}
 
     def add(self, contender: Contender, budget: float | None, reached: list[Reached] | None) -> float | None:
-        """Add a row, the mean over seeds, if the contender reached anything; return the share of MACs spent."""
+        """Add a row with means over seeds, if the contender reached anything, and return the share of MACs spent."""
         if reached is None:
             return None
         scores = [Score.of(of.network, of.metric, of.macs, of.router, of.route) for of in reached]
@@ -166,7 +169,7 @@ class _Points:
         return macs
 
     def time(self, tick: Callable[[], Any]) -> dict[str, float]:
-        """Time all rows and the dense network in turn, and put each row's times into it."""
+        """Time all rows and the dense network in turn, add each row's times to it, and return the dense ones."""
         dense = dense_sides(self.ground.network, self.batch)
         with torch.inference_mode():
             times = medians_in_turn(self._sides | dense, ROUNDS, tick, self.ground.wait)
@@ -184,7 +187,7 @@ def _learned_and_random(
     budgets: Sequence[float],
     tick: Callable[[], Any],
 ) -> None:
-    """Add the learned policies, budget by budget, and random routes that spend as much as the first of them did."""
+    """Add the learned policies, budget by budget, and random routes that spend as much as the first policy did."""
     for budget in (*budgets, None):
         spent = None
         for contender in learned:
@@ -198,7 +201,7 @@ def _learned_and_random(
 
 
 def _usage(contender: Learned, ground: Ground) -> dict[str, Any]:
-    """Tell where the first seed spends at half of the dense MACs, or at its lowest price."""
+    """Describe where the first seed spends at half of the dense MACs, or else at its lowest price."""
     model = contender.models[0]
     ends = [macs for _, macs in model.curve]
     if contender.asked and min(ends) <= 0.5 <= max(ends):
@@ -209,7 +212,7 @@ def _usage(contender: Learned, ground: Ground) -> dict[str, Any]:
 
 
 def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> dict[str, Any]:
-    """Tell what each kind of dense network reaches on the test split, and how fast it is computed."""
+    """Return what each kind of dense network reaches on the test split, and how long the dense network takes."""
     metric, test = dense.ground.task.metric, dense.ground.test
     own = {"pretrained", "plain"}
     groups = {
@@ -229,7 +232,7 @@ def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> di
 
 
 def seeds_text(report: dict[str, Any]) -> str:
-    """Name the seeds behind each row."""
+    """Return a text that names the seeds behind each row."""
     return "; ".join(f"{name} {', '.join(map(str, seeds))}" for name, seeds in report["seeds"].items())
 
 
@@ -251,7 +254,7 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
         )
     lines.append(
-        "MACs: of the dense network's, router included. oracle: each input's best route, the cheapest of those."
+        "MACs: shares of the dense network's, router included. oracle: each input's best route, of equals the cheapest."
     )
     if (usage := report["usage"]) is not None:
         spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}

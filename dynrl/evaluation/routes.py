@@ -1,4 +1,4 @@
-"""Routes without a policy are random ones of a given cost, one for all inputs, or each input's best in hindsight."""
+"""Routes that need no policy: random routes of a given cost, one route for all inputs, the best in hindsight."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.routes import draw_routes
 from dynrl.tasks import Task
 
-MOST_TRIES = 400  # passes over validation data that the greedy search for static routes may take
-PARTS = 16  # of the columns that `spaced_routes` keep: none, one sixteenth, ... all
+MOST_TRIES = 400  # how many passes over validation data the greedy search for static routes may take
+PARTS = 16  # `spaced_routes` keep none, one sixteenth, two sixteenths, ... all of the columns
 ORACLE_DRAWS = 24
-ORACLE_PRICE = 1e-3  # of the dense MACs, in the task's error: below what policies are told
-PROBED = 8  # rows that tell what a static route costs: choices may be closed to some inputs
+ORACLE_PRICE = 1e-3  # the price of the dense MACs in units of the task's error, lower than what policies are told
+PROBED = 8  # how many rows measure what a static route costs: choices may be closed to some inputs
 
 
 @torch.inference_mode()
 def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float | None:
-    """Find the rate at which random routes cost `macs_fraction` on average; None where they never do."""
+    """Find the rate at which random routes cost `macs_fraction` on average; return None if there is no such rate."""
 
     def cost(rate: float) -> float:
         routes = RandomPolicy(backbone.thrift, rate).route(inputs)
@@ -33,7 +33,7 @@ def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> flo
 
     if not cost(0.0) <= macs_fraction <= cost(1.0):
         return None
-    # By bisection in log-odds: of many choices all but the cheapest grow rare only as a power of a small rate.
+    # Bisect in log-odds: at points of many choices, the rates that matter are very small or very close to one.
     low, high = -30.0, 30.0
     for _ in range(16):
         middle = (low + high) / 2
@@ -54,13 +54,13 @@ class Found(NamedTuple):
 
 
 def affordable(found: Sequence[Found | tuple[Any, float, float]], budget: float, task: Task) -> Any:
-    """Choose what has the least error within `budget`, of equals the cheapest; None where nothing is so cheap."""
+    """Choose what has the least error within `budget`, of equals the cheapest; return None if all cost more."""
     within = [(task.error(metric), macs, i) for i, (_, macs, metric) in enumerate(found) if macs <= budget]
     return found[min(within)[2]][0] if within else None
 
 
 def cheapest_choices(backbone: Backbone) -> Tensor:
-    """Return the choice [columns] of each column that is the cheapest in the long run."""
+    """Return, for each column, the choice that is the cheapest in the long run: [columns]."""
     return backbone.thrift.double().masked_fill(backbone.thrift < 0, math.inf).argmin(1)
 
 
@@ -71,34 +71,34 @@ def static_tries(backbone: Backbone) -> int:
 
 
 def _greedy_tries(backbone: Backbone) -> int:
-    steps = int((backbone.thrift >= 0).sum()) - backbone.columns  # each makes one choice of one column another
+    steps = int((backbone.thrift >= 0).sum()) - backbone.columns  # each step changes the choice of one column
     return 1 + steps * (steps + 1) // 2
 
 
 def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None) -> list[Found]:
-    """Find smaller networks on validation data: one route for all inputs each.
+    """Find smaller networks on validation data; each is one route that all inputs take.
 
-    The search is greedy: from the full route, again and again the one change of one choice that lowers the cost and
-    keeps the log-likelihood highest, until no choice can be made cheaper. Where that may take more than `MOST_TRIES`,
-    the routes are those of `spaced_routes`.
+    The search is greedy. It begins with the full route. Each step changes one choice: of all changes that lower the
+    cost, it takes the one with the highest log-likelihood. The search ends when no change lowers the cost. If all
+    this may take more than `MOST_TRIES` passes, the routes are those of `spaced_routes`.
 
     Args:
-        backbone: what walks.
-        split: validation data.
-        tick: is called after each try.
+        backbone: the network that walks.
+        split: the validation data.
+        tick: called after each try.
 
     Returns:
-        routes, actions for every column, from dear to cheap.
+        the routes, from dear to cheap; each has an action for every column.
     """
 
     def probe(route: Sequence[int]) -> tuple[float, Tensor]:
-        """Return the share of the dense MACs, and [columns] whether a row comes there."""
+        """Return the route's share of the dense MACs, and which columns any row comes to: [columns] bool."""
         inputs = split.inputs[:PROBED]
         walk = backbone.run_route(inputs, torch.tensor([route]).expand(len(inputs), -1))
         return float(walk.macs.double().mean()) / backbone.dense_macs, (walk.route >= 0).any(0)
 
     def judge(route: tuple[int, ...]) -> tuple[float, float]:
-        """Return mean log-likelihood and metric."""
+        """Return the mean log-likelihood and the mean metric of a route."""
         tick()
         walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
         return float(walked.likely.mean()), float(walked.metric.mean())
@@ -122,13 +122,13 @@ def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = la
 
 
 def _full_route(backbone: Backbone) -> tuple[int, ...]:
-    """Return the dense network's actions; where it never comes, the dearest choice for rows that do."""
+    """Return the dense network's actions, and the dearest choice of each column that it never visits."""
     full, dearest = torch.tensor(backbone.full_route), backbone.thrift.argmax(1)
     return tuple(torch.where(full >= 0, full, dearest).tolist())
 
 
 def _changes(backbone: Backbone, route: tuple[int, ...], reached: Tensor) -> list[tuple[int, ...]]:
-    """List all routes that change one choice in a column where rows come, to one that its point has."""
+    """List all routes that differ from `route` in one column that rows come to, by a choice that exists there."""
     exists = (backbone.thrift >= 0).tolist()
     return [
         (*route[:column], choice, *route[column + 1 :])
@@ -139,9 +139,10 @@ def _changes(backbone: Backbone, route: tuple[int, ...], reached: Tensor) -> lis
 
 
 def spaced_routes(backbone: Backbone) -> list[tuple[int, ...]]:
-    """Give static routes for long walks: the full route's choice in some columns, the cheapest in all others.
+    """Return static routes for long walks: the full route's choice in some columns, the cheapest in all others.
 
-    Kept are the first columns, the last or evenly spaced ones, from all of them to none.
+    The columns that keep the full route's choice are the first ones, the last ones or evenly spaced ones, and their
+    number goes from none to all.
     """
     columns = backbone.columns
     cheapest, full = cheapest_choices(backbone).tolist(), _full_route(backbone)
@@ -158,12 +159,12 @@ def spaced_routes(backbone: Backbone) -> list[tuple[int, ...]]:
 
 
 def uniform_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None) -> list[Found]:
-    """Give the static routes that make the same choice everywhere, such as the best single expert.
+    """Return the static routes that make the same choice everywhere, such as the best single expert.
 
-    Where a choice is closed, or the point has none of that number, the nearest runs in its place.
+    If a choice is closed, or a point has no choice of that number, the nearest open choice runs in its place.
 
     Returns:
-        routes from dear to cheap, of equally dear ones the best first. `tick` is called after each.
+        the routes from dear to cheap, the best first among equally dear ones. `tick` is called after each.
     """
     found = []
     for choice in range(backbone.num_choices):
@@ -175,7 +176,7 @@ def uniform_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = l
 
 
 def oracle_candidates(backbone: Backbone, static: Sequence[Found], drawn: int = ORACLE_DRAWS) -> list[tuple[int, ...]]:
-    """Give what the oracle chooses from: the routes of `static_routes`, and `drawn` at random, from cheap to dear."""
+    """Return what the oracle chooses from: the routes of `static_routes`, and `drawn` random ones, cheap to dear."""
     routes = draw_routes(backbone.thrift, torch.linspace(0, 1, drawn), torch.Generator().manual_seed(0))
     return [route for route, _, _ in static] + [tuple(route) for route in routes.tolist()]
 
@@ -185,9 +186,9 @@ def oracle_routes(
 ) -> Tensor:
     """Choose for each input the candidate route with the least `Task.error`, at `ORACLE_PRICE` for its MACs.
 
-    It sees the targets. In classification that is the cheapest route that is right, else the cheapest of all. In
-    regression errors are of any size, and without a price the oracle would pay the dense network's compute for the last
-    digit.
+    The oracle sees the targets. In classification, it chooses the cheapest route that is right, or else the cheapest
+    of all. In regression, errors are of any size: without a price, the oracle would pay the dense network's compute
+    for a difference in the last digit.
 
     Returns:
         [n, columns].

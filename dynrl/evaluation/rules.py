@@ -1,6 +1,6 @@
-"""Rules of thumb that a decision is known for stand beside the learned policies, fitted on validation data.
+"""Rules of thumb that a decision is known for are fitted on validation data and compared with learned policies.
 
-`RULES` holds them by name, and `Backbone.rule` names the one that a family is known for. A plugin adds one row.
+`RULES` holds the rules by name, and `Backbone.rule` names the one that a family is known for. A plugin adds a row.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from dynrl.evaluation.scores import score
 from dynrl.policies import Policy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 
-# From a budget (a share of the dense MACs) to the policy that meets it, or None where that is out of reach.
+# It maps a budget (a share of the dense MACs) to the policy that meets it, or to None if that is out of reach.
 PolicyFor = Callable[[float], Policy | None]
 Fit = Callable[[Backbone, Split], PolicyFor]
-FITTED = 1024  # rows of a split that a rule is fitted on where each try is a walk
+FITTED = 1024  # how many rows of a split a rule is fitted on, if each try is a walk
 HALVINGS = 12
 
 
 def thresholds(backbone: Backbone) -> dict[str, Fit]:
-    """Give a threshold rule for each score that the family gives by itself (`Backbone.scores`)."""
+    """Return a threshold rule for each score that the family computes anyway (`Backbone.scores`)."""
     return {f"threshold {name}": partial(fit_score, name=name) for name in backbone.scores}
 
 
-# By name: a function from a backbone to the rules to fit, by the names that reports show.
+# Each entry maps a backbone to the rules to fit, by the names that reports show.
 RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {"threshold": thresholds}
 
 
 def rules_of(backbone: Backbone) -> Mapping[str, Fit]:
-    """Give the rules that the backbone's family is known for; none where it names none."""
+    """Return the rules that the backbone's family is known for; there are none if it names none."""
     if backbone.rule is None:
         return {}
     if backbone.rule not in RULES:
@@ -49,10 +49,11 @@ def rules_of(backbone: Backbone) -> Mapping[str, Fit]:
 
 @torch.inference_mode()
 def fit_score(backbone: Backbone, split: Split, name: str) -> PolicyFor:
-    """Fit thresholds on a native score: rows that are sure take the cheapest choice, all others the full route's.
+    """Fit thresholds on one of the family's scores: sure rows take the cheapest choice, others the full route's.
 
-    Where the cheapest choice ends the walk at every point (an exit's stop), thresholds are those of `fit_thresholds`.
-    Elsewhere (a loop's, say) every point's threshold is the same quantile of its scores, found by walking.
+    If the cheapest choice ends the walk at every point (an exit's stop), the thresholds are those of `fit_thresholds`.
+    In other families (a loop, for example), each point's threshold is the same quantile of its scores; the quantile is
+    found by walking.
     """
     column, rising = backbone.scores[name]
     seen = _scores_on_full_route(backbone, split, column)
@@ -60,7 +61,7 @@ def fit_score(backbone: Backbone, split: Split, name: str) -> PolicyFor:
     cheapest = cheapest_choices(backbone)
     left, costs = _leave_at_each(backbone, split, full, cheapest)
 
-    def policy(values: Tensor) -> ThresholdPolicy:  # one a point
+    def policy(values: Tensor) -> ThresholdPolicy:  # one value a point
         return ThresholdPolicy(backbone, name, values[backbone.column_point])
 
     if left:
@@ -91,10 +92,10 @@ def _scores_on_full_route(backbone: Backbone, split: Split, column: int) -> list
 
 
 def _leave_at_each(backbone: Backbone, split: Split, full: Tensor, cheapest: Tensor) -> tuple[bool, Tensor]:
-    """Tell whether the cheapest choice ends the walk at every point, each met once, and what leaving there costs.
+    """Tell whether each point is met once and its cheapest choice ends the walk, and what leaving there costs.
 
     Returns:
-        the answer, and [points + 1] MACs of leaving at each point in turn and of the full route.
+        the answer, and [points + 1], the MACs of leaving at each point in turn, then those of the full route.
     """
     columns = torch.arange(backbone.columns)
     routes = full.repeat(len(columns) + 1, 1)
@@ -116,10 +117,10 @@ def _by_quantile(
     policy: Callable[[Tensor], ThresholdPolicy],
     budget: float,
 ) -> ThresholdPolicy | None:
-    """Find thresholds that let such a share of the rows be sure that a walk costs `budget` on average."""
+    """Find the thresholds at which a walk costs `budget` on average; all are the same quantile of their scores."""
 
     def at(share: float) -> ThresholdPolicy:
-        if share in (0.0, 1.0):  # nobody is sure, or everybody
+        if share in (0.0, 1.0):  # no row is sure, or every row
             end = torch.inf if (share == 0.0) == rising else -torch.inf
             return policy(torch.full((len(seen),), end))
         rank = 1 - share if rising else share

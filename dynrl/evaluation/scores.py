@@ -1,4 +1,4 @@
-"""Scores tell how good a routed model is on a split, what it spends, and where."""
+"""Scores say how good a routed model is on a split, how much it spends, and where."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dynrl.tasks import CLASSIFICATION
 
 @dataclass(frozen=True)
 class Score:
-    """A score is one pass over a split, in means.
+    """A score holds the means of one pass over a split.
 
     Attributes:
-        metric: the task's.
-        macs_fraction: MACs over the dense network's, the router's included.
-        router_fraction: the router's share of that.
+        metric: the task's metric.
+        macs_fraction: MACs as a share of the dense network's, the router's included.
+        router_fraction: the router's part of `macs_fraction`.
         distinct_routes: how many different routes the rows took.
-        rates: how often each choice was taken, see `choice_rates`.
+        rates: how often each choice was taken (see `choice_rates`).
     """
 
     metric: float
@@ -35,19 +35,19 @@ class Score:
 
     @classmethod
     def of(cls, backbone: Backbone, metric: Tensor, macs: Tensor, router: Tensor, routes: Tensor) -> Score:
-        """Average what each row reached and spent [n], and count what `routes` [n, columns] tell."""
+        """Average what each row reached and spent, each [n], and count the choices of `routes` [n, columns]."""
         rates = choice_rates(backbone.points, routes)
         return cls(float(metric.mean()), float(macs.mean()), float(router.mean()), len(routes.unique(dim=0)), rates)
 
 
 def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
-    """Send each row of `split` through the plugged model once."""
+    """Send each row of `split` through the routed model once and return the means."""
     metric, route = score_rows(model, split, batch_size)
     return Score.of(model.backbone, metric, route.macs_fraction, route.router_fraction, route.actions)
 
 
 def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple[Tensor, Route]:
-    """Return the same row by row, on the CPU: the task's metric [n], and the route of the whole split."""
+    """Return the task's metric [n] and the route of each row of a split, both on the CPU."""
     metric, routes = [], []
     for inputs, targets in _batches(batch_size, split.inputs, split.targets):
         metric.append(split.task.score(model(inputs).float(), targets))
@@ -60,12 +60,12 @@ def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple
 
 
 class Walked(NamedTuple):
-    """A walked split has these figures for each row.
+    """These figures say what each row of a split reached along a given route.
 
     Attributes:
-        metric: [n], the task's.
-        likely: [n], log-likelihood of the target.
-        macs: [n], MACs over the dense network's.
+        metric: [n], the task's metric.
+        likely: [n], the log-likelihood of the target.
+        macs: [n], MACs as shares of the dense network's.
         route: [n, columns], what ran; -1 where a row never was.
     """
 
@@ -77,7 +77,7 @@ class Walked(NamedTuple):
 
 @torch.inference_mode()
 def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256) -> Walked:
-    """Walk each input of `split` along its row of `routes` [n, columns]; what is returned is on the CPU."""
+    """Walk each input of `split` along its row of `routes` [n, columns]; the result is on the CPU."""
     task, parts = split.task, []
     for inputs, targets, route in _batches(batch_size, split.inputs, split.targets, routes):
         walk = backbone.run_route(inputs, route)
@@ -97,13 +97,13 @@ class Usage:
     """Usage tells where a routed model spends its compute on a split, and on which inputs.
 
     Attributes:
-        groups: [{"class", "inputs", the metric, "macs_fraction", "choice_rates"}], one for each class. In a regression
-            there is one group for all inputs, and its class is None.
-        by_column: [groups, columns], what is spent at each visit of a point, as a share of its dearest choice; 0 where
-            an input never was.
-        cheapest, dearest: rows of the split by what was spent on them, the extreme first.
+        groups: [{"class", "inputs", the metric, "macs_fraction", "choice_rates"}], one for each class. A regression has
+            one group for all inputs, and its class is None.
+        by_column: [groups, columns], what is spent at each visit of a point, as a share of its dearest choice; an input
+            that never comes there counts as 0.
+        cheapest, dearest: the rows of the split on which least and most was spent, the extreme first.
         distinct_routes: how many different routes the inputs take.
-        commonest: share of the inputs that take the commonest route.
+        commonest: the share of the inputs that take the commonest route.
     """
 
     groups: list[dict[str, Any]]
@@ -115,7 +115,7 @@ class Usage:
 
     @classmethod
     def of(cls, model: RoutedModel, split: Split, shown: int = 8) -> Usage:
-        """Describe a model at its present price; `shown` rows are named at either end."""
+        """Describe a model at its present price; `cheapest` and `dearest` name `shown` rows each."""
         metric, route = score_rows(model, split)
         macs, actions, classes = route.macs_fraction, route.actions, split.targets.cpu()
         spent = _column_shares(model.backbone, actions)
@@ -138,7 +138,7 @@ class Usage:
 
 
 def _column_shares(backbone: Backbone, actions: Tensor) -> Tensor:
-    """Divide what `actions` [n, columns] cost by the dearest choice of each one's own column; 0 for -1."""
+    """Divide the cost of `actions` [n, columns] by that of the dearest choice in the same column; -1 gives 0."""
     table = backbone.column_costs
     dearest = table.amax(1).clamp_min(1)  # a point whose choices all cost nothing spends nothing
     costs = table.gather(1, actions.t().clamp_min(0)).t()

@@ -12,11 +12,11 @@ from dynrl.evaluation.report import seeds_text
 from dynrl.files import read_json
 from dynrl.tasks import CLASSIFICATION, TASKS
 
-HALF = 0.5  # of the dense MACs
+HALF = 0.5  # the budget of one-row tables, a share of the dense MACs
 
 
 def report_table(report: Mapping[str, Any]) -> list[str]:
-    """Write one report: a row for each contender, a column for each budget, and times at half of the dense MACs."""
+    """Write one report as a table: a row a contender, a column a budget, and times at half of the dense MACs."""
     metric = report["metric"]
     budgets = sorted({p["budget"] for p in report["points"]} - {None})
     lines = [
@@ -39,7 +39,7 @@ def report_table(report: Mapping[str, Any]) -> list[str]:
 
 
 def _full_networks(report: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Return the networks of a report that run in full, each with its metric; no choice of the best is made here."""
+    """Return all networks of a report that run in full, each with its metric."""
     named = {"plain": "plain network", "all_execute": "full route, pretrained", "tuned": "full route, tuned"}
     found = [(text, report["dense"].get(f"{name}_{report['metric']}")) for name, text in named.items()]
     return [(text, value) for text, value in found if value is not None]
@@ -51,10 +51,10 @@ def _reached(point: Mapping[str, Any], metric: str) -> str:
 
 
 def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Write each report, by its folder, in one row: what it says at half of the dense MACs.
+    """Write one row for each report, by its folder: what it says at half of the dense MACs.
 
-    The learned policy is the fine-tuned one where there is one. The strongest rival is the most accurate of the rest:
-    gates, rules of thumb, and a smaller plain network.
+    The learned policy is the best of PPO's. The strongest rival is the best of gates, rules of thumb and a smaller
+    plain network.
     """
     lines = [
         "| report | plain network | learned, half of its MACs | random | static | strongest rival | speed-up |",
@@ -81,7 +81,7 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def demo_table(report: Mapping[str, Any]) -> list[str]:
-    """Write one report at half of the dense MACs, in four rows: dense, learned, random, static."""
+    """Write one report at half of the dense MACs in four rows: dense, learned, random, static."""
     dense, metric = report["dense"], report["metric"]
     task = TASKS[metric]
     lines = [
@@ -104,7 +104,7 @@ def _at_half(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:
-    """Write what comparisons say of areas under the fronts and of half of the dense MACs."""
+    """Write what comparisons say about the areas under the fronts and about half of the dense MACs."""
     lines = [
         "| decision, data | policy (seeds) | less (seeds) | area, 0.3 to 0.9 of the MACs | at half | |",
         "|---|---|---|---|---|---|",
@@ -130,7 +130,7 @@ def comparison_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def one_price_table(results: list[dict[str, Any]]) -> list[str]:
-    """Write policies for all prices beside those for one, at equal MACs."""
+    """Write how policies for all prices compare with policies for one price, at equal MACs."""
     lines = [
         "| decision, data | at one price | MACs | alone | for all prices | difference |",
         "|---|---|---|---|---|---|",
@@ -147,7 +147,7 @@ def one_price_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def shipped_table() -> list[str]:
-    """Write what the reports of the models in the package say at half of the dense MACs."""
+    """Write what the reports of the shipped models say at half of the dense MACs."""
     lines = [
         "| `dynrl.load` | kB | its full route | at half of the MACs | random routes | static | speed-up, batch 256 |",
         "|---|---|---|---|---|---|---|",

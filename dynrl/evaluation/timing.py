@@ -1,4 +1,4 @@
-"""Times on this machine: of several sides in turn, of the dense network, and of each choice of a walk."""
+"""These functions time several sides in turn, the dense network, and each choice of a walk."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ def medians_in_turn(
     wait: Callable[[], Any] = lambda: None,
     calls: int = 1,
 ) -> dict[Any, float]:
-    """Time all sides in each round, in a new order, and return each side's median in milliseconds.
+    """Time all sides in each round, in a new order each time, and return each side's median in milliseconds.
 
-    A machine's speed drifts: sides timed one after the other would meet different machines. Each timed call follows one
-    of the same side that is not timed, so that no side pays for what another left in caches and memory.
+    A machine's speed drifts, so sides that are timed one after the other would not be comparable. Before a side is
+    timed, it is called once untimed, so that no side pays for what another left in caches and memory.
 
     Args:
         sides: what to time.
         rounds: how often each side is timed.
-        tick: is called after each round.
-        wait: is called before each reading of the clock, for a device that works on its own.
-        calls: how many calls of a side are timed in a row; more of them tell what one costs that is called again and
-            again.
+        tick: called after each round.
+        wait: called before each reading of the clock; a device that works asynchronously is waited for here.
+        calls: how many calls of a side are timed in a row; several tell what a call costs that is repeated.
     """
     times: dict[Any, list[float]] = {name: [] for name in sides}
     order, names = random.Random(0), list(sides)
@@ -55,12 +54,12 @@ def medians_in_turn(
 
 
 def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
-    """Capture `repeats` calls of `side` as one CUDA graph: its time on the device, without launching it from Python.
+    """Capture `repeats` calls of `side` as one CUDA graph, whose replay is timed without launches from Python.
 
-    Ops inside read counts from device memory (`device_counts`).
+    The ops inside read counts from device memory (`device_counts`).
     """
     with device_counts():
-        for _ in range(2):  # tiles are chosen, plans are made
+        for _ in range(2):  # the first calls choose tiles and make plans, which a capture cannot
             side()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -71,9 +70,10 @@ def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
 
 
 def dense_sides(backbone: Backbone, inputs: Tensor) -> dict[str, Callable[[], Any]]:
-    """List the ways to compute the dense network on `inputs`, of which the fastest counts.
+    """Return the ways to compute the dense network on `inputs`; reports count the fastest.
 
-    They are both memory formats, for images, and whatever else computes the same (`Backbone.dense_twins`).
+    Images are computed in both memory formats. A family may add other ways that compute the same
+    (`Backbone.dense_twins`).
     """
     route = backbone.dense_actions(len(inputs), inputs.device)
     formats = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last} if inputs.dim() == 4 else {}
@@ -92,24 +92,24 @@ def step_times(
     tick: Callable[[], Any] = lambda: None,
     wait: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-    """Time each choice on this machine: the table that a reward may charge instead of MACs.
+    """Time each choice on this machine; a reward may charge these times instead of MACs.
 
-    A batch walks along the full route. At each point that it meets there, all its rows take the same choice, and each
-    choice is timed. Points that the full route never meets are walked to by the shortest way and timed there.
+    A batch walks along the full route. At each point on this route, each choice is timed, and all rows take it. A point
+    that the full route never meets is reached by the shortest way and timed there.
 
     Args:
-        backbone: its `for_inference` copy is timed.
+        backbone: the network; its `for_inference` copy is timed.
         inputs: a batch, as large as the model will meet.
-        rounds: each choice is timed in each round, at a loop's point in each visit, in a new order; medians count.
-        tick: is called after each round, and after one more that warms up.
-        wait: is called before each reading of the clock, for a device that works on its own.
+        rounds: how often each choice is timed, at a loop's point in each visit; medians count.
+        tick: called after each round, and after the extra round that warms up.
+        wait: called before each reading of the clock; a device that works asynchronously is waited for here.
 
     Returns:
-        {"start": ms, "choices": [[ms of each choice] of each point]}, of the whole batch.
+        {"start": ms, "choices": [[ms of each choice] of each point]}, milliseconds for the whole batch.
     """
     frozen, shuffle = backbone.for_inference(), random.Random(0)
     times: dict[tuple[int, int], list[float]] = {}
-    closed: dict[tuple[int, int], list[float]] = {}  # times of what ran in the place of a choice that was closed
+    closed: dict[tuple[int, int], list[float]] = {}  # the times of what ran in place of a closed choice
 
     def timed(run: Callable[[], Any]) -> float:
         wait()
@@ -134,7 +134,7 @@ def step_times(
 
     def median(point: int, choice: int) -> float:
         taken = times.get((point, choice)) or closed[point, choice]
-        return statistics.median(taken[len(taken) // (rounds + 1) :])  # without the round that warms up
+        return statistics.median(taken[len(taken) // (rounds + 1) :])  # the first round only warms up
 
     return {
         "start": median(END, 0),
@@ -142,16 +142,16 @@ def step_times(
     }
 
 
-Way = list[tuple[int, int]]  # from the first point on: the choice that all rows take, and the point that it leads to
+Way = list[tuple[int, int]]  # from the first point on: the choice that all rows take, and the point it leads to
 
 
 def detours(backbone: Backbone, inputs: Tensor) -> dict[int, Way]:
-    """Find a shortest way to each point that the full route never meets, by trying choices breadth first."""
+    """Find a shortest way to each point that the full route never meets, by a breadth-first search of choices."""
     missing = set(range(len(backbone.points))) - {state.point for state in _full_walk(backbone, inputs)}
     found: dict[int, Way] = {}
     start = backbone.begin(inputs)
     waiting: deque[tuple[State, Way]] = deque([(start, [])])
-    tried = {(start.point, 0)}  # by point and number of decisions: ways that meet again go on alike
+    tried = {(start.point, 0)}  # (point, number of decisions): ways that meet again continue alike
     while waiting and missing - set(found):
         state, way = waiting.popleft()
         for choice in range(backbone.points[state.point].n):
@@ -164,12 +164,15 @@ def detours(backbone: Backbone, inputs: Tensor) -> dict[int, Way]:
                 if reached.point in missing:
                     found.setdefault(reached.point, waiting[-1][1])
     if left := missing - set(found):
-        raise ValueError(f"no way leads to {[backbone.points[point].name for point in sorted(left)]}: not timed")
+        raise ValueError(
+            f"no way leads to {[backbone.points[point].name for point in sorted(left)]}, so these points cannot be "
+            "timed; train with --cost macs"
+        )
     return found
 
 
 def _stations(backbone: Backbone, inputs: Tensor, ways: dict[int, Way]) -> Iterator[State]:
-    """Stand the batch at each visit along the full route, then at the end of each of `ways`."""
+    """Yield the batch's state at each visit along the full route, then at the end of each of `ways`."""
     yield from _full_walk(backbone, inputs)
     for way in ways.values():
         state = backbone.begin(inputs)
@@ -180,7 +183,7 @@ def _stations(backbone: Backbone, inputs: Tensor, ways: dict[int, Way]) -> Itera
 
 
 def _full_walk(backbone: Backbone, inputs: Tensor) -> Iterator[State]:
-    """Stand at each visit along the full route; where rows part, most of them are followed."""
+    """Yield the state at each visit along the full route; where rows part, the larger group is followed."""
     route, state = backbone.dense_actions(len(inputs), inputs.device), backbone.begin(inputs)
     while state.point != END:
         yield state
