@@ -72,6 +72,8 @@ def main(args: Args) -> None:
         if args.out or args.backbone:
             raise ValueError(f"--resume goes on by {args.resume}'s own settings; leave out --out and --backbone")
         run = RunFolder(args.resume)
+        if run.decision != name:
+            raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: dynrl train {run.decision} --resume {run}")
         planned = plan_again(run, **given)
     else:
         planned = plan(name, **given)
