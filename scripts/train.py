@@ -87,6 +87,8 @@ def main(args: Args) -> None:
         if args.out or args.backbone:
             raise ValueError(f"--resume goes on by {args.resume}'s own settings; leave out --out and --backbone")
         run = RunFolder(args.resume)
+        if run.decision != name:
+            raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: dynrl train {run.decision} --resume {run}")
         planned = plan_again(run, **given)
     else:
         planned = plan(name, **given)
@@ -94,14 +96,18 @@ def main(args: Args) -> None:
     if args.resume is None:
         run = make_run(planned, args.out, args.backbone)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.path.parent})", flush=True)
-    if learn(run, planned):
+    try:
+        if not learn(run, planned):
+            return
         from dynrl.scripts.evaluate import report_runs
 
         report_runs([run.path], run.path)
-        print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
-        low, high = planned.settings.learning.price_range
-        budget = "" if low == high else "model.set_budget(0.5); "
-        print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: dynrl train {name} --resume {run}") from None
+    print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
+    reached = [macs for _, macs in run.model.curve]
+    budget = "model.set_budget(0.5); " if len(reached) > 1 and min(reached) <= 0.5 <= max(reached) else ""
+    print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,13 @@ def test_a_plugin_is_imported_once_and_handed_on(clean):
         ("no_such_file.py", None, "FileNotFoundError"),
         ("no_such_module", None, "ModuleNotFoundError"),
         ("broken.py", "1 / 0", "ZeroDivisionError: division by zero"),
+        ("leaving.py", "raise SystemExit('bye')", "SystemExit: bye"),
+        ("long.py", "raise ValueError('one\\ntwo')", "ValueError: one two"),
+        (
+            "antigravity.py",
+            "x = 1",
+            "ImportError: it has the name of a module that is there",
+        ),  # one that nobody imports
     ],
 )
 def test_a_bad_plugin_is_named(name, content, reason, clean, monkeypatch, capsys):
