@@ -1,4 +1,4 @@
-"""Learn a routing policy, by reinforcement or by gradient, and write a run folder."""
+"""Learn a routing policy, by reinforcement learning or by gradient, and write a run folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tyro
 
 from dynrl.settings import Learning, Place, Problem
 
-BY_DATA = {  # whose default is no number
+BY_DATA = {  # the settings whose default is no fixed value
     "data": "the decision's", "steps": "the data set's; for gates half as many", "hidden": "the data set's",
     "num_envs": "the data set's", "price_range": "the data set's", "learning_rate": "the agent's own",
     "entropy": "the agent's own",
@@ -21,7 +21,7 @@ BY_DATA = {  # whose default is no number
 
 
 def optional(*kinds: type) -> Any:
-    """A dataclass of the fields of settings classes, all of which may be left out: None, or False, is not given."""
+    """Return a dataclass of the fields of settings classes, all optional: None or False stands for not given."""
     made: list[tuple[str, Any, Any]] = []
     for kind in kinds:
         hints, about = typing.get_type_hints(kind), texts(kind)
@@ -38,7 +38,7 @@ def optional(*kinds: type) -> Any:
 
 
 def texts(kind: type) -> dict[str, str]:
-    """What a settings class says of each of its fields, under `Attributes:`."""
+    """Return what a settings class says about each of its fields under `Attributes:`."""
     _, _, listed = (kind.__doc__ or "").partition("Attributes:")
     found = re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", listed, re.DOTALL | re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
@@ -46,21 +46,23 @@ def texts(kind: type) -> dict[str, str]:
 
 @dataclass
 class Args:
-    """Settings of `dynrl train`."""
+    """These are the settings of `dynrl train`."""
 
     settings: tyro.conf.OmitArgPrefixes[optional(Problem, Learning, Place)]  # type: ignore[valid-type]
+    """The settings that say what is learned, how, and where."""
     backbone: Path | None = None
-    """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
+    """A folder from `dynrl pretrain` or another run, whose backbone is taken; by default, one is pretrained first."""
     out: Path | None = None
-    """Run folder to make; default runs/DECISION-DATA-TIME."""
+    """The run folder to make; by default, runs/DECISION-DATA-TIME."""
     resume: Path | None = None
-    """Go on with this run folder, by its own settings; where it runs may change, and --finetune may be added."""
+    """Continue this run folder by its own settings; only --device, --num-learners, --address and --threads may change,
+    and --finetune may be added."""
     threads: int | None = None
-    """CPU threads; default: all available cores."""
+    """The number of CPU threads; by default, all available cores."""
 
 
 def main(args: Args) -> None:
-    """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, evaluate."""
+    """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, and evaluate."""
     from dynrl.envs import decision
     from dynrl.runs import RunFolder
     from dynrl.scripts.common import use_threads
