@@ -105,9 +105,7 @@ def bench_model(
         for batch in batches or network.batches:
             inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=getattr(torch, dtype))
             with torch.inference_mode():
-                count = (
-                    256 if batch > 64 else 16
-                )  # one input is enough, since the cost of a route does not depend on it
+                count = 256 if batch > 64 else 16  # one input is enough: the cost of a route does not depend on it
                 rate = random_rate(model.backbone, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
             assert rate is not None, "each of these networks can do with half of its MACs"
             model.policy.route = RandomPolicy(backbone.thrift, rate).route(inputs).to(device)

@@ -26,8 +26,8 @@ def check(case: Case, dtype: torch.dtype) -> None:
     limit = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
     if not error <= limit:
         raise RuntimeError(
-            f"{case.op}, {case.shape}, batch {case.batch}, kept {case.kept}: expected the definition within {limit:.0e} "
-            f"of the largest value, got an error of {error:.1e}. Wrong ops are not timed"
+            f"{case.op}, {case.shape}, batch {case.batch}, kept {case.kept}: expected the definition within "
+            f"{limit:.0e} of the largest value, got an error of {error:.1e}. Wrong ops are not timed"
         )
 
 
