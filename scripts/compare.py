@@ -37,8 +37,7 @@ class Args:
     prices: tuple[float, ...] = ()
     """Prices at which PPO is also trained, each in runs of its own, to compare with one policy for all prices."""
     plain: tuple[str, ...] = ()
-    """Smaller networks to train alone by the same recipe. Each is a NAME=VALUE that differs from the backbone's
-    settings, such as layers=[2,2,2] or widths=[16,32,64]."""
+    """Smaller networks to train alone by the same recipe, each NAME=VALUE, such as layers=[2,2,2]."""
     threads: int | None = None
     """The number of CPU threads; by default, all available cores."""
 

@@ -22,8 +22,7 @@ class Args:
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     plain: bool = False
-    """Train only the plain network, on its full route, for example a smaller one to compare routed networks with
-    (`dynrl evaluate --smaller`)."""
+    """Train only the plain network, for example a smaller one for `dynrl evaluate --smaller`."""
     seed: int = 0
     """The seed of weights, order, augmentation and routes."""
     device: str = "cpu"

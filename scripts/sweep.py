@@ -25,8 +25,8 @@ class Args:
     out: Path
     """The folder of all runs; the same command continues in it."""
     vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "hidden=32,128")
-    """The settings to vary, each NAME=VALUE,VALUE...; names are learning_rate, entropy, hidden, num_envs, steps, reward
-    and baseline, all as in `dynrl train`."""
+    """The settings to vary, each NAME=VALUE,VALUE..., as in `dynrl train`.
+    Names are learning_rate, entropy, hidden, num_envs, steps, reward and baseline."""
     data: str | None = None
     """The data set, as in `dynrl train`; by default, the decision's own."""
     agent: str = "ppo"

@@ -55,8 +55,7 @@ class Args:
     out: Path | None = None
     """The run folder to make; by default, runs/DECISION-DATA-TIME."""
     resume: Path | None = None
-    """Continue this run folder by its own settings; only --device, --num-learners, --address and --threads may change,
-    and --finetune may be added."""
+    """Continue this run folder by its own settings; only where it runs and --finetune may change."""
     threads: int | None = None
     """The number of CPU threads; by default, all available cores."""
 

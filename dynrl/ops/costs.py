@@ -77,7 +77,7 @@ class Costs:
         return self.product + max(4e-6 * weights * self.megabyte, self.mac_time(rows * weights))
 
     def rows_time(self, rows: int, weights: int) -> float:
-        """Return the microseconds that a product with no rows would save, though its weights are still read."""
+        """Return the microseconds that a product saves without its `rows` rows, though its weights are still read."""
         return 1e-6 * weights * (rows * self.megamac - 4 * self.megabyte)
 
     def worth_compacting(self, saved: float, moving: float, share: float = 1.0) -> bool:

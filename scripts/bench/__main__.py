@@ -17,15 +17,17 @@ class Args:
     """These are the settings of `dynrl bench`."""
 
     suite: Annotated[Literal["env", "ops", "model", "known", "agents"], tyro.conf.Positional]
-    """The suite to measure. env: decisions sampled a second, by several paths. ops: each op against its ideal. model:
-    whole routed networks against dense ones. known: how soon the default agent finds routes that are known to be the
-    best.
+    """The suite to measure.
+    env: decisions sampled a second, by several paths.
+    ops: each op against its ideal.
+    model: whole routed networks against dense ones.
+    known: how soon the default agent finds routes that are known to be the best.
     agents: how soon the default agent, SB3's and stock RLlib's learn skip on fashion-mnist."""
     out: Path | None = None
     """The file to write; by default, results/bench-SUITE-DATE.json."""
     rounds: int | None = None
-    """How often each side is measured; the median counts. The default is 5 for env and 15 for model; ops goes by
-    --seconds. For known and agents, it is the number of policy seeds, by default 3."""
+    """How often each side is measured; the median counts. Default: 5 for env, 15 for model; ops goes by --seconds.
+    For known and agents, the number of policy seeds; default: 3."""
     seconds: float = 1.5
     """The seconds of timing for each shape and batch size of ops."""
     only: tuple[str, ...] = ()
@@ -33,8 +35,8 @@ class Args:
     batches: tuple[int, ...] = ()
     """The batch sizes for ops and model, or the numbers of sub-environments for env; by default, all of them."""
     runs: tuple[Path, ...] = ()
-    """For model: run folders whose learned policies are measured, too, at half of the MACs. For agents: one run folder,
-    whose backbone is taken; by default, one is pretrained."""
+    """For model: run folders whose policies are measured, too, at half of the MACs.
+    For agents: one run folder, whose backbone is taken; by default, one is pretrained."""
     device: str = "cpu"
     """The device on which ops, networks and the backbone of env run."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
