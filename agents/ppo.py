@@ -154,8 +154,7 @@ def ppo_config(
         clip_param=NUMBERS.clip,
         grad_clip=NUMBERS.gradient_norm,
         vf_loss_coeff=NUMBERS.value_weight,
-        # By default RLlib clips the squared error at 10, and a critic that is far off gets no gradient.
-        vf_clip_param=float("inf"),
+        vf_clip_param=float("inf"),  # RLlib clips squared errors at 10: critics that are far off get no gradient
         use_kl_loss=False,
         add_default_connectors_to_learner_pipeline=False,
         learner_class=RouterLearner,

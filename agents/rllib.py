@@ -196,9 +196,7 @@ class RLlibAgent(Agent):
         """Start ray and build the algorithm."""
         (backbone, _), learning, place = load_backbone(self.backbone_file), self.settings.learning, self.settings.place
         if start_ray(max(2, learning.num_env_runners + place.num_learners + 1), place.address):
-            self._held.callback(
-                ray.shutdown
-            )  # timings follow the training, and ray's processes should not disturb them
+            self._held.callback(ray.shutdown)  # timings follow, which ray's processes should not disturb
         self.backbone, self.ground = backbone, Ground.of(learning, backbone)
         config = self.configure(
             decision(self.settings.problem.decision).env_id,

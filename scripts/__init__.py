@@ -1,1 +1,1 @@
-"""Scripts: one run each, `dynrl VERB` or `python scripts/VERB.py`."""
+"""Each script is a verb: `dynrl VERB` or `python scripts/VERB.py` runs it."""

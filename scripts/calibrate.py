@@ -12,14 +12,14 @@ import tyro
 
 @dataclass
 class Args:
-    """Settings of `dynrl calibrate`."""
+    """These are the settings of `dynrl calibrate`."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder; latency.json is written into it."""
+    """The run folder; latency.json is written into it."""
     batch_size: int = 256
-    """Inputs in a batch, as the model will be used."""
+    """The batch size that the model will be used with."""
     threads: int | None = None
-    """CPU threads, as the model will be used; default: all available cores."""
+    """The number of CPU threads that the model will be used with; by default, all available cores."""
 
 
 def main(args: Args) -> None:
@@ -38,7 +38,9 @@ def main(args: Args) -> None:
     run = RunFolder(args.run)
     data, model = run.data, run.model
     if len(model.curve) < 2:
-        raise ValueError(f"{run} has no calibrated budgets: it was trained at one price, or not by dynrl")
+        raise ValueError(
+            f"{run} has no calibrated budgets, because it was trained at one price; train it over a price range"
+        )
     inputs = load_dataset(data).validation.inputs
     if len(inputs) < args.batch_size:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")

@@ -1,4 +1,4 @@
-"""`dynrl compare` trains the cells of a matrix, `dynrl sweep` combinations of settings: both are made here."""
+"""The runs that `dynrl compare` and `dynrl sweep` train are made here: cells of a matrix, and combinations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check(args: Args, matrix: list[tuple[str, str]]) -> None:
-    """Refuse, before hours of training, what some cell would refuse; `matrix` holds (decision, data set)."""
+    """Refuse, before hours of training, settings that any cell would refuse; `matrix` holds (decision, data set)."""
     from dynrl.data import load_dataset
     from dynrl.envs.core import check_price_range
     from dynrl.recipes import defaults
@@ -29,11 +29,11 @@ def check(args: Args, matrix: list[tuple[str, str]]) -> None:
     for price in args.prices:
         check_price_range((price, price))
     if args.prices and "ppo" not in args.agents:
-        raise ValueError("--prices trains PPO at one price each, to stand beside PPO: add ppo to --agents")
+        raise ValueError("--prices trains PPO at one price each, to compare with PPO over a range: add ppo to --agents")
 
 
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
-    """Train what is missing in `folder`; False after Ctrl-C."""
+    """Train the runs that are missing in `folder`, and return whether all are done; False after Ctrl-C."""
     from dynrl.training import plan, pretrain_into, resume, train
 
     backbone = folder / "backbone"
@@ -50,7 +50,7 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
         if run.finished:
             continue
         run.drop_half_made()
-        if run.path.is_dir() and run.data != data:  # folders of images may bear the same name
+        if run.path.is_dir() and run.data != data:  # two folders of images may have the same name
             raise ValueError(f"{run} was trained on {run.data}, not {data}; choose another --out")
         print(f"cell: {run}", flush=True)
         if run.path.is_dir():
@@ -64,7 +64,7 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
 
 
 def trainings(args: Sweep) -> list[dict[str, Any]]:
-    """The settings of each training of a sweep, by what is varied; a ValueError for any that would be refused."""
+    """Return the settings of each training of a sweep; raise a ValueError for settings that would be refused."""
     from dynrl.sweep import combinations
     from dynrl.training import plan
 

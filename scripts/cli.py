@@ -1,4 +1,4 @@
-"""`dynrl VERB ...`: each verb is the script of that name."""
+"""`dynrl VERB ...` runs the script of that name."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
-    "train": "learn a policy (pretrains a backbone first where none is given), evaluate it, write a run folder",
+    "train": "learn a policy (after pretraining a backbone if none is given), evaluate it, write a run folder",
     "evaluate": "report accuracy, MACs and time of one or more run folders",
-    "compare": "train a matrix of policies, and tell which is better by how much, and how surely",
-    "sweep": "search settings of training with Ray Tune",
+    "compare": "train a matrix of policies, and report which is better, by how much, and how certain that is",
+    "sweep": "search for good training settings with Ray Tune",
     "pretrain": "train a backbone under random routes, and its plain twin",
     "calibrate": "time a routed model on this machine, for budgets in milliseconds",
     "export": "write a routed model as a program that needs torch alone",
-    "bench": "measure: ops and whole networks against their ideals, sampling speed, how soon agents learn",
+    "bench": "measure ops and whole networks against their ideals, sampling speed, and how soon agents learn",
     "list": "list decisions, data sets and backbones",
     "tables": "write the tables of README and docs from results/",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a verb; bad input ends with a one-line reason and exit code 2."""
+    """Run a verb; bad input ends with a reason of one line and exit code 2."""
     given, plugins = list(sys.argv[1:] if argv is None else argv), []
     while given[:1] == ["--plugin"] and len(given) > 1:
         plugins.append(given[1])
         given = given[2:]
     if given and given[0] in ("-h", "--help"):
-        print("usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` tells more\n")
+        print("usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` shows its settings\n")
         print("\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items()))
         return
     if not given or given[0] not in VERBS:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = ()) -> None:
-    """Parse the verb's settings and run it, with what `plugins` add (see `dynrl.plugins`)."""
+    """Parse the verb's settings and run it, with everything that `plugins` add (see `dynrl.plugins`)."""
     from dynrl.plugins import load_plugins
     from dynrl.progress import talking
 
@@ -61,7 +61,7 @@ def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = (
             file=sys.stderr,
         )
         sys.exit(2)
-    except (ValueError, OSError) as error:  # OSError: a path that cannot be read or written
+    except (ValueError, OSError) as error:  # an OSError is a path that cannot be read or written
         print(f"dynrl {verb}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:

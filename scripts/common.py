@@ -1,4 +1,4 @@
-"""What the command lines share: threads and batch sizes."""
+"""The verbs share these checks of threads and batch sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch use `count` threads; None: one a core. More threads than cores slow training down several times."""
+    """Let torch use `count` threads, or one a core if None; more threads than cores make training much slower."""
     import torch
 
     if count is not None and count < 1:
@@ -16,6 +16,6 @@ def use_threads(count: int | None) -> None:
 
 
 def check_batch_size(count: int) -> None:
-    """Refuse a batch of no inputs."""
+    """Refuse, with a ValueError, a batch of no inputs."""
     if count < 1:
         raise ValueError(f"expected --batch-size of at least 1, got {count}")

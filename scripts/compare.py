@@ -1,10 +1,11 @@
-"""Train a matrix of policies (decisions x agents x seeds), and tell which is better, by how much, and how surely.
+"""Train a matrix of policies (decisions x agents x seeds), and report which is better and how certain that is.
 
-Every cell is a run folder, OUT/DECISION-DATA/AGENT-SEED (ppo-at-PRICE-SEED), on one backbone. A cell that was begun is
-gone on with, a finished one stays as it is, and run folders that you put beside them are compared, too. For each
-decision the result is `comparison.json`, `comparison.png` and a table: areas under the accuracy-compute fronts of the
-test split, operating points chosen on validation data, and paired differences of PPO's policies (without them, of all)
-to each other contender, with 95 % intervals over inputs and seeds.
+Every cell is a run folder, OUT/DECISION-DATA/AGENT-SEED (ppo-at-PRICE-SEED), on one backbone. Unfinished cells
+continue, finished cells stay, and other run folders that you put beside them are compared, too. For each decision, the
+result is `comparison.json`, `comparison.png` and a table. They hold the areas under the accuracy-compute fronts on the
+test split, operating points that were chosen on validation data, and paired differences between PPO's policies and
+every other contender, with 95 % intervals over inputs and seeds. Without PPO, they hold the differences between all
+learned policies and every other contender.
 """
 
 from __future__ import annotations
@@ -19,31 +20,30 @@ import tyro
 
 @dataclass
 class Args:
-    """Settings of `dynrl compare`."""
+    """These are the settings of `dynrl compare`."""
 
     decisions: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Decisions to learn; see `dynrl list`."""
+    """The decisions to learn; `dynrl list` shows all of them."""
     out: Path
-    """Folder of all runs; the same command goes on with it."""
+    """The folder of all runs; the same command continues in it."""
     data: str | None = None
-    """Data set, as in `dynrl train`; default: each decision's."""
+    """The data set, as in `dynrl train`; by default, each decision's own."""
     agents: tuple[str, ...] = ("ppo", "gate")
-    """What learns, as in `dynrl train`."""
+    """The agents that learn, as in `dynrl train`."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Policy seeds; the backbone's is the first of them."""
+    """The seeds of policies; the first one is also the backbone's."""
     finetune: bool = False
     """Train backbones and policies in turn, as in `dynrl train`."""
     prices: tuple[float, ...] = ()
-    """Prices to train PPO at, one alone each: policies that one policy for all prices must stand beside."""
+    """Prices at which PPO is also trained, each in runs of its own, to compare with one policy for all prices."""
     plain: tuple[str, ...] = ()
-    """Smaller networks to train alone by the same recipe, each a NAME=VALUE that differs from the backbone's settings:
-    layers=[2,2,2], widths=[16,32,64]."""
+    """Smaller networks to train alone by the same recipe, each NAME=VALUE, such as layers=[2,2,2]."""
     threads: int | None = None
-    """CPU threads; default: all available cores."""
+    """The number of CPU threads; by default, all available cores."""
 
 
 def main(args: Args) -> None:
-    """Train what is missing, then compare."""
+    """Train the missing runs, then compare all of them."""
     from dynrl.data import check_dataset
     from dynrl.envs import decision
     from dynrl.scripts.cells import check, train_cells
@@ -70,7 +70,7 @@ def compare_runs(folder: Path) -> dict[str, Any]:
     runs = [run for path in sorted(folder.iterdir()) if (run := RunFolder(path)).policy_file.is_file()]
     for run in runs:
         if not run.finished:
-            print(f"left out, since it was stopped early: {run}", file=sys.stderr)
+            print(f"left out, because it was stopped early: {run}", file=sys.stderr)
     finished, smaller = [run for run in runs if run.finished], sorted(folder.glob("plain-*"))
     result = compare(finished, out=folder, smaller=smaller, show=True)
     print(f"\n{comparison_text(result)}")

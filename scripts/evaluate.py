@@ -1,7 +1,7 @@
-"""Report accuracy (or squared error), MACs and measured time of run folders: `report.json`, `report.png` and a table.
+"""Report accuracy (or squared error), MACs and time of run folders, as `report.json`, `report.png` and a table.
 
-Several runs (policy seeds, agents, fine-tuned or not) of one pretrained backbone make one report: a row for each kind
-of run, with mean and spread over its seeds.
+Several runs (policy seeds, agents, fine-tuned or not) of one pretrained backbone make one report. It has a row for each
+kind of run, with the mean and the spread over its seeds.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import tyro
 
 @dataclass
 class Args:
-    """Settings of `dynrl evaluate`."""
+    """These are the settings of `dynrl evaluate`."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders of one pretrained backbone and data set."""
+    """The run folders, of one pretrained backbone and data set."""
     smaller: Path | None = None
-    """A folder of `dynrl pretrain` with a smaller network (`--network ... --plain`): a row of its own."""
+    """A folder of `dynrl pretrain` with a smaller network (`--network ... --plain`), which gets a row of its own."""
     out: Path | None = None
-    """Folder for report.json and report.png; default: the run folder, if there is one only."""
+    """The folder for report.json and report.png; by default, the run folder, if there is only one."""
     batch_size: int = 256
-    """Inputs in the batch that is timed."""
+    """The number of inputs in the batch that is timed."""
     device: str = "cpu"
-    """Where networks run: cpu, or cuda."""
+    """The device on which networks run: cpu or cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of networks and inputs; policies stay in float32."""
+    """The number type of networks and inputs; policies stay in float32."""
     threads: int | None = None
-    """CPU threads; default: all available cores."""
+    """The number of CPU threads; by default, all available cores."""
 
 
 def main(args: Args) -> None:
@@ -48,7 +48,7 @@ def main(args: Args) -> None:
     for run in args.runs:
         _ = RunFolder(run).config
     if args.out is None and len(args.runs) > 1:
-        raise ValueError("several runs make one report: say where with --out")
+        raise ValueError("several runs make one report: name its folder with --out")
     report_runs(args.runs, args.out or args.runs[0], args.batch_size, args.smaller, args.device, args.dtype)
 
 
@@ -60,7 +60,7 @@ def report_runs(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """Evaluate runs, showing how far it is; write, print and return the report (see `dynrl.evaluation.evaluate`)."""
+    """Evaluate runs and show progress; write, print and return the report (see `dynrl.evaluation.evaluate`)."""
     from dynrl.evaluation import evaluate, report_text
     from dynrl.evaluation.figures import show_in_tensorboard
 

@@ -1,4 +1,4 @@
-"""Write a run's routed model, at one budget, as a program that needs no dynrl: torch.export's, or ONNX."""
+"""Write a run's routed model, at one budget, as a program of torch.export or ONNX that needs no dynrl."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import tyro
 
 @dataclass
 class Args:
-    """Settings of `dynrl export`."""
+    """These are the settings of `dynrl export`."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    """The run folder, or the name of a model that comes with dynrl."""
     out: Path
-    """File to write: *.pt2 (for torch alone) or *.onnx (for onnxruntime)."""
+    """The file to write: *.pt2 (for torch alone) or *.onnx (for onnxruntime)."""
     budget: float = 0.5
-    """Share of the dense MACs, on average; it is fixed in the file."""
+    """The share of the dense MACs to spend on average; it is fixed in the file."""
 
 
 def main(args: Args) -> None:
-    """Plug, set the budget, export."""
+    """Load the model, set the budget, and export."""
     from dynrl.deploy import load
 
     model = load(args.run)

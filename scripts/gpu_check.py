@@ -1,12 +1,12 @@
-"""`python scripts/gpu_check.py OUT.json` checks all that only a GPU can show, in under eight minutes.
+"""`python scripts/gpu_check.py OUT.json` checks everything that needs a GPU, in under eight minutes.
 
-It runs on a bare GPU machine from a checkout: torch, triton, numpy, safetensors and pytest, nothing of this project
-installed. The parts come in order: the kernel, op and capture tests on CUDA, while all benchmarks run at once to fill
-Triton's cache (compiling takes most of the time, and one core each); then, one after the other, `bench model`,
-`bench ops` and `bench env`, and a policy trained on digits with its backbone on the GPU. With gymnasium `bench env`
-goes through the environment, too, and with ray through RLlib; training takes tensorboard, tyro and matplotlib, and ray
-or stable-baselines3. What is left out is named. The file is written anew after each part: a call that is cut short
-keeps what it has.
+It runs on a bare GPU machine from a checkout. It needs torch, triton, numpy, safetensors and pytest, but no install of
+this project. First come the kernel, op and capture tests on CUDA; meanwhile, all benchmarks run once to fill Triton's
+cache, because compiling takes most of the time, one core each. Then `bench model`, `bench ops` and `bench env` run one
+after the other, and a policy is trained on digits with its backbone on the GPU. With gymnasium, `bench env` also
+measures the environment, and with ray also RLlib. Training needs tensorboard, tyro and matplotlib, and ray or
+stable-baselines3. Parts that are left out are named. The file is written again after each part, so a call that is cut
+short keeps what it has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEEDED = ("torch", "triton", "numpy", "safetensors", "pytest")
 
 
 def refusal(words: list[str]) -> str | None:
-    """Why the check cannot run here, if so."""
+    """Return the reason why the check cannot run here, or None if it can."""
     if len(words) != 1:
         return "usage: python scripts/gpu_check.py OUT.json"
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -35,7 +35,7 @@ def refusal(words: list[str]) -> str | None:
 
 
 def main() -> int:
-    """Lay the sources out in a folder of their own, and run `scripts/bench/gpu.py` there."""
+    """Lay the sources out in a temporary folder, and run `scripts/bench/gpu.py` there."""
     if reason := refusal(sys.argv[1:]):
         print(reason, file=sys.stderr)
         return 2

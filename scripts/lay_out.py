@@ -1,7 +1,7 @@
 """Lay the package out as a wheel installs it: `python scripts/lay_out.py FOLDER`.
 
-Folders at the top level are mapped below `dynrl`; an editable install hides that from mypy, and a machine without pip
-has no install at all. Needs nothing but Python.
+Folders at the top level belong below `dynrl`. An editable install hides this from mypy, and a machine without pip has
+no install at all. This script needs nothing but Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train a backbone under random routes, so that every route works, and its plain twin on the full route only."""
+"""Train a backbone under random routes, so that every route works, and a plain twin on the full route only."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ import tyro
 
 @dataclass
 class Args:
-    """Settings of `dynrl pretrain`."""
+    """These are the settings of `dynrl pretrain`."""
 
     decision: Annotated[str, tyro.conf.Positional]
-    """The decision the backbone poses; see `dynrl list`."""
+    """The decision that the backbone poses; `dynrl list` shows all of them."""
     data: str | None = None
-    """Data set, as `dynrl train` takes it; default: the decision's."""
+    """The data set, as in `dynrl train`; by default, the decision's own."""
     out: Path | None = None
-    """Folder to make; the same command goes on with it after a kill. Default: runs/backbone-DECISION-DATA-TIME."""
+    """The folder to make; after a kill, the same command continues in it. Default: runs/backbone-DECISION-DATA-TIME."""
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     plain: bool = False
-    """Only train the plain network, on its full route: a smaller one to stand beside routed ones
-    (`dynrl evaluate --smaller`)."""
+    """Train only the plain network, for example a smaller one for `dynrl evaluate --smaller`."""
     seed: int = 0
-    """Seed of weights, order, augmentation and routes."""
+    """The seed of weights, order, augmentation and routes."""
     device: str = "cpu"
-    """Where to train, `cuda` say."""
+    """The device to train on, for example cuda."""
     threads: int | None = None
-    """CPU threads; default: all available cores."""
+    """The number of CPU threads; by default, all available cores."""
 
 
 def main(args: Args) -> None:
-    """Write `backbone.safetensors` and `plain.safetensors`, or only the latter, into a new folder or one of before."""
+    """Train, and write `backbone.safetensors` and `plain.safetensors`, or only the latter, into a folder."""
     from dynrl.scripts.common import use_threads
     from dynrl.training import pretrain
 

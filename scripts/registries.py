@@ -1,4 +1,4 @@
-"""The registries as Markdown tables, for the pages."""
+"""These functions write the registries as Markdown tables for the pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def decisions_table() -> list[str]:
 
 
 def decisions_pages() -> list[str]:
-    """Write a section for each decision: its environment's question, and the families that pose it."""
+    """Write a section for each decision, with its environment's question and the families that pose it."""
     lines: list[str] = []
     for row in DECISIONS.values():
         module, name = row.vector_entry_point.split(":")
@@ -39,13 +39,13 @@ def decisions_pages() -> list[str]:
 
 
 def _section(page: str, name: str) -> str:
-    """Return one section of an environment's page, in one line."""
+    """Return one section of an environment's page in one line."""
     _, _, rest = page.partition(f"## {name}\n")
     return " ".join(rest.partition("\n## ")[0].split())
 
 
 def data_table() -> list[str]:
-    """Write the data sets by name, each with the first paragraph of what makes it."""
+    """Write the data sets by name, each with the first paragraph of the docstring of its function."""
     lines = ["| `--data` | what |", "|---|---|"]
     for name, make in DATASETS.items():
         first, *_ = (getdoc(make) or "").split("\n\n")

@@ -1,10 +1,10 @@
-"""Search settings of training with Ray Tune: every combination, the poor ones stopped early, the best named.
+"""Search for good training settings with Ray Tune: try every combination, stop poor ones early, name the best.
 
-Each combination is a run folder, OUT/NAME=VALUE,..., on one backbone; as many are trained side by side as there are
-cores. After each quarter of its steps a policy is judged on validation data by the area under its accuracy-compute
-front from 0.3 to 0.9 of the dense MACs; after one quarter and after two, the worse half of those that have come as far
-stops (asynchronous successive halving; Li et al. 2020, MLSys). The same command goes on with what was interrupted, and
-with more values of what is varied.
+Each combination is a run folder, OUT/NAME=VALUE,..., on one backbone. As many runs train in parallel as there are
+cores. After each quarter of its steps, a policy is judged on validation data by the area under its accuracy-compute
+front from 0.3 to 0.9 of the dense MACs. After one quarter and after two, the worse half of the runs that have come as
+far stops (asynchronous successive halving; Li et al. 2020, MLSys). The same command continues an interrupted sweep,
+also with more values to try.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ import tyro
 
 @dataclass
 class Args:
-    """Settings of `dynrl sweep`."""
+    """These are the settings of `dynrl sweep`."""
 
     decision: Annotated[str, tyro.conf.Positional]
-    """What to decide; see `dynrl list`."""
+    """The decision to learn; `dynrl list` shows all of them."""
     out: Path
-    """Folder of all runs; the same command goes on with it."""
+    """The folder of all runs; the same command continues in it."""
     vary: tuple[str, ...] = ("learning_rate=0.0005,0.002,0.008", "hidden=32,128")
-    """What to try, each NAME=VALUE,VALUE...; names: learning_rate, entropy, hidden, num_envs, steps,
-    reward, baseline, all as in `dynrl train`."""
+    """The settings to vary, each NAME=VALUE,VALUE..., as in `dynrl train`.
+    Names are learning_rate, entropy, hidden, num_envs, steps, reward and baseline."""
     data: str | None = None
-    """Data set, as in `dynrl train`; default: the decision's."""
+    """The data set, as in `dynrl train`; by default, the decision's own."""
     agent: str = "ppo"
-    """What learns, as in `dynrl train`."""
+    """The agent that learns, as in `dynrl train`."""
     backbone: Path | None = None
-    """A folder from `dynrl pretrain` or a run; default: pretrain one first, in OUT/backbone."""
+    """A folder from `dynrl pretrain` or a run folder; by default, a backbone is pretrained first, in OUT/backbone."""
     steps: int | None = None
-    """Decisions that a run learns from if it is not stopped; default: the data set's."""
+    """The number of decisions that a run learns from if it is not stopped; by default, the data set's."""
     seed: int = 0
-    """Policy seed of all runs."""
+    """The seed of the policies of all runs."""
     side_by_side: int | None = None
-    """Runs at a time; default: one a core."""
+    """The number of runs that train in parallel; by default, one a core."""
 
 
 def main(args: Args) -> None:
-    """Check all combinations, train them, rank them."""
+    """Check all combinations, train them and rank them."""
     import torch
 
     from dynrl.agents.rllib import start_ray

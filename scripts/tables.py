@@ -1,8 +1,8 @@
-"""Write tables into README and docs, from the registry and `results/`: from `<!-- table:NAME -->` to `<!-- end -->`.
+"""Write tables from the registries and `results/` into README and docs, between marks in these pages.
 
-NAME is a folder of `results/` with a report, `demo` (one report in four rows), `by-decision` (a row for each
-decision), `comparison` and `one-price` (all comparisons), `decisions`, `decisions-pages` or `data` (the registries),
-`shipped`, or a bench: its newest file counts.
+A table goes from `<!-- table:NAME -->` to `<!-- end -->`. NAME is a folder of `results/` with a report; `demo` (one
+report in four rows); `by-decision` (a row for each decision); `comparison` or `one-price` (all comparisons);
+`decisions`, `decisions-pages` or `data` (the registries); `shipped`; or a bench, whose newest file is shown.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-SHOWN = (  # the README's report for each decision
+SHOWN = (  # the reports in the table by decision
     "skip-fashion-mnist", "exit-fashion-mnist", "expert-fashion-mnist", "channel-fashion-mnist",
     "hidden-update-sequential-digits",
 )  # fmt: skip
@@ -23,16 +23,16 @@ REGISTRIES = {"decisions": "decisions_table", "decisions-pages": "decisions_page
 
 @dataclass
 class Args:
-    """Settings of `dynrl tables`."""
+    """These are the settings of `dynrl tables`."""
 
     pages: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Files to rewrite; default: README.md and docs/*.md."""
+    """The files to rewrite; by default, README.md and docs/*.md."""
     results: Path = Path("results")
-    """Folder to read."""
+    """The folder with the results."""
 
 
 def main(args: Args) -> None:
-    """Rewrite the pages; a mark without a results file is an error, before any page is written."""
+    """Rewrite the pages; a mark without a results file is an error that is raised before any page is written."""
     from dynrl.files import write_aside
 
     pages = args.pages or (Path("README.md"), *sorted(Path("docs").glob("*.md")))

@@ -1,81 +1,34 @@
-"""Learn a routing policy, by reinforcement or by gradient, and write a run folder."""
+"""Learn a routing policy, by reinforcement learning or by gradient, and write a run folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import tyro
 
+from dynrl.scripts.options import optional
 from dynrl.settings import Learning, Place, Problem
-
-BY_DATA = {  # whose default is no number
-    "data": "the decision's", "steps": "the data set's; for gates half as many", "hidden": "the data set's",
-    "num_envs": "the data set's", "price_range": "the data set's", "learning_rate": "the agent's own",
-    "entropy": "the agent's own",
-}  # fmt: skip
-
-
-def optional(*kinds: type) -> Any:
-    """A dataclass of the fields of settings classes, all of which may be left out: None, or False, is not given."""
-    made: list[tuple[str, Any, Any]] = []
-    for kind in kinds:
-        hints, about = typing.get_type_hints(kind), texts(kind)
-        for each in dataclasses.fields(kind):
-            usual = BY_DATA.get(each.name, each.default)
-            positional = each.default is dataclasses.MISSING and each.name not in BY_DATA
-            help = tyro.conf.arg(
-                help=about[each.name], help_behavior_hint=f"(default: {usual})",
-                metavar=each.name.upper() if positional else metavar(hints[each.name]),
-            )  # fmt: skip
-            if positional:
-                made.append((each.name, Annotated[hints[each.name], tyro.conf.Positional, help], dataclasses.field()))
-            elif hints[each.name] is bool:
-                made.append((each.name, Annotated[bool, help], False))
-            else:
-                made.append((each.name, Annotated[hints[each.name] | None, help], None))
-    return dataclasses.make_dataclass("Given", made)
-
-
-def metavar(hint: Any) -> str | None:
-    """What help shows for a value of that type; without it, each of these would offer None, too."""
-    words = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return "{" + ",".join(words) + "}"
-    if words:
-        return " ".join("..." if word is Ellipsis else word.__name__.upper() for word in words)
-    return None if hint is bool else hint.__name__.upper()
-
-
-def texts(kind: type) -> dict[str, str]:
-    """What a settings class says of each of its fields, under `Attributes:`."""
-    _, _, listed = (kind.__doc__ or "").partition("Attributes:")
-    found = re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", listed, re.DOTALL | re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
 
 
 @dataclass
 class Args:
-    """Settings of `dynrl train`."""
+    """These are the settings of `dynrl train`."""
 
     settings: tyro.conf.OmitArgPrefixes[optional(Problem, Learning, Place)]  # type: ignore[valid-type]
-    """What is learned, how, and where."""
+    """The settings that say what is learned, how, and where."""
     backbone: Path | None = None
-    """A folder from `dynrl pretrain` or another run; default: pretrain one first."""
+    """A folder from `dynrl pretrain` or another run, whose backbone is taken; by default, one is pretrained first."""
     out: Path | None = None
-    """Run folder to make; default runs/DECISION-DATA-TIME."""
+    """The run folder to make; by default, runs/DECISION-DATA-TIME."""
     resume: Path | None = None
-    """Go on with this run folder, by its own settings; where it runs may change, and --finetune may be added."""
+    """Continue this run folder by its own settings; only where it runs and --finetune may change."""
     threads: int | None = None
-    """CPU threads; default: all available cores."""
+    """The number of CPU threads; by default, all available cores."""
 
 
 def main(args: Args) -> None:
-    """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, evaluate."""
+    """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, and evaluate."""
     from dynrl.envs import decision
     from dynrl.runs import RunFolder
     from dynrl.scripts.common import use_threads

@@ -117,7 +117,7 @@ class Backbone(nn.Module):
 
         Args:
             state: all rows of a `GatedWalk`, in order.
-            gates: [B, choices of the point], the weights of the choices, 0 for closed ones; already recorded and paid for.
+            gates: [B, choices of the point], the choices' weights, 0 for closed ones; recorded and paid for already.
         """
         raise NotImplementedError
 
@@ -296,7 +296,7 @@ class Backbone(nn.Module):
             inputs: [n, *input_shape].
             walk: a walk whose slots are refilled; None starts a new walk of n slots.
             rows: [n] int64, the slots to refill.
-            table: the cost table of a new walk (see `time_table`); None charges MACs. A walk that is there keeps its own.
+            table: the cost table of a new walk (see `time_table`); None charges MACs. `walk` keeps its own.
         """
         if walk is None:
             walk = Walk(inputs, self.points, self.mac_table, table)

@@ -42,9 +42,7 @@ class _Layer(ExpertLayer):
     """A layer has a depthwise convolution that all images run, and experts, of which each image takes one."""
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
-        mix = _Convolution(
-            channels, channels, groups=channels
-        )  # made first, so that seeds give the same weights as before
+        mix = _Convolution(channels, channels, groups=channels)  # made first, or seeds would give other weights
         mix.conv.weight.data[:, :, 1, 1] += 1  # it starts near the identity
         super().__init__(channels, widths)
         self.mix = mix

@@ -14,11 +14,8 @@ import torch
 from dynrl.data.base import Augmentation, Dataset, Split, scaled
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], np.float32)
-GREY, HEADING, KEPT = (
-    0.4,
-    2.0,
-    0.5,
-)  # the grey of a curve's pixels; the weight on going straight; the share of steps in which this weight counts
+# The grey of a curve's pixels; the weight on going straight; the share of steps in which this weight counts.
+GREY, HEADING, KEPT = 0.4, 2.0, 0.5
 
 
 @dataclass(frozen=True)

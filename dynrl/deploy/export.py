@@ -58,10 +58,7 @@ class _Walking(nn.Module):
 
     def __init__(self, model: RoutedModel) -> None:
         super().__init__()
-        self.model, self._chooser = (
-            model,
-            model.chooser,
-        )  # made before tracing, so that no traced tables stay in the model
+        self.model, self._chooser = model, model.chooser  # made before tracing: no traced tables may stay in the model
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.model.backbone.run(inputs, self._chooser).outputs
@@ -80,9 +77,7 @@ def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
     levels = [log.level for log in logs]
     try:
         for log in logs:
-            log.setLevel(
-                logging.ERROR
-            )  # warnings on torchvision's missing ops and on empty attributes mean nothing here
+            log.setLevel(logging.ERROR)  # hides needless warnings on torchvision's missing ops and empty attributes
         converted = torch.onnx.export(program, dynamo=True, verbose=False)
     finally:
         for log, level in zip(logs, levels, strict=True):

@@ -75,9 +75,7 @@ class RoutedModel(nn.Module):
         self._price = 0.0
         if self.price_range is not None:
             low, high = self.price_range
-            self.set_price(
-                min(max((low * high) ** 0.5, low), high)
-            )  # if low == high, the root may round to another price
+            self.set_price(min(max((low * high) ** 0.5, low), high))  # if low == high, the root may round to another
         self._look_macs = 0 if policy.sight is None else count_macs(policy, (policy.sight.width,))[0]
         self.eval()
 

@@ -1,7 +1,7 @@
 """The ops compute the rows that a decision has left to compute. Each op has one file.
 
-An op `f` has a definition `f_ref` in plain torch, of the same arguments. A test holds the two together on every path.
+An op `f` has a definition `f_ref` in plain torch, with the same arguments. Tests compare the two on every path.
 
-They share `backend` (which path is taken), `costs` (when it pays to compute some rows only), `move` (moving rows),
+The ops share `backend` (which path is taken), `costs` (when it pays to compute some rows only), `move` (moving rows),
 `partition` (rows sorted by choice), `convolution` (folded layers) and `kernels` (Triton, imported where it is used).
 """

@@ -1,8 +1,8 @@
 """`path` decides how an op runs. Each op is a `match` on its answer.
 
 The environment variable `DYNRL_OPS=auto|ref|triton` is read once. `ref` runs the definitions in plain torch. `triton`
-launches the kernels; where they cannot run it raises, and never falls back in silence. `auto` compacts rows on the CPU.
-On CUDA it runs the kernels, or the vendor's own on compacted rows where these are as good.
+launches the kernels, and raises an error where they cannot run: it never falls back silently. `auto` compacts rows on
+the CPU. On CUDA, it runs the kernels, or the vendor's own on compacted rows where these are as good.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _device_counts: ContextVar[bool] = ContextVar("device_counts", default=False)
 
 @contextmanager
 def ops_mode(mode: str) -> Iterator[None]:
-    """Inside this context, ops of all threads run as `DYNRL_OPS=mode` says.
+    """Inside this context, the ops of all threads run by `DYNRL_OPS=mode`.
 
     Raises:
         ValueError: there is no such mode.
@@ -57,7 +57,7 @@ def ops_mode(mode: str) -> Iterator[None]:
 
 @contextmanager
 def device_counts() -> Iterator[None]:
-    """Inside this context, no op asks the host how many rows made a choice: CUDA graphs need that.
+    """Inside this context, no op asks the host how many rows made a choice, as CUDA graphs require.
 
     Raises:
         ValueError: in the ops, where the kernels cannot run.
@@ -70,24 +70,24 @@ def device_counts() -> Iterator[None]:
 
 
 def may_look() -> bool:
-    """Whether the host may look at values of tensors here: not in traced code, and not inside `device_counts`."""
-    return not is_compiling() and not _device_counts.get()  # in this order: a tracer cannot read context variables
+    """Tell whether the host may look at values of tensors: neither in traced code nor inside `device_counts`."""
+    return not is_compiling() and not _device_counts.get()  # in this order, as a tracer cannot read context variables
 
 
 def path(x: Tensor, *, vendor: bool = False) -> Path:
-    """The path for tensors like `x`.
+    """Return the path for tensors like `x`.
 
     Args:
         x: an argument of the op.
-        vendor: whether this op's host path is good on CUDA too. Then the kernels run only where they are asked for: in
-            mode `triton` and inside `device_counts`.
+        vendor: whether this op's host path is good on CUDA, too. If so, the kernels run only in mode `triton` and
+            inside `device_counts`.
 
     Raises:
         ValueError: the kernels are asked for and cannot run. Either Triton is not installed, or these are CPU tensors
             and Triton does not interpret.
     """
     auto = _mode == "auto"
-    if auto and not x.is_cuda and may_look():  # the common case, told in one step
+    if auto and not x.is_cuda and may_look():  # this is the common case, decided in one step
         return Path.HOST
     if _mode == "ref":
         return Path.REF
@@ -106,6 +106,6 @@ def path(x: Tensor, *, vendor: bool = False) -> Path:
     return Path.TRITON
 
 
-@cache  # looking for a package takes longer than many a kernel
+@cache  # looking for a package takes longer than many kernels
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None

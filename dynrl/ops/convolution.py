@@ -14,7 +14,7 @@ from dynrl.ops.costs import COSTS
 
 
 def fusible(x: Tensor) -> bool:
-    """Whether `FoldedConv2d` may run oneDNN's fused convolution on `x`."""
+    """Tell whether `FoldedConv2d` may run oneDNN's fused convolution on `x`."""
     return (
         not is_compiling()  # packed weights mean nothing to a tracer
         and not x.is_cuda
@@ -29,13 +29,13 @@ def fusible(x: Tensor) -> bool:
 
 @cache
 def _runs_bf16() -> bool:
-    # Where the CPU neither has bfloat16 nor emulates it, oneDNN refuses to lay out weights.
+    # If the CPU neither has bfloat16 nor emulates it, oneDNN refuses to lay out weights.
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return supported
 
 
 def _vendor_fuses(x: Tensor, outputs: int) -> bool:
-    """Whether cuDNN's convolutions with bias, residual and ReLU in one pass can be run on `x`."""
+    """Tell whether cuDNN's convolutions with bias, residual and ReLU in one pass can run on `x`."""
     return (
         x.is_cuda
         and x.shape[1] % 8 == outputs % 8 == 0  # cuDNN is known to take such sizes
@@ -48,10 +48,10 @@ def _vendor_fuses(x: Tensor, outputs: int) -> bool:
 
 
 def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The scale and the shift, [K] each, that a batch norm (or none) and the bias make of a convolution's output.
+    """Return the scale and the shift, [K] each, that a batch norm (or none) and a bias apply to a convolution.
 
     Raises:
-        ValueError: another norm, or one without running statistics: what it does depends on what it is given.
+        ValueError: the norm is another one, or has no running statistics, so that it depends on its batch.
     """
     scale, shift = weight.new_ones(len(weight)), weight.new_zeros(len(weight))
     if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
@@ -63,20 +63,20 @@ def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution for inference only. Batch norm is folded into its weights; ReLU and residual are part of its store.
+    """A convolution for inference only. Batch norm is folded into its weights; ReLU and residual come as it writes.
 
-    On the CPU it runs oneDNN's fused convolution on weights laid out once, as torch's Inductor compiles frozen models.
-    Elsewhere it runs plain torch, or cuDNN's fused convolution.
+    On the CPU, it runs oneDNN's fused convolution on weights that are laid out once, like torch's Inductor with frozen
+    models. Elsewhere, it runs plain torch or cuDNN's fused convolution.
     """
 
     _packed: dict[bool, Tensor]
 
     @classmethod
     def of(cls, convolution: nn.Conv2d, norm: nn.Module | None = None) -> FoldedConv2d:
-        """A frozen copy of `convolution` followed by `norm`, a batch norm or an identity.
+        """Return a frozen copy of `convolution` followed by `norm`, a batch norm or an identity.
 
         Raises:
-            ValueError: another norm, or a convolution whose padding is not zeros.
+            ValueError: the norm is another one, or the convolution's padding is not zeros.
         """
         if convolution.padding_mode != "zeros":
             raise ValueError(f"expected a convolution with zero padding, got padding_mode={convolution.padding_mode!r}")
@@ -91,21 +91,21 @@ class FoldedConv2d(nn.Conv2d):
     def holding(
         cls, weight: Tensor, bias: Tensor | None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
     ) -> FoldedConv2d:
-        """The convolution with these weights [K, C / groups, R, S] and biases [K]."""
+        """Return the convolution with these weights [K, C / groups, R, S] and biases [K]."""
         outputs, inputs, *kernel = weight.shape
         made = cls(
             inputs * groups, outputs, tuple(kernel), stride, padding, dilation, groups, bias is not None, device="meta"  # type: ignore[arg-type]
         )  # fmt: skip
-        # Weights laid out as inputs are convolve a single image faster.
+        # A single image is convolved faster if weights have the same memory format as inputs.
         made.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         if bias is not None:
-            # cuDNN wants an aligned address, which a part of a table of biases need not have: copy.
+            # The biases are copied, since cuDNN needs an aligned address, which part of a table need not have.
             made.bias = nn.Parameter(bias.detach().to(weight.dtype, copy=True), requires_grad=False)
         made._packed = {}
         return made.eval()
 
     def like_output(self, x: Tensor) -> Tensor:
-        """Room for the result for `x`: [n, K, P, Q] in channels_last, uninitialised."""
+        """Return an uninitialised tensor for the result of `x`: [n, K, P, Q] in channels_last."""
         sides = []
         for i, side in enumerate(x.shape[2:]):
             reach = self.dilation[i] * (self.kernel_size[i] - 1) + 1
@@ -114,7 +114,7 @@ class FoldedConv2d(nn.Conv2d):
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """[n, C, H, W] to [n, K, P, Q]. `residual` [n, K, P, Q] is added and may be overwritten; ReLU comes last."""
+        """Map [n, C, H, W] to [n, K, P, Q]; `residual` [n, K, P, Q] is added and may be overwritten; ReLU is last."""
         if fusible(x) and (residual is None or fusible(residual)):
             return self.fused(x, relu, residual)
         if relu and _vendor_fuses(x, self.out_channels):
@@ -127,9 +127,9 @@ class FoldedConv2d(nn.Conv2d):
         return y.relu_() if relu else y
 
     def fused(self, x: Tensor, relu: bool, residual: Tensor | None = None) -> Tensor:
-        """`forward` where `fusible(x)` is known to hold."""
+        """Do `forward` where `fusible(x)` is known to hold."""
         layout = (self.padding, self.stride, self.dilation, self.groups)
-        many = len(x) > 1  # oneDNN wants other layouts for one row than for more, and is far slower without
+        many = len(x) > 1  # oneDNN needs another layout for one row than for several, and is far slower without
         packed = self._packed.get(many)
         if packed is None:
             size = [64 if many else 1, *x.shape[1:]]
@@ -142,7 +142,8 @@ class FoldedConv2d(nn.Conv2d):
             residual, x, packed, self.bias, *layout, "add", 1.0, "relu" if relu else None, [], ""
         )
 
-    # The packed weights are a cache of these weights, device and type: what changes or copies them drops it.
+    # The packed weights are a cache for these weights, device and type, so whatever changes or copies them drops the
+    # cache.
     def _load_from_state_dict(self, *args: Any) -> None:
         self._packed = {}
         super()._load_from_state_dict(*args)

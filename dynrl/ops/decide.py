@@ -1,4 +1,4 @@
-"""`decide` is a router of one or two linear layers, at one point and price: features in, choices out."""
+"""`decide` is a router of one or two linear layers at one point and price, from features to choices."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ def decide_ref(
     features: Tensor, last: Tensor, spent: Tensor, *, weight: Tensor, bias: Tensor, last_weight: Tensor,
     spent_weight: Tensor, head: Tensor | None, head_bias: Tensor | None, dense_macs: int,
 ) -> Tensor:  # fmt: skip
-    """The definition.
+    """Compute the definition of `decide`.
 
     Args:
         features: [n, f] float32.
         last: [n] int64, 1 + the last choice, 0 before the first.
-        spent: [n] int64, MACs.
+        spent: [n] int64, the MACs spent so far.
         weight: [f, h] float32; without a head, h is the number of choices.
-        bias: [h], which includes whatever is the same for every row.
+        bias: [h], including whatever is the same for every row.
         last_weight: [1 + choices, h].
         spent_weight: [h], for the share `spent` / `dense_macs`.
-        head: [h, choices], after ReLU; None for a router of one layer.
+        head: [h, choices], the layer after ReLU; None for a router of one layer.
         head_bias: [choices], or None.
 
     Returns:
-        [n] int64: each row's likeliest choice.
+        each row's likeliest choice, [n] int64.
     """
     scores = features @ weight + bias + last_weight[last] + (spent / dense_macs).unsqueeze(1) * spent_weight
     if head is not None:
@@ -36,7 +36,7 @@ def decide_ref(
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether `decide` is one kernel for tensors like `x`. Where it is not, it may pay to spare some of its steps."""
+    """Tell whether `decide` is one kernel for tensors like `x`; if not, it may pay to skip some of its steps."""
     return path(x, vendor=True) is Path.TRITON
 
 
@@ -44,7 +44,7 @@ def decide(
     features: Tensor, last: Tensor, spent: Tensor, *, weight: Tensor, bias: Tensor, last_weight: Tensor,
     spent_weight: Tensor, head: Tensor | None, head_bias: Tensor | None, dense_macs: int,
 ) -> Tensor:  # fmt: skip
-    """`decide_ref`, in one kernel where kernels are asked for. MACs: f h + h choices for each row."""
+    """Do `decide_ref` in one kernel if kernels are asked for. The MACs are f h + h choices for each row."""
     if not is_fused(features):
         return decide_ref(
             features, last, spent, weight=weight, bias=bias, last_weight=last_weight, spent_weight=spent_weight,

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def exit_scores(logits: Tensor) -> Tensor:
-    """Three scores of each row's class probabilities, each in 0 ... 1.
+    """Return three scores of each row's class probabilities, each from 0 to 1.
 
-    It is plain torch on every device, differentiable, and its own definition. MACs: 0.
+    The op is plain torch on every device, is differentiable, and is its own definition. It takes 0 MACs.
 
     Args:
         logits: [n, K], K > 1.
 
     Returns:
-        [n, 3] float32: the highest probability; its lead over the second; the entropy over log K.
+        [n, 3] float32: the highest probability; its lead over the second one; the entropy divided by log K.
 
     Source: the criteria of BranchyNet (Teerapittayanon et al. 2016; entropy) and MSDNet (Huang et al. 2018; top-1).
     """

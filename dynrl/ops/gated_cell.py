@@ -17,7 +17,7 @@ from dynrl.ops.routed_linear import GroupedProduct
 
 
 def gated_cell_macs(rows: int, inputs: int, hidden: int, gates: int = 3) -> int:
-    """MACs of a GRU (3 gates) or an LSTM (4 gates) for `rows` rows that update."""
+    """Return the MACs of a GRU (3 gates) or an LSTM (4 gates) for `rows` rows that update."""
     return rows * gates * hidden * (inputs + hidden)
 
 
@@ -31,7 +31,7 @@ def gated_cell_ref(
     b_hh: Tensor,
     x_rows: Tensor | None = None,
 ) -> Tensor:
-    """The definition. It computes every row and selects: it saves nothing.
+    """Compute the definition of `gated_cell`: it computes every row and then selects, so it saves nothing.
 
     Args:
         x: [m, I], inputs; m = n without `x_rows`.
@@ -68,11 +68,11 @@ def gated_cell(
     b_hh: Tensor,
     x_rows: Tensor | None = None,
 ) -> Tensor:
-    """`gated_cell_ref`, paying only for the rows that update. Differentiable.
+    """Do `gated_cell_ref`, computing only the rows that update. Differentiable.
 
-    Where no gradient is recorded, `h` itself is overwritten and returned.
+    If no gradient is recorded, `h` itself is overwritten and returned.
 
-    MACs: `gated_cell_macs` for the rows that update.
+    The MACs are `gated_cell_macs` for the rows that update.
     """
     args = (x, h, update, w_ih, w_hh, b_ih, b_hh, x_rows)
     match path(h):
@@ -91,9 +91,9 @@ def _on_host(
 ) -> Tensor:
     weights = (w_ih, w_hh, b_ih, b_hh)
     into = None if torch.is_grad_enabled() else h
-    n = h.shape[0]  # len() takes five times as long
+    n = h.shape[0]  # faster than len()
     macs = w_ih.numel() + w_hh.numel()
-    # How many rows update is not known yet: what could be saved at most decides.
+    # The number of rows that update is not known yet, so the most that could be saved decides.
     if into is not None and not COSTS.worth_compacting(COSTS.rows_time(n, macs), COSTS.moving_vectors):
         count = sum(update.tolist())
         if count == 0:
@@ -132,9 +132,9 @@ def _(
 def recurrent_cell(
     x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """The cell on all rows: `gated_cell_ref` with every row updating. Differentiable.
+    """Run the cell on all rows, like `gated_cell_ref` with every row updating. Differentiable.
 
-    Without gradients it takes fewer and smaller steps than torch's, and writes into `out`.
+    Without gradients, it takes fewer and smaller steps than torch's cell, and writes into `out`.
 
     Args:
         x: [n, I].
@@ -177,7 +177,7 @@ def _lstm_cell(
 
 
 def _lstm_state(gates: Tensor, before: Tensor, out: Tensor | None = None) -> Tensor:
-    """[n, 2H], from the sums [n, 4H] for the input, forget, new and output gates and the cell's state [n, H]."""
+    """Return the state [n, 2H] from the sums [n, 4H] of the input, forget, new and output gates and the cell [n, H]."""
     size = before.shape[1]
     admit, forget = gates[:, : 2 * size].sigmoid().chunk(2, 1)
     new, show = gates[:, 2 * size : 3 * size].tanh(), gates[:, 3 * size :].sigmoid()
@@ -215,7 +215,7 @@ def _lstm_on_triton(
     x: Tensor, h: Tensor, order: Tensor, offsets: Tensor, inputs: Tensor,
     w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[n, 2H]. The kernels of `routed_linear` do the products and their gradients; pointwise steps run on all rows."""
+    """Run an LSTM by the kernels of `routed_linear`, with pointwise steps on all rows: [n, 2H]."""
     size, starts = w_hh.shape[1], torch.zeros(1, dtype=torch.int64, device=h.device)
     ran = (torch.arange(len(order), device=h.device) >= offsets[0]).unsqueeze(1)
     ways = dict.fromkeys(("in_rows", "out_rows", "in_widths", "out_widths"))
@@ -223,7 +223,7 @@ def _lstm_on_triton(
     gates = b_ih + b_hh
     for rows, weight in ((x[inputs], w_ih), (state[:, :size], w_hh)):
         gates = gates + GroupedProduct.apply(rows, weight, offsets, starts, 4 * size, ways)
-    # What is NaN in a row that keeps its state must not reach the weights as 0 * NaN.
+    # NaN in a row that keeps its state must not reach the weights as 0 * NaN.
     new = _lstm_state(gates, torch.where(ran, state[:, size:], 0.0))
     return torch.empty_like(h).index_copy(0, order, torch.where(ran, new, state))
 
@@ -251,7 +251,7 @@ class _Cell(torch.autograd.Function):
         x, h, order, offsets, inputs, w_ih, w_hh, saved = ctx.saved_tensors
         ran = (torch.arange(len(order), device=h.device) >= offsets[0]).unsqueeze(1)
         reset, keep, new, of_h = saved.unbind(1)
-        # What is NaN in a row that keeps its state must not reach the weights as 0 * NaN.
+        # NaN in a row that keeps its state must not reach the weights as 0 * NaN.
         before, seen = torch.where(ran, h[order], 0.0), torch.where(ran, x[inputs], 0.0)
         grad = torch.where(ran, grads[0][order], 0.0)
         d_new = grad * (1 - keep) * (1 - new * new)

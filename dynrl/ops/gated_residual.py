@@ -1,4 +1,4 @@
-"""`gated_residual` runs a block on the rows that chose it, and hands the other rows through."""
+"""`gated_residual` runs a block on the rows that chose it, and passes the other rows through."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ResidualBlock(nn.Module):
         self.weight_bytes = sum(c.weight.numel() * c.weight.element_size() for c in convolutions)
 
     def macs(self, x: Tensor) -> int:
-        """MACs of the branch for one row of `x` [n, C, H, W], if the branch keeps the map's size."""
+        """Return the MACs of the branch for one row of `x` [n, C, H, W], if the branch keeps the map's size."""
         return self.weight_bytes // x.element_size() * x.shape[2] * x.shape[3]
 
     @property
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
         return list(self.convolutions)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] to [n, K, P, Q]; without a projection to `x` itself, overwritten."""
+        """Map [n, C, H, W] to [n, K, P, Q]; without a projection, the result overwrites `x`."""
         *first, last = self._chain
         if not fusible(x):
             y = x
@@ -59,7 +59,7 @@ class ResidualBlock(nn.Module):
 
 
 def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
-    """The definition. It computes every row and selects: it saves nothing.
+    """Compute the definition of `gated_residual`: it computes every row and then selects, so it saves nothing.
 
     Args:
         x: [n, ...].
@@ -67,7 +67,7 @@ def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]
         block: a function of rows that keeps their shape, each row's result depending on that row only.
 
     Returns:
-        [n, ...]: `block(x)` where `run`, else `x`.
+        [n, ...], `block(x)` where `run`, else `x`.
 
     Source: the skipped residual block of SkipNet (Wang et al. 2018, ECCV) and BlockDrop (Wu et al. 2018, CVPR).
     """
@@ -75,11 +75,11 @@ def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]
 
 
 def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
-    """`gated_residual_ref`, paying only for the rows that run. Differentiable where `block` is.
+    """Do `gated_residual_ref`, computing only the rows that run. Differentiable if `block` is.
 
-    Where no gradient is recorded, `x` may be overwritten. Then `block` may overwrite what it is given, but not keep it.
+    If no gradient is recorded, `x` may be overwritten. Then `block` may overwrite its input, but not keep it.
 
-    MACs: those of `block` for each row that runs, 0 for the other rows.
+    The MACs are those of `block` for each row that runs.
 
     Raises:
         ValueError: inside `device_counts`, if `block` is no `ResidualBlock`: the kernels run no other block.

@@ -1,4 +1,4 @@
-"""How the ops move rows, when some rows of a batch are computed and the rest stay as they are."""
+"""The ops move rows by these functions, when some rows of a batch are computed and the rest stay the same."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Block = Callable[[Tensor], Tensor]
 
 
 def keep_rows(chosen: Tensor, *tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """The chosen rows of each tensor, in their memory format. Differentiable. MACs: 0.
+    """Return the chosen rows of each tensor, in their memory format. Differentiable.
 
     Args:
         chosen: [n] bool.
         tensors: [n, ...] each.
 
     Returns:
-        [k, ...] each: the very tensors where all rows are chosen (or there are none), and None where no row is. Traced
-        code, which cannot ask how many rows are chosen, always gets tensors.
+        [k, ...] each. If all rows are chosen, these are the given tensors themselves; if no row is chosen, the result
+        is None. Traced code, which cannot ask how many rows are chosen, always gets new tensors.
 
     Raises:
         ValueError: inside `device_counts`, where the host must not learn how many rows are chosen.
@@ -40,18 +40,18 @@ def keep_rows(chosen: Tensor, *tensors: Tensor) -> tuple[Tensor, ...] | None:
 
 
 def apart(x: Tensor, other: Tensor) -> Tensor:
-    """`x`, or a copy of it where it may lie in the memory of `other`: writing to the result leaves `other` alone.
+    """Return `x`, or a copy if it may share memory with `other`, so that writing to the result never changes `other`.
 
-    Whether a layer copies may depend on strides. Traced code has no addresses, and always copies.
+    Whether a layer copies may depend on strides. Traced code knows no addresses and always copies.
     """
     return x.clone() if is_compiling() or x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() else x
 
 
 def compute_rows(x: Tensor, index: Tensor, block: Block) -> Tensor:
-    """`x` after `x[index] = block(x[index])`, for an `index` that rises. Differentiable.
+    """Return `x` after `x[index] = block(x[index])`, for a rising `index`. Differentiable.
 
-    Where no gradient is recorded, `x` is overwritten and returned, and `block` may overwrite what it is given. A block
-    with large weights says so in an attribute `weight_bytes`.
+    If no gradient is recorded, `x` is overwritten and returned, and `block` may overwrite its input. A block with large
+    weights gives their size in an attribute `weight_bytes`.
     """
     if not (torch.is_grad_enabled() or is_compiling()):
         return compute_groups(x, index, ((block, 0, len(index)),))
@@ -63,12 +63,12 @@ def compute_rows(x: Tensor, index: Tensor, block: Block) -> Tensor:
 
 
 def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, int]]) -> Tensor:
-    """`x` after `x[i] = block(x[i])` for i in `order[start:end]`, for each (block, start, end); in place.
+    """Set `x[i] = block(x[i])` for i in `order[start:end]`, for each (block, start, end), and return `x`.
 
-    The groups follow each other, and together they make up `order`. No gradients are recorded.
+    The groups follow one another and together make up `order`. No gradients are recorded.
     """
     count = len(order)
-    if count == 0:  # compiled code comes here without having looked
+    if count == 0:  # compiled code gets here without knowing the count
         return x
     if x.is_cuda:
         return compute_copies(x, order, groups)
@@ -97,7 +97,7 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
 
 
 def compute_copies(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, int]]) -> Tensor:
-    """`compute_groups` by a copy of each group's rows, which is best on CUDA."""
+    """Do `compute_groups` by a copy of each group's rows, which is best on CUDA."""
     last, flat = _channels_last(x), as_rows(x)
     for block, start, end in groups:
         index = order[start:end]
@@ -113,17 +113,17 @@ def compute_copies(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
 
 
 def moves_nothing(x: Tensor, block: Block) -> bool:
-    """Whether `compute_rows` computes rows like `x`'s where they lie."""
+    """Tell whether `compute_rows` computes rows like those of `x` where they lie."""
     return COSTS.stays(x.stride(0) * x.element_size(), getattr(block, "weight_bytes", 0))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """A view of `x`, each of whose rows is moved as one run of memory."""
+    """Return a view of `x` whose rows are each moved as one run of memory."""
     return x.permute(0, 2, 3, 1) if _channels_last(x) else x
 
 
 def _compute_in_place(x: Tensor, index: list[int], block: Block, size: int) -> None:
-    """Compute large rows where they lie, one run of neighbours after the other: more starts, but nothing is moved."""
+    """Compute large rows where they lie, one run of neighbours after the other: nothing is moved."""
     start = index[0]
     for row, after in zip(index, [*index[1:], -1], strict=True):
         if after != row + 1 or row + 1 - start == size:
@@ -135,21 +135,21 @@ def _compute_in_place(x: Tensor, index: list[int], block: Block, size: int) -> N
 
 
 def _channels_last(x: Tensor) -> bool:
-    # A row must be moved as one run of memory: index_select on a channels_last tensor copies element by element
-    # and hands back a contiguous one, which every layer after it would convert again.
+    # A row must be moved as one run of memory: index_select on a channels_last tensor copies element by element and
+    # returns a contiguous tensor, which every following layer would convert again.
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _words(x: Tensor) -> Tensor | None:
-    """[n, ...] as [n, words of 16 bytes]; None where rows are not made up of such words."""
-    # Rows are moved one element at a time, by index_put_ on the CPU and by CUDA: larger elements are faster.
+    """Return [n, ...] as [n, words of 16 bytes], or None if rows are not made up of such words."""
+    # index_put_ on the CPU, and CUDA, move rows one element at a time, so larger elements are faster.
     if not x.is_contiguous() or (x.stride(0) * x.element_size() | x.data_ptr()) % 16:
         return None
     return x.flatten(1).view(torch.complex128)
 
 
 def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """`x` after `x[index] = rows`, in place, for `x` and `rows` [n, ...] of one type."""
+    """Set `x[index] = rows` in place and return `x`, for `x` and `rows` [n, ...] of one type."""
     if rows.numel() >= COSTS.words:
         words, given = _words(x), _words(rows)
         if words is not None and given is not None:
@@ -162,7 +162,7 @@ def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]`, in the memory format of `x`. Differentiable."""
+    """Return `x[index]` in the memory format of `x`. Differentiable."""
     if is_compiling():  # a tensor whose size is data cannot be asked for its memory format
         return x.index_select(0, index)
     rows = as_rows(x).index_select(0, index)

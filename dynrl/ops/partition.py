@@ -13,10 +13,10 @@ from dynrl.ops.backend import Path, path
 
 
 class Partition:
-    """Rows sorted by choice. `partition` makes one for all products of one decision.
+    """A partition is rows sorted by choice. `partition` makes one for all products of one decision.
 
     Attributes:
-        order: [n] int64, the row numbers. Those of one choice stand together, in rising order.
+        order: [n] int64, the row numbers; those of one choice are neighbours, in rising order.
         num_choices: how many choices there are.
     """
 
@@ -30,25 +30,25 @@ class Partition:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """[num_choices + 1] int32, on the device: the rows `order[offsets[e]:offsets[e + 1]]` chose e."""
+        """The bounds of choices on the device, [num_choices + 1] int32: `order[offsets[e]:offsets[e + 1]]` chose e."""
         return torch.tensor(self.ends, dtype=torch.int32, device=self.order.device)
 
     @cached_property
     def ends(self) -> list[int]:
-        """`offsets` on the host. On CUDA this waits for the device."""
+        """`offsets` on the host. On CUDA, this waits for the device."""
         if self._sorted is None:
             return self.offsets.tolist()
-        # The product before has swept the caches: here a tensor op takes longer than counting in Python.
+        # The product before has emptied the caches, so a tensor op takes longer here than counting in Python.
         choices = self._sorted.tolist()
         return [bisect_left(choices, e) for e in range(self.num_choices)] + [len(choices)]
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many rows made each choice. On CUDA this waits for the device."""
+        """The number of rows that made each choice. On CUDA, this waits for the device."""
         return [end - start for start, end in pairwise(self.ends)]
 
     def repeated(self, times: int) -> Partition:
-        """The partition of items, where each row is `times` neighbouring items that share its choice."""
+        """Return the partition of items, where each row is `times` neighbouring items that share its choice."""
         if times == 1:
             return self
         steps = torch.arange(times, device=self.order.device)
@@ -57,7 +57,7 @@ class Partition:
 
 
 def partition_ref(choice: Tensor, num_choices: int) -> Partition:
-    """The definition.
+    """Compute the definition of `partition`.
 
     Args:
         choice: [n] integers in 0 ... num_choices-1.
@@ -69,7 +69,7 @@ def partition_ref(choice: Tensor, num_choices: int) -> Partition:
 
 
 def partition(choice: Tensor, num_choices: int) -> Partition:
-    """`partition_ref` in fewer steps; on CUDA in one kernel, without a wait for the host. MACs: 0."""
+    """Do `partition_ref` in fewer steps; on CUDA in one kernel, without waiting for the host."""
     match path(choice):
         case Path.REF | Path.TRACED:
             return partition_ref(choice, num_choices)

@@ -9,7 +9,7 @@ from dynrl.ops.backend import Path, path
 
 
 def pooled_ref(x: Tensor) -> Tensor:
-    """The definition.
+    """Compute the definition of `pooled`.
 
     Args:
         x: [n, C, H, W].
@@ -21,7 +21,7 @@ def pooled_ref(x: Tensor) -> Tensor:
 
 
 def pooled(x: Tensor) -> Tensor:
-    """`pooled_ref`, in one kernel, which adds in float32, where kernels are asked for. Differentiable. MACs: 0."""
+    """Do `pooled_ref`, in one kernel that adds in float32 if kernels are asked for. Differentiable."""
     if path(x, vendor=True) is Path.TRITON and not (torch.is_grad_enabled() and x.requires_grad):
         from dynrl.ops.kernels.decide import pool
 
@@ -31,13 +31,13 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def summary(x: Tensor) -> Tensor:
-    """A summary of features of any kind, for routers to see.
+    """Summarise features of any kind, for routers to see.
 
     Args:
         x: maps [n, C, H, W], which are `pooled`; tokens [n, T, C], which are averaged; or vectors [n, C].
 
     Returns:
-        [n, C] float32, in memory of its own.
+        a new tensor [n, C] float32.
     """
     if x.dim() == 4:
         return pooled(x)

@@ -1,4 +1,4 @@
-"""`record` writes a decision of all rows into the books of their walk."""
+"""`record` writes a decision of all rows into the records of their walk."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dynrl.ops.backend import Path, path
 
 
 def record_ref(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
-    """The definition. Everything is written in place.
+    """Compute the definition of `record`, which writes everything in place.
 
     Args:
-        action: [n] int64, what was chosen.
-        costs: [choices] int64, what each choice costs.
-        column: [n] int64, becomes `action`; a view into the walk's route.
-        steps: [n] int64, goes up by 1.
-        last: [n] int64, becomes `action` + 1.
-        macs: [n] int64, goes up by the costs of what was chosen.
+        action: [n] int64, the choices.
+        costs: [choices] int64, the cost of each choice.
+        column: [n] int64, a view into the walk's route, set to `action`.
+        steps: [n] int64, increased by 1.
+        last: [n] int64, set to `action` + 1.
+        macs: [n] int64, increased by the cost of each row's choice.
     """
     column.copy_(action)
     steps += 1
@@ -26,7 +26,7 @@ def record_ref(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, las
 
 
 def record(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
-    """`record_ref`, in one kernel where kernels are asked for. MACs: 0."""
+    """Do `record_ref`, in one kernel if kernels are asked for."""
     if path(action, vendor=True) is not Path.TRITON:
         return record_ref(action, costs, column, steps, last, macs)
     from dynrl.ops.kernels.decide import record as kernel

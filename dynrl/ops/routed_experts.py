@@ -1,4 +1,4 @@
-"""`routed_experts` is a residual layer of two-layer experts of unequal width, each row at the one it chose."""
+"""`routed_experts` is a residual layer of two-layer experts of unequal width; each row runs the one it chose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dynrl.ops.routed_linear import column_major, routed_linear, routed_linear_r
 
 
 class Expert:
-    """One expert by itself, for inference only: x + w2 relu(w1 x + b1), written over x.
+    """An expert alone, for inference only: x + w2 relu(w1 x + b1), which overwrites x.
 
     Args:
         w1: [width, C].
@@ -31,7 +31,7 @@ class Expert:
         self.weight_bytes = 2 * w1.numel() * w1.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[n, ..., C] to the same tensor, overwritten."""
+        """Run the expert on [n, ..., C], overwrite it and return it."""
         positions, row_bytes = x.reshape(-1, x.shape[-1]), len(self.second) * x.element_size()
         for part in (positions,) if x.is_cuda else positions.split(max(1, COSTS.hidden // row_bytes)):
             hidden = torch.addmm(self.bias, part, self.first).relu_()
@@ -40,14 +40,14 @@ class Expert:
 
 
 def routed_experts_macs(positions: int, channels: int, width: int) -> int:
-    """MACs of `positions` positions of `channels` channels at an expert of `width` hidden units."""
+    """Return the MACs of `positions` positions of `channels` channels at an expert of `width` hidden units."""
     return 2 * positions * channels * width
 
 
 def routed_experts_ref(
     x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, splits: tuple[int, ...]
 ) -> Tensor:
-    """The definition: x + w2_e relu(w1_e x + b1_e) for each row's choice e; every expert computes every row.
+    """Compute the definition: x + w2_e relu(w1_e x + b1_e) for each row's choice e; all experts compute all rows.
 
     Args:
         x: [n, ..., C]; the positions of a row share its choice.
@@ -55,7 +55,7 @@ def routed_experts_ref(
         w1: [sum(splits), C], the experts' first matrices, one below the other.
         b1: [sum(splits)].
         w2: [C, sum(splits)], their second matrices, side by side.
-        splits: hidden units of each expert; an expert of 0 hands its rows through.
+        splits: the hidden units of each expert; an expert of 0 passes its rows through.
 
     Returns:
         [n, ..., C].
@@ -69,9 +69,9 @@ def routed_experts_ref(
 
 
 def routed_experts(x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, splits: tuple[int, ...]) -> Tensor:
-    """`routed_experts_ref`, each row at its own expert only. Differentiable.
+    """Do `routed_experts_ref`, with each row at its own expert only. Differentiable.
 
-    Where no gradient is recorded, `x` itself is overwritten and returned. MACs: `routed_experts_macs` for each
+    If no gradient is recorded, `x` itself is overwritten and returned. The MACs are `routed_experts_macs` for each
     expert's positions.
     """
     parts = partition(choice, len(splits))
@@ -86,7 +86,7 @@ def routed_experts(x: Tensor, choice: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
 def _on_host(x: Tensor, parts: Partition, w1: Tensor, b1: Tensor, w2: Tensor, splits: tuple[int, ...]) -> Tensor:
     experts = list(zip(w1.split(splits), b1.split(splits), w2.split(splits, 1), strict=True))
     if torch.is_grad_enabled():
-        # Expert by expert, as two grouped products would pad all hidden units to the widest.
+        # Experts run one after the other: two grouped products would pad all hidden units to the widest.
         done = [
             part + F.linear(F.linear(part, first, bias).relu(), second) if len(first) and len(part) else part
             for part, (first, bias, second) in zip(x[parts.order].split(parts.sizes), experts, strict=True)
@@ -107,8 +107,8 @@ class ExpertLayer(nn.Module):
     """`routed_experts` with its weights: a residual layer of experts, for training and inference.
 
     Args:
-        channels: C, the size of the last dimension of what the layer is given.
-        widths: hidden units of each expert; an expert of 0 hands its rows through.
+        channels: C, the size of the last dimension of the layer's input.
+        widths: the hidden units of each expert; an expert of 0 passes its rows through.
     """
 
     _frozen = False
@@ -119,11 +119,11 @@ class ExpertLayer(nn.Module):
         hidden = torch.tensor(widths)
         self.w1 = nn.Parameter(torch.randn(sum(widths), channels) * (2 / channels) ** 0.5)
         self.b1 = nn.Parameter(torch.zeros(sum(widths)))
-        # Small at first: what a row meets depends little on its route until experts have learned to agree.
+        # The weights are small at first, so that outputs depend little on routes until experts have learned to agree.
         self.w2 = nn.Parameter(0.2 * torch.randn(channels, sum(widths)) / hidden.repeat_interleave(hidden).sqrt())
 
     def freeze(self) -> None:
-        """Lay the weights out as they are fastest for few rows."""
+        """Lay the weights out in the order that is fastest for few rows."""
         self._frozen = True
         self.w1.data, self.w2.data = column_major(self.w1.data), column_major(self.w2.data)
 
@@ -134,16 +134,16 @@ class ExpertLayer(nn.Module):
         return self
 
     def experts(self) -> list[Expert]:
-        """Each expert by itself."""
+        """Return each expert alone."""
         parts = (self.w1.split(self.widths), self.b1.split(self.widths), self.w2.split(self.widths, 1))
         return [Expert(*of) for of in zip(*parts, strict=True)]
 
     def forward(self, x: Tensor, choice: Tensor) -> Tensor:
-        """[n, ..., C] through the experts chosen [n], to [n, ..., C]. Without gradients `x` is overwritten."""
+        """Run [n, ..., C] through the chosen experts [n]. Without gradients, `x` is overwritten."""
         return routed_experts(x, choice, self.w1, self.b1, self.w2, self.widths)
 
     def weighted(self, x: Tensor, gates: Tensor) -> Tensor:
-        """[n, ..., C] through all experts, weighted by `gates` [n, experts]; differentiable."""
+        """Run [n, ..., C] through all experts, weighted by `gates` [n, experts]; differentiable."""
         share = gates.repeat_interleave(torch.tensor(self.widths, device=x.device), 1)
         share = share.view(len(x), *[1] * (x.dim() - 2), -1)
         return x + F.linear(F.linear(x, self.w1, self.b1).relu() * share, self.w2)

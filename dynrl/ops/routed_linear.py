@@ -1,4 +1,4 @@
-"""`routed_linear` multiplies each row with the matrix of the expert it chose."""
+"""`routed_linear` multiplies each row with the matrix of the expert that it chose."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dynrl.ops.partition import Partition
 
 
 def column_major(weight: Tensor) -> Tensor:
-    """`weight` [..., m, k], laid out in memory as it is fastest for few rows: by columns on the CPU, by rows on CUDA.
+    """Lay `weight` [..., m, k] out in the order fastest for few rows: by columns on the CPU, by rows on CUDA.
 
-    Some 5 to 60 rows are multiplied faster so; for fewer and for more there is no difference. Weights that lie in no
-    cache are read a little slower.
+    About 5 to 60 rows are multiplied faster; for fewer and for more rows, there is no difference. Weights that are in
+    no cache are read a little slower.
     """
     if weight.is_cuda:
         return weight.contiguous()
@@ -27,7 +27,7 @@ def column_major(weight: Tensor) -> Tensor:
 
 
 def routed_linear_macs(rows: int, inputs: int, outputs: int) -> int:
-    """MACs of `rows` rows at an expert with `inputs` inputs and `outputs` outputs."""
+    """Return the MACs of `rows` rows at an expert with `inputs` inputs and `outputs` outputs."""
     return rows * inputs * outputs
 
 
@@ -43,7 +43,7 @@ def routed_linear_ref(
     sorted_in: bool = False,
     sorted_out: bool = False,
 ) -> Tensor:
-    """The definition: every expert computes every row, and each row takes the result of one.
+    """Compute the definition of `routed_linear`: all experts compute all rows, and each row takes one result.
 
     Two calls make a layer of two-layer experts: the first with `sorted_out`, the second with `sorted_in`. Experts of
     unequal hidden width lie side by side in one weight, and `splits` tells their widths; 0 is an expert without units.
@@ -93,11 +93,11 @@ def routed_linear(
     sorted_in: bool = False,
     sorted_out: bool = False,
 ) -> Tensor:
-    """`routed_linear_ref`, each row at its own expert only. Differentiable in `x`, `weight`, `bias` and `scale`.
+    """Do `routed_linear_ref`, with each row at its own expert only. Differentiable in all float tensors.
 
     Few rows are multiplied faster with a `weight` that has been laid out by `column_major`.
 
-    MACs: `routed_linear_macs` for each expert's rows.
+    The MACs are `routed_linear_macs` for each expert's rows.
     """
     how: Any = {"splits": splits, "relu": relu, "sorted_in": sorted_in, "sorted_out": sorted_out}
     match path(x):
@@ -168,7 +168,7 @@ def _on_host(
 
 
 def _width(weight: Tensor, splits: tuple[int, ...] | None, ragged_out: bool) -> int:
-    """How many columns the result has."""
+    """Return the number of columns of the result."""
     if splits and ragged_out:
         return max(splits)
     return weight.shape[-2]
@@ -177,7 +177,7 @@ def _width(weight: Tensor, splits: tuple[int, ...] | None, ragged_out: bool) -> 
 def _experts(
     weight: Tensor, bias: Tensor | None, splits: tuple[int, ...] | None, ragged_out: bool, sizes: list[int]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Each expert's matrix [m_e, k_e] and bias [m_e]; an expert without rows is not looked up where that saves time."""
+    """Return each expert's matrix [m_e, k_e] and bias [m_e]; experts without rows may get any others, to save time."""
     if splits is None:
         return [(weight[e], None if bias is None else bias[e]) if n else (weight, None) for e, n in enumerate(sizes)]
     matrices = weight.split(splits, 0 if ragged_out else 1)
@@ -186,14 +186,14 @@ def _experts(
     return list(zip(matrices, bias.split(splits) if ragged_out else bias.unbind(0), strict=True))
 
 
-@cache  # without a bound: a graph goes on reading the tensors that it read when it was recorded
-@torch.inference_mode(False)  # or training could not use what inference has made
+@cache  # without a bound: a CUDA graph keeps reading the tensors that it read when it was recorded
+@torch.inference_mode(False)  # otherwise training could not use tensors made in inference
 def _starts(
     splits: tuple[int, ...] | None, experts: int, rows: int, row_stride: int, ragged_out: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Where each expert's matrix and bias start, and how wide it is: three tensors on the device.
+    """Return where each expert's matrix and bias start, and how wide it is, as three tensors on the device.
 
-    They are made once: a CUDA graph cannot copy them from the host.
+    They are made once, since a CUDA graph cannot copy them from the host.
     """
     before = [sum(splits[:e]) for e in range(experts)] if splits else [e * rows for e in range(experts)]
     starts = before if splits and not ragged_out else [b * row_stride for b in before]
@@ -209,7 +209,7 @@ def _on_triton(
     from dynrl.ops.kernels.linear import linear_rows
 
     ragged_out = splits is not None and sorted_out
-    weight = weight.to(x.dtype).contiguous()  # under autocast rows come in half precision, and weights do not
+    weight = weight.to(x.dtype).contiguous()  # under autocast, rows are in half precision, but weights are not
     starts, bias_starts, widths = _starts(
         splits, parts.num_choices, weight.shape[-2], weight.stride(-2), sorted_out, x.device
     )
@@ -228,7 +228,7 @@ def _on_triton(
         return linear_rows(
             x.contiguous(), weight, out, parts.offsets, starts, scale=factors, relu=relu, **bias_at, **ways
         )  # fmt: skip
-    # Only the product needs a backward pass of its own; what is pointwise is left to autograd.
+    # Only the product needs a backward pass of its own; autograd does the pointwise steps.
     out = GroupedProduct.apply(x, weight, parts.offsets, starts, width, ways)
     if bias is not None:
         out = out + _bias_rows(bias.to(x.dtype), parts, splits, sorted_out, width)
@@ -237,7 +237,7 @@ def _on_triton(
 
 
 def _bias_rows(bias: Tensor, parts: Partition, splits: tuple[int, ...] | None, sorted_out: bool, width: int) -> Tensor:
-    """[n, width]: the bias of each row's expert, in the order of the result."""
+    """Return the bias of each row's expert, in the order of the result: [n, width]."""
     order = parts.order
     expert = torch.searchsorted(parts.offsets[1:], torch.arange(len(order), device=order.device), right=True)
     if splits and sorted_out:
@@ -247,7 +247,7 @@ def _bias_rows(bias: Tensor, parts: Partition, splits: tuple[int, ...] | None, s
 
 
 class GroupedProduct(torch.autograd.Function):
-    """The grouped product by the kernels, with its gradients; `ways` are arguments of `linear_rows`."""
+    """This is the grouped product by the kernels, with its gradients; `ways` are arguments of `linear_rows`."""
 
     @staticmethod
     def forward(  # noqa: D102

@@ -1,4 +1,4 @@
-"""`sliced_conv` is a residual block whose inner channels are a prefix slice, as wide as each row chose."""
+"""`sliced_conv` is a residual block that uses the first inner channels only, as many as each row chose."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from dynrl.ops.partition import partition
 
 
 class SlicedBlock(nn.Module):
-    """A residual block for inference only, relu(x + branch_w(x)), at any of several inner widths w.
+    """A residual block for inference only, relu(x + branch_w(x)), with several inner widths w.
 
     Its branch is a chain of convolutions, of which choice c uses the first widths[c] inner channels. All widths share
     the weights. Batch norm is not shared: it is folded into a scale and a shift for each width and channel.
 
     Args:
-        convolutions: two or more, of stride 1, which keep the map's size. All channels but the outermost are inner.
-        norms: for each convolution a batch norm for each width, over its channels at that width.
-        widths: inner channels at each choice, none of them 0.
+        convolutions: two or more convolutions of stride 1 that keep the map's size. All channels between them are
+            inner.
+        norms: for each convolution, a batch norm for each width, over its channels at that width.
+        widths: the inner channels at each choice, none of them 0.
     """
 
     active: Tensor
@@ -64,11 +65,11 @@ class SlicedBlock(nn.Module):
         self._narrow: dict[int, ResidualBlock] = {}
 
     def channels(self, i: int, choice: int) -> tuple[int | None, int | None]:
-        """How many input and output channels convolution `i` uses at a choice, as ends of slices; None for all."""
+        """Return how many input and output channels convolution `i` uses at a choice, as slice ends; None for all."""
         return (None if i == 0 else self.widths[choice], None if i == self.count - 1 else self.widths[choice])
 
     def narrow(self, choice: int) -> ResidualBlock:
-        """The block at one width, as a block of its own. It is made once."""
+        """Return the block at one width, as a block of its own, which is made once."""
         if choice not in self._narrow:
             convolutions = []
             for i, padding in enumerate(self.paddings):
@@ -81,7 +82,7 @@ class SlicedBlock(nn.Module):
         return self._narrow[choice]
 
     def masked(self, x: Tensor, choice: int) -> Tensor:
-        """[n, C, H, W] to [n, C, H, W]: the block at one width by masks over all channels, which is the definition."""
+        """Run the block at one width by masks over all channels, which is the definition: [n, C, H, W] to the same."""
         y = x
         for i, padding in enumerate(self.paddings):
             weight, scale, shift = (getattr(self, f"{name}{i}") for name in ("weight", "scale", "shift"))
@@ -93,9 +94,9 @@ class SlicedBlock(nn.Module):
         return (x + y).relu()
 
     def sliced(self, x: Tensor, choice: int) -> Tensor:
-        """[n, C, H, W] to [n, C, H, W]: the block at one width by slices of the weights.
+        """Run the block at one width by slices of the weights: [n, C, H, W] to the same.
 
-        Traced code takes this, as packed weights mean nothing to a tracer.
+        Traced code uses this, as packed weights mean nothing to a tracer.
         """
         y = x
         for i, padding in enumerate(self.paddings):
@@ -105,7 +106,8 @@ class SlicedBlock(nn.Module):
             y = y.relu() if i < self.count - 1 else (x + y).relu()
         return y
 
-    # The narrow blocks are a cache of these weights, device and type: what changes or copies them drops it.
+    # The narrow blocks are a cache for these weights, device and type, so whatever changes or copies them drops the
+    # cache.
     def _load_from_state_dict(self, *args: Any) -> None:
         self._narrow = {}
         super()._load_from_state_dict(*args)
@@ -119,12 +121,12 @@ class SlicedBlock(nn.Module):
 
 
 def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
-    """The definition. It computes every row at every width, all channels, and selects: it saves nothing.
+    """Compute the definition of `sliced_conv`: all rows at all widths, with masks, and then a selection.
 
     Args:
         x: [n, C, H, W].
         choice: [n] integers in 0 ... choices-1.
-        block: has a width for each choice.
+        block: a block that has a width for each choice.
 
     Returns:
         [n, C, H, W].
@@ -139,12 +141,12 @@ def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
 
 
 def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
-    """`sliced_conv_ref`, computing each row at its width only.
+    """Do `sliced_conv_ref`, computing each row at its width only.
 
-    `x` itself is overwritten and returned. Where gradients are recorded, the definition runs instead: it is
+    `x` itself is overwritten and returned. If gradients are recorded, the definition runs instead, which is
     differentiable in `x`.
 
-    MACs: those of the block at each row's width.
+    The MACs are those of the block at each row's width.
     """
     if torch.is_grad_enabled():
         return sliced_conv_ref(x, choice, block)
@@ -159,7 +161,7 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
             return _on_triton(x, choice, block)
         case Path.HOST:
             parts = partition(choice, len(block.widths))
-            if max(parts.sizes) == len(x):  # all chose the same
+            if max(parts.sizes) == len(x):  # all rows chose the same width
                 return block.narrow(parts.sizes.index(len(x)))(x)
             ends = pairwise(parts.ends)
             groups = [(block.narrow(c), start, end) for c, (start, end) in enumerate(ends) if end > start]

@@ -1,4 +1,4 @@
-"""`sliced_linear` is two products whose hidden units are a prefix slice, as wide as each row chose."""
+"""`sliced_linear` is two products that use the first hidden units only, as many as each row chose."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class SlicedLinear(nn.Module):
     """Two layers for inference only, second[:, :w](relu(first[:w](x))): choice c uses the first w = widths[c] units.
 
     Args:
-        first: to the hidden units.
-        second: from them.
-        widths: hidden units at each choice, rising.
+        first: the layer to the hidden units.
+        second: the layer from the hidden units.
+        widths: the hidden units at each choice, rising.
     """
 
     w1: Tensor
@@ -45,7 +45,7 @@ class SlicedLinear(nn.Module):
         device = first.weight.device
         self.register_buffer("active", torch.tensor(widths, dtype=torch.int32, device=device))
         inside = torch.arange(hidden, device=device) < self.active.unsqueeze(1)
-        # [choices, hidden]: infinity within the width, 0 beyond. ReLU and mask are then one clamp.
+        # [choices, hidden], infinity within the width and 0 beyond it, so that ReLU and mask are one clamp.
         self.register_buffer("limit", torch.where(inside, torch.inf, 0.0).to(first.weight.dtype))
         self.register_buffer("starts", torch.zeros(len(widths), dtype=torch.int64, device=device))
         self._lay_out()
@@ -60,17 +60,17 @@ class SlicedLinear(nn.Module):
 
 
 def sliced_linear_macs(rows: int, inputs: int, width: int, outputs: int) -> int:
-    """MACs of `rows` rows that use `width` hidden units."""
+    """Return the MACs of `rows` rows that use `width` hidden units."""
     return rows * width * (inputs + outputs)
 
 
 def sliced_linear_ref(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
-    """The definition: every row computes all hidden units and keeps a prefix of them.
+    """Compute the definition of `sliced_linear`: all rows compute all hidden units and keep the first of them.
 
     Args:
         x: [n, inputs].
         choice: [n] integers in 0 ... choices-1.
-        layer: has a width for each choice.
+        layer: a layer that has a width for each choice.
 
     Returns:
         [n, outputs].
@@ -83,13 +83,13 @@ def sliced_linear_ref(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
 
 
 def sliced_linear(x: Tensor, choice: Tensor, layer: SlicedLinear) -> Tensor:
-    """`sliced_linear_ref`, reading and computing each row's slice only.
+    """Do `sliced_linear_ref`, reading and computing each row's slice only.
 
-    The CPU sorts the rows by width, and multiplies them block by block of the weights: block j with all rows that are
-    wide enough for it. So the weights are read once, and not once for each width. Where gradients are recorded, the
-    definition runs instead: it is differentiable in `x`.
+    The CPU sorts the rows by width and multiplies them with one block of the weights after the other: block j with all
+    rows that are wide enough for it. So the weights are read once, not once for each width. If gradients are recorded,
+    the definition runs instead, which is differentiable in `x`.
 
-    MACs: `sliced_linear_macs` for each width's rows.
+    The MACs are `sliced_linear_macs` for each width's rows.
     """
     if torch.is_grad_enabled():
         return sliced_linear_ref(x, choice, layer)
@@ -110,7 +110,7 @@ def _on_host(
     widths: list[int],
 ) -> Tensor:  # fmt: skip
     n, weights = len(x), w1.numel() + w2.numel()
-    # Where sparing half of the work would not pay, the estimate below is not worth its time.
+    # If saving half of the work would not pay, the estimate below is not worth its time.
     if n > 1 and not COSTS.worth_compacting(COSTS.mac_time(n * weights) / 2, COSTS.moving):
         return _masked(x, choice, w1, b1, w2, b2, limit)
     choices = choice.tolist()
@@ -124,10 +124,10 @@ def _on_host(
     sliced = sum(COSTS.product_time(rows, (stop - start) * side) for rows, start, stop in blocks for side in sides)
     if not COSTS.worth_compacting(whole - sliced, COSTS.moving):
         return _masked(x, choice, w1, b1, w2, b2, limit)
-    # The widest first: each block takes the first rows.
+    # The widest rows come first, so that each block takes the first rows.
     order = torch.sort(choice, descending=True, stable=True).indices
     rows = x.index_select(0, order)
-    # Several blocks are added up: in float32, or each would be rounded to half precision on its own.
+    # Several blocks are added up in float32; otherwise each would be rounded to half precision.
     out = x.new_empty(n, len(w2), dtype=torch.float32)
     for i, (count, start, stop) in enumerate(blocks):
         hidden = F.linear(rows[:count], w1[start:stop], None if b1 is None else b1[start:stop]).relu_()
@@ -165,7 +165,7 @@ def _masked(
 
 
 def _blocks(choices: list[int], widths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Each block of hidden units start ... stop-1, as (rows, start, stop): so many rows, widest first, are as wide."""
+    """Yield each block of hidden units start ... stop-1 as (rows, start, stop), where the first `rows` rows use it."""
     rows, start = len(choices), 0
     for c, stop in enumerate(widths):
         if rows and (stop > start or c == 0):  # the first block, even if empty, sets the biases

@@ -1,4 +1,4 @@
-"""Measure, and write dated results: hardware, versions, commit, command, rows."""
+"""Measure one suite, and write dated results with hardware, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ import tyro
 
 @dataclass
 class Args:
-    """Settings of `dynrl bench`."""
+    """These are the settings of `dynrl bench`."""
 
     suite: Annotated[Literal["env", "ops", "model", "known", "agents"], tyro.conf.Positional]
-    """What to measure. env: decisions sampled a second, by several paths. ops: each op against its ideal. model: whole
-    plugged networks against dense ones. known: how soon the default agent finds routes that are known to be best.
-    agents: how soon it learns skip on fashion-mnist, beside SB3 and stock RLlib."""
+    """The suite to measure.
+    env: decisions sampled a second, by several paths.
+    ops: each op against its ideal.
+    model: whole routed networks against dense ones.
+    known: how soon the default agent finds routes that are known to be the best.
+    agents: how soon the default agent, SB3's and stock RLlib's learn skip on fashion-mnist."""
     out: Path | None = None
-    """File to write; default results/bench-SUITE-DATE.json."""
+    """The file to write; by default, results/bench-SUITE-DATE.json."""
     rounds: int | None = None
-    """How often each side is measured, the median counts: default 5 for env, 15 for model. ops goes by `seconds`. For
-    known and agents, the number of policy seeds; default 3."""
+    """How often each side is measured; the median counts. Default: 5 for env, 15 for model; ops goes by --seconds.
+    For known and agents, the number of policy seeds; default: 3."""
     seconds: float = 1.5
-    """Time for each shape and batch size of ops."""
+    """The seconds of timing for each shape and batch size of ops."""
     only: tuple[str, ...] = ()
-    """Ops, networks, decisions or agents to measure; default: all (env: the first network)."""
+    """The ops, networks, decisions or agents to measure; by default, all of them (env: the first network)."""
     batches: tuple[int, ...] = ()
-    """Batch sizes for ops and model, numbers of sub-environments for env; default: all."""
+    """The batch sizes for ops and model, or the numbers of sub-environments for env; by default, all of them."""
     runs: tuple[Path, ...] = ()
-    """Run folders whose learned policy model measures, too, at half the MACs; for agents one, whose backbone is taken
-    (default: one is pretrained)."""
+    """For model: run folders whose policies are measured, too, at half of the MACs.
+    For agents: one run folder, whose backbone is taken; by default, one is pretrained."""
     device: str = "cpu"
-    """Where ops, model and env's backbone run."""
+    """The device on which ops, networks and the backbone of env run."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of their numbers."""
+    """The number type of ops, networks and the backbone of env."""
     threads: int = 2
-    """CPU threads; env uses one."""
+    """The number of CPU threads; env uses one."""
 
 
 HEEDED = {  # the options of each suite
@@ -66,7 +69,7 @@ def main(args: Args) -> None:
             options = ", --".join(heeded)
             raise ValueError(f"bench {args.suite} does not heed --{field.name}; its options are --{options}")
     out = args.out or Path("results") / f"bench-{args.suite}-{date.today():%Y%m%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)  # before the work
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad path is refused at once
     if "threads" in heeded:
         use_threads(args.threads)
     rows, summaries = measured(args)
@@ -80,7 +83,7 @@ def main(args: Args) -> None:
 
 
 def measured(args: Args) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run the suite: its rows, and what it sums them up to."""
+    """Run the suite and return its rows and its summaries."""
     suite: Any = importlib.import_module(f"dynrl.scripts.bench.{args.suite}")
     if args.suite == "env":
         return suite.bench_env(args.rounds or 5, args.only, args.batches, args.device, args.dtype), []

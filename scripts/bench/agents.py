@@ -1,8 +1,8 @@
 """`dynrl bench agents` measures how soon agents learn a whole front.
 
-Each agent learns from the same number of decisions, on one pretrained backbone, by the same settings. Every now and
-then its policy is put aside, with a checkpoint, and judged afterwards on validation data, which takes none of the time:
-by how much its routes beat random ones of as many MACs, on average over budgets.
+Each agent learns from the same number of decisions, on one pretrained backbone, by the same settings. Now and then, a
+checkpoint is written and a copy of the policy is kept. The copies are judged afterwards on validation data, outside the
+measured time, by how much their routes beat random ones of the same MACs, on average over budgets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dynrl.runs import RunFolder
 from dynrl.settings import Problem, Settings
 from dynrl.training import plan, pretrain_into
 
-RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # of random routes that are walked
+RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # the rates of the random routes
 DATA = "fashion-mnist"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 ENOUGH = 0.95
@@ -42,7 +42,7 @@ class StockPPO(PPO):
     """This agent has our algorithm, module, settings and environment, with RLlib's own runner and connectors."""
 
     def configure(self, *args: Any, **place: Any) -> Any:
-        """Undo what makes our runner."""
+        """Configure PPO without our runner."""
         config: Any = super().configure(*args, **place)
         config.env_config = {**config.env_config, "autoreset_mode": AutoresetMode.NEXT_STEP.value}
         config.env_runners(env_runner_cls=SingleAgentEnvRunner)
@@ -59,14 +59,14 @@ class Judge:
         self._frozen, self._split = backbone.for_inference(), split
         self._dense = torch.cat([self._frozen(inputs).float() for inputs in split.inputs.split(256)])
         known = [self._worth(self._random_walk(RandomPolicy(self._frozen.thrift, rate))) for rate in RATES]
-        self._random = torch.tensor(known).t()  # MACs, accuracy term, metric
+        self._random = torch.tensor(known).t()  # rows: MACs, accuracy term, metric
 
     def _random_walk(self, policy: RandomPolicy) -> Callable[[Tensor], Any]:
         return lambda inputs: self._frozen.run_route(inputs, policy.route(inputs))
 
     @torch.inference_mode()
     def _worth(self, walk: Callable[[Tensor], Any]) -> tuple[float, float, float]:
-        """Average over the split: share of the dense MACs, what the reward sets against it, and the metric."""
+        """Return means over the split: the share of the dense MACs, the accuracy term, and the metric."""
         task, sums = self._split.task, torch.zeros(3, dtype=torch.float64)
         columns = (self._split.inputs, self._split.targets, self._dense)
         for inputs, targets, dense in zip(*(column.split(256) for column in columns), strict=True):
@@ -78,9 +78,9 @@ class Judge:
         return macs, term, metric
 
     def gap(self, policy: LearnedPolicy) -> tuple[float, float]:
-        """Return the gap in the accuracy term and in the metric; 0 counts where a policy has no point so cheap."""
+        """Return the gap in the accuracy term and in the metric; a budget that the policy cannot reach counts as 0."""
         model = RoutedModel(self._frozen, policy)
-        # Coarse: what is compared is at the MACs that are spent, whatever the budget was.
+        # A coarse curve is enough: policies are compared at the MACs that they spend, whatever the budget was.
         fractions = [macs for _, macs in calibrate(model, self._split.head(512), points=9, gap=0.1)]
         gaps = torch.zeros(2)
         for budget in BUDGETS:
@@ -116,9 +116,10 @@ def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path)
     """Return rows {"agent", "seed", "curve", "seconds", "steps", "seconds_to_enough", "steps_per_s", ...}.
 
     Args:
-        names: of `CONTENDERS`; ours comes first, since `seconds_to_enough` is to 95 % of its last gap.
+        names: names in `CONTENDERS`. Ours comes first, since `seconds_to_enough` refers to 95 % of its last gap.
+        seeds: the number of policy seeds.
         source: a folder with a pretrained backbone for skip on fashion-mnist.
-        folder: for what agents write.
+        folder: the folder for the files of agents.
     """
     row, file = defaults("skip", DATA), RunFolder(source).backbone_file
     judge, rows = Judge(load_backbone(file)[0], load_dataset(DATA).validation.head(2048)), []
@@ -149,7 +150,7 @@ def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path)
 
 
 def learn(agent: Agent, steps: int) -> list[tuple[float, int, LearnedPolicy]]:
-    """Learn to the end, and keep (seconds, decisions, policy) at `SHARES` of it."""
+    """Learn for `steps` decisions, and return (seconds, decisions, policy) at each of `SHARES` of them."""
     seconds, kept = 0.0, []
     for share in SHARES:
         start = time.perf_counter()

@@ -20,12 +20,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "resnet50 224x224": MODELS["resnet50 224x224"].settings,
 }
 IMAGES = 256
-# A path to what it takes beside torch.
+# The paths, each with the package that it needs besides torch.
 PATHS = {
     "walk": None, "bare": None, "env": "gymnasium", "rllib": "ray", "rllib-upfront": "ray", "rllib-stock": "ray",
     "naive": "ray",
 }  # fmt: skip
-SINGLE = (1, 16)  # numbers of single environments that `naive` measures, whatever is asked for
+SINGLE = (1, 16)  # the numbers of single environments that `naive` always measures
 ENV = "dynrl/Skip-v0"
 
 Sampler = Callable[[int], int]
@@ -43,17 +43,17 @@ def bench_env(
     """Measure decisions sampled a second on ResNets, half of whose blocks are forced to run, on one thread.
 
     They are forced so that what runs does not depend on the policy, and every path does the same work. `walk` is the
-    backbone alone on a route known beforehand; `bare` adds observation, router and draw, in torch; `env` goes through
-    the environment; `rllib` is `SlabRunner`, `rllib-upfront` decides all of a walk at once; `rllib-stock` is RLlib's
-    runner on the same batched environment; `naive` is RLlib's own runner on single environments side by side. The last
-    two read the same router through RLlib's connectors. What `bare`, `env` and `rllib` each take longer than the path
-    before is what they add. Paths whose packages are missing are left out, and named.
+    backbone alone on a route known beforehand. `bare` adds observation, router and draw, in torch. `env` goes through
+    the environment. `rllib` is `SlabRunner`, and `rllib-upfront` is `SlabRunner` deciding a whole walk at once.
+    `rllib-stock` is RLlib's runner on the same batched environment. `naive` is RLlib's own runner on single
+    environments. The last two read the same router through RLlib's connectors. The time that `bare`, `env` and `rllib`
+    each take longer than the path before is what they add. Paths whose packages are missing are left out and named.
 
     Args:
-        rounds: how often each is measured, in turn; medians count.
-        networks: some of `NETWORKS`; default the first.
-        counts: numbers of sub-environments; default 64 and 256.
-        device, dtype: of the backbone.
+        rounds: how often each path is measured, in turn; medians count.
+        networks: names in `NETWORKS`; by default, the first one.
+        counts: the numbers of sub-environments; by default, 64 and 256.
+        device, dtype: where the backbone runs, and its type.
     """
     unknown = set(networks) - set(NETWORKS)
     if unknown:
@@ -75,8 +75,8 @@ class _Paths:
     """Each path is a method that makes a sampler for a number of sub-environments.
 
     Args:
-        backbone: on the CPU, in float32; its inference copy is put elsewhere.
-        device, dtype: of that copy.
+        backbone: the backbone, on the CPU in float32; its inference copy is moved.
+        device, dtype: where the inference copy runs, and its type.
     """
 
     def __init__(self, backbone: SkipResNet, device: str, dtype: str) -> None:
@@ -93,7 +93,7 @@ class _Paths:
         }  # fmt: skip
 
     def sampler(self, path: str, count: int) -> Sampler:
-        """Make the sampler of that path."""
+        """Make the sampler of the path `path`."""
         return {
             "walk": self.walk, "bare": self.bare, "env": self.env,
             "rllib": lambda n: self.ours(n, "sequential"), "rllib-upfront": lambda n: self.ours(n, "upfront"),
@@ -110,7 +110,7 @@ class _Paths:
     def walk(self, count: int) -> Sampler:
         """Walk the backbone alone, on a route known beforehand."""
         frozen, depth = self.frozen, self.depth
-        route = frozen.dense_actions(count, self.images.device)  # in vain, see `_ForcedHalf`
+        route = frozen.dense_actions(count, self.images.device)  # `_ForcedHalf` overrides it
 
         def known(state: State) -> torch.Tensor:
             return state.along(route)
@@ -124,7 +124,7 @@ class _Paths:
         return sample
 
     def bare(self, count: int) -> Sampler:
-        """Observation, router and draw beside it, in torch."""
+        """Walk the backbone with observation, router and draw, in torch."""
         frozen, net = self.frozen, self.specs["sequential"].build().to(self.device)
 
         @torch.no_grad()
@@ -156,14 +156,14 @@ class _Paths:
         return sample
 
     def ours(self, count: int, kind: str) -> Sampler:
-        """`SlabRunner`, deciding step by step or all at once."""
+        """Sample by `SlabRunner`, deciding step by step or a whole walk at once."""
         from dynrl.agents.ppo import ppo_config
         from dynrl.agents.slab import SlabRunner
 
         spec = self.specs[kind]
         sight = spec.build().sight
         config = ppo_config(ENV, self.env_config | {"sight": sight.name}, spec, num_envs=count)
-        each = min(sight.span, self.depth)  # decisions of a step
+        each = min(sight.span, self.depth)  # how many decisions an environment step counts as
         runner = SlabRunner(config=config, worker_index=0, num_workers=0)
         return lambda steps: each * sum(map(len, runner.sample(num_timesteps=steps * count // each)))
 

@@ -1,4 +1,4 @@
-"""The parts of `scripts/gpu_check.py`, run in a tree that is laid out as a wheel installs it."""
+"""These are the parts of `scripts/gpu_check.py`, which run in a tree laid out as a wheel installs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SECONDS = 460  # for all of it; what would begin later is left out, and named so
+SECONDS = 460  # the time for all parts; parts that would begin later are left out and named
 TESTS = ("tests/test_kernels.py", "tests/test_ops.py", "tests/test_capture.py")
 IMPORTS = (
     "from dynrl.scripts.bench.env import bench_env; from dynrl.scripts.bench.model import bench_model; "
@@ -25,16 +25,16 @@ PARTS = {
     "ops float32": "bench_ops('cuda', 'float32', 0.1, batches=(64, 256))",
     "ops bfloat16, small": "bench_ops('cuda', 'bfloat16', 0.1, batches=(1, 8))",
 }
-TRAINERS = {"ray": "ppo", "stable_baselines3": "sb3-ppo"}  # the agents of packages, the better one first
+TRAINERS = {"ray": "ppo", "stable_baselines3": "sb3-ppo"}  # the agent of each package, the better one first
 
 
 class Check:
-    """One check: the time that it has left, and what it has found, in `result`. It runs in the present folder.
+    """A check keeps the time that is left and the results so far, in `result`. It runs in the present folder.
 
     Args:
         out: the file to write.
-        commit: of the sources.
-        command: what was typed.
+        commit: the commit of the sources.
+        command: the command line that was typed.
     """
 
     def __init__(self, out: Path, commit: str, command: str) -> None:
@@ -48,17 +48,17 @@ class Check:
         }  # fmt: skip
 
     def passed(self) -> float:
-        """Return the seconds since it began."""
+        """Return the seconds since the check began."""
         return time.monotonic() - self.began
 
     def write(self) -> None:
-        """Write the finds so far."""
+        """Write the results so far."""
         aside = self.out.with_suffix(".part")
         aside.write_text(json.dumps(self.result, indent=1))
         aside.replace(self.out)
 
     def call(self, *command: str) -> tuple[int, str]:
-        """Run Python in the tree; return its exit status, and what it printed."""
+        """Run Python in the tree, and return its exit status and its output."""
         try:
             done = subprocess.run(
                 [sys.executable, *command], check=False, text=True,
@@ -89,7 +89,7 @@ class Check:
         return status
 
     def bench(self, name: str, code: str) -> None:
-        """Run one part, if there is time."""
+        """Run one part, if there is time left."""
         if SECONDS - self.passed() < 20:
             self.result["left_out"].append(name)
             return
@@ -104,7 +104,7 @@ class Check:
         self.write()
 
     def train(self) -> None:
-        """Train a policy, if there is an agent and time."""
+        """Train a policy, if there are an agent and time left."""
         agent = next((TRAINERS[name] for name in TRAINERS if importlib.util.find_spec(name)), None)
         if agent is None or SECONDS - self.passed() < 60:
             self.result["left_out"].append("train")

@@ -1,8 +1,8 @@
-"""`dynrl bench known` measures how soon the default agent finds the best routes where they are known.
+"""`dynrl bench known` measures how soon the default agent finds the best routes, where these are known.
 
-A data set has two inputs. The target of one is what the network says on its full route, the target of the other what it
-says on its cheapest: one needs compute, the other is harmed by it. Networks are so small that all routes can be walked,
-so for each price the best return is known, and that of uniformly random choices, too.
+The data set has two inputs. The target of one is the network's output on its full route; the target of the other is its
+output on the cheapest route. So one input needs compute, and the other is harmed by it. Networks are so small that all
+routes can be walked. So for each price, the best return is known, and also that of uniformly random choices.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from dynrl.envs import DECISIONS
 from dynrl.evaluation import cheapest_choices, score_routes
 from dynrl.tasks import Regression
 
-# Shapes of inputs so small that all routes can be walked: images, and sequences, by the number of their dimensions.
+# The shapes of small inputs, by their number of dimensions (images and sequences), so that all routes can be walked.
 SMALL = {3: (1, 12, 12), 2: (8, 2)}
-# Settings that a network takes here if it has them: who does not see the input must compute to know which it is.
+# Settings that a network gets if it has them: a policy that does not see the input must compute to know which it is.
 SETTINGS = {"sees": "state+input"}
 MOST_ROUTES = 50_000
 SECONDS, ENOUGH, CHECKS = 20.0, 0.95, 100
-PRICES = 9  # evenly spaced in their logarithm
+PRICES = 9  # the number of prices, evenly spaced in their logarithm
 
 
 def small_backbone(decision: str) -> Backbone:
-    """Make a small untrained network that poses `decision`: the environment's default, for small inputs."""
+    """Make a small untrained network that poses `decision`: the environment's default network, for small inputs."""
     from gymnasium.envs.registration import load_env_creator
 
     from dynrl.envs import decision as row
@@ -52,7 +52,7 @@ def small_backbone(decision: str) -> Backbone:
 
 
 def two_kinds(backbone: Backbone) -> Dataset:
-    """Make the data set for a network."""
+    """Make the data set of two inputs for a network."""
     shape = backbone.input_shape
     inputs = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     inputs += torch.tensor([1.0, -1.0]).view(2, *[1] * len(shape))  # a bright one and a dark one
@@ -65,13 +65,13 @@ def two_kinds(backbone: Backbone) -> Dataset:
 
 @torch.no_grad()
 def every_route(backbone: Backbone, inputs: Tensor, most: int = MOST_ROUTES) -> tuple[Tensor, Tensor]:
-    """List all routes that one of `inputs` [1, ...] can take, by columns that it reaches.
+    """List all routes that the input of `inputs` [1, ...] can take, told apart by the columns that it reaches.
 
     Returns:
-        [m, columns] actions, and [m] how likely each is under uniformly random choices.
+        the actions [m, columns], and how likely each route is under uniformly random choices, [m].
 
     Raises:
-        ValueError: there are more than `most`.
+        ValueError: there are more than `most` routes.
     """
     counts = (backbone.thrift >= 0).sum(1)
     routes = torch.zeros(1, backbone.columns, dtype=torch.int64)
@@ -82,7 +82,7 @@ def every_route(backbone: Backbone, inputs: Tensor, most: int = MOST_ROUTES) -> 
         reached = torch.cat(ran)
         if not reached.any():
             return routes, likely
-        column = reached.int().argmax(1)  # where the row comes, and nothing is settled yet
+        column = reached.int().argmax(1)  # the first column that the row reaches and that is not settled yet
         open_rows, parts = reached.any(1), [(routes, likely, settled, ~reached.any(1))]
         for choice in range(backbone.num_choices):
             changed, sure = routes.clone(), settled.clone()
@@ -98,7 +98,7 @@ def every_route(backbone: Backbone, inputs: Tensor, most: int = MOST_ROUTES) -> 
 
 
 def known_returns(backbone: Backbone, split: Split, prices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best mean return over the two inputs, and that of uniformly random choices: [prices] each."""
+    """Return the best mean return over both inputs, and that of uniformly random choices: [prices] each."""
     best, random = torch.zeros(2, len(prices))
     for row in range(2):
         routes, likely = every_route(backbone, split.inputs[row : row + 1])
@@ -110,7 +110,7 @@ def known_returns(backbone: Backbone, split: Split, prices: Tensor) -> tuple[Ten
 
 
 def policy_returns(model: Any, split: Split, prices: Tensor) -> Tensor:
-    """Return a plugged policy's returns [prices], without the router's own MACs, which no environment charges."""
+    """Return a model's mean returns [prices], without the router's own MACs, which no environment charges."""
     found = []
     for price in prices.tolist():
         model.set_price(price)
@@ -126,7 +126,7 @@ def bench_known(decisions: Iterable[str], seeds: int) -> list[dict[str, Any]]:
     for decision, seed in itertools.product(tuple(decisions) or tuple(DECISIONS), range(seeds)):
         backbone = small_backbone(decision)
         name = f"two kinds for {decision}"
-        DATASETS[name] = partial(two_kinds, backbone)  # where an environment finds it, in this process
+        DATASETS[name] = partial(two_kinds, backbone)  # environments of this process find it by name
         try:
             with tempfile.TemporaryDirectory() as folder:
                 found = learn_known(decision, name, backbone, seed, Path(folder))
@@ -149,11 +149,11 @@ def bench_known(decisions: Iterable[str], seeds: int) -> list[dict[str, Any]]:
 
 
 def learn_known(decision: str, data: str, backbone: Backbone, seed: int, folder: Path) -> dict[str, Any]:
-    """Learn for `SECONDS`, or as many steps as the default agent has.
+    """Learn for `SECONDS`, or for the default number of steps if that ends sooner.
 
     Returns:
-        "best" and "random", mean returns, and the "curve" [(seconds, steps, share of the gap between them that the
-        policy has closed)].
+        "best" and "random", which are mean returns, and the "curve" [(seconds, steps, share of the gap between them
+        that the policy has closed)].
     """
     from dynrl.agents.base import open_agent
     from dynrl.deploy import RoutedModel

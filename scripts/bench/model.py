@@ -1,4 +1,4 @@
-"""`dynrl bench model` measures whole plugged networks against dense ones."""
+"""`dynrl bench model` measures whole routed networks against dense ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dynrl.runs import RunFolder
 
 @dataclass(frozen=True)
 class Network:
-    """A network to measure: batch sizes, the backbone's settings, and the router's hidden units."""
+    """A network to measure has batch sizes, the backbone's settings, and the router's hidden units."""
 
     batches: tuple[int, ...]
     settings: dict[str, Any]
@@ -46,7 +46,7 @@ NETWORKS = {
 
 
 class _InVain(Policy):
-    """A policy that takes a router's time to decide, and then takes a given route."""
+    """This policy spends a router's time to decide, and then takes a given route."""
 
     route: Tensor
 
@@ -55,12 +55,12 @@ class _InVain(Policy):
         self.router, self.sight, self.price_range = router, router.sight, router.price_range
 
     def forward(self, observation: Tensor) -> Tensor:
-        """The router's logits: what a look costs."""
+        """Return the router's logits, whose MACs are those of a look."""
         logits: Tensor = self.router(observation)
         return logits
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
-        """Ask the router, and go along `route` all the same."""
+        """Ask the router, but follow `route` all the same."""
         decide = self.router.chooser(backbone, price)
 
         def forced(state: State) -> Tensor:
@@ -71,12 +71,12 @@ class _InVain(Policy):
 
 
 def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any] | None:
-    """Compile the dense network by torch's Inductor; None where that fails (some shapes it cannot lower)."""
-    torch._dynamo.reset()  # else shapes seen before make it try dynamic ones
+    """Compile the dense network by torch's Inductor; return None if it fails, as it does for some shapes."""
+    torch._dynamo.reset()  # otherwise, shapes that it has seen before make it try dynamic ones
     run = torch.compile(network.ideal(inputs, route), dynamic=False)
     try:
         run()
-    except Exception as error:  # whatever the compiler raises
+    except Exception as error:  # the compiler may raise anything
         print(f"torch.compile failed on the dense network: {str(error).splitlines()[0]}", flush=True)
         return None
     return run
@@ -88,8 +88,9 @@ def bench_model(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure networks of random weights on random routes at half the MACs, and learned policies from `runs`.
 
-    Rows have the times of: dense (the fastest of both memory formats), dense compiled, ideal, routed (the route is
-    given), routed with router (it decides in vain; that of a run in earnest).
+    Rows have the times of the dense network (the faster of both memory formats), of the compiled dense network, of the
+    ideal, of the routed network on a given route, and of the routed network with its router. The router of random
+    routes decides in vain; that of a run really decides.
     """
     unknown = set(networks) - set(NETWORKS)
     if unknown:
@@ -104,7 +105,7 @@ def bench_model(
         for batch in batches or network.batches:
             inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=getattr(torch, dtype))
             with torch.inference_mode():
-                count = 256 if batch > 64 else 16  # what a route costs does not depend on the input
+                count = 256 if batch > 64 else 16  # one input is enough: the cost of a route does not depend on it
                 rate = random_rate(model.backbone, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
             assert rate is not None, "each of these networks can do with half of its MACs"
             model.policy.route = RandomPolicy(backbone.thrift, rate).route(inputs).to(device)
@@ -129,7 +130,7 @@ def bench_model(
 @torch.inference_mode()
 def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> dict[str, Any]:
     backbone, device = model.backbone, inputs.device
-    taken = route.clamp_min(0)  # where a row never was there is no choice
+    taken = route.clamp_min(0)  # -1 marks columns where a row never was
     sides = dense_sides(backbone, inputs)
     run = _compiled(backbone, inputs, backbone.dense_actions(len(inputs), device))
     sides["ideal"] = backbone.ideal(inputs, route)
@@ -157,13 +158,13 @@ def _measure(model: RoutedModel, inputs: Tensor, route: Tensor, rounds: int) -> 
 def _captured(
     model: RoutedModel, inputs: Tensor, route: Tensor, sides: dict[str, Callable[[], Any]]
 ) -> dict[str, Callable[[], Any]]:
-    """Capture all `sides` and the model with its router as CUDA graphs; none where the policy cannot be captured."""
+    """Capture all `sides` and the model with its router as CUDA graphs; there are none if the policy cannot be."""
     try:
         graph = model.capture(len(inputs))
-    except ValueError:  # it gives whole routes
+    except ValueError:  # the policy gives whole routes
         return {}
     backbone = model.backbone
-    # In what is captured no row ends early, and the values of a route cannot be looked at.
+    # `run_route` would look at the route's values, which a capture forbids.
     alone = {**sides, "routed": lambda: backbone.run(inputs, lambda state: state.along(route))}
     graphs = {f"captured {name}": captured(side, 1) for name, side in alone.items()}
     return {**graphs, "captured with router": lambda: graph(inputs)}

@@ -1,4 +1,4 @@
-"""The cases of `dynrl bench ops`: the shapes that each op is timed on, and the other ways timed beside it."""
+"""The cases of `dynrl bench ops` are the shapes that each op is timed on, with other ways to do the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_ref
 
 KEPT = (0.25, 0.5, 0.75)
-# name: outer channels, side of the map, inner channels, kernels of the block's convolutions.
+# name -> outer channels, side of the map, inner channels, kernels of the block's convolutions.
 MAPS = {
     "resnet20/110 stage 1": (16, 32, 16, (3, 3)),
     "resnet20/110 stage 2": (32, 16, 32, (3, 3)),
@@ -32,19 +32,19 @@ MAPS = {
     "resnet50 stage 3": (1024, 14, 256, (1, 3, 1)),
     "resnet50 stage 4": (2048, 7, 512, (1, 3, 1)),
 }
-# name: experts, width, hidden width. A layer of two-layer experts.
+# name -> experts, width and hidden width of a layer of two-layer experts.
 EXPERTS = {"8 experts 512-1024": (8, 512, 1024), "64 experts 512-1024": (64, 512, 1024)}
-# name: positions of a row, channels, hidden widths. A residual layer of unequal two-layer experts.
+# name -> positions of a row, channels and hidden widths of a residual layer of unequal two-layer experts.
 RESIDUAL_EXPERTS = {
     "7x7, 128 channels, 0-512": (49, 128, (0, 64, 128, 128, 256, 512)),
     "1, 512 channels, 0-2048": (1, 512, (0, 256, 512, 512, 1024, 2048)),
 }
-# name: width, hidden width. A layer of two products.
+# name -> width and hidden width of a layer of two products.
 LAYERS = {"512-1024": (512, 1024), "1024-4096": (1024, 4096)}
 CELLS = {"gru 128": (128, 128), "gru 512": (512, 512)}
 
-# How weights lie in memory. A few rows are multiplied faster with columns. A single row is multiplied faster with rows
-# where the weights are in no cache. Dense and ideal have both.
+# The memory orders of weights. A few rows are multiplied faster by columns. A single row is multiplied faster by rows
+# if the weights are in no cache. Dense and ideal sides are timed in both.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"columns": column_major, "rows": Tensor.contiguous}
 
 Side = Callable[[], Any]
@@ -52,19 +52,19 @@ Side = Callable[[], Any]
 
 @dataclass
 class Case:
-    """Ways to do the same, which are timed side by side. The fastest of several dense or ideal forms counts.
+    """A case has several ways to do the same, which are timed in turn; the fastest dense and ideal form counts.
 
     Attributes:
-        op: its name.
-        shape: the name of its shape.
-        batch: rows.
-        kept: the share of the work that is chosen; None where the case has no such number.
+        op: the op's name.
+        shape: the name of the shape.
+        batch: the number of rows.
+        kept: the share of the work that is chosen; None if the case has no such number.
         routed: the op.
-        check: gives the op's result and the definition's on the same inputs.
-        dense: the whole network's layers on all rows.
-        masked: the dense layers, and a selection.
-        indexed: what one would write without the ops.
-        ideal: the same work with the rows already together and the decision known.
+        check: a function that returns the op's result and the definition's on the same inputs.
+        dense: the dense layers on all rows, in several forms.
+        masked: the dense layers and a selection.
+        indexed: the code that one would write without the ops.
+        ideal: the same work with the rows already sorted and the decision known, in several forms.
     """
 
     op: str
@@ -80,14 +80,14 @@ class Case:
 
 
 def kept_rows(batch: int, kept: float, device: torch.device) -> Tensor:
-    """[batch] bool: a mask of round(kept * batch) rows, drawn from a fixed seed."""
+    """Return a mask [batch] bool of round(kept * batch) rows, drawn from a fixed seed."""
     mask = torch.zeros(batch, dtype=torch.bool)
     mask[torch.randperm(batch, generator=torch.Generator().manual_seed(batch))[: round(kept * batch)]] = True
     return mask.to(device)
 
 
 def copy_of(x: Tensor) -> Tensor:
-    """A copy in channels_last."""
+    """Return a copy in channels_last."""
     return x.clone(memory_format=torch.channels_last)
 
 
@@ -95,14 +95,14 @@ def _convolutions(shape: str, device: torch.device, dtype: torch.dtype) -> list[
     outer, _, inner, kernels = MAPS[shape]
     widths = [outer, *[inner] * (len(kernels) - 1), outer]
     made = [nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in zip(widths, widths[1:], kernels, strict=False)]
-    for layer in made:  # small weights: the block is applied to its own result over and over
+    for layer in made:  # weights are small, as the block is applied to its own result again and again
         layer.weight.mul_(0.01)
         layer.to(device, dtype)
     return made
 
 
 def _plain(layers: list[nn.Conv2d]) -> Callable[[Tensor], Tensor]:
-    """The block as one writes it in torch, with batch norm folded in."""
+    """Return the block as one writes it in torch, with batch norm folded in."""
 
     def block(x: Tensor) -> Tensor:
         y = x
@@ -124,7 +124,7 @@ def _formatted(layers: list[nn.Conv2d], form: torch.memory_format) -> list[nn.Co
 
 
 def gated_residual_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Cases of a residual block that a share of the rows runs."""
+    """Yield cases of a residual block that a share of the rows runs."""
     outer, side, _, _ = MAPS[shape]
     layers = _convolutions(shape, device, dtype)
     last, first = _formatted(layers, torch.channels_last), _formatted(layers, torch.contiguous_format)
@@ -132,7 +132,7 @@ def gated_residual_cases(shape: str, batch: int, device: torch.device, dtype: to
     plain, plain_first = _plain(last), _plain(first)
     x = torch.randn(batch, outer, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     dense: dict[str, Side] = {"fused": lambda: block(x), "nhwc": lambda: plain(x)}
-    # NCHW was never the fastest for large maps, and takes a second copy.
+    # NCHW is left out for large maps: it is not the fastest there, and needs a second copy.
     if not x.is_cuda and outer * side * side * batch <= 1 << 25:
         nchw = x.contiguous()
         dense["nchw"] = lambda: plain_first(nchw)
@@ -160,19 +160,19 @@ def gated_residual_cases(shape: str, batch: int, device: torch.device, dtype: to
 
 
 def _mixed(kept: float, full: int) -> tuple[int, int, int]:
-    """Three widths of mean `kept` * full."""
+    """Return three widths whose mean is `kept` * full."""
     step = 0.25 if kept > 0.25 else 0.125
     return tuple(round(full * share) for share in (kept - step, kept, kept + step))  # type: ignore[return-value]
 
 
 def _thirds(batch: int, device: torch.device) -> Tensor:
-    """[batch] choices among three, evenly mixed."""
+    """Return choices [batch] among three, evenly mixed."""
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch))
     return ((order + 1) % 3).to(device)
 
 
 def sliced_conv_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Cases of a residual block at three inner widths, mixed in one batch."""
+    """Yield cases of a residual block at three inner widths, mixed in one batch."""
     outer, side, inner, _ = MAPS[shape]
     layers = _formatted(_convolutions(shape, device, dtype), torch.channels_last)
     full, plain = ResidualBlock([FoldedConv2d.of(layer) for layer in layers]), _plain(layers)
@@ -223,7 +223,7 @@ def sliced_conv_cases(shape: str, batch: int, device: torch.device, dtype: torch
 
 
 def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Cases of two products whose hidden units are a prefix slice, at three widths mixed in one batch."""
+    """Yield cases of two products that use the first hidden units, at three widths mixed in one batch."""
     outer, inner = LAYERS[shape]
     first, second = nn.Linear(outer, inner).to(device, dtype), nn.Linear(inner, outer).to(device, dtype)
     plain = first.weight, first.bias, second.weight, second.bias
@@ -236,7 +236,7 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
 
     def at(kept: float) -> Case:
         sliced = SlicedLinear(first, second, _mixed(kept, inner))
-        sliced.w1, sliced.b1, sliced.w2, sliced.b2 = full  # one copy of the weights: whose is in the cache matters
+        sliced.w1, sliced.b1, sliced.w2, sliced.b2 = full  # one copy for all sides: whose copy is in the cache matters
         w1, b1, w2, b2 = plain
         parts = [(w, rows.clone()) for w, rows in zip(sliced.widths, x.split(counts), strict=True) if len(rows)]
         narrow = {
@@ -268,7 +268,7 @@ def sliced_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
 
 
 def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The case of rows at their two-layer experts."""
+    """Yield the case of rows at their two-layer experts."""
     experts, outer, inner = EXPERTS[shape]
     w1 = torch.randn(experts, inner, outer, device=device, dtype=dtype) / outer**0.5
     w2 = torch.randn(experts, outer, inner, device=device, dtype=dtype) / inner**0.5
@@ -302,7 +302,7 @@ def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
     if x.is_cuda and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
         ends = torch.tensor(sizes, device=device).cumsum(0).int()
 
-        def grouped() -> Tensor:  # torch's own, without biases
+        def grouped() -> Tensor:  # torch's own grouped product, without biases
             hidden = F.relu(torch._grouped_mm(x, w1.transpose(-1, -2), offs=ends), inplace=True)
             return torch._grouped_mm(hidden, w2.transpose(-1, -2), offs=ends)
 
@@ -315,9 +315,9 @@ def routed_linear_cases(shape: str, batch: int, device: torch.device, dtype: tor
 
 
 def routed_experts_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The case of rows at their residual experts, each as often as the others."""
+    """Yield the case of rows at their residual experts, all equally frequent."""
     positions, channels, splits = RESIDUAL_EXPERTS[shape]
-    # Small weights: the layer is applied to its own result over and over.
+    # Weights are small, as the layer is applied to its own result again and again.
     w1 = 0.01 * torch.randn(sum(splits), channels, device=device, dtype=dtype)
     w2 = 0.01 * torch.randn(channels, sum(splits), device=device, dtype=dtype)
     w1, w2 = column_major(w1), column_major(w2)
@@ -349,7 +349,7 @@ def routed_experts_cases(shape: str, batch: int, device: torch.device, dtype: to
 
 
 def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Cases of a GRU cell that a share of the rows runs."""
+    """Yield cases of a GRU cell that a share of the rows runs."""
     inputs, hidden = CELLS[shape]
     cell = nn.GRUCell(inputs, hidden).to(device, dtype).requires_grad_(False)
     weights = (column_major(cell.weight_ih), column_major(cell.weight_hh), cell.bias_ih, cell.bias_hh)
@@ -383,7 +383,7 @@ def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.
 
 
 def small_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Cases of the ops that only cost time: they have no dense side and no ideal."""
+    """Yield cases of the ops that only cost time, which have no dense side and no ideal."""
 
     def partitions(choices: int) -> Case:
         choice = torch.randint(0, choices, (batch,), device=device)

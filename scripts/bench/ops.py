@@ -1,4 +1,4 @@
-"""The ops against their ideals: rows of `dynrl bench ops`. It needs torch (and triton on CUDA), nothing else."""
+"""`dynrl bench ops` measures the ops against their ideals. It needs only torch, and triton on CUDA."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from dynrl.evaluation import captured, medians_in_turn
 from dynrl.scripts.bench.op_cases import FAMILIES, Case, Side, small_cases
 from dynrl.scripts.bench.op_cases import KEPT as KEPT
 
-REPEATS = 20  # calls in one CUDA graph
+REPEATS = 20  # the number of calls in one CUDA graph
 PASSES = 3
 BATCHES = (1, 8, 64, 256)
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
-    """Refuse to time what computes something else than its definition."""
+    """Raise a RuntimeError if a case's op computes something other than its definition."""
     got, expected = (t.double() for t in case.check())
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-9)) if got.numel() else 0.0
     limit = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
     if not error <= limit:
         raise RuntimeError(
-            f"{case.op}, {case.shape}, batch {case.batch}, kept {case.kept}: off its definition by {error:.1e} of the "
-            f"largest value; {limit:.0e} is allowed. Nothing is timed on red"
+            f"{case.op}, {case.shape}, batch {case.batch}, kept {case.kept}: expected the definition within "
+            f"{limit:.0e} of the largest value, got an error of {error:.1e}. Wrong ops are not timed"
         )
 
 
 def measure(cases: list[Case], device: torch.device, seconds: float, rounds: int) -> list[dict[str, Any]]:
-    """Rows of times in milliseconds: all sides of the cases of one shape and batch, in turn.
+    """Time all sides of the cases of one shape and batch in turn, and return rows of milliseconds.
 
-    Each round has a new order. There are at least `rounds` rounds, or half as many where a round takes seconds.
+    Each round has a new order. There are at least `rounds` rounds, or half as many if a round takes seconds.
     """
     sides: dict[tuple[int, str], Side] = {}
     for i, case in enumerate(cases):
@@ -66,7 +66,7 @@ def measure(cases: list[Case], device: torch.device, seconds: float, rounds: int
             row |= {
                 "dense_ms": best(0, "dense"), "masked_ms": medians.get((i, "masked")),
                 "indexed_ms": medians.get((i, "indexed")),
-                "ideal_ms": best(i, "ideal") or 0.0,  # no row is kept: nothing to do
+                "ideal_ms": best(i, "ideal") or 0.0,  # if no row is kept, there is nothing to do
             }  # fmt: skip
         rows.append(row)
     return rows
@@ -80,13 +80,13 @@ def bench_ops(
     ops: tuple[str, ...] = (),
     batches: tuple[int, ...] = BATCHES,
 ) -> list[dict[str, Any]]:
-    """All rows, or those of some `ops`, with `seconds` of timing for each shape and batch.
+    """Measure all ops, or some of them, for `seconds` for each shape and batch, and return the rows.
 
-    A CPU is timed in passes over all of them, and the median of the passes counts: on a shared machine a disturbance
-    may last longer than all rounds of a shape.
+    A CPU is timed in several passes over all cases, and the median of the passes counts: on a shared machine, a
+    disturbance may last longer than all rounds of a shape.
 
     Raises:
-        RuntimeError: an op gives something else than its definition.
+        RuntimeError: an op computes something other than its definition.
     """
     where, kind = torch.device(device), getattr(torch, dtype)
     unknown = set(ops) - set(FAMILIES)
@@ -97,7 +97,7 @@ def bench_ops(
         (make, shape, batch) for op, (shapes, make) in FAMILIES.items() if not ops or op in ops
         for shape in shapes for batch in batches
     ]  # fmt: skip
-    torch.backends.cudnn.benchmark = True  # dense at its best
+    torch.backends.cudnn.benchmark = True  # dense layers run at their best
     passes = 1 if where.type == "cuda" else PASSES
     rounds = 6 // passes
     for i in range(passes):
@@ -119,7 +119,7 @@ def bench_ops(
 
 
 def _over_passes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each time, and what follows from them."""
+    """Return the median of each time over the passes, and the figures that follow from these."""
     row = dict(rows[0])
     for name in row:
         if name.endswith("_ms") and row[name] is not None:
@@ -142,11 +142,11 @@ def _show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]], least_ms: float = 0.5) -> list[dict[str, Any]]:
-    """How much of its ideal each op reaches: geometric mean and worst, and how often the op is slower than dense.
+    """Return how much of its ideal each op reaches, on average and at worst, and how often it is slower than dense.
 
-    The means are over rows of batch 64 and more and of `least_ms` and more. `clearly` counts rows that are slower by
-    more than the larger of 5 % and 15 us. What could be reached is the ideal, or dense where that is faster: else an op
-    would shine where routing does not pay.
+    The means are geometric, over rows of batch 64 and more whose ideal takes `least_ms` and more. `clearly` counts rows
+    that are slower by more than 5 % and more than 15 us. The ideal is replaced by dense where that is faster;
+    otherwise, an op would look good where routing does not pay.
     """
     found = []
     for op in FAMILIES:

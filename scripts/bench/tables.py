@@ -70,7 +70,7 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def ms(value: float | None) -> str:
-    """Write a time, or nothing."""
+    """Return a time as a cell, or an empty cell if there is none."""
     return "" if value is None else f"{value:.2f}"
 
 
@@ -99,7 +99,7 @@ def bench_ops_table(result: dict[str, Any]) -> list[str]:
 
 
 def summed(found: dict[str, Any]) -> str:
-    """Say one row of the summary of `dynrl bench ops` in words."""
+    """Return one row of the summary of `dynrl bench ops` as a line of text."""
     return (
         f"{found['op']:14} {found['rows']} rows of 0.5 ms and more: geometric mean {found['geometric_mean']:.3f}, "
         f"worst {found['worst']:.3f}; slower than dense: {found['slower_than_dense']} of {found['with_dense']}, "

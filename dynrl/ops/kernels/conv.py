@@ -1,4 +1,4 @@
-"""Convolution of chosen images as one implicit matrix product, with everything that follows it in a residual block."""
+"""One implicit matrix product convolves chosen images, with everything that follows it in a residual block."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,7 +17,7 @@ from dynrl.ops.kernels.conv_tiles import conv_tiles
 from dynrl.ops.kernels.linear import INTERPRETED, device_time, dot, fitting_configs, size_class, tile_configs
 from dynrl.ops.kernels.partition import group_of_tile, tile_bound
 
-# The first fits everything: it is the choice where none other does.
+# The first tile fits everything; it is chosen where no other tile fits.
 CONV_TILES = [
     (64, 32, 32, 4, 4),
     (32, 32, 32, 4, 4),
@@ -35,7 +35,7 @@ CONV_TILES = [
 
 
 def _precision(x: Tensor) -> str:
-    """`input_precision` of tl.dot: torch's switch for convolutions decides whether float32 may be rounded to TF32."""
+    """Return `input_precision` for tl.dot: torch's switch for convolutions says whether TF32 may be used."""
     allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if x.dtype == torch.float32 and allowed == "tf32" else "ieee"
 
@@ -56,11 +56,11 @@ def _convolve(
     R: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] float32: the sum over taps and channels < width."""
+    """Return the sum over taps and channels < width, [BLOCK_M, BLOCK_N] float32."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     blocks = tl.cdiv(width, BLOCK_K)
-    # One loop over (tap, block of channels) and not two nested ones: only an innermost loop has its loads prefetched,
-    # and with few channels that of the channels would have a single step.
+    # There is one loop over (tap, block of channels), not two nested ones: only an innermost loop has its loads
+    # prefetched, and with few channels, a loop over channels would have a single step.
     for step in tl.range(0, R * S * blocks, num_stages=STAGES):
         tap = step // blocks
         c = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -98,7 +98,7 @@ def _finish(
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + residual_offset[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
     if RELU:
-        # propagate NaN, as torch does: a NaN that turns into 0 would hide a fault.
+        # NaN is propagated, as in torch: a NaN that turns into 0 would hide a fault.
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out_ptr + out_offset[:, None] + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -121,8 +121,8 @@ def _conv_rows_kernel(
     STRIDE: tl.constexpr, PADDING: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # M runs over (item, output pixel), N over output channels, K over (tap, input channel). Neighbouring programs
-    # share their pixels, which the second of them then finds in the cache.
+    # M runs over (item, output pixel), N over output channels, K over (tap, input channel). Neighbouring programs share
+    # their pixels, so the second program finds them in the cache.
     blocks_n = tl.cdiv(size_k, BLOCK_N)
     tile = tl.program_id(0) // blocks_n
     first_n = tl.program_id(0) % blocks_n * BLOCK_N
@@ -257,7 +257,7 @@ def conv_rows(
     if pixels == 0 or size_k == 0:
         return out
     if residual is not None and residual.data_ptr() == out.data_ptr() and not INTERPRETED:
-        # The autotuner's runs would add to the sum over and over: it is given a copy, the first time.
+        # The autotuner's runs would add to the sum again and again, so the first call gives it a copy.
         sizes = (x.shape[1:], weight.shape, stride, size_class(pixels), num_groups, granule)
         given = (in_rows, out_rows, scale, shift, in_widths, out_widths, factor)
         dtypes = (x.dtype, *(None if tensor is None else tensor.dtype for tensor in given))

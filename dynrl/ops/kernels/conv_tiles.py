@@ -1,4 +1,4 @@
-"""Convolution of chosen images by rectangular tiles, which Hopper's tensor copies fetch and put back whole."""
+"""This kernel convolves chosen images by rectangular tiles, which Hopper's tensor copies move whole."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,9 +18,9 @@ from dynrl.ops.kernels.linear import INTERPRETED, device_time, dot, size_class
 
 
 def tile_width(height: int, width: int, pixels: int) -> int:
-    """The width of a tile of a given number of pixels, both powers of two, with which the fewest tiles cover a map.
+    """Return the width of tiles of a given number of pixels, a power of two, for which the fewest cover a map.
 
-    Where several widths need as few tiles, it is the widest.
+    If several widths need equally few tiles, the widest is taken.
     """
     widths = [1 << i for i in range(pixels.bit_length())]
     return min(widths, key=lambda w: (-(-width // w) * -(-height * w // pixels), -w))
@@ -37,8 +37,8 @@ def _shape_descriptors(args: dict[str, Any]) -> None:
             args[name].block_shape = [1, h, w, n]
 
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, programs on a multiprocessor that take one tile after another; 0: one
-# program a tile). The first fits everything.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, and the programs on a multiprocessor that take one tile after another, or 0
+# for one program a tile). The first one fits everything.
 TILES = [
     (64, 16, 16, 4, 4, 0),
     (128, 16, 16, 4, 4, 0),
@@ -77,7 +77,7 @@ def _configs() -> list[triton.Config]:
 
 
 def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """The configurations whose blocks divide the channels in use, are not mostly padding, and fit into memory."""
+    """Return the configurations whose blocks divide the channels in use, are not mostly padding, and fit in memory."""
     values = args | kwargs
 
     def fits(config: triton.Config) -> bool:
@@ -95,7 +95,7 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
 
 @triton.autotune(
     _configs(),
-    # The autotuner tells types of tensors apart by itself, but not types of their descriptors.
+    # The autotuner distinguishes types of tensors, but not types of their descriptors.
     key=["size_c", "size_k", "size_class", "granule", "element_bytes", "H", "W", "R", "NUM_GROUPS", "PRECISION"],
     prune_configs_by={"early_config_prune": _prune},
     do_bench=device_time,
@@ -118,7 +118,7 @@ def _conv_tiles_kernel(
     begin = tl.load(offsets_ptr)
     total = (tl.load(offsets_ptr + NUM_GROUPS) - begin) * tiles * blocks_n
     # Resident programs fetch the next tile while they finish one. Neighbours have the same tile and other output
-    # channels: the second finds its pixels in the cache.
+    # channels, so the second one finds its pixels in the cache.
     for index in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=RESIDENT > 0 and in_widths_ptr is None):
         n0 = index % blocks_n * BLOCK_N
         tile = index // blocks_n % tiles
@@ -165,7 +165,7 @@ def _conv_tiles_kernel(
             if residual_desc is not None:
                 acc += residual_desc.load([out_row, top, left, n0]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             if RELU:
-                # propagate NaN, as torch does: a NaN that turns into 0 would hide a fault.
+                # NaN is propagated, as in torch: a NaN that turns into 0 would hide a fault.
                 acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
             out_desc.store([out_row, top, left, n0], acc.to(out_desc.dtype).reshape(1, TILE_H, TILE_W, BLOCK_N))
 
@@ -176,7 +176,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _maps(x: Tensor, flat: bool) -> Tensor | None:
-    """[N, H, W, C] of [N, C, H, W], as one line of pixels if `flat`; None where tensor copies cannot address it."""
+    """Return [N, C, H, W] as [N, H, W, C], one line of pixels if `flat`; None if tensor copies cannot address it."""
     rows = x.permute(0, 2, 3, 1)
     n, height, width, channels = rows.shape
     if rows.stride(3) != 1 or any(stride * x.element_size() % 16 for stride in rows.stride()[:3]):
@@ -200,9 +200,9 @@ def conv_tiles(
     in_widths: Tensor | None, out_widths: Tensor | None, factor: Tensor | None, residual: Tensor | None,
     relu: bool, padding: int,
 ) -> bool:  # fmt: skip
-    """`conv_rows` of stride 1, where tensor copies can address its tensors. Elsewhere it does nothing, and gives False.
+    """Do `conv_rows` of stride 1 if tensor copies can address its tensors; else do nothing and return False.
 
-    Beyond a group's width `out` is overwritten up to a multiple of the tile.
+    Beyond a group's width, `out` is overwritten up to a multiple of the tile.
 
     Args:
         granule: a common divisor of all widths of the input.

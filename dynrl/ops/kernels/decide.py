@@ -1,4 +1,4 @@
-"""Kernels for what happens at a decision beside the products of layers: pooling, the router, the walk's books."""
+"""These kernels do the steps of a decision other than layers: pooling, the router, the records of the walk."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -41,7 +41,7 @@ def pool(x: Tensor, out: Tensor) -> Tensor:
     assert x.stride(1) == 1 and x.stride(2) == width * x.stride(3), "channels_last"
     if out.numel() == 0:
         return out
-    # Few rows: narrow blocks of channels, so that enough programs share the work.
+    # With few rows, blocks of channels are narrow, so that enough programs share the work.
     block_c = 64 if n >= 64 else 16
     grid = (n, triton.cdiv(channels, block_c))
     _pool_kernel[grid](
@@ -104,15 +104,15 @@ def decide(
     dense_macs: int,
     action: Tensor,
 ) -> Tensor:
-    """The likeliest choice of a router of one or two linear layers.
+    """Compute the likeliest choices of a router of one or two linear layers.
 
     scores = features weight + bias + last_weight[last] + macs / dense_macs * spent_weight; with a head, relu(scores)
-    head + head_bias. All of float32 and contiguous.
+    head + head_bias. All float tensors are float32 and contiguous.
 
     Args:
         features: [n, f].
         weight: [f, h]; without a head, h is the number of choices.
-        bias: [h], with all in it that is the same for every row.
+        bias: [h], including whatever is the same for every row.
         last_weight: [1 + choices, h].
         spent_weight: [h].
         head: [h, choices], or None.
@@ -155,7 +155,7 @@ def _record_kernel(
 
 
 def record(action: Tensor, costs: Tensor, column: Tensor, steps: Tensor, last: Tensor, macs: Tensor) -> None:
-    """Write a decision of all rows into a walk's books, in place: see `dynrl.ops.record.record_ref`.
+    """Write a decision of all rows into a walk's records, in place (see `dynrl.ops.record.record_ref`).
 
     Args:
         action: [n] int64, contiguous.

@@ -1,4 +1,4 @@
-"""Kernels that run torch.nn.GRUCell on chosen rows, and that write rows back where they came from."""
+"""These kernels run torch.nn.GRUCell on chosen rows, and write rows back to where they came from."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynrl.ops.kernels.linear import device_time, dot, dot_precision, fitting_configs, size_class, tile_configs
 
-# Small, as each program holds four tiles of sums: the first fits everything.
+# Tiles are small, as each program holds four tiles of sums. The first one fits everything.
 GRU_TILES = [
     (16, 16, 32, 4, 4),
     (16, 32, 64, 4, 4),
@@ -29,7 +29,7 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
     size_k = max(args["size_in"], args["size_hidden"])
     fitting = fitting_configs(configs, args["x_ptr"], kwargs["PRECISION"], args["size_hidden"], size_k)
     if args["x_ptr"].dtype == torch.float32 and kwargs["PRECISION"] == "ieee":
-        # Each step multiplies with three matrices: the registers are full at smaller tiles than with one.
+        # Each step multiplies with three matrices, so the registers are full at smaller tiles than with one matrix.
         return [c for c in fitting if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] <= 1024]
     return fitting
 
@@ -88,7 +88,7 @@ def _gru_rows_kernel(
     if out_rows_ptr is not None:
         out_row = tl.load(out_rows_ptr + item, mask=row_mask, other=0)
 
-    # The two halves of the third gate stay apart: r multiplies only the one from h.
+    # The two halves of the third gate stay apart, since r multiplies only the half from h.
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sum_r, sum_z, from_x = _gates(
         x_ptr, w_ih_ptr, x_row, row_mask, n, size_in, size_hidden, stride_x, zeros, zeros, zeros, PRECISION, BLOCK_K
@@ -106,7 +106,7 @@ def _gru_rows_kernel(
     z = tl.sigmoid(sum_z + bias_z[None, :])
     from_x += tl.load(b_ih + 2 * size_hidden, mask=n_mask, other=0.0).to(tl.float32)[None, :]
     from_h += tl.load(b_hh + 2 * size_hidden, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    # tanh, written so that it also runs interpreted.
+    # This is tanh, written so that it also runs interpreted.
     new = 2 * tl.sigmoid(2 * (from_x + r * from_h)) - 1
 
     mask = row_mask[:, None] & n_mask[None, :]
@@ -199,7 +199,7 @@ def _scatter_rows_kernel(
 
 
 def scatter_rows(src: Tensor, dst: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Set dst[rows[j]] = src[j] for offsets[0] <= j < offsets[1]. Other rows of `dst` are left alone.
+    """Set dst[rows[j]] = src[j] for offsets[0] <= j < offsets[1]. Other rows of `dst` are unchanged.
 
     Args:
         src: [capacity, n], last stride 1, any row stride.

@@ -1,4 +1,4 @@
-"""Kernels for products of chosen rows with the matrix of their group, and for the gradient of these matrices."""
+"""These kernels multiply chosen rows with the matrix of their group, and compute these matrices' gradients."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,24 +19,25 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def device_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
-    """The time that the autotuner goes by: the device's alone, as the host's hides that of small work."""
+    """Return the device's time alone for the autotuner, since the host's time would hide that of small work."""
     return triton.testing.do_bench_cudagraph(call, rep=10, quantiles=quantiles)
 
 
 def dot_precision(x: Tensor) -> str:
-    """`input_precision` of tl.dot: torch's own switch decides whether float32 may be rounded to TF32."""
+    """Return `input_precision` for tl.dot: torch's own switch says whether float32 may be rounded to TF32."""
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def size_class(size: int) -> int:
-    """A number that grows by one with each factor of four: tile sizes are chosen anew where it changes."""
+    """Return a number that grows by one with each factor of four; tile sizes are chosen again when it changes."""
     return size.bit_length() // 2
 
 
 def tile_configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Config]:
-    """Autotuner choices from (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages).
+    """Return the autotuner's configurations from (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages).
 
-    Interpreted, nothing can be timed: there is one choice, small enough that small test shapes need several tiles.
+    Interpreted kernels cannot be timed. For them, there is one configuration, so small that test shapes need several
+    tiles.
     """
     if INTERPRETED:
         tiles = [(16, 16, 16, 4, 1)]
@@ -49,7 +50,7 @@ def tile_configs(tiles: list[tuple[int, int, int, int, int]]) -> list[triton.Con
 def fitting_configs(
     configs: list[triton.Config], x: Tensor, precision: str, size_n: int, size_k: int
 ) -> list[triton.Config]:
-    """The configurations whose blocks are not mostly padding, fit into shared memory and keep all sums in registers."""
+    """Return the configurations that are not mostly padding, fit in shared memory and keep all sums in registers."""
 
     def fits(config: triton.Config) -> bool:
         m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -57,7 +58,7 @@ def fitting_configs(
             return False
         if x.dtype != torch.float32:
             return True
-        # Larger tiles spill; the more so without tensor cores, where a thread holds the whole BLOCK_K of its operands.
+        # Larger tiles spill, even more without tensor cores, where a thread holds the whole BLOCK_K of its operands.
         return k <= 32 and m * n <= (8192 if precision == "tf32" else 512 * config.num_warps)
 
     return [config for config in configs if fits(config)] or configs[:1]
@@ -71,7 +72,7 @@ def _prune_grad(configs: list[triton.Config], args: dict[str, Any], **kwargs: An
     return fitting_configs(configs, args["x_ptr"], kwargs["PRECISION"], args["size_in"], 4 ** args["size_class"])
 
 
-# The first fits everything: it is the choice where none other does. Few rows a group: the narrow tiles.
+# The first tile fits everything; it is chosen where no other tile fits. Narrow tiles are for few rows a group.
 LINEAR_TILES = [
     (16, 32, 32, 4, 4),
     (16, 64, 128, 4, 3),
@@ -109,7 +110,7 @@ def _product(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] float32: x[row, :width] times w[n, :width] transposed."""
+    """Return x[row, :width] times w[n, :width] transposed, [BLOCK_M, BLOCK_N] float32."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_rows = x_ptr + row.to(tl.int64) * stride_x  # [BM]
     w_rows = w_ptr + n.to(tl.int64) * stride_wm  # [BN]
@@ -182,7 +183,7 @@ def _linear_rows_kernel(
         bias_start = tl.load(bias_starts_ptr + group)
         acc += tl.load(bias_ptr + bias_start + n, mask=n < out_width, other=0.0).to(tl.float32)[None, :]
     if RELU:
-        # propagate NaN, as torch does: a NaN that turns into 0 would hide a fault.
+        # NaN is propagated, as in torch: a NaN that turns into 0 would hide a fault.
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + out_row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
@@ -267,7 +268,7 @@ def _grad_weight_rows_kernel(
     NUM_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # One program owns a tile of one matrix and walks over all its items: no atomics, the same sum every time.
+    # One program owns a tile of one matrix and loops over all its items: without atomics, the sum is always the same.
     # M runs over outputs, N over inputs, K over items.
     blocks_n = tl.cdiv(size_in, BLOCK_N)
     tile = tl.program_id(0) // NUM_GROUPS
@@ -286,8 +287,8 @@ def _grad_weight_rows_kernel(
     n = first_n + tl.arange(0, BLOCK_N)
     begin = tl.load(offsets_ptr + group)
     end = tl.load(offsets_ptr + group + 1)
-    # A narrower group's matrix is read up to the full rows' ends (which are there) and cut when written: NaN in a
-    # channel of x or dy spoils only that channel of the result.
+    # A narrower group's matrix is read up to the ends of full rows, which exist, and is cut when it is written: NaN in
+    # a channel of x or dy spoils only that channel of the result.
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(begin, end, BLOCK_K):
         item = first + tl.arange(0, BLOCK_K)
@@ -331,10 +332,10 @@ def grad_weight_rows(
     out_widths: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of `linear_rows` by its matrices: for each group the sum over its items of scale * dy^T x.
+    """Compute the gradient of `linear_rows` by its matrices: for each group, the sum over items of scale * dy^T x.
 
     Every element of each group's matrix within its widths is written, zeros for a group without items; elements
-    between the matrices are left as they are. The result is the same each time.
+    between the matrices are unchanged. The result is the same each time.
 
     Args:
         x: [N, k] float32, float16 or bfloat16; last stride 1, any row stride.

@@ -1,4 +1,4 @@
-"""A kernel that sorts rows by choice, and how the other kernels find the group of rows that a tile belongs to."""
+"""This kernel sorts rows by choice; other kernels find the group that a tile belongs to by the helpers here."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def tile_bound(capacity: int, num_groups: int, block: int) -> int:
-    """The most tiles of `block` items that `capacity` items can need when each of `num_groups` groups starts a tile."""
+    """Return the most tiles of `block` items that `capacity` items need if each of `num_groups` groups starts one."""
     return min(capacity, (capacity + num_groups * (block - 1)) // block)
 
 
@@ -20,9 +20,9 @@ def tile_bound(capacity: int, num_groups: int, block: int) -> int:
 def group_of_tile(
     offsets_ptr, tile, per_item, NUM_GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """The group of the `tile`-th tile of `BLOCK_M` (item, pixel) pairs, its number in the group, the group's bounds.
+    """Return the group of the `tile`-th tile of `BLOCK_M` pairs, its number in the group, and the group's bounds.
 
-    Beyond the last tile the bounds are equal: a group without items.
+    The pairs are (item, pixel). Beyond the last tile, the bounds are equal, like those of a group without items.
     """
     if NUM_GROUPS == 1:
         group = 0
@@ -44,7 +44,7 @@ def group_of_tile(
 
 @triton.jit
 def _partition_kernel(choice_ptr, order_ptr, offsets_ptr, n, stride_choice, BLOCK: tl.constexpr):
-    # Program e reads all choices twice: counting alone gives every row its place, with no atomics and in a fixed order.
+    # Program e reads all choices twice: counting gives every row its place, without atomics and in a fixed order.
     expert = tl.program_id(0)
     lower = tl.zeros([BLOCK], tl.int32)
     for first in range(0, n, BLOCK):
