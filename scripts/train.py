@@ -71,7 +71,7 @@ def main(args: Args) -> None:
     name = decision(given.pop("decision")).name
     if args.resume is not None:
         if args.out or args.backbone:
-            raise ValueError(f"--resume goes on by {args.resume}'s own settings; leave out --out and --backbone")
+            raise ValueError(f"--resume continues by {args.resume}'s own settings; leave out --out and --backbone")
         run = RunFolder(args.resume)
         planned = plan_again(run, **given)
     else:
