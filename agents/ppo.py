@@ -126,7 +126,7 @@ def ppo_config(
     and a change on the result would do nothing.
 
     Args:
-        env_id, env_config, num_envs, rollout, num_env_runners, num_learners, place: see `routing_config`.
+        env_id, env_config, num_envs, rollout, num_env_runners, num_learners, place: the same as in `routing_config`.
         spec: the specification that builds the policy.
         baseline: what rewards are compared with, a name in `BASELINES`.
         total_steps: the environment steps over which the learning rate and the entropy bonus fall to a tenth.

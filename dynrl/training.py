@@ -172,7 +172,7 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
     """Return the plan of an existing run folder, whose settings are brought up to date; see `resume`."""
     _ = run.config  # a folder that holds no run is refused here, with the reason
     if wrong := set(given) - {*names(Place), "finetune"}:
-        raise ValueError(f"{run} goes on by its own settings; leave out {', '.join(sorted(wrong))}")
+        raise ValueError(f"{run} continues by its own settings; leave out {', '.join(sorted(wrong))}")
     settings = Settings.read(run.config_file, _given(Place(), given))
     learning = replace(settings.learning, finetune=settings.learning.finetune or given.get("finetune", False))
     problem = settings.problem
@@ -250,7 +250,7 @@ def new_folder(out: str | Path | None, *parts: str) -> Path:
     folder = Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
     if folder.exists():
         raise ValueError(
-            f"{folder} exists; choose another --out, or, if it is a run, go on with it by dynrl train --resume {folder}"
+            f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume {folder}"
         )
     folder.mkdir(parents=True)
     return folder
@@ -400,7 +400,7 @@ def learn(run: RunFolder, planned: Plan) -> bool:
         say(advice, sys.stderr)
     if not finished:
         again = f"dynrl train {settings.problem.decision} --resume {run.path}"
-        say(f"stopped early; go on with: {again}", sys.stderr)
+        say(f"stopped early; to continue: {again}", sys.stderr)
     return finished
 
 

@@ -10,7 +10,7 @@ class ChannelVectorEnv(RoutingVectorEnv):
     """At each identity block of a residual network, how many of its inner channels are computed?
 
     ## Features
-    They are the mean of each channel of the features before the block.
+    The mean of each channel of the features before the block.
 
     ## Action
     `Discrete(n)`, where n is the number of the backbone's `shares` (4: a quarter, a half, three quarters, all). A
@@ -19,7 +19,7 @@ class ChannelVectorEnv(RoutingVectorEnv):
     decision.
 
     ## Episode
-    An episode is one image. It ends after the last block, so it has as many steps as the network has identity blocks.
+    One image. The episode ends after the last block, so it has as many steps as the network has identity blocks.
 
     ## Source
     Runtime Neural Pruning, Lin et al., NIPS 2017 (nested groups of channels, chosen layer by layer). Slimmable Neural

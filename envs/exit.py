@@ -17,7 +17,7 @@ class ExitVectorEnv(RoutingVectorEnv):
     `Discrete(2)`: 0 stops; 1 goes on, so that the blocks up to the next exit and its classifier run.
 
     ## Episode
-    An episode is one image. It ends where the image stops or at the last exit, where there is nothing to decide. So it
+    One image. The episode ends where the image stops or at the last exit, where there is nothing to decide. So it
     has at most one step less than there are exits.
 
     ## Source

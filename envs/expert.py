@@ -10,7 +10,7 @@ class ExpertVectorEnv(RoutingVectorEnv):
     """At each layer of a network of experts, which expert transforms this image's features?
 
     ## Features
-    They are the mean of each channel of the features before the experts.
+    The mean of each channel of the features before the experts.
 
     ## Action
     `Discrete(E)`: action e runs the layer's expert e, which is two matrix products around a hidden layer. Experts are
@@ -18,7 +18,7 @@ class ExpertVectorEnv(RoutingVectorEnv):
     features through at no cost.
 
     ## Episode
-    An episode is one image. It ends after the last layer, so it has as many steps as the network has layers.
+    One image. The episode ends after the last layer, so it has as many steps as the network has layers.
 
     ## Source
     Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, Shazeer et al., ICLR 2017; one

@@ -10,7 +10,7 @@ class HiddenUpdateVectorEnv(RoutingVectorEnv):
     """At each step of a sequence, is the hidden state of a recurrent network updated or copied?
 
     ## Features
-    They are the hidden state, the time (hat functions on the backbone's `knots`), and the share of the sequence since
+    The hidden state, the time (hat functions on the backbone's `knots`), and the share of the sequence since
     the last update. If the backbone `sees` "state+input", the numbers of this step follow. Without them, the decision
     is taken before the input is seen, and a step that is copied need not even be read.
 
@@ -18,7 +18,7 @@ class HiddenUpdateVectorEnv(RoutingVectorEnv):
     `Discrete(2)`: 1 updates the hidden state by the cell, 0 copies it.
 
     ## Episode
-    An episode is one sequence. It ends after the last step, so it has as many steps as the sequence.
+    One sequence. The episode ends after the last step, so it has as many steps as the sequence.
 
     ## Data
     The default is `sequential-digits`. `adding` is a regression and needs a network that is trained together with its

@@ -10,13 +10,13 @@ class SkipVectorEnv(RoutingVectorEnv):
     """At each identity block of a residual network, does the block run or do the features pass it by?
 
     ## Features
-    They are the mean of each channel of the features before the block.
+    The mean of each channel of the features before the block.
 
     ## Action
     `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and pose no decision.
 
     ## Episode
-    An episode is one image. It ends after the last block, so it has as many steps as the network has identity blocks.
+    One image. The episode ends after the last block, so it has as many steps as the network has identity blocks.
 
     ## Source
     SkipNet: Learning Dynamic Routing in Convolutional Networks, Wang et al., ECCV 2018 (sequential decisions from

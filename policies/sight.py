@@ -46,22 +46,22 @@ class Sight:
 
     @property
     def width(self) -> int:
-        """See `Sight`."""
+        """The length of an observation."""
         raise NotImplementedError
 
     @property
     def price(self) -> int:
-        """See `Sight`."""
+        """The column of the price in an observation."""
         raise NotImplementedError
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """See `Sight`."""
+        """The number of choices of each decision of one answer."""
         raise NotImplementedError
 
     @property
     def span(self) -> int:
-        """See `Sight`."""
+        """How many decisions of a walk one answer covers at most."""
         raise NotImplementedError
 
     @property

@@ -46,7 +46,7 @@ def _section(page: str, name: str) -> str:
 
 def data_table() -> list[str]:
     """Write the data sets by name, each with the first paragraph of the docstring of its function."""
-    lines = ["| `--data` | what |", "|---|---|"]
+    lines = ["| `--data` | what; rows for training / validation / test |", "|---|---|"]
     for name, make in DATASETS.items():
         first, *_ = (getdoc(make) or "").split("\n\n")
         lines.append(f"| `{name}` | {' '.join(first.split())} |")

@@ -38,7 +38,7 @@ def main(args: Args) -> None:
     name = decision(given.pop("decision")).name
     if args.resume is not None:
         if args.out or args.backbone:
-            raise ValueError(f"--resume goes on by {args.resume}'s own settings; leave out --out and --backbone")
+            raise ValueError(f"--resume continues by {args.resume}'s own settings; leave out --out and --backbone")
         run = RunFolder(args.resume)
         if run.decision != name:
             raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: dynrl train {run.decision} --resume {run}")

@@ -54,8 +54,8 @@ class Block(nn.Module):
             return x
         if not torch.is_grad_enabled():
             return self.downsample(x)
-        # oneDNN's backward of a strided 1x1 convolution writes beyond its buffers if the number of rows is small and
-        # odd (torch 2.13), and crashes after some hundred calls. So the map is sliced, and the convolution is not strided.
+        # oneDNN's backward of a strided 1x1 convolution writes beyond its buffers for few rows, odd in number (torch
+        # 2.13), and crashes after some hundred calls. So the map is sliced, and the convolution has stride 1.
         convolution, norm = self.downsample.children()
         assert isinstance(convolution, nn.Conv2d)
         stride = convolution.stride[0]

@@ -20,13 +20,13 @@ _DIGESTS = {10: "c32a1d4ab5d03f1284b67883e8d87530", 100: "03b5dce01913d631647c71
 
 
 def cifar_10() -> Dataset:
-    """CIFAR-10 has 60,000 photos of 10 classes, 3x32x32, split 45,000 / 5,000 / 10,000."""
+    """The photos of CIFAR-10, 10 classes, 3x32x32; 45,000 / 5,000 / 10,000 rows."""
     train = [f"data_batch_{i}.bin" for i in range(1, 6)]
     return _cifar(10, train, "test_batch.bin", labels=1)
 
 
 def cifar_100() -> Dataset:
-    """CIFAR-100 has 60,000 photos of 100 classes, 3x32x32, split 45,000 / 5,000 / 10,000."""
+    """The photos of CIFAR-100, 100 classes, 3x32x32; 45,000 / 5,000 / 10,000 rows."""
     return _cifar(100, ["train.bin"], "test.bin", labels=2)
 
 

@@ -32,7 +32,7 @@ def digit_images() -> Parts:
 
 
 def digits() -> Dataset:
-    """Digits has the handwritten digits of scikit-learn, enlarged to 24x24, split 1,257 / 180 / 360."""
+    """The 1,797 handwritten digits of scikit-learn, enlarged to 24x24; 1,257 / 180 / 360 rows."""
     parts = [(F.interpolate(images, size=24, mode="bilinear"), labels) for images, labels in digit_images()]
     return standardised("digits", 10, Augmentation(shift=1, rotate=10, zoom=0.1), parts)
 
@@ -99,7 +99,7 @@ def fashion_images() -> Parts:
 
 
 def fashion_mnist() -> Dataset:
-    """Fashion-MNIST has 70,000 images of clothes in 10 classes, 28x28, split 55,000 / 5,000 / 10,000."""
+    """The images of clothes of Fashion-MNIST, 10 classes, 28x28; 55,000 / 5,000 / 10,000 rows."""
     return standardised("fashion-mnist", 10, Augmentation(flip=True, shift=1), fashion_images())
 
 
@@ -142,7 +142,7 @@ SIZES, MOST_PIECES = (12, 40), 12  # the range of the clothes' size in pixels, a
 
 
 def varied_fashion_mnist() -> Dataset:
-    """Varied-fashion-mnist has clothes of random size among random clutter, 48x48, split 20,000 / 2,000 / 5,000.
+    """Clothes of random size among random amounts of clutter, 48x48; 20,000 / 2,000 / 5,000 rows.
 
     Sizes are uniform from 12 to 40 pixels, and the pieces of clutter from 0 to 12. Both are kept as `difficulty`.
     """
@@ -173,7 +173,7 @@ def varied_fashion_mnist() -> Dataset:
 
 
 def cluttered_fashion_mnist() -> Dataset:
-    """Cluttered-fashion-mnist has clothes among clutter on canvases of 48x48, split 20,000 / 2,000 / 5,000.
+    """Clothes among clutter on canvases of 48x48; 20,000 / 2,000 / 5,000 rows.
 
     Each part comes from the same part of fashion-mnist. There are fewer images, because a canvas has three times as
     many pixels as an image: memory and the time of an epoch stay about those of fashion-mnist.

@@ -18,7 +18,7 @@ TASKS = len(PAIRS) + 2  # the other two ask for one of ten digits, and for the r
 
 
 def many_tasks() -> Dataset:
-    """Many-tasks has seven equally frequent tasks on images of 28x28, split 20,000 / 2,000 / 5,000.
+    """Seven equally frequent tasks on images of 28x28; 20,000 / 2,000 / 5,000 rows.
 
     Five tasks tell two kinds of clothes apart, one tells ten digits apart, and one tells how clothes are turned. An
     input has the image in its first channel. Then follows a channel for each task, of which the one of the input's own

@@ -14,7 +14,7 @@ STEPS = 50  # the length of sequences of the adding task
 
 
 def adding() -> Dataset:
-    """Adding asks for the sum of the two marked numbers among 50, split 40,000 / 2,000 / 5,000.
+    """The adding task asks for the sum of the two marked numbers among 50; 40,000 / 2,000 / 5,000 rows.
 
     The task is that of Hochreiter & Schmidhuber (1997, section 5.4). Each step is a number, uniform in -0.5 to 0.5, and
     its mark, 0 or 1. As in Skip RNN (Campos et al. 2018, section 4.1), one mark is in the first tenth and the other in
@@ -39,7 +39,7 @@ MOST_BITS = 24  # the length of sequences of the parity task
 
 
 def prefix() -> Dataset:
-    """Prefix asks whether the number of ones among the first bits is odd, split 20,000 / 2,000 / 5,000.
+    """The parity task asks whether the number of ones among the first bits is odd; 20,000 / 2,000 / 5,000 rows.
 
     The number of bits that count is random: from 2 to 6 in half of the rows, from 2 to 24 in the other half. A step is
     a bit, +1 or -1, and a 1 that says that it counts; after the last bit that counts, all numbers are zero. The task
@@ -65,7 +65,7 @@ def prefix() -> Dataset:
 
 
 def sequential_digits() -> Dataset:
-    """Sequential-digits has the 8x8 pixels of the digits one by one, split 1,257 / 180 / 360.
+    """The 8x8 pixels of the digits one by one, in 64 steps; 1,257 / 180 / 360 rows.
 
     Each of the 64 steps is a grey value, its row and its column (one-hot). The place is given because a network that
     has skipped pixels cannot count where it is, and would recognise far fewer images from half of their pixels.
@@ -80,6 +80,6 @@ def sequential_digits() -> Dataset:
 
 
 def sequential_fashion_mnist() -> Dataset:
-    """Sequential-fashion-mnist has the clothes row by row, 28 steps of 28 numbers, split 55,000 / 5,000 / 10,000."""
+    """The clothes row by row from the top, in 28 steps of 28 numbers; 55,000 / 5,000 / 10,000 rows."""
     parts = [(images.squeeze(1), labels) for images, labels in fashion_images()]
     return standardised("sequential-fashion-mnist", 10, Augmentation(), parts)

@@ -126,10 +126,10 @@ def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> 
 
 
 def trace() -> Dataset:
-    """Trace has six curves of up to 32 steps in 24x24 pixels, split 20,000 / 5,000 / 5,000."""
+    """Six curves of up to 32 steps in 24x24 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
     return _traces("trace", Scene(side=24, strands=6, longest=32), 20_000, 5_000, 5_000)
 
 
 def trace_small() -> Dataset:
-    """Trace-small has four curves of up to 20 steps in 16x16 pixels, split 10,000 / 2,000 / 2,000."""
+    """Four curves of up to 20 steps in 16x16 pixels, of which one is traced; 10,000 / 2,000 / 2,000 rows."""
     return _traces("trace-small", Scene(side=16, strands=4, longest=20), 10_000, 2_000, 2_000)

@@ -354,7 +354,7 @@ class Oracle(Contender):
         self._reached = _along(self._ground, network, ways.oracle_routes(network, test, known, tick))
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Answer the same at every budget."""
+        """Return the same at every budget."""
         return [self._reached]
 
 
@@ -363,12 +363,12 @@ class Dense(Contender):
     """The dense network is the best of all networks on their full routes, by validation data.
 
     Args:
-        ground: with the pretrained network.
-        plain: the same network trained on its full route only, if there is one.
-        learned: contenders; those whose backbones were fine-tuned bring them, a network a seed.
+        ground: the pretrained network and the data.
+        plain: the same network trained on its full route only; None if there is none.
+        learned: the learned policies; fine-tuned backbones among theirs compete, too, one network a seed.
 
     Attributes:
-        networks: by their names, in order of preference between equals.
+        networks: the networks that compete, by name; between equals, the first one wins.
         best: the name of the best.
     """
 
@@ -395,7 +395,7 @@ class Dense(Contender):
         self.best = min(errors, key=lambda name: errors[name])
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Answer the same at every budget."""
+        """Return the same at every budget."""
         return [_whole(network, self.ground) for network in self.networks[self.best]]
 
 
@@ -408,7 +408,7 @@ def rivals(ground: Ground, smaller: Sequence[Backbone] = (), one_smaller: bool =
     """List all that learned policies stand beside, in a report's order.
 
     Args:
-        ground: with the pretrained network.
+        ground: the pretrained network and the data.
         smaller: plain networks of fewer MACs.
         one_smaller: show them as one point, without budgets.
     """

@@ -30,7 +30,7 @@ def medians_in_turn(
     timed, it is called once untimed, so that no side pays for what another left in caches and memory.
 
     Args:
-        sides: what to time.
+        sides: the functions to time, by any key.
         rounds: how often each side is timed.
         tick: called after each round.
         wait: called before each reading of the clock; a device that works asynchronously is waited for here.

@@ -206,7 +206,7 @@ def conv_tiles(
 
     Args:
         granule: a common divisor of all widths of the input.
-        precision: of products of float32.
+        precision: the precision of float32 products.
     """
     _, size_c, taps_h, taps_w = weight.shape
     flat = taps_h == taps_w == 1
