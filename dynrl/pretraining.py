@@ -102,11 +102,12 @@ def pretrain(
     with progress(total=recipe.epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
         for epoch in range(first, recipe.epochs):
             backbone.train()
+            drawn = dataset.in_epoch(seed, epoch)
             order = torch.randperm(len(train), generator=generator)
             total = 0.0
             for index in order.split(recipe.batch_size)[:batches]:
                 optimizer.zero_grad()
-                total += _learn_batch(backbone, dataset, recipe, index, random_routes, generator)
+                total += _learn_batch(backbone, drawn, recipe, index, random_routes, generator)
                 optimizer.step()
                 schedule.step()
                 bar.update()

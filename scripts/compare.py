@@ -37,7 +37,8 @@ class Args:
     prices: tuple[float, ...] = ()
     """Prices at which PPO is also trained, each in runs of its own, to compare with one policy for all prices."""
     plain: tuple[str, ...] = ()
-    """Smaller networks to train alone by the same recipe, each NAME=VALUE, such as layers=[2,2,2]."""
+    """Smaller networks to train alone by the same recipe, each by what differs from the backbone's settings: two are
+    'layers=[2,2,2]' 'layers=[1,4] widths=[16,16]'. The best that a budget allows are one front."""
     threads: int | None = None
     """The number of CPU threads; by default, all available cores."""
 

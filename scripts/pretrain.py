@@ -22,7 +22,8 @@ class Args:
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     plain: bool = False
-    """Train only the plain network, for example a smaller one for `dynrl evaluate --smaller`."""
+    """Only train the plain network, on its full route: one of a front of smaller ones that stands beside routed ones
+    (`dynrl evaluate --smaller`)."""
     seed: int = 0
     """The seed of weights, order, augmentation and routes."""
     device: str = "cpu"

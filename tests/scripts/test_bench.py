@@ -6,17 +6,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dynrl.data import Split
+from dynrl.backbones import load_backbone
+from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.deploy import SHIPPED
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import score_routes
+from dynrl.pretraining import Recipe, metric_at_rate
+from dynrl.recipes import DEFAULTS, Defaults
 from dynrl.scripts import lay_out
 from dynrl.scripts.bench import env as bench_env
-from dynrl.scripts.bench import gpu, known, tables
+from dynrl.scripts.bench import gpu, known, tables, tasks
 from dynrl.scripts.bench import model as bench_model
 from dynrl.scripts.bench import ops as bench_ops
 from dynrl.tasks import Regression
@@ -142,3 +146,97 @@ def test_tables_of_benches_have_a_row_for_each_measurement():
     row = {"decision": "skip", "seconds_to_enough": 2.0, "share": 0.99, "seconds": 20.0}
     result = {"date": "today", "hardware": machine, "rows": [row, row | {"seconds_to_enough": None}]}
     assert "| skip | 2 | not by all | 99.0% in 20 s |" in tables.BENCHES["bench-known"](result)
+
+
+# Tasks ------------------------------------------------------------------------------------------------------------
+
+
+def dots_split(count):
+    """Is there a second bright pixel? It is as far away as the difficulty says."""
+    generator = torch.Generator().manual_seed(count)
+    far = torch.randint(1, 4, (count,), generator=generator)
+    targets = torch.randint(0, 2, (count,), generator=generator)
+    inputs = torch.zeros(count, 1, 8, 8)
+    inputs[:, 0, 4, 4] = 1.0
+    inputs[torch.arange(count), 0, 4, 4 + far] = targets.float()
+    return Split(inputs, targets, difficulty={"distance": far.float()})
+
+
+@pytest.fixture
+def dots(monkeypatch):
+    data = Dataset("dots", 2, dots_split(256), dots_split(64), dots_split(128), Augmentation())
+    monkeypatch.setitem(DATASETS, "dots", lambda: data)
+    row = Defaults("skip_resnet", {"layers": (6,), "widths": (8,)}, Recipe(epochs=1, batch_size=64))
+    monkeypatch.setitem(DEFAULTS, ("skip", "dots"), row)
+    load_dataset.cache_clear()
+    yield data
+    load_dataset.cache_clear()
+
+
+def test_networks_of_half_the_macs_are_the_dearest_of_their_way(dots):
+    row = DEFAULTS["skip", "dots"]
+    found = tasks.halves(row, dots)
+    assert found == {"depth": ("layers=[3]",), "width": ("widths=[5]",), "stride": ("layers=[2,4]", "widths=[8,8]")}
+    whole = row.build(dots, 0).dense_macs
+    for settings in found.values():
+        assert tasks.LEAST <= row.changed(settings).build(dots, 0).dense_macs / whole <= tasks.HALF
+    more = row.changed(["layers=[4]"]).build(dots, 0).dense_macs
+    assert more / whole > tasks.HALF, "one block more is too many"
+    two_stages = row.changed(["layers=[2,4]", "widths=[8,8]"])
+    assert tasks.halves(two_stages, dots)["stride"] == ("layers=[1,1,4]", "widths=[8,8,8]")
+    digits = load_dataset("digits")
+    assert set(tasks.halves(DEFAULTS["expert", "digits"], digits)) == {"depth", "width"}
+    sequences = load_dataset("sequential-digits")
+    assert list(tasks.halves(DEFAULTS["hidden-update", "sequential-digits"], sequences)) == ["width"]
+
+
+def test_bench_tasks_trains_each_network_once(dots, tmp_path, monkeypatch, capsys):
+    rows = tasks.bench_tasks(("dots",), 2, (tmp_path / "nets",))
+    assert [row["network"] for row in rows] == ["dense", "depth", "width", "stride"]
+    assert all((row["data"], row["decision"], row["seeds"]) == ("dots", "skip", 2) for row in rows)
+    folders = sorted((tmp_path / "nets").glob("skip-dots-depth-*"))
+    assert len(folders) == 2 and len(list((tmp_path / "nets").iterdir())) == 8
+    by_hand = [metric_at_rate(load_backbone(f / "plain.safetensors")[0], dots.test, None) for f in folders]
+    depth = rows[1]
+    assert depth["accuracy"] == pytest.approx(sum(by_hand) / 2, abs=1e-6)
+    assert depth["accuracy_std"] == pytest.approx(abs(by_hand[0] - by_hand[1]) / 2**0.5, abs=1e-6)
+    assert depth["macs_fraction"] == depth["macs"] / rows[0]["macs"]
+    bins = depth["difficulty"]["distance"]
+    assert [(row["from"], row["to"]) for row in bins] == [(1, 1), (2, 2), (3, 3)]
+    mean = sum(row["inputs"] * row["accuracy"] for row in bins) / len(dots.test)
+    assert mean == pytest.approx(depth["accuracy"], abs=1e-6)
+    assert "dots, depth layers=[3]: " in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("dynrl.pretraining.pretrain", lambda *a, **k: pytest.fail("trained again"))
+        assert tasks.bench_tasks(("dots",), 2, (tmp_path / "nets",)) == rows
+    row = DEFAULTS["skip", "dots"]
+    monkeypatch.setitem(DEFAULTS, ("skip", "dots"), replace(row, pretraining=replace(row.pretraining, epochs=2)))
+    tasks.bench_tasks(("dots",), 1, (tmp_path / "nets",))
+    assert len(list((tmp_path / "nets").iterdir())) == 12, "another recipe's networks are not taken for these"
+    with pytest.raises(ValueError, match="one folder for the networks, got 2"):
+        tasks.bench_tasks(("dots",), 1, (tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize(("accuracy", "fit"), [(0.93, True), (0.95, True), (0.97, False), (0.99, False)])
+def test_a_task_is_fit_where_all_networks_of_half_the_macs_are_worse(accuracy, fit):
+    bins = [
+        {"from": 1.0, "to": 2.0, "inputs": 5, "accuracy": 0.5},
+        {"from": 3.0, "to": 3.0, "inputs": 5, "accuracy": 1.0},
+    ]
+    dense = {
+        "data": "dots", "decision": "skip", "network": "dense", "settings": [], "metric": "accuracy", "seeds": 3,
+        "macs": 2_000_000, "macs_fraction": 1.0, "accuracy": 0.98, "accuracy_std": 0.01, "error": 0.02,
+        "difficulty": {"distance": bins},
+    }  # fmt: skip
+    half = {"settings": ["layers=[3]"], "macs": 1_000_000, "macs_fraction": 0.5}
+    rows = [
+        dense, dense | half | {"network": "depth", "accuracy": 0.9, "error": 0.1},
+        dense | half | {"network": "stride", "accuracy": accuracy, "error": 1 - accuracy},
+    ]  # fmt: skip
+    (found,) = tasks.summary(rows)
+    assert (found["best"], found["fit"]) == ("stride", fit) and found["margin"] == pytest.approx(0.98 - accuracy)
+    machine = {"threads": 2, "processor": "cpu", "torch": "2"}
+    table = tables.BENCHES["bench-tasks"]({"date": "today", "hardware": machine, "rows": rows, "summary": [found]})
+    assert table[0] == "| skip, dots | MMACs | share | accuracy % | distance 1 to 2 | 3 |"
+    assert table[3] == "| depth `layers=[3]` | 1.00 | 0.50 | 90.00 ±1.00 | 50.00 | 100.00 |"
+    assert table[6].startswith("dots is fit: " if fit else "dots is not fit: ")

@@ -82,10 +82,26 @@ def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_back
         cells.train_cells(cell, "skip", "digits", wanted)
 
 
+def test_plain_networks_differ_in_several_settings(tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr("dynrl.training.pretrain_into", lambda folder, planned, plain_only=False: made.update(
+        {folder.name: (plain_only, planned.settings.problem.network, planned.backbone.config["layers"])}
+    ))  # fmt: skip
+    given = ("layers=[1, 2, 1] widths=[8,16,32]", "layers=[2,2,2]")
+    wanted = compare.Args(("skip",), tmp_path, agents=(), plain=given)
+    assert cells.train_cells(tmp_path, "skip", "digits", wanted)
+    assert made == {
+        "backbone": (False, (), [3, 4, 4]),
+        "plain-layers-1-2-1-widths-8-16-32": (True, ("layers=[1, 2, 1]", "widths=[8,16,32]"), [1, 2, 1]),
+        "plain-layers-2-2-2": (True, ("layers=[2,2,2]",), [2, 2, 2]),
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         ([], "at least one decision"), (["nosuch"], "nosuch"), (["skip", "--plain", "nosuch=1"], "NAME=VALUE"),
+        (["skip", "--plain", "layers=[1,1,1]", "layers=[1, 2, 1] nosuch=1"], "NAME=VALUE"),
         (["skip", "--data", "nosuch"], "unknown data set 'nosuch'"), (["skip", "--prices", "-1"], "price"),
         (["skip", "--seeds", "0", "-1"], "seed of at least 0"), (["exit", "hidden-update", "--data", "digits"], "no defaults for"),
         (["skip", "--agents", "ppo", "dqn", "--finetune"], "as it was"),
