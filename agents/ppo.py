@@ -51,7 +51,11 @@ class RouterLearner(PPOTorchLearner):
 
 
 class SlabGAE(ConnectorV2):
-    """This is the whole learner pipeline: it turns slabs into one flat, shuffled batch with advantages."""
+    """This is the whole learner pipeline: it turns slabs into one flat, shuffled batch with advantages.
+
+    A slab (`dynrl.agents.slab`) is what one runner sampled, as tensors [T, N, ...]; RLlib hands slabs over in the place
+    of its episodes.
+    """
 
     def __init__(self, *args: Any, gamma: float, lambda_: float, baseline: Baseline, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,7 +63,10 @@ class SlabGAE(ConnectorV2):
 
     @torch.no_grad()
     def __call__(self, *, rl_module: Any, batch: Any, episodes: Any, **kwargs: Any) -> dict[str, Any]:
-        """Add advantages, standardised over the batch, and value targets to every step of every slab."""
+        """Return a batch of the steps that are learned from, with advantages (standardised over it) and value targets.
+
+        The baseline may choose those steps, and change the advantages of GAE. Value targets stay those of GAE.
+        """
         module = rl_module[DEFAULT_MODULE_ID].unwrapped()  # RLlib wraps it where there are several learners
         device = next(module.parameters()).device
         columns: dict[str, list[Tensor]] = {}
@@ -115,7 +122,8 @@ def ppo_config(
 ) -> PPOConfig:
     """Return a configuration of RLlib's PPO with our runner and connector.
 
-    Any other setting of RLlib can be changed on the result, except `gamma` and `lambda_`, which the connector holds.
+    Any other setting of RLlib can be changed on the result. Not so `gamma` and `lambda_`: the connector holds its own,
+    and a change on the result would do nothing.
 
     Args:
         env_id, env_config, num_envs, rollout, num_env_runners, num_learners, place: the same as in `routing_config`.

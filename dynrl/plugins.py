@@ -33,6 +33,9 @@ def load_plugins(names: Iterable[str]) -> None:
             continue
         try:
             if name.endswith(".py"):
+                there = getattr(importlib.util.find_spec(module), "origin", None)
+                if there is not None and Path(there).resolve() != path:  # an installed one, not imported so far
+                    raise ImportError(f"it has the name of a module that is there ({there}); rename the file")
                 spec = importlib.util.spec_from_file_location(module, path)
                 assert spec is not None
                 assert spec.loader is not None
@@ -40,9 +43,10 @@ def load_plugins(names: Iterable[str]) -> None:
                 spec.loader.exec_module(sys.modules[module])
             else:
                 importlib.import_module(name)
-        except Exception as error:  # a user's file may raise anything
+        except (Exception, SystemExit) as error:  # a user's file may raise anything
             sys.modules.pop(module, None)
-            raise ValueError(f"the plugin {name} cannot be imported: {type(error).__name__}: {error}") from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"the plugin {name} cannot be imported: {type(error).__name__}: {said}") from error
         known = [part for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
         entry = str(path) if name.endswith(".py") else name
         if entry not in known:

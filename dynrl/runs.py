@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dynrl.backbones import Backbone, load_backbone
-from dynrl.deploy import LATENCY, RoutedModel, check_match
+from dynrl.deploy import LATENCY, RoutedModel, plug
 from dynrl.files import read_json
-from dynrl.policies import LearnedPolicy, load_policy
+from dynrl.policies import load_policy
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class RunFolder:
         backbone_file: the file of the backbone that the policy was trained for.
         pretrained_file: the file of that backbone from before any fine-tuning.
         plain_file: the file of the same network, trained on its full route only.
+        recipe_file: the file of how the backbone is trained, where the caller gave a recipe.
         kept_file: the copy of the backbone that is made when fine-tuning begins.
         policy_file, times_file, latency_file, report_file: the files of the policy, of the times of choices, of the
             times of batches, and of the report.
@@ -94,6 +95,7 @@ class RunFolder:
         self.path = path = Path(path)
         self.config_file, self.checkpoints = path / "config.json", path / "checkpoints"
         self.backbone_file, self.plain_file = path / "backbone.safetensors", path / "plain.safetensors"
+        self.recipe_file = path / "recipe.json"
         self.policy_file, self.report_file = path / "policy.safetensors", path / "report.json"
         self.times_file, self.latency_file = path / "times.json", path / LATENCY
         self.kept_file = path / "backbone-pretrained.safetensors"  # written when fine-tuning begins
@@ -149,10 +151,6 @@ class RunFolder:
     def _backbone(self) -> tuple[Backbone, dict[str, Any]]:
         return load_backbone(self.backbone_file)
 
-    @cached_property
-    def _policy(self) -> tuple[LearnedPolicy, dict[str, Any]]:
-        return load_policy(self.policy_file)
-
     @property
     def backbone(self) -> Backbone:
         """The backbone that the policy was trained for."""
@@ -168,17 +166,15 @@ class RunFolder:
         """The same network, trained on its full route only; None if the folder has none."""
         return load_backbone(self.plain_file)[0] if self.plain_file.is_file() else None
 
-    @property
+    @cached_property
     def finished(self) -> bool:
         """Whether the folder holds a policy whose training came to its end."""
-        return self.policy_file.is_file() and bool(self._policy[1]["finished"])
+        return self.policy_file.is_file() and bool(load_policy(self.policy_file)[1]["finished"])
 
     @cached_property
     def model(self) -> RoutedModel:
         """The backbone with the policy plugged in."""
-        policy, metadata = self._policy
-        check_match(self.policy_file, metadata, self.backbone)
-        return RoutedModel(self.backbone, policy, [(float(price), float(macs)) for price, macs in metadata["curve"]])
+        return plug(self.backbone, self.policy_file)
 
     @property
     def kind(self) -> RunKind:

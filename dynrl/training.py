@@ -105,6 +105,8 @@ def train(
         planned = replace(planned, recipe=replace(planned.recipe, pretraining=pretrain))
     with talking(show):
         run = make_run(planned, out, backbone)
+        if isinstance(pretrain, Recipe):
+            write_json(run.recipe_file, asdict(pretrain))
         if own and pretrain is False:
             planned.backbone.save(run.backbone_file, data=planned.dataset.name)
         learn(run, planned)
@@ -180,6 +182,9 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
         FAMILIES.setdefault(backbone.family, _rebuild(backbone))
     dataset = load_dataset(problem.data)
     recipe = defaults(problem.decision, problem.data, own_backbone=True).changed(problem.network)
+    if run.recipe_file.is_file():
+        given_recipe = parse(Recipe, read_json(run.recipe_file), f"{run.recipe_file}: ")
+        recipe = replace(recipe, pretraining=given_recipe)
     if backbone is None:
         begun = run.backbone_file.is_file()
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)

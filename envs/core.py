@@ -1,4 +1,4 @@
-"""All environments share one core: a batch of rows walks a backbone, one decision a step.
+"""All environments share one core: a batch of rows walks a backbone, and each step takes one answer of the policy.
 
 The transition is written once, batched, in torch (`reset_tensors`, `step_tensors`). NumPy appears only in the methods
 that Gymnasium calls. The single environment is the batched one with one row.
@@ -109,7 +109,8 @@ class RoutingVectorEnv(VectorEnv):
 
     A step's reward is its accuracy term less price x cost. The cost is what the walk was charged since the previous
     step, as a share of what the dense network is charged. The first step also pays for what ran before the first
-    decision, so a return is accuracy - price x compute.
+    decision, so the sum of an episode's rewards is accuracy - price x compute. A reward of whole routes (`blockdrop`)
+    weighs the compute by a formula of its own.
 
     `info` holds both terms of every step (`accuracy_term`, `cost_term`). For rows that ended (the masks are `_route`
     and so on), it holds the task's metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and `route`.
@@ -224,6 +225,8 @@ class RoutingVectorEnv(VectorEnv):
     def reset_tensors(self, seed: int | Sequence[int] | None = None, rows: Tensor | None = None) -> Tensor:
         """Start new episodes in all rows, or in `rows` [n] only, and return all observations [N, width].
 
+        The first call starts all rows.
+
         Args:
             seed: with a number, sub-environment i draws by `seed + i` from episode 0 on; i is the number of its group
                 if there are groups. With a sequence, it draws by `seed[i]`. None continues with the next episodes.
@@ -273,8 +276,8 @@ class RoutingVectorEnv(VectorEnv):
         inputs = self._split.inputs[chosen]
         if every:
             self._prices, self._drawn = prices, chosen
-            # How much of each row's bill the reward has charged, and how much of its worth it has paid, if it pays by
-            # steps.
+            # How much of each row's bill its rewards have charged so far; and what its output was worth when they last
+            # paid for it, where they pay at every step.
             begun = self.backbone.begin(inputs, table=self._table)
             self._walk = begun.walk
             self._paid, self._gained = torch.zeros_like(self._walk.bill), torch.zeros(self.num_envs, device=self.device)
@@ -304,7 +307,10 @@ class RoutingVectorEnv(VectorEnv):
 
     @torch.no_grad()
     def foresee(self, actions: Tensor) -> Tensor:
-        """Return what `actions` [N] or [N, decisions] of whole walks would earn now: [N]; nothing is changed."""
+        """Return what `actions` [N] or [N, decisions] would earn on whole walks of the present inputs: [N].
+
+        The walks begin anew. The environment is left as it is.
+        """
         state = self.backbone.begin(self._walk.inputs, table=self._table)
         going, end = self._go({state.point: state}, actions.view(self.num_envs, -1))
         assert end is not None and not going, "only what decides the whole walk can be foreseen"

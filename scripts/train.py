@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import tyro
 
+from dynrl.scripts.options import optional
 from dynrl.settings import Learning, Place, Problem
-
-BY_DATA = {  # the settings whose default is no fixed value
-    "data": "the decision's", "steps": "the data set's; for gates half as many", "hidden": "the data set's",
-    "num_envs": "the data set's", "price_range": "the data set's", "learning_rate": "the agent's own",
-    "entropy": "the agent's own",
-}  # fmt: skip
-
-
-def optional(*kinds: type) -> Any:
-    """Return a dataclass of the fields of settings classes, all optional: None or False stands for not given."""
-    made: list[tuple[str, Any, Any]] = []
-    for kind in kinds:
-        hints, about = typing.get_type_hints(kind), texts(kind)
-        for each in dataclasses.fields(kind):
-            usual = BY_DATA.get(each.name, each.default)
-            help = tyro.conf.arg(help=about[each.name], help_behavior_hint=f"(default: {usual})")
-            if each.default is dataclasses.MISSING and each.name not in BY_DATA:
-                made.append((each.name, Annotated[hints[each.name], tyro.conf.Positional, help], dataclasses.field()))
-            elif hints[each.name] is bool:
-                made.append((each.name, Annotated[bool, help], False))
-            else:
-                made.append((each.name, Annotated[hints[each.name] | None, help], None))
-    return dataclasses.make_dataclass("Given", made)
-
-
-def texts(kind: type) -> dict[str, str]:
-    """Return what a settings class says about each of its fields under `Attributes:`."""
-    _, _, listed = (kind.__doc__ or "").partition("Attributes:")
-    found = re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", listed, re.DOTALL | re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
 
 
 @dataclass
@@ -73,6 +40,8 @@ def main(args: Args) -> None:
         if args.out or args.backbone:
             raise ValueError(f"--resume continues by {args.resume}'s own settings; leave out --out and --backbone")
         run = RunFolder(args.resume)
+        if run.decision != name:
+            raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: dynrl train {run.decision} --resume {run}")
         planned = plan_again(run, **given)
     else:
         planned = plan(name, **given)
@@ -80,14 +49,18 @@ def main(args: Args) -> None:
     if args.resume is None:
         run = make_run(planned, args.out, args.backbone)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.path.parent})", flush=True)
-    if learn(run, planned):
+    try:
+        if not learn(run, planned):
+            return
         from dynrl.scripts.evaluate import report_runs
 
         report_runs([run.path], run.path)
-        print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
-        low, high = planned.settings.learning.price_range
-        budget = "" if low == high else "model.set_budget(0.5); "
-        print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: dynrl train {name} --resume {run}") from None
+    print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
+    reached = [macs for _, macs in run.model.curve]
+    budget = "model.set_budget(0.5); " if len(reached) > 1 and min(reached) <= 0.5 <= max(reached) else ""
+    print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
 
 
 if __name__ == "__main__":

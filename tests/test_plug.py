@@ -31,7 +31,6 @@ from dynrl.evaluation import (
     score_routes,
     static_routes,
     static_tries,
-    step_times,
     uniform_routes,
 )  # fmt: skip
 from dynrl.files import read_json
@@ -579,16 +578,6 @@ def test_collapsed_policies_are_told_of():
     with torch.no_grad():
         router.head.bias[1] = 99
     assert "the price changes nothing" in found(router)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_each_choice_is_timed(name):
-    backbone, ticks = make_backbone(name), []
-    times = step_times(backbone, torch.randn(8, *backbone.input_shape), rounds=2, tick=lambda: ticks.append(1))
-    assert [len(row) for row in times["choices"]] == [point.n for point in backbone.points]
-    assert times["start"] > 0
-    assert all(ms > 0 for row in times["choices"] for ms in row)
-    assert len(ticks) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

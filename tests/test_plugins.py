@@ -68,6 +68,13 @@ def test_a_plugin_is_imported_once_and_handed_on(clean):
         ("no_such_file.py", None, "FileNotFoundError"),
         ("no_such_module", None, "ModuleNotFoundError"),
         ("broken.py", "1 / 0", "ZeroDivisionError: division by zero"),
+        ("leaving.py", "raise SystemExit('bye')", "SystemExit: bye"),
+        ("long.py", "raise ValueError('one\\ntwo')", "ValueError: one two"),
+        (
+            "antigravity.py",
+            "x = 1",
+            "ImportError: it has the name of a module that is there",
+        ),  # one that nobody imports
     ],
 )
 def test_a_bad_plugin_is_named(name, content, reason, clean, monkeypatch, capsys):
@@ -161,6 +168,21 @@ def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):
     run(*command, "--resume", "run", "--threads", "2")
     again = torch.load(tmp_path / "run" / "checkpoints" / "evolution.pt", weights_only=True)
     assert again["steps"] == saved["steps"] >= 12_000
+
+
+def test_a_policy_works_as_printed(small_backbone, tmp_path, run):
+    """Trained, reported and plugged; it obeys a high price, and its file is nothing without its plugin."""
+    (tmp_path / "per_point.py").write_text(printed("per_point.py", 30))
+    (tmp_path / "given").mkdir()
+    shutil.copyfile(small_backbone, tmp_path / "given" / "backbone.safetensors")
+    words = ["--policy", "per-point", "--backbone", "given", "--out", "run", "--price-range", "20", "20"]
+    words += ["--steps", "8000", "--threads", "2"]
+    assert "learned" in run("-m", "dynrl.scripts.cli", "--plugin", "per_point.py", "train", "skip", *words)
+    checks = "import dynrl, torch; m = dynrl.load('run'); m(torch.randn(3, *m.input_shape))\n"
+    checks += "assert type(m.policy).__name__ == 'PerPoint' and m.curve[0][1] < 0.5, m.curve"
+    run("-c", checks, **{VARIABLE: str(tmp_path / "per_point.py")})
+    with pytest.raises(ValueError, match="per-point"):
+        dynrl.load(tmp_path / "run")
 
 
 def test_without_its_plugin_an_agent_is_unknown(tmp_path, capsys):

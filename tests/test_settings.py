@@ -8,7 +8,7 @@ import pytest
 
 from dynrl.deploy import SHIPPED, shipped
 from dynrl.files import read_json, write_json
-from dynrl.scripts.train import texts
+from dynrl.scripts.options import texts
 from dynrl.settings import Learning, Place, Problem, Settings, names, parse
 
 SETTINGS = Settings(

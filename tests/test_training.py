@@ -21,7 +21,7 @@ from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Regression
-from dynrl.training import learn, make_run, plan, resume, train
+from dynrl.training import learn, make_run, plan, plan_again, resume, train
 
 RECIPE = Recipe(12, 32, 5e-3, optimizer="adam")
 SHORT = {"agent": "gate", "steps": 600, "num_envs": 16, "price_range": (0.1, 2.0)}
@@ -151,6 +151,7 @@ def test_a_network_and_data_of_ones_own(tmp_path, capfd):
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
     resume(run.path, data)
+    assert plan_again(run, data).recipe.pretraining == RECIPE  # a run that was killed is pretrained as it was asked to
     with pytest.raises(ValueError, match="was trained on own-"):
         resume(run.path, small_images(50))
     # Another process knows neither.

@@ -66,7 +66,7 @@ class Backbone(nn.Module):
     costs: Tensor  # [points, num_choices] int64 MACs, -1 where there is no such choice
     start_macs: int
     dense_macs: int  # the MACs of one row on the full route
-    thrift: Tensor  # [columns, num_choices] float64, see `_pose`
+    thrift: Tensor  # [columns, num_choices] float64: how dear each choice is in the long run
 
     # for the family to write -------------------------------------------------------------------------------
 
@@ -84,14 +84,21 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def observe(self, state: State) -> Tensor:
-        """Return a cheap summary of each row at this point, [n, f] float32 with f <= feature_width; change nothing."""
+        """Return a cheap summary of each row at this point, [n, f] float32 with f <= feature_width; change nothing.
+
+        It is asked for at END, too: an environment shows an ended row until its reset.
+        """
         raise NotImplementedError
 
     def projector(self, weight: Tensor) -> Callable[[State, Tensor], Tensor]:
-        """Return a fast function from (state, start [n, k]) to `start` + `observe(state)` @ `weight`.
+        """Return a function from (state, start [n, k]) to `start` + `observe(state)` @ `weight`.
+
+        A policy whose first layer is linear asks for it: `start` is what its other inputs add up to. A family that can
+        compute the sum without writing its features down first has its own. A point that shows fewer features than
+        `feature_width` takes the first rows of `weight`.
 
         Args:
-            weight: [feature_width, k], the weight of a policy whose first layer is linear in the features.
+            weight: [feature_width, k], the weight of that layer.
         """
 
         def project(state: State, start: Tensor) -> Tensor:
@@ -110,12 +117,12 @@ class Backbone(nn.Module):
 
         Args:
             state: all rows of a `GatedWalk`, in order.
-            gates: [B, point's n], the weights of the choices, 0 for closed ones; already recorded and paid for.
+            gates: [B, choices of the point], the choices' weights, 0 for closed ones; recorded and paid for already.
         """
         raise NotImplementedError
 
     def open_choices(self, state: State) -> Tensor | None:
-        """Return which choices are open, [n, point's n] bool; None stands for all of them."""
+        """Return which choices are open, [rows, choices of the point] bool; None stands for all of them."""
         return None
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
@@ -289,7 +296,7 @@ class Backbone(nn.Module):
             inputs: [n, *input_shape].
             walk: a walk whose slots are refilled; None starts a new walk of n slots.
             rows: [n] int64, the slots to refill.
-            table: the cost table of a new walk (see `time_table`); None charges MACs.
+            table: the cost table of a new walk (see `time_table`); None charges MACs. `walk` keeps its own.
         """
         if walk is None:
             walk = Walk(inputs, self.points, self.mac_table, table)
@@ -364,7 +371,7 @@ class Backbone(nn.Module):
         return walk
 
     def _open_gates(self, state: State, gates: Tensor) -> Tensor:
-        """Move the weights of closed choices in `gates` [B, num_choices] to the nearest open ones: [B, point's n]."""
+        """Move the weights of closed choices in `gates` [B, num_choices] to the nearest open ones."""
         mask, count = self.open_choices(state), self.points[state.point].n
         choices = torch.arange(self.num_choices, device=gates.device).unsqueeze(0)
         if mask is not None:

@@ -1,10 +1,10 @@
 """In deployment, a backbone has a policy plugged in."""
 
 from dynrl.deploy.capture import CapturedModel
-from dynrl.deploy.routed import Route, RoutedModel, check_match, plug
+from dynrl.deploy.routed import Route, RoutedModel, plug
 from dynrl.deploy.shipped import LATENCY, SHIPPED, load, policy_fingerprint, shipped
 
 __all__ = [
-    "LATENCY", "SHIPPED", "CapturedModel", "Route", "RoutedModel", "check_match", "load", "plug", "policy_fingerprint",
+    "LATENCY", "SHIPPED", "CapturedModel", "Route", "RoutedModel", "load", "plug", "policy_fingerprint",
     "shipped",
 ]  # fmt: skip

@@ -205,12 +205,12 @@ def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
     if not isinstance(policy, (str, Path)):
         return RoutedModel(backbone, policy)
     router, metadata = load_policy(policy)
-    check_match(policy, metadata, backbone)
+    _check_match(policy, metadata, backbone)
     curve = [(float(price), float(macs)) for price, macs in metadata["curve"]]
     return RoutedModel(backbone, router, curve)
 
 
-def check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) -> None:
+def _check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) -> None:
     """Refuse, with a ValueError, a policy that was trained for another decision or another backbone."""
     if metadata["decision"] != backbone.decision:
         raise ValueError(f"{path} decides {metadata['decision']!r}; this backbone poses {backbone.decision!r}")

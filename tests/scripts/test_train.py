@@ -37,7 +37,9 @@ from tests.scripts.calls import COMMAND, call
         (("train", "skip", "--backbone", "nosuch"), "nosuch"), (("train", "skip", "--backbone", "junk.safetensors"), "junk"),
         (("train", "skip", "--seed", str(2**32)), "below 2^31"), (("pretrain", "skip", "--out", "/dev/null/x"), "/dev/null/x"),
         (("pretrain", "skip", "--threads", "0"), "--threads of at least 1"),
-        (("train", "skip", "--resume", "nosuch"), "no run folder"), (("train", "skip", "--out", "."), "exists"),
+        (("train", "skip", "--resume", "nosuch"), "no run folder"),
+        (("train", "exit", "--resume", str(SHIPPED / "skip-digits")), "decides 'skip', not 'exit'"),
+        (("train", "skip", "--out", "."), "exists"),
         (("train", "skip", "--agent", "gate", "--reward", "correct"), "gradient"),
         (("train", "skip", "--agent", "gate", "--num-env-runners", "1"), "agents of RLlib"),
         (("train", "skip", "--reward", "blockdrop"), "upfront"), (("train", "skip", "--baseline", "greedy"), "whole routes"),
@@ -230,6 +232,17 @@ def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as refused:
             main(["train", "skip", *map(str, words)])
         assert refused.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_ctrl_c_before_there_is_a_policy_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stop(*words, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynrl.pretraining.pretrain", stop)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "skip", "--data", "digits", "--out", str(tmp_path / "run")])
+    assert left.value.code == 130
+    assert f"interrupted; go on with: dynrl train skip --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
