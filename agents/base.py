@@ -247,7 +247,7 @@ def sight_of(kind: str, backbone: Backbone) -> Sight:
 
 
 def walks(backbone: Backbone) -> int:
-    """Return how many walks of each row a training iteration has: eight, or fewer if seventy steps are enough."""
+    """Return how many walks of each row an iteration has: eight, or as many as fit in `ENOUGH_STEPS` decisions."""
     return max(1, min(WALKS, ENOUGH_STEPS // backbone.max_steps))
 
 

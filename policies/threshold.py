@@ -47,7 +47,9 @@ class ThresholdPolicy(Policy):
     def check(self, backbone: Any) -> None:
         """Refuse, with a ValueError, a backbone whose number of columns is not that of the thresholds."""
         if backbone.columns != len(self.thresholds):
-            raise ValueError(f"the policy has thresholds for {len(self.thresholds)} columns, not {backbone.columns}")
+            raise ValueError(
+                f"the policy has thresholds for {len(self.thresholds)} columns, not {backbone.columns}; fit them again"
+            )
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
         """Return a `Policy.chooser` that reads the score from `backbone.observe`."""

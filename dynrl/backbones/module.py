@@ -83,7 +83,9 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
     for name in names:
         mine = [node for node in nodes if node.op == "call_module" and node.target == name]
         if len(mine) != 1:
-            raise ValueError(f"expected {kind} to run {name!r} once for an input, it does so {len(mine)} times")
+            raise ValueError(
+                f"expected {kind} to run {name!r} once for an input, it does so {len(mine)} times; name other parts"
+            )
         given = mine[0].all_input_nodes
         if len(given) != 1 or mine[0].args[:1] != (given[0],):
             raise ValueError(f"expected {name!r} to be given one tensor and constants, it is given {mine[0].args}")
@@ -209,7 +211,9 @@ class SkipModule(_OfModule, Skipping):
             macs, y = executed_macs(block, x.clone())
             if y.shape != x.shape:
                 shapes = f"{tuple(y.shape)} of {tuple(x.shape)}"
-                raise ValueError(f"expected blocks that keep their input's shape; {name!r} makes {shapes}")
+                raise ValueError(
+                    f"expected blocks that keep their input's shape; {name!r} makes {shapes}: leave it out"
+                )
             block_macs.append(macs)
             macs, x = executed_macs(behind, y)
             fixed_macs.append(macs)
