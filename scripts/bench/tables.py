@@ -133,9 +133,9 @@ def bench_tasks_table(result: dict[str, Any]) -> list[str]:
 
 def task_summed(found: dict[str, Any]) -> str:
     """Say in words whether a task is fit."""
-    said, points = "fit" if found["fit"] else "not fit", f"{100 * found['margin']:.2f} points"
-    rival = f"the best of half of its MACs ({found['best']}), mean of {found['seeds']} seeds"
-    return f"{found['data']} is {said}: the dense network errs {points} less than {rival}"
+    said, lost = "fit" if found["fit"] else "not fit", f"{100 * found['margin']:.2f} points"
+    rival = f"the best plain network of half of the MACs ({found['best']})"
+    return f"{found['data']} is {said}: {rival} loses {lost} to the dense one, mean of {found['seeds']} seeds"
 
 
 def bench_model_table(result: dict[str, Any]) -> list[str]:
