@@ -64,8 +64,8 @@ def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = (
     except (ValueError, OSError) as error:  # OSError: a path that cannot be read or written
         print(f"dynrl {verb}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"dynrl {verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"dynrl {verb}: interrupted{'; ' if str(stopped) else ''}{stopped}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -64,6 +64,7 @@ def main(args: Args) -> None:
     from dynrl.envs import decision
     from dynrl.runs import RunFolder
     from dynrl.scripts.common import use_threads
+    from dynrl.scripts.evaluate import report_runs
     from dynrl.training import learn, make_run, plan, plan_again
 
     given = {name: value for name, value in vars(args.settings).items() if value is not None and value is not False}
@@ -81,14 +82,16 @@ def main(args: Args) -> None:
     if args.resume is None:
         run = make_run(planned, args.out, args.backbone)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.path.parent})", flush=True)
-    if learn(run, planned):
-        from dynrl.scripts.evaluate import report_runs
-
+    try:
+        if not learn(run, planned):
+            return
         report_runs([run.path], run.path)
-        print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
-        low, high = planned.settings.learning.price_range
-        budget = "" if low == high else "model.set_budget(0.5); "
-        print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: dynrl train {name} --resume {run}") from None
+    print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
+    low, high = planned.settings.learning.price_range
+    budget = "" if low == high else "model.set_budget(0.5); "
+    print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
 
 
 if __name__ == "__main__":

@@ -234,6 +234,17 @@ def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
         assert refused.value.code == 2 and reason in capsys.readouterr().err
 
 
+def test_ctrl_c_before_there_is_a_policy_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stop(*words, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynrl.pretraining.pretrain", stop)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "skip", "--data", "digits", "--out", str(tmp_path / "run")])
+    assert left.value.code == 130
+    assert f"interrupted; go on with: dynrl train skip --resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
     out = tmp_path / "stopped"
     process = start("train", "skip", "--backbone", backbone_folder, "--steps", 10_000_000, "--out", out, cwd=tmp_path)
