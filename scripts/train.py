@@ -89,8 +89,8 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: dynrl train {name} --resume {run}") from None
     print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
-    low, high = planned.settings.learning.price_range
-    budget = "" if low == high else "model.set_budget(0.5); "
+    reached = [macs for _, macs in run.model.curve]
+    budget = "model.set_budget(0.5); " if len(reached) > 1 and min(reached) <= 0.5 <= max(reached) else ""
     print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
 
 
