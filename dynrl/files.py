@@ -34,6 +34,12 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def check_folder(path: str | Path | None) -> None:
+    """Refuse, before work that ends in files there, a path that is a file already."""
+    if path is not None and Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"expected a folder to write into, got the file {path}; choose another")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, all or nothing. NaN and infinity are refused: they are not JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -15,7 +15,7 @@ from dynrl.data import Dataset, load_dataset
 from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, rivals
 from dynrl.evaluation.intervals import Front, better, differences, verdict
 from dynrl.evaluation.report import Run, plain_network
-from dynrl.files import write_json
+from dynrl.files import check_folder, write_json
 from dynrl.machine import commit
 from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
@@ -52,6 +52,7 @@ def compare(
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in runs]
     if not folders:
         raise ValueError("expected at least one finished run to compare")
+    check_folder(out)
     kinds = by_kind(folders)
     dataset = load_dataset(folders[0].data) if data is None else data
     ground = Ground(folders[0].pretrained, dataset)

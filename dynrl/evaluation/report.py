@@ -15,7 +15,7 @@ from dynrl.data import Dataset, load_dataset
 from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.scores import Score, Usage
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
-from dynrl.files import write_json
+from dynrl.files import check_folder, write_json
 from dynrl.machine import commit, hardware
 from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
@@ -58,6 +58,7 @@ def evaluate(
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
     if not folders:
         raise ValueError("expected at least one run folder")
+    check_folder(out)
     kinds = by_kind(folders)
     dataset = load_dataset(folders[0].data) if data is None else data
     ground = Ground(folders[0].pretrained, dataset, device, getattr(torch, dtype))

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dynrl
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.evaluation import BUDGETS
@@ -139,3 +140,10 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     kinds = {p["policy"]: p["kind"] for p in report["points"]}
     assert kinds["learned tuned"] == RunKind(tuned=True).to_dict() and kinds["gate"]["agent"] == "gate"
     assert kinds["random"] is None
+
+
+def test_a_report_into_a_file_is_refused_before_it_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    for call_ in (dynrl.evaluate, dynrl.compare):
+        with pytest.raises(ValueError, match="expected a folder to write into, got the file"):
+            call_([tmp_path / "run"], out=tmp_path / "file")
