@@ -16,7 +16,7 @@ from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS
-from dynrl.files import write_aside
+from dynrl.files import whole, write_aside
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.routes import draw_prices
 from dynrl.settings import Settings
@@ -77,11 +77,12 @@ class Gates(Agent):
         self._rate = learning.learning_rate or LEARNING_RATE
         self._optimizer = torch.optim.Adam(self._router.parameters(), self._rate)
         if self._file.exists():
-            saved = torch.load(self._file, weights_only=True)
-            self._router.load_state_dict(saved["router"])
-            self._optimizer.load_state_dict(saved["optimizer"])
-            self._generator.set_state(saved["generator"])
-            self.steps = saved["steps"]
+            with whole(self._file):
+                saved = torch.load(self._file, weights_only=True)
+                self._router.load_state_dict(saved["router"])
+                self._optimizer.load_state_dict(saved["optimizer"])
+                self._generator.set_state(saved["generator"])
+                self.steps = saved["steps"]
 
     @property
     def _file(self) -> Path:

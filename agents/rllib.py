@@ -34,6 +34,7 @@ from dynrl.agents.numbers import value_network
 from dynrl.agents.slab import SlabRunner
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.envs import decision
+from dynrl.files import whole
 from dynrl.plugins import VARIABLE
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
@@ -211,7 +212,8 @@ class RLlibAgent(Agent):
         self._held.callback(self._algorithm.stop)
         self.steps, newest = 0, newest_checkpoint(self.checkpoints)
         if newest is not None:
-            self._algorithm.restore_from_path(newest.resolve())
+            with whole(newest):
+                self._algorithm.restore_from_path(newest.resolve())
             self.steps = int(newest.name.removeprefix("checkpoint_"))
 
     def iterate(self) -> dict[str, float]:

@@ -26,7 +26,7 @@ from dynrl.agents.numbers import PPO as PPO_NUMBERS
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.envs import decision
 from dynrl.envs.core import RoutingVectorEnv
-from dynrl.files import write_aside
+from dynrl.files import whole, write_aside
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
 
@@ -189,10 +189,11 @@ class SB3Agent(Agent):
         self._env, self.steps = self._make_env(), 0
         self._algorithm = self.build(self._env, self.ground)
         if self._file.exists():
-            saved = torch.load(self._file, weights_only=True)
-            self._algorithm.policy.load_state_dict(saved["policy"])
-            self._algorithm.policy.optimizer.load_state_dict(saved["optimizer"])
-            self.steps = saved["steps"]
+            with whole(self._file):
+                saved = torch.load(self._file, weights_only=True)
+                self._algorithm.policy.load_state_dict(saved["policy"])
+                self._algorithm.policy.optimizer.load_state_dict(saved["optimizer"])
+                self.steps = saved["steps"]
             self._algorithm.num_timesteps = self.steps // self.ground.decisions
         self._seed()
 

@@ -34,6 +34,18 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole(checkpoint: Path) -> Iterator[None]:
+    """What goes wrong in the block, which reads `checkpoint`, is told as a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # unpickling raises anything
+        raise ValueError(
+            f"the checkpoint {checkpoint} is damaged ({type(error).__name__}); take it away, and go on from the one "
+            "before, or from the beginning"
+        ) from error
+
+
 def check_folder(path: str | Path | None) -> None:
     """Refuse, before work that ends in files there, a path that is a file already."""
     if path is not None and Path(path).exists() and not Path(path).is_dir():

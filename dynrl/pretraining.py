@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dynrl.backbones import Backbone
 from dynrl.data import Dataset, Split
-from dynrl.files import write_aside
+from dynrl.files import whole, write_aside
 from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
 
@@ -93,12 +93,13 @@ def pretrain(
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        backbone.load_state_dict(saved["backbone"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        generator.set_state(saved["generator"])
-        first = saved["epoch"]
+        with whole(checkpoint):
+            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            backbone.load_state_dict(saved["backbone"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            generator.set_state(saved["generator"])
+            first = saved["epoch"]
     with progress(total=recipe.epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
         for epoch in range(first, recipe.epochs):
             backbone.train()

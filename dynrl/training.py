@@ -187,6 +187,8 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
         recipe = replace(recipe, pretraining=given_recipe)
     if backbone is None:
         begun = run.backbone_file.is_file()
+        if not begun and (run.policy_file.is_file() or run.kept_file.is_file()):
+            raise ValueError(f"{run} has a policy but no {run.backbone_file.name}; put that back, or train a new run")
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
     found = _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
     found.settings.save(run.config_file)

@@ -6,13 +6,17 @@ import os
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch use `count` threads, or one a core if None; more threads than cores make training much slower."""
+    """Let torch use `count` threads; with None, as many as OMP_NUM_THREADS says, or else one a core.
+
+    More threads than cores are free make training many times slower.
+    """
     import torch
 
     if count is not None and count < 1:
         raise ValueError(f"expected --threads of at least 1, got {count}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(count or cores)
+    if count or "OMP_NUM_THREADS" not in os.environ:  # which torch has heeded already
+        torch.set_num_threads(count or cores)
 
 
 def check_batch_size(count: int) -> None:

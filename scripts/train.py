@@ -32,6 +32,7 @@ def main(args: Args) -> None:
     from dynrl.envs import decision
     from dynrl.runs import RunFolder
     from dynrl.scripts.common import use_threads
+    from dynrl.scripts.evaluate import report_runs
     from dynrl.training import learn, make_run, plan, plan_again
 
     given = {name: value for name, value in vars(args.settings).items() if value is not None and value is not False}
@@ -52,8 +53,6 @@ def main(args: Args) -> None:
     try:
         if not learn(run, planned):
             return
-        from dynrl.scripts.evaluate import report_runs
-
         report_runs([run.path], run.path)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: dynrl train {name} --resume {run}") from None

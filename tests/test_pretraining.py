@@ -60,6 +60,9 @@ def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
         assert list(tmp_path.iterdir()) == [checkpoint]
         for name, tensor in whole.state_dict().items():
             torch.testing.assert_close(resumed.state_dict()[name], tensor)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"backbone.pt is damaged .*; take it away"):
+        pretrain(fresh(), plain, RECIPE, seed=1, checkpoint=checkpoint)
 
 
 def test_random_routes_work_after_pretraining(small_backbone):

@@ -234,6 +234,15 @@ def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
         assert refused.value.code == 2 and reason in capsys.readouterr().err
 
 
+def test_a_run_whose_backbone_is_gone_is_not_resumed_on_another(tmp_path, capsys):
+    for name in ("config.json", "policy.safetensors"):
+        shutil.copyfile(SHIPPED / "skip-digits" / name, tmp_path / name)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "skip", "--resume", str(tmp_path)])
+    assert left.value.code == 2 and "has a policy but no backbone.safetensors" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_ctrl_c_before_there_is_a_policy_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def stop(*words, **more):
         raise KeyboardInterrupt
