@@ -226,8 +226,8 @@ def _checked(planned: Plan) -> Plan:
     mine, wanted = (backbone.input_shape, backbone.config["classes"]), (dataset.input_shape, dataset.classes)
     if mine != wanted:
         raise ValueError(
-            f"expected a backbone for the inputs and classes {wanted} of {dataset.name}, got one for {mine}; give "
-            "other data or another backbone"
+            f"the backbone is for inputs and outputs {mine}, expected {wanted} for {dataset.name}; give other data or "
+            "another backbone"
         )
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
