@@ -80,7 +80,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "fashion-mnist"): Defaults(
         family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
+        pretraining=Recipe(epochs=16, batch_size=128, rates=(0.6, 0.35, 0.35), full_share=0.25),
         learning=Learning(steps=1_000_000),
         # With half as many epochs a round, half of the MACs stay visibly below the same networks' full route.
         finetuning=Finetuning(rounds=2, epochs=8, steps=200_000, learning_rate=0.1),
@@ -88,7 +88,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "cluttered-fashion-mnist"): Defaults(
         family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
+        pretraining=Recipe(epochs=16, batch_size=128, rates=(0.6, 0.35, 0.35), full_share=0.25),
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
@@ -107,7 +107,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("expert", "digits"): Defaults(
         family="expert_net",
         backbone={"stem": 16, "channels": 64, "layers": 4, "widths": (0, 32, 64, 64, 128, 256)},
-        pretraining=Recipe(epochs=40, batch_size=100, least_rate=0.0, full_share=0.2),
+        pretraining=Recipe(epochs=40, batch_size=100, rates=(0.6, 0.0, 0.0), full_share=0.2),
         learning=Learning(steps=200_000),
     ),
     ("expert", "fashion-mnist"): Defaults(
@@ -115,27 +115,27 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"stem": 32, "channels": 128, "layers": 4, "widths": (0, 64, 128, 128, 256, 512)},
         # Experts that meet all routes alike learn the same. With dear ones preferred, and half of the images on the
         # full route, that route gets better.
-        pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.3, full_share=0.5),
+        pretraining=Recipe(epochs=8, batch_size=128, rates=(0.6, 0.3, 0.3), full_share=0.5),
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=6, steps=150_000, learning_rate=0.1),
     ),
     ("channel", "digits"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
-        pretraining=Recipe(epochs=24, batch_size=100, least_rate=0.0, full_share=0.25),
+        pretraining=Recipe(epochs=24, batch_size=100, rates=(0.6, 0.0, 0.0), full_share=0.25),
         learning=Learning(steps=300_000),
     ),
     ("channel", "fashion-mnist"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
-        pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.25),
+        pretraining=Recipe(epochs=8, batch_size=128, rates=(0.6, 0.0, 0.0), full_share=0.25),
         learning=Learning(steps=1_000_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
     ("channel", "cluttered-fashion-mnist"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
+        pretraining=Recipe(epochs=16, batch_size=128, rates=(0.6, 0.0, 0.0), full_share=0.25),
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
@@ -160,7 +160,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="skip_gru",
         backbone={"hidden": 110, "sees": "state", "knots": 16},
         pretraining=Recipe(
-            epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, least_rate=0.0,
+            epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.6, 0.0, 0.0),
             full_share=0.5, optimizer="adam",
         ),
         learning=Learning(steps=100_000, hidden=0, num_envs=256, price_range=(0.03, 1.0)),

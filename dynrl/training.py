@@ -282,14 +282,15 @@ def pretrain(
     show: bool = False,
     **problem: Any,
 ) -> Path:
-    """Train a backbone under random routes, so that every route works, and its plain twin on the full route only.
+    """Train a plain network, then a backbone from its weights under random routes, so that every route works.
 
     The same call goes on with its folder after a kill.
 
     Args:
         decision, data: see `train`.
         out: the folder to make; None for runs/backbone-DECISION-DATA-TIME.
-        plain: whether only the plain network is trained: a smaller one to stand beside routed ones.
+        plain: whether only the plain network is trained, for as many epochs as a backbone in all: a smaller one to
+            stand beside routed ones.
         device: where it is trained.
         show: whether progress is shown and results are told.
         problem: `network` and `seed`, see `dynrl.settings.Problem`.
@@ -327,6 +328,9 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
 def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None:
     """Make whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resumable."""
     files, dataset, seed = RunFolder(folder), planned.dataset, planned.settings.problem.seed
+    recipe = planned.recipe.pretraining
+    if plain_only:
+        recipe = replace(recipe, plain_epochs=recipe.length(False) + recipe.length(True))
     for path, random_routes, label in (
         # The backbone last: where its file is there, both are, and a killed run knows what is left to do.
         (files.plain_file, False, "training the plain network"),
@@ -334,10 +338,12 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
     ):
         if path.exists() or (random_routes and plain_only):
             continue
-        checkpoint = files.checkpoints / f"{path.stem}.pt"
+        checkpoint, backbone = files.checkpoints / f"{path.stem}.pt", copy.deepcopy(planned.backbone)
+        if random_routes:
+            backbone.load_state_dict(load_backbone(files.plain_file)[0].state_dict())
         backbone = pretraining.pretrain(
-            copy.deepcopy(planned.backbone), dataset, planned.recipe.pretraining, random_routes=random_routes,
-            seed=seed, checkpoint=checkpoint, label=label, device=planned.settings.place.device,
+            backbone, dataset, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint, label=label,
+            device=planned.settings.place.device,
         )  # fmt: skip
         value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
         backbone.save(
