@@ -58,7 +58,7 @@ class RunKind:
 
 def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind:
     """Read a run's kind off its settings (`RunFolder.settings`)."""
-    low, high = settings["price_range"]
+    low, high = settings["price_range"] or (None, None)  # not known until there is a backbone
     return RunKind(
         agent=settings["agent"],
         policy=settings["policy"],

@@ -26,8 +26,8 @@ from dynrl.data.own import is_own
 from dynrl.deploy import RoutedModel
 from dynrl.envs import decision as decision_row
 from dynrl.envs.core import check_dtype
-from dynrl.envs.rewards import check_reward
-from dynrl.evaluation import calibrate, collapse, step_times
+from dynrl.envs.rewards import REWARDS, check_reward
+from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.files import read_json, write_aside, write_json
 from dynrl.machine import check_device, hardware
 from dynrl.policies import LearnedPolicy, save_policy
@@ -338,9 +338,8 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
     ):
         if path.exists() or (random_routes and plain_only):
             continue
-        checkpoint, backbone = files.checkpoints / f"{path.stem}.pt", copy.deepcopy(planned.backbone)
-        if random_routes:
-            backbone.load_state_dict(load_backbone(files.plain_file)[0].state_dict())
+        checkpoint = files.checkpoints / f"{path.stem}.pt"
+        backbone = load_backbone(files.plain_file)[0] if random_routes else copy.deepcopy(planned.backbone)
         backbone = pretraining.pretrain(
             backbone, dataset, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint, label=label,
             device=planned.settings.place.device,
@@ -360,10 +359,11 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
 
 def learn(run: RunFolder, planned: Plan) -> bool:
     """Make the run's backbone and policy; False after Ctrl-C, which leaves a policy of what was learned so far."""
-    settings, validation = planned.settings, planned.dataset.validation.head(CALIBRATED)
-    newest = run.backbone_file
+    newest, validation = run.backbone_file, planned.dataset.validation.head(CALIBRATED)
     if not newest.exists():
         pretrain_into(run.path, planned)
+    planned = _priced(run, planned)
+    settings = planned.settings
     times = _times(run, planned) if settings.learning.cost == "time" else None
     if settings.learning.finetune:
         newest = run.checkpoints / "backbone.safetensors"
@@ -391,6 +391,18 @@ def learn(run: RunFolder, planned: Plan) -> bool:
         again = f"dynrl train {settings.problem.decision} --resume {run.path}"
         say(f"stopped early; go on with: {again}", sys.stderr)
     return finished
+
+
+def _priced(run: RunFolder, planned: Plan) -> Plan:
+    """The plan with a price range. One that is not given is found on the run's backbone, and written down."""
+    settings, validation = planned.settings, planned.dataset.validation
+    if settings.learning.price_range is None:
+        backbone, _ = load_backbone(run.pretrained_file)
+        low, high = find_price_range(backbone, validation, REWARDS[settings.learning.reward].accuracy)
+        say(f"prices: from {low:g} to {high:g}, as the backbone's routes lose and cost")
+        settings = replace(settings, learning=replace(settings.learning, price_range=(low, high)))
+        settings.save(run.config_file)
+    return replace(planned, settings=settings)
 
 
 def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dynrl.settings import Learning, Place, Problem
 
 BY_DATA = {  # whose default is no number
     "data": "the decision's", "steps": "the data set's; for gates half as many", "hidden": "the data set's",
-    "num_envs": "the data set's", "price_range": "the data set's", "learning_rate": "the agent's own",
+    "num_envs": "the data set's", "price_range": "measured", "learning_rate": "the agent's own",
     "entropy": "the agent's own",
 }  # fmt: skip
 
@@ -84,7 +84,7 @@ def main(args: Args) -> None:
 
         report_runs([run.path], run.path)
         print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
-        low, high = planned.settings.learning.price_range
+        low, high = run.settings["price_range"]
         budget = "" if low == high else "model.set_budget(0.5); "
         print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")
 

@@ -10,31 +10,34 @@ from torch import Tensor
 
 from dynrl.backbones import Backbone
 from dynrl.data import Split
-from dynrl.envs.rewards import Reward
 from dynrl.evaluation.routes import cheapest_choices
 from dynrl.policies import RandomPolicy
+from dynrl.tasks import Task
 
-MARGIN = 4.0  # a policy spends on the inputs that need it most, and saves on those that need it least
-WIDEST = 1000.0  # between the lowest and the highest price: a policy has to tell them apart
-LEAST = 0.01  # the highest price where compute buys nothing
+# From task, output [n, ...], target [n, ...] and what gives the dense network's output, to the accuracy term [n].
+Accuracy = Callable[[Task, Tensor, Tensor, Callable[[], Tensor]], Tensor]
+# Means over inputs are measured, and inputs differ: some are worth more than the mean gain, many lose less than the mean.
+ABOVE, BELOW = 4.0, 10.0
+WIDEST = 1e4  # the highest price over the lowest, at most: a policy has to tell prices apart
+NOTHING = 0.01  # the highest price where compute gains nothing
 RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
 COLUMNS = 16  # in so many at most a choice is changed alone
 ROWS = 512
 
 
 @torch.inference_mode()
-def find_price_range(backbone: Backbone, split: Split, reward: Reward) -> tuple[float, float]:
+def find_price_range(backbone: Backbone, split: Split, accuracy: Accuracy) -> tuple[float, float]:
     """Find the prices of compute between which a policy goes from spending all to spending its least.
 
     A policy pays for more compute as long as what it gains in the reward's accuracy term is worth the price. So the
     steepest gain per compute over the cheapest route bounds the highest price, and the flattest loss below the full
-    route the lowest. Both are measured as means over inputs: on random routes of several rates, on the full route with
-    one choice made cheap, and on the cheapest route with one choice made the full one.
+    route the lowest; a choice that loses nothing is made at any price. Both are measured as means over inputs, on
+    random routes of several rates and on the full route with one choice made cheap.
 
     Args:
         backbone: as pretrained.
         split: validation data; the first `ROWS` are walked.
-        reward: whose accuracy term is meant.
+        accuracy: the reward's term, see `Reward.accuracy`.
 
     Returns:
         lowest and highest price, each of one significant digit, so that a machine's rounding changes nothing.
@@ -48,17 +51,18 @@ def find_price_range(backbone: Backbone, split: Split, reward: Reward) -> tuple[
         """Return the mean accuracy term, and the share of the dense MACs."""
         walk = network.run_route(split.inputs, routes.expand(len(split), -1))
         assert walk.outputs is not None
-        term = reward.accuracy(split.task, walk.outputs.float(), split.targets, said.float)
+        term = accuracy(split.task, walk.outputs.float(), split.targets, said.float)
         return float(term.double().mean()), float(walk.macs.double().mean()) / backbone.dense_macs
 
     most, least = measure(full), measure(cheapest)
     between = [measure(RandomPolicy(backbone.thrift, rate).route(split.inputs)) for rate in RATES]
     lone = torch.linspace(0, backbone.columns - 1, min(COLUMNS, backbone.columns)).long()
     changed = torch.eye(backbone.columns, dtype=torch.bool)[lone]
-    above = [measure(route) for route in torch.where(changed, full, cheapest)]
     below = [measure(route) for route in torch.where(changed, cheapest, full)]
-    high = MARGIN * max([LEAST / MARGIN, *_slopes((least, other) for other in (*between, *above, most))])
-    low = min([high, *_slopes((other, most) for other in (*between, *below, least))]) / MARGIN
+    gains = _slopes((least, other) for other in (*between, most))
+    losses = [loss for loss in _slopes((other, most) for other in (*between, *below, least)) if loss > 0]
+    high = max([NOTHING, *(ABOVE * gain for gain in gains)])
+    low = min([high, *losses]) / BELOW
     return _one_digit(max(low, high / WIDEST), math.floor), _one_digit(high, math.ceil)
 
 
