@@ -136,7 +136,7 @@ class Finetuner:
 
     def _step(self, policy: LearnedPolicy) -> dict[str, float]:
         plan, backbone, task, device = self._plan, self.backbone, self._dataset.task, self._device
-        train, rows = self._dataset.train, self._rows()
+        rows, train = self._rows(), self._train
         inputs, targets = self._dataset.augmentation(train.inputs[rows], self._generator), train.targets[rows]
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -179,11 +179,15 @@ class Finetuner:
         }  # fmt: skip
 
     def _rows(self) -> Tensor:
-        """The next batch of an order that is drawn anew for each epoch, so that a round may end within one."""
+        """The next batch of an order that is drawn anew for each epoch, so that a round may end within one.
+
+        The training inputs of that epoch are put into `_train`.
+        """
         epoch, position = divmod(self.batches, self._epoch)
         if position == 0 or not hasattr(self, "_order"):
             seed = torch.Generator().manual_seed(1_000_003 * self._seed + epoch)
             self._order = torch.randperm(len(self._dataset.train), generator=seed).split(self._plan.batch_size)
+            self._train = self._dataset.in_epoch(self._seed, epoch).train
         return self._order[position]
 
     def _save(self) -> None:

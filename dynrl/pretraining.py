@@ -107,7 +107,7 @@ def pretrain(
     batches = len(train) // recipe.batch_size
     if batches == 0:
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training inputs")
-    epochs = recipe.length(random_routes)
+    epochs, before = recipe.length(random_routes), recipe.length(False) if random_routes else 0
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, epochs * batches)
     # Convolutions train faster on channels_last maps on a CPU.
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -123,11 +123,12 @@ def pretrain(
         for epoch in range(first, epochs):
             least_rate = recipe.least_rate(epoch) if random_routes else None
             backbone.train()
+            drawn = dataset.in_epoch(seed, before + epoch)
             order = torch.randperm(len(train), generator=generator)
             total = 0.0
             for index in order.split(recipe.batch_size)[:batches]:
                 optimizer.zero_grad()
-                total += _learn_batch(backbone, dataset, recipe, index, least_rate, generator)
+                total += _learn_batch(backbone, drawn, recipe, index, least_rate, generator)
                 optimizer.step()
                 schedule.step()
                 bar.update()

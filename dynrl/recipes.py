@@ -104,6 +104,13 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=8, batch_size=128),
         learning=Learning(steps=600_000),
     ),
+    # The plain network needs most of the time: exits are soon trained on it.
+    ("exit", "trace-small"): Defaults(
+        family="exit_resnet",
+        backbone={"layers": (2, 4), "widths": (16, 32), "exits": (0, 1, 2, 3, 4)},
+        pretraining=Recipe(epochs=4, batch_size=128, plain_epochs=12),
+        learning=Learning(steps=150_000),
+    ),
     ("expert", "digits"): Defaults(
         family="expert_net",
         backbone={"stem": 16, "channels": 64, "layers": 4, "widths": (0, 32, 64, 64, 128, 256)},

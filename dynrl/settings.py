@@ -90,7 +90,6 @@ class Learning:
         if self.entropy is not None and not 0 <= self.entropy < 1:
             raise ValueError(f"expected an entropy of at least 0 and below 1, got {self.entropy}")
 
-
     @property
     def prices(self) -> tuple[float, float]:
         """The price range, once it is known: agents ask no earlier."""

@@ -25,11 +25,16 @@ def check(args: Args, matrix: list[tuple[str, str]]) -> None:
         for agent, seed in product(args.agents, args.seeds):
             plan(name, data, agent=agent, seed=seed, finetune=args.finetune)
         for setting in args.plain:
-            defaults(name, data).changed((setting,)).build(load_dataset(data), args.seeds[0])
+            defaults(name, data).changed(_settings(setting)).build(load_dataset(data), args.seeds[0])
     for price in args.prices:
         check_price_range((price, price))
     if args.prices and "ppo" not in args.agents:
         raise ValueError("--prices trains PPO at one price each, to stand beside PPO: add ppo to --agents")
+
+
+def _settings(words: str) -> tuple[str, ...]:
+    """The settings of one network; their values may have spaces."""
+    return tuple(re.split(r"\s+(?=\w+=)", words.strip()))
 
 
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
@@ -42,7 +47,7 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     for setting in args.plain:
         plain = folder / f"plain-{re.sub(r'[^a-z0-9]+', '-', setting.lower()).strip('-')}"
         plain.mkdir(exist_ok=True)
-        pretrain_into(plain, plan(decision, data, seed=args.seeds[0], network=(setting,)), plain_only=True)
+        pretrain_into(plain, plan(decision, data, seed=args.seeds[0], network=_settings(setting)), plain_only=True)
     kinds: list[tuple[str, dict[str, Any]]] = [(agent, {"agent": agent}) for agent in args.agents]
     kinds += [(f"ppo-at-{price:g}", {"agent": "ppo", "price_range": (price, price)}) for price in args.prices]
     for (kind, given), seed in product(kinds, args.seeds):

@@ -36,8 +36,8 @@ class Args:
     prices: tuple[float, ...] = ()
     """Prices to train PPO at, one alone each: policies that one policy for all prices must stand beside."""
     plain: tuple[str, ...] = ()
-    """Smaller networks to train alone by the same recipe, each a NAME=VALUE that differs from the backbone's settings:
-    layers=[2,2,2], widths=[16,32,64]."""
+    """Smaller networks to train alone by the same recipe, each by what differs from the backbone's settings: two are
+    'layers=[2,2,2]' 'layers=[1,4] widths=[16,16]'. The best that a budget allows are one front."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
 

@@ -20,8 +20,9 @@ class Args:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders of one pretrained backbone and data set."""
-    smaller: Path | None = None
-    """A folder of `dynrl pretrain` with a smaller network (`--network ... --plain`): a row of its own."""
+    smaller: tuple[Path, ...] = ()
+    """Folders of `dynrl pretrain` with smaller networks (`--network ... --plain`): a row for each, and at each budget
+    the best that it allows. Networks of one shape are seeds of one another."""
     out: Path | None = None
     """Folder for report.json and report.png; default: the run folder, if there is one only."""
     batch_size: int = 256
@@ -56,7 +57,7 @@ def report_runs(
     runs: Sequence[Path],
     out: Path,
     batch_size: int = 256,
-    smaller: Path | None = None,
+    smaller: Sequence[Path] = (),
     device: str = "cpu",
     dtype: str = "float32",
 ) -> dict[str, Any]:

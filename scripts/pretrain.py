@@ -22,7 +22,7 @@ class Args:
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     plain: bool = False
-    """Only train the plain network, on its full route: a smaller one to stand beside routed ones
+    """Only train the plain network, on its full route: one of a front of smaller ones that stands beside routed ones
     (`dynrl evaluate --smaller`)."""
     seed: int = 0
     """Seed of weights, order, augmentation and routes."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -84,6 +86,18 @@ def test_routes_are_drawn_from_the_policy_where_the_plan_says_so(tmp_path):
     floor = (backbone.start_macs + int(backbone.costs[:, 0].sum())) / backbone.dense_macs
     assert spent[False] == pytest.approx(floor)
     assert spent[True] - floor == pytest.approx((1 - floor) / (1 + math.exp(2)), rel=0.1)
+
+
+def test_each_epoch_has_inputs_of_its_own_where_they_can_be_drawn(tmp_path):
+    """They do not hang on where rounds end, nor on where a run was killed."""
+    backbone, drawn = make_backbone("exiting"), []
+    data = answered_by(backbone)
+    data = replace(data, anew=lambda seed: drawn.append(seed) or data.train)
+    plan = Finetuning(rounds=3, epochs=0.75, batch_size=32)  # of 8 batches each, 6 a round
+    make = partial(Finetuner, backbone, backbone, data, plan, PRICES, 5, tmp_path / "c.pt")
+    make().train(untrained_policy(backbone), 1)
+    make().train(untrained_policy(backbone), 3)
+    assert len(drawn) == 4 and drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 def test_both_optimizers_descend_and_others_are_refused():

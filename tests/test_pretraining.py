@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +137,43 @@ def test_numbers_are_learned_from_inputs_that_are_no_images():
     before = metric_at_rate(backbone, split, None)
     pretrain(backbone, data, replace(RECIPE, epochs=10, batch_size=32), random_routes=False)
     assert metric_at_rate(backbone, split, None) < before / 3
+
+
+def test_each_epoch_has_inputs_of_its_own_where_they_can_be_drawn(tmp_path):
+    """A run that was killed goes on with those that it would have had."""
+    inputs, drawn = torch.randn(64, 4), []
+
+    def split(shift):
+        return Split(inputs + shift, inputs[:, :2].clone(), Regression(1.0))
+
+    def anew(seed):
+        drawn.append(seed)
+        return split(float(seed % 1000))
+
+    data = Dataset("drawn", 2, split(0.0), split(0.0), split(0.0), Augmentation(), anew=anew)
+    recipe, file = replace(RECIPE, batch_size=32, learning_rate=1e-4), tmp_path / "backbone.pt"
+    assert replace(data, anew=None).in_epoch(3, 2).train is data.train
+    torch.manual_seed(0)
+    start = Looping()
+    whole = pretrain(copy.deepcopy(start), data, recipe, seed=3)
+    assert len(set(drawn)) == 3
+    stopped, kept = [], drawn.copy()
+
+    def killed(seed):
+        if seed == kept[2] and not stopped:
+            stopped.append(seed)
+            raise KeyboardInterrupt
+        return anew(seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(copy.deepcopy(start), replace(data, anew=killed), recipe, seed=3, checkpoint=file)
+    drawn.clear()
+    resumed = pretrain(copy.deepcopy(start), replace(data, anew=killed), recipe, seed=3, checkpoint=file)
+    assert drawn == kept[2:]
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor)
+    pretrain(copy.deepcopy(start), data, recipe, seed=4)
+    assert not set(drawn[1:]) & set(kept)
 
 
 def test_a_diverging_loss_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,10 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return tuple(self.train.inputs.shape[1:])
+
+    def in_epoch(self, seed: int, epoch: int) -> Dataset:
+        """The same with the training inputs of that epoch: drawn anew where they can be, else its own."""
+        return self if self.anew is None else replace(self, train=self.anew(1_000_003 * seed + epoch))
 
     def split(self, name: str) -> Split:
         """The split of that name."""

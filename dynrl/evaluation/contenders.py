@@ -293,28 +293,64 @@ class Ruled(Contender):
         return [Reached(model.backbone, metric, route.macs_fraction, route.router_fraction, route.actions, start)]
 
 
+class Plain(Contender):
+    """A plain network that was trained alone is a contender with one point, at the MACs that its name tells.
+
+    Args:
+        networks: of one shape, a network for each seed.
+    """
+
+    asked = False
+
+    def __init__(self, networks: Sequence[Backbone], ground: Ground) -> None:
+        self.networks, self._ground = [ground.put(network) for network in networks], ground
+        self.name = f"plain {networks[0].dense_macs / 1e6:.3g} MMACs"
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Answer the same at every budget."""
+        return [_whole(network, self._ground) for network in self.networks]
+
+
 class Smaller(Contender):
-    """This contender takes plain networks of fewer MACs, each trained alone: the best within the budget."""
+    """The front of plain networks that were trained alone is a contender: the best of them within the budget.
+
+    Args:
+        plain: each with as many seeds.
+    """
 
     name = "smaller"
 
-    def __init__(self, networks: Sequence[Backbone], ground: Ground, asked: bool = True) -> None:
-        self._ground, self._networks, self.asked = ground, [ground.put(network) for network in networks], asked
-        self.preparing = len(self._networks)
+    def __init__(self, plain: Sequence[Plain], ground: Ground) -> None:
+        self._plain, self._ground, self.preparing = plain, ground, len(plain)
 
     def prepare(self, tick: Tick) -> None:
         """Try each on validation data."""
         self._known, whole = [], self._ground.network.dense_macs
-        for network in self._networks:
-            metric = float(_full(network, self._ground.searched).mean())
-            self._known.append(ways.Found(network, network.dense_macs / whole, metric))
+        for plain in self._plain:
+            metric = mean_metric(plain.networks, self._ground.searched)
+            self._known.append(ways.Found(plain, plain.networks[0].dense_macs / whole, metric))
             tick()
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Take the best network within the budget; without a budget, the best of all."""
-        limit = float("inf") if budget is None else budget
-        best = ways.affordable(self._known, limit, self._ground.task)
-        return None if best is None else [_whole(best, self._ground)]
+        """Take the best network within the budget."""
+        assert budget is not None
+        best = ways.affordable(self._known, budget, self._ground.task)
+        return None if best is None else best.reach(None)
+
+
+def _plain_front(networks: Sequence[Backbone], ground: Ground) -> list[Contender]:
+    """List the front of plain networks, and each shape of them: those of one shape are seeds of one another."""
+    shapes: list[list[Backbone]] = []
+    for network in sorted(networks, key=lambda of: -of.dense_macs):
+        mine = next((shape for shape in shapes if shape[0].config == network.config), None)
+        shapes.append([network]) if mine is None else mine.append(network)
+    if len({len(shape) for shape in shapes}) > 1:
+        counts = ", ".join(f"{len(shape)} of {shape[0].dense_macs / 1e6:.3g} MMACs" for shape in shapes)
+        raise ValueError(f"expected as many seeds of each smaller network, got {counts}")
+    plain = [Plain(shape, ground) for shape in shapes]
+    for i, of in enumerate(plain):  # rows are told apart by their names
+        of.name += f" ({again + 1})" if (again := [before.name for before in plain[:i]].count(of.name)) else ""
+    return [Smaller(plain, ground), *plain] if plain else []
 
 
 def _full(network: Backbone, split: Split) -> Tensor:
@@ -400,17 +436,18 @@ def mean_metric(networks: Sequence[Backbone], split: Split) -> float:
     return sum(float(_full(network, split).mean()) for network in networks) / len(networks)
 
 
-def rivals(ground: Ground, smaller: Sequence[Backbone] = (), one_smaller: bool = False) -> list[Contender]:
+def rivals(ground: Ground, smaller: Sequence[Backbone] = ()) -> list[Contender]:
     """List all that learned policies stand beside, in a report's order.
 
     Args:
         ground: with the pretrained network.
-        smaller: plain networks of fewer MACs.
-        one_smaller: show them as one point, without budgets.
+        smaller: plain networks of fewer MACs, trained alone; those of one shape are seeds of one another.
+
+    Raises:
+        ValueError: one shape of them has more seeds than another.
     """
     static = Static(ground)
     found: list[Contender] = [Random(ground)]
     found += [Ruled(name, fit, ground) for name, fit in rules_of(ground.network).items()]
     found += [static, *(Uniform(static, place, ground) for place in range(static.kinds))]
-    found += [Smaller(smaller, ground, asked=not one_smaller)] if smaller else []
-    return [*found, Oracle(static, ground)]
+    return [*found, *_plain_front(smaller, ground), Oracle(static, ground)]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dynrl.data import Split
-from dynrl.evaluation.report import seeds_text
+from dynrl.evaluation.difficulty import bin_name
+from dynrl.evaluation.report import correlation_text, seeds_text
 from dynrl.files import write_aside
-from dynrl.tasks import CLASSIFICATION, TASKS
+from dynrl.tasks import CLASSIFICATION, TASKS, Task
 
 RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # others: "x-."
 MARKERS = {"ppo": "o", "gate": "v"}  # of a frozen backbone's policies, by agent; others: "p"
@@ -56,8 +57,9 @@ def show_in_tensorboard(picture: Path, run: Path) -> None:
 
 def draw_report(report: dict[str, Any], test: Split, path: Path) -> None:
     """Draw the metric against MACs and against measured time, and where one policy spends, and on which inputs."""
-    figure = _new_figure(figsize=(11, 8.4))
-    upper, lower = figure.subfigures(2, 1)
+    hard = {} if report["usage"] is None else report["usage"]["difficulty"]
+    figure = _new_figure(figsize=(11, 12.4 if hard else 8.4))
+    upper, lower, *lowest = figure.subfigures(3 if hard else 2, 1)
     axes = upper.subplots(1, 2, sharey=True)
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     full_height = task.factor * dense[metric]
@@ -80,6 +82,10 @@ def draw_report(report: dict[str, Any], test: Split, path: Path) -> None:
     upper.suptitle(f"{report['decision']} on {report['data']}, policy seeds: {seeds_text(report)}", fontsize="medium")
     if report["usage"] is not None:
         _draw_usage(report["usage"], test, lower)
+    for part in lowest:
+        part.suptitle(f"{report['usage']['policy']}, by what makes an input hard", fontsize="medium")
+        for axis, (name, found) in zip(part.subplots(1, len(hard), squeeze=False)[0], hard.items(), strict=True):
+            _draw_difficulty(name, found, task, axis)
     _save(figure, path)
 
 
@@ -110,6 +116,18 @@ def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
             axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
             if test.task == CLASSIFICATION:
                 axis.set_title(str(int(test.targets[row])), fontsize="small")
+
+
+def _draw_difficulty(name: str, found: dict[str, Any], task: type[Task], axis: Any) -> None:
+    """Draw as bars what inputs of each difficulty take, and as a line what is reached on them."""
+    places, rows = range(len(found["bins"])), found["bins"]
+    axis.bar(places, [row["macs_fraction"] for row in rows], color="lightsteelblue")
+    axis.set_xticks(places, [f"{bin_name(row)}\n{row['inputs']} inputs" for row in rows], fontsize="small")
+    axis.set(xlabel=name, ylabel="bars: MACs, share of the dense network's")
+    axis.set_title(f"{name}{correlation_text(found)}", fontsize="medium")
+    beside = axis.twinx()
+    beside.plot(places, [task.factor * row[task.metric] for row in rows], "ko-")
+    beside.set(ylabel=f"line: test {task.heading}", yscale=task.axis)
 
 
 def draw_comparison(result: dict[str, Any], path: Path) -> None:

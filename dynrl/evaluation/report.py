@@ -13,13 +13,14 @@ import torch
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, load_dataset
 from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
+from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.scores import Score, Usage
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import write_json
 from dynrl.machine import commit, hardware
 from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
-from dynrl.tasks import TASKS
+from dynrl.tasks import TASKS, Task
 
 ROUNDS = 11  # each side is timed so often
 Run = str | Path | RunFolder
@@ -29,7 +30,7 @@ def evaluate(
     runs: Run | Iterable[Run],
     *,
     out: str | Path | None = None,
-    smaller: str | Path | None = None,
+    smaller: Sequence[str | Path] = (),
     data: Dataset | None = None,
     batch_size: int = 256,
     device: str = "cpu",
@@ -42,7 +43,7 @@ def evaluate(
     Args:
         runs: run folders, one or more.
         out: a folder for `report.json` and `report.png`; None writes nothing.
-        smaller: a folder whose `plain.safetensors`, a smaller network, stands beside them.
+        smaller: folders whose `plain.safetensors`, smaller networks, stand beside them.
         data: the data set; None takes the runs' own by its name.
         batch_size: rows of the batch that is timed.
         device, dtype: of networks and inputs.
@@ -62,7 +63,7 @@ def evaluate(
     dataset = load_dataset(folders[0].data) if data is None else data
     ground = Ground(folders[0].pretrained, dataset, device, getattr(torch, dtype))
     learned = [Learned(kind, [run.model for run in mine], ground) for kind, mine in kinds.items()]
-    beside = None if smaller is None else plain_network(smaller, dataset)
+    beside = [plain_network(folder, dataset) for folder in smaller]
     report = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
         "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
@@ -94,7 +95,7 @@ def measure(
     ground: Ground,
     learned: Sequence[Learned],
     plain: Backbone | None = None,
-    smaller: Backbone | None = None,
+    smaller: Sequence[Backbone] = (),
     batch_size: int = 256,
     budgets: Sequence[float] = BUDGETS,
     show: bool = False,
@@ -105,13 +106,13 @@ def measure(
         ground: the pretrained network, and the data.
         learned: policies, by kinds.
         plain: the same network trained on its full route only.
-        smaller: a plain network of fewer MACs.
+        smaller: plain networks of fewer MACs.
         batch_size: rows of the batch that is timed.
         budgets: at which contenders are asked.
         show: whether to show progress.
     """
     dense = Dense(ground, plain, learned)
-    random, *others = rivals(ground, () if smaller is None else (smaller,), one_smaller=True)
+    random, *others = rivals(ground, smaller)
     everybody: list[Contender] = [dense, *learned, random, *others]
     points = _Points(ground, ground.test.inputs[:batch_size])
     total = sum(contender.passes(budgets) for contender in everybody) + ROUNDS
@@ -148,6 +149,7 @@ class _Points:
         metrics = torch.tensor([score.metric for score in scores], dtype=torch.float64)
         macs = sum(score.macs_fraction for score in scores) / len(scores)
         metric, first = self.ground.task.metric, reached[0]
+        hard = [correlations(self.ground.test, of.macs) for of in reached]
         name = len(self.rows)
         self._sides[f"{name}/routed"] = first.start(self.batch)
         route = first.route[: len(self.batch)].to(self.batch.device)
@@ -161,6 +163,7 @@ class _Points:
                 "router_fraction": sum(score.router_fraction for score in scores) / len(scores),
                 "distinct_routes": max(score.distinct_routes for score in scores),
                 "choice_rates": {tag: sum(s.rates[tag] for s in scores) / len(scores) for tag in scores[0].rates},
+                "spearman": {name: _mean([of[name] for of in hard]) for name in hard[0]},
             }
         )  # fmt: skip
         return macs
@@ -175,6 +178,11 @@ class _Points:
             ms, ideal = times[f"{i}/routed"], times[f"{i}/ideal"]
             row |= {"latency_ms": ms, "speedup": fastest / ms, "realised_ratio": ideal / ms}
         return {name.removeprefix("dense "): times[name] for name in dense}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _learned_and_random(
@@ -260,8 +268,26 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
         lines.append(
             f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}"
         )
+        lines += _difficulty_lines(usage, task)
     for name in report["seeds"]:
         missed = sorted(set(budgets) - {p["budget"] for p in report["points"] if p["policy"] == name})
         if missed:
             lines.append(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
     return "\n".join(lines)
+
+
+def _difficulty_lines(usage: dict[str, Any], task: type[Task]) -> list[str]:
+    lines = []
+    for name, found in usage["difficulty"].items():
+        lines.append(f"{usage['policy']}, by {name}{correlation_text(found)}:")
+        lines.append(f"{name:>16} {'inputs':>8} {task.heading:>11} {'MACs':>6}")
+        lines += [
+            f"{bin_name(row):>16} {row['inputs']:8} {task.show(row[task.metric]):>11} {row['macs_fraction']:6.2f}"
+            for row in found["bins"]
+        ]
+    return lines
+
+
+def correlation_text(found: dict[str, Any]) -> str:
+    """Say how spending follows a difficulty, if all inputs do not take the same."""
+    return "" if found["spearman"] is None else f" (Spearman's correlation with MACs {found['spearman']:.2f})"

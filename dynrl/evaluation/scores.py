@@ -12,6 +12,7 @@ from torch import Tensor
 from dynrl.backbones import Backbone, choice_rates
 from dynrl.data import Split
 from dynrl.deploy import Route, RoutedModel
+from dynrl.evaluation.difficulty import by_difficulty
 from dynrl.tasks import CLASSIFICATION
 
 
@@ -104,6 +105,7 @@ class Usage:
         cheapest, dearest: rows of the split by what was spent on them, the extreme first.
         distinct_routes: how many different routes the inputs take.
         commonest: share of the inputs that take the commonest route.
+        difficulty: what `by_difficulty` says.
     """
 
     groups: list[dict[str, Any]]
@@ -112,6 +114,7 @@ class Usage:
     dearest: list[int]
     distinct_routes: int
     commonest: float
+    difficulty: dict[str, dict[str, Any]]
 
     @classmethod
     def of(cls, model: RoutedModel, split: Split, shown: int = 8) -> Usage:
@@ -134,7 +137,8 @@ class Usage:
         order = macs.argsort(stable=True).tolist()
         _, counts = actions.unique(dim=0, return_counts=True)
         commonest = float(counts.max() / len(actions))
-        return cls(groups, by_column, order[:shown], order[-shown:][::-1], len(counts), commonest)
+        hard = by_difficulty(split, metric, macs)
+        return cls(groups, by_column, order[:shown], order[-shown:][::-1], len(counts), commonest, hard)
 
 
 def _column_shares(backbone: Backbone, actions: Tensor) -> Tensor:

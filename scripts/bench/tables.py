@@ -6,7 +6,9 @@ from collections.abc import Callable
 from statistics import geometric_mean, median
 from typing import Any
 
+from dynrl.evaluation.difficulty import bin_name
 from dynrl.scripts.bench.ops import summary
+from dynrl.tasks import TASKS
 
 
 def bench_agents_table(result: dict[str, Any]) -> list[str]:
@@ -107,6 +109,35 @@ def summed(found: dict[str, Any]) -> str:
     )
 
 
+def bench_tasks_table(result: dict[str, Any]) -> list[str]:
+    """Write rows of `dynrl bench tasks`: a table a data set, with the metric by the first of its difficulties."""
+    lines = []
+    for found in result["summary"]:
+        mine = [row for row in result["rows"] if row["data"] == found["data"]]
+        name, bins = next(iter(mine[0]["difficulty"].items()), ("", []))
+        metric, task = mine[0]["metric"], TASKS[mine[0]["metric"]]
+        heads = [f"{name} {bin_name(row)}" if i == 0 else bin_name(row) for i, row in enumerate(bins)]
+        heads = [f"{mine[0]['decision']}, {found['data']}", "MMACs", "share", task.heading, *heads]
+        lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        for row in mine:
+            settings = f" `{' '.join(row['settings'])}`" if row["settings"] else ""
+            cells = [
+                f"{row['network']}{settings}", f"{row['macs'] / 1e6:.2f}", f"{row['macs_fraction']:.2f}",
+                task.show(row[metric]) + (f" ±{task.show(row[f'{metric}_std'])}" if row["seeds"] > 1 else ""),
+                *(task.show(at[metric]) for at in row["difficulty"].get(name, ())),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"{task_summed(found)}.", ""]
+    return [*lines, _machine(result)]
+
+
+def task_summed(found: dict[str, Any]) -> str:
+    """Say in words whether a task is fit."""
+    said, points = "fit" if found["fit"] else "not fit", f"{100 * found['margin']:.2f} points"
+    rival = f"the best of half of its MACs ({found['best']}), mean of {found['seeds']} seeds"
+    return f"{found['data']} is {said}: the dense network errs {points} less than {rival}"
+
+
 def bench_model_table(result: dict[str, Any]) -> list[str]:
     """Write rows of `dynrl bench model`."""
     lines = [
@@ -166,5 +197,7 @@ def _modules(rows: list[dict[str, Any]]) -> list[str]:
 
 BENCHES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "bench-known": bench_known_table, "bench-agents": bench_agents_table, "bench-env": bench_env_table,
-    "bench-ops": bench_ops_table, "bench-model": bench_model_table, "gpu": gpu_table,
+    "bench-ops": bench_ops_table, "bench-model": bench_model_table, "bench-tasks": bench_tasks_table,
+    "gpu": gpu_table,
 }  # fmt: skip
+SUMMED: dict[str, Callable[[dict[str, Any]], str]] = {"ops": summed, "tasks": task_summed}

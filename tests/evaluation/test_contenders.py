@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dynrl.backbones import SkipResNet
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.evaluation import BUDGETS, Dense, Ground, Static, measure, rivals
+from dynrl.evaluation import BUDGETS, Dense, Ground, Plain, Smaller, Static, measure, rivals
 from tests.cases import TOYS
 
 
@@ -60,3 +61,46 @@ def test_a_report_of_rivals_alone(name, monkeypatch):
     uniform = ["uniform"] * Static(ground).kinds
     assert [p["policy"] for p in points if p["budget"] is None] == [*uniform, "oracle"]
     assert all(p["kind"] is None for p in points)
+
+
+def says(layers, answer):
+    """A network of as many blocks that answers the same whatever it is shown."""
+    network = SkipResNet((1, 8, 8), classes=3, layers=(layers,), widths=(8,)).eval()
+    with torch.no_grad():
+        network.fc.weight.zero_()
+        network.fc.bias.copy_(torch.nn.functional.one_hot(torch.tensor(answer), 3))
+    return network
+
+
+def test_plain_networks_are_one_front_and_a_row_each():
+    """Three blocks are right for half of the inputs, two for a fifth, one for three tenths."""
+    targets = torch.tensor([0] * 5 + [1] * 2 + [2] * 3).repeat(8)
+    split = Split(torch.randn(80, 1, 8, 8), targets)
+    ground = Ground(says(5, 0), Dataset("toy", 3, split, split, split, Augmentation()))
+    smaller = [says(layers, answer) for layers, answer in ((1, 2), (3, 0), (2, 1), (3, 0), (1, 2), (2, 1))]
+    whole, macs = ground.network.dense_macs, {len(of.points): of.dense_macs for of in smaller}
+    front, *rows = [of for of in rivals(ground, smaller) if isinstance(of, Smaller | Plain)]
+    assert [of.name for of in rows] == [f"plain {macs[layers] / 1e6:.3g} MMACs" for layers in (3, 2, 1)]
+    assert [of.rows(BUDGETS) for of in rows] == [[None]] * 3
+    found = [row.reach(None) for row in rows]
+    assert [[float(of.metric.mean()) for of in seeds] for seeds in found] == [
+        [pytest.approx(accuracy)] * 2 for accuracy in (0.5, 0.2, 0.3)
+    ]
+    assert [float(seeds[0].macs.mean()) for seeds in found] == pytest.approx([macs[n] / whole for n in (3, 2, 1)])
+    front.prepare(lambda: None)
+    for budget in (0.05, macs[1] / whole, macs[2] / whole, macs[3] / whole, 0.9):
+        reached = front.reach(budget)
+        if budget < macs[1] / whole:
+            assert reached is None
+            continue
+        best = 1 if budget < macs[3] / whole else 3
+        assert [float(of.macs.mean()) for of in reached] == pytest.approx([macs[best] / whole] * 2)
+    with pytest.raises(ValueError, match="as many seeds of each smaller network, got 1 of .* MMACs, 2 of"):
+        rivals(ground, smaller[2:])
+    twins = [SkipResNet((1, 8, 8), 3, layers=(1,), widths=(8,), stem_stride=2).eval(), says(1, 2)]
+    twins[0].dense_macs = twins[1].dense_macs
+    assert [of.name for of in rivals(ground, twins) if isinstance(of, Plain)] == [rows[2].name, f"{rows[2].name} (2)"]
+    points = measure(ground, [], smaller=smaller, batch_size=8)["points"]
+    shown = [(p["policy"], p["runs"]) for p in points if p["budget"] is None]
+    assert shown == [*((of.name, 2) for of in rows), ("oracle", 1)]
+    assert {p["budget"] for p in points if p["policy"] == "smaller"} == {b for b in BUDGETS if b >= macs[1] / whole}

@@ -70,5 +70,7 @@ def test_every_kind_of_walk_has_prices(family):
 
 def test_the_same_backbone_has_the_same_prices():
     backbone = Looping()
-    found = {find_price_range(backbone, Split(torch.ones(8, 4), torch.ones(8, 2), Regression(1.0)), worth) for _ in "12"}
+    found = {
+        find_price_range(backbone, Split(torch.ones(8, 4), torch.ones(8, 2), Regression(1.0)), worth) for _ in "12"
+    }
     assert len(found) == 1

@@ -106,7 +106,7 @@ def test_runs_that_were_not_trained_alike_are_no_seeds_of_one_another(run, other
 def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsys):
     again = twin(run, tmp_path / "again", seed=1)
     runs = [run, others / "gate", again, others / "tuned"]
-    report = report_runs(runs, tmp_path / "out", batch_size=32, smaller=others / "gate")
+    report = report_runs(runs, tmp_path / "out", batch_size=32, smaller=[others / "gate"])
     assert report["seeds"] == {"learned": [0, 1], "gate": [0], "learned tuned": [0]}
     rows = [p for p in report["points"] if p["policy"] in report["seeds"]]
     assert {(p["policy"], p["runs"]) for p in rows} == {("learned", 2), ("gate", 1), ("learned tuned", 1)}
@@ -128,9 +128,11 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     }  # fmt: skip
     best = [name for name, value in on_validation.items() if value == max(on_validation.values())]
     assert dense["accuracy"] in [dense[f"{name}_accuracy"] for name in best]
-    smaller = next(p for p in report["points"] if p["policy"] == "smaller")
+    smaller = next(p for p in report["points"] if p["policy"].startswith("plain "))
+    assert smaller["policy"] == f"plain {dense['macs'] / 1e6:.3g} MMACs"
     assert smaller["accuracy"] == pytest.approx(dense["plain_accuracy"])
-    assert smaller["macs_fraction"] == 1  # the twin itself, here
+    assert smaller["macs_fraction"] == 1  # the twin itself, here: no budget allows it
+    assert "smaller" not in {p["policy"] for p in report["points"]}
     assert "learned 0, 1; gate 0; learned tuned 0" in capsys.readouterr().out
     assert "| learned tuned | " in "\n".join(report_table(report))
     (row,) = by_decision_table({"out": report})[2:]
