@@ -16,7 +16,7 @@ from dynrl.tasks import Task
 
 # From task, output [n, ...], target [n, ...] and what gives the dense network's output, to the accuracy term [n].
 Accuracy = Callable[[Task, Tensor, Tensor, Callable[[], Tensor]], Tensor]
-# Means over inputs are measured, and inputs differ: some are worth more than the mean gain, many lose less than the mean.
+# What is measured are means over inputs: some gain more from compute than the mean, and many lose less without it.
 ABOVE, BELOW = 4.0, 10.0
 WIDEST = 1e4  # the highest price over the lowest, at most: a policy has to tell prices apart
 NOTHING = 0.01  # the highest price where compute gains nothing

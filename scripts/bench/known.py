@@ -159,7 +159,7 @@ def learn_known(decision: str, data: str, backbone: Backbone, seed: int, folder:
     from dynrl.deploy import RoutedModel
     from dynrl.envs import decision as row_of
     from dynrl.recipes import defaults
-    from dynrl.settings import Learning, Problem, Settings
+    from dynrl.settings import Problem, Settings
 
     row = defaults(decision, row_of(decision).data)
     backbone.save(folder / "backbone.safetensors")
