@@ -92,6 +92,20 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
+    ("skip", "trace-small"): Defaults(
+        family="skip_resnet",
+        backbone={"layers": (2, 4), "widths": (16, 32)},
+        pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=12),
+        learning=Learning(steps=150_000),
+        finetuning=Finetuning(rounds=2, epochs=3, steps=50_000, learning_rate=0.05),
+    ),
+    ("skip", "trace"): Defaults(
+        family="skip_resnet",
+        backbone={"layers": (9,), "widths": (16,)},
+        pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=12),
+        learning=Learning(steps=300_000),
+        finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
+    ),
     ("exit", "digits"): Defaults(
         family="exit_resnet",
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64), "exits": (0, 2, 4, 6, 8)},
@@ -110,6 +124,12 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"layers": (2, 4), "widths": (16, 32), "exits": (0, 1, 2, 3, 4)},
         pretraining=Recipe(epochs=4, batch_size=128, plain_epochs=12),
         learning=Learning(steps=150_000),
+    ),
+    ("exit", "trace"): Defaults(
+        family="exit_resnet",
+        backbone={"layers": (9,), "widths": (16,), "exits": (0, 1, 2, 3, 4, 5, 6)},
+        pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=12),
+        learning=Learning(steps=300_000),
     ),
     ("expert", "digits"): Defaults(
         family="expert_net",

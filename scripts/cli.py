@@ -11,7 +11,7 @@ VERBS = {
     "evaluate": "report accuracy, MACs and time of one or more run folders",
     "compare": "train a matrix of policies, and tell which is better by how much, and how surely",
     "sweep": "search settings of training with Ray Tune",
-    "pretrain": "train a backbone under random routes, and its plain twin",
+    "pretrain": "train a plain network, and a backbone from it under random routes",
     "calibrate": "time a routed model on this machine, for budgets in milliseconds",
     "export": "write a routed model as a program that needs torch alone",
     "bench": "measure: ops and whole networks against their ideals, sampling speed, how soon agents learn",
