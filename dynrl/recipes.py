@@ -170,7 +170,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="skip_gru",
         backbone={"hidden": 64, "sees": "state", "knots": 32},
         pretraining=Recipe(epochs=100, batch_size=64, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
-        learning=Learning(steps=1_000_000, hidden=0, num_envs=256),
+        learning=Learning(steps=1_000_000, hidden=0, num_envs=256, price_range=(0.01, 5.0)),
         finetuning=Finetuning(
             rounds=8, epochs=15, steps=400_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
             sampled=True,
