@@ -122,6 +122,10 @@ class RunFolder:
             )
         return config
 
+    def forget(self) -> None:
+        """Forget what `config.json` held, since it was written anew."""
+        vars(self).pop("config", None)
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings by their own names, whatever group they stand in."""

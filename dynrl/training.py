@@ -180,6 +180,7 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
     found = _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
     found.settings.save(run.config_file)
+    run.forget()
     return found
 
 
@@ -362,7 +363,7 @@ def learn(run: RunFolder, planned: Plan) -> bool:
     newest, validation = run.backbone_file, planned.dataset.validation.head(CALIBRATED)
     if not newest.exists():
         pretrain_into(run.path, planned)
-    planned = _priced(run, planned)
+    planned = find_prices(run, planned)
     settings = planned.settings
     times = _times(run, planned) if settings.learning.cost == "time" else None
     if settings.learning.finetune:
@@ -393,7 +394,7 @@ def learn(run: RunFolder, planned: Plan) -> bool:
     return finished
 
 
-def _priced(run: RunFolder, planned: Plan) -> Plan:
+def find_prices(run: RunFolder, planned: Plan) -> Plan:
     """The plan with a price range. One that is not given is found on the run's backbone, and written down."""
     settings, validation = planned.settings, planned.dataset.validation
     if settings.learning.price_range is None:
@@ -402,6 +403,7 @@ def _priced(run: RunFolder, planned: Plan) -> Plan:
         say(f"prices: from {low:g} to {high:g}, as the backbone's routes lose and cost")
         settings = replace(settings, learning=replace(settings.learning, price_range=(low, high)))
         settings.save(run.config_file)
+        run.forget()
     return replace(planned, settings=settings)
 
 
