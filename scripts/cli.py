@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 VERBS = {
     "train": "learn a policy (pretrains a backbone first where none is given), evaluate it, write a run folder",
+    "demo": "show where compute pays: five rows, on curves to be traced, in minutes",
     "evaluate": "report accuracy, MACs and time of one or more run folders",
     "compare": "train a matrix of policies, and tell which is better by how much, and how surely",
     "sweep": "search settings of training with Ray Tune",
