@@ -230,7 +230,8 @@ class Ground:
         """The ground of a training on `backbone`."""
         sight = sight_of(learning.policy, backbone)
         looks = sight.looks(backbone.max_steps)
-        spec = PolicySpec.of(learning.policy, backbone, learning.prices, learning.hidden)
+        known = learning.price_range or (1.0, 1.0)  # a plan is checked before prices are found
+        spec = PolicySpec.of(learning.policy, backbone, known, learning.hidden)
         return cls(looks, min(sight.span, backbone.max_steps), rollout(backbone, looks), spec)
 
 
