@@ -50,7 +50,7 @@ def check_dataset(name: str) -> str:
         return name
     folder, size = split_name(name)
     if is_own(name):
-        raise ValueError(f"{name!r} was given as tensors or as a Dataset; give the same data again, by data=...")
+        raise ValueError(f"{name!r} was given as tensors or as a Dataset; hand it over again, by data=...")
     if not folder.is_dir():
         raise ValueError(f"unknown data set {name!r}; expected one of {sorted(DATASETS)} or a folder of images")
     return f"{folder.resolve()}" + ("" if size is None else f"@{size}")
