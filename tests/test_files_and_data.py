@@ -418,3 +418,9 @@ def test_more_images_than_fit_are_refused(photos, monkeypatch):
     for size in ("0", "9999"):
         with pytest.raises(ValueError, match="1 to 4096 pixels"):
             check_dataset(f"{photos}@{size}")
+
+
+def test_a_loader_that_returns_no_data_set_is_refused(monkeypatch):
+    monkeypatch.setitem(DATASETS, "wrong", lambda: 3)
+    with pytest.raises(ValueError, match="loader of 'wrong' to return a dynrl.data.Dataset, got int"):
+        load_dataset("wrong")

@@ -172,7 +172,7 @@ def test_the_adapter_refuses_what_would_lose_transitions():
         (["--agent", "gate", "--device", "cpu:0"], "on the CPU"), (["--agent", "gate", "--dtype", "bfloat16"], "in float32"),
         (["--policy", "nosuch"], "expected one of ['sequential', 'upfront']"),
         (["--agent", "gate", "--cost", "time"], "counts MACs"), (["--agent", "nosuch"], "nosuch"),
-        (["--agent", "dqn", "--finetune"], "as it was"), (["--num-learners", "3"], "3 learners"),
+        (["--agent", "dqn", "--finetune"], "from the backbone before fine-tuning"), (["--num-learners", "3"], "3 learners"),
     ],
 )  # fmt: skip
 def test_what_an_agent_cannot_do_is_refused(words, reason, tmp_path, capsys):

@@ -63,7 +63,10 @@ def load_dataset(name: str) -> Dataset:
     The tensors are shared, so do not write into them.
     """
     name = check_dataset(name)
-    return DATASETS[name]() if name in DATASETS else image_folder(name)
+    loaded = DATASETS[name]() if name in DATASETS else image_folder(name)
+    if not isinstance(loaded, Dataset):
+        raise ValueError(f"expected the loader of {name!r} to return a dynrl.data.Dataset, got {type(loaded).__name__}")
+    return loaded
 
 
 def as_dataset(data: Any, seed: int = 0) -> Dataset:

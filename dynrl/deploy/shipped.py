@@ -36,12 +36,19 @@ def load(run: str | Path) -> RoutedModel:
     backbone, _ = load_backbone(run / "backbone.safetensors")
     model = plug(backbone, run / "policy.safetensors")
     if (run / LATENCY).is_file():
-        times = read_json(run / LATENCY)
-        here, there = hardware(), times["hardware"]
-        same = all(there.get(name) == here[name] for name in ("processor", "threads", "torch"))
-        if same and times["policy"] == policy_fingerprint(model):
-            model.latency = [(float(price), float(ms)) for price, ms in times["curve"]]
+        model.latency = _times_of_here(run / LATENCY, policy_fingerprint(model))
     return model
+
+
+def _times_of_here(file: Path, policy: str) -> list[tuple[float, float]]:
+    """Return what `dynrl calibrate` wrote to `file`, or nothing if it timed another policy or on another machine."""
+    times, here = read_json(file), hardware()
+    try:
+        same = all(times["hardware"].get(name) == here[name] for name in ("processor", "threads", "torch"))
+        curve = [(float(price), float(ms)) for price, ms in times["curve"]]
+        return curve if same and times["policy"] == policy else []
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{file} is not what dynrl calibrate writes; run it again, or take the file away") from None
 
 
 def policy_fingerprint(model: RoutedModel) -> str:

@@ -104,7 +104,7 @@ def test_plain_networks_differ_in_several_settings(tmp_path, monkeypatch):
         (["skip", "--plain", "layers=[1,1,1]", "layers=[1, 2, 1] nosuch=1"], "NAME=VALUE"),
         (["skip", "--data", "nosuch"], "unknown data set 'nosuch'"), (["skip", "--prices", "-1"], "price"),
         (["skip", "--seeds", "0", "-1"], "seed of at least 0"), (["exit", "hidden-update", "--data", "digits"], "no defaults for"),
-        (["skip", "--agents", "ppo", "dqn", "--finetune"], "as it was"),
+        (["skip", "--agents", "ppo", "dqn", "--finetune"], "from the backbone before fine-tuning"),
         (["skip", "--agents", "gate", "--prices", "1"], "add ppo to --agents"),
     ],
 )  # fmt: skip

@@ -56,6 +56,11 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
         write_json(folder / "latency.json", kept | {name: value})
         assert not dynrl.load(folder).latency, "times of another policy or machine"
         write_json(folder / "latency.json", kept)
+    for wrong in ({}, [], kept | {"curve": [[1]]}):
+        write_json(folder / "latency.json", wrong)
+        with pytest.raises(ValueError, match=r"latency\.json is not what dynrl calibrate writes"):
+            dynrl.load(folder)
+    write_json(folder / "latency.json", kept)
     with pytest.raises(SystemExit):
         main(["calibrate", str(folder), "--batch-size", "500"])
     assert "a batch of 500 is larger than the 180 validation inputs" in capsys.readouterr().err
