@@ -40,6 +40,8 @@ def optional(*kinds: type) -> Any:
 def metavar(hint: Any) -> str | None:
     """What help shows for a value of that type; without it, each of these would offer None, too."""
     words = typing.get_args(hint)
+    if type(None) in words:
+        return metavar(words[0])
     if typing.get_origin(hint) is Literal:
         return "{" + ",".join(words) + "}"
     if words:

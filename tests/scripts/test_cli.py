@@ -80,7 +80,7 @@ def test_help_and_list(tmp_path):
     assert "train" in call("--help", cwd=tmp_path).stdout
     shown = call("train", "--help", cwd=tmp_path)
     assert shown.returncode == 0
-    assert "--price-range FLOAT FLOAT" in shown.stdout and "type: ignore" not in shown.stdout
+    assert "--price-range FLOAT FLOAT" in shown.stdout and "NONETYPE" not in shown.stdout
     listed = call("list", cwd=tmp_path).stdout
     assert "dynrl/Skip-v0" in listed
     assert "SkipResNet" in listed
