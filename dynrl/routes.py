@@ -27,7 +27,7 @@ def draw_routes(costs: Tensor, rate: Tensor, generator: torch.Generator | None =
     missing, costs, rate = costs < 0, costs.double(), rate.double().view(-1, 1, 1)
     high = costs.amax(1, keepdim=True)
     low = costs.where(~missing, high).amin(1, keepdim=True)
-    span = (high - low).clamp_min(1)  # where all choices cost the same, both exponents are 0
+    span = (high - low).where(high > low, 1)  # where all choices cost the same, both exponents are 0
     odds = (rate ** ((costs - low) / span) * (1 - rate) ** ((high - costs) / span)).masked_fill(missing, 0)
     return torch.multinomial(odds.flatten(0, 1), 1, generator=generator).view(len(rate), -1)
 

@@ -218,3 +218,10 @@ def test_rates_of_chains_of_loops_and_of_more_choices():
     assert chain == pytest.approx({"a": 2 / 3, "b/1": 0.5, "b/2": 0.5, "c": 0.5})
     assert choice_rates([Point("again", 3, visits=3)], route) == pytest.approx({"again/1": 4 / 7, "again/2": 1 / 7})
     assert choice_rates([Point("a", 2), Point("b", 2)], route[2:, :2]) == {"a": 1, "b": 0}
+
+
+def test_the_unit_of_costs_does_not_matter_to_random_routes():
+    """Thrift may be of any size: fractions are told apart as MACs are."""
+    costs, rate = torch.tensor([[0.0, 3, 8], [5, 5, -1]]), torch.linspace(0, 1, 200)
+    drawn = [draw_routes(unit * costs, rate, torch.Generator().manual_seed(0)) for unit in (1.0, 2.0**-20, 2.0**20)]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dynrl.files import read_json, write_json
+from dynrl.scripts.cli import main
 
 COMMAND = [sys.executable, "-m", "dynrl.scripts.cli"]
 ROOT = Path(__file__).parents[2]
@@ -27,3 +31,14 @@ def twin(run, folder, **changes):
         group.update({name: value for name, value in changes.items() if name in group})
     write_json(folder / "config.json", config)
     return folder
+
+
+def refusal(words, folder, capsys):
+    """What a command says that ends with exit code 2 and writes nothing; in this process, as a start takes seconds."""
+    (folder / "junk.safetensors").write_bytes(os.urandom(100))
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert [p.name for p in folder.iterdir()] == ["junk.safetensors"]
+    said = capsys.readouterr()
+    return " ".join((said.err + said.out).replace("│", " ").split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from dynrl.scripts.cli import main
 from dynrl.training import folder_name, new_folder
-from tests.scripts.calls import ROOT, call
+from tests.scripts.calls import ROOT, call, refusal
 
 RUN = "no run folder"
 
@@ -39,15 +38,8 @@ RUN = "no run folder"
     ],
 )  # fmt: skip
 def test_bad_commands_are_refused(words, reason, tmp_path, monkeypatch, capsys):
-    """Exit code 2, the reason, nothing written. In this process: a start costs seconds each."""
-    (tmp_path / "junk.safetensors").write_bytes(os.urandom(100))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as left:
-        main(words)
-    assert left.value.code == 2
-    said = capsys.readouterr()
-    assert reason in " ".join((said.err + said.out).replace("│", " ").split())
-    assert [p.name for p in tmp_path.iterdir()] == ["junk.safetensors"]
+    assert reason in refusal(words, tmp_path, capsys)
 
 
 def test_folders_are_named_by_the_last_part_of_a_data_sets_path(tmp_path, monkeypatch):
@@ -80,7 +72,9 @@ def test_help_and_list(tmp_path):
     assert "train" in call("--help", cwd=tmp_path).stdout
     shown = call("train", "--help", cwd=tmp_path)
     assert shown.returncode == 0
-    assert "--price-range FLOAT FLOAT" in shown.stdout and "NONETYPE" not in shown.stdout
+    assert "--price-range FLOAT FLOAT" in shown.stdout and not {"NONETYPE", "ignore[valid-type]"} & {
+        *shown.stdout.split()
+    }
     listed = call("list", cwd=tmp_path).stdout
     assert "dynrl/Skip-v0" in listed
     assert "SkipResNet" in listed
