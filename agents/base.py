@@ -233,7 +233,8 @@ class Ground:
         """Return the ground of a training on `backbone`."""
         sight = sight_of(learning.policy, backbone)
         looks = sight.looks(backbone.max_steps)
-        spec = PolicySpec.of(learning.policy, backbone, learning.price_range, learning.hidden)
+        known = learning.price_range or (1.0, 1.0)  # a plan is checked before prices are found
+        spec = PolicySpec.of(learning.policy, backbone, known, learning.hidden)
         return cls(looks, min(sight.span, backbone.max_steps), rollout(backbone, looks), spec)
 
 
@@ -275,7 +276,7 @@ def env_arguments(settings: Settings, backbone_file: Path, times: Mapping[str, A
     place: Place = settings.place
     return {
         "backbone": str(backbone_file.resolve()), "data": settings.problem.data,
-        "price_range": list(learning.price_range), "reward": learning.reward,
+        "price_range": list(learning.prices), "reward": learning.reward,
         "sight": check_kind(learning.policy).sight_class.name, "times": times,
         "device": place.device, "dtype": learning.dtype,
     }  # fmt: skip

@@ -73,7 +73,7 @@ class Gates(Agent):
         self.reload()
         with torch.random.fork_rng():
             torch.manual_seed(problem.seed)
-            self._router = PolicySpec.of(learning.policy, self._backbone, learning.price_range, learning.hidden).build()
+            self._router = PolicySpec.of(learning.policy, self._backbone, learning.prices, learning.hidden).build()
         self._rate = learning.learning_rate or LEARNING_RATE
         self._optimizer = torch.optim.Adam(self._router.parameters(), self._rate)
         if self._file.exists():
@@ -108,7 +108,7 @@ class Gates(Agent):
         learning, backbone, task = self.settings.learning, self._backbone, self._split.task
         rows = torch.randint(len(self._split), (learning.num_envs,), generator=self._generator)
         inputs, targets = self._split.inputs[rows], self._split.targets[rows]
-        prices = draw_prices(learning.price_range, len(rows), self._generator)
+        prices = draw_prices(learning.prices, len(rows), self._generator)
         entropies: list[Tensor] = []
 
         logits_at = self._router.logits_on(backbone, prices)

@@ -1,4 +1,4 @@
-"""Pretraining is supervised training of a backbone under random routes, so that every route works."""
+"""Train a plain network, then a backbone from its weights so that every route works: supervised, on targets."""
 
 from __future__ import annotations
 
@@ -19,16 +19,41 @@ from dynrl.progress import progress
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe says how long and how a backbone is trained."""
+    """How long and how a backbone is trained: first the plain network, then all routes from its weights.
+
+    A backbone that meets random routes from the start may learn little on any of them. The plain network's weights are
+    kept good by opening the routes up step by step.
+
+    Attributes:
+        epochs: on random routes, from the plain network's weights.
+        batch_size: inputs of a batch.
+        learning_rate: the peak of a one-cycle schedule, of which the plain network and the random routes have one each.
+        weight_decay: of all weights but biases and normalisation.
+        label_smoothing: see `Task.loss`.
+        rates: the least rates of random routes. The epochs are cut into as many equal parts, and in each part an image
+            draws the rate of its route (`draw_routes`) between that part's least rate and 1.
+        full_share: this share of the images has rate 1.
+        optimizer: "sgd" (with momentum) or "adam" (AdamW).
+        plain_epochs: of the plain network, on its full route; None: as many as on random routes.
+    """
 
     epochs: int
     batch_size: int
-    learning_rate: float = 0.15  # the peak of a one-cycle schedule
+    learning_rate: float = 0.15
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
-    least_rate: float = 0.3  # each image draws the rate of its random route (`draw_routes`) from [least_rate, 1]
-    full_share: float = 0.15  # the share of the images that take the full route, at rate 1
-    optimizer: Literal["sgd", "adam"] = "sgd"  # "sgd" has momentum; "adam" is AdamW
+    rates: tuple[float, ...] = (0.6, 0.3, 0.3)
+    full_share: float = 0.15
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    plain_epochs: int | None = None
+
+    def length(self, random_routes: bool) -> int:
+        """The epochs on random routes, or of the plain network."""
+        return self.epochs if random_routes or self.plain_epochs is None else self.plain_epochs
+
+    def least_rate(self, epoch: int) -> float:
+        """The least rate of random routes in an epoch."""
+        return self.rates[epoch * len(self.rates) // self.epochs]
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -64,14 +89,14 @@ def pretrain(
     label: str = "pretraining",
     device: str | torch.device = "cpu",
 ) -> Backbone:
-    """Train `backbone` in place and return it, on the CPU in eval mode.
+    """Train `backbone` in place from the weights it has, and return it, on the CPU in eval mode.
 
     Args:
         backbone: the backbone, which is trained in place.
         dataset: the data set, whose training split is used.
         recipe: how long and how to train.
-        random_routes: whether routes are random. False trains the full route only, which gives the plain network that
-            learned routes are compared with.
+        random_routes: whether routes are random. False trains the full route only, which gives the plain network,
+            from whose weights random routes begin.
         seed: the seed of all draws.
         checkpoint: the file that is saved after each epoch; training continues from it if it exists. It is not deleted:
             the caller deletes it once the result is saved.
@@ -88,8 +113,9 @@ def pretrain(
     batches = len(train) // recipe.batch_size
     if batches == 0:
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training inputs")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.epochs * batches)
-    # On a CPU, convolutions train faster on channels_last maps.
+    epochs, before = recipe.length(random_routes), recipe.length(False) if random_routes else 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, epochs * batches)
+    # Convolutions train faster on channels_last maps on a CPU.
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     first = 0
     if checkpoint is not None and checkpoint.exists():
@@ -100,15 +126,16 @@ def pretrain(
             schedule.load_state_dict(saved["schedule"])
             generator.set_state(saved["generator"])
             first = saved["epoch"]
-    with progress(total=recipe.epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
-        for epoch in range(first, recipe.epochs):
+    with progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
+        for epoch in range(first, epochs):
+            least_rate = recipe.least_rate(epoch) if random_routes else None
             backbone.train()
-            drawn = dataset.in_epoch(seed, epoch)
+            drawn = dataset.in_epoch(seed, before + epoch)
             order = torch.randperm(len(train), generator=generator)
             total = 0.0
             for index in order.split(recipe.batch_size)[:batches]:
                 optimizer.zero_grad()
-                total += _learn_batch(backbone, drawn, recipe, index, random_routes, generator)
+                total += _learn_batch(backbone, drawn, recipe, index, least_rate, generator)
                 optimizer.step()
                 schedule.step()
                 bar.update()
@@ -126,17 +153,27 @@ def pretrain(
 
 
 def _learn_batch(
-    backbone: Backbone, dataset: Dataset, recipe: Recipe, index: Tensor, random_routes: bool, generator: torch.Generator
+    backbone: Backbone,
+    dataset: Dataset,
+    recipe: Recipe,
+    index: Tensor,
+    least_rate: float | None,
+    generator: torch.Generator,
 ) -> float:
-    """Return the loss of the training inputs at `index` [n]; add its gradients to the parameters' and clip them."""
+    """Return the loss of the training inputs at `index` [n]; add its gradients to the parameters' and clip them.
+
+    Without a least rate, it is the loss of the full route.
+    """
     device = next(backbone.parameters()).device
     images = dataset.augmentation(dataset.train.inputs[index], generator)
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     images, labels = images.to(device), dataset.train.targets[index].to(device)
-    rate = recipe.least_rate + (1 - recipe.least_rate) * torch.rand(len(index), generator=generator)
-    rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
-    outputs = backbone.training_outputs(images, rate if random_routes else None, generator)
+    rate = None
+    if least_rate is not None:
+        rate = least_rate + (1 - least_rate) * torch.rand(len(index), generator=generator)
+        rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
+    outputs = backbone.training_outputs(images, rate, generator)
     total = 0.0
     while True:
         with autocast(device):

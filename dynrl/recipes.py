@@ -80,7 +80,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "fashion-mnist"): Defaults(
         family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
+        pretraining=Recipe(epochs=16, batch_size=128, rates=(0.6, 0.35, 0.35), full_share=0.25),
         learning=Learning(steps=1_000_000),
         # With half as many epochs a round, the metric at half of the MACs stays visibly below that of the full route.
         finetuning=Finetuning(rounds=2, epochs=8, steps=200_000, learning_rate=0.1),
@@ -88,9 +88,23 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "cluttered-fashion-mnist"): Defaults(
         family="skip_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.35, full_share=0.25),
+        pretraining=Recipe(epochs=16, batch_size=128, rates=(0.6, 0.35, 0.35), full_share=0.25),
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
+    ),
+    ("skip", "trace-small"): Defaults(
+        family="skip_resnet",
+        backbone={"layers": (2, 4), "widths": (16, 32)},
+        pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=12),
+        learning=Learning(steps=150_000),
+        finetuning=Finetuning(rounds=2, epochs=3, steps=50_000, learning_rate=0.05),
+    ),
+    ("skip", "trace"): Defaults(
+        family="skip_resnet",
+        backbone={"layers": (9,), "widths": (16,)},
+        pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=12),
+        learning=Learning(steps=300_000),
+        finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
     ),
     ("exit", "digits"): Defaults(
         family="exit_resnet",
@@ -104,10 +118,23 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=8, batch_size=128),
         learning=Learning(steps=600_000),
     ),
+    # The plain network needs most of the time: exits are soon trained on it.
+    ("exit", "trace-small"): Defaults(
+        family="exit_resnet",
+        backbone={"layers": (2, 4), "widths": (16, 32), "exits": (0, 1, 2, 3, 4)},
+        pretraining=Recipe(epochs=4, batch_size=128, plain_epochs=12),
+        learning=Learning(steps=150_000),
+    ),
+    ("exit", "trace"): Defaults(
+        family="exit_resnet",
+        backbone={"layers": (9,), "widths": (16,), "exits": (0, 1, 2, 3, 4, 5, 6)},
+        pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=12),
+        learning=Learning(steps=300_000),
+    ),
     ("expert", "digits"): Defaults(
         family="expert_net",
         backbone={"stem": 16, "channels": 64, "layers": 4, "widths": (0, 32, 64, 64, 128, 256)},
-        pretraining=Recipe(epochs=40, batch_size=100, least_rate=0.0, full_share=0.2),
+        pretraining=Recipe(epochs=40, batch_size=100, rates=(0.6, 0.0, 0.0), full_share=0.2),
         learning=Learning(steps=200_000),
     ),
     ("expert", "fashion-mnist"): Defaults(
@@ -115,27 +142,27 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"stem": 32, "channels": 128, "layers": 4, "widths": (0, 64, 128, 128, 256, 512)},
         # If all routes are equally likely, all experts learn the same. The full route gets better if dear experts are
         # preferred and half of the images take it.
-        pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.3, full_share=0.5),
+        pretraining=Recipe(epochs=8, batch_size=128, rates=(0.6, 0.3, 0.3), full_share=0.5),
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=6, steps=150_000, learning_rate=0.1),
     ),
     ("channel", "digits"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
-        pretraining=Recipe(epochs=24, batch_size=100, least_rate=0.0, full_share=0.25),
+        pretraining=Recipe(epochs=24, batch_size=100, rates=(0.6, 0.0, 0.0), full_share=0.25),
         learning=Learning(steps=300_000),
     ),
     ("channel", "fashion-mnist"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem_stride": 2},
-        pretraining=Recipe(epochs=8, batch_size=128, least_rate=0.0, full_share=0.25),
+        pretraining=Recipe(epochs=8, batch_size=128, rates=(0.6, 0.0, 0.0), full_share=0.25),
         learning=Learning(steps=1_000_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
     ("channel", "cluttered-fashion-mnist"): Defaults(
         family="slimmable_resnet",
         backbone={"layers": (3, 4, 4), "widths": (32, 64, 128), "stem": "imagenet"},
-        pretraining=Recipe(epochs=16, batch_size=128, least_rate=0.0, full_share=0.25),
+        pretraining=Recipe(epochs=16, batch_size=128, rates=(0.6, 0.0, 0.0), full_share=0.25),
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
@@ -160,7 +187,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="skip_gru",
         backbone={"hidden": 110, "sees": "state", "knots": 16},
         pretraining=Recipe(
-            epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, least_rate=0.0,
+            epochs=13, batch_size=128, learning_rate=2e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.6, 0.0, 0.0),
             full_share=0.5, optimizer="adam",
         ),
         learning=Learning(steps=100_000, hidden=0, num_envs=256, price_range=(0.03, 1.0)),

@@ -58,7 +58,7 @@ class RunKind:
 
 def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind:
     """Return the kind of a run with these settings (`RunFolder.settings`)."""
-    low, high = settings["price_range"]
+    low, high = settings["price_range"] or (None, None)  # not known until there is a backbone
     return RunKind(
         agent=settings["agent"],
         policy=settings["policy"],
@@ -126,6 +126,10 @@ class RunFolder:
                 f"dynrl train {flat(config)['decision']} --backbone {self}"
             )
         return config
+
+    def forget(self) -> None:
+        """Forget what `config.json` held, since it was written anew."""
+        vars(self).pop("config", None)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Learning:
         num_env_runners: The number of remote processes that sample, each with `num_envs` inputs; with 0, this process
             samples. Only for agents from RLlib.
         price_range: The lowest and highest price of the dense network's compute, in units of the reward's accuracy
-            term.
+            term. Left out, the range in which a policy goes from spending all to its least is measured on the backbone.
         reward: The accuracy term that the price is weighed against: distillation, log_likelihood, gain, correct,
             blockdrop, or one that a plugin adds.
         baseline: What PPO compares a reward with: value is a learned estimate; group is the mean over eight routes of
@@ -73,7 +73,7 @@ class Learning:
     steps: int = 300_000
     num_envs: int = 64
     num_env_runners: int = 0
-    price_range: tuple[float, float] = (0.002, 2.0)
+    price_range: tuple[float, float] | None = None  # None: found before learning, and then written down
     reward: str = "distillation"
     baseline: str = "value"
     learning_rate: float | None = None  # None takes the agent's own value, here and for the entropy bonus
@@ -85,13 +85,18 @@ class Learning:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("hidden", 0), ("num_envs", 1), ("num_env_runners", 0)):
             _in_range(name, getattr(self, name), least)
-        low, high = self.price_range
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {(low, high)}")
+        if self.price_range is not None and not 0 < self.price_range[0] <= self.price_range[1] < math.inf:
+            raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {self.price_range}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ValueError(f"expected a learning_rate above 0 and below 1, got {self.learning_rate}")
         if self.entropy is not None and not 0 <= self.entropy < 1:
             raise ValueError(f"expected an entropy of at least 0 and below 1, got {self.entropy}")
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """The price range, once it is known: agents ask no earlier."""
+        assert self.price_range is not None, "prices are found before a policy learns"
+        return self.price_range
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from dynrl.data.own import is_own
 from dynrl.deploy import RoutedModel
 from dynrl.envs import decision as decision_row
 from dynrl.envs.core import check_dtype
-from dynrl.envs.rewards import check_reward
-from dynrl.evaluation import calibrate, collapse, step_times
+from dynrl.envs.rewards import REWARDS, check_reward
+from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.files import read_json, write_aside, write_json
 from dynrl.machine import check_device, hardware
 from dynrl.policies import LearnedPolicy, save_policy
@@ -192,6 +192,7 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
     found = _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
     found.settings.save(run.config_file)
+    run.forget()
     return found
 
 
@@ -298,14 +299,15 @@ def pretrain(
     show: bool = False,
     **problem: Any,
 ) -> Path:
-    """Train a backbone under random routes, so that every route works, and a plain twin on the full route only.
+    """Train a plain network, then a backbone from its weights under random routes, so that every route works.
 
     After a kill, the same call continues in its folder.
 
     Args:
         decision, data: what is decided on which data (see `train`).
         out: the folder to make; None makes runs/backbone-DECISION-DATA-TIME.
-        plain: whether only the plain network is trained, for example a smaller one to compare routed networks with.
+        plain: whether only the plain network is trained, for as many epochs as a backbone in all,
+            for example a smaller one to compare routed networks with.
         device: the device to train on.
         show: whether progress and results are shown.
         problem: `network` and `seed` (see `dynrl.settings.Problem`).
@@ -343,6 +345,9 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
 def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None:
     """Train whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resume after kills."""
     files, dataset, seed = RunFolder(folder), planned.dataset, planned.settings.problem.seed
+    recipe = planned.recipe.pretraining
+    if plain_only:
+        recipe = replace(recipe, plain_epochs=recipe.length(False) + recipe.length(True))
     for path, random_routes, label in (
         # The backbone comes last: if its file exists, both files do, so a killed run knows what is left to do.
         (files.plain_file, False, "training the plain network"),
@@ -351,9 +356,10 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
         if path.exists() or (random_routes and plain_only):
             continue
         checkpoint = files.checkpoints / f"{path.stem}.pt"
+        backbone = load_backbone(files.plain_file)[0] if random_routes else copy.deepcopy(planned.backbone)
         backbone = pretraining.pretrain(
-            copy.deepcopy(planned.backbone), dataset, planned.recipe.pretraining, random_routes=random_routes,
-            seed=seed, checkpoint=checkpoint, label=label, device=planned.settings.place.device,
+            backbone, dataset, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint, label=label,
+            device=planned.settings.place.device,
         )  # fmt: skip
         value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
         backbone.save(
@@ -373,10 +379,11 @@ def learn(run: RunFolder, planned: Plan) -> bool:
 
     After Ctrl-C, the folder holds the policy that was learned so far.
     """
-    settings, validation = planned.settings, planned.dataset.validation.head(CALIBRATED)
-    newest = run.backbone_file
+    newest, validation = run.backbone_file, planned.dataset.validation.head(CALIBRATED)
     if not newest.exists():
         pretrain_into(run.path, planned)
+    planned = find_prices(run, planned)
+    settings = planned.settings
     times = _times(run, planned) if settings.learning.cost == "time" else None
     if settings.learning.finetune:
         newest = run.checkpoints / "backbone.safetensors"
@@ -404,6 +411,19 @@ def learn(run: RunFolder, planned: Plan) -> bool:
         again = f"dynrl train {settings.problem.decision} --resume {run.path}"
         say(f"stopped early; to continue: {again}", sys.stderr)
     return finished
+
+
+def find_prices(run: RunFolder, planned: Plan) -> Plan:
+    """The plan with a price range. One that is not given is found on the run's backbone, and written down."""
+    settings, validation = planned.settings, planned.dataset.validation
+    if settings.learning.price_range is None:
+        backbone, _ = load_backbone(run.pretrained_file)
+        low, high = find_price_range(backbone, validation, REWARDS[settings.learning.reward].accuracy)
+        say(f"prices: from {low:g} to {high:g}, as the backbone's routes lose and cost")
+        settings = replace(settings, learning=replace(settings.learning, price_range=(low, high)))
+        settings.save(run.config_file)
+        run.forget()
+    return replace(planned, settings=settings)
 
 
 def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:

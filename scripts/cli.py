@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 VERBS = {
     "train": "learn a policy (after pretraining a backbone if none is given), evaluate it, write a run folder",
+    "demo": "show where compute pays: five rows, on curves to be traced, in minutes",
     "evaluate": "report accuracy, MACs and time of one or more run folders",
     "compare": "train a matrix of policies, and report which is better, by how much, and how certain that is",
     "sweep": "search for good training settings with Ray Tune",
-    "pretrain": "train a backbone under random routes, and its plain twin",
+    "pretrain": "train a plain network, and a backbone from it under random routes",
     "calibrate": "time a routed model on this machine, for budgets in milliseconds",
     "export": "write a routed model as a program that needs torch alone",
     "bench": "measure ops and whole networks against their ideals, sampling speed, and how soon agents learn",

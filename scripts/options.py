@@ -11,7 +11,7 @@ import tyro
 
 BY_DATA = {  # the settings whose default is no fixed value
     "data": "the decision's", "steps": "the data set's; for gates half as many", "hidden": "the data set's",
-    "num_envs": "the data set's", "price_range": "the data set's", "learning_rate": "the agent's own",
+    "num_envs": "the data set's", "price_range": "measured", "learning_rate": "the agent's own",
     "entropy": "the agent's own",
 }  # fmt: skip
 

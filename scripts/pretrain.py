@@ -1,4 +1,4 @@
-"""Train a backbone under random routes, so that every route works, and a plain twin on the full route only."""
+"""Train a plain network, then a backbone from its weights under random routes, so that every route works."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Args:
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     plain: bool = False
-    """Only train the plain network, on its full route: one of a front of smaller ones that stands beside routed ones
-    (`dynrl evaluate --smaller`)."""
+    """Only train the plain network, as long as a backbone in all: one of a front of smaller ones that stands beside
+    routed ones (`dynrl evaluate --smaller`)."""
     seed: int = 0
     """The seed of weights, order, augmentation and routes."""
     device: str = "cpu"

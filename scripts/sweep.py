@@ -51,7 +51,7 @@ def main(args: Args) -> None:
     from dynrl.scripts.cells import trainings
     from dynrl.scripts.common import use_threads
     from dynrl.sweep import check_same, search
-    from dynrl.training import make_run, plan, plan_again, pretrain_into
+    from dynrl.training import find_prices, make_run, plan, plan_again, pretrain_into
 
     if args.side_by_side is not None and args.side_by_side < 1:
         raise ValueError(f"expected --side-by-side of at least 1, got {args.side_by_side}")
@@ -68,9 +68,11 @@ def main(args: Args) -> None:
         run = RunFolder(args.out / (",".join(f"{name}={given[name]}" for name in varied) or "default"))
         run.drop_half_made()
         if run.path.is_dir():
-            plan_again(run)
+            planned = plan_again(run)
         else:
-            make_run(plan(args.decision, args.data, **given), run.path, backbone)
+            planned = plan(args.decision, args.data, **given)
+            make_run(planned, run.path, backbone)
+        find_prices(run, planned)
         runs.append(str(run.path.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())

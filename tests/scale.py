@@ -55,7 +55,9 @@ def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp
 
 def test_learners_share_the_work_and_stay_equal(small_backbone, tmp_path):
     settings = Settings(
-        Problem("skip", "digits"), Learning(steps=STEPS, num_envs=32, num_env_runners=1), Place(num_learners=2)
+        Problem("skip", "digits"),
+        Learning(steps=STEPS, num_envs=32, num_env_runners=1, price_range=(0.002, 2.0)),
+        Place(num_learners=2),
     )
     with open_agent(settings, small_backbone, tmp_path, STEPS) as trained:
         start = trained.router().state_dict()

@@ -414,7 +414,7 @@ def test_remote_runners_find_the_environment(small_backbone):
 def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(Agent, "checkpoint_every", 1)
     backbone, _ = load_backbone(small_backbone)
-    settings = Settings(Problem("skip", "digits"), Learning(steps=400, num_envs=8))
+    settings = Settings(Problem("skip", "digits"), Learning(steps=400, num_envs=8, price_range=(0.002, 2.0)))
     router, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished
     events = EventAccumulator(str(tmp_path))
@@ -438,7 +438,9 @@ def test_tensorboard_shows_what_is_promised(small_backbone, tmp_path, monkeypatc
 def test_ppo_goes_on_with_the_new_version_of_its_backbone(remote, small_backbone, tmp_path):
     file = tmp_path / "backbone.safetensors"
     shutil.copyfile(small_backbone, file)
-    settings = Settings(Problem("skip", "digits"), Learning(steps=2000, num_envs=8, num_env_runners=remote))
+    settings = Settings(
+        Problem("skip", "digits"), Learning(steps=2000, num_envs=8, num_env_runners=remote, price_range=(0.002, 2.0))
+    )
     with open_agent(settings, file, tmp_path, 2000) as agent:
         agent.learn(1)
         before = agent.steps

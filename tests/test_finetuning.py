@@ -125,7 +125,9 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 # In turn ----------------------------------------------------------------------------------------------------
 
 PLAN = Finetuning(rounds=3, epochs=0.5, steps=2 * 8 * 16 * 2, batch_size=32)  # rounds of 4 batches and 2 iterations
-SETTINGS = Settings(Problem("toy", "answered"), Learning("gate", steps=8 * 16 * 2, num_envs=16))
+SETTINGS = Settings(
+    Problem("toy", "answered"), Learning("gate", steps=8 * 16 * 2, num_envs=16, price_range=(0.002, 2.0))
+)
 
 
 @pytest.fixture

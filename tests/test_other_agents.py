@@ -87,7 +87,9 @@ def test_a_high_price_is_obeyed_and_training_goes_on_where_it_stopped(agent, sma
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("agent", ["appo", "sb3-ppo"])
 def test_whole_routes_at_once(agent, small_backbone, tmp_path):
-    settings = Settings(Problem("skip", "digits"), Learning(agent, "upfront", steps=3_000, num_envs=16))
+    settings = Settings(
+        Problem("skip", "digits"), Learning(agent, "upfront", steps=3_000, num_envs=16, price_range=(0.002, 2.0))
+    )
     with open_agent(settings, small_backbone, tmp_path, 3_000) as trained:
         trained.learn(3_000)
         assert trained.steps >= 3_000 and isinstance(trained.router(), UpfrontRouter)
@@ -98,7 +100,9 @@ def test_whole_routes_at_once(agent, small_backbone, tmp_path):
 def test_each_seed_meets_inputs_of_its_own_and_a_reload_others_again(agent, small_backbone, tmp_path):
     met = []
     for seed in (0, 1):
-        settings = Settings(Problem("skip", "digits", seed=seed), Learning(agent, steps=500, num_envs=8))
+        settings = Settings(
+            Problem("skip", "digits", seed=seed), Learning(agent, steps=500, num_envs=8, price_range=(0.002, 2.0))
+        )
         with open_agent(settings, small_backbone, tmp_path / str(seed), 500) as trained:
             envs = (lambda t: t._env.env) if agent == "sb3-ppo" else (lambda t: t._algorithm.env_runner.env.unwrapped)
             trained.learn(1)

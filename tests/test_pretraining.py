@@ -96,6 +96,32 @@ def test_a_family_says_what_it_is_trained_on():
     assert float(ends[0].norm()) > 0.01
 
 
+class Watched(SkipResNet):
+    """Keeps the rates that it is trained at."""
+
+    met: list
+
+    def training_outputs(self, inputs, rate, generator=None):
+        self.met.append(rate)
+        yield from super().training_outputs(inputs, rate, generator)
+
+
+def test_routes_are_opened_up_step_by_step():
+    digits = replace(load_dataset("digits"), augmentation=Augmentation())
+    recipe = Recipe(epochs=5, batch_size=400, rates=(0.8, 0.4), full_share=0.25, plain_epochs=2)
+    backbone = Watched((1, 24, 24), layers=(2,), widths=(4,), stem_stride=2)
+    backbone.met = []
+    pretrain(backbone, digits, recipe, random_routes=False)
+    assert backbone.met == [None] * 2 * 3
+    backbone.met = []
+    pretrain(backbone, digits, recipe)
+    epochs = [torch.cat(backbone.met[at : at + 3]) for at in range(0, 15, 3)]
+    for least, rates in zip((0.8, 0.8, 0.8, 0.4, 0.4), epochs, strict=True):
+        assert least <= float(rates.min()) < least + 0.02 and float(rates.max()) == 1
+        assert float((rates == 1).float().mean()) == pytest.approx(0.25, abs=0.05)
+    assert replace(recipe, plain_epochs=None).length(False) == 5
+
+
 def test_training_outputs_are_those_of_random_routes():
     backbone, inputs = fresh(), torch.randn(6, 1, 24, 24)
     rate = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])

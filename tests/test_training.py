@@ -179,6 +179,26 @@ def test_it_is_tuned_in_turn_with_its_policy(tmp_path):
     dynrl.load(run.path)
 
 
+def test_prices_are_found_and_written_down(tmp_path, monkeypatch):
+    """Before anything is learned: a run that is killed then goes on with the same prices."""
+
+    def killed(*rest):
+        raise KeyboardInterrupt
+
+    settings = {name: value for name, value in SHORT.items() if name != "price_range"}
+    planned = plan(own_backbone(), small_images(), **settings)
+    planned = replace(planned, recipe=replace(planned.recipe, pretraining=RECIPE))
+    run = make_run(planned, tmp_path / "run")
+    assert run.settings["price_range"] is None
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dynrl.training.train_policy", killed)
+        learn(run, planned)
+    found = Settings.read(run.config_file).learning.prices
+    monkeypatch.setattr("dynrl.training.find_price_range", None)
+    resumed = resume(run.path, small_images(), backbone=own_backbone())
+    assert resumed.model.price_range == found and Settings.read(run.config_file).learning.prices == found
+
+
 def test_a_call_may_talk(tmp_path, capfd):
     train(own_backbone(), small_images(), out=tmp_path / "run", pretrain=False, show=True, **SHORT)
     said = capfd.readouterr()
@@ -187,7 +207,7 @@ def test_a_call_may_talk(tmp_path, capfd):
 
 def test_settings_are_filled_in_by_decision_data_and_agent():
     usual = plan("skip", "digits").settings.learning
-    assert (usual.steps, usual.num_envs, usual.price_range) == (300_000, 64, (0.002, 2.0))
+    assert (usual.steps, usual.num_envs, usual.price_range) == (300_000, 64, None)
     assert plan("skip", "digits", agent="gate").settings.learning.steps == 150_000
     adding = plan("hidden-update", "adding", hidden=3).settings.learning
     assert (adding.hidden, adding.num_envs, adding.finetune, adding.price_range) == (3, 256, True, (0.03, 1.0))

@@ -254,7 +254,9 @@ def test_two_kinds_of_inputs_get_two_routes(baseline):
 
 @pytest.mark.usefixtures("ray_local")
 def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
-    settings = Settings(Problem("skip", "digits"), Learning(policy="upfront", steps=300, num_envs=8))
+    settings = Settings(
+        Problem("skip", "digits"), Learning(policy="upfront", steps=300, num_envs=8, price_range=(0.002, 2.0))
+    )
     with open_agent(settings, small_backbone, tmp_path, 300) as agent:
         agent.iterate()
         assert agent.steps == 16 * 8 * load_backbone(small_backbone)[0].max_steps

@@ -20,6 +20,7 @@ from dynrl.evaluation.contenders import (
 )
 from dynrl.evaluation.difficulty import by_difficulty, spearman
 from dynrl.evaluation.intervals import Front, area, differences, paired, verdict
+from dynrl.evaluation.prices import find_price_range
 from dynrl.evaluation.report import evaluate, measure, report_text
 from dynrl.evaluation.routes import (
     ORACLE_PRICE,
@@ -41,8 +42,8 @@ __all__ = [
     "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Contender", "Dense", "Front", "Ground", "Learned", "Oracle",
     "Plain", "Random", "Reached", "Ruled", "Score", "Smaller", "Static", "Uniform", "Usage", "Walked", "affordable",
     "area", "by_difficulty", "calibrate", "calibrate_latency", "captured", "cheapest_choices", "collapse", "compare",
-    "comparison_text", "dense_sides", "differences", "evaluate", "measure", "medians_in_turn", "oracle_candidates",
-    "oracle_routes", "paired", "random_rate", "report_text", "rivals", "rules_of", "score", "score_routes",
-    "score_rows", "spaced_routes", "spearman", "static_routes", "static_tries", "step_times", "uniform_routes",
-    "verdict",
+    "comparison_text", "dense_sides", "differences", "evaluate", "find_price_range", "measure", "medians_in_turn",
+    "oracle_candidates", "oracle_routes", "paired", "random_rate", "report_text", "rivals", "rules_of", "score",
+    "score_routes", "score_rows", "spaced_routes", "spearman", "static_routes", "static_tries", "step_times",
+    "uniform_routes", "verdict",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # the rate
 DATA = "fashion-mnist"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 ENOUGH = 0.95
+PRICES = (0.002, 2.0)
 
 
 class StockPPO(PPO):
@@ -121,12 +123,12 @@ def measure_agents(names: Iterable[str], seeds: int, source: Path, folder: Path)
         source: a folder with a pretrained backbone for skip on fashion-mnist.
         folder: the folder for the files of agents.
     """
-    row, file = defaults("skip", DATA), RunFolder(source).backbone_file
+    learning, file = replace(defaults("skip", DATA).learning, price_range=PRICES), RunFolder(source).backbone_file
     judge, rows = Judge(load_backbone(file)[0], load_dataset(DATA).validation.head(2048)), []
     for seed in range(seeds):
         enough = None
         for name in sorted(names, key=list(CONTENDERS).index):
-            settings, steps = Settings(Problem("skip", DATA, seed=seed), row.learning), row.learning.steps
+            settings, steps = Settings(Problem("skip", DATA, seed=seed), learning), learning.steps
             with CONTENDERS[name](settings, file, folder / f"{name}-{seed}", steps) as agent:
                 agent.checkpoint_every = 10**9
                 kept = learn(agent, steps)

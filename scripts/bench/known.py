@@ -159,12 +159,12 @@ def learn_known(decision: str, data: str, backbone: Backbone, seed: int, folder:
     from dynrl.deploy import RoutedModel
     from dynrl.envs import decision as row_of
     from dynrl.recipes import defaults
-    from dynrl.settings import Learning, Problem, Settings
+    from dynrl.settings import Problem, Settings
 
     row = defaults(decision, row_of(decision).data)
     backbone.save(folder / "backbone.safetensors")
-    learning = replace(row.learning, reward="log_likelihood", price_range=Learning().price_range)
-    (low, high), steps = learning.price_range, learning.steps
+    learning = replace(row.learning, reward="log_likelihood", price_range=(0.002, 2.0))
+    (low, high), steps = learning.prices, learning.steps
     prices = torch.tensor([low * (high / low) ** (i / (PRICES - 1)) for i in range(PRICES)]).clamp(low, high)
     split = load_dataset(data).train
     best, random = (returns.mean() for returns in known_returns(backbone.for_inference(), split, prices))

@@ -69,17 +69,28 @@ def test_a_bad_command_from_a_shell(tmp_path):
 
 def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
     """A run killed between the two must not be taken for pretrained when it is resumed."""
-    made = []
-    monkeypatch.setattr(
-        "dynrl.pretraining.pretrain", lambda backbone, *a, **k: made.append(k["random_routes"]) or backbone
-    )
-    pretrain_into(tmp_path, plan("skip", "digits"))
+    made, epochs = [], []
+
+    def pretrain(backbone, dataset, recipe, *, random_routes, **more):
+        made.append(random_routes)
+        epochs.append(recipe.length(random_routes))
+        backbone.fc.bias.data += 1
+        return backbone
+
+    monkeypatch.setattr("dynrl.pretraining.pretrain", pretrain)
+    planned = plan("skip", "digits")
+    pretrain_into(tmp_path, planned)
     assert made == [False, True]
+    # The backbone begins from the plain network's weights.
+    plain, routed = (load_backbone(tmp_path / f"{name}.safetensors")[0] for name in ("plain", "backbone"))
+    torch.testing.assert_close(plain.fc.bias, planned.backbone.fc.bias + 1)
+    torch.testing.assert_close(routed.fc.bias, plain.fc.bias + 1)
     assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors"}
     _, notes = load_backbone(tmp_path / "backbone.safetensors")
     assert notes["mean"] == load_dataset("digits").mean
     main(["pretrain", "skip", "--network", "layers=[1,2,1]", "--plain", "--out", str(tmp_path / "smaller")])
     assert made == [False, True, False]
+    assert epochs[2] == epochs[0] + epochs[1]  # a rival is trained as long
     assert {p.name for p in (tmp_path / "smaller").iterdir()} == {"plain.safetensors", "config.json"}
     smaller, notes = load_backbone(tmp_path / "smaller" / "plain.safetensors")
     assert (smaller.max_steps, notes["random_routes"]) == (2, False)
@@ -165,7 +176,7 @@ def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
     found = RunFolder(tmp_path / "adding-5").settings
     assert (found["num_envs"], found["price_range"], found["hidden"]) == (8, [0.1, 2.0], 0)
     found = RunFolder(tmp_path / "digits-0").settings
-    assert (found["num_envs"], found["price_range"], found["finetune"]) == (64, [0.002, 2.0], False)
+    assert (found["num_envs"], found["price_range"], found["finetune"]) == (64, None, False)
 
 
 def test_gates_are_resumed_by_the_command(others):
