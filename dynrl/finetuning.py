@@ -14,7 +14,7 @@ from dynrl.backbones import Backbone, State
 from dynrl.data import Dataset
 from dynrl.files import write_aside
 from dynrl.policies import LearnedPolicy
-from dynrl.pretraining import autocast, make_optimizer
+from dynrl.pretraining import autocast, loss_of, make_optimizer
 from dynrl.routes import draw_prices
 
 CHECKPOINT_EVERY = 100  # the number of batches between checkpoints
@@ -164,13 +164,12 @@ class Finetuner:
             return torch.where(whole[state.rows], state.along(full_route), action)
 
         with autocast(device):
-            walk = backbone.run(inputs, choose)
-        assert walk.outputs is not None
-        output = walk.outputs.float()
+            walk, answers = backbone.run_training(inputs, choose)
+        output = answers[0].output.float()
         with torch.no_grad():
             dense = self._reference(inputs)
         divergence = task.divergence(output, dense).mean()
-        loss = task.loss(output, targets, plan.label_smoothing) + plan.distillation * divergence
+        loss = loss_of(answers, targets, task, plan.label_smoothing) + plan.distillation * divergence
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)

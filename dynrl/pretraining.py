@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrl.backbones import Backbone
+from dynrl.backbones.base import Answer
 from dynrl.data import Dataset, Split
 from dynrl.files import whole, write_aside
 from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
+from dynrl.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -173,20 +176,24 @@ def _learn_batch(
     if least_rate is not None:
         rate = least_rate + (1 - least_rate) * torch.rand(len(index), generator=generator)
         rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
-    outputs = backbone.training_outputs(images, rate, generator)
+    passes = backbone.training_outputs(images, rate, generator)
     total = 0.0
     while True:
         with autocast(device):
-            output = next(outputs, None)
-        if output is None:
+            answers = next(passes, None)
+        if answers is None:
             break
-        each = len(output) // len(index)
-        targets = labels.repeat(each, *[1] * (labels.dim() - 1))
-        loss = each * dataset.task.loss(output.float(), targets, recipe.label_smoothing)
+        loss = loss_of(answers, labels, dataset.task, recipe.label_smoothing)
         loss.backward()
         total += loss.item()
     nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
     return total
+
+
+def loss_of(answers: Sequence[Answer], targets: Tensor, task: Task, label_smoothing: float) -> Tensor:
+    """Return the weighted sum of the losses of answers on `targets` [B, ...]."""
+    losses = [each.weight * task.loss(each.output.float(), targets[each.rows], label_smoothing) for each in answers]
+    return torch.stack(losses).sum()
 
 
 @torch.inference_mode()

@@ -94,14 +94,14 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("skip", "trace-small"): Defaults(
         family="skip_resnet",
-        backbone={"layers": (2, 4), "widths": (16, 32)},
+        backbone={"layers": (2, 4), "widths": (16, 32), "auxiliary": True},
         pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=12),
         learning=Learning(steps=150_000),
         finetuning=Finetuning(rounds=2, epochs=3, steps=50_000, learning_rate=0.05),
     ),
     ("skip", "trace"): Defaults(
         family="skip_resnet",
-        backbone={"layers": (9,), "widths": (16,)},
+        backbone={"layers": (9,), "widths": (16,), "auxiliary": True},
         pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=12),
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),

@@ -82,12 +82,13 @@ def test_each_exit_costs_what_ran_up_to_it(shape):
 def test_training_outputs_are_those_of_all_exits():
     backbone, inputs = make("basic"), torch.randn(5, 1, 16, 16)
     (together,) = backbone.training_outputs(inputs, torch.rand(5))
-    for k, output in enumerate(together.split(5)):
+    for k, answer in enumerate(together):
         route = (torch.arange(2) < k).long().expand(5, -1)
-        torch.testing.assert_close(output, backbone(inputs, route))
-    assert len(together) == 15
-    (full,) = backbone.training_outputs(inputs, None)
-    torch.testing.assert_close(full, backbone(inputs))
+        torch.testing.assert_close(answer.output, backbone(inputs, route))
+        assert answer.rows.tolist() == [0, 1, 2, 3, 4] and answer.weight == 1
+    assert len(together) == 3
+    ((full,),) = backbone.training_outputs(inputs, None)
+    torch.testing.assert_close(full.output, backbone(inputs))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dynrl.backbones import Point, SkipResNet, choice_rates, load_backbone
+from dynrl.backbones.base import Answer
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.pretraining import Recipe, autocast, metric_at_rate, pretrain
@@ -74,12 +75,13 @@ def test_random_routes_work_after_pretraining(small_backbone):
 
 
 class Jointly(SkipResNet):
-    """Trained on two passes, the second with two outputs an image: three losses in all."""
+    """Trained on two passes, the second with two outputs an image, weighed unequally: three losses in all."""
 
     def training_outputs(self, inputs, rate, generator=None):
-        yield self(inputs)
+        rows = torch.arange(len(inputs))
+        yield [Answer(self(inputs), rows)]
         both = self(inputs)
-        yield torch.cat([both, both])
+        yield [Answer(both, rows, 0.5), Answer(both.flip(0), rows.flip(0), 1.5)]
 
 
 def test_a_family_says_what_it_is_trained_on():
@@ -125,11 +127,11 @@ def test_routes_are_opened_up_step_by_step():
 def test_training_outputs_are_those_of_random_routes():
     backbone, inputs = fresh(), torch.randn(6, 1, 24, 24)
     rate = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])
-    (output,) = backbone.training_outputs(inputs, rate, torch.Generator().manual_seed(4))
+    ((answer,),) = backbone.training_outputs(inputs, rate, torch.Generator().manual_seed(4))
     route = draw_routes(backbone.column_costs, rate, torch.Generator().manual_seed(4))
-    torch.testing.assert_close(output, backbone(inputs, route))
-    (full,) = backbone.training_outputs(inputs, None)
-    torch.testing.assert_close(full, backbone(inputs))
+    torch.testing.assert_close(answer.output, backbone(inputs, route))
+    ((full,),) = backbone.training_outputs(inputs, None)
+    torch.testing.assert_close(full.output, backbone(inputs))
 
 
 def test_numbers_are_learned_from_inputs_that_are_no_images():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,6 +28,21 @@ def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
     choices = torch.arange(mask.shape[1], device=mask.device)
     distance = (choices - wanted.unsqueeze(2)).abs()
     return distance.masked_fill(~mask.unsqueeze(1), torch.iinfo(torch.int64).max).argmin(2)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer is an output of some rows of a batch, to be trained on.
+
+    Attributes:
+        output: [n, ...], of the form of the network's output.
+        rows: [n] int64, the rows of the batch.
+        weight: the weight of its loss.
+    """
+
+    output: Tensor
+    rows: Tensor
+    weight: float = 1.0
 
 
 class Backbone(nn.Module):
@@ -141,12 +157,36 @@ class Backbone(nn.Module):
         """Return other ways to compute the full route on `inputs`, by name, such as a vendor's layer; all are timed."""
         return {}
 
+    def auxiliary(self, state: State) -> Tensor | None:
+        """Return what auxiliary classifiers say of the rows at this point, [n, ...] like an output; None without any.
+
+        They are trained with the network, so that `observe` can show what they say.
+        """
+        return None
+
+    def run_training(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> tuple[Walk, list[Answer]]:
+        """Do `run`, and return the walk with all answers to train on: its outputs, and the auxiliary classifiers'.
+
+        The auxiliary answers at all points weigh as much together as the outputs do.
+        """
+        answers: list[Answer] = []
+
+        def listen(state: State) -> Tensor:
+            said = self.auxiliary(state)
+            if said is not None:
+                answers.append(Answer(said, state.rows, 1 / len(self.points)))
+            return choose(state)
+
+        walk = self.run(inputs, listen)
+        assert walk.outputs is not None
+        return walk, [Answer(walk.outputs, walk.all_rows), *answers]
+
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor]:
-        """Yield the outputs whose losses pretraining adds up; each is backpropagated before the next is computed.
+    ) -> Iterator[list[Answer]]:
+        """Yield, pass by pass, the answers whose losses pretraining adds up; a pass is backpropagated before the next.
 
-        Here there is one: the output of random routes. A family whose choices need other training writes its own.
+        Here there is one pass, of random routes. A family whose choices need other training writes its own.
 
         Args:
             inputs: [B, *input_shape].
@@ -155,9 +195,13 @@ class Backbone(nn.Module):
             generator: the source of the draws of routes.
 
         Yields:
-            outputs [k * B, ...], the k outputs of each input in one pass, batch after batch.
+            the answers of one pass.
         """
-        yield self(inputs, None if rate is None else draw_routes(self.thrift, rate, generator))
+        if rate is None:
+            yield [Answer(self(inputs), torch.arange(len(inputs), device=inputs.device))]
+            return
+        route = draw_routes(self.thrift, rate, generator).to(inputs.device)
+        yield self.run_training(inputs, lambda state: state.along(route))[1]
 
     def for_inference(self) -> Self:
         """Return a frozen copy that computes the same faster, for example with batch norm folded."""

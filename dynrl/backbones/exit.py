@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Backbone
+from dynrl.backbones.base import Answer, Backbone
+from dynrl.backbones.early import SCORES, early_classifier, early_inputs
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
@@ -19,7 +19,6 @@ from dynrl.ops.move import keep_rows
 from dynrl.ops.pooled import summary
 
 STOP, GO_ON = 0, 1
-CELLS = 4  # early classifiers see means over this many cells each way; of smaller maps, they see all pixels
 
 
 class Exits(Backbone):
@@ -57,7 +56,7 @@ class Exits(Backbone):
             costs=[[0, macs] for macs in stage_macs[1:]],
             start_macs=stage_macs[0],
             full_route=(GO_ON,) * len(names),
-            feature_width=3 + max(widths),
+            feature_width=SCORES + max(widths),
         )
 
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
@@ -89,14 +88,14 @@ class Exits(Backbone):
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[list[Answer]]:
         """Yield all exits of one pass, weighted equally (Huang et al. 2018, section 4); without a rate, the last."""
-        x, outputs = inputs, []
+        x, answers, rows = inputs, [], torch.arange(len(inputs), device=inputs.device)
         for k in range(len(self.points) + 1):
             x = self._advance_to(k, x)
             if rate is not None or k == len(self.points):
-                outputs.append(self._exit(k, x))
-        yield torch.cat(outputs)
+                answers.append(Answer(self._exit(k, x), rows))
+        yield answers
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
         """Return `Backbone.ideal`: each stage and its exit run on the first rows of the batch, as many as arrive."""
@@ -112,19 +111,10 @@ class Exits(Backbone):
         return run
 
 
-def early_inputs(x: Tensor) -> Tensor:
-    """Return what an early classifier sees, [n, k]: maps are reduced to `CELLS` means each way, tokens to a mean."""
-    if x.dim() != 4:
-        return summary(x).to(x.dtype)
-    cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
-    return cells.permute(0, 2, 3, 1).flatten(1)  # in this order, nothing is copied in channels_last
-
-
 class ExitResNet(Exits, ResNet):
     """A ResNet with classifiers between its blocks.
 
-    An early classifier is one linear layer on the maps reduced to 4x4, as in Shallow-Deep Networks (Kaya et al. 2019,
-    ICML).
+    An early classifier is one linear layer on the maps reduced to 4x4 (`early_classifier`).
 
     Args:
         shape, settings: the arguments of `ResNet`.
@@ -147,10 +137,10 @@ class ExitResNet(Exits, ResNet):
                 macs, size = count_macs(block, size)
                 cost += macs
             if k < len(exits):
-                seen = size[0] * min(CELLS, size[1]) * min(CELLS, size[2])
-                self.heads.append(nn.Linear(seen, self.config["classes"]))
+                head = early_classifier(size, self.config["classes"])
+                self.heads.append(head)
                 widths.append(size[0])
-                cost += count_macs(self.heads[k], (seen,))[0]
+                cost += count_macs(head, (head.in_features,))[0]
             else:
                 cost += count_macs(self.fc, (size[0],))[0]
             stage_macs.append(cost)

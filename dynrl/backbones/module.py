@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from dynrl.backbones.base import Backbone
-from dynrl.backbones.exit import Exits, early_inputs
+from dynrl.backbones.early import early_inputs
+from dynrl.backbones.exit import Exits
 from dynrl.backbones.skip import Skipping
 from dynrl.cost import executed_macs
 from dynrl.ops.move import apart

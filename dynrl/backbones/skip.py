@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone
+from dynrl.backbones.early import SCORES, early_classifier, early_inputs, seen_early
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
@@ -98,22 +99,30 @@ class SkipResNet(Skipping, ResNet):
     Blocks that change the shape have no identity to fall back on. They always run, and no route costs less than they
     do. The state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
 
-    The arguments are those of `ResNet`.
+    Args:
+        shape, settings: the arguments of `ResNet`.
+        auxiliary: whether there is an early classifier in front of each decision point, for the router to see how sure
+            it is. It is trained with the network, and every row pays for it.
     """
 
     family = "skip_resnet"
     captures = True
 
-    def __init__(self, *shape: Any, **settings: Any) -> None:
+    def __init__(self, *shape: Any, auxiliary: bool = False, **settings: Any) -> None:
         super().__init__(*shape, **settings)
+        self.config["auxiliary"] = auxiliary
         self._skippable = [i for i, block in enumerate(self._blocks) if block.downsample is None]
         if not self._skippable:
             raise ValueError("no block of this network has an identity to fall back on; add blocks to a stage")
         cost, shape_in = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
-        block_macs, fixed_macs, width = [], [cost], 1
+        self.heads, block_macs, fixed_macs, width = nn.ModuleList(), [], [cost], 1
         for block in self._blocks:
             macs, shape_out = count_macs(block, shape_in)
             if block.downsample is None:
+                if auxiliary:
+                    head = early_classifier(shape_in, self.config["classes"])
+                    self.heads.append(head)
+                    fixed_macs[-1] += count_macs(head, (head.in_features,))[0]
                 block_macs.append(macs)
                 fixed_macs.append(0)
                 width = max(width, shape_in[0])
@@ -121,7 +130,7 @@ class SkipResNet(Skipping, ResNet):
                 fixed_macs[-1] += macs
             shape_in = shape_out
         fixed_macs[-1] += count_macs(self.fc, (shape_in[0],))[0]
-        self._set_points([self._names[i] for i in self._skippable], block_macs, fixed_macs, width)
+        self._set_points([self._names[i] for i in self._skippable], block_macs, fixed_macs, width + SCORES * auxiliary)
 
     def _fixed(self, point: int) -> list[Any]:
         """Return the blocks between that of `point` (-1 for the stem) and the next one that may be skipped."""
@@ -141,3 +150,11 @@ class SkipResNet(Skipping, ResNet):
         for block in self._fixed(point):
             x = block(x)
         return x if point + 1 < len(self.points) else self._head(x)
+
+    def auxiliary(self, state: State) -> Tensor | None:
+        """Return what the early classifier in front of the state's point says, [n, classes], if there is one."""
+        return self.heads[state.point](early_inputs(state.features)) if len(self.heads) else None
+
+    def observe(self, state: State) -> Tensor:
+        """Return the mean of each channel; if there are auxiliary classifiers, how sure one is comes before."""
+        return seen_early(state.features, self.heads[state.point]) if len(self.heads) else super().observe(state)

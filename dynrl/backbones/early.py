@@ -1,0 +1,41 @@
+"""Early classifiers tell the class from features before the end of a network: as exits, or for routers to see."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.ops.exit_scores import exit_scores
+from dynrl.ops.pooled import summary
+
+CELLS = 4  # early classifiers see means over this many cells each way; of smaller maps, they see all pixels
+SCORES = 3  # the numbers that `exit_scores` gives
+
+
+def early_inputs(x: Tensor) -> Tensor:
+    """Return what an early classifier sees, [n, k]: maps are reduced to `CELLS` means each way, tokens to a mean."""
+    if x.dim() != 4:
+        return summary(x).to(x.dtype)
+    cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
+    return cells.permute(0, 2, 3, 1).flatten(1)  # in this order, nothing is copied in channels_last
+
+
+def early_classifier(size: tuple[int, ...], classes: int) -> nn.Linear:
+    """Make a classifier of maps of `size` (channels, height, width): one linear layer on their `early_inputs`.
+
+    Source: Shallow-Deep Networks (Kaya et al. 2019, ICML).
+    """
+    channels, height, width = size
+    return nn.Linear(channels * min(CELLS, height) * min(CELLS, width), classes)
+
+
+def seen_early(x: Tensor, classifier: nn.Module) -> Tensor:
+    """Return how sure an early classifier is of maps `x` [n, C, H, W], then the mean of each channel's cells.
+
+    Returns:
+        [n, SCORES + C] float32.
+    """
+    cells = early_inputs(x)
+    means = cells.unflatten(1, (-1, x.shape[1])).mean(1).float()
+    return torch.cat([exit_scores(classifier(cells)), means], 1)
