@@ -275,7 +275,7 @@ def env_arguments(settings: Settings, backbone_file: Path, times: Mapping[str, A
     learning: Learning = settings.learning
     place: Place = settings.place
     return {
-        "backbone": str(backbone_file.resolve()), "data": settings.problem.data,
+        "backbone": str(backbone_file.resolve()), "data": settings.problem.data, "split": "unseen",
         "price_range": list(learning.prices), "reward": learning.reward,
         "sight": check_kind(learning.policy).sight_class.name, "times": times,
         "device": place.device, "dtype": learning.dtype,

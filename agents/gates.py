@@ -66,7 +66,7 @@ class Gates(Agent):
     def start(self) -> None:
         """Build the router and its optimiser."""
         problem, learning = self.settings.problem, self.settings.learning
-        self._split = load_dataset(problem.data).train
+        self._split = load_dataset(problem.data).unseen
         self._reward = REWARDS[learning.reward]
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.steps = 0

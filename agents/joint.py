@@ -44,7 +44,7 @@ def train_jointly(
     backbone, notes = load_backbone(backbone_file)
     done, total = notes.get("rounds", 0), learning.steps + plan.rounds * plan.steps
     tuner = Finetuner(
-        backbone, reference, load_dataset(problem.data), plan, learning.prices, problem.seed,
+        backbone, reference, load_dataset(problem.data).for_backbone, plan, learning.prices, problem.seed,
         folder / "checkpoints" / "finetuning.pt", settings.place.device,
     )  # fmt: skip
     with (

@@ -101,7 +101,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("skip", "trace"): Defaults(
         family="skip_resnet",
-        backbone={"layers": (9,), "widths": (16,), "auxiliary": True},
+        backbone={"layers": (1, 5), "widths": (12, 24), "auxiliary": True},
         pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=12),
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
@@ -127,7 +127,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("exit", "trace"): Defaults(
         family="exit_resnet",
-        backbone={"layers": (9,), "widths": (16,), "exits": (0, 1, 2, 3, 4, 5, 6)},
+        backbone={"layers": (1, 5), "widths": (12, 24), "exits": (0, 1, 2, 3, 4)},
         pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=12),
         learning=Learning(steps=300_000),
     ),
@@ -158,6 +158,13 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=8, batch_size=128, rates=(0.6, 0.0, 0.0), full_share=0.25),
         learning=Learning(steps=1_000_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
+    ),
+    ("channel", "trace"): Defaults(
+        family="slimmable_resnet",
+        backbone={"layers": (1, 5), "widths": (12, 24), "auxiliary": True},
+        pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.3, 0.3), plain_epochs=12),
+        learning=Learning(steps=300_000),
+        finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
     ),
     ("channel", "cluttered-fashion-mnist"): Defaults(
         family="slimmable_resnet",
@@ -222,8 +229,9 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
     if row is not None and images:
         return _for_images(row, dataset)
     if own_backbone:
-        size = min(128, len(dataset.train))
-        epochs = math.ceil(_BATCHES * size / len(dataset.train))
+        inputs = len(dataset.for_backbone.train)
+        size = min(128, inputs)
+        epochs = math.ceil(_BATCHES * size / inputs)
         pretraining = Recipe(epochs, size, learning_rate=2e-3, weight_decay=0.01, optimizer="adam")
         return Defaults("", {}, pretraining, finetuning=Finetuning(epochs=epochs / 4, batch_size=size))
     known = sorted(d for one, d in DEFAULTS if one == decision)
@@ -235,7 +243,7 @@ def _for_images(row: Defaults, dataset: Dataset) -> Defaults:
     backbone, longer = dict(row.backbone), _FASHION_IMAGES / len(dataset.train)
     if backbone.pop("stem_stride", None):
         backbone |= {"stem": "imagenet"} if dataset.input_shape[1] >= 96 else {"stem_stride": 2}
-    size = min(row.pretraining.batch_size, len(dataset.train))
+    size = min(row.pretraining.batch_size, len(dataset.for_backbone.train))
     return replace(
         row,
         backbone=backbone,

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dynrl.tasks import CLASSIFICATION, Task
 
+KEPT = 0.1  # the share of the training split that is kept from backbones, for policies to learn on
+UNSEEN = 999_999  # the seed of inputs drawn for policies, which no epoch has (`Dataset.in_epoch`)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -33,9 +36,16 @@ class Split:
         return len(self.inputs)
 
     def head(self, count: int) -> Split:
-        """Return the first `count` rows; all splits are in random order."""
-        difficulty = {name: numbers[:count] for name, numbers in self.difficulty.items()}
-        return Split(self.inputs[:count], self.targets[:count], self.task, difficulty)
+        """Return the first `count` rows, or all but the last ones if it is negative; splits are in random order."""
+        return self._rows(slice(None, count))
+
+    def tail(self, count: int) -> Split:
+        """Return the last `count` rows."""
+        return self._rows(slice(len(self) - count, None))
+
+    def _rows(self, rows: slice) -> Split:
+        difficulty = {name: numbers[rows] for name, numbers in self.difficulty.items()}
+        return Split(self.inputs[rows], self.targets[rows], self.task, difficulty)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on `device`, with inputs of the type `dtype`; targets keep their type."""
@@ -108,10 +118,28 @@ class Dataset:
         """The same with the training inputs of that epoch: drawn anew where they can be, else its own."""
         return self if self.anew is None else replace(self, train=self.anew(1_000_003 * seed + epoch))
 
+    @property
+    def for_backbone(self) -> Dataset:
+        """The same without the training inputs that are for policies (`unseen`): what backbones are trained on."""
+        return self if self.anew is not None else replace(self, train=self.train.head(-self._kept))
+
+    @property
+    def unseen(self) -> Split:
+        """Inputs for policies to learn on, which no backbone is trained on.
+
+        A policy that learned on what its backbone knows by heart would find that most of the compute is not needed.
+        They are drawn anew where they can be; else, they are the last tenth of the training split.
+        """
+        return self.train.tail(self._kept) if self.anew is None else self.anew(UNSEEN)
+
+    @property
+    def _kept(self) -> int:
+        return math.ceil(KEPT * len(self.train))
+
     def split(self, name: str) -> Split:
-        """Return the split "train", "validation" or "test"."""
-        if name not in ("train", "validation", "test"):
-            raise ValueError(f"unknown split {name!r}; expected 'train', 'validation' or 'test'")
+        """Return the split "train", "unseen" (see there), "validation" or "test"."""
+        if name not in ("train", "unseen", "validation", "test"):
+            raise ValueError(f"unknown split {name!r}; expected 'train', 'unseen', 'validation' or 'test'")
         return getattr(self, name)
 
 

@@ -1,7 +1,7 @@
 """Is a task fit for routing: does half of the compute cost accuracy, however a plain network saves it?
 
-A recipe's plain network stands beside plain networks of about half of its MACs: of less depth, of less width, and with
-as many blocks of which more are behind a stride. All are trained alone by the same recipe, for as many epochs, and
+A recipe's plain network stands beside plain networks of about half of its MACs: of less depth, of less width, with as
+many blocks of which more are behind a stride, and with fewer blocks that are wider behind that stride. All are trained alone by the same recipe, for as many epochs, and
 judged on the test split, over several seeds.
 """
 
@@ -48,12 +48,28 @@ def strided(settings: dict[str, Any]) -> Changes:
     """Yield as many blocks in one stage more, so that more of them stand behind a stride."""
     layers, widths = settings.get("layers"), settings.get("widths")
     if isinstance(layers, tuple) and isinstance(widths, tuple):
-        for ends in combinations(range(1, sum(layers)), len(layers)):
-            stages = tuple(after - before for before, after in pairwise((0, *ends, sum(layers))))
+        for stages in _cut(sum(layers), len(layers) + 1):
             yield {"layers": stages, "widths": (*widths, widths[-1])}
 
 
-WAYS: dict[str, Callable[[dict[str, Any]], Changes]] = {"depth": shallower, "width": narrower, "stride": strided}
+def tapered(settings: dict[str, Any]) -> Changes:
+    """Yield at most as many blocks in one stage more, which is twice as wide as the last one."""
+    layers, widths = settings.get("layers"), settings.get("widths")
+    if isinstance(layers, tuple) and isinstance(widths, tuple):
+        for depth in range(len(layers) + 1, sum(layers) + 1):
+            for stages in _cut(depth, len(layers) + 1):
+                yield {"layers": stages, "widths": (*widths, 2 * widths[-1])}
+
+
+def _cut(depth: int, stages: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to share `depth` blocks among stages of at least one block each."""
+    for ends in combinations(range(1, depth), stages - 1):
+        yield tuple(after - before for before, after in pairwise((0, *ends, depth)))
+
+
+WAYS: dict[str, Callable[[dict[str, Any]], Changes]] = {
+    "depth": shallower, "width": narrower, "stride": strided, "taper": tapered,
+}  # fmt: skip
 
 
 def _less(settings: dict[str, Any], names: Sequence[str]) -> Changes:

@@ -176,7 +176,10 @@ def dots(monkeypatch):
 def test_networks_of_half_the_macs_are_the_dearest_of_their_way(dots):
     row = DEFAULTS["skip", "dots"]
     found = tasks.halves(row, dots)
-    assert found == {"depth": ("layers=[3]",), "width": ("widths=[5]",), "stride": ("layers=[2,4]", "widths=[8,8]")}
+    assert found == {
+        "depth": ("layers=[3]",), "width": ("widths=[5]",), "stride": ("layers=[2,4]", "widths=[8,8]"),
+        "taper": ("layers=[2,1]", "widths=[8,16]"),
+    }  # fmt: skip
     whole = row.build(dots, 0).dense_macs
     for settings in found.values():
         assert tasks.LEAST <= row.changed(settings).build(dots, 0).dense_macs / whole <= tasks.HALF
@@ -192,10 +195,10 @@ def test_networks_of_half_the_macs_are_the_dearest_of_their_way(dots):
 
 def test_bench_tasks_trains_each_network_once(dots, tmp_path, monkeypatch, capsys):
     rows = tasks.bench_tasks(("dots",), 2, (tmp_path / "nets",))
-    assert [row["network"] for row in rows] == ["dense", "depth", "width", "stride"]
+    assert [row["network"] for row in rows] == ["dense", "depth", "width", "stride", "taper"]
     assert all((row["data"], row["decision"], row["seeds"]) == ("dots", "skip", 2) for row in rows)
     folders = sorted((tmp_path / "nets").glob("skip-dots-depth-*"))
-    assert len(folders) == 2 and len(list((tmp_path / "nets").iterdir())) == 8
+    assert len(folders) == 2 and len(list((tmp_path / "nets").iterdir())) == 10
     by_hand = [metric_at_rate(load_backbone(f / "plain.safetensors")[0], dots.test, None) for f in folders]
     depth = rows[1]
     assert depth["accuracy"] == pytest.approx(sum(by_hand) / 2, abs=1e-6)
@@ -212,7 +215,7 @@ def test_bench_tasks_trains_each_network_once(dots, tmp_path, monkeypatch, capsy
     row = DEFAULTS["skip", "dots"]
     monkeypatch.setitem(DEFAULTS, ("skip", "dots"), replace(row, pretraining=replace(row.pretraining, epochs=2)))
     tasks.bench_tasks(("dots",), 1, (tmp_path / "nets",))
-    assert len(list((tmp_path / "nets").iterdir())) == 12, "another recipe's networks are not taken for these"
+    assert len(list((tmp_path / "nets").iterdir())) == 15, "another recipe's networks are not taken for these"
     with pytest.raises(ValueError, match="one folder for the networks, got 2"):
         tasks.bench_tasks(("dots",), 1, (tmp_path, tmp_path))
 
