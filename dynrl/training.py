@@ -358,8 +358,8 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
         checkpoint = files.checkpoints / f"{path.stem}.pt"
         backbone = load_backbone(files.plain_file)[0] if random_routes else copy.deepcopy(planned.backbone)
         backbone = pretraining.pretrain(
-            backbone, dataset.for_backbone, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint, label=label,
-            device=planned.settings.place.device,
+            backbone, dataset.for_backbone, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint,
+            label=label, device=planned.settings.place.device,
         )  # fmt: skip
         value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
         backbone.save(

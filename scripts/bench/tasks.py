@@ -1,8 +1,8 @@
 """Is a task fit for routing: does half of the compute cost accuracy, however a plain network saves it?
 
 A recipe's plain network stands beside plain networks of about half of its MACs: of less depth, of less width, with as
-many blocks of which more are behind a stride, and with fewer blocks that are wider behind that stride. All are trained alone by the same recipe, for as many epochs, and
-judged on the test split, over several seeds.
+many blocks of which more are behind a stride, and with fewer blocks that are twice as wide behind that stride. All are
+trained alone by the same recipe, for as many epochs, and judged on the test split, over several seeds.
 """
 
 from __future__ import annotations
