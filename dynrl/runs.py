@@ -209,6 +209,27 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def by_backbone(runs: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
+    """Group runs of one problem by the fingerprints of their pretrained backbones, in the order in which they come.
+
+    Raises:
+        ValueError: the runs have different decisions or data sets, or backbones of different shapes, or one is not what
+            `dynrl train` writes.
+    """
+    groups: dict[str, list[RunFolder]] = {}
+    first: RunFolder | None = None
+    for run in runs:
+        first = first or run
+        _ = run.config  # a folder that holds no run is refused before any larger file is read
+        for what in ("data", "decision"):
+            if (mine := getattr(run, what)) != (other := getattr(first, what)):
+                raise ValueError(f"{run} has the {what} {mine!r}, but {first} has {other!r}; report them apart")
+        if run.pretrained.config != first.pretrained.config:
+            raise ValueError(f"{run} and {first} have backbones of different shapes; report them apart")
+        groups.setdefault(run.pretrained.fingerprint(), []).append(run)
+    return groups
+
+
 def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
     """Group runs of one backbone by their kinds, in the order in which they come.
 

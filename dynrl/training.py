@@ -7,6 +7,7 @@ and `learn` trains. `train` does all three; `resume` continues in an existing fo
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import sys
 import time
@@ -295,6 +296,7 @@ def pretrain(
     *,
     out: str | Path | None = None,
     plain: bool = False,
+    finetune: bool = False,
     device: str = "cpu",
     show: bool = False,
     **problem: Any,
@@ -308,6 +310,7 @@ def pretrain(
         out: the folder to make; None makes runs/backbone-DECISION-DATA-TIME.
         plain: whether only the plain network is trained, for as many epochs as a backbone in all,
             for example a smaller one to compare routed networks with.
+        finetune: whether such a network is trained for as many epochs as a fine-tuned backbone in all.
         device: the device to train on.
         show: whether progress and results are shown.
         problem: `network` and `seed` (see `dynrl.settings.Problem`).
@@ -318,9 +321,11 @@ def pretrain(
     Raises:
         ValueError: the folder exists and was not made by this call with the same settings; see also `train`.
     """
+    if finetune and not plain:
+        raise ValueError("a backbone is fine-tuned with its policy: leave out finetune, or train a plain network alone")
     planned = plan(decision, data, device=device, **problem)
     posed = asdict(planned.settings.problem) | {"network": list(planned.settings.problem.network)}
-    settings = {"problem": posed, "plain": plain}
+    settings = {"problem": posed, "plain": plain, "finetune": finetune}
     if out is not None and Path(out).exists():
         folder = Path(out)
         _check_same(folder, settings)
@@ -328,7 +333,7 @@ def pretrain(
         folder = new_folder(out, "backbone", decision, planned.settings.problem.data)
         write_json(folder / "config.json", settings)
     with talking(show):
-        pretrain_into(folder, planned, plain)
+        pretrain_into(folder, planned, plain, finetune)
     return folder
 
 
@@ -337,17 +342,22 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     before = read_json(kept) if kept.is_file() else None
     if not isinstance(before, dict) or before.keys() != settings.keys():
         raise ValueError(f"{folder} exists and is no folder of dynrl pretrain to continue; choose another --out")
-    was, now = ({**each["problem"], "plain": each["plain"]} for each in (before, settings))
+    was, now = (each["problem"] | {"plain": each["plain"], "finetune": each["finetune"]} for each in (before, settings))
     if changed := [name for name, value in now.items() if was.get(name) != value]:
         raise ValueError(f"{folder} was made by dynrl pretrain with another {', '.join(changed)}; choose another --out")
 
 
-def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None:
-    """Train whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resume after kills."""
+def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetune: bool = False) -> None:
+    """Train whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resume after kills.
+
+    A plain network alone is trained for as many epochs as a backbone in all, with those of fine-tuning if `finetune`.
+    """
     files, dataset, seed = RunFolder(folder), planned.dataset, planned.settings.problem.seed
     recipe = planned.recipe.pretraining
     if plain_only:
-        recipe = replace(recipe, plain_epochs=recipe.length(False) + recipe.length(True))
+        tuning = planned.recipe.finetuning
+        more = math.ceil(tuning.rounds * tuning.epochs) if finetune else 0
+        recipe = replace(recipe, plain_epochs=recipe.length(False) + recipe.length(True) + more)
     for path, random_routes, label in (
         # The backbone comes last: if its file exists, both files do, so a killed run knows what is left to do.
         (files.plain_file, False, "training the plain network"),

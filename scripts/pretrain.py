@@ -24,6 +24,8 @@ class Args:
     plain: bool = False
     """Only train the plain network, as long as a backbone in all: one of a front of smaller ones that stands beside
     routed ones (`dynrl evaluate --smaller`)."""
+    finetune: bool = False
+    """With --plain: train as long as a backbone that is fine-tuned, too."""
     seed: int = 0
     """The seed of weights, order, augmentation and routes."""
     device: str = "cpu"
@@ -39,8 +41,8 @@ def main(args: Args) -> None:
 
     use_threads(args.threads)
     folder = pretrain(
-        args.decision, args.data, out=args.out, plain=args.plain, device=args.device, network=args.network,
-        seed=args.seed,
+        args.decision, args.data, out=args.out, plain=args.plain, finetune=args.finetune,
+        device=args.device, network=args.network, seed=args.seed,
     )  # fmt: skip
     name, file = ("plain network", "plain") if args.plain else ("backbone", "backbone")
     print(f"{name}: {folder}/{file}.safetensors")

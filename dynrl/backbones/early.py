@@ -30,7 +30,7 @@ def early_classifier(size: tuple[int, ...], classes: int) -> nn.Linear:
     return nn.Linear(channels * min(CELLS, height) * min(CELLS, width), classes)
 
 
-def seen_early(x: Tensor, classifier: nn.Module) -> Tensor:
+def seen_early(x: Tensor, classifier: nn.Linear) -> Tensor:
     """Return how sure an early classifier is of maps `x` [n, C, H, W], then the mean of each channel's cells.
 
     Returns:
@@ -38,4 +38,5 @@ def seen_early(x: Tensor, classifier: nn.Module) -> Tensor:
     """
     cells = early_inputs(x)
     means = cells.unflatten(1, (-1, x.shape[1])).mean(1).float()
-    return torch.cat([exit_scores(classifier(cells)), means], 1)
+    # While a backbone is fine-tuned, its maps may be bfloat16 where a policy looks at them without autocast.
+    return torch.cat([exit_scores(classifier(cells.to(classifier.weight.dtype))), means], 1)

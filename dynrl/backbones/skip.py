@@ -157,4 +157,8 @@ class SkipResNet(Skipping, ResNet):
 
     def observe(self, state: State) -> Tensor:
         """Return the mean of each channel; if there are auxiliary classifiers, how sure one is comes before."""
-        return seen_early(state.features, self.heads[state.point]) if len(self.heads) else super().observe(state)
+        if not len(self.heads):
+            return super().observe(state)
+        head = self.heads[state.point]
+        assert isinstance(head, nn.Linear)
+        return seen_early(state.features, head)

@@ -1,4 +1,4 @@
-"""A report on one or more runs of one backbone has figures as JSON, a picture, and a table to print."""
+"""A report on one or more runs has figures as JSON, a picture, and a table to print."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, load_dataset
 from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.difficulty import bin_name, correlations
+from dynrl.evaluation.merged import merge_reports
 from dynrl.evaluation.scores import Score, Usage
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import check_folder, write_json
 from dynrl.machine import commit, hardware
 from dynrl.progress import progress, talking
-from dynrl.runs import RunFolder, by_kind
+from dynrl.runs import RunFolder, by_backbone, by_kind
 from dynrl.tasks import TASKS, Task
 
 ROUNDS = 11  # how often each side is timed
@@ -38,10 +39,10 @@ def evaluate(
     budgets: Sequence[float] = BUDGETS,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate runs of one backbone on the test split, beside everything that they must beat.
+    """Evaluate runs on the test split, beside everything that they must beat.
 
     Args:
-        runs: one or more run folders.
+        runs: one or more run folders. Runs of several pretrained backbones make one report of means over these.
         out: a folder for `report.json` and `report.png`; None writes nothing.
         smaller: folders whose `plain.safetensors`, smaller networks, stand beside them.
         data: the data set; None takes the runs' own by its name.
@@ -60,17 +61,21 @@ def evaluate(
     if not folders:
         raise ValueError("expected at least one run folder")
     check_folder(out)
-    kinds = by_kind(folders)
+    groups = list(by_backbone(folders).values())
     dataset = load_dataset(folders[0].data) if data is None else data
-    ground = Ground(folders[0].pretrained, dataset, device, getattr(torch, dtype))
-    learned = [Learned(kind, [run.model for run in mine], ground) for kind, mine in kinds.items()]
     beside = [plain_network(folder, dataset) for folder in smaller]
-    report = {
+    common = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
-        "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
-        **measure(ground, learned, folders[0].plain, beside, batch_size, budgets, show),
     }  # fmt: skip
+    found = []
+    for mine in groups:
+        kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, getattr(torch, dtype))
+        learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]
+        seeds = {kind.label: [run.seed for run in alike] for kind, alike in kinds.items()}
+        measured = measure(ground, learned, mine[0].plain, beside, batch_size, budgets, show)
+        found.append(common | {"seeds": seeds} | measured)
+    report = merge_reports(found)
     if out is not None:
         from dynrl.evaluation.figures import draw_report
 
@@ -241,8 +246,9 @@ def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> di
 
 
 def seeds_text(report: dict[str, Any]) -> str:
-    """Return a text that names the seeds behind each row."""
-    return "; ".join(f"{name} {', '.join(map(str, seeds))}" for name, seeds in report["seeds"].items())
+    """Return a text that names the seeds behind each row, and says on how many backbones they learned."""
+    text = "; ".join(f"{name} {', '.join(map(str, seeds))}" for name, seeds in report["seeds"].items())
+    return f"{text}, on {report['backbones']} backbones" if report.get("backbones", 1) > 1 else text
 
 
 def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> str:

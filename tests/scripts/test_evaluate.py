@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dynrl
@@ -71,6 +72,26 @@ def test_several_runs_make_one_report(run, tmp_path):
     done = call("evaluate", run, run, cwd=tmp_path)
     assert done.returncode == 2
     assert "--out" in done.stderr
+
+
+def test_runs_on_several_backbones_make_one_report_of_means(run, tmp_path):
+    other = twin(run, tmp_path / "other", seed=1)
+    backbone, notes = load_backbone(other / "backbone.safetensors")
+    with torch.no_grad():
+        backbone.fc.bias[0] += 1
+    backbone.save(other / "backbone.safetensors", **notes)
+    router, metadata = load_policy(other / "policy.safetensors")
+    save_policy(other / "policy.safetensors", router, metadata | {"backbone": backbone.fingerprint()})
+    both = report_runs([run, other], tmp_path / "both", batch_size=32)
+    alone = [report_runs([one], tmp_path / one.name, batch_size=32) for one in (run, other)]
+    assert both["backbones"] == 2 and both["seeds"] == {"learned": [0, 1]}
+
+    def learned(report):
+        return {p["budget"]: p["accuracy"] for p in report["points"] if p["policy"] == "learned"}
+
+    first, second = map(learned, alone)
+    assert first != second
+    assert learned(both) == pytest.approx({b: (first[b] + second[b]) / 2 for b in first if b in second})
 
 
 def test_a_run_is_evaluated_in_bf16(run, tmp_path):

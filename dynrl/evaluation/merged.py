@@ -1,0 +1,45 @@
+"""Reports on several pretrained backbones are merged into one, with means and spreads over the backbones."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Merge reports of equal problems, each on a pretrained backbone of its own; one report stays as it is.
+
+    A row is kept if every report has it. Its numbers are means over the backbones, and its spread is that of the
+    backbones' means, since backbones differ more than policies on one of them do. `runs` counts all policies. Usage is
+    that of the first backbone.
+    """
+    if len(reports) == 1:
+        return reports[0]
+    first, metric = reports[0], reports[0]["metric"]
+    by_key = [{(p["policy"], p["budget"]): p for p in report["points"]} for report in reports]
+    points = []
+    for key in by_key[0]:
+        if all(key in rows for rows in by_key):
+            mine = [rows[key] for rows in by_key]
+            spread = statistics.stdev(p[metric] for p in mine)
+            points.append(_mean(mine) | {f"{metric}_std": spread, "runs": sum(p["runs"] for p in mine)})
+    dense = [report["dense"] for report in reports]
+    kinds = {kind for report in reports for kind in report["seeds"]}
+    seeds = {kind: [seed for report in reports for seed in report["seeds"].get(kind, [])] for kind in sorted(kinds)}
+    spread = statistics.stdev(each[metric] for each in dense)
+    return first | {
+        "backbones": len(reports), "seeds": seeds, "points": points, "dense": _mean(dense) | {f"{metric}_std": spread},
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Return the mean of numbers and, entry by entry, of dictionaries of numbers; of anything else, the first."""
+    first = values[0]
+    if isinstance(first, dict) and all(isinstance(value, dict) and value.keys() == first.keys() for value in values):
+        return {name: _mean([value[name] for value in values]) for name in first}
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        mean = math.fsum(values) / len(values)
+        return int(mean) if all(value == first for value in values) and isinstance(first, int) else mean
+    return first
