@@ -157,7 +157,8 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
         return True
-    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    # Without the word "local", ray would join whatever RAY_ADDRESS or an earlier cluster's file names.
+    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
 
 

@@ -174,7 +174,8 @@ class StepSight(Sight):
 
     def see(self, backbone: Any, state: Any, price: Tensor | float) -> Tensor:
         """Return what a policy sees, in the columns of the table above."""
-        walk, view = state.walk, torch.zeros(state.count, self.width, device=state.rows.device)
+        walk, shape = state.walk, (state.count, self.width)
+        view = torch.zeros(shape, dtype=torch.float32, device=state.rows.device)
         if not state.ended:
             view[:, self.features + state.point] = 1.0
             mask, first = backbone.open_choices(state), self.price + 1

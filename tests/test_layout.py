@@ -39,7 +39,9 @@ ALLOWED = {
     "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.tasks"},
     "dynrl.backbones": {"dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.routes"},
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes"},
-    "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
+    "dynrl.envs": {
+        "dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks",
+    },
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.machine",
     },
@@ -53,7 +55,7 @@ ALLOWED = {
         "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.pretraining",
     },
     "dynrl.recipes": {
-        "dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning", "dynrl.settings",
+        "dynrl.backbones", "dynrl.data", "dynrl.ops", "dynrl.pretraining", "dynrl.finetuning", "dynrl.settings",
     },
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.progress", "dynrl.tasks",

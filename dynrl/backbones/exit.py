@@ -84,8 +84,12 @@ class Exits(Backbone):
         return self._arrive(state.walk, state.point + 1, state.rows, state.features)
 
     def observe(self, state: State) -> Tensor:
-        """Return how sure the exit is (`exit_scores`), then each channel's mean over the map or the tokens."""
-        return torch.cat([exit_scores(self.output(state)), summary(state.features)], 1)
+        """Return how sure the exit is (`exit_scores`), then each channel's mean over all places."""
+        return torch.cat([exit_scores(self.output(state)), self._summary(state.point, state.features)], 1)
+
+    def _summary(self, k: int, x: Tensor) -> Tensor:
+        """Return each channel's mean over the features `x` that rows have at exit k."""
+        return summary(x)
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
@@ -112,10 +116,11 @@ class Exits(Backbone):
         return run
 
 
-def early_inputs(x: Tensor) -> Tensor:
-    """Return what an early classifier sees, [n, k]: maps are reduced to `CELLS` means each way, tokens to a mean."""
+def early_inputs(x: Tensor, channels_last: bool = False) -> Tensor:
+    """Return what an early classifier sees, [n, k]: of images `CELLS` means each way, of other features `summary`."""
     if x.dim() != 4:
-        return summary(x).to(x.dtype)
+        return summary(x, channels_last).to(x.dtype)
+    x = x.permute(0, 3, 1, 2) if channels_last else x
     cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
     return cells.permute(0, 2, 3, 1).flatten(1)  # in this order, nothing is copied in channels_last
 
