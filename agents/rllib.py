@@ -190,14 +190,14 @@ class RLlibAgent(Agent):
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
         """Also refuse a numbered GPU together with remote runners, which take the GPU that ray gives them."""
         super().refuse(settings, backbone)
-        device, runners = torch.device(settings.place.device), settings.learning.num_env_runners
+        device, runners = torch.device(settings.place.device), settings.place.num_env_runners
         if runners and device.index is not None:
             raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
 
     def start(self) -> None:
         """Start ray and build the algorithm."""
         (backbone, _), learning, place = load_backbone(self.backbone_file), self.settings.learning, self.settings.place
-        if start_ray(max(2, learning.num_env_runners + place.num_learners + 1), place.address):
+        if start_ray(max(2, place.num_env_runners + place.num_learners + 1), place.address):
             self._held.callback(ray.shutdown)  # timings follow, which ray's processes should not disturb
         self.backbone, self.ground = backbone, Ground.of(learning, backbone)
         config = self.configure(
@@ -205,9 +205,9 @@ class RLlibAgent(Agent):
             env_arguments(self.settings, self.backbone_file, self.times), self.ground.spec,
             self.total // self.ground.decisions,
             seed=self.settings.problem.seed, num_envs=learning.num_envs, rollout=self.ground.rollout,
-            num_env_runners=learning.num_env_runners, num_learners=place.num_learners,
+            num_env_runners=place.num_env_runners, num_learners=place.num_learners,
             # Remote runners see only the GPUs that ray gives them.
-            num_gpus_per_env_runner=place.device.startswith("cuda") / max(1, learning.num_env_runners),
+            num_gpus_per_env_runner=place.device.startswith("cuda") / max(1, place.num_env_runners),
         )  # fmt: skip
         self._algorithm = config.build_algo()
         self._held.callback(self._algorithm.stop)

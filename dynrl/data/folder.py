@@ -79,7 +79,8 @@ def image_folder(name: str) -> Dataset:
         for row, position in enumerate(order):
             pixels[row] = _read(files[part][position][0], shape, size)
         parts.append((pixels, torch.tensor([files[part][position][1] for position in order])))
-    return standardised(name, len(classes), Augmentation(flip=True, shift=max(1, shape[-1] // 16)), parts)
+    augmentation = Augmentation(flip=True, shift=max(1, shape[-1] // 16))
+    return standardised(name, len(classes), augmentation, parts, tuple(classes))
 
 
 def split_name(name: str) -> tuple[Path, int | None]:

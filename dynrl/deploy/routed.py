@@ -136,6 +136,28 @@ class RoutedModel(nn.Module):
             )
         self.set_price(price_at(self.latency, budget, "milliseconds"))
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the outputs; empty for a regression, or if they are not known."""
+        return () if self.backbone.trained_on is None else self.backbone.trained_on.classes
+
+    def preprocess(self, raw: Tensor) -> Tensor:
+        """Return raw inputs [B, *input_shape] as the model takes them, standardised as its training data were.
+
+        Args:
+            raw: inputs as the data set has them; images are uint8, or floating-point numbers from 0 to 1.
+
+        Raises:
+            ValueError: the inputs have another shape or type, or it is not known what the backbone was trained on.
+        """
+        if self.backbone.trained_on is None:
+            raise ValueError(
+                "it is not known what this backbone was trained on; set its `trained_on` to a "
+                "dynrl.provenance.Provenance before you plug a policy in"
+            )
+        weights = next(self.backbone.parameters())
+        return self.backbone.trained_on.preprocess(raw.to(weights.device)).to(weights.dtype)
+
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
         # The policy moves to another device, but keeps its type: it stays in float32, like its observations.
         first = next(self.backbone.parameters())
