@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
+        _check_reachable(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
         plugins = os.environ.get(VARIABLE)  # the cluster's workers inherit no variables from this process
         told = {"env_vars": {VARIABLE: plugins}} if plugins else None
         try:
@@ -160,6 +162,17 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
     # Without the word "local", ray would join whatever RAY_ADDRESS or an earlier cluster's file names.
     ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse HOST:PORT where nothing listens; ray would wait for it for minutes, and then end the process."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
 
 
 def router_of(algorithm: Any) -> LearnedPolicy:
@@ -188,8 +201,10 @@ class RLlibAgent(Agent):
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse a numbered GPU together with remote runners, which take the GPU that ray gives them."""
+        """Also refuse an address without a cluster, and a numbered GPU for remote runners, which take what ray gives."""
         super().refuse(settings, backbone)
+        if settings.place.address is not None and start_ray(0, settings.place.address):
+            ray.shutdown()
         device, runners = torch.device(settings.place.device), settings.place.num_env_runners
         if runners and device.index is not None:
             raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")

@@ -196,7 +196,7 @@ def test_remote_runners_see_one_gpu_each():
         agent_class(agent).refuse(settings, backbone)
         with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
             agent_class(agent).refuse(
-                Settings(settings.problem, Learning(agent, num_env_runners=2), settings.place), backbone
+                Settings(settings.problem, Learning(agent), Place("cuda:1", num_env_runners=2)), backbone
             )
 
 
