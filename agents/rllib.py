@@ -201,7 +201,7 @@ class RLlibAgent(Agent):
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse an address without a cluster, and a numbered GPU for remote runners, which take what ray gives."""
+        """Also refuse an address without a cluster, and a numbered GPU for remote runners, to whom ray gives theirs."""
         super().refuse(settings, backbone)
         if settings.place.address is not None and start_ray(0, settings.place.address):
             ray.shutdown()

@@ -111,6 +111,10 @@ class _Watch(TorchDispatchMode):
         self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            result = func.decompose(*args, **(kwargs or {}))  # in inference mode, torch has not taken it apart yet
+        if result is not NotImplemented:
+            return result
         result = func(*args, **(kwargs or {}))
         self.seen.append(Executed(func, args, result))
         return result

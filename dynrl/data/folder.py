@@ -170,7 +170,7 @@ def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{file} has pixels of mode {image.mode}; convert it to 8 bits a channel")
             grey = grey and image.mode in ("L", "1")
-            turned = image.getexif().get(ORIENTATION, 1) > 4
+            turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) > 4  # Pillow turns a TIFF itself
             shown = image.size[::-1] if turned else image.size
             first = first or shown
             if size is None and shown != first:
