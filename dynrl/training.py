@@ -106,12 +106,12 @@ def train(
         planned = replace(planned, recipe=replace(planned.recipe, pretraining=pretrain))
     with talking(show):
         run = make_run(planned, out, backbone)
+        if isinstance(pretrain, Recipe):
+            write_json(run.recipe_file, asdict(pretrain))
+        if own and pretrain is False:
+            planned.backbone.trained_on = planned.dataset.provenance
+            planned.backbone.save(run.backbone_file)
         with gone_if_not_begun(run):
-            if isinstance(pretrain, Recipe):
-                write_json(run.recipe_file, asdict(pretrain))
-            if own and pretrain is False:
-                planned.backbone.trained_on = planned.dataset.provenance
-                planned.backbone.save(run.backbone_file)
             learn(run, planned)
     return run
 
@@ -325,7 +325,7 @@ def gone_if_not_begun(run: RunFolder) -> Iterator[None]:
         yield
     except Exception:
         made = {path for path in run.path.rglob("*") if path.is_file()} - before
-        if all(path.name.startswith("events.") for path in made):
+        if all(path.name.startswith("events.") or path.suffix == ".json" for path in made):
             shutil.rmtree(run.path)
         raise
 

@@ -26,6 +26,8 @@ from dynrl.training import plan, pretrain_into, resume, train
 from tests.scripts.calls import main
 
 RECIPE = Recipe(epochs=2, batch_size=16)
+PARTS = ("train", "validation", "test")
+SMALL = ("layers=[2]", "widths=[4]")
 
 
 def paint(folder, classes="ab", count=20, start=0, light=0):
@@ -134,7 +136,7 @@ def test_images_that_come_later_change_no_standardisation(photos, run, monkeypat
 
 
 def test_pretraining_that_was_interrupted_goes_on_as_it_began(photos, tmp_path):
-    planned = plan("skip", str(photos))
+    planned = plan("skip", str(photos), network=SMALL)
     planned = replace(planned, recipe=replace(planned.recipe, pretraining=RECIPE))
     pretrain_into(tmp_path, planned, plain_only=True)
     paint(photos, start=20, light=90)
@@ -144,7 +146,7 @@ def test_pretraining_that_was_interrupted_goes_on_as_it_began(photos, tmp_path):
     assert plain.trained_on == backbone.trained_on and plain.trained_on.mean == planned.dataset.mean
     with pytest.raises(ValueError, match="or the same data elsewhere"):
         (tmp_path / "backbone.safetensors").unlink()
-        pretrain_into(tmp_path, plan("skip", str(paint(tmp_path / "other", start=50))))
+        pretrain_into(tmp_path, plan("skip", str(paint(tmp_path / "other", start=50)), network=SMALL))
 
 
 @pytest.mark.parametrize("change", ["renamed", "added"])
@@ -167,13 +169,11 @@ def test_labels_are_the_networks_outputs_of_the_same_names(photos, run):
     """A class that is gone, or another order, must not move the labels."""
     trained_on = run.model.backbone.trained_on
     data = image_folder(str(photos))
-    turned = replace(
-        data, names=("b", "a"), **{p: replace(data.split(p), targets=1 - data.split(p).targets) for p in ("train", "validation", "test")}
-    )  # fmt: skip
+    other = {p: replace(data.split(p), targets=1 - data.split(p).targets) for p in PARTS}
+    turned = replace(data, names=("b", "a"), **other)
     assert torch.equal(turned.seen_by(trained_on).test.targets, data.test.targets)
-    only = replace(
-        data, names=("b",), classes=1, train=replace(data.train, targets=torch.zeros(len(data.train)).long())
-    )
+    zeros = {p: replace(data.split(p), targets=torch.zeros_like(data.split(p).targets)) for p in PARTS}
+    only = replace(data, names=("b",), classes=1, **zeros)
     seen = only.seen_by(trained_on)
     assert seen.train.targets.eq(1).all() and (seen.classes, seen.names) == (2, ("a", "b"))
 
@@ -250,7 +250,7 @@ def test_data_that_moved_are_named_and_compared(photos, run, tmp_path, capsys):
 
 
 def test_networks_that_see_the_data_otherwise_stand_in_no_report(photos, run, tmp_path):
-    planned = plan("skip", str(paint(photos, start=20, light=90)))
+    planned = plan("skip", str(paint(photos, start=20, light=90)), network=SMALL)
     planned = replace(planned, recipe=replace(planned.recipe, pretraining=RECIPE))
     pretrain_into(tmp_path, planned, plain_only=True)
     with pytest.raises(ValueError, match="expected networks that see the data alike"):

@@ -247,7 +247,7 @@ def test_own_data_is_not_for_remote_processes():
 def test_a_run_goes_on_by_its_own_settings(tmp_path):
     run = make_run(plan("skip", "digits", **SHORT), tmp_path / "run")
     assert read_json(run.config_file)["learning"]["agent"] == "gate"
-    again = plan_again(run, "digits", seed=0, agent="gate", num_learners=0, num_env_runners=0, **SHORT)
+    again = plan_again(run, "digits", seed=0, num_learners=0, num_env_runners=0, **SHORT)
     assert Settings.read(run.config_file) == again.settings, "what is said again changes nothing"
     for changed, reason in (
         ({"seed": 1}, "begun with seed=0, not 1"), ({"agent": "ppo"}, "begun with agent='gate', not 'ppo'"),
