@@ -66,7 +66,8 @@ class Gates(Agent):
     def start(self) -> None:
         """Build the router and its optimiser."""
         problem, learning = self.settings.problem, self.settings.learning
-        self._split = load_dataset(problem.data).unseen
+        trained_on = load_backbone(self.backbone_file)[0].trained_on
+        self._split = load_dataset(problem.data).seen_by(trained_on).unseen
         self._reward = REWARDS[learning.reward]
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.steps = 0

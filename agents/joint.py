@@ -44,8 +44,8 @@ def train_jointly(
     backbone, notes = load_backbone(backbone_file)
     done, total = notes.get("rounds", 0), learning.steps + plan.rounds * plan.steps
     tuner = Finetuner(
-        backbone, reference, load_dataset(problem.data).for_backbone, plan, learning.prices, problem.seed,
-        folder / "checkpoints" / "finetuning.pt", settings.place.device,
+        backbone, reference, load_dataset(problem.data).seen_by(backbone.trained_on).for_backbone, plan,
+        learning.prices, problem.seed, folder / "checkpoints" / "finetuning.pt", settings.place.device,
     )  # fmt: skip
     with (
         stop_on_interrupt() as stop,

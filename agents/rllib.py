@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
+        _check_reachable(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
         plugins = os.environ.get(VARIABLE)  # the cluster's workers inherit no variables from this process
         told = {"env_vars": {VARIABLE: plugins}} if plugins else None
         try:
@@ -157,8 +159,20 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
         return True
-    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    # Without the word "local", ray would join whatever RAY_ADDRESS or an earlier cluster's file names.
+    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse HOST:PORT where nothing listens; ray would wait for it for minutes, and then end the process."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
 
 
 def router_of(algorithm: Any) -> LearnedPolicy:
@@ -187,16 +201,18 @@ class RLlibAgent(Agent):
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse a numbered GPU together with remote runners, which take the GPU that ray gives them."""
+        """Also refuse an address without a cluster, and a numbered GPU for remote runners, to whom ray gives theirs."""
         super().refuse(settings, backbone)
-        device, runners = torch.device(settings.place.device), settings.learning.num_env_runners
+        if settings.place.address is not None and start_ray(0, settings.place.address):
+            ray.shutdown()
+        device, runners = torch.device(settings.place.device), settings.place.num_env_runners
         if runners and device.index is not None:
             raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
 
     def start(self) -> None:
         """Start ray and build the algorithm."""
         (backbone, _), learning, place = load_backbone(self.backbone_file), self.settings.learning, self.settings.place
-        if start_ray(max(2, learning.num_env_runners + place.num_learners + 1), place.address):
+        if start_ray(max(2, place.num_env_runners + place.num_learners + 1), place.address):
             self._held.callback(ray.shutdown)  # timings follow, which ray's processes should not disturb
         self.backbone, self.ground = backbone, Ground.of(learning, backbone)
         config = self.configure(
@@ -204,9 +220,9 @@ class RLlibAgent(Agent):
             env_arguments(self.settings, self.backbone_file, self.times), self.ground.spec,
             self.total // self.ground.decisions,
             seed=self.settings.problem.seed, num_envs=learning.num_envs, rollout=self.ground.rollout,
-            num_env_runners=learning.num_env_runners, num_learners=place.num_learners,
+            num_env_runners=place.num_env_runners, num_learners=place.num_learners,
             # Remote runners see only the GPUs that ray gives them.
-            num_gpus_per_env_runner=place.device.startswith("cuda") / max(1, learning.num_env_runners),
+            num_gpus_per_env_runner=place.device.startswith("cuda") / max(1, place.num_env_runners),
         )  # fmt: skip
         self._algorithm = config.build_algo()
         self._held.callback(self._algorithm.stop)

@@ -25,7 +25,7 @@ from dynrl.agents.numbers import DQN as DQN_NUMBERS
 from dynrl.agents.numbers import PPO as PPO_NUMBERS
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.envs import decision
-from dynrl.envs.core import RoutingVectorEnv
+from dynrl.envs.core import stepped_in_torch
 from dynrl.files import whole, write_aside
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
@@ -42,18 +42,15 @@ class RoutingVecEnv(VecEnv):
         env: the environment that `gymnasium.make_vec` makes, with same-step autoreset.
 
     Raises:
-        ValueError: the environment is not dynrl's, or has another autoreset mode, which would lose transitions.
+        ValueError: the environment is not dynrl's, is wrapped, or has another autoreset mode, which would lose
+            transitions.
     """
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
-        inner = env.unwrapped
-        mode = inner.metadata.get("autoreset_mode")
-        if not isinstance(inner, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
-            raise ValueError(f"expected a dynrl environment with autoreset_mode='SameStep', got {env}, {mode}")
-        self.env = inner
+        self.env = stepped_in_torch(env)
         self.render_mode = None
         self.ended: list[dict[str, Tensor]] | None = None  # if this is a list, each step appends its `ended_episodes`
-        super().__init__(inner.num_envs, inner.single_observation_space, inner.single_action_space)
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> np.ndarray:
         """Begin new episodes."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from dynrl.agents.baselines import BASELINES, Baseline
 from dynrl.agents.metrics import ended_episodes, episode_scalars
-from dynrl.envs.core import RoutingVectorEnv
+from dynrl.envs.core import RoutingVectorEnv, stepped_in_torch
 
 
 class Slab:
@@ -88,13 +87,7 @@ class SlabRunner(SingleAgentEnvRunner):
     def make_env(self) -> None:
         """Make the environment like RLlib, but without the wrapper that turns infos into Python lists."""
         super().make_env()
-        self.env = self.env.env
-        mode = self.env.metadata["autoreset_mode"]
-        # Another mode would lose the first transition of every episode, or train on reset steps.
-        if not isinstance(self.env.unwrapped, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
-            raise ValueError(
-                f"SlabRunner needs a dynrl environment with autoreset_mode='SameStep', got {self.env}, {mode}"
-            )
+        self.env = stepped_in_torch(self.env.env)
         self._obs: Tensor | None = None
         self._lengths = torch.zeros(0)
         self._begun: dict[int, tuple[Any, ...]] = {}  # for `EpisodesRunner`: the begun walk of a row
@@ -102,7 +95,7 @@ class SlabRunner(SingleAgentEnvRunner):
     def make_module(self) -> None:
         """Make the module like RLlib, but on the device of the environment."""
         if self.env is not None:
-            self._device = self.env.unwrapped.device
+            self._device = self.env.device
         super().make_module()
 
     @property
@@ -121,7 +114,7 @@ class SlabRunner(SingleAgentEnvRunner):
     ) -> list[Any]:
         """Collect at least `num_timesteps` steps, or at least `num_episodes` episodes that begin anew."""
         explore = self.config.explore if explore is None else explore
-        env: RoutingVectorEnv = self.env.unwrapped
+        env: RoutingVectorEnv = self.env
         count, fresh = env.num_envs, force_reset or num_episodes is not None
         self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
         with self.metrics.log_time(SAMPLE_TIMER), torch.no_grad():
@@ -149,7 +142,7 @@ class SlabRunner(SingleAgentEnvRunner):
 
     def _first_obs(self, fresh: bool) -> Tensor:
         """Return what the rows see before the first step: where they stood, or the beginning of new episodes."""
-        env: RoutingVectorEnv = self.env.unwrapped
+        env: RoutingVectorEnv = self.env
         # New episodes for a baseline are drawn by a new seed.
         self._needs_initial_reset = self._needs_initial_reset or self._baseline.begins_anew(self._lengths)
         if self._obs is None or fresh or self._needs_initial_reset:
@@ -161,7 +154,7 @@ class SlabRunner(SingleAgentEnvRunner):
 
     def _decide(self, obs: Tensor, sampled: int, explore: bool, random_actions: bool) -> dict[str, Tensor]:
         """Return the columns of one step that are known before it is taken, when `sampled` steps came before."""
-        env: RoutingVectorEnv = self.env.unwrapped
+        env: RoutingVectorEnv = self.env
         module: Any = self.module
         net = module.net
         shape: Any = env.action_space.shape
@@ -204,7 +197,7 @@ class SlabRunner(SingleAgentEnvRunner):
         log(EPISODE_RETURN_MIN, float(over["return"].min()), reduce="min", window=1)
         log(EPISODE_RETURN_MAX, float(over["return"].max()), reduce="max", window=1)
         log(EPISODE_LEN_MEAN, float(over["length"].mean()), window=1)
-        for tag, value in episode_scalars(over, self.env.unwrapped.backbone.points).items():
+        for tag, value in episode_scalars(over, self.env.backbone.points).items():
             log(("route", tag), value, window=1)
 
     def get_metrics(self) -> Any:

@@ -7,11 +7,16 @@ deployed model. Tests compare the formulas with what the counter sees executed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def _convolution(layer: Any, output: Tensor) -> int:
@@ -63,20 +68,84 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
             raise ValueError(
                 f"no MAC formula for {type(layer).__name__} ({name or 'the module itself'}); add one to FORMULAS"
             )
-    output = twin(*(torch.zeros(1, *shape) for shape in shapes))
+    dtype = next((weight.dtype for weight in twin.parameters()), None)
+    output = twin(*(torch.zeros(1, *shape, dtype=dtype) for shape in shapes))
     return total, tuple(output.shape[1:])
 
 
 def executed_macs(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
     """Return the MACs that torch's FLOP counter sees `function` execute on `x`, and the output of `function`.
 
-    This works for modules of any kind, but the counter does not know the products of `nn.LSTM` and similar layers,
-    which count 0.
+    This works for modules of any kind.
+
+    Raises:
+        ValueError: an op that multiplies ran, and the counter has no formula for it, so that it would silently count 0.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Attention runs with gradients and in plain steps, because the counter does not know all fused kernels.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with watched() as ops, FlopCounterMode(display=False) as counter:
         y = function(x)
+    known = counter.flop_registry
+    unknown = sorted({str(op.func) for op in ops if multiplies(op) and op.func._overloadpacket not in known})
+    if unknown:
+        raise ValueError(
+            f"expected ops whose compute torch's FLOP counter knows, got {', '.join(unknown)}, which would count 0; "
+            "compute the same by matrix products or convolutions, or add a formula by "
+            "torch.utils.flop_counter.register_flop_formula"
+        )
     return counter.get_total_flops() // 2, y.detach()
+
+
+@dataclass(frozen=True)
+class Executed:
+    """An op that was executed: its overload, what it was given, and what it returned."""
+
+    func: Any
+    given: tuple[Any, ...]
+    result: Any
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, seen: list[Executed]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            result = func.decompose(*args, **(kwargs or {}))  # in inference mode, torch has not taken it apart yet
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **(kwargs or {}))
+        self.seen.append(Executed(func, args, result))
+        return result
+
+
+@contextmanager
+def watched() -> Iterator[list[Executed]]:
+    """Inside this context, attention runs in plain steps; the list gets each op that is executed.
+
+    Torch fuses attention in kernels whose compute cannot be counted. It takes more of them if no weight needs a
+    gradient, so the context asks for gradients and turns these kernels off.
+    """
+    seen: list[Executed] = []
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _Watch(seen):
+            yield seen
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+# Ops of several tensors that only move numbers, or count 0 by convention; ops of one tensor that multiply nevertheless.
+_MOVES = ("norm", "cat", "stack", "copy", "index", "scatter", "grid_sampler", "prelu", "rrelu", "lstm_cell", "gru_cell")
+_MULTIPLIES = ("fft", "linalg", "rnn", "mm", "matmul", "matrix", "cholesky", "pdist")
+
+
+def multiplies(op: Executed) -> bool:
+    """Tell whether an executed op may do more than one product for each number that it returns."""
+    name = op.func._overloadpacket.__name__
+    if op.func.is_view or torch.Tag.pointwise in op.func.tags or any(word in name for word in _MOVES):
+        return False
+    tensors = [x for x in tree_leaves(op.given) if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
+    return len(tensors) > 1 or any(word in name for word in _MULTIPLIES) or op.func.namespace not in ("aten", "prim")

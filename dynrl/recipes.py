@@ -13,6 +13,7 @@ import torch
 from dynrl.backbones import FAMILIES, Backbone
 from dynrl.data import Dataset, check_dataset, load_dataset
 from dynrl.finetuning import Finetuning
+from dynrl.ops.backend import float32
 from dynrl.pretraining import Recipe
 from dynrl.settings import Learning
 
@@ -61,7 +62,7 @@ class Defaults:
 
     def build(self, dataset: Dataset, seed: int) -> Backbone:
         """Build a fresh backbone for `dataset`; its weights are drawn from `seed`."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), float32():
             torch.manual_seed(seed)
             return FAMILIES[self.family](input_shape=dataset.input_shape, classes=dataset.classes, **self.backbone)
 

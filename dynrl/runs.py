@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dynrl.backbones import Backbone, load_backbone
+from dynrl.data import Dataset, as_dataset, load_dataset
 from dynrl.deploy import LATENCY, RoutedModel, plug
 from dynrl.files import read_json
 from dynrl.policies import load_policy
+from dynrl.provenance import Provenance
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
 
 
 # The settings in which runs of one kind may differ. `network` is among them, because backbones are compared by content.
-FREE = {"seed", "num_env_runners", "network"}
+FREE = {"seed", "network"}
 
 
 class RunFolder:
@@ -84,6 +86,7 @@ class RunFolder:
         backbone_file: the file of the backbone that the policy was trained for.
         pretrained_file: the file of that backbone from before any fine-tuning.
         plain_file: the file of the same network, trained on its full route only.
+        data_file: the file of what the run's data were when it was made (`dynrl.provenance`).
         recipe_file: the file of how the backbone is trained, where the caller gave a recipe.
         kept_file: the copy of the backbone that is made when fine-tuning begins.
         policy_file, times_file, latency_file, report_file: the files of the policy, of the times of choices, of the
@@ -95,7 +98,7 @@ class RunFolder:
         self.path = path = Path(path)
         self.config_file, self.checkpoints = path / "config.json", path / "checkpoints"
         self.backbone_file, self.plain_file = path / "backbone.safetensors", path / "plain.safetensors"
-        self.recipe_file = path / "recipe.json"
+        self.data_file, self.recipe_file = path / "data.json", path / "recipe.json"
         self.policy_file, self.report_file = path / "policy.safetensors", path / "report.json"
         self.times_file, self.latency_file = path / "times.json", path / LATENCY
         self.kept_file = path / "backbone-pretrained.safetensors"  # written when fine-tuning begins
@@ -128,8 +131,10 @@ class RunFolder:
         return config
 
     def forget(self) -> None:
-        """Forget what `config.json` held, since it was written anew."""
-        vars(self).pop("config", None)
+        """Forget what was read, since files were written anew."""
+        for name, kept in vars(type(self)).items():
+            if isinstance(kept, cached_property):
+                vars(self).pop(name, None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -145,6 +150,38 @@ class RunFolder:
     def data(self) -> str:
         """The data set's name."""
         return str(self.settings["data"])
+
+    @property
+    def data_known(self) -> Provenance | None:
+        """What the run's data were when it was made; None if its folder does not say."""
+        if self.data_file.is_file():
+            return Provenance.read(read_json(self.data_file), str(self.data_file))
+        return self.backbone.trained_on if self.backbone_file.is_file() else None
+
+    def dataset(self, data: Any = None) -> Dataset:
+        """Load the run's data set by its name, or `data`, the place where the same data are now.
+
+        Args:
+            data: whatever `dynrl.data.as_dataset` takes; None takes the name that the run was made with.
+
+        Raises:
+            ValueError: there is no such data set, or `data` are not the run's data.
+        """
+        if data is None:
+            try:
+                return load_dataset(self.data)
+            except ValueError as error:
+                raise ValueError(f"{self}: {error}; if its data lie elsewhere now, name that place (--data)") from None
+        found, known = as_dataset(data), self.data_known
+        if found.name == self.data:
+            return found
+        if known is None:
+            raise ValueError(f"{self} does not say what {self.data} held, so {found.name} cannot take its place")
+        try:
+            found.check_same(known)
+        except ValueError as error:
+            raise ValueError(f"{self} was trained on other data: {error}") from None
+        return found
 
     @property
     def seed(self) -> int:

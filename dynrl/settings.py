@@ -48,8 +48,6 @@ class Learning:
         hidden: The number of units in the policy's hidden layer; 0 makes a linear policy.
         steps: The number of decisions to learn from, not counting those of the fine-tuning rounds.
         num_envs: The number of inputs that one runner routes at the same time; for gates, the size of a batch.
-        num_env_runners: The number of remote processes that sample, each with `num_envs` inputs; with 0, this process
-            samples. Only for agents from RLlib.
         price_range: The lowest and highest price of the dense network's compute, in units of the reward's accuracy
             term. Left out, the range in which a policy goes from spending all to its least is measured on the backbone.
         reward: The accuracy term that the price is weighed against: distillation, log_likelihood, gain, correct,
@@ -72,7 +70,6 @@ class Learning:
     hidden: int = 64
     steps: int = 300_000
     num_envs: int = 64
-    num_env_runners: int = 0
     price_range: tuple[float, float] | None = None  # None: found before learning, and then written down
     reward: str = "distillation"
     baseline: str = "value"
@@ -83,7 +80,7 @@ class Learning:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("hidden", 0), ("num_envs", 1), ("num_env_runners", 0)):
+        for name, least in (("steps", 1), ("hidden", 0), ("num_envs", 1)):
             _in_range(name, getattr(self, name), least)
         if self.price_range is not None and not 0 < self.price_range[0] <= self.price_range[1] < math.inf:
             raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {self.price_range}")
@@ -106,6 +103,8 @@ class Place:
     Attributes:
         device: The device on which the backbone runs and is trained, for example `cuda`. The policy is small and learns
             on the CPU.
+        num_env_runners: The number of remote processes that sample, each with `num_envs` inputs; with 0, this process
+            samples. Only for agents from RLlib.
         num_learners: The number of remote processes that learn, each from its share of the environments; with 0, this
             process learns. Only for agents from RLlib.
         address: The address of a ray cluster to run on, or `auto` for the one on this machine; its machines must share
@@ -113,10 +112,12 @@ class Place:
     """
 
     device: str = "cpu"
+    num_env_runners: int = 0
     num_learners: int = 0
     address: str | None = None
 
     def __post_init__(self) -> None:
+        _in_range("num_env_runners", self.num_env_runners, 0)
         _in_range("num_learners", self.num_learners, 0)
 
 

@@ -53,6 +53,7 @@ def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
 def check_same(out: Path, common: dict[str, Any]) -> None:
     """Keep in `out` the settings that its runs share; raise a ValueError if it holds a sweep with other settings."""
     kept = out / "sweep-settings.json"
+    common = {name: value for name, value in common.items() if name != "data"}  # each run compares what it is
     if kept.is_file() and (before := read_json(kept)) != common:
         changed = [name for name in common if before.get(name) != common[name]]
         raise ValueError(f"{out} is a sweep with another {', '.join(changed)}; choose another --out")
@@ -121,7 +122,7 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
     settings = Settings.read(run.config_file)
     steps, kept = settings.learning.steps, run.path / "quarters.json"
     said: list[dict[str, Any]] = read_json(kept) if kept.is_file() else []
-    validation = load_dataset(run.data).validation.head(1024)
+    validation = run.dataset().seen_by(run.backbone.trained_on).validation.head(1024)
     with open_agent(settings, run.backbone_file, run.path, steps) as agent:
         for quarter in range(1, QUARTERS + 1):
             if quarter > len(said):

@@ -11,7 +11,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from dynrl.envs.rewards import REWARDS, check_reward
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.files import read_json, write_aside, write_json
 from dynrl.machine import check_device, hardware
-from dynrl.policies import LearnedPolicy, save_policy
+from dynrl.policies import LearnedPolicy, load_policy, save_policy
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.progress import progress, say, talking
 from dynrl.recipes import Defaults, defaults
@@ -109,8 +110,10 @@ def train(
         if isinstance(pretrain, Recipe):
             write_json(run.recipe_file, asdict(pretrain))
         if own and pretrain is False:
-            planned.backbone.save(run.backbone_file, data=planned.dataset.name)
-        learn(run, planned)
+            planned.backbone.trained_on = planned.dataset.provenance
+            planned.backbone.save(run.backbone_file)
+        with gone_if_not_begun(run):
+            learn(run, planned)
     return run
 
 
@@ -121,13 +124,15 @@ def resume(
 
     Args:
         run: the run folder.
-        data: the data that the run was given as tensors or as a `Dataset`; other data need not be given again.
+        data: the data that the run was given as tensors or as a `Dataset`, or where its data are now; data that lie
+            where they were need not be given again.
         backbone: the backbone of your own that the run was given, unless `FAMILIES` can build it.
         show: whether progress and results are shown.
-        settings: fields of `Place`, which say where training continues; `finetune=True` fine-tunes a run that was not.
+        settings: fields of `Place`, which say where training continues; more `steps`, with which a finished run goes
+            on; `finetune=True`, which fine-tunes a run that was not. Other settings may be repeated, not changed.
 
     Raises:
-        ValueError: it is no run folder, or other settings than these were given.
+        ValueError: it is no run folder, `data` are other data, or a setting would change.
     """
     folder = RunFolder(run)
     with talking(show):
@@ -158,13 +163,19 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
     if own is not None and problem.network:
         raise ValueError("network is for a backbone that is built here; leave it out")
     recipe = defaults(name, data, own is not None).changed(problem.network)
+    if recipe.joint and given.get("finetune") is False:
+        raise ValueError(
+            f"{name} on {data} is always fine-tuned, as no backbone survives random routes; leave out finetune"
+        )
     agent = agent_class(given.get("agent", recipe.learning.agent))
     usual = replace(recipe.learning, steps=int(agent.steps_share * recipe.learning.steps))
     learning = _given(usual, given)
     settings = Settings(problem, replace(learning, finetune=learning.finetune or recipe.joint), _given(Place(), given))
     dataset = load_dataset(data)
-    backbone = copy.deepcopy(own).eval() if own is not None else recipe.build(dataset, problem.seed)
-    if own is not None:
+    if own is None:
+        backbone = recipe.build(dataset, problem.seed)
+    else:
+        backbone, dataset = copy.deepcopy(own).eval(), dataset.seen_by(own.trained_on)
         FAMILIES.setdefault(own.family, _rebuild(own))
     return _checked(Plan(settings, dataset, recipe, backbone))
 
@@ -172,29 +183,48 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
 def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = None, **given: Any) -> Plan:
     """Return the plan of an existing run folder, whose settings are brought up to date; see `resume`."""
     _ = run.config  # a folder that holds no run is refused here, with the reason
-    if wrong := set(given) - {*names(Place), "finetune"}:
-        raise ValueError(f"{run} continues by its own settings; leave out {', '.join(sorted(wrong))}")
-    settings = Settings.read(run.config_file, _given(Place(), given))
-    learning = replace(settings.learning, finetune=settings.learning.finetune or given.get("finetune", False))
-    problem = settings.problem
-    if data is not None and (met := as_dataset(data).name) != problem.data:
-        raise ValueError(f"{run} was trained on {problem.data}, not {met}")
+    if unknown := set(given) - set(names(Problem, Learning, Place)):
+        raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; {run} continues by its own")
+    before = Settings.read(run.config_file, _given(Place(), given))
+    settings = _going_on(run, before, given)
+    dataset = run.dataset(data)
+    problem = replace(settings.problem, data=dataset.name)
     if backbone is not None:
         FAMILIES.setdefault(backbone.family, _rebuild(backbone))
-    dataset = load_dataset(problem.data)
     recipe = defaults(problem.decision, problem.data, own_backbone=True).changed(problem.network)
     if run.recipe_file.is_file():
         given_recipe = parse(Recipe, read_json(run.recipe_file), f"{run.recipe_file}: ")
         recipe = replace(recipe, pretraining=given_recipe)
+    begun = run.backbone_file.is_file()
     if backbone is None:
-        begun = run.backbone_file.is_file()
         if not begun and (run.policy_file.is_file() or run.kept_file.is_file()):
             raise ValueError(f"{run} has a policy but no {run.backbone_file.name}; put that back, or train a new run")
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
-    found = _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
+    dataset = dataset.seen_by(run.backbone.trained_on if begun else run.data_known)
+    found = _checked(Plan(replace(settings, problem=problem), dataset, recipe, copy.deepcopy(backbone).eval()))
+    if settings.learning.steps > before.learning.steps and run.finished:
+        policy, metadata = load_policy(run.policy_file)
+        save_policy(run.policy_file, policy, metadata | {"finished": False})
     found.settings.save(run.config_file)
     run.forget()
     return found
+
+
+def _going_on(run: RunFolder, settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """Return a run's settings with more steps, or with fine-tuning, where these are given; refuse other changes."""
+    problem, learning = (
+        _given(settings.problem, {**given, "data": settings.problem.data}),
+        _given(settings.learning, given),
+    )
+    for before, after in ((settings.problem, problem), (settings.learning, learning)):
+        for name in names(type(before)):
+            was, said = getattr(before, name), getattr(after, name)
+            if was != said and not (name == "steps" and said > was) and not (name == "finetune" and said):
+                raise ValueError(
+                    f"{run} was begun with {name}={was!r}, not {said!r}; leave it out, or train a new run (a run goes "
+                    "on with more steps, with fine-tuning, and elsewhere)"
+                )
+    return replace(settings, learning=learning)
 
 
 def _given(settings: Any, given: Mapping[str, Any]) -> Any:
@@ -233,7 +263,7 @@ def _checked(planned: Plan) -> Plan:
         )
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
-    if learning.num_env_runners and is_own(dataset.name):
+    if settings.place.num_env_runners and is_own(dataset.name):
         raise ValueError(
             "remote processes do not see the data of this one: bring it by a plugin, or leave out num_env_runners"
         )
@@ -276,15 +306,29 @@ def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | 
         backbone, _ = load_backbone(given.backbone_file)
         if backbone.decision != problem.decision:
             raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
-        _checked(replace(planned, backbone=backbone))
+        _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.trained_on)))
     run = RunFolder(new_folder(out, problem.decision, problem.data))
     if given is not None:
         for file in (given.backbone_file, given.plain_file, given.kept_file):
             if file.is_file():
                 shutil.copyfile(file, run.path / file.name)
+    write_json(run.data_file, planned.dataset.provenance.to_dict())
     # The settings are saved last: a folder that has them has its backbone, so resuming never trains another one.
     planned.settings.save(run.config_file)
     return run
+
+
+@contextmanager
+def gone_if_not_begun(run: RunFolder) -> Iterator[None]:
+    """If the block fails before it has trained anything, remove the new folder `run`, which the next try would find."""
+    before = set(run.path.iterdir())
+    try:
+        yield
+    except Exception:
+        made = {path for path in run.path.rglob("*") if path.is_file()} - before
+        if all(path.name.startswith("events.") or path.suffix == ".json" for path in made):
+            shutil.rmtree(run.path)
+        raise
 
 
 # Backbones --------------------------------------------------------------------------------------------------------
@@ -343,7 +387,8 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     if not isinstance(before, dict) or before.keys() != settings.keys():
         raise ValueError(f"{folder} exists and is no folder of dynrl pretrain to continue; choose another --out")
     was, now = (each["problem"] | {"plain": each["plain"], "finetune": each["finetune"]} for each in (before, settings))
-    if changed := [name for name, value in now.items() if was.get(name) != value]:
+    # The data may have moved: `pretrain_into` compares what they are.
+    if changed := [name for name, value in now.items() if was.get(name) != value and name != "data"]:
         raise ValueError(f"{folder} was made by dynrl pretrain with another {', '.join(changed)}; choose another --out")
 
 
@@ -352,7 +397,13 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetun
 
     A plain network alone is trained for as many epochs as a backbone in all, with those of fine-tuning if `finetune`.
     """
-    files, dataset, seed = RunFolder(folder), planned.dataset, planned.settings.problem.seed
+    files, seed = RunFolder(folder), planned.settings.problem.seed
+    if not files.data_file.is_file():
+        write_json(files.data_file, planned.dataset.provenance.to_dict())
+    known = files.data_known
+    assert known is not None
+    planned.dataset.check_same(known)
+    dataset = planned.dataset.seen_by(known)  # images that were added since pretraining began change no standardisation
     recipe = planned.recipe.pretraining
     if plain_only:
         tuning = planned.recipe.finetuning
@@ -367,15 +418,13 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetun
             continue
         checkpoint = files.checkpoints / f"{path.stem}.pt"
         backbone = load_backbone(files.plain_file)[0] if random_routes else copy.deepcopy(planned.backbone)
+        backbone.trained_on = known
         backbone = pretraining.pretrain(
             backbone, dataset.for_backbone, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint,
             label=label, device=planned.settings.place.device,
         )  # fmt: skip
         value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
-        backbone.save(
-            path, data=planned.settings.problem.data, mean=dataset.mean, deviation=dataset.deviation, seed=seed,
-            random_routes=random_routes, **{f"validation_{metric}": value},
-        )  # fmt: skip
+        backbone.save(path, seed=seed, random_routes=random_routes, **{f"validation_{metric}": value})
         checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
         macs = backbone.dense_macs / 1e6
         say(f"{path.stem}: {metric} {value:.4g} on validation data, {macs:.1f} million MACs an input")
@@ -389,10 +438,11 @@ def learn(run: RunFolder, planned: Plan) -> bool:
 
     After Ctrl-C, the folder holds the policy that was learned so far.
     """
-    newest, validation = run.backbone_file, planned.dataset.validation.head(CALIBRATED)
+    newest = run.backbone_file
     if not newest.exists():
         pretrain_into(run.path, planned)
     planned = find_prices(run, planned)
+    validation = planned.dataset.validation.head(CALIBRATED)
     settings = planned.settings
     times = _times(run, planned) if settings.learning.cost == "time" else None
     if settings.learning.finetune:
@@ -424,16 +474,20 @@ def learn(run: RunFolder, planned: Plan) -> bool:
 
 
 def find_prices(run: RunFolder, planned: Plan) -> Plan:
-    """The plan with a price range. One that is not given is found on the run's backbone, and written down."""
-    settings, validation = planned.settings, planned.dataset.validation
+    """Return the plan with data as the run's backbone sees them, and with a price range.
+
+    A range that is not given is found on the backbone, and written down.
+    """
+    backbone, _ = load_backbone(run.pretrained_file)
+    settings, dataset = planned.settings, planned.dataset.seen_by(backbone.trained_on)
+    validation = dataset.validation
     if settings.learning.price_range is None:
-        backbone, _ = load_backbone(run.pretrained_file)
         low, high = find_price_range(backbone, validation, REWARDS[settings.learning.reward].accuracy)
         say(f"prices: from {low:g} to {high:g}, as the backbone's routes lose and cost")
         settings = replace(settings, learning=replace(settings.learning, price_range=(low, high)))
         settings.save(run.config_file)
         run.forget()
-    return replace(planned, settings=settings)
+    return replace(planned, settings=settings, dataset=dataset)
 
 
 def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:

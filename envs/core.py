@@ -23,6 +23,7 @@ from dynrl.data import Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.envs.pages import page
 from dynrl.envs.rewards import check_reward
+from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
 
 Info = dict[str, Tensor]
@@ -79,6 +80,24 @@ def draw(seeds: np.ndarray, episodes: np.ndarray, stream: int) -> np.ndarray:
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z = z ^ (z >> np.uint64(31))
     return z
+
+
+def stepped_in_torch(env: VectorEnv) -> RoutingVectorEnv:
+    """Return `env` if it may be stepped by `step_tensors`, and refuse any other environment by name.
+
+    A wrapper acts in Gymnasium's `step`, so `step_tensors` of what it wraps would leave it out without a word.
+
+    Raises:
+        ValueError: it is no dynrl environment, it is wrapped, or its autoreset mode is not SAME_STEP. Another mode
+            would lose the first transition of every episode, or train on reset steps.
+    """
+    mode = env.metadata.get("autoreset_mode")
+    if not isinstance(env, RoutingVectorEnv) or mode is not AutoresetMode.SAME_STEP:
+        raise ValueError(
+            f"expected a dynrl environment with autoreset_mode='SameStep' and no wrapper around it, got "
+            f"{type(env).__name__}, {mode}; a reward of your own is a row of dynrl.envs.rewards.REWARDS"
+        )
+    return env
 
 
 class RoutingVectorEnv(VectorEnv):
@@ -166,10 +185,10 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(f"unknown sight {sight!r}; expected one of {sorted(SIGHTS)}")
         self.device, kind = torch.device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)
-        self._split = dataset.split(split)
-        if self.device.type != "cpu" or kind is not torch.float32:
+        self._split = dataset.seen_by(self.backbone.trained_on).split(split)
+        if self.device.type != "cpu" or kind is not next(self.backbone.parameters()).dtype:
             self.backbone = copy.deepcopy(self.backbone).to(self.device, kind)
-            self._split = self._split.to(self.device, kind)
+        self._split = self._split.to(self.device, kind)
         self.sight = SIGHTS[sight].of(self.backbone)
         self.reward = check_reward(reward, self.task, self.sight.looks(self.backbone.max_steps) == 1)
         self._table = None if times is None else self.backbone.time_table(times)
@@ -197,7 +216,7 @@ class RoutingVectorEnv(VectorEnv):
     @classmethod
     def seeded_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
         """Return `default_backbone` with always the same weights; `gym.make` without arguments takes it."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), float32():
             torch.manual_seed(0)
             return cls.default_backbone(input_shape)
 
@@ -272,7 +291,7 @@ class RoutingVectorEnv(VectorEnv):
             share = draw(seeds, episodes, 1).astype(np.float64) / 2.0**64
             prices = torch.from_numpy(np.exp(low + (high - low) * share)).float().to(self.device)
         else:
-            prices = torch.full((len(at),), self._fixed_price, device=self.device)
+            prices = torch.full((len(at),), self._fixed_price, dtype=torch.float32, device=self.device)
         inputs = self._split.inputs[chosen]
         if every:
             self._prices, self._drawn = prices, chosen
@@ -280,7 +299,7 @@ class RoutingVectorEnv(VectorEnv):
             # paid for it, where they pay at every step.
             begun = self.backbone.begin(inputs, table=self._table)
             self._walk = begun.walk
-            self._paid, self._gained = torch.zeros_like(self._walk.bill), torch.zeros(self.num_envs, device=self.device)
+            self._paid, self._gained = torch.zeros_like(self._walk.bill), self._floats(self.num_envs)
         else:
             assert rows is not None
             self._prices[rows], self._drawn[rows] = prices, chosen
@@ -288,11 +307,14 @@ class RoutingVectorEnv(VectorEnv):
             begun = self.backbone.begin(inputs, self._walk, rows)
         self._states = merge([*self._states.values(), begun])
 
+    def _floats(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)  # whatever torch's default type is
+
     def _observe(self) -> Tensor:
         standing = list(self._states.values()) + ([self._ended] if self._ended is not None else [])
         if len(standing) == 1 and standing[0].together:
             return self._see(standing[0])
-        view = torch.empty(self.num_envs, self.sight.width, device=self.device)
+        view = self._floats(self.num_envs, self.sight.width)
         for state in standing:
             view[state.rows] = self._see(state)
         return view
@@ -315,7 +337,7 @@ class RoutingVectorEnv(VectorEnv):
         going, end = self._go({state.point: state}, actions.view(self.num_envs, -1))
         assert end is not None and not going, "only what decides the whole walk can be foreseen"
         earned, paid = self._terms(end)
-        return torch.empty(self.num_envs, device=self.device).index_copy(0, end.rows, earned + paid)
+        return self._floats(self.num_envs).index_copy(0, end.rows, earned + paid)
 
     def _go(self, states: dict[int, State], actions: Tensor) -> tuple[dict[int, State], State | None]:
         """Take as many decisions of every row as one answer covers, from `actions` [N, decisions].
@@ -334,7 +356,7 @@ class RoutingVectorEnv(VectorEnv):
 
     def _terms(self, end: State) -> tuple[Tensor, Tensor]:
         """Return the accuracy term [n] and the cost term [n] of whole episodes."""
-        drawn, share = self._drawn[end.rows], end.get(end.walk.bill) / end.walk.table.dense
+        drawn, share = self._drawn[end.rows], end.get(end.walk.bill).float() / end.walk.table.dense
         return self.reward.terms(
             self.task, self.backbone.output(end).float(), self._split.targets[drawn], lambda: self._dense(drawn),
             self._prices[end.rows], share,
@@ -361,12 +383,17 @@ class RoutingVectorEnv(VectorEnv):
             There, `ended` [N] bool marks the rows whose episode values count, and `final_obs` [N, width] (SAME_STEP
             only) holds their last observations.
         """
+        if self._ended is not None and not (self._same_step or self._next_step):
+            raise ValueError(
+                f"the episodes of rows {self._ended.rows.sort().values.tolist()} have ended; reset these rows first, "
+                "by reset(options={'reset_mask': ...})"
+            )
         walk = self._walk
         waiting, self._ended = self._ended, None
         self._states, end = self._go(self._states, actions.view(self.num_envs, -1))
-        cost_term = -self._prices * ((walk.bill - self._paid) / walk.table.dense)
+        cost_term = -self._prices * ((walk.bill - self._paid).float() / walk.table.dense)
         self._paid = walk.bill.clone()
-        accuracy_term = torch.zeros(self.num_envs, device=self.device)
+        accuracy_term = self._floats(self.num_envs)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         info: Info = {"accuracy_term": accuracy_term, "cost_term": cost_term, "ended": terminated}
         if self.reward.per_step and self.backbone.speaks:
@@ -382,7 +409,7 @@ class RoutingVectorEnv(VectorEnv):
                     cost_term[end.rows] = whole
             terminated[end.rows] = True
             info[self.task.metric] = torch.zeros_like(accuracy_term).index_copy(0, end.rows, metric)
-            info["macs_fraction"] = walk.macs / self.backbone.dense_macs
+            info["macs_fraction"] = walk.macs.float() / self.backbone.dense_macs
             info["route"] = walk.route.clone()
             info["price"] = self._prices.clone()
             info["target"] = self._split.targets[self._drawn]
@@ -392,14 +419,11 @@ class RoutingVectorEnv(VectorEnv):
             self._ended = None
             self._start(None if end.together else end.rows)
         elif waiting is not None:
-            if self._next_step:
-                self._start(None if waiting.together else waiting.rows)
-            else:
-                self._ended = waiting if end is None else merge([waiting, end])[END]
+            self._start(None if waiting.together else waiting.rows)
         return self._observe(), accuracy_term + cost_term, terminated, info
 
     def _observe_only(self, state: State) -> Tensor:
-        view = torch.zeros(self.num_envs, self.sight.width, device=self.device)
+        view = self._floats(self.num_envs, self.sight.width)
         view[state.rows] = self._see(state)
         return view
 

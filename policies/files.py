@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrl.files import load_tensors, save_tensors
+from dynrl.ops.backend import float32
 from dynrl.policies.base import LearnedPolicy
 from dynrl.policies.router import Router
 from dynrl.policies.upfront import UpfrontRouter
@@ -43,7 +44,8 @@ class PolicySpec:
         """Build the policy, or raise a ValueError if `config` does not fit the kind."""
         policy = check_kind(self.kind)
         try:
-            return policy(**{**self.config, "sight": policy.sight_class(**self.config["sight"])})
+            with float32():
+                return policy(**{**self.config, "sight": policy.sight_class(**self.config["sight"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"these are no settings of a policy of kind {self.kind!r}: {error}") from None
 

@@ -75,7 +75,7 @@ class Folded:
             # If there are two choices that never close, their difference decides: one column instead of two.
             return (weight[1:] - weight[:1], bias[1:] - bias[:1]) if self.differs else (weight, bias)
 
-        closed = torch.zeros(len(backbone.points), sight.choices, device=bias.device)
+        closed = bias.new_zeros(len(backbone.points), sight.choices)
         for i, point in enumerate(backbone.points):
             closed[i, point.n :] = -torch.inf
         if self.differs:

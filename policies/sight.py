@@ -174,7 +174,8 @@ class StepSight(Sight):
 
     def see(self, backbone: Any, state: Any, price: Tensor | float) -> Tensor:
         """Return what a policy sees, in the columns of the table above."""
-        walk, view = state.walk, torch.zeros(state.count, self.width, device=state.rows.device)
+        walk, shape = state.walk, (state.count, self.width)
+        view = torch.zeros(shape, dtype=torch.float32, device=state.rows.device)
         if not state.ended:
             view[:, self.features + state.point] = 1.0
             mask, first = backbone.open_choices(state), self.price + 1
@@ -182,7 +183,7 @@ class StepSight(Sight):
             open_choices.copy_(mask) if mask is not None else open_choices.fill_(1.0)
         view[:, self.price] = state.get(price) if isinstance(price, Tensor) else price
         view[:, self.last : self.spent].scatter_(1, state.get(walk.last).unsqueeze(1), 1.0)
-        torch.div(state.get(walk.macs), backbone.dense_macs, out=view[:, self.spent])
+        torch.div(state.get(walk.macs).float(), backbone.dense_macs, out=view[:, self.spent])
         if not state.ended:  # this comes last: features of a gated walk have a graph, and `out=` refuses such tensors
             features = backbone.observe(state)
             view[:, : features.shape[1]] = features

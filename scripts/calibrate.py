@@ -20,11 +20,12 @@ class Args:
     """The batch size that the model will be used with."""
     threads: int | None = None
     """The number of CPU threads that the model will be used with; by default, all available cores."""
+    data: str | None = None
+    """Where the run's data are now, if they have moved."""
 
 
 def main(args: Args) -> None:
     """Time a batch of validation data at each price that the policy was calibrated at."""
-    from dynrl.data import load_dataset
     from dynrl.deploy import policy_fingerprint
     from dynrl.evaluation import calibrate_latency
     from dynrl.files import write_json
@@ -36,12 +37,12 @@ def main(args: Args) -> None:
     check_batch_size(args.batch_size)
     use_threads(args.threads)
     run = RunFolder(args.run)
-    data, model = run.data, run.model
+    model = run.model
     if len(model.curve) < 2:
         raise ValueError(
             f"{run} has no calibrated budgets, because it was trained at one price; train it over a price range"
         )
-    inputs = load_dataset(data).validation.inputs
+    inputs = run.dataset(args.data).seen_by(run.backbone.trained_on).validation.inputs
     if len(inputs) < args.batch_size:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
     rounds = 5

@@ -39,7 +39,7 @@ def _settings(words: str) -> tuple[str, ...]:
 
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train the runs that are missing in `folder`, and return whether all are done; False after Ctrl-C."""
-    from dynrl.training import plan, pretrain_into, resume, train
+    from dynrl.training import plan, plan_again, pretrain_into, resume, train
 
     backbone = folder / "backbone"
     backbone.mkdir(parents=True, exist_ok=True)
@@ -52,14 +52,14 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     kinds += [(f"ppo-at-{price:g}", {"agent": "ppo", "price_range": (price, price)}) for price in args.prices]
     for (kind, given), seed in product(kinds, args.seeds):
         run = RunFolder(folder / f"{kind}{'-tuned' if args.finetune else ''}-{seed}")
-        if run.finished:
-            continue
         run.drop_half_made()
-        if run.path.is_dir() and run.data != data:  # two folders of images may have the same name
-            raise ValueError(f"{run} was trained on {run.data}, not {data}; choose another --out")
+        if run.finished:
+            if run.data != data:
+                plan_again(run, data)  # the data have moved; two folders of images that have the same name are refused
+            continue
         print(f"cell: {run}", flush=True)
         if run.path.is_dir():
-            done = resume(run.path, show=True)
+            done = resume(run.path, data, show=True)
         else:
             learning = {**given, "finetune": args.finetune, "seed": seed}
             done = train(decision, data, out=run.path, backbone=backbone, show=True, **learning)

@@ -25,6 +25,8 @@ class Args:
     the best that it allows. Networks of one shape are seeds of one another."""
     out: Path | None = None
     """The folder for report.json and report.png; by default, the run folder, if there is only one."""
+    data: str | None = None
+    """Where the runs' data are now, if they have moved; by default, they are found by the name in the run."""
     batch_size: int = 256
     """The number of inputs in the batch that is timed."""
     device: str = "cpu"
@@ -50,7 +52,7 @@ def main(args: Args) -> None:
         _ = RunFolder(run).config
     if args.out is None and len(args.runs) > 1:
         raise ValueError("several runs make one report: name its folder with --out")
-    report_runs(args.runs, args.out or args.runs[0], args.batch_size, args.smaller, args.device, args.dtype)
+    report_runs(args.runs, args.out or args.runs[0], args.batch_size, args.smaller, args.device, args.dtype, args.data)
 
 
 def report_runs(
@@ -60,12 +62,15 @@ def report_runs(
     smaller: Sequence[Path] = (),
     device: str = "cpu",
     dtype: str = "float32",
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate runs and show progress; write, print and return the report (see `dynrl.evaluation.evaluate`)."""
     from dynrl.evaluation import evaluate, report_text
     from dynrl.evaluation.figures import show_in_tensorboard
 
-    report = evaluate(runs, out=out, smaller=smaller, batch_size=batch_size, device=device, dtype=dtype, show=True)
+    report = evaluate(
+        runs, out=out, smaller=smaller, data=data, batch_size=batch_size, device=device, dtype=dtype, show=True
+    )
     if out in runs:
         show_in_tensorboard(out / "report.png", out)
     print(f"\n{report_text(report)}")

@@ -31,7 +31,7 @@ def optional(*kinds: type) -> Any:
             if positional:
                 made.append((each.name, Annotated[hints[each.name], tyro.conf.Positional, help], dataclasses.field()))
             elif hints[each.name] is bool:
-                made.append((each.name, Annotated[bool, help], False))
+                made.append((each.name, Annotated[tyro.conf.FlagCreatePairsOff[bool], help], False))
             else:
                 made.append((each.name, Annotated[hints[each.name] | None, help], None))
     return dataclasses.make_dataclass("Given", made)

@@ -68,7 +68,7 @@ def main(args: Args) -> None:
         run = RunFolder(args.out / (",".join(f"{name}={given[name]}" for name in varied) or "default"))
         run.drop_half_made()
         if run.path.is_dir():
-            planned = plan_again(run)
+            planned = plan_again(run, args.data)
         else:
             planned = plan(args.decision, args.data, **given)
             make_run(planned, run.path, backbone)

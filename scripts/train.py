@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ class Args:
     out: Path | None = None
     """The run folder to make; by default, runs/DECISION-DATA-TIME."""
     resume: Path | None = None
-    """Continue this run folder by its own settings; only where it runs and --finetune may change."""
+    """Continue this run folder by its own settings. It may go on elsewhere, with more --steps, with --finetune; --data
+    says where its data are now, if they have moved."""
     threads: int | None = None
     """The number of CPU threads; by default, all available cores."""
 
@@ -33,7 +35,7 @@ def main(args: Args) -> None:
     from dynrl.runs import RunFolder
     from dynrl.scripts.common import use_threads
     from dynrl.scripts.evaluate import report_runs
-    from dynrl.training import learn, make_run, plan, plan_again
+    from dynrl.training import gone_if_not_begun, learn, make_run, plan, plan_again
 
     given = {name: value for name, value in vars(args.settings).items() if value is not None and value is not False}
     name = decision(given.pop("decision")).name
@@ -51,7 +53,9 @@ def main(args: Args) -> None:
         run = make_run(planned, args.out, args.backbone)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.path.parent})", flush=True)
     try:
-        if not learn(run, planned):
+        with gone_if_not_begun(run) if args.resume is None else nullcontext():
+            done = learn(run, planned)
+        if not done:
             return
         report_runs([run.path], run.path)
     except KeyboardInterrupt:

@@ -29,10 +29,8 @@ def kill(runner):
 
 @pytest.mark.parametrize("agent", ["ppo", "appo", "dqn"])
 def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp_path):
-    learning = Learning(
-        agent, steps=STEPS, num_envs=16, num_env_runners=2, price_range=(20.0, 20.0), reward="log_likelihood"
-    )
-    settings = Settings(Problem("skip", "digits"), learning)
+    learning = Learning(agent, steps=STEPS, num_envs=16, price_range=(20.0, 20.0), reward="log_likelihood")
+    settings = Settings(Problem("skip", "digits"), learning, Place(num_env_runners=2))
     with open_agent(settings, small_backbone, tmp_path, STEPS) as trained:
         trained.learn(STEPS // 4)
         group = trained._algorithm.env_runner_group
@@ -56,8 +54,8 @@ def test_a_runner_killed_in_training_does_not_stop_it(agent, small_backbone, tmp
 def test_learners_share_the_work_and_stay_equal(small_backbone, tmp_path):
     settings = Settings(
         Problem("skip", "digits"),
-        Learning(steps=STEPS, num_envs=32, num_env_runners=1, price_range=(0.002, 2.0)),
-        Place(num_learners=2),
+        Learning(steps=STEPS, num_envs=32, price_range=(0.002, 2.0)),
+        Place(num_env_runners=1, num_learners=2),
     )
     with open_agent(settings, small_backbone, tmp_path, STEPS) as trained:
         start = trained.router().state_dict()

@@ -22,7 +22,7 @@ from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.policies import PolicySpec
-from dynrl.settings import Learning, Problem, Settings
+from dynrl.settings import Learning, Place, Problem, Settings
 from tests.cases import make_backbone, numbers_split
 
 PRICES = [0.01, 1.0]
@@ -439,7 +439,9 @@ def test_ppo_goes_on_with_the_new_version_of_its_backbone(remote, small_backbone
     file = tmp_path / "backbone.safetensors"
     shutil.copyfile(small_backbone, file)
     settings = Settings(
-        Problem("skip", "digits"), Learning(steps=2000, num_envs=8, num_env_runners=remote, price_range=(0.002, 2.0))
+        Problem("skip", "digits"),
+        Learning(steps=2000, num_envs=8, price_range=(0.002, 2.0)),
+        Place(num_env_runners=remote),
     )
     with open_agent(settings, file, tmp_path, 2000) as agent:
         agent.learn(1)

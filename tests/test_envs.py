@@ -417,3 +417,42 @@ def test_bad_actions_and_calls_are_refused():
     with pytest.raises(ValueError, match="call reset"):
         single.step(0)
     assert isinstance(single.backbone, type(make_backbone("skip")))
+
+
+def test_ended_rows_are_not_stepped_on():
+    """Without autoreset, as in the single environment: their rewards would be 0 without a word."""
+    env = make_vec("exiting", 4, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    stop, go = np.ones(4, np.int64), np.zeros(4, np.int64)
+    env.step(np.array([1, 0, 1, 0]))
+    with pytest.raises(ValueError, match=r"the episodes of rows \[0, 2\] have ended; reset these rows first"):
+        env.step(go)
+    env.reset(options={"reset_mask": np.array([True, False, False, False])})
+    with pytest.raises(ValueError, match=r"rows \[2\] have ended"):
+        env.step_tensors(torch.from_numpy(go))
+    env.reset(options={"reset_mask": np.array([False, False, True, False])})
+    _, reward, ended, _, _ = env.step(stop)
+    assert ended.all() and (reward != 0).all()
+    env.reset()
+    env.step(go)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_programs_default_type_changes_no_episode(name, kind):
+    def walk():
+        env = vector_env(name)(3, price_range=(0.01, 1.0))
+        seen, _ = env.reset(seed=0)
+        steps = [env.step(np.ones(3, np.int64)) for _ in range(4)]
+        return [seen, *(array for step in steps for array in step[:3])]
+
+    expected = walk()
+    torch.set_default_dtype(kind)
+    try:
+        found = walk()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(
+        mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
+        for mine, theirs in zip(found, expected, strict=True)
+    )

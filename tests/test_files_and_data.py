@@ -8,6 +8,7 @@ import io
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -317,6 +318,50 @@ def test_a_folder_of_images_is_a_data_set(photos, monkeypatch):
     monkeypatch.chdir(photos.parent)
     assert check_dataset("photos@3") == f"{photos}@3"
     assert load_dataset("photos@3").input_shape == (1, 3, 3)
+
+
+def test_copies_that_programs_keep_are_no_data(photos):
+    """At any depth; what looks like an image and is left out is counted and said."""
+    before = image_folder(str(photos))
+    for kept in (".ipynb_checkpoints", "@eaDir", "deep/@eaDir", "deep/.cache/more"):
+        (photos / "cat" / kept).mkdir(parents=True)
+        for file in (photos / "cat").glob("*.png"):
+            shutil.copy(file, photos / "cat" / kept)
+    shutil.copy(photos / "cat" / "3.png", photos / "cat" / "._3.png")
+    shutil.copytree(photos / "cat", photos / "@eaDir")
+    (photos / "dog" / "phone.HEIC").write_bytes(b"not for Pillow")
+    (photos / "dog" / "folder.png").mkdir()
+    hidden = sum(file.is_file() and file.suffix == ".png" for file in (photos / "cat").rglob("*")) - 10
+    with pytest.warns(UserWarning, match=f"{hidden + 1} files below .* look like images and are left out"):
+        after = image_folder(str(photos))
+    for part in ("train", "validation", "test"):
+        assert torch.equal(after.split(part).inputs, before.split(part).inputs)
+
+
+def test_a_folder_below_a_hidden_one_is_read(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / ".cache" / "@photos")
+    assert len(image_folder(str(tmp_path / ".cache" / "@photos")).train) == len(image_folder(str(photos)).train)
+
+
+@pytest.mark.parametrize("size", [None, 16])
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 1), (8, 3)])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_photos_are_turned_as_any_viewer_shows_them(suffix, orientation, turn, size, tmp_path):
+    """Bright above, dark below, 16 wide and 32 high, however the camera lay."""
+    shown = np.zeros((32, 16, 3), np.uint8)
+    shown[:16] = 255
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            image = Image.fromarray(np.ascontiguousarray(np.rot90(shown, turn)))
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.save(tmp_path / name / f"{i}.{suffix}", exif=exif)
+    data = image_folder(str(tmp_path) + ("" if size is None else f"@{size}"))
+    assert data.input_shape == ((3, 32, 16) if size is None else (3, 16, 16))
+    raw = data.train.inputs * data.deviation + data.mean
+    middle = data.input_shape[1] // 2
+    assert raw[:, :, : middle - 1].mean() > 0.95 and raw[:, :, middle + 1 :].mean() < 0.05
 
 
 def parts_of(root):

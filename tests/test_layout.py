@@ -29,6 +29,7 @@ ALLOWED = {
     "dynrl.plugins": set(),
     "dynrl.files": set(),
     "dynrl.tasks": set(),
+    "dynrl.provenance": set(),
     "dynrl.cost": set(),
     "dynrl.machine": set(),
     "dynrl.progress": set(),
@@ -36,14 +37,20 @@ ALLOWED = {
     "dynrl._version": set(),
     "dynrl.settings": {"dynrl.files"},
     "dynrl.ops": {"dynrl.ops"},
-    "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.tasks"},
-    "dynrl.backbones": {"dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.routes"},
+    "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.provenance", "dynrl.tasks"},
+    "dynrl.backbones": {
+        "dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.provenance", "dynrl.routes"
+    },
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes"},
-    "dynrl.envs": {"dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.routes", "dynrl.tasks"},
+    "dynrl.envs": {
+        "dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.tasks",
+    },
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.machine",
     },
-    "dynrl.runs": {"dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.files"},
+    "dynrl.runs": {
+        "dynrl.backbones", "dynrl.data", "dynrl.policies", "dynrl.deploy", "dynrl.files", "dynrl.provenance"
+    },
     "dynrl.evaluation": {
         "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops",
         "dynrl.routes", "dynrl.tasks", "dynrl.files", "dynrl.machine", "dynrl.progress",
@@ -53,7 +60,7 @@ ALLOWED = {
         "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.pretraining",
     },
     "dynrl.recipes": {
-        "dynrl.backbones", "dynrl.data", "dynrl.pretraining", "dynrl.finetuning", "dynrl.settings",
+        "dynrl.backbones", "dynrl.data", "dynrl.ops", "dynrl.pretraining", "dynrl.finetuning", "dynrl.settings",
     },
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.progress", "dynrl.tasks",

@@ -273,3 +273,118 @@ def test_two_inputs_are_refused():
 def test_other_classes_than_said_are_refused():
     with pytest.raises(ValueError, match=r"outputs \[batch, 7\], got \(1, 3\)"):
         SkipModule(Transformer(), SHAPE, BLOCKS, classes=7)
+
+
+class Chain(nn.Module):
+    """Blocks one after the other, and a head on the mean of each channel."""
+
+    def __init__(self, block, channels, mean):
+        super().__init__()
+        self.mean, self.blocks = mean, nn.ModuleList(block() for _ in range(2))
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(self.mean))
+
+
+class Mixing(nn.Module):
+    """A convolution over places, and linear layers over channels, which are last in between only."""
+
+    def __init__(self, convolution, last):
+        super().__init__()
+        self.convolution, self.last = convolution, last
+        self.mix = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        if self.last:
+            return x + self.convolution(self.mix(x).movedim(-1, 1)).movedim(1, -1)
+        return x + self.mix(self.convolution(x).movedim(1, -1)).movedim(-1, 1)
+
+
+LAID_OUT = {  # a block, the shape of its inputs, the dimensions of places, and the number of channels
+    "signal": (lambda: nn.Conv1d(4, 4, 3, padding=1), (4, 40), 2, 4),
+    "signal, normed first": (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3, padding=1)), (4, 40), 2, 4),
+    "signal, mixed": (lambda: Mixing(nn.Conv1d(4, 4, 3, padding=1), False), (4, 40), 2, 4),
+    "tokens": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (40, 4), 1, 4),
+    "tokens, mixed": (lambda: Mixing(nn.Conv1d(4, 4, 3, padding=1), True), (40, 4), 1, 4),
+    "tokens, as many as channels": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (4, 4), 1, 4),
+    "video": (lambda: nn.Conv3d(4, 4, 3, padding=1), (4, 6, 8, 8), (2, 3, 4), 4),
+    "maps": (lambda: Mixing(nn.Conv2d(4, 4, 3, padding=1), False), (4, 8, 6), (2, 3), 4),
+    "maps with channels last": (lambda: Mixing(nn.Conv2d(4, 4, 3, padding=1), True), (8, 6, 4), (1, 2), 4),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+@torch.inference_mode()
+def test_routers_see_the_means_of_channels(name):
+    block, shape, places, channels = LAID_OUT[name]
+    module, x = Chain(block, channels, places).eval().requires_grad_(False), torch.randn(3, *shape)
+    skips = SkipModule(module, shape, ["blocks.0", "blocks.1"])
+    assert skips.feature_width == channels
+    torch.testing.assert_close(skips.observe(skips.begin(x)), x.mean(places))
+    exits = ExitModule(module, shape, ["blocks.0", "blocks.1"])
+    torch.testing.assert_close(exits.observe(exits.begin(x))[:, 3:], module.blocks[0](x).mean(places))
+    assert exits(x).shape == (3, 10) and exits.feature_width == 3 + channels
+
+
+@pytest.mark.parametrize("kind", [SkipModule, ExitModule])
+@pytest.mark.parametrize("backend", [True, False])
+def test_frozen_attention_costs_what_it_costs_unfrozen(kind, backend):
+    """Torch fuses frozen encoder layers into one op that its counter does not know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(backend)
+    try:
+        module = Chain(lambda: nn.TransformerEncoderLayer(64, 4, 256, batch_first=True), 64, 1).eval()
+        names = ["blocks.0", "blocks.1"]
+        free = kind(module, (36, 64), names)
+        frozen = kind(module.requires_grad_(False), (36, 64), names)
+        assert torch.backends.mha.get_fastpath_enabled() is backend
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert torch.equal(frozen.costs, free.costs) and frozen.dense_macs == free.dense_macs
+    if kind is SkipModule:
+        assert frozen.costs.tolist() == [[0, 1935360], [640, 1936000]]
+
+
+def through(function):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.other = nn.Parameter(torch.randn(4, 4, 4))
+
+        def forward(self, x):
+            return x + function(x, self)
+
+    return Block
+
+
+@pytest.mark.parametrize(
+    ("block", "op"),
+    [
+        (through(lambda x, b: torch.fft.fft2(x).real), r"aten\._fft_"),
+        (through(lambda x, b: (x @ b.weight[0]).unsqueeze(-1)), r"aten\.mv"),
+        (through(lambda x, b: nn.functional.bilinear(x, x, b.other)), r"aten\._trilinear"),
+        (through(lambda x, b: torch.cdist(x, b.weight.unsqueeze(0))), r"aten\._cdist"),
+        (through(lambda x, b: x @ torch.linalg.matrix_exp(b.weight)), r"aten\.linalg_matrix_exp"),
+    ],
+)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_would_count_nothing_is_refused_by_name(block, op, frozen):
+    module = Chain(block, 4, 1).eval().requires_grad_(not frozen)
+    with pytest.raises(ValueError, match=f"FLOP counter knows, got {op}.*would count 0"):
+        SkipModule(module, (5, 4), ["blocks.0", "blocks.1"])
+
+
+def test_what_only_moves_numbers_or_is_no_product_counts_nothing():
+    def block(x, b):
+        y = torch.cat([x, x.flip(1)], 1)[:, :5].cumsum(1).softmax(2).sort(1).values.roll(1, 1)
+        y = nn.functional.normalize(y, dim=2).index_fill(1, torch.tensor([0]), 1.0)
+        y = torch.where(y > 0, y, b.weight[0]).clone()
+        y[:, 0] = nn.functional.prelu(y[:, 1], b.weight[0, :1])
+        return nn.functional.layer_norm(y, (4,), b.weight[0], b.weight[1])
+
+    backbone = SkipModule(Chain(through(block), 4, 1).eval(), (5, 4), ["blocks.0", "blocks.1"])
+    assert backbone.costs.tolist() == [[0, 0], [40, 40]]

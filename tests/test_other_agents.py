@@ -196,7 +196,7 @@ def test_remote_runners_see_one_gpu_each():
         agent_class(agent).refuse(settings, backbone)
         with pytest.raises(ValueError, match="--device cuda, not cuda:1"):
             agent_class(agent).refuse(
-                Settings(settings.problem, Learning(agent, num_env_runners=2), settings.place), backbone
+                Settings(settings.problem, Learning(agent), Place("cuda:1", num_env_runners=2)), backbone
             )
 
 
@@ -204,3 +204,23 @@ def test_remote_runners_see_one_gpu_each():
 def test_what_an_agent_cannot_do_are_settings_that_there_are(agent):
     known = {*vars(Learning()), *vars(Place())}
     assert set(agent_class(agent).cannot) <= known
+
+
+def test_wrapped_environments_are_refused_by_name():
+    """The adapter and the runner step in torch, which a wrapper does not see."""
+    import gymnasium as gym
+    from gymnasium.wrappers import vector
+
+    from dynrl.agents.sb3 import RoutingVecEnv
+    from dynrl.envs.core import stepped_in_torch
+
+    env = gym.make_vec("dynrl/Skip-v0", num_envs=2, autoreset_mode="SameStep")
+    assert stepped_in_torch(env) is env
+    for wrapped in (
+        vector.TransformReward(env, lambda reward: reward + 7),
+        vector.ClipReward(env, 0, 1),
+        vector.TransformReward(vector.RecordEpisodeStatistics(env), lambda reward: reward),
+    ):
+        for taken in (RoutingVecEnv, stepped_in_torch):
+            with pytest.raises(ValueError, match=f"no wrapper around it, got {type(wrapped).__name__}"):
+                taken(wrapped)

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -636,12 +637,123 @@ def test_what_is_plugged_stays_as_it_is_in_training():
     torch.testing.assert_close(model.eval()(inputs), expected)
 
 
-def test_compiled_code_may_run_no_block():
-    """Compiled at a price where blocks run, called at one where none does."""
-    model, inputs = dynrl.load("skip-digits"), load_dataset("digits").test.inputs[:50]
+def test_compiled_models_run_as_they_are_and_say_so():
+    """Their steps depend on values: compiled, they took many recompilations, or an error of the compiler."""
+    model, inputs = dynrl.load("exit-digits"), load_dataset("digits").test.inputs[:50]
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    for bias, share in (([0.0, 1e3], 1), ([1e3, 0.0], 0)):
-        model.policy.load_state_dict({**model.policy.state_dict(), "head.bias": torch.tensor(bias)})
-        compiled(inputs)
-        assert model.last_route.actions.float().mean() == share
+    compiled = torch.compile(model)
+    for price in model.price_range:
+        model.set_price(price)
+        expected = model(inputs)
+        with pytest.warns(UserWarning, match=r"runs as it is under torch\.compile.*model\.capture.*model\.export"):
+            assert torch.equal(compiled(inputs), expected)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"runs as it is under torch\.compile.*model\.capture"):
+        torch.compile(model, fullgraph=True)(inputs)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_outputs_are_normal_tensors_without_a_graph(name):
+    model = dynrl.load(name)
+    inputs = torch.randn(8, *model.input_shape, requires_grad=True)
+    outputs = model(inputs)
+    expected, walk = outputs.clone(), model.walk(inputs)
+    assert not outputs.requires_grad
+    outputs[:, 3] = -torch.inf
+    walk.outputs.mul_(2)
+    route = model.last_route
+    for tensor in (route.actions, route.macs, route.router_macs, walk.route, walk.macs):
+        tensor.add_(1)
+    assert torch.equal(model(inputs), expected), "nothing of the model was written to"
+    head = nn.Linear(10, 3)
+    head(model(inputs)).square().sum().backward()
+    student = nn.Linear(10, 10)
+    nn.functional.kl_div(student(expected).log_softmax(1), model(inputs).softmax(1), reduction="batchmean").backward()
+    assert head.weight.grad.abs().sum() > 0 and student.weight.grad.isfinite().all()
+    with torch.inference_mode():
+        assert torch.equal(model(inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["skip-digits", "exit-digits", "hidden-update-sequential-digits"])
+def test_threads_share_a_model(name, switching):
+    """Each call has one price, which it takes at its begin, and each thread its own last route."""
+    model = dynrl.load(name)
+    batches = {size: torch.randn(size, *model.input_shape) for size in (5, 16)}
+    known = {size: [] for size in batches}
+    for price in model.price_range:
+        model.set_price(price)
+        for size, inputs in batches.items():
+            walk = model.walk(inputs)
+            known[size].append((walk.route, walk.outputs))
+    assert not torch.equal(known[16][0][0], known[16][1][0])
+    done, wrong = threading.Event(), []
+
+    def flip():
+        while not done.is_set():
+            for price in model.price_range:
+                model.set_price(price)
+
+    def call(size):
+        for _ in range(40):
+            walk = model.walk(batches[size])
+            outputs, route = model(batches[size]), model.last_route.actions
+            for ran, said in ((walk.route, walk.outputs), (route, outputs)):
+                if not any(torch.equal(ran, r) and torch.allclose(said, o, atol=1e-5) for r, o in known[size]):
+                    wrong.append((size, ran))
+
+    threads = [threading.Thread(target=call, args=(size,)) for size in batches]
+    flipping = threading.Thread(target=flip)
+    for thread in (flipping, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    flipping.join()
+    assert not wrong
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(model.last_route))
+    thread.start()
+    thread.join()
+    assert seen == [None], "another thread has called nothing yet"
+
+
+@pytest.fixture
+def switching():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def default_type():
+    """A function that sets the program's default type, until the test ends."""
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", shipped())
+def test_the_programs_default_type_changes_nothing(name, kind, default_type):
+    inputs = torch.randn(9, *dynrl.load(name).input_shape)
+    model = dynrl.load(name)
+    model.set_budget(0.6)
+    expected, route = model(inputs), model.last_route
+    default_type(kind)
+    model = dynrl.load(name)
+    model.set_budget(0.6)
+    assert torch.equal(model(inputs), expected) and torch.equal(model.last_route.actions, route.actions)
+    assert torch.equal(model.last_route.macs_fraction, route.macs_fraction)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_converted_backbone_fits_or_its_type_is_named(name):
+    run = SHIPPED / name
+    backbone, _ = load_backbone(run / "backbone.safetensors")
+    expected = dynrl.plug(backbone, run / "policy.safetensors")
+    inputs = torch.randn(9, *backbone.input_shape)
+    wide = dynrl.plug(copy.deepcopy(backbone).double(), run / "policy.safetensors")
+    torch.testing.assert_close(wide(inputs.double()).float(), expected(inputs), atol=1e-4, rtol=1e-4)
+    for narrow in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=f"backbone of torch.float32, this one is of {narrow}: plug"):
+            dynrl.plug(copy.deepcopy(backbone).to(narrow), run / "policy.safetensors")

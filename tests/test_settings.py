@@ -13,8 +13,8 @@ from dynrl.settings import Learning, Place, Problem, Settings, names, parse
 
 SETTINGS = Settings(
     Problem("skip", "digits", ("widths=[4,8]", "layers=[1,1]"), 7),
-    Learning("gate", "upfront", 8, 100, 16, 0, (0.1, 3.0), "log_likelihood", learning_rate=1e-3, finetune=True),
-    Place("cuda", 2, "auto"),
+    Learning("gate", "upfront", 8, 100, 16, (0.1, 3.0), "log_likelihood", learning_rate=1e-3, finetune=True),
+    Place("cuda", 1, 2, "auto"),
 )
 
 
@@ -46,7 +46,6 @@ def test_the_settings_of_shipped_models_are_whole(name):
         ("learning", "steps", 0, "expected steps of at least 1 and below 2.31, got 0"),
         ("learning", "hidden", -1, "expected hidden of at least 0"),
         ("learning", "num_envs", 0, "expected num_envs of at least 1"),
-        ("learning", "num_env_runners", -1, "expected num_env_runners of at least 0"),
         ("problem", "seed", 2**31, "expected seed of at least 0 and below"),
         ("learning", "price_range", [1.0, 0.5], "0 < low <= high"),
         ("learning", "price_range", [0.0, 0.5], "0 < low <= high"),

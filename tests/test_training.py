@@ -247,8 +247,21 @@ def test_own_data_is_not_for_remote_processes():
 def test_a_run_goes_on_by_its_own_settings(tmp_path):
     run = make_run(plan("skip", "digits", **SHORT), tmp_path / "run")
     assert read_json(run.config_file)["learning"]["agent"] == "gate"
-    with pytest.raises(ValueError, match="own settings; leave out agent, seed"):
-        resume(run.path, seed=0, agent="gate")
+    again = plan_again(run, "digits", seed=0, num_learners=0, num_env_runners=0, **SHORT)
+    assert Settings.read(run.config_file) == again.settings, "what is said again changes nothing"
+    for changed, reason in (
+        ({"seed": 1}, "begun with seed=0, not 1"), ({"agent": "ppo"}, "begun with agent='gate', not 'ppo'"),
+        ({"steps": 1}, "begun with steps=.*, not 1"), ({"network": ("widths=[4,4,4]",)}, "begun with network="),
+        ({"nosuch": 1}, "unknown settings nosuch"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=reason):
+            resume(run.path, **changed)
+    more = plan_again(run, steps=again.settings.learning.steps + 1, finetune=True)
+    assert Settings.read(run.config_file).learning == more.settings.learning != again.settings.learning
+    with pytest.raises(ValueError, match="begun with finetune=True, not False"):
+        resume(run.path, finetune=False)
+    with pytest.raises(ValueError, match="always fine-tuned"):
+        plan("hidden-update", "adding", finetune=False)
     with pytest.raises(ValueError, match="no run folder"):
         resume(tmp_path)
 
@@ -270,3 +283,33 @@ def _registries_as_they_were():
     for registry, was in zip((FAMILIES, DATASETS), kept, strict=True):
         registry.clear()
         registry.update(was)
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    run = train("skip", "digits", out=tmp_path / "run", backbone=backbone_of(tmp_path), **SHORT)
+    steps = run.settings["steps"]
+    assert run.finished
+    plan_again(run, steps=3 * steps)
+    assert not run.finished, "what was learned so far is not what the settings say"
+    resumed = resume(run.path, steps=3 * steps)
+    assert resumed.finished and resumed.settings["steps"] == 3 * steps
+    assert torch.load(resumed.checkpoints / "gate.pt", weights_only=True)["steps"] >= 3 * steps
+
+
+def backbone_of(folder):
+    """A folder with an untrained backbone for digits."""
+    (folder / "given").mkdir()
+    SkipResNet((1, 24, 24), layers=(2,), widths=(4,), stem_stride=2).save(folder / "given" / "backbone.safetensors")
+    return folder / "given"
+
+
+@pytest.mark.parametrize("lies", ["127.0.0.1:1", "auto"])
+def test_a_run_that_did_not_begin_leaves_no_folder(lies, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    backbone = backbone_of(tmp_path)
+    with pytest.raises(ValueError, match="expected a ray cluster at '127.0.0.1:1', found none"):
+        train("skip", "digits", out=tmp_path / "run", backbone=backbone, steps=100, address=lies)
+    with pytest.raises(ValueError, match="a batch of 5000 is larger than the 1257 training inputs"):
+        own = SkipResNet((1, 24, 24), layers=(2,), widths=(4,), stem_stride=2)
+        train(own, "digits", out=tmp_path / "run", pretrain=Recipe(epochs=1, batch_size=5000), **SHORT)
+    assert not (tmp_path / "run").exists()

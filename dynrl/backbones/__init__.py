@@ -15,6 +15,8 @@ from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
+from dynrl.ops.backend import float32
+from dynrl.provenance import Provenance
 
 # These functions build a backbone from the `config` of its file, by family. A plugin adds a row:
 # FAMILIES["my-vit"] = a function of `config`.
@@ -41,9 +43,13 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
             f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}. For one of your "
             "own, first add the function that builds it to dynrl.backbones.FAMILIES"
         )
-    backbone = family(**metadata["config"])
-    backbone.load_state_dict(tensors)
-    return backbone.eval(), metadata["notes"]
+    with float32():
+        backbone = family(**metadata["config"])
+    backbone.load_state_dict(tensors, assign=True)  # with the types that the file has
+    notes = metadata["notes"]
+    if "trained_on" in notes:
+        backbone.trained_on = Provenance.read(notes["trained_on"], f"{path}: trained_on")
+    return backbone.eval(), notes
 
 
 @functools.lru_cache(maxsize=4)

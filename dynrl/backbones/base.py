@@ -20,6 +20,7 @@ from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, merge
 from dynrl.files import fingerprint, load_tensors, save_tensors
 from dynrl.ops.backend import may_look
+from dynrl.provenance import Provenance
 from dynrl.routes import draw_routes
 
 
@@ -82,6 +83,7 @@ class Backbone(nn.Module):
     costs: Tensor  # [points, num_choices] int64 MACs, -1 where there is no such choice
     start_macs: int
     dense_macs: int  # the MACs of one row on the full route
+    trained_on: Provenance | None = None  # the data that the weights were trained on; None if they were not
     thrift: Tensor  # [columns, num_choices] float64: how dear each choice is in the long run
 
     # for the family to write -------------------------------------------------------------------------------
@@ -466,7 +468,9 @@ class Backbone(nn.Module):
         return fingerprint(self.state_dict(), [self.family, self.config])
 
     def save(self, path: str | Path, **notes: Any) -> None:
-        """Write weights, config and `notes` (data, accuracies and so on, as JSON can hold them) to a file."""
+        """Write weights, config, what they were trained on, and `notes` (accuracies and so on, as JSON) to a file."""
+        if self.trained_on is not None:
+            notes["trained_on"] = self.trained_on.to_dict()
         metadata = {"family": self.family, "config": self.config, "notes": notes}
         save_tensors(path, "backbone", self.state_dict(), metadata)
 

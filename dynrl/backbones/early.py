@@ -13,10 +13,11 @@ CELLS = 4  # early classifiers see means over this many cells each way; of small
 SCORES = 3  # the numbers that `exit_scores` gives
 
 
-def early_inputs(x: Tensor) -> Tensor:
-    """Return what an early classifier sees, [n, k]: maps are reduced to `CELLS` means each way, tokens to a mean."""
+def early_inputs(x: Tensor, channels_last: bool = False) -> Tensor:
+    """Return what an early classifier sees, [n, k]: of images `CELLS` means each way, of other features `summary`."""
     if x.dim() != 4:
-        return summary(x).to(x.dtype)
+        return summary(x, channels_last).to(x.dtype)
+    x = x.permute(0, 3, 1, 2) if channels_last else x
     cells = F.adaptive_avg_pool2d(x, (min(CELLS, x.shape[2]), min(CELLS, x.shape[3])))
     return cells.permute(0, 2, 3, 1).flatten(1)  # in this order, nothing is copied in channels_last
 

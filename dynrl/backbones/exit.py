@@ -83,8 +83,12 @@ class Exits(Backbone):
         return self._arrive(state.walk, state.point + 1, state.rows, state.features)
 
     def observe(self, state: State) -> Tensor:
-        """Return how sure the exit is (`exit_scores`), then each channel's mean over the map or the tokens."""
-        return torch.cat([exit_scores(self.output(state)), summary(state.features)], 1)
+        """Return how sure the exit is (`exit_scores`), then each channel's mean over all places."""
+        return torch.cat([exit_scores(self.output(state)), self._summary(state.point, state.features)], 1)
+
+    def _summary(self, k: int, x: Tensor) -> Tensor:
+        """Return each channel's mean over the features `x` that rows have at exit k."""
+        return summary(x)
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None

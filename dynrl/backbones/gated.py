@@ -24,9 +24,9 @@ class GatedWalk(Walk):
 
     def __init__(self, inputs: Tensor, points: Sequence[Point], macs: CostTable) -> None:
         super().__init__(inputs, points, macs)
-        self.weight = torch.ones(len(self), device=inputs.device)
+        self.weight = torch.ones(len(self), dtype=torch.float32, device=inputs.device)
         self.present = torch.ones_like(self.all_rows, dtype=torch.bool)
-        self.expected_macs = torch.zeros(len(self), device=inputs.device)
+        self.expected_macs = torch.zeros(len(self), dtype=torch.float32, device=inputs.device)
         self._left: Tensor | None = None  # the sum of weight x output over the shares that have left the walk
 
     def begin(self, rows: Tensor) -> None:

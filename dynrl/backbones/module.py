@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dynrl.backbones.base import Backbone
+from dynrl.backbones.channels import gives_channels_last, takes_channels_last
 from dynrl.backbones.early import early_inputs
 from dynrl.backbones.exit import Exits
 from dynrl.backbones.skip import Skipping
@@ -204,11 +205,12 @@ class SkipModule(_OfModule, Skipping):
         classes: int | None = None,
     ) -> None:
         super().__init__(module, input_shape, blocks, family, blocks=list(blocks))
-        block_macs, width, x = [], 1, self._example()
+        block_macs, width, x, self._last = [], 1, self._example(), list[bool]()
         macs, lead = executed_macs(self._between[0], x)
         x, fixed_macs = lead, [macs]
         for name, block, behind in zip(blocks, self._named, self._between[1:], strict=True):
-            width = max(width, summary(x).shape[1])
+            self._last.append(takes_channels_last(block, x.clone()))
+            width = max(width, summary(x, self._last[-1]).shape[1])
             macs, y = executed_macs(block, x.clone())
             if y.shape != x.shape:
                 shapes = f"{tuple(y.shape)} of {tuple(x.shape)}"
@@ -230,13 +232,16 @@ class SkipModule(_OfModule, Skipping):
     def _follow(self, point: int, x: Tensor) -> Tensor:
         return self._between[point + 1](x)
 
+    def _summary(self, point: int, x: Tensor) -> Tensor:
+        return summary(x, self._last[point])
+
 
 class ExitModule(_OfModule, Exits):
     """A module of your own with classifiers behind some of its layers: action 0 stops with an answer, 1 goes on.
 
-    An early classifier is one linear layer on maps reduced to 4x4, or on the mean of tokens. The classifiers are made
-    here and are untrained; `dynrl.pretraining.pretrain` trains all exits together. The last exit is the module's own
-    output.
+    An early classifier is one linear layer on images' maps reduced to 4x4, or on each channel's mean of other features.
+    The classifiers are made here and are untrained; `dynrl.pretraining.pretrain` trains all exits together. The last
+    exit is the module's own output.
 
     Args:
         module: a module that maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put
@@ -264,12 +269,13 @@ class ExitModule(_OfModule, Exits):
         super().__init__(module, input_shape, layers, family, layers=list(layers))
         x = self._example()
         _set_classes(self, module(x), classes)
-        self.heads, stage_macs, widths = nn.ModuleList(), [], []
+        self.heads, stage_macs, widths, self._last = nn.ModuleList(), [], [], list[bool]()
         for k in range(len(layers)):
+            self._last.append(gives_channels_last(partial(self._advance_to, k), x.clone()))
             macs, x = executed_macs(partial(self._advance_to, k), x)
-            seen = early_inputs(x)
+            seen = early_inputs(x, self._last[k])
             self.heads.append(nn.Linear(seen.shape[1], self.config["classes"], device=x.device, dtype=x.dtype))
-            widths.append(summary(x).shape[1])
+            widths.append(summary(x, self._last[k]).shape[1])
             stage_macs.append(macs + executed_macs(self.heads[k], seen)[0])
         stage_macs.append(executed_macs(self._between[-1], x)[0])
         self._set_points(list(layers), stage_macs, widths)
@@ -279,7 +285,10 @@ class ExitModule(_OfModule, Exits):
         return self._named[k](x) if k < len(self._named) else x
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
-        return x if k == len(self._named) else self.heads[k](early_inputs(x))
+        return x if k == len(self._named) else self.heads[k](early_inputs(x, self._last[k]))
+
+    def _summary(self, k: int, x: Tensor) -> Tensor:
+        return summary(x, self._last[k])
 
 
 def _cut_again(backbone: _OfModule, keys: Any) -> None:

@@ -18,7 +18,7 @@ SEES = ("state", "state+input")
 
 def _hats(steps: int, knots: int) -> Tensor:
     """Return hat functions on evenly spaced knots at each step: [steps, knots]."""
-    at = torch.arange(steps) * ((knots - 1) / max(1, steps - 1))
+    at = torch.arange(steps, dtype=torch.float32) * ((knots - 1) / max(1, steps - 1))
     return (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0)
 
 
@@ -138,7 +138,7 @@ class SkipRNN(Backbone):
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         if "since" not in walk.own:  # the share of the sequence since each row's last update
-            walk.own["since"] = torch.zeros(len(walk), 1, device=inputs.device)
+            walk.own["since"] = torch.zeros(len(walk), 1, dtype=torch.float32, device=inputs.device)
         return State(walk, 0, rows, inputs.new_zeros(inputs.shape[0], self.state_width))
 
     def _run(self, state: State, action: Tensor) -> list[State]:

@@ -75,8 +75,12 @@ class Skipping(Backbone):
         return State(state.walk, END, state.rows)
 
     def observe(self, state: State) -> Tensor:
-        """Return the mean of each channel over the map, or over the tokens."""
-        return summary(state.features)
+        """Return the mean of each channel over all places, such as pixels or tokens."""
+        return self._summary(state.point, state.features)
+
+    def _summary(self, point: int, x: Tensor) -> Tensor:
+        """Return each channel's mean over the features `x` that rows have at `point`."""
+        return summary(x)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each block runs on the first rows of the batch, as many as chose to run it."""

@@ -82,7 +82,8 @@ class Walk:
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)
         self.last = torch.zeros(size, dtype=torch.int64, device=device)
         self.macs = torch.zeros(size, dtype=torch.int64, device=device)
-        self._mac_table, self._charged = macs, None if table is None else torch.zeros(size, device=device)
+        self._mac_table = macs
+        self._charged = None if table is None else torch.zeros(size, dtype=torch.float32, device=device)
         self.first_column, columns = [], 0
         for point in points:
             self.first_column.append(columns)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynrl.provenance import Provenance
 from dynrl.tasks import CLASSIFICATION, Task
 
 KEPT = 0.1  # the share of the training split that is kept from backbones, for policies to learn on
@@ -80,7 +83,7 @@ class Augmentation:
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set has three disjoint splits of one task.
 
@@ -92,6 +95,8 @@ class Dataset:
         mean, deviation: inputs are raw inputs (images in 0 to 1) less `mean`, divided by `deviation`.
         anew: a function that draws another training split of the same kind and size by a seed; None if there is only
             one.
+        names: the names of the classes, in the order of the outputs; by default, their numbers.
+        dtype: the type of raw inputs, by its name in torch. If it is "uint8", they are pixels, which count in 255ths.
     """
 
     name: str
@@ -103,6 +108,53 @@ class Dataset:
     mean: float = 0.0
     deviation: float = 1.0
     anew: Callable[[int], Split] | None = None
+    names: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        wanted = self.classes if self.task == CLASSIFICATION else 0
+        if self.names and (len(self.names) != wanted or len(set(self.names)) < wanted):
+            raise ValueError(f"{self.name}: expected {wanted} different names of classes, got {list(self.names)}")
+        if not self.names:
+            object.__setattr__(self, "names", tuple(map(str, range(wanted))))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the raw inputs of all splits; it does not depend on where they lie or how they are standardised.
+
+        Inputs count in 255ths: standardisation and its rounding leave no trace there in pixels.
+        """
+        digest = hashlib.sha256(f"{self.input_shape}".encode())
+        for split in (self.train, self.validation, self.test):
+            for rows in split.inputs.split(1024):
+                raw = rows.double().mul_(self.deviation).add_(self.mean).mul_(255).round_()
+                digest.update(raw.to(torch.int32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def provenance(self) -> Provenance:
+        """What a network that is trained on this data set keeps of it."""
+        return Provenance(
+            self.name, self.fingerprint, self.names, self.input_shape, self.dtype, self.mean, self.deviation
+        )
+
+    def seen_by(self, known: Provenance | None) -> Dataset:
+        """Return the same data as a network sees them that was trained on `known`; None stands for an untrained one.
+
+        Inputs are standardised by the network's own mean and deviation, since data that came later would change them,
+        and labels are the network's outputs of the same names.
+
+        Raises:
+            ValueError: the inputs have another shape or raw type, or there are classes that the network does not know.
+        """
+        return self if known is None else _seen_by(self, known)
+
+    def check_same(self, known: Provenance) -> None:
+        """Refuse, with a ValueError, data of another name than `known` that are not the same data elsewhere."""
+        if self.name != known.data and self.fingerprint != known.fingerprint:
+            raise ValueError(
+                f"expected {known.data}, or the same data elsewhere, got {self.name}, whose inputs are others"
+            )
 
     @property
     def task(self) -> Task:
@@ -147,11 +199,41 @@ class Dataset:
 Parts = list[tuple[Tensor, Tensor]]
 
 
-def standardised(name: str, classes: int, augmentation: Augmentation, parts: Parts) -> Dataset:
+def standardised(
+    name: str, classes: int, augmentation: Augmentation, parts: Parts, names: tuple[str, ...] = ()
+) -> Dataset:
     """Make a data set of `parts`, standardised by the mean and the deviation of the training inputs."""
     mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
     train, validation, test = (Split(scaled(inputs, mean, deviation), labels.long()) for inputs, labels in parts)
-    return Dataset(name, classes, train, validation, test, augmentation, mean, deviation)
+    return Dataset(name, classes, train, validation, test, augmentation, mean, deviation, names=names, dtype="uint8")
+
+
+@lru_cache(maxsize=2)  # environments of one process share the tensors
+def _seen_by(data: Dataset, known: Provenance) -> Dataset:
+    for what, mine, wanted in (
+        ("inputs of shape", data.input_shape, known.input_shape), ("raw inputs of type", data.dtype, known.dtype)
+    ):  # fmt: skip
+        if mine != wanted:
+            raise ValueError(f"expected {what} {wanted}, as the network was trained on, got {mine} of {data.name}")
+    if unknown := [name for name in data.names if name not in known.classes]:
+        raise ValueError(
+            f"{data.name} has the classes {list(data.names)}, the network was trained on {list(known.classes)} and "
+            f"does not know {', '.join(unknown)}; give them the names that they had, or train another network"
+        )
+    if (data.mean, data.deviation, data.names) == (known.mean, known.deviation, known.classes):
+        return data
+    outputs = torch.tensor([known.classes.index(name) for name in data.names])
+
+    def seen(split: Split) -> Split:
+        inputs = (split.inputs * data.deviation + (data.mean - known.mean)).div_(known.deviation)
+        return replace(split, inputs=inputs, targets=outputs[split.targets] if data.names else split.targets)
+
+    train, validation, test = map(seen, (data.train, data.validation, data.test))
+    draw, count = data.anew, len(known.classes) or data.classes
+    return replace(
+        data, classes=count, train=train, validation=validation, test=test, mean=known.mean, deviation=known.deviation,
+        anew=None if draw is None else lambda seed: seen(draw(seed)), names=known.classes,
+    )  # fmt: skip
 
 
 def scaled(inputs: Tensor, mean: float, deviation: float) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from torch import Tensor
 from dynrl.data.base import Augmentation, Dataset, standardised
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+ORIENTATION = 0x0112  # the EXIF tag that says how viewers turn a photo; from 5 on, width and height change places
 LARGEST = 8 << 30  # [bytes] the most that all images may take as float32, since they are held in memory
+# Files with these names are images, too, but Pillow alone cannot open them.
+OTHERS = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".tga", ".svg", ".dng", ".cr2", ".nef", ".arw"}
 # The shares of each class that are drawn if the folder has no such parts. The test part is drawn first, so that no
 # other draw changes it.
 SHARES = {"test": 0.1, "validation": 0.1}
@@ -28,7 +33,8 @@ def image_folder(name: str) -> Dataset:
     Args:
         name: the folder's path, or `PATH@SIZE`, which resizes the shorter side to SIZE pixels and takes the middle
             square. The folder has a folder for each class; or it has `train`, `test` and, if wanted, `validation`,
-            each with a folder for each class. For a part that is missing, about a tenth of each class, and at least
+            each with a folder for each class. What begins with a dot or an @ is skipped at any depth: programs keep
+            copies and previews there. For a part that is missing, about a tenth of each class, and at least
             one image, is drawn from `train` or from all images. A hash of CLASS/FILE draws them, so images keep their
             part when others are added or removed. The only exception is a class so small that the hashes draw no
             image for a part: the one image that is then taken may change.
@@ -73,7 +79,8 @@ def image_folder(name: str) -> Dataset:
         for row, position in enumerate(order):
             pixels[row] = _read(files[part][position][0], shape, size)
         parts.append((pixels, torch.tensor([files[part][position][1] for position in order])))
-    return standardised(name, len(classes), Augmentation(flip=True, shift=max(1, shape[-1] // 16)), parts)
+    augmentation = Augmentation(flip=True, shift=max(1, shape[-1] // 16))
+    return standardised(name, len(classes), augmentation, parts, tuple(classes))
 
 
 def split_name(name: str) -> tuple[Path, int | None]:
@@ -93,11 +100,27 @@ def _parts(root: Path) -> Iterator[str]:
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Return the image files of each class by the class's name."""
     found = {}
-    for place in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        found[place.name] = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES)
+    left_out: list[Path] = []
+    for place in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry, folder)):
+        images = [
+            file for file in sorted(place.rglob("*")) if file.suffix.lower() in SUFFIXES | OTHERS and file.is_file()
+        ]
+        taken = [file.suffix.lower() in SUFFIXES and not _hidden(file, folder) for file in images]
+        found[place.name] = list(compress(images, taken))
+        left_out += (file for file, kept in zip(images, taken, strict=True) if not kept)
         if not found[place.name]:
             raise ValueError(f"{place} holds no image ({', '.join(sorted(SUFFIXES))}); fill it or remove it")
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} files below {folder} look like images and are left out, such as {left_out[0]}: names "
+            f"that begin with a dot or an @ are skipped, and images are read from {', '.join(sorted(SUFFIXES))} files",
+            stacklevel=2,
+        )
     return found
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(name.startswith((".", "@")) for name in path.relative_to(root).parts)
 
 
 def _drawn(files: list[tuple[Path, int]], root: Path, part: str, leave: int) -> tuple[list[Any], list[Any]]:
@@ -140,17 +163,19 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
-    """Return (channels, height, width) of all images, as read from their headers."""
+    """Return (channels, height, width) of all images as viewers show them, as read from their headers."""
     grey, first = True, None
     for file in files:
         with _opened(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{file} has pixels of mode {image.mode}; convert it to 8 bits a channel")
             grey = grey and image.mode in ("L", "1")
-            first = first or image.size
-            if size is None and image.size != first:
+            turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) > 4  # Pillow turns a TIFF itself
+            shown = image.size[::-1] if turned else image.size
+            first = first or shown
+            if size is None and shown != first:
                 raise ValueError(
-                    f"{files[0]} has {first[0]}x{first[1]} pixels, {file} has {image.width}x{image.height}; add @SIZE "
+                    f"{files[0]} has {first[0]}x{first[1]} pixels, {file} has {shown[0]}x{shown[1]}; add @SIZE "
                     "to the folder's name to resize all images to SIZE pixels"
                 )
     assert first is not None
@@ -162,7 +187,7 @@ def _read(file: Path, shape: tuple[int, int, int], size: int | None) -> Tensor:
     from PIL import ImageOps
 
     with _opened(file) as image:
-        converted = image.convert("L" if shape[0] == 1 else "RGB")
+        converted = ImageOps.exif_transpose(image).convert("L" if shape[0] == 1 else "RGB")
     if size is not None:
         converted = ImageOps.fit(converted, (size, size))
     pixels = torch.from_numpy(np.array(converted, dtype=np.uint8)).view(shape[1], shape[2], shape[0])

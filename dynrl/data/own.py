@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from dynrl.data.base import Augmentation, Dataset, Split
 from dynrl.files import fingerprint
@@ -21,8 +21,9 @@ SHARE = 0.1  # the share of the pairs for validation, and the same share for the
 def own_dataset(data: Any, seed: int = 0) -> Dataset:
     """Make a data set of your own pairs (input, target); a tenth each is drawn for validation and test.
 
-    Inputs become float32 and are standardised by the mean and deviation of the training part. Integer targets [n] are
-    classes; floating-point targets [n] or [n, outputs] make a regression.
+    Inputs become float32, with uint8 as 255ths, and are standardised by the mean and deviation of the training part.
+    Integer targets [n] are classes, whose names are the `classes` of a torch `Dataset` that has some; floating-point
+    targets [n] or [n, outputs] make a regression.
 
     Args:
         data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. All pairs are held
@@ -36,14 +37,15 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         ValueError: there are no or too few pairs, they differ in shape, inputs or targets are not finite, or targets
             are neither classes nor floating-point numbers.
     """
-    inputs, targets = _pairs(data)
+    names, (inputs, targets) = _names(data), _pairs(data)
     if inputs.shape[0] != targets.shape[0] or len(inputs) < 10 or inputs.dim() < 2:
         raise ValueError(
             f"expected at least 10 inputs [n, ...] and as many targets, got {list(inputs.shape)} and "
             f"{list(targets.shape)}"
         )
     name = "own-" + fingerprint({"inputs": inputs, "targets": targets}, seed)[:12]
-    inputs = inputs.float()
+    dtype, pixels = str(inputs.dtype).removeprefix("torch."), inputs.dtype == torch.uint8
+    inputs = inputs.float() / 255 if pixels else inputs.float()
     if targets.is_floating_point():
         targets = targets.float().view(len(targets), -1)
     elif targets.dim() != 1 or targets.dtype == torch.bool or int(targets.min()) < 0:
@@ -60,13 +62,22 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     mean, deviation = float(inputs[parts[0]].mean()), float(inputs[parts[0]].std()) or 1.0
     numbers = targets.is_floating_point()
     task: Task = Regression.of(targets[parts[0]]) if numbers else CLASSIFICATION
-    classes = targets.shape[1] if numbers else int(targets.max()) + 1
+    classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
     if classes < 2 and not numbers:
         raise ValueError(
             "expected two classes or more, but all targets are 0; a regression needs floating-point targets"
         )
     train, validation, test = (Split((inputs[part] - mean) / deviation, targets[part], task) for part in parts)
-    return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation)
+    names = names if len(names) == classes and not numbers else ()
+    return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation, names=names, dtype=dtype)
+
+
+def _names(data: Any) -> tuple[str, ...]:
+    """Return the names of the classes where a torch `Dataset` knows them as `classes`, as those of torchvision do."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    named = getattr(data, "classes", None)
+    return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
 
 
 def _pairs(data: Any) -> tuple[Tensor, Tensor]:

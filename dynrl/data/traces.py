@@ -122,7 +122,7 @@ def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> 
         return split(*trace_images(scene, train, 1000 + seed))
 
     first, second, third = (split(*part) for part in made)
-    return Dataset(name, len(COLOURS), first, second, third, Augmentation(), mean, deviation, anew)
+    return Dataset(name, len(COLOURS), first, second, third, Augmentation(), mean, deviation, anew, dtype="uint8")
 
 
 def trace() -> Dataset:

@@ -73,18 +73,19 @@ class CapturedModel:
         self._chooser = model.chooser
         size = (batch_size, *model.input_shape)
         self._inputs = torch.zeros(size, dtype=weights.dtype, device=weights.device)
-        with torch.inference_mode(), device_counts():
+        # Outputs that a replay overwrites are normal tensors, too: they may be written to and be trained on.
+        with torch.inference_mode(False), torch.no_grad(), device_counts():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # the kernels choose their tiles here, because a capture forbids timing
                 # The first walk has all rows at work: on few or no rows, all tiles would take the same time.
                 model.backbone.run_route(self._inputs, model.backbone.dense_actions(batch_size, weights.device))
                 for _ in range(2):
-                    model.walk(self._inputs)
+                    model.run(self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._walk = model.walk(self._inputs)
+                self._walk = model.run(self._inputs)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the outputs for [batch_size, *input_shape]; the next call overwrites them and `last_route`."""
@@ -96,6 +97,6 @@ class CapturedModel:
         self._state.check(self.model)
         self._inputs.copy_(inputs)
         self._graph.replay()
-        self.model.last_route = self.model._route_of(self._walk)
+        self.model.keep_route(self._walk)
         assert self._walk.outputs is not None
         return self._walk.outputs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,16 @@ from dynrl.policies import Policy, load_policy
 
 if TYPE_CHECKING:
     from dynrl.deploy.capture import CapturedModel
+
+UNCOMPILED = (
+    "a routed model runs as it is under torch.compile: what it computes depends on its inputs, so there is no graph to "
+    "compile. Use model.capture(batch_size) on a CUDA device, or model.export(path) for a program of its own"
+)
+
+
+@torch.compiler.disable(reason=UNCOMPILED)
+def _say_uncompiled() -> None:
+    warnings.warn(UNCOMPILED, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,12 @@ class Route:
     @property
     def macs_fraction(self) -> Tensor:
         """All MACs, the router's included, as a share of the dense network's: [B]."""
-        return (self.macs + self.router_macs) / self.dense_macs
+        return (self.macs + self.router_macs).float() / self.dense_macs
 
     @property
     def router_fraction(self) -> Tensor:
         """The router's MACs as a share of the dense network's: [B]."""
-        return self.router_macs / self.dense_macs
+        return self.router_macs.float() / self.dense_macs
 
 
 class RoutedModel(nn.Module):
@@ -55,12 +67,11 @@ class RoutedModel(nn.Module):
         price_range: the lowest and highest price; None for policies that know no price.
         curve: [(price, MACs fraction on validation data)], by rising price.
         latency: [(price, milliseconds a batch)] on this machine, by rising price; empty without `dynrl calibrate`.
-        last_route: the `Route` of the last call; None before the first one.
     """
 
-    last_route: Route | None
-    _chooser: Callable[[State], Tensor] | None = None  # made of the policy's weights and a price
-    _made_for: tuple[int, float] | None = None  # the edition of the weights and the price that `_chooser` is made of
+    # What `chooser` made last, behind the edition of the weights and the price that it is made of. The tuple is read
+    # and replaced as a whole, because other threads may call the model or change its price at any time.
+    _made: tuple[int, float, Callable[[State], Tensor]] | None = None
 
     def __init__(self, backbone: Backbone, policy: Policy, curve: list[tuple[float, float]] | None = None) -> None:
         super().__init__()
@@ -71,13 +82,17 @@ class RoutedModel(nn.Module):
         self.curve = sorted(curve or [])
         self.latency: list[tuple[float, float]] = []
         self.price_range = policy.price_range
-        self.last_route = None
-        self._price = 0.0
+        self._price, self._calls = 0.0, threading.local()
         if self.price_range is not None:
             low, high = self.price_range
             self.set_price(min(max((low * high) ** 0.5, low), high))  # if low == high, the root may round to another
         self._look_macs = 0 if policy.sight is None else count_macs(policy, (policy.sight.width,))[0]
         self.eval()
+
+    @property
+    def last_route(self) -> Route | None:
+        """The `Route` of this thread's last call; None before the first one."""
+        return getattr(self._calls, "route", None)
 
     @property
     def price(self) -> float:
@@ -121,6 +136,28 @@ class RoutedModel(nn.Module):
             )
         self.set_price(price_at(self.latency, budget, "milliseconds"))
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the outputs; empty for a regression, or if they are not known."""
+        return () if self.backbone.trained_on is None else self.backbone.trained_on.classes
+
+    def preprocess(self, raw: Tensor) -> Tensor:
+        """Return raw inputs [B, *input_shape] as the model takes them, standardised as its training data were.
+
+        Args:
+            raw: inputs as the data set has them; images are uint8, or floating-point numbers from 0 to 1.
+
+        Raises:
+            ValueError: the inputs have another shape or type, or it is not known what the backbone was trained on.
+        """
+        if self.backbone.trained_on is None:
+            raise ValueError(
+                "it is not known what this backbone was trained on; set its `trained_on` to a "
+                "dynrl.provenance.Provenance before you plug a policy in"
+            )
+        weights = next(self.backbone.parameters())
+        return self.backbone.trained_on.preprocess(raw.to(weights.device)).to(weights.dtype)
+
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
         # The policy moves to another device, but keeps its type: it stays in float32, like its observations.
         first = next(self.backbone.parameters())
@@ -137,36 +174,63 @@ class RoutedModel(nn.Module):
         return super().train(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_chooser", "_made_for")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_made", "_calls")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = threading.local()
 
     @property
     def chooser(self) -> Callable[[State], Tensor]:
         """The function that `Backbone.run` asks for choices: the policy at the present price."""
-        made_for = (self.policy.edition, self._price)
-        if self._chooser is None or self._made_for != made_for:
-            self._chooser, self._made_for = self.policy.chooser(self.backbone, self._price), made_for
-        return self._chooser
+        edition, price, made = self.policy.edition, self._price, self._made
+        if made is None or made[:2] != (edition, price):
+            made = self._made = edition, price, self.policy.chooser(self.backbone, price)
+        return made[2]
+
+    def walk(self, inputs: Tensor) -> Walk:
+        """Walk `inputs` to their ends, like `forward`, and return the whole walk: `outputs`, `route`, `macs`.
+
+        The price is taken once, at the beginning, so several threads may call one model and change its price.
+
+        Raises:
+            ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
+        """
+        self.backbone.check_inputs(inputs)
+        walk = self.run(inputs)
+        for name in ("outputs", "route", "macs", "steps", "last"):  # copies are normal tensors, which may be written to
+            setattr(walk, name, getattr(walk, name).clone())
+        return walk
 
     @torch.inference_mode()
-    def walk(self, inputs: Tensor) -> Walk:
-        """Walk `inputs` to their ends, like `forward`, and return the whole walk."""
+    def run(self, inputs: Tensor) -> Walk:
+        """Do `walk` without its checks, in inference mode, where tensors can neither be written to nor trained on."""
         with torch.autocast(inputs.device.type, enabled=False):  # a caller's autocast would change this model's dtype
             return self.backbone.run(inputs, self.chooser)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the backbone's outputs [B, ...] for inputs [B, *input_shape], and keep the route in `last_route`.
 
+        The outputs have no graph.
+
         Raises:
             ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
         """
-        self.backbone.check_inputs(inputs)
+        if torch.compiler.is_compiling():
+            _say_uncompiled()
+        return self._forward(inputs)
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def _forward(self, inputs: Tensor) -> Tensor:
         walk = self.walk(inputs)
+        self.keep_route(walk)
         assert walk.outputs is not None
-        self.last_route = self._route_of(walk)
         return walk.outputs
 
-    def _route_of(self, walk: Walk) -> Route:
-        return Route(walk.route, walk.macs, self.policy.looks(walk) * self._look_macs, self.backbone.dense_macs)
+    def keep_route(self, walk: Walk) -> None:
+        """Make the route of `walk` this thread's `last_route`."""
+        router_macs = self.policy.looks(walk) * self._look_macs
+        self._calls.route = Route(walk.route, walk.macs, router_macs, self.backbone.dense_macs)
 
     def export(self, path: str | Path) -> None:
         """Write the walk at the present price as a program that needs no dynrl (see `dynrl.deploy.export`)."""
@@ -214,5 +278,15 @@ def _check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone)
     """Refuse, with a ValueError, a policy that was trained for another decision or another backbone."""
     if metadata["decision"] != backbone.decision:
         raise ValueError(f"{path} decides {metadata['decision']!r}; this backbone poses {backbone.decision!r}")
-    if metadata["backbone"] != backbone.fingerprint():
-        raise ValueError(f"{path} was trained for another backbone (fingerprints differ); plug it into its own")
+    if metadata["backbone"] == backbone.fingerprint():
+        return
+    found = next(backbone.parameters()).dtype
+    # A wider type holds the same numbers, so they can be brought back and compared.
+    if found == torch.float64 and metadata["backbone"] == copy.deepcopy(backbone).float().fingerprint():
+        return
+    if found != torch.float32:
+        raise ValueError(
+            f"{path} was trained for a backbone of torch.float32, this one is of {found}: plug the policy into the "
+            f"backbone as it was loaded, then convert the model by .to({found})"
+        )
+    raise ValueError(f"{path} was trained for another backbone (fingerprints differ); plug it into its own")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynrl.data import Dataset, load_dataset
 from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, rivals
 from dynrl.evaluation.intervals import Front, better, differences, verdict
 from dynrl.evaluation.report import Run, plain_network
@@ -29,7 +28,7 @@ def compare(
     *,
     out: str | Path | None = None,
     smaller: Sequence[str | Path] = (),
-    data: Dataset | None = None,
+    data: Any = None,
     budgets: Sequence[float] = COMPARED,
     show: bool = False,
 ) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def compare(
         runs: finished run folders of one backbone.
         out: a folder for `comparison.json` and `comparison.png`; None writes nothing.
         smaller: folders that each hold a smaller plain network, `plain.safetensors`, to compare with.
-        data: the data set; None loads the one that the runs name.
+        data: where the runs' data are now (whatever `dynrl.data.as_dataset` takes); None finds them by their name.
         budgets: the shares of the dense MACs, rising, over which areas are taken.
         show: whether to show progress.
 
@@ -58,8 +57,8 @@ def compare(
         raise ValueError("expected at least one finished run to compare")
     check_folder(out)
     kinds = by_kind(folders)
-    dataset = load_dataset(folders[0].data) if data is None else data
-    ground = Ground(folders[0].pretrained, dataset)
+    ground = Ground(folders[0].pretrained, folders[0].dataset(data))
+    dataset = ground.dataset
     everyone = [Learned(kind, [run.model for run in mine], ground) for kind, mine in kinds.items()]
     learned, alone = ([of for of in everyone if of.asked is asked] for asked in (True, False))
     dense = Dense(ground, folders[0].plain, learned)
@@ -68,6 +67,7 @@ def compare(
     fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, show)
     result = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
+        "classes": list(dataset.names),
         "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
         "kinds": {kind.label: kind.to_dict() for kind in kinds},
         "date": f"{date.today()}", "commit": commit(), "budgets": list(budgets), "inputs": len(ground.test),

@@ -36,7 +36,8 @@ class Ground:
 
     Args:
         backbone: the pretrained network; its `for_inference` copy walks random, static and oracle routes.
-        dataset: the data set; rules are fitted on its validation split and judged on its test split.
+        dataset: the data set, which is shown to all networks as the pretrained one sees it; rules are fitted on its
+            validation split and judged on its test split.
         device, dtype: where networks and inputs are, and their type; policies stay in float32.
     """
 
@@ -44,13 +45,25 @@ class Ground:
         self, backbone: Backbone, dataset: Dataset, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.place: tuple[torch.device, torch.dtype] = (torch.device(device), dtype)
+        dataset = dataset.seen_by(backbone.trained_on)
+        self.dataset, self._seen = dataset, (dataset.mean, dataset.deviation, dataset.names)
         self.network: Backbone = self.put(backbone)
         self.test, self.validation = (split.to(*self.place) for split in (dataset.test, dataset.validation))
         self.searched = self.validation.head(VALIDATED)
         self.task: Task = dataset.task
 
     def put(self, network: Backbone) -> Backbone:
-        """Copy a network for inference (with batch norm folded, for example) and move it to the ground's device."""
+        """Copy a network for inference (with batch norm folded, for example) and move it to the ground's device.
+
+        Raises:
+            ValueError: the network was trained on inputs that were standardised otherwise, or on other classes.
+        """
+        known = network.trained_on
+        if known is not None and (theirs := (known.mean, known.deviation, known.classes)) != self._seen:
+            raise ValueError(
+                f"expected networks that see the data alike, got one with mean, deviation and classes {theirs} beside "
+                f"{self._seen}; train it again on the same data"
+            )
         return network.for_inference().to(*self.place)
 
     def wait(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dynrl.backbones import Backbone, load_backbone
-from dynrl.data import Dataset, load_dataset
+from dynrl.data import Dataset
 from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
@@ -32,7 +32,7 @@ def evaluate(
     *,
     out: str | Path | None = None,
     smaller: Sequence[str | Path] = (),
-    data: Dataset | None = None,
+    data: Any = None,
     batch_size: int = 256,
     device: str = "cpu",
     dtype: str = "float32",
@@ -45,7 +45,7 @@ def evaluate(
         runs: one or more run folders. Runs of several pretrained backbones make one report of means over these.
         out: a folder for `report.json` and `report.png`; None writes nothing.
         smaller: folders whose `plain.safetensors`, smaller networks, stand beside them.
-        data: the data set; None takes the runs' own by its name.
+        data: where the runs' data are now (whatever `dynrl.data.as_dataset` takes); None finds them by their name.
         batch_size: rows of the batch that is timed.
         device, dtype: of networks and inputs.
         budgets: shares of the dense MACs at which contenders are asked.
@@ -62,10 +62,11 @@ def evaluate(
         raise ValueError("expected at least one run folder")
     check_folder(out)
     groups = list(by_backbone(folders).values())
-    dataset = load_dataset(folders[0].data) if data is None else data
+    dataset = folders[0].dataset(data)
     beside = [plain_network(folder, dataset) for folder in smaller]
     common = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
+        "classes": list(dataset.names),
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
     }  # fmt: skip
     found = []
@@ -91,12 +92,13 @@ def _several(runs: Run | Iterable[Run]) -> list[Run]:
 
 def plain_network(folder: str | Path, dataset: Dataset) -> Backbone:
     """Load the plain network in a folder of `dynrl pretrain`; raise a ValueError if it is for another data set."""
-    backbone, notes = load_backbone(Path(folder) / "plain.safetensors")
-    if notes.get("data") != dataset.name:
-        raise ValueError(
-            f"{folder} was trained on {notes.get('data')!r}, but these runs on {dataset.name!r}; give a smaller "
-            "network that was trained on the same data"
-        )
+    backbone, _ = load_backbone(Path(folder) / "plain.safetensors")
+    if backbone.trained_on is None:
+        raise ValueError(f"{folder} does not say what its network was trained on; train it by dynrl pretrain")
+    try:
+        dataset.check_same(backbone.trained_on)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds a network that was trained on other data than these runs: {error}") from None
     return backbone
 
 
@@ -274,7 +276,9 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
     if (usage := report["usage"]) is not None:
         spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}
         least, most = (choose(spent, key=lambda of: spent[of]) for choose in (min, max))
-        between = f"; class {least} takes {spent[least]:.2f}, class {most} {spent[most]:.2f}" if len(spent) > 1 else ""
+        names = dict(enumerate(report["classes"]))
+        between = f"; class {names[least]} takes {spent[least]:.2f}, class {names[most]} {spent[most]:.2f}"
+        between = between if len(spent) > 1 else ""
         lines.append(
             f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}"
         )

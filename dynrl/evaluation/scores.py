@@ -85,7 +85,7 @@ def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: i
         assert walk.outputs is not None
         outputs = walk.outputs.float()
         scored = (task.score(outputs, targets), task.log_likelihood(outputs, targets))
-        parts.append((*scored, walk.macs / backbone.dense_macs, walk.route))
+        parts.append((*scored, walk.macs.float() / backbone.dense_macs, walk.route))
     return Walked(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 

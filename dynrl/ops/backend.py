@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from enum import Enum
 from functools import cache
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -67,6 +68,17 @@ def device_counts() -> Iterator[None]:
         yield
     finally:
         _device_counts.reset(token)
+
+
+@contextmanager
+def float32() -> Iterator[None]:
+    """Inside this context, new tensors are float32, whatever type the program has made torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def may_look() -> bool:

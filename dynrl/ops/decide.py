@@ -28,7 +28,7 @@ def decide_ref(
     Returns:
         each row's likeliest choice, [n] int64.
     """
-    scores = features @ weight + bias + last_weight[last] + (spent / dense_macs).unsqueeze(1) * spent_weight
+    scores = features @ weight + bias + last_weight[last] + (spent.float() / dense_macs).unsqueeze(1) * spent_weight
     if head is not None:
         assert head_bias is not None
         scores = scores.relu() @ head + head_bias

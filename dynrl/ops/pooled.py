@@ -30,15 +30,19 @@ def pooled(x: Tensor) -> Tensor:
     return pooled_ref(x)
 
 
-def summary(x: Tensor) -> Tensor:
-    """Summarise features of any kind, for routers to see.
+def summary(x: Tensor, channels_last: bool = False) -> Tensor:
+    """Summarise features of any kind, for routers to see: each channel's mean over all places.
 
     Args:
-        x: maps [n, C, H, W], which are `pooled`; tokens [n, T, C], which are averaged; or vectors [n, C].
+        x: vectors [n, C]; maps [n, C, ...] of any number of dimensions; or, with `channels_last`, tokens [n, T, C] and
+            maps [n, ..., C].
+        channels_last: whether the channels are the last dimension. The shape alone does not tell.
 
     Returns:
         a new tensor [n, C] float32.
     """
-    if x.dim() == 4:
-        return pooled(x)
-    return x.mean(1).float() if x.dim() == 3 else x.to(torch.float32, copy=True)
+    if x.dim() == 2:
+        return x.to(torch.float32, copy=True)
+    if channels_last:
+        return x.flatten(1, -2).mean(1).float()
+    return pooled(x) if x.dim() == 4 else x.flatten(2).mean(2).float()

@@ -52,7 +52,7 @@ class SlicedBlock(nn.Module):
         self.paddings = [int(c.padding[0]) for c in convolutions]
         for i, (convolution, by_width) in enumerate(zip(convolutions, norms, strict=True)):
             weight = convolution.weight.detach()
-            scale = torch.ones(len(widths), len(weight), device=weight.device)
+            scale = torch.ones(len(widths), len(weight), dtype=torch.float32, device=weight.device)
             shift = torch.zeros_like(scale)
             for c, norm in enumerate(by_width):
                 active = slice(self.channels(i, c)[1])

@@ -232,7 +232,7 @@ def test_killed_and_resumed(run, backbone_folder, tmp_path, capsys):
     assert target <= done_after < target + 64 * 8 * 3
     assert files(out) == files(run)
     dynrl.load(out)
-    for words, reason in ((("--resume", out, "--seed", 5), "own settings"), (("--out", out), "exists")):
+    for words, reason in ((("--resume", out, "--seed", 5), "begun with seed="), (("--out", out), "exists")):
         with pytest.raises(SystemExit) as refused:
             main(["train", "skip", *map(str, words)])
         assert refused.value.code == 2 and reason in capsys.readouterr().err

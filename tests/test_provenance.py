@@ -1,0 +1,271 @@
+"""What a network was trained on travels with it: nobody types a mean, and no number is false because images came later."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import random_split
+
+import dynrl
+from dynrl import training
+from dynrl.backbones import SkipResNet, load_backbone
+from dynrl.data import Augmentation, Dataset, Split, image_folder, load_dataset, own_dataset
+from dynrl.deploy import shipped
+from dynrl.files import read_json
+from dynrl.finetuning import Finetuning
+from dynrl.pretraining import Recipe
+from dynrl.recipes import defaults
+from dynrl.runs import RunFolder
+from dynrl.training import plan, pretrain_into, resume, train
+from tests.scripts.calls import main
+
+RECIPE = Recipe(epochs=2, batch_size=16)
+PARTS = ("train", "validation", "test")
+SMALL = ("layers=[2]", "widths=[4]")
+
+
+def paint(folder, classes="ab", count=20, start=0, light=0):
+    """Noisy images of 16x16 pixels; a class is brighter than the one before."""
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(start, start + count):
+            noise = np.random.default_rng(1000 * ord(name) + i).integers(0, 60, (16, 16))
+            pixels = noise + 80 * (ord(name) - ord("a")) + light
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
+    load_dataset.cache_clear()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Photos, and a run that was trained on them; each test takes a copy."""
+    root = tmp_path_factory.mktemp("made")
+    backbone = SkipResNet((1, 16, 16), 2, layers=(2, 2), widths=(4, 8), stem_stride=2)
+    train(
+        backbone, paint(root / "photos"), out=root / "run", pretrain=RECIPE, agent="gate", steps=200, num_envs=8,
+        price_range=(0.01, 1.0),
+    )  # fmt: skip
+    yield root
+    load_dataset.cache_clear()
+
+
+@pytest.fixture
+def photos(made):
+    """The photos as they were when the run was made, in the place where they were."""
+    yield made / "photos"
+    shutil.rmtree(made / "photos", ignore_errors=True)
+    paint(made / "photos")
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+def refusals(run, photos, out):
+    """All commands that would use a backbone on the data at hand."""
+    words = [
+        ("evaluate", run), ("train", "skip", "--resume", run), ("calibrate", run, "--batch-size", "2"),
+        ("train", "skip", "--data", photos, "--backbone", run, "--agent", "gate", "--out", out / "new"),
+        ("sweep", "skip", "--data", photos, "--backbone", run, "--agent", "gate", "--vary", "hidden=4", "--out", out / "s"),
+    ]  # fmt: skip
+    return [[str(word) for word in each] for each in words]
+
+
+def test_the_deployer_gets_what_was_trained_on(made, photos, run):
+    model, data = run.model, image_folder(str(photos))
+    assert model.classes == ("a", "b") and read_json(run.data_file)["classes"] == ["a", "b"]
+    raw = torch.from_numpy(np.stack([np.array(Image.open(photos / "b" / f"{i}.png")) for i in range(20)])).unsqueeze(1)
+    seen = model.preprocess(raw)
+    known = torch.cat([data.split(part).inputs for part in ("train", "validation", "test")])
+    assert all((known - each).abs().flatten(1).amax(1).min() < 1e-6 for each in seen)
+    torch.testing.assert_close(model.preprocess(raw.double() / 255), seen)
+    assert model.bfloat16().preprocess(raw).dtype == torch.bfloat16
+    for bad, reason in (
+        (seen, "numbers from 0 to 1"), (raw.float(), "got numbers from"), (raw.int(), "torch.uint8, .*got torch.int32"),
+        (raw[..., 1:], r"shape \[batch, 1, 16, 16\], got \(20, 1, 16, 15\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=reason):
+            model.preprocess(bad)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_models_know_their_data(name):
+    model = dynrl.load(name)
+    data = load_dataset(model.backbone.trained_on.data)
+    assert model.classes == tuple("0123456789") and data.seen_by(model.backbone.trained_on) is data
+    raw = data.test.inputs[:8] * data.deviation + data.mean
+    torch.testing.assert_close(model.preprocess(raw), data.test.inputs[:8], atol=1e-5, rtol=1e-5)
+
+
+def test_a_backbone_that_nobody_trained_says_so(run):
+    backbone, _ = load_backbone(run.backbone_file)
+    backbone.trained_on = None
+    model = dynrl.plug(backbone, run.policy_file)
+    assert model.classes == ()
+    with pytest.raises(ValueError, match="not known what this backbone was trained on"):
+        model.preprocess(torch.zeros(1, 1, 16, 16))
+
+
+def test_images_that_come_later_change_no_standardisation(photos, run, monkeypatch):
+    before = run.model.backbone.trained_on
+    old = image_folder(str(photos))
+    paint(photos, start=20, light=90)
+    new = run.dataset()
+    assert abs(new.mean - before.mean) > 0.05
+    seen = new.seen_by(before)
+    assert (seen.mean, seen.deviation) == (before.mean, before.deviation)
+    raw = new.test.inputs * new.deviation + new.mean
+    torch.testing.assert_close(seen.test.inputs, (raw - before.mean) / before.deviation, atol=1e-5, rtol=1e-5)
+    both = [row for row in seen.test.inputs if (old.test.inputs - row).abs().flatten(1).amax(1).min() < 1e-5]
+    assert len(both) == len(old.test), "each image from before is what it was"
+    with torch.no_grad():
+        answers = (run.model.backbone(seen.test.inputs).argmax(1) == seen.test.targets).float().mean()
+    assert dynrl.evaluate(run, budgets=(0.5,))["dense"]["all_execute_accuracy"] == pytest.approx(float(answers))
+    few = Finetuning(rounds=1, epochs=1, steps=100, batch_size=16)
+    monkeypatch.setattr(training, "defaults", lambda *args, **more: replace(defaults(*args, **more), finetuning=few))
+    resumed = resume(run.path, finetune=True, steps=300)
+    assert resumed.model.backbone.trained_on == before and resumed.kind.tuned
+
+
+def test_pretraining_that_was_interrupted_goes_on_as_it_began(photos, tmp_path):
+    planned = plan("skip", str(photos), network=SMALL)
+    planned = replace(planned, recipe=replace(planned.recipe, pretraining=RECIPE))
+    pretrain_into(tmp_path, planned, plain_only=True)
+    paint(photos, start=20, light=90)
+    again = replace(planned, dataset=load_dataset(str(photos)))
+    pretrain_into(tmp_path, again)
+    plain, backbone = (load_backbone(tmp_path / f"{name}.safetensors")[0] for name in ("plain", "backbone"))
+    assert plain.trained_on == backbone.trained_on and plain.trained_on.mean == planned.dataset.mean
+    with pytest.raises(ValueError, match="or the same data elsewhere"):
+        (tmp_path / "backbone.safetensors").unlink()
+        pretrain_into(tmp_path, plan("skip", str(paint(tmp_path / "other", start=50)), network=SMALL))
+
+
+@pytest.mark.parametrize("change", ["renamed", "added"])
+def test_other_classes_are_refused_by_name(change, photos, run, tmp_path, capsys):
+    if change == "renamed":
+        (photos / "a").rename(photos / "z")
+    else:
+        paint(photos, "c")
+    load_dataset.cache_clear()
+    for words in refusals(run.path, photos, tmp_path):
+        with pytest.raises(SystemExit):
+            main(words)
+        said = capsys.readouterr().err
+        now = ["b", "z"] if change == "renamed" else ["a", "b", "c"]
+        assert f"has the classes {now}, the network was trained on ['a', 'b']" in said, words
+    assert not (tmp_path / "new").exists()
+
+
+def test_labels_are_the_networks_outputs_of_the_same_names(photos, run):
+    """A class that is gone, or another order, must not move the labels."""
+    trained_on = run.model.backbone.trained_on
+    data = image_folder(str(photos))
+    other = {p: replace(data.split(p), targets=1 - data.split(p).targets) for p in PARTS}
+    turned = replace(data, names=("b", "a"), **other)
+    assert torch.equal(turned.seen_by(trained_on).test.targets, data.test.targets)
+    zeros = {p: replace(data.split(p), targets=torch.zeros_like(data.split(p).targets)) for p in PARTS}
+    only = replace(data, names=("b",), classes=1, **zeros)
+    seen = only.seen_by(trained_on)
+    assert seen.train.targets.eq(1).all() and (seen.classes, seen.names) == (2, ("a", "b"))
+
+
+def test_other_shapes_and_types_are_refused(photos, run):
+    trained_on, data = run.model.backbone.trained_on, image_folder(str(photos))
+    with pytest.raises(ValueError, match=r"inputs of shape \(1, 16, 16\), .* got \(1, 8, 8\)"):
+        image_folder(f"{photos}@8").seen_by(trained_on)
+    with pytest.raises(ValueError, match="raw inputs of type uint8, .* got float32"):
+        replace(data, dtype="float32").seen_by(trained_on)
+
+
+def test_epochs_that_are_drawn_anew_are_seen_alike():
+    split = Split(torch.rand(8, 4), torch.arange(8) % 2)
+    data = Dataset("drawn", 2, split, split, split, Augmentation(), 0.5, 2.0, anew=lambda seed: split)
+    seen = data.seen_by(replace(data.provenance, mean=1.0, deviation=4.0))
+    torch.testing.assert_close(seen.in_epoch(0, 1).train.inputs, (split.inputs * 2 + 0.5 - 1) / 4)
+
+
+class Named(TorchDataset):
+    """A torch Dataset as torchvision has them."""
+
+    classes = ("cat", "dog", "fox")
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return (torch.full((1, 4, 4), i) + i % 2).to(torch.uint8), i % 2
+
+
+def test_names_and_pixels_of_a_torch_dataset_are_kept():
+    data = own_dataset(Named())
+    assert (data.names, data.classes, data.dtype) == (("cat", "dog", "fox"), 3, "uint8")
+    raw = torch.stack([Named()[i][0] for i in range(3)])
+    torch.testing.assert_close(data.provenance.preprocess(raw), (raw / 255 - data.mean) / data.deviation)
+    part, _ = random_split(Named(), [30, 10])
+    assert own_dataset(part).names == Named.classes
+    floats = own_dataset((torch.randn(20, 3), torch.arange(20) % 2))
+    assert floats.names == ("0", "1") and own_dataset((torch.randn(20, 3), torch.randn(20))).names == ()
+    with pytest.raises(ValueError, match="raw inputs of torch.float32, .* got torch.uint8"):
+        floats.provenance.preprocess(torch.zeros(2, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("change", [{"mean": float("nan")}, {"deviation": 0.0}, {"dtype": "nosuch"}, {"more": 1}])
+def test_what_is_no_provenance_is_refused_with_its_file(change, run, tmp_path):
+    backbone, notes = load_backbone(run.backbone_file)
+    backbone.trained_on = None
+    wrong = {name: 0.0 if value != value else value for name, value in change.items()} | (
+        {"deviation": -1.0} if "mean" in change else {}
+    )
+    backbone.save(tmp_path / "b.safetensors", **notes | {"trained_on": notes["trained_on"] | wrong})
+    with pytest.raises(ValueError, match=r"b\.safetensors: trained_on is no provenance"):
+        load_backbone(tmp_path / "b.safetensors")
+
+
+def test_data_that_moved_are_named_and_compared(photos, run, tmp_path, capsys):
+    """In the commands and in the calls; other data are refused, though they look alike."""
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    shutil.rmtree(photos)
+    load_dataset.cache_clear()
+    with pytest.raises(ValueError, match="elsewhere now, name that place"):
+        dynrl.evaluate(run)
+    other = paint(tmp_path / "other", start=40)
+    for words in (("evaluate",), ("calibrate", "--batch-size", "2"), ("train", "skip", "--resume")):
+        with pytest.raises(SystemExit):
+            main([*words, str(run.path), "--data", str(other)])
+        assert "was trained on other data" in capsys.readouterr().err, words
+    assert dynrl.evaluate(run, budgets=(0.5,), data=str(moved))["data"] == str(moved)
+    main(["calibrate", str(run.path), "--batch-size", "2", "--data", str(moved)])
+    assert resume(run.path, str(moved)).data == str(moved)
+    assert dynrl.evaluate(run.path, budgets=(0.5,))["classes"] == ["a", "b"], "the run knows its new place"
+
+
+def test_networks_that_see_the_data_otherwise_stand_in_no_report(photos, run, tmp_path):
+    planned = plan("skip", str(paint(photos, start=20, light=90)), network=SMALL)
+    planned = replace(planned, recipe=replace(planned.recipe, pretraining=RECIPE))
+    pretrain_into(tmp_path, planned, plain_only=True)
+    with pytest.raises(ValueError, match="expected networks that see the data alike"):
+        dynrl.evaluate(run, smaller=[tmp_path])
+
+
+def test_names_that_do_not_fit_are_refused():
+    split = Split(torch.rand(8, 4), torch.arange(8) % 2)
+    for names in (("a",), ("a", "a")):
+        with pytest.raises(ValueError, match="expected 2 different names of classes"):
+            Dataset("named", 2, split, split, split, Augmentation(), names=names)
+
+
+def test_fingerprints_say_what_data_are_not_how_they_are_standardised(photos):
+    data = image_folder(str(photos))
+    other = replace(data.provenance, mean=data.mean + 0.1, deviation=2 * data.deviation)
+    assert data.seen_by(other).fingerprint == data.fingerprint
+    assert image_folder(str(paint(photos, start=20, count=1))).fingerprint != data.fingerprint
