@@ -10,7 +10,8 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from dynrl.envs import decision as decision_row
 from dynrl.envs.core import check_dtype
 from dynrl.envs.rewards import REWARDS, check_reward
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
-from dynrl.files import read_json, write_aside, write_json
+from dynrl.files import locked, make_aside, read_json, reading, remove_leftovers, write_aside, write_json
 from dynrl.machine import check_device, hardware
 from dynrl.policies import LearnedPolicy, save_policy
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.progress import progress, say, talking
 from dynrl.recipes import Defaults, defaults
 from dynrl.runs import RunFolder
-from dynrl.settings import Learning, Place, Problem, Settings, names, parse
+from dynrl.schema import parse
+from dynrl.settings import Learning, Place, Problem, Settings, names
 
 CALIBRATED = 1024  # how many validation inputs calibrate budgets; more would hardly change the mean MACs
 TIMED_ROUNDS, TIMED_BATCH = 11, 256
@@ -169,7 +171,7 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
 
 
 def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = None, **given: Any) -> Plan:
-    """Return the plan of an existing run folder, whose settings are brought up to date; see `resume`."""
+    """Return the plan of an existing run folder, in which nothing is changed; see `resume`."""
     _ = run.config  # a folder that holds no run is refused here, with the reason
     if wrong := set(given) - {*names(Place), "finetune"}:
         raise ValueError(f"{run} continues by its own settings; leave out {', '.join(sorted(wrong))}")
@@ -183,17 +185,15 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
     dataset = load_dataset(problem.data)
     recipe = defaults(problem.decision, problem.data, own_backbone=True).changed(problem.network)
     if run.recipe_file.is_file():
-        given_recipe = parse(Recipe, read_json(run.recipe_file), f"{run.recipe_file}: ")
-        recipe = replace(recipe, pretraining=given_recipe)
+        written = read_json(run.recipe_file)
+        with reading(run.recipe_file, "recipe"):
+            recipe = replace(recipe, pretraining=parse(Recipe, written))
     if backbone is None:
         begun = run.backbone_file.is_file()
         if not begun and (run.policy_file.is_file() or run.kept_file.is_file()):
             raise ValueError(f"{run} has a policy but no {run.backbone_file.name}; put that back, or train a new run")
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
-    found = _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
-    found.settings.save(run.config_file)
-    run.forget()
-    return found
+    return _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
 
 
 def _given(settings: Any, given: Mapping[str, Any]) -> Any:
@@ -248,19 +248,13 @@ def folder_name(data: str) -> str:
     return Path(data).name
 
 
-def new_folder(out: str | Path | None, *parts: str) -> Path:
-    """Make the folder `out`, or `runs/<parts>-<time>` if `out` is None, and refuse a folder that exists."""
-    folder = Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
-    if folder.exists():
-        raise ValueError(
-            f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume {folder}"
-        )
-    folder.mkdir(parents=True)
-    return folder
+def folder_for(out: str | Path | None, *parts: str) -> Path:
+    """Return the path `out`, or `runs/<parts>-<time>` if `out` is None."""
+    return Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
 
 
 def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | None = None) -> RunFolder:
-    """Make the folder of a planned run; if `source` is a folder, copy its backbone.
+    """Make the folder of a planned run, whole or not at all; if `source` is a folder, copy its backbone.
 
     Raises:
         ValueError: the folder exists, or the backbone is for another decision or other data.
@@ -276,14 +270,14 @@ def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | 
         if backbone.decision != problem.decision:
             raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
         _checked(replace(planned, backbone=backbone))
-    run = RunFolder(new_folder(out, problem.decision, problem.data))
-    if given is not None:
-        for file in (given.backbone_file, given.plain_file, given.kept_file):
-            if file.is_file():
-                shutil.copyfile(file, run.path / file.name)
-    # The settings are saved last: a folder that has them has its backbone, so resuming never trains another one.
-    planned.settings.save(run.config_file)
-    return run
+    folder = folder_for(out, problem.decision, problem.data)
+    with make_aside(folder) as aside:
+        if given is not None:
+            for file in (given.backbone_file, given.plain_file, given.kept_file):
+                if file.is_file():
+                    shutil.copyfile(file, aside / file.name)
+        planned.settings.save(aside / RunFolder(aside).config_file.name)
+    return RunFolder(folder)
 
 
 # Backbones --------------------------------------------------------------------------------------------------------
@@ -325,10 +319,14 @@ def pretrain(
         folder = Path(out)
         _check_same(folder, settings)
     else:
-        folder = new_folder(out, "backbone", decision, planned.settings.problem.data)
-        write_json(folder / "config.json", settings)
-    with talking(show):
-        pretrain_into(folder, planned, plain)
+        folder = folder_for(out, "backbone", decision, planned.settings.problem.data)
+        with make_aside(folder) as aside:
+            write_json(aside / "config.json", settings)
+    try:
+        with talking(show):
+            pretrain_into(folder, planned, plain)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"to go on, give the same command with --out {folder}") from None
     return folder
 
 
@@ -343,7 +341,25 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None:
-    """Train whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resume after kills."""
+    """Train whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resume after kills.
+
+    Raises:
+        ValueError: another process works in the folder.
+    """
+    with held(folder):
+        _pretrain_into(folder, planned, plain_only)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within the block, no other process works in a run folder; what kills left there is removed first."""
+    with locked(folder):
+        for each in (folder, RunFolder(folder).checkpoints):
+            remove_leftovers(each)
+        yield
+
+
+def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None:
     files, dataset, seed = RunFolder(folder), planned.dataset, planned.settings.problem.seed
     recipe = planned.recipe.pretraining
     if plain_only:
@@ -355,7 +371,7 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
     ):
         if path.exists() or (random_routes and plain_only):
             continue
-        checkpoint = files.checkpoints / f"{path.stem}.pt"
+        checkpoint = files.checkpoints / f"pretraining-{path.stem}.safetensors"
         backbone = load_backbone(files.plain_file)[0] if random_routes else copy.deepcopy(planned.backbone)
         backbone = pretraining.pretrain(
             backbone, dataset, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint, label=label,
@@ -375,13 +391,23 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False) -> None
 
 
 def learn(run: RunFolder, planned: Plan) -> bool:
-    """Train the run's backbone and policy, and return whether training is done; False after Ctrl-C.
+    """Train the run's backbone and policy, and return whether training is done; False after Ctrl-C or SIGTERM.
 
-    After Ctrl-C, the folder holds the policy that was learned so far.
+    After these, the folder holds the policy that was learned so far.
+
+    Raises:
+        ValueError: another process works in the folder.
     """
+    with held(run.path):
+        planned.settings.save(run.config_file)
+        run.forget()
+        return _learn(run, planned)
+
+
+def _learn(run: RunFolder, planned: Plan) -> bool:
     newest, validation = run.backbone_file, planned.dataset.validation.head(CALIBRATED)
     if not newest.exists():
-        pretrain_into(run.path, planned)
+        _pretrain_into(run.path, planned)
     planned = find_prices(run, planned)
     settings = planned.settings
     times = _times(run, planned) if settings.learning.cost == "time" else None
@@ -407,9 +433,6 @@ def learn(run: RunFolder, planned: Plan) -> bool:
     say(f"policy: {run.policy_file}, budgets from {low:.2f} to {high:.2f} of the dense MACs")
     if advice := collapse(model, validation):
         say(advice, sys.stderr)
-    if not finished:
-        again = f"dynrl train {settings.problem.decision} --resume {run.path}"
-        say(f"stopped early; to continue: {again}", sys.stderr)
     return finished
 
 
@@ -437,7 +460,27 @@ def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
             measured = step_times(backbone, inputs, TIMED_ROUNDS, bar.update, wait)
         write_json(run.times_file, {**measured, "batch_size": len(inputs), "device": device, "hardware": hardware()})
     written = read_json(run.times_file)
-    return {"start": written["start"], "choices": written["choices"]}
+    with reading(run.times_file, "file of times"):
+        times = parse(Times, written)
+        found = {"start": times.start, "choices": times.choices}
+        load_backbone(run.backbone_file)[0].time_table(found)  # which refuses what does not fit
+    return found
+
+
+@dataclass(frozen=True)
+class Times:
+    """The content of a times.json.
+
+    Attributes:
+        start, choices: the milliseconds before the first decision, and of each choice at each point.
+        batch_size, device, hardware: how they were measured.
+    """
+
+    start: float
+    choices: tuple[tuple[float, ...], ...]
+    batch_size: int
+    device: str
+    hardware: dict[str, Any]
 
 
 def _learn_jointly(

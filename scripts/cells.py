@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 def check(args: Args, matrix: list[tuple[str, str]]) -> None:
     """Refuse, before hours of training, settings that any cell would refuse; `matrix` holds (decision, data set)."""
     from dynrl.data import load_dataset
-    from dynrl.envs.core import check_price_range
     from dynrl.recipes import defaults
+    from dynrl.schema import check_price_range
     from dynrl.training import plan
 
+    for option in ("decisions", "agents", "seeds", "prices", "plain"):
+        given = getattr(args, option)
+        if len(set(given)) < len(given):
+            raise ValueError(f"expected each of the {option} once, got {' '.join(map(str, given))}")
     for name, data in matrix:
         for agent, seed in product(args.agents, args.seeds):
             plan(name, data, agent=agent, seed=seed, finetune=args.finetune)

@@ -62,12 +62,18 @@ HEEDED = {  # the options of each suite
 def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
     from dynrl.files import write_json
-    from dynrl.machine import commit, hardware
+    from dynrl.machine import check_device, commit, hardware
+    from dynrl.schema import check_count
     from dynrl.scripts.bench.tables import SUMMED
-    from dynrl.scripts.common import use_threads
+    from dynrl.scripts.common import check_batch_size, use_threads
 
-    if args.rounds is not None and args.rounds < 1:
-        raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
+    if args.rounds is not None:
+        check_count("--rounds", args.rounds, 1, 1_000_000)
+    if not 0 < args.seconds <= 3600:
+        raise ValueError(f"expected --seconds above 0 and at most 3600, got {args.seconds}")
+    for batch in args.batches:
+        check_batch_size(batch)
+    check_device(args.device)
     heeded = HEEDED[args.suite]
     for field in fields(args):
         if field.name not in (*heeded, "suite", "out") and getattr(args, field.name) != field.default:
