@@ -6,10 +6,12 @@ RLlib's training steps, learners, checkpoints, evaluation and Tune stay its own;
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +40,7 @@ from dynrl.agents.numbers import value_network
 from dynrl.agents.slab import SlabRunner
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.envs import decision
-from dynrl.files import ASIDE
+from dynrl.files import ASIDE, read_json, write_json
 from dynrl.plugins import VARIABLE
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
@@ -47,6 +49,7 @@ for _name in ("ray", "ray.rllib", "ray.tune"):  # each logger has a level of its
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 KEEP_CHECKPOINTS = 2
+DIGESTS = "digests.json"  # the file of a checkpoint that has the digests of the rest
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
@@ -166,6 +169,19 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
         return True
 
 
+def check_address(address: str | None) -> None:
+    """Refuse, with a ValueError, the address of a ray cluster that is none or where nobody listens."""
+    if address in (None, "auto"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")  # type: ignore[union-attr]
+    try:
+        if not host:
+            raise ValueError("it has no port")
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"expected a ray cluster at the address HOST:PORT or auto, got {address!r}: {error}") from None
+
+
 @contextmanager
 def own_sigterm() -> Iterator[None]:
     """Keep this process's answer to SIGTERM, which ray replaces when it starts; ray's would abort the process.
@@ -219,6 +235,7 @@ class RLlibAgent(Agent):
                 f"expected at most {most} runners and learners on this machine, got {processes}; for more, join a ray "
                 "cluster (--address)"
             )
+        check_address(settings.place.address)
         if runners and device.index is not None:
             raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
 
@@ -242,11 +259,13 @@ class RLlibAgent(Agent):
         self.steps, newest = 0, newest_checkpoint(self.checkpoints)
         if newest is not None:
             try:
+                if read_json(newest / DIGESTS) != digests(newest):  # RLlib would unpickle whatever is there
+                    raise ValueError("its checksums do not match")
                 self._algorithm.restore_from_path(newest.resolve())
             except Exception as error:  # a damaged file may raise anything
                 raise ValueError(
-                    f"the checkpoint {newest} is damaged ({type(error).__name__}); take it away, and go on from the "
-                    "one before, or from the beginning"
+                    f"the checkpoint {newest} is damaged ({type(error).__name__}: "
+                    f"{str(error)[:200]}); take it away, and go on from the one before, or from the beginning"
                 ) from error
             self.steps = int(newest.name.removeprefix("checkpoint_"))
 
@@ -289,6 +308,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("checkpoint_*"), default=None)
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 digest of each file of a checkpoint, by its path inside `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def save_checkpoint(algorithm: Any, folder: Path, steps: int) -> None:
     """Save a checkpoint and delete all but the last two.
 
@@ -299,6 +324,7 @@ def save_checkpoint(algorithm: Any, folder: Path, steps: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         algorithm.save_to_path(aside.resolve())
+        write_json(aside / DIGESTS, digests(aside))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # which makes room on a full disk
         raise

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SMALL = 2**18  # the numbers of a row that is quickly run: an image of 3 x 256 x 256 is one
+SMALL, LARGE = 2**20, 2**28  # the numbers of a row that is quickly run, and of one that a machine can hold
 
 
 def _convolution(layer: Any, output: Tensor) -> int:
@@ -53,9 +53,12 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
         >>> count_macs(nn.Linear(8, 4), (8,))
         (32, (4,))
     """
-    # A large row is not computed: torch's meta device knows its shapes. Small ones are, since that device takes long to
-    # import.
-    device = "cpu" if sum(map(math.prod, shapes)) <= SMALL else "meta"
+    size = sum(map(math.prod, shapes))
+    if size > LARGE:
+        raise ValueError(f"expected rows of at most {LARGE:,} numbers, got one of {size:,}: {shapes}")
+    # A large row is not computed: torch's meta device knows its shapes. Small ones are, since importing what that device
+    # takes costs more time.
+    device = "cpu" if size <= SMALL else "meta"
     twin, total = copy.deepcopy(module).to(device).eval(), 0
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -193,6 +193,8 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
         if not begun and (run.policy_file.is_file() or run.kept_file.is_file()):
             raise ValueError(f"{run} has a policy but no {run.backbone_file.name}; put that back, or train a new run")
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
+    if run.times_file.is_file():
+        read_times(run.times_file, backbone)
     return _checked(Plan(replace(settings, learning=learning), dataset, recipe, copy.deepcopy(backbone).eval()))
 
 
@@ -399,8 +401,9 @@ def learn(run: RunFolder, planned: Plan) -> bool:
         ValueError: another process works in the folder.
     """
     with held(run.path):
-        planned.settings.save(run.config_file)
-        run.forget()
+        if Settings.read(run.config_file, planned.settings.place) != planned.settings:
+            planned.settings.save(run.config_file)
+            run.forget()
         return _learn(run, planned)
 
 
@@ -459,11 +462,16 @@ def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
         with progress(total=TIMED_ROUNDS + 1, desc="timing choices", unit="round") as bar:
             measured = step_times(backbone, inputs, TIMED_ROUNDS, bar.update, wait)
         write_json(run.times_file, {**measured, "batch_size": len(inputs), "device": device, "hardware": hardware()})
-    written = read_json(run.times_file)
-    with reading(run.times_file, "file of times"):
+    return read_times(run.times_file, load_backbone(run.backbone_file)[0])
+
+
+def read_times(file: Path, backbone: Backbone) -> dict[str, Any]:
+    """Return what `_times` wrote to `file`; raise a ValueError that names the file if it is not for `backbone`."""
+    written = read_json(file)
+    with reading(file, "file of times"):
         times = parse(Times, written)
         found = {"start": times.start, "choices": times.choices}
-        load_backbone(run.backbone_file)[0].time_table(found)  # which refuses what does not fit
+        backbone.time_table(found)  # which refuses what does not fit
     return found
 
 
