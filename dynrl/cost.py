@@ -56,8 +56,8 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
     size = sum(map(math.prod, shapes))
     if size > LARGE:
         raise ValueError(f"expected rows of at most {LARGE:,} numbers, got one of {size:,}: {shapes}")
-    # A large row is not computed: torch's meta device knows its shapes. Small ones are, since importing what that device
-    # takes costs more time.
+    # A large row is not computed: torch's meta device knows its shapes. Small ones are, since that device takes long to
+    # import.
     device = "cpu" if size <= SMALL else "meta"
     twin, total = copy.deepcopy(module).to(device).eval(), 0
 

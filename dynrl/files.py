@@ -128,9 +128,14 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
 
 
 def check_folder(path: str | Path | None) -> None:
-    """Refuse, before work that ends in files there, a path that is a file already."""
-    if path is not None and Path(path).exists() and not Path(path).is_dir():
-        raise ValueError(f"expected a folder to write into, got the file {path}; choose another")
+    """Refuse, before work that ends in files there, a path that is no folder and cannot become one."""
+    if path is None:
+        return
+    there = next(each for each in (Path(path), *Path(path).absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"expected a folder to write into, got the file {there}; choose another than {path}")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"expected a folder to write into, got {path}, but {there} is not writable; choose another")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -116,8 +116,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def check_count(name: str, value: int, least: int, limit: int = 2**31) -> None:
     """Refuse, with a ValueError, a count below `least`, or of `limit` or more."""
     if not least <= value < limit:
-        below = "2^31" if limit == 2**31 else f"{limit:,}"
-        raise ValueError(f"expected {name} of at least {least} and below {below}, got {value}")
+        below = "and below 2^31" if limit == 2**31 else f"and below {limit:,}" if value >= limit else ""
+        raise ValueError(f"expected {' '.join([name, 'of at least', str(least), below]).rstrip()}, got {value}")
 
 
 def check_counts(name: str, values: typing.Sequence[int], least: int = 1, limit: int = MOST_ROWS) -> None:

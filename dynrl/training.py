@@ -263,15 +263,7 @@ def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | 
     """
     problem, given = planned.settings.problem, None
     if source is not None:
-        given = RunFolder(source)
-        if not Path(source).is_dir():
-            raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
-        if problem.network:
-            raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
-        backbone, _ = load_backbone(given.backbone_file)
-        if backbone.decision != problem.decision:
-            raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
-        _checked(replace(planned, backbone=backbone))
+        given = check_source(planned, source)
     folder = folder_for(out, problem.decision, problem.data)
     with make_aside(folder) as aside:
         if given is not None:
@@ -280,6 +272,20 @@ def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | 
                     shutil.copyfile(file, aside / file.name)
         planned.settings.save(aside / RunFolder(aside).config_file.name)
     return RunFolder(folder)
+
+
+def check_source(planned: Plan, source: str | Path) -> RunFolder:
+    """Return the folder whose backbone a run takes; raise a ValueError if that backbone is not for the run."""
+    problem, given = planned.settings.problem, RunFolder(source)
+    if not Path(source).is_dir():
+        raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
+    if problem.network:
+        raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
+    backbone, _ = load_backbone(given.backbone_file)
+    if backbone.decision != problem.decision:
+        raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
+    _checked(replace(planned, backbone=backbone))
+    return given
 
 
 # Backbones --------------------------------------------------------------------------------------------------------

@@ -61,8 +61,9 @@ HEEDED = {  # the options of each suite
 
 def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
-    from dynrl.files import write_json
+    from dynrl.files import check_folder, write_json
     from dynrl.machine import check_device, commit, hardware
+    from dynrl.runs import RunFolder
     from dynrl.schema import check_count
     from dynrl.scripts.bench.tables import SUMMED
     from dynrl.scripts.common import check_batch_size, use_threads
@@ -80,7 +81,9 @@ def main(args: Args) -> None:
             options = ", --".join(heeded)
             raise ValueError(f"bench {args.suite} does not heed --{field.name}; its options are --{options}")
     out = args.out or Path("results") / f"bench-{args.suite}-{date.today():%Y%m%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad path is refused at once
+    check_folder(out.parent)
+    for run in args.runs if args.suite == "model" else ():
+        _ = RunFolder(run).config
     if "threads" in heeded:
         use_threads(args.threads)
     rows, summaries = measured(args)
