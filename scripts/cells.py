@@ -77,7 +77,9 @@ def trainings(args: Sweep) -> list[dict[str, Any]]:
     from dynrl.sweep import combinations
     from dynrl.training import check_source, plan
 
-    given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | ({} if args.steps is None else {"steps": args.steps})
+    given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | (
+        {} if args.steps is None else {"steps": args.steps}
+    )
     varied = combinations(args.vary)
     for values in varied:
         planned = plan(args.decision, args.data, **given | values)
