@@ -173,7 +173,7 @@ def check_address(address: str | None) -> None:
     """Refuse, with a ValueError, the address of a ray cluster that is none or where nobody listens."""
     if address in (None, "auto"):
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")  # type: ignore[union-attr]
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if not host:
             raise ValueError("it has no port")

@@ -18,8 +18,16 @@ from dynrl.backbones import load_backbone
 from dynrl.checkpoints import Checkpoint
 from dynrl.deploy import SHIPPED, load
 from dynrl.files import (
-    check_folder, filled, limited, load_tensors, locked, make_aside, read_json, remove_leftovers, save_tensors,
-    write_aside, write_json,
+    check_folder,
+    filled,
+    limited,
+    load_tensors,
+    locked,
+    make_aside,
+    read_json,
+    remove_leftovers,
+    save_tensors,
+    write_json,
 )  # fmt: skip
 from dynrl.policies import load_policy
 from tests.mutations import check
