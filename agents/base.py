@@ -30,6 +30,7 @@ AGENTS = {
     "sb3-ppo": "dynrl.agents.sb3:SB3PPO", "sb3-dqn": "dynrl.agents.sb3:SB3DQN", "gate": "dynrl.agents.gates:Gates",
 }  # fmt: skip
 WALKS, ENOUGH_STEPS, LEAST_STEPS = 8, 72, 16  # see `rollout`
+MOST_STEPS = 2**40  # no training counts as far
 FREE_STEPS = 8  # walks of at most this many decisions get the whole entropy bonus (see `entropy_bonus`)
 
 
@@ -191,9 +192,9 @@ def train_policy(
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Within the block, the first Ctrl-C sets the event, so that no iteration is cut short; the second raises."""
+    """Within the block, the first Ctrl-C or SIGTERM sets the event, so no iteration is cut short; the second raises."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives Ctrl-C
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield stop
         return
 
@@ -202,11 +203,12 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # How to learn on a backbone ---------------------------------------------------------------------------------------

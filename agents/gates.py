@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.agents.base import Agent, walks
+from dynrl.agents.base import MOST_STEPS, Agent, walks
 from dynrl.agents.metrics import episode_scalars
 from dynrl.backbones import Backbone, load_backbone
+from dynrl.checkpoints import Checkpoint
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS
-from dynrl.files import whole, write_aside
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.routes import draw_prices
 from dynrl.settings import Settings
@@ -70,24 +69,15 @@ class Gates(Agent):
         self._split = load_dataset(problem.data).seen_by(trained_on).unseen
         self._reward = REWARDS[learning.reward]
         self._generator = torch.Generator().manual_seed(problem.seed)
-        self.steps = 0
         self.reload()
         with torch.random.fork_rng():
             torch.manual_seed(problem.seed)
             self._router = PolicySpec.of(learning.policy, self._backbone, learning.prices, learning.hidden).build()
         self._rate = learning.learning_rate or LEARNING_RATE
         self._optimizer = torch.optim.Adam(self._router.parameters(), self._rate)
-        if self._file.exists():
-            with whole(self._file):
-                saved = torch.load(self._file, weights_only=True)
-                self._router.load_state_dict(saved["router"])
-                self._optimizer.load_state_dict(saved["optimizer"])
-                self._generator.set_state(saved["generator"])
-                self.steps = saved["steps"]
-
-    @property
-    def _file(self) -> Path:
-        return self.checkpoints / "gate.pt"
+        parts = {"router": self._router, "optimizer": self._optimizer, "generator": self._generator}
+        self._kept = Checkpoint(self.checkpoints / "gate.safetensors", parts)
+        self.steps = self._kept.restore(MOST_STEPS)
 
     def reload(self) -> None:
         """Read the backbone without folding its layers, because folded layers are for inference only."""
@@ -142,9 +132,4 @@ class Gates(Agent):
 
     def save(self) -> None:
         """Write the router, the optimiser and the generator to one file."""
-        state: dict[str, Any] = {
-            "router": self._router.state_dict(), "optimizer": self._optimizer.state_dict(),
-            "generator": self._generator.get_state(), "steps": self.steps,
-        }  # fmt: skip
-        with write_aside(self._file) as aside:
-            torch.save(state, aside)
+        self._kept.save(self.steps)

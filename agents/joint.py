@@ -45,7 +45,7 @@ def train_jointly(
     done, total = notes.get("rounds", 0), learning.steps + plan.rounds * plan.steps
     tuner = Finetuner(
         backbone, reference, load_dataset(problem.data).seen_by(backbone.trained_on).for_backbone, plan,
-        learning.prices, problem.seed, folder / "checkpoints" / "finetuning.pt", settings.place.device,
+        learning.prices, problem.seed, folder / "checkpoints" / "finetuning.safetensors", settings.place.device,
     )  # fmt: skip
     with (
         stop_on_interrupt() as stop,

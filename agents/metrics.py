@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -68,9 +69,18 @@ class TrainingLog:
                 self._writer.add_scalar(tag, value, step)
 
     def __enter__(self) -> TrainingLog:
+        # TensorBoard writes in a thread. What fails there, on a full disk, is raised by the next `write` in this one.
+        self._before, threading.excepthook = threading.excepthook, self._keep_quiet
         return self
+
+    def _keep_quiet(self, failed: threading.ExceptHookArgs) -> None:
+        if not issubclass(failed.exc_type, OSError):
+            self._before(failed)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._before

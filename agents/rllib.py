@@ -6,10 +6,15 @@ RLlib's training steps, learners, checkpoints, evaluation and Tune stay its own;
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +40,7 @@ from dynrl.agents.numbers import value_network
 from dynrl.agents.slab import SlabRunner
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.envs import decision
-from dynrl.files import whole
+from dynrl.files import ASIDE, read_json, write_json
 from dynrl.plugins import VARIABLE
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
@@ -44,6 +49,7 @@ for _name in ("ray", "ray.rllib", "ray.tune"):  # each logger has a level of its
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 KEEP_CHECKPOINTS = 2
+DIGESTS = "digests.json"  # the file of a checkpoint that has the digests of the rest
 
 
 class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
@@ -150,18 +156,37 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
     """
     if ray.is_initialized():
         return False
-    if address is not None:
-        _check_reachable(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
-        plugins = os.environ.get(VARIABLE)  # the cluster's workers inherit no variables from this process
-        told = {"env_vars": {VARIABLE: plugins}} if plugins else None
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=told)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
+    with own_sigterm():
+        if address is not None:
+            _check_reachable(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+            plugins = os.environ.get(VARIABLE)  # the cluster's workers inherit no variables from this process
+            told = {"env_vars": {VARIABLE: plugins}} if plugins else None
+            try:
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=told)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
+            return True
+        # Without the word "local", ray would join whatever RAY_ADDRESS or an earlier cluster's file names.
+        ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         return True
-    # Without the word "local", ray would join whatever RAY_ADDRESS or an earlier cluster's file names.
-    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    return True
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM, which ray replaces when it starts; ray's would abort the process.
+
+    Ray's own processes do not hear a SIGTERM to all (of a batch system, for example) before they are told to end.
+    """
+    if threading.current_thread() is not threading.main_thread():  # ray replaces it in the main thread only
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _check_reachable(address: str) -> None:
@@ -201,11 +226,19 @@ class RLlibAgent(Agent):
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse an address without a cluster, and a numbered GPU for remote runners, to whom ray gives theirs."""
+        """Also refuse more processes than this machine can run, an address without a cluster, and a numbered GPU for
+        remote runners, to whom ray gives theirs.
+        """
         super().refuse(settings, backbone)
+        device, runners = torch.device(settings.place.device), settings.place.num_env_runners
+        processes, most = runners + settings.place.num_learners, max(16, 4 * (os.cpu_count() or 1))
+        if settings.place.address is None and processes > most:
+            raise ValueError(
+                f"expected at most {most} runners and learners on this machine, got {processes}; for more, join a ray "
+                "cluster (--address)"
+            )
         if settings.place.address is not None and start_ray(0, settings.place.address):
             ray.shutdown()
-        device, runners = torch.device(settings.place.device), settings.place.num_env_runners
         if runners and device.index is not None:
             raise ValueError(f"remote runners take the GPU that ray gives them: --device {device.type}, not {device}")
 
@@ -228,8 +261,15 @@ class RLlibAgent(Agent):
         self._held.callback(self._algorithm.stop)
         self.steps, newest = 0, newest_checkpoint(self.checkpoints)
         if newest is not None:
-            with whole(newest):
+            try:
+                if read_json(newest / DIGESTS) != digests(newest):  # RLlib would unpickle whatever is there
+                    raise ValueError("its checksums do not match")
                 self._algorithm.restore_from_path(newest.resolve())
+            except Exception as error:  # a damaged file may raise anything
+                raise ValueError(
+                    f"the checkpoint {newest} is damaged ({type(error).__name__}: "
+                    f"{str(error)[:200]}); take it away, and go on from the one before, or from the beginning"
+                ) from error
             self.steps = int(newest.name.removeprefix("checkpoint_"))
 
     def iterate(self) -> dict[str, float]:
@@ -271,15 +311,26 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("checkpoint_*"), default=None)
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 digest of each file of a checkpoint, by its path inside `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def save_checkpoint(algorithm: Any, folder: Path, steps: int) -> None:
     """Save a checkpoint and delete all but the last two.
 
     It is saved under another name first and then renamed, so that every checkpoint with a proper name is complete.
     """
-    aside = folder / ".unfinished"
+    aside = folder / f".unfinished{ASIDE}"
     shutil.rmtree(aside, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    algorithm.save_to_path(aside.resolve())
+    try:
+        algorithm.save_to_path(aside.resolve())
+        write_json(aside / DIGESTS, digests(aside))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # which makes room on a full disk
+        raise
     target = folder / f"checkpoint_{steps:012d}"
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -18,15 +17,15 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
-from dynrl.agents.base import Agent, Ground, entropy_bonus, env_arguments
+from dynrl.agents.base import MOST_STEPS, Agent, Ground, entropy_bonus, env_arguments
 from dynrl.agents.metrics import ended_episodes, episode_scalars
 from dynrl.agents.numbers import ADAM_EPSILON, check_one_choice, q_network, value_network
 from dynrl.agents.numbers import DQN as DQN_NUMBERS
 from dynrl.agents.numbers import PPO as PPO_NUMBERS
 from dynrl.backbones import Backbone, load_backbone
+from dynrl.checkpoints import Checkpoint
 from dynrl.envs import decision
 from dynrl.envs.core import stepped_in_torch
-from dynrl.files import whole, write_aside
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.settings import Settings
 
@@ -185,13 +184,10 @@ class SB3Agent(Agent):
         self.ground = Ground.of(self.settings.learning, self.backbone)
         self._env, self.steps = self._make_env(), 0
         self._algorithm = self.build(self._env, self.ground)
-        if self._file.exists():
-            with whole(self._file):
-                saved = torch.load(self._file, weights_only=True)
-                self._algorithm.policy.load_state_dict(saved["policy"])
-                self._algorithm.policy.optimizer.load_state_dict(saved["optimizer"])
-                self.steps = saved["steps"]
-            self._algorithm.num_timesteps = self.steps // self.ground.decisions
+        policy = self._algorithm.policy
+        self._kept = Checkpoint(self.checkpoints / "sb3.safetensors", {"policy": policy, "optimizer": policy.optimizer})
+        self.steps = self._kept.restore(MOST_STEPS)
+        self._algorithm.num_timesteps = self.steps // self.ground.decisions
         self._seed()
 
     def _seed(self) -> None:
@@ -244,14 +240,7 @@ class SB3Agent(Agent):
 
     def save(self) -> None:
         """Write one file of tensors and numbers, because loading SB3's own files may run code."""
-        policy = self._algorithm.policy
-        state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "steps": self.steps}
-        with write_aside(self._file) as aside:
-            torch.save(state, aside)
-
-    @property
-    def _file(self) -> Path:
-        return self.checkpoints / "sb3.pt"
+        self._kept.save(self.steps)
 
     def reload(self) -> None:
         """Make a new environment, which loads the changed file."""

@@ -7,6 +7,7 @@ deployed model. Tests compare the formulas with what the counter sees executed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+SMALL, LARGE = 2**20, 2**28  # the numbers of a row that is quickly run, and of one that a machine can hold
 
 
 def _convolution(layer: Any, output: Tensor) -> int:
@@ -55,7 +58,13 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
         >>> count_macs(nn.Linear(8, 4), (8,))
         (32, (4,))
     """
-    twin, total = copy.deepcopy(module).to("cpu").eval(), 0
+    size = sum(map(math.prod, shapes))
+    if size > LARGE:
+        raise ValueError(f"expected rows of at most {LARGE:,} numbers, got one of {size:,}: {shapes}")
+    # A large row is not computed: torch's meta device knows its shapes. Small ones are, since that device takes long to
+    # import.
+    device = "cpu" if size <= SMALL else "meta"
+    twin, total = copy.deepcopy(module).to(device).eval(), 0
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
@@ -69,7 +78,7 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
                 f"no MAC formula for {type(layer).__name__} ({name or 'the module itself'}); add one to FORMULAS"
             )
     dtype = next((weight.dtype for weight in twin.parameters()), None)
-    output = twin(*(torch.zeros(1, *shape, dtype=dtype) for shape in shapes))
+    output = twin(*(torch.zeros(1, *shape, dtype=dtype, device=device) for shape in shapes))
     return total, tuple(output.shape[1:])
 
 

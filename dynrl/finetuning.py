@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State
+from dynrl.checkpoints import Checkpoint
 from dynrl.data import Dataset
-from dynrl.files import write_aside
 from dynrl.policies import LearnedPolicy
 from dynrl.pretraining import autocast, loss_of, make_optimizer
 from dynrl.routes import draw_prices
@@ -85,25 +85,24 @@ class Finetuner:
         self._device = torch.device(device)
         self.backbone, self._reference = backbone.to(self._device), reference.for_inference().to(self._device)
         self._dataset, self._plan, self._price_range = dataset, plan, price_range
-        self._seed, self._checkpoint = seed, checkpoint
+        self._seed = seed
         self._epoch = len(dataset.train) // plan.batch_size  # the number of batches
         if self._epoch == 0:
             raise ValueError(f"a batch of {plan.batch_size} is larger than the {len(dataset.train)} training inputs")
         self._round = max(1, round(plan.epochs * self._epoch))
-        self.batches, self.total = 0, plan.rounds * self._round
+        self.total = plan.rounds * self._round
         self._generator = torch.Generator().manual_seed(seed)
         self._optimizer = make_optimizer(backbone, plan.optimizer, plan.learning_rate, plan.weight_decay)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.total)
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster, as in pretraining
-        if checkpoint.exists():
-            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-            for name, part in self._parts().items():
-                part.load_state_dict(saved[name])
-            self._generator.set_state(saved["generator"])
-            self.batches = saved["batches"]
-
-    def _parts(self) -> dict[str, Any]:
-        return {"backbone": self.backbone, "optimizer": self._optimizer, "schedule": self._schedule}
+        self._checkpoint = Checkpoint(
+            checkpoint,
+            {
+                "backbone": self.backbone, "optimizer": self._optimizer, "schedule": self._schedule,
+                "generator": self._generator,
+            },
+        )  # fmt: skip
+        self.batches = self._checkpoint.restore(self.total)
 
     def train(
         self,
@@ -134,7 +133,7 @@ class Finetuner:
             if self.batches == until or self.batches % CHECKPOINT_EVERY == 0 or stopped():
                 if not torch.isfinite(torch.tensor(sums["loss"])):
                     raise ValueError(f"the loss of fine-tuning is {sums['loss']}; lower its learning rate")
-                self._save()
+                self._checkpoint.save(self.batches)
         self.backbone.eval()
         return {name: value / (self.batches - first) for name, value in sums.items()}
 
@@ -192,8 +191,3 @@ class Finetuner:
             self._order = torch.randperm(len(self._dataset.train), generator=seed).split(self._plan.batch_size)
             self._train = self._dataset.in_epoch(self._seed, epoch).train
         return self._order[position]
-
-    def _save(self) -> None:
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        with write_aside(self._checkpoint) as aside:
-            torch.save(state | {"generator": self._generator.get_state(), "batches": self.batches}, aside)

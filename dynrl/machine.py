@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -31,15 +32,22 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the running sources, with `+` if they were changed; it is empty outside a checkout."""
+    """Return the commit of the running sources, with `+` if they were changed; it is empty outside dynrl's checkout.
+
+    A virtual environment or a copy of dynrl may lie inside another repository, whose commit would say nothing.
+    """
+    root = Path(__file__).resolve().parents[1]
+    about = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as git's hooks set
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
+        command = ["git", "-C", str(root), *words]
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+            return subprocess.run(command, capture_output=True, text=True, check=False, env=about).stdout.strip()
         except OSError:  # no git on this machine
             return ""
 
+    if Path(git("rev-parse", "--show-toplevel") or "/") != root or not git("ls-files", "dynrl/machine.py"):
+        return ""
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from dynrl.backbones import Backbone
 from dynrl.backbones.base import Answer
+from dynrl.checkpoints import Checkpoint
 from dynrl.data import Dataset, Split
-from dynrl.files import whole, write_aside
 from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
+from dynrl.schema import MOST_ROWS, check_count
 from dynrl.tasks import Task
 
 
@@ -49,6 +50,19 @@ class Recipe:
     full_share: float = 0.15
     optimizer: Literal["sgd", "adam"] = "sgd"
     plain_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("epochs", self.epochs, 1, 1_000_000)
+        check_count("batch_size", self.batch_size, 1, MOST_ROWS)
+        if self.plain_epochs is not None:
+            check_count("plain_epochs", self.plain_epochs, 0, 1_000_000)
+        if not 0 < self.learning_rate < 1000:
+            raise ValueError(f"expected a learning_rate above 0 and below 1000, got {self.learning_rate}")
+        for name in ("weight_decay", "label_smoothing", "full_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
+        if not self.rates or not all(0 <= rate <= 1 for rate in self.rates):
+            raise ValueError(f"expected rates between 0 and 1, got {self.rates}")
 
     def length(self, random_routes: bool) -> int:
         """The epochs on random routes, or of the plain network."""
@@ -120,15 +134,9 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, epochs * batches)
     # Convolutions train faster on channels_last maps on a CPU.
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    first = 0
-    if checkpoint is not None and checkpoint.exists():
-        with whole(checkpoint):
-            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-            backbone.load_state_dict(saved["backbone"])
-            optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
-            generator.set_state(saved["generator"])
-            first = saved["epoch"]
+    parts = {"backbone": backbone, "optimizer": optimizer, "schedule": schedule, "generator": generator}
+    kept = None if checkpoint is None else Checkpoint(checkpoint, parts)
+    first = 0 if kept is None else kept.restore(epochs)
     with progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
         for epoch in range(first, epochs):
             least_rate = recipe.least_rate(epoch) if random_routes else None
@@ -145,13 +153,8 @@ def pretrain(
             if not torch.isfinite(torch.tensor(total)):
                 raise ValueError(f"the loss is {total} after epoch {epoch + 1}; lower the learning rate")
             bar.set_postfix(loss=f"{total / batches:.3f}", refresh=False)
-            if checkpoint is not None:
-                state = {
-                    "backbone": backbone.state_dict(), "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(), "generator": generator.get_state(), "epoch": epoch + 1,
-                }  # fmt: skip
-                with write_aside(checkpoint) as aside:
-                    torch.save(state, aside)
+            if kept is not None:
+                kept.save(epoch + 1)
     return backbone.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 

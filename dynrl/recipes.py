@@ -12,9 +12,11 @@ import torch
 
 from dynrl.backbones import FAMILIES, Backbone
 from dynrl.data import Dataset, check_dataset, load_dataset
+from dynrl.files import limited
 from dynrl.finetuning import Finetuning
 from dynrl.ops.backend import float32
 from dynrl.pretraining import Recipe
+from dynrl.schema import arguments
 from dynrl.settings import Learning
 
 
@@ -61,12 +63,24 @@ class Defaults:
         return replace(self, backbone=backbone)
 
     def build(self, dataset: Dataset, seed: int) -> Backbone:
-        """Build a fresh backbone for `dataset`; its weights are drawn from `seed`."""
-        with torch.random.fork_rng(), float32():
+        """Build a fresh backbone for `dataset`; its weights are drawn from `seed`.
+
+        Raises:
+            ValueError: a setting is out of range or of the wrong type, or the network would be too large.
+        """
+        config = {"input_shape": dataset.input_shape, "classes": dataset.classes, **self.backbone}
+        family = FAMILIES[self.family]
+        with torch.random.fork_rng(), float32(), limited(MOST_WEIGHTS, MOST_NUMBERS):
             torch.manual_seed(seed)
-            return FAMILIES[self.family](input_shape=dataset.input_shape, classes=dataset.classes, **self.backbone)
+            try:
+                return family(**arguments(family, config, "network: "))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"no {self.family} of {self.backbone} can be built for {dataset.name}: {error}"
+                ) from error
 
 
+MOST_WEIGHTS, MOST_NUMBERS = 10_000, 500_000_000  # of a network that is made from settings
 _FASHION_IMAGES = 55_000  # the training images of fashion-mnist
 _BATCHES = 4_000  # the batches of pretraining if no row says how long
 

@@ -12,9 +12,11 @@ from typing import Any
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, as_dataset, load_dataset
 from dynrl.deploy import LATENCY, RoutedModel, plug
-from dynrl.files import read_json
+from dynrl.files import read_json, reading
 from dynrl.policies import load_policy
 from dynrl.provenance import Provenance
+from dynrl.schema import parse
+from dynrl.settings import Problem, Settings
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,17 @@ class RunFolder:
         if not self.config_file.is_file():
             raise ValueError(f"{self} is no run folder: it has no config.json; name a folder that dynrl train made")
         config = read_json(self.config_file)
-        if not isinstance(config, dict) or not {"decision", "data", "seed"} <= set(flat(config)):
+        if not isinstance(config, dict) or "problem" not in config:
             raise ValueError(f"{self.config_file} is not what dynrl train writes; name a folder that dynrl train made")
-        if "agent" not in flat(config) and not self.policy_file.is_file():
+        if "plain" not in config:
+            Settings.read(self.config_file)
+            return config
+        with reading(self.config_file, "settings of dynrl pretrain"):
+            parse(Problem, config["problem"], "problem.")
+        if not self.policy_file.is_file():
             raise ValueError(
                 f"{self} is from dynrl pretrain, it holds no policy; train one: "
-                f"dynrl train {flat(config)['decision']} --backbone {self}"
+                f"dynrl train {config['problem']['decision']} --backbone {self}"
             )
         return config
 

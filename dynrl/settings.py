@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dynrl.files import read_json, write_json
+from dynrl.files import read_json, reading, write_json
+from dynrl.schema import MOST_ROWS, check_count, check_price_range, parse
+
+MOST_PROCESSES = 1_000  # remote processes of one run
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Problem:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _in_range("seed", self.seed, 0)
+        check_count("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,12 @@ class Learning:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("hidden", 0), ("num_envs", 1)):
-            _in_range(name, getattr(self, name), least)
-        if self.price_range is not None and not 0 < self.price_range[0] <= self.price_range[1] < math.inf:
-            raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {self.price_range}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+        check_count("steps", self.steps, 1)
+        check_count("hidden", self.hidden, 0, MOST_ROWS)
+        check_count("num_envs", self.num_envs, 1, MOST_ROWS)
+        if self.price_range is not None:
+            check_price_range(self.price_range)
+        if self.learning_rate is not None and not 1e-12 <= self.learning_rate < 1:  # less moves no float32 weight
             raise ValueError(f"expected a learning_rate above 0 and below 1, got {self.learning_rate}")
         if self.entropy is not None and not 0 <= self.entropy < 1:
             raise ValueError(f"expected an entropy of at least 0 and below 1, got {self.entropy}")
@@ -117,8 +117,8 @@ class Place:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        _in_range("num_env_runners", self.num_env_runners, 0)
-        _in_range("num_learners", self.num_learners, 0)
+        check_count("num_env_runners", self.num_env_runners, 0, MOST_PROCESSES)
+        check_count("num_learners", self.num_learners, 0, MOST_PROCESSES)
 
 
 @dataclass(frozen=True)
@@ -141,62 +141,20 @@ class Settings:
             ValueError: a field is unknown or missing, or a value has the wrong type; the message names file and field.
         """
         written = read_json(path)
-        _same_names(f"{path}: ", written, ("problem", "learning"))
-        try:
-            problem = parse(Problem, written["problem"], "problem.")
-            return cls(problem, parse(Learning, written["learning"], "learning."), place or Place())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        with reading(path, "settings of dynrl train"):
+            groups = parse(_Written, written)
+            problem = parse(Problem, groups.problem, "problem.")
+            return cls(problem, parse(Learning, groups.learning, "learning."), place or Place())
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The groups of settings that a run folder's config.json holds."""
+
+    problem: Any
+    learning: Any
 
 
 def names(*kinds: type) -> list[str]:
     """Return the names of all fields of settings classes."""
     return [each.name for kind in kinds for each in fields(kind)]
-
-
-def parse(kind: type, values: Any, prefix: str = "") -> Any:
-    """Make an instance of a settings class from JSON values, which have lists in place of tuples.
-
-    Raises:
-        ValueError: a field is unknown or missing, or a value has the wrong type.
-    """
-    _same_names(prefix, values, names(kind))
-    hints, found = typing.get_type_hints(kind), {}
-    for name, value in values.items():
-        found[name] = tuple(value) if isinstance(value, list) else value
-        if not _fits(found[name], hints[name]):
-            said = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else None
-            raise ValueError(f"{prefix}{name}: expected {said or hints[name]}, got {value!r}")
-    return kind(**found)
-
-
-def _same_names(prefix: str, values: Any, expected: typing.Sequence[str]) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.rstrip('.: ')}: expected an object with {', '.join(expected)}, got {values!r}")
-    for what, differ in (
-        ("unknown", [n for n in values if n not in expected]), ("missing", [n for n in expected if n not in values]),
-    ):  # fmt: skip
-        if differ:
-            raise ValueError(f"{prefix}{differ[0]}: {what} setting; expected {', '.join(expected)}, got {list(values)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value has the type that a field is annotated with."""
-    origin, given = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in given
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in given)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        each = given[:1] * len(value) if given[1:] == (...,) else given
-        return len(value) == len(each) and all(map(_fits, value, each))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-
-
-def _in_range(name: str, value: int, least: int) -> None:
-    if not least <= value < 2**31:
-        raise ValueError(f"expected {name} of at least {least} and below 2^31, got {value}")

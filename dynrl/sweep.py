@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from dynrl.data import Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import COMPARED, calibrate, cheapest_choices, score_routes, score_rows
 from dynrl.evaluation.intervals import Front, area
-from dynrl.files import read_json, write_json
+from dynrl.files import locked, read_json, reading, write_json
 from dynrl.policies import LearnedPolicy
 from dynrl.runs import RunFolder
+from dynrl.schema import parse
 from dynrl.settings import Settings
 
 NUMBERS = {"learning_rate": float, "entropy": float, "hidden": int, "num_envs": int, "steps": int}
@@ -55,6 +58,8 @@ def check_same(out: Path, common: dict[str, Any]) -> None:
     kept = out / "sweep-settings.json"
     common = {name: value for name, value in common.items() if name != "data"}  # each run compares what it is
     if kept.is_file() and (before := read_json(kept)) != common:
+        if not isinstance(before, dict):
+            raise ValueError(f"{kept}: expected an object with {', '.join(common)}, got {str(before)[:80]}")
         changed = [name for name in common if before.get(name) != common[name]]
         raise ValueError(f"{out} is a sweep with another {', '.join(changed)}; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,7 @@ def search(runs: Sequence[str], out: Path) -> list[dict[str, Any]]:
 
 def _tuned(runs: Sequence[str], out: Path, mode: str) -> list[Any]:
     """Return Ray Tune's result of each run, from a new search or from one that was interrupted."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # else `fit` would return after Ctrl-C, as if all were done
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -109,7 +115,7 @@ def _tuned(runs: Sequence[str], out: Path, mode: str) -> list[Any]:
             ),
             run_config=tune.RunConfig(name, str(out), verbose=0, callbacks=[Shown()]),
         )  # fmt: skip
-    results = tuner.fit()  # after Ctrl-C, it returns the results so far
+    results = tuner.fit()
     return [results[i] for i in range(len(results))]
 
 
@@ -121,9 +127,9 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
     run = RunFolder(config["run"])
     settings = Settings.read(run.config_file)
     steps, kept = settings.learning.steps, run.path / "quarters.json"
-    said: list[dict[str, Any]] = read_json(kept) if kept.is_file() else []
     validation = run.dataset().seen_by(run.backbone.trained_on).validation.head(1024)
-    with open_agent(settings, run.backbone_file, run.path, steps) as agent:
+    with locked(run.path), open_agent(settings, run.backbone_file, run.path, steps) as agent:
+        said = quarters(kept)
         for quarter in range(1, QUARTERS + 1):
             if quarter > len(said):
                 start = time.perf_counter()
@@ -135,6 +141,34 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
                 )
                 write_json(kept, said)
             tune.report(said[quarter - 1])
+
+
+def quarters(file: Path) -> list[dict[str, Any]]:
+    """Return what `learn_in_quarters` has written, a row for each quarter."""
+    if not file.is_file():
+        return []
+    written = read_json(file)
+    with reading(file, "file of dynrl sweep"):
+        if not isinstance(written, list) or len(written) > QUARTERS:
+            raise ValueError(f"expected a list of at most {QUARTERS} rows, got {str(written)[:80]}")
+        return [asdict(parse(Quarter, row)) for row in written]
+
+
+@dataclass(frozen=True)
+class Quarter:
+    """A row of quarters.json: what a run had reached after a quarter of its steps.
+
+    Attributes:
+        run: the run folder.
+        quarter, steps, seconds: how far training had come, and how long it had taken.
+        area: the policy's `front_area`.
+    """
+
+    run: str
+    quarter: int
+    steps: int
+    seconds: float
+    area: float
 
 
 def front_area(backbone: Backbone, policy: LearnedPolicy, split: Split) -> float:

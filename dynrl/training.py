@@ -30,14 +30,15 @@ from dynrl.envs import decision as decision_row
 from dynrl.envs.core import check_dtype
 from dynrl.envs.rewards import REWARDS, check_reward
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
-from dynrl.files import read_json, write_aside, write_json
+from dynrl.files import locked, make_aside, read_json, reading, remove_leftovers, write_aside, write_json
 from dynrl.machine import check_device, hardware
 from dynrl.policies import LearnedPolicy, load_policy, save_policy
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.progress import progress, say, talking
 from dynrl.recipes import Defaults, defaults
 from dynrl.runs import RunFolder
-from dynrl.settings import Learning, Place, Problem, Settings, names, parse
+from dynrl.schema import parse
+from dynrl.settings import Learning, Place, Problem, Settings, names
 
 CALIBRATED = 1024  # how many validation inputs calibrate budgets; more would hardly change the mean MACs
 TIMED_ROUNDS, TIMED_BATCH = 11, 256
@@ -181,7 +182,7 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
 
 
 def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = None, **given: Any) -> Plan:
-    """Return the plan of an existing run folder, whose settings are brought up to date; see `resume`."""
+    """Return the plan of an existing run folder, in which nothing is changed; see `resume`."""
     _ = run.config  # a folder that holds no run is refused here, with the reason
     if unknown := set(given) - set(names(Problem, Learning, Place)):
         raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; {run} continues by its own")
@@ -193,21 +194,18 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
         FAMILIES.setdefault(backbone.family, _rebuild(backbone))
     recipe = defaults(problem.decision, problem.data, own_backbone=True).changed(problem.network)
     if run.recipe_file.is_file():
-        given_recipe = parse(Recipe, read_json(run.recipe_file), f"{run.recipe_file}: ")
-        recipe = replace(recipe, pretraining=given_recipe)
+        written = read_json(run.recipe_file)
+        with reading(run.recipe_file, "recipe"):
+            recipe = replace(recipe, pretraining=parse(Recipe, written))
     begun = run.backbone_file.is_file()
     if backbone is None:
         if not begun and (run.policy_file.is_file() or run.kept_file.is_file()):
             raise ValueError(f"{run} has a policy but no {run.backbone_file.name}; put that back, or train a new run")
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
+    if run.times_file.is_file():
+        read_times(run.times_file, backbone)
     dataset = dataset.seen_by(run.backbone.trained_on if begun else run.data_known)
-    found = _checked(Plan(replace(settings, problem=problem), dataset, recipe, copy.deepcopy(backbone).eval()))
-    if settings.learning.steps > before.learning.steps and run.finished:
-        policy, metadata = load_policy(run.policy_file)
-        save_policy(run.policy_file, policy, metadata | {"finished": False})
-    found.settings.save(run.config_file)
-    run.forget()
-    return found
+    return _checked(Plan(replace(settings, problem=problem), dataset, recipe, copy.deepcopy(backbone).eval()))
 
 
 def _going_on(run: RunFolder, settings: Settings, given: Mapping[str, Any]) -> Settings:
@@ -279,43 +277,43 @@ def folder_name(data: str) -> str:
     return Path(data).name
 
 
-def new_folder(out: str | Path | None, *parts: str) -> Path:
-    """Make the folder `out`, or `runs/<parts>-<time>` if `out` is None, and refuse a folder that exists."""
-    folder = Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
-    if folder.exists():
-        raise ValueError(
-            f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume {folder}"
-        )
-    folder.mkdir(parents=True)
-    return folder
+def folder_for(out: str | Path | None, *parts: str) -> Path:
+    """Return the path `out`, or `runs/<parts>-<time>` if `out` is None."""
+    return Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
 
 
 def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | None = None) -> RunFolder:
-    """Make the folder of a planned run; if `source` is a folder, copy its backbone.
+    """Make the folder of a planned run, whole or not at all; if `source` is a folder, copy its backbone.
 
     Raises:
         ValueError: the folder exists, or the backbone is for another decision or other data.
     """
     problem, given = planned.settings.problem, None
     if source is not None:
-        given = RunFolder(source)
-        if not Path(source).is_dir():
-            raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
-        if problem.network:
-            raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
-        backbone, _ = load_backbone(given.backbone_file)
-        if backbone.decision != problem.decision:
-            raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
-        _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.trained_on)))
-    run = RunFolder(new_folder(out, problem.decision, problem.data))
-    if given is not None:
-        for file in (given.backbone_file, given.plain_file, given.kept_file):
-            if file.is_file():
-                shutil.copyfile(file, run.path / file.name)
-    write_json(run.data_file, planned.dataset.provenance.to_dict())
-    # The settings are saved last: a folder that has them has its backbone, so resuming never trains another one.
-    planned.settings.save(run.config_file)
-    return run
+        given = check_source(planned, source)
+    folder = folder_for(out, problem.decision, problem.data)
+    with make_aside(folder) as aside:
+        if given is not None:
+            for file in (given.backbone_file, given.plain_file, given.kept_file):
+                if file.is_file():
+                    shutil.copyfile(file, aside / file.name)
+        write_json(aside / RunFolder(aside).data_file.name, planned.dataset.provenance.to_dict())
+        planned.settings.save(aside / RunFolder(aside).config_file.name)
+    return RunFolder(folder)
+
+
+def check_source(planned: Plan, source: str | Path) -> RunFolder:
+    """Return the folder whose backbone a run takes; raise a ValueError if that backbone is not for the run."""
+    problem, given = planned.settings.problem, RunFolder(source)
+    if not Path(source).is_dir():
+        raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
+    if problem.network:
+        raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
+    backbone, _ = load_backbone(given.backbone_file)
+    if backbone.decision != problem.decision:
+        raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
+    _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.trained_on)))
+    return given
 
 
 @contextmanager
@@ -374,10 +372,14 @@ def pretrain(
         folder = Path(out)
         _check_same(folder, settings)
     else:
-        folder = new_folder(out, "backbone", decision, planned.settings.problem.data)
-        write_json(folder / "config.json", settings)
-    with talking(show):
-        pretrain_into(folder, planned, plain, finetune)
+        folder = folder_for(out, "backbone", decision, planned.settings.problem.data)
+        with make_aside(folder) as aside:
+            write_json(aside / "config.json", settings)
+    try:
+        with talking(show):
+            pretrain_into(folder, planned, plain, finetune)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"to go on, give the same command with --out {folder}") from None
     return folder
 
 
@@ -396,7 +398,24 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetun
     """Train whichever of `plain.safetensors` and `backbone.safetensors` is missing in `folder`; resume after kills.
 
     A plain network alone is trained for as many epochs as a backbone in all, with those of fine-tuning if `finetune`.
+
+    Raises:
+        ValueError: another process works in the folder.
     """
+    with held(folder):
+        _pretrain_into(folder, planned, plain_only, finetune)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within the block, no other process works in a run folder; what kills left there is removed first."""
+    with locked(folder):
+        for each in (folder, RunFolder(folder).checkpoints):
+            remove_leftovers(each)
+        yield
+
+
+def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetune: bool = False) -> None:
     files, seed = RunFolder(folder), planned.settings.problem.seed
     if not files.data_file.is_file():
         write_json(files.data_file, planned.dataset.provenance.to_dict())
@@ -416,7 +435,7 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetun
     ):
         if path.exists() or (random_routes and plain_only):
             continue
-        checkpoint = files.checkpoints / f"{path.stem}.pt"
+        checkpoint = files.checkpoints / f"pretraining-{path.stem}.safetensors"
         backbone = load_backbone(files.plain_file)[0] if random_routes else copy.deepcopy(planned.backbone)
         backbone.trained_on = known
         backbone = pretraining.pretrain(
@@ -434,13 +453,28 @@ def pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetun
 
 
 def learn(run: RunFolder, planned: Plan) -> bool:
-    """Train the run's backbone and policy, and return whether training is done; False after Ctrl-C.
+    """Train the run's backbone and policy, and return whether training is done; False after Ctrl-C or SIGTERM.
 
-    After Ctrl-C, the folder holds the policy that was learned so far.
+    After these, the folder holds the policy that was learned so far.
+
+    Raises:
+        ValueError: another process works in the folder.
     """
+    with held(run.path):
+        before = Settings.read(run.config_file, planned.settings.place)
+        if before != planned.settings:
+            if planned.settings.learning.steps > before.learning.steps and run.finished:
+                policy, metadata = load_policy(run.policy_file)
+                save_policy(run.policy_file, policy, metadata | {"finished": False})
+            planned.settings.save(run.config_file)
+            run.forget()
+        return _learn(run, planned)
+
+
+def _learn(run: RunFolder, planned: Plan) -> bool:
     newest = run.backbone_file
     if not newest.exists():
-        pretrain_into(run.path, planned)
+        _pretrain_into(run.path, planned)
     planned = find_prices(run, planned)
     validation = planned.dataset.validation.head(CALIBRATED)
     settings = planned.settings
@@ -467,9 +501,6 @@ def learn(run: RunFolder, planned: Plan) -> bool:
     say(f"policy: {run.policy_file}, budgets from {low:.2f} to {high:.2f} of the dense MACs")
     if advice := collapse(model, validation):
         say(advice, sys.stderr)
-    if not finished:
-        again = f"dynrl train {settings.problem.decision} --resume {run.path}"
-        say(f"stopped early; to continue: {again}", sys.stderr)
     return finished
 
 
@@ -500,8 +531,33 @@ def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
         with progress(total=TIMED_ROUNDS + 1, desc="timing choices", unit="round") as bar:
             measured = step_times(backbone, inputs, TIMED_ROUNDS, bar.update, wait)
         write_json(run.times_file, {**measured, "batch_size": len(inputs), "device": device, "hardware": hardware()})
-    written = read_json(run.times_file)
-    return {"start": written["start"], "choices": written["choices"]}
+    return read_times(run.times_file, load_backbone(run.backbone_file)[0])
+
+
+def read_times(file: Path, backbone: Backbone) -> dict[str, Any]:
+    """Return what `_times` wrote to `file`; raise a ValueError that names the file if it is not for `backbone`."""
+    written = read_json(file)
+    with reading(file, "file of times"):
+        times = parse(Times, written)
+        found = {"start": times.start, "choices": times.choices}
+        backbone.time_table(found)  # which refuses what does not fit
+    return found
+
+
+@dataclass(frozen=True)
+class Times:
+    """The content of a times.json.
+
+    Attributes:
+        start, choices: the milliseconds before the first decision, and of each choice at each point.
+        batch_size, device, hardware: how they were measured.
+    """
+
+    start: float
+    choices: tuple[tuple[float, ...], ...]
+    batch_size: int
+    device: str
+    hardware: dict[str, Any]
 
 
 def _learn_jointly(

@@ -25,6 +25,7 @@ from dynrl.envs.pages import page
 from dynrl.envs.rewards import check_reward
 from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
+from dynrl.schema import check_price_range
 
 Info = dict[str, Tensor]
 
@@ -57,13 +58,6 @@ def check_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; expected one of {sorted(DTYPES)}")
     return DTYPES[name]
-
-
-def check_price_range(prices: Sequence[float]) -> tuple[float, float]:
-    """Return `(low, high)`, or raise a ValueError if this is no range of positive prices."""
-    if len(prices) != 2 or not 0 < prices[0] <= prices[1] < float("inf"):
-        raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {tuple(prices)}")
-    return float(prices[0]), float(prices[1])
 
 
 def draw(seeds: np.ndarray, episodes: np.ndarray, stream: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.policies.sight import Sight
+from dynrl.schema import check_price_range
 
 CAP = 5.0  # logits stay within +-CAP, so that no probability becomes 0 and every logarithm stays finite
 
@@ -112,12 +113,10 @@ class LearnedPolicy(Policy):
 
     def __init__(self, sight: Sight, price_range: tuple[float, float], hidden: int, start: list[int]) -> None:
         super().__init__()
-        low, high = price_range
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"expected a price range with 0 < low <= high, got {tuple(price_range)}")
+        low, high = check_price_range(price_range)
         if len(start) != sight.decisions or not all(0 <= at < n for at, n in zip(start, sight.counts, strict=True)):
             raise ValueError(f"expected a start within the choices of each decision, {list(sight.counts)}, got {start}")
-        self.sight, self.price_range = sight, (float(low), float(high))
+        self.sight, self.price_range = sight, (low, high)
         self.config = {
             "sight": sight.config(), "price_range": list(self.price_range), "hidden": hidden, "start": list(start)
         }  # fmt: skip

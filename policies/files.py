@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dynrl.files import load_tensors, save_tensors
+import torch
+
+from dynrl.files import filled, load_tensors, reading, save_tensors
 from dynrl.ops.backend import float32
 from dynrl.policies.base import LearnedPolicy
 from dynrl.policies.router import Router
 from dynrl.policies.upfront import UpfrontRouter
+from dynrl.schema import arguments, parse
 
 # The kinds of learned policies, by their names in files and in `dynrl train --policy`. A plugin adds a row.
 POLICIES: dict[str, type[LearnedPolicy]] = {"sequential": Router, "upfront": UpfrontRouter}
@@ -43,11 +49,31 @@ class PolicySpec:
     def build(self) -> LearnedPolicy:
         """Build the policy, or raise a ValueError if `config` does not fit the kind."""
         policy = check_kind(self.kind)
-        try:
-            with float32():
-                return policy(**{**self.config, "sight": policy.sight_class(**self.config["sight"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"these are no settings of a policy of kind {self.kind!r}: {error}") from None
+        sight = parse(policy.sight_class, self.config.get("sight"), "sight.")
+        with float32():
+            return policy(**arguments(policy, {**self.config, "sight": sight}, "config."))
+
+
+@dataclass(frozen=True)
+class PolicyNotes:
+    """The notes of a policy file say how its policy is built, and what it was trained for.
+
+    Attributes:
+        kind, config: the policy's `PolicySpec`.
+        decision: the decision's name.
+        data: the data set's name.
+        backbone: the fingerprint of the backbone.
+        curve: the price and the share of the dense MACs at each price that budgets were calibrated at.
+        finished: whether training came to its end.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    decision: str = ""
+    data: str = ""
+    backbone: str = ""
+    curve: tuple[tuple[float, float], ...] = ()
+    finished: bool = False
 
 
 def check_kind(kind: str) -> type[LearnedPolicy]:
@@ -57,19 +83,42 @@ def check_kind(kind: str) -> type[LearnedPolicy]:
     return POLICIES[kind]
 
 
+def check_curve(curve: Sequence[tuple[float, float]], price_range: tuple[float, float]) -> None:
+    """Refuse, with a ValueError, a curve [(price, cost)] whose prices leave the range or do not rise, or that is free.
+
+    Raises:
+        ValueError: see above; or a number is not finite.
+    """
+    low, high = price_range
+    for price, cost in curve:
+        if not low <= price <= high or not 0 < cost < math.inf:
+            raise ValueError(
+                f"curve: expected prices from {low:g} to {high:g}, each with a cost above 0, got {(price, cost)}"
+            )
+    for (before, _), (after, _) in pairwise(curve):
+        if not before < after:
+            raise ValueError(f"curve: expected rising prices, got {after} behind {before}")
+
+
 def save_policy(path: str | Path, policy: LearnedPolicy, metadata: dict[str, Any]) -> None:
-    """Write a policy and, as JSON, what it was trained for: `decision`, `backbone` (a fingerprint) and `curve`."""
+    """Write a policy and, as JSON, what it was trained for; `metadata` has fields of `PolicyNotes`."""
     kind = next(name for name, row in POLICIES.items() if row is type(policy))
-    save_tensors(path, "policy", policy.state_dict(), {**metadata, "kind": kind, "config": policy.config})
+    notes = asdict(PolicyNotes(**metadata | {"kind": kind, "config": policy.config}))
+    check_curve(notes["curve"], policy.price_range)
+    save_tensors(path, "policy", policy.state_dict(), notes)
 
 
 def load_policy(path: str | Path) -> tuple[LearnedPolicy, dict[str, Any]]:
-    """Read a policy file and return the policy, in eval mode, and its metadata.
+    """Read a policy file and return the policy, in eval mode, and its metadata, the fields of `PolicyNotes`.
 
     Raises:
-        ValueError: the file is missing, is cut short, was altered, or is no policy file.
+        ValueError: the file is missing, is cut short, was altered, or holds something else than a policy.
     """
     tensors, metadata = load_tensors(path, "policy")
-    policy = PolicySpec(metadata["kind"], metadata["config"]).build()
-    policy.load_state_dict(tensors)
+    with reading(path, "policy file"):
+        notes = parse(PolicyNotes, metadata)
+        policy = filled(PolicySpec(notes.kind, notes.config).build, tensors)
+        if any(weight.dtype != torch.float32 for weight in policy.parameters()):
+            raise ValueError(f"expected weights in float32, as policies have, got {next(policy.parameters()).dtype}")
+        check_curve(notes.curve, policy.price_range)
     return policy.eval(), metadata

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 def check(args: Args, matrix: list[tuple[str, str]]) -> None:
     """Refuse, before hours of training, settings that any cell would refuse; `matrix` holds (decision, data set)."""
     from dynrl.data import load_dataset
-    from dynrl.envs.core import check_price_range
     from dynrl.recipes import defaults
+    from dynrl.schema import check_price_range
     from dynrl.training import plan
 
+    for option in ("decisions", "agents", "seeds", "prices", "plain"):
+        given = getattr(args, option)
+        if len(set(given)) < len(given):
+            raise ValueError(f"expected each of the {option} once, got {' '.join(map(str, given))}")
     for name, data in matrix:
         for agent, seed in product(args.agents, args.seeds):
             plan(name, data, agent=agent, seed=seed, finetune=args.finetune)
@@ -71,12 +75,17 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
 def trainings(args: Sweep) -> list[dict[str, Any]]:
     """Return the settings of each training of a sweep; raise a ValueError for settings that would be refused."""
     from dynrl.sweep import combinations
-    from dynrl.training import plan
+    from dynrl.training import check_source, plan
 
-    given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | ({"steps": args.steps} if args.steps else {})
+    given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | (
+        {} if args.steps is None else {"steps": args.steps}
+    )
     varied = combinations(args.vary)
     for values in varied:
-        if plan(args.decision, args.data, **given | values).settings.learning.finetune:
+        planned = plan(args.decision, args.data, **given | values)
+        if args.backbone is not None:
+            check_source(planned, args.backbone)
+        if planned.settings.learning.finetune:
             raise ValueError(
                 f"{args.decision} on {args.data} is trained with its backbone; a sweep is for policies on a frozen one"
             )

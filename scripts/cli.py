@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 VERBS = {
     "train": "learn a policy (after pretraining a backbone if none is given), evaluate it, write a run folder",
@@ -41,18 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = ()) -> None:
     """Parse the verb's settings and run it, with everything that `plugins` add (see `dynrl.plugins`)."""
-    from dynrl.plugins import load_plugins
-    from dynrl.progress import talking
-
     try:
-        import tyro
-
-        package = "bench.__main__" if verb == "bench" else verb
-        module = importlib.import_module(f"dynrl.scripts.{package}")
-        args = tyro.cli(module.Args, args=argv, prog=f"dynrl {verb}", description=module.__doc__)
-        load_plugins(plugins)
-        with talking():
-            module.main(args)
+        with ended_alike():
+            _run(verb, sys.argv[1:] if argv is None else argv, plugins)
     except ModuleNotFoundError as error:
         if (error.name or "dynrl").partition(".")[0] in {"dynrl", *sys.stdlib_module_names}:
             raise
@@ -63,11 +57,40 @@ def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = (
         )
         sys.exit(2)
     except (ValueError, OSError) as error:  # an OSError is a path that cannot be read or written
-        print(f"dynrl {verb}: error: {error}", file=sys.stderr)
+        print(f"dynrl {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        print(f"dynrl {verb}: interrupted{'; ' if str(stopped) else ''}{stopped}", file=sys.stderr)
+        print(f"dynrl {verb}: interrupted; {stopped or 'to begin anew, give the same command'}", file=sys.stderr)
         sys.exit(130)
+
+
+def _run(verb: str, argv: Sequence[str], plugins: Sequence[str]) -> None:
+    from dynrl.plugins import load_plugins
+    from dynrl.progress import talking
+    from dynrl.scripts.options import parse_words
+
+    module = importlib.import_module(f"dynrl.scripts.{'bench.__main__' if verb == 'bench' else verb}")
+    args = parse_words(verb, module, argv)
+    load_plugins(plugins)
+    with talking():
+        module.main(args)
+
+
+@contextlib.contextmanager
+def ended_alike() -> Iterator[None]:
+    """Within the block, SIGTERM does what Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from dynrl.schema import MOST_ROWS, MOST_THREADS, check_count
+
 
 def use_threads(count: int | None) -> None:
     """Let torch use `count` threads; with None, as many as OMP_NUM_THREADS says, or else one a core.
@@ -12,14 +14,13 @@ def use_threads(count: int | None) -> None:
     """
     import torch
 
-    if count is not None and count < 1:
-        raise ValueError(f"expected --threads of at least 1, got {count}")
+    if count is not None:
+        check_count("--threads", count, 1, MOST_THREADS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count or "OMP_NUM_THREADS" not in os.environ:  # which torch has heeded already
         torch.set_num_threads(count or cores)
 
 
 def check_batch_size(count: int) -> None:
-    """Refuse, with a ValueError, a batch of no inputs."""
-    if count < 1:
-        raise ValueError(f"expected --batch-size of at least 1, got {count}")
+    """Refuse, with a ValueError, a batch of no inputs, or of more than any machine holds."""
+    check_count("--batch-size", count, 1, MOST_ROWS)

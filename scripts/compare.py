@@ -49,7 +49,7 @@ def main(args: Args) -> None:
     from dynrl.envs import decision
     from dynrl.scripts.cells import check, train_cells
     from dynrl.scripts.common import use_threads
-    from dynrl.training import folder_name
+    from dynrl.training import folder_name, held
 
     if not args.decisions or not args.agents or not args.seeds:
         raise ValueError("expected at least one decision, one agent and one seed")
@@ -58,9 +58,11 @@ def main(args: Args) -> None:
     use_threads(args.threads)
     for name, data in matrix:
         folder = args.out / f"{name}-{folder_name(data)}"
-        if not train_cells(folder, name, data, args):
-            return
-        compare_runs(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder):
+            if not train_cells(folder, name, data, args):
+                raise KeyboardInterrupt("to go on, give the same command")
+            compare_runs(folder)
 
 
 def compare_runs(folder: Path) -> dict[str, Any]:

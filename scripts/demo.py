@@ -24,15 +24,19 @@ class Args:
 def main(args: Args) -> None:
     """Train a small plain network, then a backbone with its policy; print five rows, and where the picture is."""
     from dynrl import evaluate, train
+    from dynrl.files import make_aside
     from dynrl.scripts.common import use_threads
-    from dynrl.training import new_folder, pretrain
+    from dynrl.training import folder_for, pretrain
 
     use_threads(args.threads)
-    out = new_folder(args.out, "demo")
+    with make_aside(out := folder_for(args.out, "demo")):
+        pass
     print("1 of 2: a plain network of half of the MACs, trained alone", flush=True)
     smaller = pretrain(DECISION, DATA, out=out / "smaller", plain=True, network=HALF, show=True)
     print("2 of 2: a network with exits, and a policy that decides where each image stops", flush=True)
     run = train(DECISION, DATA, out=out / "run", show=True)
+    if not run.finished:
+        raise KeyboardInterrupt(f"go on with: dynrl train {DECISION} --resume {run}")
     report = evaluate(run, out=out, smaller=[smaller], budgets=(BUDGET,), show=True)
     print(f"\n{DECISION} on {DATA}, test split; times of a batch of {report['dense']['batch_size']}")
     for name, row in rows(report):

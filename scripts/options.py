@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import re
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -54,3 +57,21 @@ def texts(kind: type) -> dict[str, str]:
     _, _, listed = (kind.__doc__ or "").partition("Attributes:")
     found = re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", listed, re.DOTALL | re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
+
+
+def parse_words(verb: str, module: Any, words: Sequence[str]) -> Any:
+    """Return a verb's settings; a ValueError of one line says what is wrong with `words`."""
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in words):
+        raise ValueError(f"expected no empty words, got {list(words)}")
+    said, shown = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+            return tyro.cli(module.Args, args=words, prog=f"dynrl {verb}", description=module.__doc__)
+    except SystemExit as left:
+        if not left.code:  # --help
+            print(shown.getvalue(), end="")
+            raise
+        # The message is a box: a title, a line, what is wrong, and after another line an option's help.
+        _, *parts = re.split(r"[-\u2500-\u257f]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
+        told = next((part for part in parts if part.strip(" |\n\u2502")), said.getvalue())
+        raise ValueError(f"{' '.join(told.replace('|', ' ').split())} (see dynrl {verb} --help)") from None

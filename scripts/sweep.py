@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -43,22 +43,32 @@ class Args:
 
 def main(args: Args) -> None:
     """Check all combinations, train them and rank them."""
+    from dynrl.schema import check_count
+    from dynrl.scripts.cells import trainings
+    from dynrl.scripts.common import use_threads
+    from dynrl.sweep import check_same
+    from dynrl.training import held
+
+    if args.side_by_side is not None:
+        check_count("--side-by-side", args.side_by_side, 1, 1_000)
+    use_threads(None)
+    found = trainings(args)
+    common = {name: value for name, value in asdict(args).items() if name not in ("out", "vary", "side_by_side")}
+    check_same(args.out, common | {"backbone": args.backbone and str(args.backbone.resolve())})
+    with held(args.out):
+        train_and_rank(args, found)
+
+
+def train_and_rank(args: Args, found: list[dict[str, Any]]) -> None:
+    """Train a run for each of the settings `found`, print the runs by rank, and write sweep.json."""
     import torch
 
     from dynrl.agents.rllib import start_ray
     from dynrl.files import write_json
     from dynrl.runs import RunFolder
-    from dynrl.scripts.cells import trainings
-    from dynrl.scripts.common import use_threads
-    from dynrl.sweep import check_same, search
+    from dynrl.sweep import search
     from dynrl.training import find_prices, make_run, plan, plan_again, pretrain_into
 
-    if args.side_by_side is not None and args.side_by_side < 1:
-        raise ValueError(f"expected --side-by-side of at least 1, got {args.side_by_side}")
-    use_threads(None)
-    found = trainings(args)
-    common = {name: value for name, value in asdict(args).items() if name not in ("out", "vary", "side_by_side")}
-    check_same(args.out, common | {"backbone": args.backbone and str(args.backbone.resolve())})
     backbone = args.backbone or args.out / "backbone"
     if args.backbone is None:
         backbone.mkdir(parents=True, exist_ok=True)
@@ -76,8 +86,6 @@ def main(args: Args) -> None:
         runs.append(str(run.path.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())
-    if not rows:
-        raise KeyboardInterrupt
     write_json(args.out / "sweep.json", rows)
     print(f"\n{'area':>8} {'steps':>10} {'seconds':>8}  run")
     for row in rows:

@@ -8,6 +8,7 @@ report in four rows); `by-decision` (a row for each decision); `comparison` or `
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -54,25 +55,30 @@ def main(args: Args) -> None:
 def table(name: str, results: Path) -> list[str]:
     """Return the lines of the table of that name."""
     from dynrl.evaluation import tables
-    from dynrl.files import read_json
+    from dynrl.files import read_json, reading
     from dynrl.scripts import registries
     from dynrl.scripts.bench.tables import BENCHES
+
+    def read(write: Callable[..., list[str]], *paths: Path) -> list[str]:
+        with reading(", ".join(map(str, paths)), f"source of the table {name}"):
+            return write(*map(read_json, paths))
 
     if name in REGISTRIES:
         return getattr(registries, REGISTRIES[name])()
     if name == "shipped":
         return tables.shipped_table()
     if name in ("comparison", "one-price"):
-        compared = [read_json(path) for path in sorted(results.glob("*/comparison.json"))]
-        return tables.comparison_table(compared) if name == "comparison" else tables.one_price_table(compared)
+        write = tables.comparison_table if name == "comparison" else tables.one_price_table
+        return read(lambda *compared: write([*compared]), *sorted(results.glob("*/comparison.json")))
     if name == "by-decision":
-        return tables.by_decision_table({folder: read_json(results / folder / "report.json") for folder in SHOWN})
+        reports = [results / folder / "report.json" for folder in SHOWN]
+        return read(lambda *found: tables.by_decision_table(dict(zip(SHOWN, found, strict=True))), *reports)
     if name == "demo":
-        return tables.demo_table(read_json(results / "skip-digits" / "report.json"))
+        return read(tables.demo_table, results / "skip-digits" / "report.json")
     if name in BENCHES:
         newest = max(results.glob(f"{name}-*.json"), default=results / f"{name}-DATE.json")
-        return BENCHES[name](read_json(newest))
-    return tables.report_table(read_json(results / name / "report.json"))
+        return read(BENCHES[name], newest)
+    return read(tables.report_table, results / name / "report.json")
 
 
 if __name__ == "__main__":

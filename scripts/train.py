@@ -56,10 +56,10 @@ def main(args: Args) -> None:
         with gone_if_not_begun(run) if args.resume is None else nullcontext():
             done = learn(run, planned)
         if not done:
-            return
+            raise KeyboardInterrupt("the policy so far is kept; ")
         report_runs([run.path], run.path)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: dynrl train {name} --resume {run}") from None
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(f"{stopped}go on with: dynrl train {name} --resume {run}") from None
     print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
     reached = [macs for _, macs in run.model.curve]
     budget = "model.set_budget(0.5); " if len(reached) > 1 and min(reached) <= 0.5 <= max(reached) else ""

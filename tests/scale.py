@@ -1,4 +1,4 @@
-"""Several processes, some of which die; a sweep: `make test-scale`, outside the ordinary run (a minute or two)."""
+"""Several processes, some of which die; a sweep; changed files: `make test-scale`, outside the ordinary run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ from dynrl.files import read_json
 from dynrl.plugins import VARIABLE
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Place, Problem, Settings
+from tests.mutations import check
 
 STEPS = 24_000
+
+
+def test_changed_models_are_refused_by_their_file_or_right(tmp_path):
+    """2,500 well-formed files with wrong content; what they cost is printed."""
+    found = check(2500, 1, tmp_path)
+    print(f"\nchanged models: {found}")
+    assert found["refused"] + found["accepted"] == 2500
+    assert found["megabytes"] < 300
 
 
 def kill(runner):

@@ -49,7 +49,7 @@ def test_the_policys_routes_come_nearer_to_the_reference(name, tmp_path):
     data, router = answered_by(reference), random_policy(backbone)
     before = score(RoutedModel(backbone, router), data.train).metric
     plan = Finetuning(rounds=1, epochs=8, batch_size=32)
-    scalars = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.pt").train(router, 1)
+    scalars = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.safetensors").train(router, 1)
     assert not backbone.training
     assert score(RoutedModel(backbone, router), data.train).metric < 0.8 * before
     assert set(scalars) == {"loss", "divergence", "mse", "macs_fraction"}
@@ -65,7 +65,7 @@ def test_full_routes_in_each_batch_keep_the_dense_network(small_backbone, tmp_pa
     for share in (0.0, 0.5):
         backbone, _ = load_backbone(small_backbone)
         plan = Finetuning(rounds=1, epochs=4, batch_size=64, learning_rate=0.1, full_share=share)
-        tuner = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / f"{share}.pt")
+        tuner = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / f"{share}.safetensors")
         scalars = tuner.train(router, 1)
         routed = score(RoutedModel(backbone, router), data.test).metric
         found[share] = routed, metric_at_rate(backbone, data.test, None), scalars["macs_fraction"]
@@ -81,7 +81,7 @@ def test_routes_are_drawn_from_the_policy_where_the_plan_says_so(tmp_path):
     spent = {}
     for sampled in (False, True):
         plan = Finetuning(rounds=1, epochs=1, batch_size=32, full_share=0.0, sampled=sampled)
-        tuner = Finetuner(make_backbone("skip"), backbone, data, plan, PRICES, 0, tmp_path / f"{sampled}.pt")
+        tuner = Finetuner(make_backbone("skip"), backbone, data, plan, PRICES, 0, tmp_path / f"{sampled}.safetensors")
         spent[sampled] = tuner.train(router, 1)["macs_fraction"]
     floor = (backbone.start_macs + int(backbone.costs[:, 0].sum())) / backbone.dense_macs
     assert spent[False] == pytest.approx(floor)
@@ -94,7 +94,7 @@ def test_each_epoch_has_inputs_of_its_own_where_they_can_be_drawn(tmp_path):
     data = answered_by(backbone)
     data = replace(data, anew=lambda seed: drawn.append(seed) or data.train)
     plan = Finetuning(rounds=3, epochs=0.75, batch_size=32)  # of 8 batches each, 6 a round
-    make = partial(Finetuner, backbone, backbone, data, plan, PRICES, 5, tmp_path / "c.pt")
+    make = partial(Finetuner, backbone, backbone, data, plan, PRICES, 5, tmp_path / "c.safetensors")
     make().train(untrained_policy(backbone), 1)
     make().train(untrained_policy(backbone), 3)
     assert len(drawn) == 4 and drawn[0] == drawn[1] and len(set(drawn)) == 3
@@ -119,7 +119,9 @@ def test_both_optimizers_descend_and_others_are_refused():
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     backbone = make_backbone("exiting")
     with pytest.raises(ValueError, match="larger than the 256"):
-        Finetuner(backbone, backbone, answered_by(backbone), Finetuning(batch_size=300), PRICES, 0, tmp_path / "c.pt")
+        Finetuner(
+            backbone, backbone, answered_by(backbone), Finetuning(batch_size=300), PRICES, 0, tmp_path / "c.safetensors"
+        )
 
 
 # In turn ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 
 import dynrl
 from dynrl.agents.rllib import start_ray
+from dynrl.files import load_tensors
 from dynrl.plugins import VARIABLE, load_plugins
 from dynrl.scripts.cli import main
 
@@ -164,10 +165,10 @@ def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):
     model = dynrl.load(tmp_path / "run")
     model(torch.randn(3, *model.input_shape))
     assert model.curve[0][1] < 0.5
-    saved = torch.load(tmp_path / "run" / "checkpoints" / "evolution.pt", weights_only=True)
+    saved = load_tensors(tmp_path / "run" / "checkpoints" / "evolution.safetensors", "checkpoint")[1]
     run(*command, "--resume", "run", "--threads", "2")
-    again = torch.load(tmp_path / "run" / "checkpoints" / "evolution.pt", weights_only=True)
-    assert again["steps"] == saved["steps"] >= 12_000
+    again = load_tensors(tmp_path / "run" / "checkpoints" / "evolution.safetensors", "checkpoint")[1]
+    assert again["done"] == saved["done"] >= 12_000
 
 
 def test_a_policy_works_as_printed(small_backbone, tmp_path, run):

@@ -52,7 +52,7 @@ def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
     digits = load_dataset("digits")
     plain = replace(digits, augmentation=Augmentation(shift=1))
     whole = pretrain(fresh(), plain, RECIPE, seed=1)
-    checkpoint = tmp_path / "backbone.pt"
+    checkpoint = tmp_path / "backbone.safetensors"
     with pytest.raises(KeyboardInterrupt):
         pretrain(fresh(), replace(digits, augmentation=Killed(shift=1)), RECIPE, seed=1, checkpoint=checkpoint)
     assert checkpoint.exists()
@@ -62,7 +62,7 @@ def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
         for name, tensor in whole.state_dict().items():
             torch.testing.assert_close(resumed.state_dict()[name], tensor)
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"backbone.pt is damaged .*; take it away"):
+    with pytest.raises(ValueError, match=r"backbone.safetensors is damaged .*; take it away"):
         pretrain(fresh(), plain, RECIPE, seed=1, checkpoint=checkpoint)
 
 
@@ -156,7 +156,7 @@ def test_each_epoch_has_inputs_of_its_own_where_they_can_be_drawn(tmp_path):
         return split(float(seed % 1000))
 
     data = Dataset("drawn", 2, split(0.0), split(0.0), split(0.0), Augmentation(), anew=anew)
-    recipe, file = replace(RECIPE, batch_size=32, learning_rate=1e-4), tmp_path / "backbone.pt"
+    recipe, file = replace(RECIPE, batch_size=32, learning_rate=1e-4), tmp_path / "backbone.safetensors"
     assert replace(data, anew=None).in_epoch(3, 2).train is data.train
     torch.manual_seed(0)
     start = Looping()

@@ -282,7 +282,7 @@ def test_a_backbone_is_tuned_on_its_routes(tmp_path):
     data, policy = answered_by(reference), random_policy(backbone)
     before = score(RoutedModel(backbone, policy), data.train).metric
     plan = Finetuning(rounds=1, epochs=8, batch_size=32)
-    Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.pt").train(policy, 1)
+    Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.safetensors").train(policy, 1)
     assert score(RoutedModel(backbone, policy), data.train).metric < 0.8 * before
 
 

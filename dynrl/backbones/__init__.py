@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynrl.backbones.base import Backbone, read_backbone_file
+from dynrl.backbones.base import Backbone
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
@@ -15,8 +16,10 @@ from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
+from dynrl.files import filled, load_tensors, reading
 from dynrl.ops.backend import float32
 from dynrl.provenance import Provenance
+from dynrl.schema import arguments, parse
 
 # These functions build a backbone from the `config` of its file, by family. A plugin adds a row:
 # FAMILIES["my-vit"] = a function of `config`.
@@ -36,20 +39,35 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     Raises:
         ValueError: the file is missing, damaged, altered, of another kind, or of an unknown family.
     """
-    tensors, metadata = read_backbone_file(path)
-    family = FAMILIES.get(str(metadata.get("family")))
-    if family is None:
-        raise ValueError(
-            f"{path}: unknown backbone family {metadata.get('family')!r}; known: {sorted(FAMILIES)}. For one of your "
-            "own, first add the function that builds it to dynrl.backbones.FAMILIES"
-        )
-    with float32():
-        backbone = family(**metadata["config"])
-    backbone.load_state_dict(tensors, assign=True)  # with the types that the file has
-    notes = metadata["notes"]
-    if "trained_on" in notes:
-        backbone.trained_on = Provenance.read(notes["trained_on"], f"{path}: trained_on")
-    return backbone.eval(), notes
+    tensors, metadata = load_tensors(path, "backbone")
+    with reading(path, "backbone file"):
+        written = parse(BackboneFile, metadata)
+        family = FAMILIES.get(written.family)
+        if family is None:
+            raise ValueError(
+                f"unknown backbone family {written.family!r}; known: {sorted(FAMILIES)}. For one of your own, first "
+                "add the function that builds it to dynrl.backbones.FAMILIES"
+            )
+        with float32():
+            backbone = filled(lambda: family(**arguments(family, written.config, "config.")), tensors)
+        if "trained_on" in written.notes:
+            backbone.trained_on = Provenance.read(written.notes["trained_on"], "notes.trained_on")
+    return backbone.eval(), written.notes
+
+
+@dataclass(frozen=True)
+class BackboneFile:
+    """The metadata of a backbone file.
+
+    Attributes:
+        family: a name in `FAMILIES`.
+        config: the keyword arguments that rebuild the backbone.
+        notes: what the backbone was saved with.
+    """
+
+    family: str
+    config: dict[str, Any]
+    notes: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, merge
-from dynrl.files import fingerprint, load_tensors, save_tensors
+from dynrl.files import fingerprint, save_tensors
 from dynrl.ops.backend import may_look
 from dynrl.provenance import Provenance
 from dynrl.routes import draw_routes
@@ -473,8 +473,3 @@ class Backbone(nn.Module):
             notes["trained_on"] = self.trained_on.to_dict()
         metadata = {"family": self.family, "config": self.config, "notes": notes}
         save_tensors(path, "backbone", self.state_dict(), metadata)
-
-
-def read_backbone_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights and the metadata of a file written by `Backbone.save`."""
-    return load_tensors(path, "backbone")

@@ -14,6 +14,7 @@ from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.routed_experts import ExpertLayer, routed_experts_macs
+from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 
 class _Convolution(nn.Module):
@@ -91,6 +92,10 @@ class ExpertNet(Backbone):
             raise ValueError(f"expected at least one layer, got {layers}")
         if len(widths) < 2 or min(widths) < 0 or list(widths) != sorted(widths):
             raise ValueError(f"expected the widths of at least two experts, from narrow to wide, got {tuple(widths)}")
+        check_counts("input_shape", input_shape)
+        check_counts("widths", widths, least=0)
+        for name, count in (("classes", classes), ("stem", stem), ("channels", channels), ("layers", layers)):
+            check_count(name, count, 1, MOST_ROWS)
         self.input_shape = tuple(input_shape)
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "stem": stem, "channels": channels,

@@ -8,12 +8,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Backbone
+from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref, recurrent_cell
 from dynrl.ops.routed_linear import column_major
+from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 SEES = ("state", "state+input")
+MOST_TIMES = 4_000_000  # the numbers of the table that tells the time
 
 
 def _hats(steps: int, knots: int) -> Tensor:
@@ -61,6 +63,13 @@ class SkipRNN(Backbone):
             raise ValueError(f"unknown sees {sees!r}; expected one of {SEES}")
         if knots < 1:
             raise ValueError(f"expected at least one knot, got {knots}")
+        check_counts("input_shape", input_shape)
+        for count, value in (("classes", classes), ("hidden", hidden), ("knots", knots)):
+            check_count(count, value, 1, MOST_ROWS)
+        if input_shape[0] * min(knots, input_shape[0]) > MOST_TIMES:
+            raise ValueError(
+                f"expected at most {MOST_TIMES:,} steps times knots, got {input_shape[0]:,} steps and {knots:,} knots"
+            )
         self.input_shape = tuple(input_shape)
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "hidden": hidden, "sees": sees, "knots": knots
@@ -207,10 +216,10 @@ class SkipRNN(Backbone):
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[list[Answer]]:
         """Yield `Backbone.training_outputs`; without a rate, they come from torch's own layer, which is faster."""
         if rate is None:
-            yield self._whole(inputs)
+            yield [Answer(self._whole(inputs), torch.arange(len(inputs), device=inputs.device))]
         else:
             yield from super().training_outputs(inputs, rate, generator)
 

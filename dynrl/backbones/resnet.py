@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynrl.backbones.base import Backbone
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock
+from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -125,6 +126,11 @@ class ResNet(Backbone):
             raise ValueError(f"unknown block {block!r}; expected one of {sorted(BLOCKS)}")
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"unknown stem {stem!r}; expected 'cifar' or 'imagenet'")
+        check_counts("input_shape", input_shape)
+        check_count("classes", classes, 1, MOST_ROWS)
+        check_counts("layers", layers)
+        check_counts("widths", widths)
+        check_count("stem_stride", stem_stride, 1, MOST_ROWS)
         if len(layers) != len(widths):
             raise ValueError(f"expected one width a stage, got {len(layers)} stages and {len(widths)} widths")
         self.input_shape = tuple(input_shape)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State, Walk
 from dynrl.cost import count_macs
 from dynrl.deploy.budget import price_at
+from dynrl.files import reading
 from dynrl.policies import Policy, load_policy
 
 if TYPE_CHECKING:
@@ -269,15 +270,15 @@ def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
     if not isinstance(policy, (str, Path)):
         return RoutedModel(backbone, policy)
     router, metadata = load_policy(policy)
-    _check_match(policy, metadata, backbone)
-    curve = [(float(price), float(macs)) for price, macs in metadata["curve"]]
-    return RoutedModel(backbone, router, curve)
+    with reading(policy, "policy file"):
+        _check_match(metadata, backbone)
+        return RoutedModel(backbone, router, [(float(price), float(macs)) for price, macs in metadata["curve"]])
 
 
-def _check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone) -> None:
+def _check_match(metadata: dict[str, Any], backbone: Backbone) -> None:
     """Refuse, with a ValueError, a policy that was trained for another decision or another backbone."""
     if metadata["decision"] != backbone.decision:
-        raise ValueError(f"{path} decides {metadata['decision']!r}; this backbone poses {backbone.decision!r}")
+        raise ValueError(f"the policy decides {metadata['decision']!r}; this backbone poses {backbone.decision!r}")
     if metadata["backbone"] == backbone.fingerprint():
         return
     found = next(backbone.parameters()).dtype
@@ -286,7 +287,7 @@ def _check_match(path: str | Path, metadata: dict[str, Any], backbone: Backbone)
         return
     if found != torch.float32:
         raise ValueError(
-            f"{path} was trained for a backbone of torch.float32, this one is of {found}: plug the policy into the "
+            f"the policy was trained for a backbone of torch.float32, this one is of {found}: plug the policy into the "
             f"backbone as it was loaded, then convert the model by .to({found})"
         )
-    raise ValueError(f"{path} was trained for another backbone (fingerprints differ); plug it into its own")
+    raise ValueError("the policy was trained for another backbone (fingerprints differ); plug it into its own")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dynrl.backbones import load_backbone
 from dynrl.deploy.routed import RoutedModel, plug
-from dynrl.files import fingerprint, read_json
+from dynrl.files import fingerprint, read_json, reading
 from dynrl.machine import hardware
+from dynrl.policies.files import check_curve
+from dynrl.schema import parse
 
 LATENCY = "latency.json"  # the file in a run folder that says how long a batch took, and on which machine
 
@@ -36,19 +40,40 @@ def load(run: str | Path) -> RoutedModel:
     backbone, _ = load_backbone(run / "backbone.safetensors")
     model = plug(backbone, run / "policy.safetensors")
     if (run / LATENCY).is_file():
-        model.latency = _times_of_here(run / LATENCY, policy_fingerprint(model))
+        model.latency = _times_of_here(run / LATENCY, model)
     return model
 
 
-def _times_of_here(file: Path, policy: str) -> list[tuple[float, float]]:
+@dataclass(frozen=True)
+class Latency:
+    """The content of a latency.json.
+
+    Attributes:
+        curve: the price and the milliseconds of a batch at each price.
+        batch_size: the number of rows of a batch.
+        policy: the `policy_fingerprint` of the model that was timed.
+        date: the day.
+        hardware: the machine, as `dynrl.machine.hardware` describes it.
+    """
+
+    curve: tuple[tuple[float, float], ...]
+    batch_size: int
+    policy: str
+    date: str
+    hardware: dict[str, Any]
+
+
+def _times_of_here(file: Path, model: RoutedModel) -> list[tuple[float, float]]:
     """Return what `dynrl calibrate` wrote to `file`, or nothing if it timed another policy or on another machine."""
-    times, here = read_json(file), hardware()
-    try:
-        same = all(times["hardware"].get(name) == here[name] for name in ("processor", "threads", "torch"))
-        curve = [(float(price), float(ms)) for price, ms in times["curve"]]
-        return curve if same and times["policy"] == policy else []
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{file} is not what dynrl calibrate writes; run it again, or take the file away") from None
+    written, here = read_json(file), hardware()
+    with reading(file, "file of dynrl calibrate"):
+        times = parse(Latency, written)
+        if times.policy != policy_fingerprint(model):
+            return []
+        assert model.price_range is not None, "only a policy that knows a price is loaded from a file"
+        check_curve(times.curve, model.price_range)
+        same = all(times.hardware.get(name) == here[name] for name in ("processor", "threads", "torch"))
+        return list(times.curve) if same else []
 
 
 def policy_fingerprint(model: RoutedModel) -> str:

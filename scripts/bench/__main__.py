@@ -61,20 +61,29 @@ HEEDED = {  # the options of each suite
 
 def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
-    from dynrl.files import write_json
-    from dynrl.machine import commit, hardware
+    from dynrl.files import check_folder, write_json
+    from dynrl.machine import check_device, commit, hardware
+    from dynrl.runs import RunFolder
+    from dynrl.schema import check_count
     from dynrl.scripts.bench.tables import SUMMED
-    from dynrl.scripts.common import use_threads
+    from dynrl.scripts.common import check_batch_size, use_threads
 
-    if args.rounds is not None and args.rounds < 1:
-        raise ValueError(f"expected --rounds of at least 1, got {args.rounds}")
+    if args.rounds is not None:
+        check_count("--rounds", args.rounds, 1, 1_000_000)
+    if not 0 < args.seconds <= 3600:
+        raise ValueError(f"expected --seconds above 0 and at most 3600, got {args.seconds}")
+    for batch in args.batches:
+        check_batch_size(batch)
+    check_device(args.device)
     heeded = HEEDED[args.suite]
     for field in fields(args):
         if field.name not in (*heeded, "suite", "out") and getattr(args, field.name) != field.default:
             options = ", --".join(heeded)
             raise ValueError(f"bench {args.suite} does not heed --{field.name}; its options are --{options}")
     out = args.out or Path("results") / f"bench-{args.suite}-{date.today():%Y%m%d}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad path is refused at once
+    check_folder(out.parent)
+    for run in args.runs if args.suite == "model" else ():
+        _ = RunFolder(run).config
     if "threads" in heeded:
         use_threads(args.threads)
     rows, summaries = measured(args)

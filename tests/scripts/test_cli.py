@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from dynrl.files import make_aside
 from dynrl.scripts.cli import main
-from dynrl.training import folder_name, new_folder
+from dynrl.training import folder_for, folder_name
 from tests.scripts.calls import ROOT, call, refusal
 
 RUN = "no run folder"
@@ -44,14 +45,15 @@ def test_bad_commands_are_refused(words, reason, tmp_path, monkeypatch, capsys):
 
 def test_folders_are_named_by_the_last_part_of_a_data_sets_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = [new_folder(None, "exit", "/tmp/my/photos@96"), new_folder(None, "backbone", "skip", "digits")]
+    made = [folder_for(None, "exit", "/tmp/my/photos@96"), folder_for(None, "backbone", "skip", "digits")]
     assert [re.sub(r"\d{8}-\d{6}", "TIME", str(path)) for path in made] == [
         "runs/exit-photos@96-TIME", "runs/backbone-skip-digits-TIME",
     ]  # fmt: skip
     assert [folder_name(data) for data in ("digits", "/photos@96", "/a/b/photos")] == ["digits", "photos@96", "photos"]
     with pytest.raises(ValueError, match="made exists; choose another --out, .*dynrl train .*--resume"):
         (tmp_path / "made").mkdir()
-        new_folder(tmp_path / "made")
+        with make_aside(folder_for(tmp_path / "made")):
+            pass
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capsys):

@@ -12,10 +12,11 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import load
 from dynrl.evaluation import COMPARED, score
-from dynrl.files import read_json, write_json
+from dynrl.files import read_json
 from dynrl.recipes import DEFAULTS
 from dynrl.scripts import cells, compare
 from dynrl.scripts.cli import main
+from dynrl.settings import Learning, Problem, Settings
 from dynrl.training import train
 
 
@@ -76,7 +77,7 @@ def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_back
         folder.mkdir(parents=True)
     shutil.copyfile(small_backbone, cell / "backbone" / "backbone.safetensors")
     shutil.copyfile(small_backbone, cell / "backbone" / "plain.safetensors")
-    write_json(cell / "gate-0" / "config.json", {"decision": "skip", "data": "/a/photos", "seed": 0, "agent": "gate"})
+    Settings(Problem("skip", "/a/photos"), Learning("gate")).save(cell / "gate-0" / "config.json")
     wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,))
     with pytest.raises(ValueError, match="gate-0 was trained on /a/photos, not digits"):
         cells.train_cells(cell, "skip", "digits", wanted)

@@ -17,7 +17,7 @@ import dynrl
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED
-from dynrl.files import read_json
+from dynrl.files import load_tensors, read_json
 from dynrl.recipes import DEFAULTS
 from dynrl.runs import RunFolder
 from dynrl.scripts.cli import main
@@ -119,7 +119,7 @@ def test_a_killed_pretraining_goes_on_by_the_same_command(tmp_path, monkeypatch,
     assert "another seed" in refused(*words, "--seed", "3")[1]
     assert "another decision, network" in refused("pretrain", "exit", "--out", str(out))[1]
     main([*words, "--threads", "2"])  # where it runs may change
-    assert made == ["plain.pt", "backbone.pt", "backbone.pt"]
+    assert made == [f"pretraining-{name}.safetensors" for name in ("plain", "backbone", "backbone")]
     assert {p.name for p in out.iterdir()} == {"plain.safetensors", "backbone.safetensors", "config.json"}
     assert (out / "config.json").read_text() == kept
     (tmp_path / "else").mkdir()
@@ -180,12 +180,12 @@ def test_settings_left_out_are_the_data_sets(tmp_path, monkeypatch):
 
 
 def test_gates_are_resumed_by_the_command(others):
-    done = torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"]
+    done = load_tensors(others / "gate" / "checkpoints" / "gate.safetensors", "checkpoint")[1]["done"]
     assert RunFolder(others / "gate").settings["agent"] == "gate"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dynrl.scripts.evaluate.report_runs", lambda *runs: None)
         main(["train", "skip", "--resume", str(others / "gate")])
-    assert torch.load(others / "gate" / "checkpoints" / "gate.pt", weights_only=True)["steps"] == done
+    assert load_tensors(others / "gate" / "checkpoints" / "gate.safetensors", "checkpoint")[1]["done"] == done
 
 
 def start(*words, cwd):
