@@ -262,7 +262,7 @@ class RLlibAgent(Agent):
         self.steps, newest = 0, newest_checkpoint(self.checkpoints)
         if newest is not None:
             try:
-                if read_json(newest / DIGESTS) != digests(newest):  # RLlib would unpickle whatever is there
+                if read_json(newest / DIGESTS) != digests(newest):  # RLlib would believe whatever is there
                     raise ValueError("its checksums do not match")
                 self._algorithm.restore_from_path(newest.resolve())
             except Exception as error:  # a damaged file may raise anything

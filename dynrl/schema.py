@@ -27,7 +27,8 @@ def parse(kind: Any, values: Any, prefix: str = "") -> Any:
 def arguments(function: Callable[..., Any], values: Any, prefix: str = "") -> dict[str, Any]:
     """Return JSON values as keyword arguments of a function or class, whose annotations say their types.
 
-    A class that hands arguments on to its bases takes theirs, too. A function that takes any keyword takes any value.
+    A class that hands arguments on to its bases takes theirs, too. A function that takes any keyword gets the
+    values as they are.
 
     Raises:
         ValueError: an argument is unknown or missing, or a value has the wrong type.
@@ -45,7 +46,7 @@ def arguments(function: Callable[..., Any], values: Any, prefix: str = "") -> di
             break
     else:
         if not isinstance(function, type) and isinstance(values, Mapping):
-            return _typed(prefix, values, hints)  # any keyword is taken
+            return dict(values)
     _same_names(prefix, values, list(hints), needed)
     return _typed(prefix, values, hints)
 
@@ -58,7 +59,7 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def _typed(prefix: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: _tuples(value) for name, value in values.items()}
+    found = {name: value if hints.get(name, Any) is Any else _tuples(value) for name, value in values.items()}
     for name, value in found.items():
         hint = hints.get(name, Any)
         if not _fits(value, hint):

@@ -49,8 +49,7 @@ def main(args: Args) -> None:
     from dynrl.sweep import check_same
     from dynrl.training import held
 
-    if args.side_by_side is not None:
-        check_count("--side-by-side", args.side_by_side, 1, 1_000)
+    check_count("--side-by-side", 1 if args.side_by_side is None else args.side_by_side, 1, 1_000)
     use_threads(None)
     found = trainings(args)
     common = {name: value for name, value in asdict(args).items() if name not in ("out", "vary", "side_by_side")}
@@ -77,15 +76,15 @@ def train_and_rank(args: Args, found: list[dict[str, Any]]) -> None:
     for given in found:
         run = RunFolder(args.out / (",".join(f"{name}={given[name]}" for name in varied) or "default"))
         run.drop_half_made()
-        if run.path.is_dir():
-            planned = plan_again(run, args.data)
-        else:
-            planned = plan(args.decision, args.data, **given)
+        planned = plan_again(run, args.data) if run.path.is_dir() else plan(args.decision, args.data, **given)
+        if not run.path.is_dir():
             make_run(planned, run.path, backbone)
         find_prices(run, planned)
         runs.append(str(run.path.resolve()))
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())
+    if not rows:
+        raise KeyboardInterrupt("to go on, give the same command")
     write_json(args.out / "sweep.json", rows)
     print(f"\n{'area':>8} {'steps':>10} {'seconds':>8}  run")
     for row in rows:

@@ -105,7 +105,7 @@ def test_a_sweep_ranks_what_is_left_and_tries_again_what_failed(tmp_path, capsys
     words = ["sweep", "skip", "--backbone", str(SHIPPED / "skip-digits"), "--out", str(tmp_path), "--steps", "4000"]
     words += ["--vary", "learning_rate=0.002,0.004"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # make the run folders only
-        patch.setattr("dynrl.scripts.sweep.search", lambda *given: [])
+        patch.setattr("dynrl.sweep.search", lambda *given: [])
         main(words)
     file = tmp_path / "learning_rate=0.004" / "backbone.safetensors"
     kept = file.read_bytes()

@@ -70,17 +70,17 @@ def main(args: Args) -> None:
 
     if args.rounds is not None:
         check_count("--rounds", args.rounds, 1, 1_000_000)
-    if not 0 < args.seconds <= 3600:
-        raise ValueError(f"expected --seconds above 0 and at most 3600, got {args.seconds}")
-    for batch in args.batches:
-        check_batch_size(batch)
-    check_device(args.device)
     heeded = HEEDED[args.suite]
     for field in fields(args):
         if field.name not in (*heeded, "suite", "out") and getattr(args, field.name) != field.default:
             options = ", --".join(heeded)
             raise ValueError(f"bench {args.suite} does not heed --{field.name}; its options are --{options}")
     out = args.out or Path("results") / f"bench-{args.suite}-{date.today():%Y%m%d}.json"
+    if not 0 < args.seconds <= 3600:
+        raise ValueError(f"expected --seconds above 0 and at most 3600, got {args.seconds}")
+    for batch in args.batches:
+        check_batch_size(batch)
+    check_device(args.device)
     check_folder(out.parent)
     for run in args.runs if args.suite == "model" else ():
         _ = RunFolder(run).config
