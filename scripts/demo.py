@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynrl.tasks import TASKS
+
 DECISION, DATA, BUDGET = "exit", "trace-small", 0.5
 HALF = ("layers=[1,2]", "exits=[0]")  # a plain network of about half of the MACs
 
@@ -62,6 +64,21 @@ def rows(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield f"best rule of thumb ({rule['policy']})", rule
     yield "plain network of half of the MACs", best("smaller")
     yield "random routes", best("random")
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Write the five rows as a Markdown table."""
+    task = TASKS[report["metric"]]
+    lines = [f"| | {task.heading} | MACs | ms | speed-up |", "|---|---|---|---|---|"]
+    for name, row in rows(report):
+        cells = (
+            task.show(row[task.metric]),
+            f"{row['macs_fraction']:.2f}",
+            f"{row['latency_ms']:.1f}",
+            f"{row['speedup']:.2f}",
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write tables from the registries and `results/` into README and docs, between marks in these pages.
 
-A table goes from `<!-- table:NAME -->` to `<!-- end -->`. NAME is a folder of `results/` with a report; `demo` (one
-report in four rows); `by-decision` (a row for each decision); `comparison` or `one-price` (all comparisons);
+A table goes from `<!-- table:NAME -->` to `<!-- end -->`. NAME is a folder of `results/` with a report; `demo` (what
+`dynrl demo` prints); `by-decision` (a row for each decision); `comparison` or `one-price` (all comparisons);
 `decisions`, `decisions-pages` or `data` (the registries); `shipped`; or a bench, whose newest file is shown.
 """
 
@@ -56,7 +56,7 @@ def table(name: str, results: Path) -> list[str]:
     """Return the lines of the table of that name."""
     from dynrl.evaluation import tables
     from dynrl.files import read_json, reading
-    from dynrl.scripts import registries
+    from dynrl.scripts import demo, registries
     from dynrl.scripts.bench.tables import BENCHES
 
     def read(write: Callable[..., list[str]], *paths: Path) -> list[str]:
@@ -74,7 +74,7 @@ def table(name: str, results: Path) -> list[str]:
         reports = [results / folder / "report.json" for folder in SHOWN]
         return read(lambda *found: tables.by_decision_table(dict(zip(SHOWN, found, strict=True))), *reports)
     if name == "demo":
-        return read(tables.demo_table, results / "skip-digits" / "report.json")
+        return read(demo.table, results / f"{demo.DECISION}-{demo.DATA}" / "report.json")
     if name in BENCHES:
         newest = max(results.glob(f"{name}-*.json"), default=results / f"{name}-DATE.json")
         return read(BENCHES[name], newest)

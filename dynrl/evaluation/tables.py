@@ -85,24 +85,6 @@ def _about_half(point: Mapping[str, Any]) -> bool:
     return point["kind"] is not None or point["macs_fraction"] <= HALF + 0.05
 
 
-def demo_table(report: Mapping[str, Any]) -> list[str]:
-    """Write one report at half of the dense MACs in four rows: dense, learned, random, static."""
-    dense, metric = report["dense"], report["metric"]
-    task = TASKS[metric]
-    lines = [
-        f"| policy | {task.heading} | MACs | ms | speed-up |",
-        "|---|---|---|---|---|",
-        f"| dense | {task.show(dense[metric])} | 1.00 | {dense['latency_ms']:.1f} | 1.00 |",
-    ]
-    for name in ("learned", "random", "static"):
-        p = _at_half(report, name)
-        lines.append(
-            f"| {name} | {task.show(p[metric])} | {p['macs_fraction']:.2f} | {p['latency_ms']:.1f} "
-            f"| {p['speedup']:.2f} |"
-        )
-    return lines
-
-
 def _at_half(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = [p for p in report["points"] if p["policy"] == name]
     return min(found, key=lambda p: abs(p["budget"] - HALF))
