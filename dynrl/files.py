@@ -52,13 +52,14 @@ def make_aside(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; rename it to `folder` if the block succeeds, else remove it.
 
     Raises:
-        ValueError: `folder` exists.
+        ValueError: `folder` exists, or lies in a file.
     """
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise ValueError(
             f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume {folder}"
         )
+    check_folder(folder)
     made = [parent for parent in folder.parents if not parent.exists()]
     aside = _aside(folder)
     try:
