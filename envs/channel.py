@@ -10,7 +10,8 @@ class ChannelVectorEnv(RoutingVectorEnv):
     """At each identity block of a residual network, how many of its inner channels are computed?
 
     ## Features
-    The mean of each channel of the features before the block.
+    The mean of each channel of the features before the block. Before it comes what an auxiliary classifier says, if
+    the network has them (see `dynrl/Skip-v0`).
 
     ## Action
     `Discrete(n)`, where n is the number of the backbone's `shares` (4: a quarter, a half, three quarters, all). A

@@ -10,7 +10,9 @@ class SkipVectorEnv(RoutingVectorEnv):
     """At each identity block of a residual network, does the block run or do the features pass it by?
 
     ## Features
-    The mean of each channel of the features before the block.
+    The mean of each channel of the features before the block. If the network has auxiliary classifiers (the setting
+    `auxiliary`), how sure the one in front of the block is comes before: its highest probability, the lead over the
+    second one, and the entropy divided by log(classes).
 
     ## Action
     `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and pose no decision.
@@ -20,7 +22,8 @@ class SkipVectorEnv(RoutingVectorEnv):
 
     ## Source
     SkipNet: Learning Dynamic Routing in Convolutional Networks, Wang et al., ECCV 2018 (sequential decisions from
-    running features). The price in the observation follows Odena et al. 2017.
+    running features). Dynamic Multi-path Neural Network, Su et al., 2019 (an auxiliary class task for the controller).
+    The price in the observation follows Odena et al. 2017.
 
     ## Version history
     v0: the first version.

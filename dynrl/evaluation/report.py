@@ -277,8 +277,8 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
         spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}
         least, most = (choose(spent, key=lambda of: spent[of]) for choose in (min, max))
         names = dict(enumerate(report["classes"]))
-        between = f"; class {names[least]} takes {spent[least]:.2f}, class {names[most]} {spent[most]:.2f}"
-        between = between if len(spent) > 1 else ""
+        ends = (f"class {names.get(which, which)} takes {spent[which]:.2f}" for which in (least, most))
+        between = f"; {', '.join(ends)}" if len(spent) > 1 else ""
         lines.append(
             f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}"
         )
