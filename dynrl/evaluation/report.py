@@ -67,7 +67,6 @@ def evaluate(
     beside = [plain_network(folder, dataset) for folder in smaller]
     report = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
-        "classes": list(dataset.names),
         "seeds": {kind.label: [run.seed for run in mine] for kind, mine in kinds.items()},
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
         **measure(ground, learned, folders[0].plain, beside, batch_size, budgets, show),
@@ -133,6 +132,7 @@ def measure(
                 bar.update()
         times = points.time(bar.update)
     return {
+        "classes": list(ground.dataset.names),
         "dense": _dense_figures(dense, times, points),
         "points": points.rows,
         "usage": usage,
@@ -270,9 +270,10 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
     if (usage := report["usage"]) is not None:
         spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}
         least, most = (choose(spent, key=lambda of: spent[of]) for choose in (min, max))
-        names = dict(enumerate(report["classes"]))
-        between = f"; class {names[least]} takes {spent[least]:.2f}, class {names[most]} {spent[most]:.2f}"
-        between = between if len(spent) > 1 else ""
+        between = ""
+        if len(spent) > 1:
+            names = report["classes"]
+            between = f"; class {names[least]} takes {spent[least]:.2f}, class {names[most]} {spent[most]:.2f}"
         lines.append(
             f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}"
         )
