@@ -66,7 +66,6 @@ def evaluate(
     beside = [plain_network(folder, dataset) for folder in smaller]
     common = {
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
-        "classes": list(dataset.names),
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
     }  # fmt: skip
     found = []
@@ -138,6 +137,7 @@ def measure(
                 bar.update()
         times = points.time(bar.update)
     return {
+        "classes": list(ground.dataset.names),
         "dense": _dense_figures(dense, times, points),
         "points": points.rows,
         "usage": usage,
@@ -276,9 +276,10 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
     if (usage := report["usage"]) is not None:
         spent = {group["class"]: group["macs_fraction"] for group in usage["groups"]}
         least, most = (choose(spent, key=lambda of: spent[of]) for choose in (min, max))
-        names = dict(enumerate(report["classes"]))
-        ends = (f"class {names.get(which, which)} takes {spent[which]:.2f}" for which in (least, most))
-        between = f"; {', '.join(ends)}" if len(spent) > 1 else ""
+        between = ""
+        if len(spent) > 1:
+            names = report["classes"]
+            between = f"; class {names[least]} takes {spent[least]:.2f}, class {names[most]} {spent[most]:.2f}"
         lines.append(
             f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}"
         )

@@ -78,7 +78,7 @@ def test_a_report_tells_accuracy_and_spending_by_difficulty(tmp_path):
     half = learned.reach(0.5)[0]
     (row,) = (p for p in measured["points"] if p["policy"] == "learned" and p["budget"] == 0.5)
     assert row["spearman"]["light"] == spearman(half.macs, bright)
-    known = {"decision": "skip", "data": "lights", "metric": "accuracy", "classes": ["dark", "light"], "seeds": {"learned": [0]}}
+    known = {"decision": "skip", "data": "lights", "metric": "accuracy", "seeds": {"learned": [0]}}
     report = {**known, **measured}
     text = report_text(report)
     assert "learned, by light" in text and f" {mine[56]:.3g} to 1 " in text
