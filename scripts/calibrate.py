@@ -37,6 +37,7 @@ def main(args: Args) -> None:
     check_batch_size(args.batch_size)
     use_threads(args.threads)
     run = RunFolder(args.run)
+    _ = run.config  # a folder that holds no run is refused here, with the reason
     model = run.model
     if len(model.curve) < 2:
         raise ValueError(

@@ -48,9 +48,11 @@ def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     backbone = SkipResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
-    pretrain(backbone, load_dataset("digits"), Recipe(epochs=6, batch_size=64), seed=0)
+    digits = load_dataset("digits")
+    pretrain(backbone, digits, Recipe(epochs=6, batch_size=64), seed=0)
+    backbone.trained_on = digits.provenance
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    backbone.save(path, data="digits")
+    backbone.save(path)
     return path
 
 

@@ -34,9 +34,9 @@ def test_counts_on_the_device_give_the_same_without_a_wait(block, kernel_case):
     expected = model(inputs).clone()
     assert 0 < model.last_route.actions.float().mean() < 1
     with device_counts():
-        model.walk(inputs)  # constants are made once
+        model.run(inputs)  # constants are made once
         with NoHostSync():
-            walk = model.walk(inputs)
+            walk = model.run(inputs)
     assert torch.equal(walk.route, model.last_route.actions)
     assert torch.equal(walk.macs, model.last_route.macs)
     torch.testing.assert_close(walk.outputs, expected, atol=1e-4, rtol=1e-4)

@@ -62,6 +62,7 @@ ALLOWED = {
     },
     "dynrl.pretraining": {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.progress", "dynrl.schema",
+        "dynrl.tasks",
     },
     "dynrl.finetuning": {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.routes", "dynrl.pretraining",

@@ -88,6 +88,7 @@ def test_plugged_model_and_environment_agree(name, price):
     while not ended.all():
         with torch.no_grad():
             actions.append(router.act(obs))
+        env._ended = None  # rows that have ended are left as they are, where a user would have to reset them
         obs, _, terminated, info = env.step_tensors(actions[-1])
         ended |= terminated
     outputs = model(inputs)

@@ -226,7 +226,7 @@ def test_what_is_no_provenance_is_refused_with_its_file(change, run, tmp_path):
         {"deviation": -1.0} if "mean" in change else {}
     )
     backbone.save(tmp_path / "b.safetensors", **notes | {"trained_on": notes["trained_on"] | wrong})
-    with pytest.raises(ValueError, match=r"b\.safetensors: trained_on is no provenance"):
+    with pytest.raises(ValueError, match=r"b\.safetensors: notes\.trained_on is no provenance"):
         load_backbone(tmp_path / "b.safetensors")
 
 

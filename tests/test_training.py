@@ -16,7 +16,7 @@ import dynrl
 from dynrl.backbones import FAMILIES, SkipModule, SkipResNet, load_backbone
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
 from dynrl.data.own import SHARE
-from dynrl.files import read_json
+from dynrl.files import load_tensors, read_json
 from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
 from dynrl.settings import Settings
@@ -152,7 +152,7 @@ def test_a_network_and_data_of_ones_own(tmp_path, capfd):
     assert (said.out, said.err) == ("", "")
     resume(run.path, data)
     assert plan_again(run, data).recipe.pretraining == RECIPE  # a run that was killed is pretrained as it was asked to
-    with pytest.raises(ValueError, match="was trained on own-"):
+    with pytest.raises(ValueError, match="was trained on other data: expected own-"):
         resume(run.path, small_images(50))
     # Another process knows neither.
     code = f"from dynrl.training import resume; resume({str(run.path)!r})"
@@ -256,8 +256,9 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):
             resume(run.path, **changed)
-    more = plan_again(run, steps=again.settings.learning.steps + 1, finetune=True)
-    assert Settings.read(run.config_file).learning == more.settings.learning != again.settings.learning
+    more = plan_again(run, steps=again.settings.learning.steps + 1, finetune=True).settings.learning
+    assert more == replace(again.settings.learning, steps=more.steps, finetune=True)
+    assert Settings.read(run.config_file) == again.settings, "a plan changes nothing"
     with pytest.raises(ValueError, match="begun with finetune=True, not False"):
         resume(run.path, finetune=False)
     with pytest.raises(ValueError, match="always fine-tuned"):
@@ -289,11 +290,12 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     run = train("skip", "digits", out=tmp_path / "run", backbone=backbone_of(tmp_path), **SHORT)
     steps = run.settings["steps"]
     assert run.finished
-    plan_again(run, steps=3 * steps)
-    assert not run.finished, "what was learned so far is not what the settings say"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynrl.training._learn", lambda folder, planned: folder.finished)
+        assert not learn(run, plan_again(run, steps=3 * steps)), "what was learned is not what the settings say"
     resumed = resume(run.path, steps=3 * steps)
     assert resumed.finished and resumed.settings["steps"] == 3 * steps
-    assert torch.load(resumed.checkpoints / "gate.pt", weights_only=True)["steps"] >= 3 * steps
+    assert load_tensors(resumed.checkpoints / "gate.safetensors", "checkpoint")[1]["done"] >= 3 * steps
 
 
 def backbone_of(folder):
@@ -309,7 +311,7 @@ def test_a_run_that_did_not_begin_leaves_no_folder(lies, tmp_path, monkeypatch):
     backbone = backbone_of(tmp_path)
     with pytest.raises(ValueError, match="expected a ray cluster at '127.0.0.1:1', found none"):
         train("skip", "digits", out=tmp_path / "run", backbone=backbone, steps=100, address=lies)
-    with pytest.raises(ValueError, match="a batch of 5000 is larger than the 1257 training inputs"):
+    with pytest.raises(ValueError, match="a batch of 5000 is larger than the 1131 training inputs"):
         own = SkipResNet((1, 24, 24), layers=(2,), widths=(4,), stem_stride=2)
         train(own, "digits", out=tmp_path / "run", pretrain=Recipe(epochs=1, batch_size=5000), **SHORT)
     assert not (tmp_path / "run").exists()

@@ -139,7 +139,7 @@ def test_what_makes_no_sense_is_refused():
     for start in ([0], [0, 2]):
         with pytest.raises(ValueError, match="start within the choices"):
             UpfrontRouter(RouteSight((1, 4, 4), (2, 2)), PRICES, start=start)
-    with pytest.raises(ValueError, match="no settings of a policy of kind 'upfront'"):
+    with pytest.raises(ValueError, match="sight: expected an object with view, column_choices"):
         PolicySpec("upfront", {"choices": 3}).build()
     with pytest.raises(ValueError, match="unknown kind"):
         PolicySpec(["upfront"], {}).build()

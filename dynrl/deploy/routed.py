@@ -28,9 +28,16 @@ UNCOMPILED = (
 )
 
 
-@torch.compiler.disable(reason=UNCOMPILED)
-def _say_uncompiled() -> None:
+def _uncompiled(model: RoutedModel, inputs: Tensor) -> Tensor:
+    """Run `model` as it is, and say why, where the compiler has come to it."""
     warnings.warn(UNCOMPILED, stacklevel=2)
+    return torch.compiler.disable(model._forward)(inputs)
+
+
+# This is what `torch.compiler.disable` would set. It is not called before a compiler is at work, because it imports the
+# compiler, which takes longer than dynrl itself and needs more packages.
+_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+_uncompiled._torchdynamo_disable_msg = UNCOMPILED  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -217,11 +224,8 @@ class RoutedModel(nn.Module):
         Raises:
             ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
         """
-        if torch.compiler.is_compiling():
-            _say_uncompiled()
-        return self._forward(inputs)
+        return _uncompiled(self, inputs) if torch.compiler.is_compiling() else self._forward(inputs)
 
-    @torch.compiler.disable(reason=UNCOMPILED)
     def _forward(self, inputs: Tensor) -> Tensor:
         walk = self.walk(inputs)
         self.keep_route(walk)

@@ -79,7 +79,7 @@ def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_back
     shutil.copyfile(small_backbone, cell / "backbone" / "plain.safetensors")
     Settings(Problem("skip", "/a/photos"), Learning("gate")).save(cell / "gate-0" / "config.json")
     wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,))
-    with pytest.raises(ValueError, match="gate-0 was trained on /a/photos, not digits"):
+    with pytest.raises(ValueError, match="gate-0 does not say what /a/photos held, so digits"):
         cells.train_cells(cell, "skip", "digits", wanted)
 
 

@@ -58,7 +58,7 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
         write_json(folder / "latency.json", kept)
     for wrong in ({}, [], kept | {"curve": [[1]]}):
         write_json(folder / "latency.json", wrong)
-        with pytest.raises(ValueError, match=r"latency\.json is not what dynrl calibrate writes"):
+        with pytest.raises(ValueError, match=r"latency\.json: "):
             dynrl.load(folder)
     write_json(folder / "latency.json", kept)
     with pytest.raises(SystemExit):

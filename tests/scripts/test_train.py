@@ -85,13 +85,18 @@ def test_the_plain_network_comes_before_the_backbone(tmp_path, monkeypatch):
     plain, routed = (load_backbone(tmp_path / f"{name}.safetensors")[0] for name in ("plain", "backbone"))
     torch.testing.assert_close(plain.fc.bias, planned.backbone.fc.bias + 1)
     torch.testing.assert_close(routed.fc.bias, plain.fc.bias + 1)
-    assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors"}
-    _, notes = load_backbone(tmp_path / "backbone.safetensors")
-    assert notes["mean"] == load_dataset("digits").mean
+    assert {p.name for p in tmp_path.iterdir()} == {"plain.safetensors", "backbone.safetensors", "data.json"}
+    assert routed.trained_on == load_dataset("digits").provenance
     main(["pretrain", "skip", "--network", "layers=[1,2,1]", "--plain", "--out", str(tmp_path / "smaller")])
     assert made == [False, True, False]
     assert epochs[2] == epochs[0] + epochs[1]  # a rival is trained as long
-    assert {p.name for p in (tmp_path / "smaller").iterdir()} == {"plain.safetensors", "config.json"}
+    tuning = planned.recipe.finetuning
+    words = ["pretrain", "skip", "--plain", "--finetune", "--out", str(tmp_path / "longer")]
+    main(words)
+    assert epochs.pop() == epochs[2] + tuning.rounds * tuning.epochs and made.pop() is False
+    assert {p.name for p in (tmp_path / "smaller").iterdir()} == {
+        "plain.safetensors", "config.json", "data.json",
+    }  # fmt: skip
     smaller, notes = load_backbone(tmp_path / "smaller" / "plain.safetensors")
     assert (smaller.max_steps, notes["random_routes"]) == (2, False)
 
@@ -120,7 +125,9 @@ def test_a_killed_pretraining_goes_on_by_the_same_command(tmp_path, monkeypatch,
     assert "another decision, network" in refused("pretrain", "exit", "--out", str(out))[1]
     main([*words, "--threads", "2"])  # where it runs may change
     assert made == [f"pretraining-{name}.safetensors" for name in ("plain", "backbone", "backbone")]
-    assert {p.name for p in out.iterdir()} == {"plain.safetensors", "backbone.safetensors", "config.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "plain.safetensors", "backbone.safetensors", "config.json", "data.json",
+    }  # fmt: skip
     assert (out / "config.json").read_text() == kept
     (tmp_path / "else").mkdir()
     assert "no folder of dynrl pretrain" in refused("pretrain", "skip", "--out", str(tmp_path / "else"))[1]
