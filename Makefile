@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: install
-	$(BIN)/dynrl train skip --data digits
+	$(BIN)/dynrl demo
 
 # A process for each of two cores; a file stays in one, since its tests share what takes long to make.
 test: install
