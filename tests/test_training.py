@@ -259,6 +259,7 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path):
     more = plan_again(run, steps=again.settings.learning.steps + 1, finetune=True).settings.learning
     assert more == replace(again.settings.learning, steps=more.steps, finetune=True)
     assert Settings.read(run.config_file) == again.settings, "a plan changes nothing"
+    plan_again(run, finetune=True).settings.save(run.config_file)
     with pytest.raises(ValueError, match="begun with finetune=True, not False"):
         resume(run.path, finetune=False)
     with pytest.raises(ValueError, match="always fine-tuned"):
