@@ -226,8 +226,9 @@ class RLlibAgent(Agent):
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse more processes than this machine can run, an address without a cluster, and a numbered GPU for
-        remote runners, to whom ray gives theirs.
+        """Also refuse more processes than this machine can run, and an address without a cluster.
+
+        A numbered GPU is refused for remote runners, to whom ray gives theirs.
         """
         super().refuse(settings, backbone)
         device, runners = torch.device(settings.place.device), settings.place.num_env_runners

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynrl.tasks import TASKS
-
 DECISION, DATA, BUDGET = "exit", "trace-small", 0.5
 HALF = ("layers=[1,2]", "exits=[0]")  # a plain network of about half of the MACs
 
@@ -68,6 +66,8 @@ def rows(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def table(report: dict[str, Any]) -> list[str]:
     """Write the five rows as a Markdown table."""
+    from dynrl.tasks import TASKS
+
     task = TASKS[report["metric"]]
     lines = [f"| | {task.heading} | MACs | ms | speed-up |", "|---|---|---|---|---|"]
     for name, row in rows(report):

@@ -175,7 +175,7 @@ class Dataset:
         """The same without the training inputs that are for policies (`unseen`): what backbones are trained on."""
         return self if self.anew is not None else replace(self, train=self.train.head(-self._kept))
 
-    @property
+    @cached_property
     def unseen(self) -> Split:
         """Inputs for policies to learn on, which no backbone is trained on.
 

@@ -53,11 +53,12 @@ def _reached(point: Mapping[str, Any], metric: str) -> str:
 def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Write one row for each report, by its folder: what it says at half of the dense MACs.
 
-    The learned policy is the fine-tuned one where there is one. The strongest rival is the most accurate of the rest:
+    The dense network is the best of a report's full networks. The learned policy is the fine-tuned one where there is
+    one. The strongest rival is the most accurate of the rest:
     gates, rules of thumb, and smaller plain networks.
     """
     lines = [
-        "| report | plain network | learned, half of its MACs | random | static | strongest rival | speed-up |",
+        "| report | dense | learned, half of its MACs | random | static | strongest rival | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
     for folder, report in reports.items():
@@ -71,7 +72,7 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
         rest = [p for p in half if p not in mine and p["policy"] not in ("random", "static", "uniform", "oracle")]
         rival = best(sorted(rest, key=lambda p: p["kind"] is not None), key=itemgetter(metric), default=None)
         cells = [
-            task.show(report["dense"][f"plain_{metric}"]),
+            task.show(report["dense"][metric]),
             f"**{task.show(learned[metric])}**" + (" tuned" if learned["kind"]["tuned"] else ""),
             task.show(random[metric]), task.show(static[metric]),
             "" if rival is None else f"{rival['policy']} {task.show(rival[metric])}", f"{learned['speedup']:.2f}",

@@ -56,9 +56,11 @@ def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
         write_json(folder / "latency.json", kept | {name: value})
         assert not dynrl.load(folder).latency, "times of another policy or machine"
         write_json(folder / "latency.json", kept)
-    for wrong in ({}, [], kept | {"curve": [[1]]}):
+    for wrong, reason in (
+        ({}, "curve: missing setting"), ([], "expected an object with curve"), (kept | {"curve": [[1]]}, "curve: expected"),
+    ):  # fmt: skip
         write_json(folder / "latency.json", wrong)
-        with pytest.raises(ValueError, match=r"latency\.json: "):
+        with pytest.raises(ValueError, match=rf"latency\.json: {reason}"):
             dynrl.load(folder)
     write_json(folder / "latency.json", kept)
     with pytest.raises(SystemExit):
