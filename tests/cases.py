@@ -7,7 +7,7 @@ from gymnasium.envs.registration import load_env_creator
 from torch import nn
 
 import dynrl  # noqa: F401 (registers the environments)
-from dynrl.backbones import Backbone, ExitModule, SkipLSTM, SkipModule
+from dynrl.backbones import Backbone, ExitModule, SkipLSTM, SkipModule, SkipResNet, SlimmableResNet
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.policies import LearnedPolicy, PolicySpec
@@ -23,7 +23,11 @@ OWN = {  # modules of a user's
     "exits in a transformer": lambda: ExitModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.1"]),
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
 }
-BUILT = [*REGISTERED, *OWN]
+SET = {  # networks of ours whose settings change how they are walked
+    "skip of groups": lambda: SkipResNet((1, 8, 8), layers=(3, 4), widths=(4, 8), auxiliary=True, group=2),
+    "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
+}
+BUILT = [*REGISTERED, *OWN, *SET]
 BACKBONES = [*BUILT, *TOYS]
 
 
@@ -47,8 +51,9 @@ def vector_env(name: str):
 
 
 def make_backbone(name: str) -> Backbone:
-    if name in TOYS or name in OWN:
-        return {**TOYS, **OWN}[name]().eval()
+    made = {**TOYS, **OWN, **SET}
+    if name in made:
+        return made[name]().eval()
     return vector_env(name).seeded_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()
 
 

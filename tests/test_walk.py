@@ -102,6 +102,12 @@ def test_full_route_is_dense(name):
     assert (walk.macs == backbone.dense_macs).all()
 
 
+def looked_at(backbone, state):
+    """The state, after its features were observed, as a router does: what routers alone see is charged, too."""
+    backbone.observe(state)
+    return state
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
 def test_reported_macs_are_the_executed_ones(name):
@@ -109,7 +115,7 @@ def test_reported_macs_are_the_executed_ones(name):
     for seed in range(3):
         inputs, route = inputs_for(backbone), random_routes(backbone, seed=seed)
         with COSTS.assuming(**COMPACT), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            walk = backbone.run_route(inputs, route)
+            walk = backbone.run(inputs, lambda state: looked_at(backbone, state).along(route))  # noqa: B023 (runs now)
         assert counter.get_total_flops() == 2 * int(walk.macs.sum())
         assert all(flops > 0 for flops in counter.get_flop_counts()["Global"].values())
 
@@ -201,7 +207,8 @@ def test_gates_of_another_width_are_refused():
 def test_compacted_walk_trains_every_parameter_it_ran(name):
     backbone = make_backbone(name).train()
     routes = draw_routes(backbone.thrift, torch.full((16,), 0.7))
-    backbone(inputs_for(backbone, 16), routes).square().sum().backward()
+    _, answers = backbone.run_training(inputs_for(backbone, 16), lambda state: state.along(routes))
+    torch.stack([answer.output.square().sum() for answer in answers]).sum().backward()
     missing = [n for n, p in backbone.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not missing
 
@@ -214,9 +221,11 @@ def test_compacted_walk_and_gated_walk_have_the_same_gradients(name):
     compacted = {n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None}
     backbone.zero_grad()
     backbone(inputs, F.one_hot(route, backbone.num_choices).float()).square().sum().backward()
-    for n, p in backbone.named_parameters():
+    weighed = {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}  # not what routers alone see
+    assert compacted.keys() <= weighed.keys()
+    for n, grad in weighed.items():
         # Choices that no row took: the compacted walk never met them, the gated one weighs them by 0.
-        torch.testing.assert_close(compacted.get(n, torch.zeros_like(p)), p.grad, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(compacted.get(n, torch.zeros_like(grad)), grad, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
