@@ -24,7 +24,7 @@ OWN = {  # modules of a user's
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
 }
 SET = {  # networks of ours whose settings change how they are walked
-    "skip of groups": lambda: SkipResNet((1, 8, 8), layers=(3, 4), widths=(4, 8), auxiliary=True, group=2),
+    "skip with auxiliary": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
 }
 BUILT = [*REGISTERED, *OWN, *SET]

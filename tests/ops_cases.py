@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.decide import decide, decide_ref
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
-from dynrl.ops.gated_residual import ResidualBlock, ResidualChain, gated_residual, gated_residual_ref
+from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.partition import partition, partition_ref
 from dynrl.ops.pooled import pooled, pooled_ref
 from dynrl.ops.record import record, record_ref
@@ -211,16 +211,14 @@ class InPlace(nn.Module):
         return x.mul_(3).add_(1).relu_()
 
 
-def plain(block: ResidualBlock | ResidualChain) -> Callable[[Tensor], Tensor]:
-    """What a ResidualBlock or a chain of them computes, by torch's own convolution."""
+def plain(block: ResidualBlock) -> Callable[[Tensor], Tensor]:
+    """What a ResidualBlock computes, by torch's own convolution."""
 
     def run(x: Tensor) -> Tensor:
-        for each in block.blocks if isinstance(block, ResidualChain) else [block]:
-            y = x
-            for i, c in enumerate(each.convolutions):
-                y = F.conv2d(y if i == 0 else y.relu(), c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
-            x = (x + y).relu()
-        return x
+        y = x
+        for i, c in enumerate(block.convolutions):
+            y = F.conv2d(y if i == 0 else y.relu(), c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+        return (x + y).relu()
 
     return run
 
@@ -261,14 +259,8 @@ def gated_case(name: str, make: Callable[[Setting], Args], **more: Any) -> Case:
     return Case("gated_residual", name, make=make, kept=kept, passes="x", hide=hide, **more)
 
 
-def frozen_blocks(s: Setting, sizes: tuple[int, ...], taps: tuple[int, ...], bias: bool, count: int) -> nn.Module:
-    if count == 1:
-        return frozen_block(s, sizes, taps, bias)
-    return ResidualChain(*(frozen_block(s, sizes, taps, bias) for _ in range(count)))
-
-
-def residual_case(name: str, sizes: tuple[int, ...], taps: tuple[int, ...], bias: bool, count: int = 1) -> Case:
-    make = gated_maps(lambda s: frozen_blocks(s, sizes, taps, bias, count), sizes[0])
+def residual_case(name: str, sizes: tuple[int, ...], taps: tuple[int, ...], bias: bool) -> Case:
+    make = gated_maps(lambda s: frozen_block(s, sizes, taps, bias), sizes[0])
     f_ref = lambda x, run, block: gated_residual_ref(x, run, plain(block))  # noqa: E731
     return gated_case(name, make, f_ref=f_ref, layouts=MAPS, kernels=True, also={"compacted": COMPACT, **MOVES})
 
@@ -282,7 +274,6 @@ GATED_RESIDUAL = [
     gated_case("block that overwrites its input", gated_maps(lambda s: InPlace(), 4), layouts=MAPS),
     residual_case("ResidualBlock", (12, 17, 12), (3, 3), True),
     residual_case("ResidualBlock bottleneck", (16, 4, 4, 16), (1, 3, 1), False),
-    residual_case("ResidualChain", (12, 8, 12), (3, 3), True, count=2),
 ]  # fmt: skip
 
 

@@ -120,11 +120,9 @@ class SlimmableResNet(SkipResNet):
         self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any
     ) -> None:
         super().__init__(input_shape, **network)
-        if self.config.pop("group") != 1:
-            raise ValueError(f"expected a decision for each block (group 1), got group {network['group']}")
         self.config = {**self.config, "shares": list(shares)}
         costs = []
-        for (i,), point, (floor, dense) in zip(self._groups, self.points, self.costs.tolist(), strict=True):
+        for i, point, (floor, dense) in zip(self._skippable, self.points, self.costs.tolist(), strict=True):
             block = self._blocks[i] = SlimmableBlock(self._blocks[i], tuple(shares))
             self.set_submodule(point.name, block)
             sizes = [sum(weight.numel() for weight in block.weights(c)) for c in range(len(shares))]
@@ -162,7 +160,7 @@ class SlimmableResNet(SkipResNet):
 
     def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
         """Return the features of a state and the block that comes next."""
-        return state.features, self._blocks[self._groups[state.point].start]
+        return state.features, self._blocks[self._skippable[state.point]]
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each block runs at each width on neighbouring rows, as many as chose that width."""

@@ -12,9 +12,8 @@ from dynrl.backbones.early import SCORES, early_classifier, early_inputs, seen_e
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
-from dynrl.ops.gated_residual import ResidualBlock, ResidualChain, gated_residual
+from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.pooled import summary
-from dynrl.schema import MOST_ROWS, check_count
 
 
 class Skipping(Backbone):
@@ -108,62 +107,39 @@ class SkipResNet(Skipping, ResNet):
         shape, settings: the arguments of `ResNet`.
         auxiliary: whether there is an early classifier in front of each decision point, for the router to see how sure
             it is. It is trained with the network, and every row pays for it.
-        group: how many neighbouring identity blocks of a stage are skipped by one decision. What is left over at a
-            stage's end makes a smaller group. Fewer looks cost less time, in return for fewer routes.
     """
 
     family = "skip_resnet"
     captures = True
 
-    def __init__(self, *shape: Any, auxiliary: bool = False, group: int = 1, **settings: Any) -> None:
+    def __init__(self, *shape: Any, auxiliary: bool = False, **settings: Any) -> None:
         super().__init__(*shape, **settings)
-        check_count("group", group, 1, MOST_ROWS)
-        self.config |= {"auxiliary": auxiliary, "group": group}
-        self._groups = self._grouped(group)
-        if not self._groups:
+        self.config["auxiliary"] = auxiliary
+        self._skippable = [i for i, block in enumerate(self._blocks) if block.downsample is None]
+        if not self._skippable:
             raise ValueError("no block of this network has an identity to fall back on; add blocks to a stage")
-        firsts = {indices[0] for indices in self._groups}
         cost, shape_in = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
         self.heads, block_macs, fixed_macs, width = nn.ModuleList(), [], [cost], 1
-        for i, block in enumerate(self._blocks):
+        for block in self._blocks:
             macs, shape_out = count_macs(block, shape_in)
-            if i in firsts:
+            if block.downsample is None:
                 if auxiliary:
                     head = early_classifier(shape_in, self.config["classes"])
                     self.heads.append(head)
                     fixed_macs[-1] += count_macs(head, (head.in_features,))[0]
-                block_macs.append(0)
+                block_macs.append(macs)
                 fixed_macs.append(0)
                 width = max(width, shape_in[0])
-            if block.downsample is None:
-                block_macs[-1] += macs
             else:
                 fixed_macs[-1] += macs
             shape_in = shape_out
         fixed_macs[-1] += count_macs(self.fc, (shape_in[0],))[0]
-        names = [
-            self._names[first] + (f"-{last - first}" if last > first else "")
-            for first, last in ((indices[0], indices[-1]) for indices in self._groups)
-        ]
-        self._set_points(names, block_macs, fixed_macs, width + SCORES * auxiliary)
-
-    def _grouped(self, group: int) -> list[range]:
-        """Return the indices of the blocks that each decision skips."""
-        groups: list[range] = []
-        for i, block in enumerate(self._blocks):
-            if block.downsample is not None:
-                continue
-            if groups and groups[-1].stop == i and len(groups[-1]) < group:
-                groups[-1] = range(groups[-1].start, i + 1)
-            else:
-                groups.append(range(i, i + 1))
-        return groups
+        self._set_points([self._names[i] for i in self._skippable], block_macs, fixed_macs, width + SCORES * auxiliary)
 
     def _fixed(self, point: int) -> list[Any]:
-        """Return the blocks between those of `point` (-1 for the stem) and the next ones that may be skipped."""
-        start = self._groups[point].stop if point >= 0 else 0
-        end = self._groups[point + 1].start if point + 1 < len(self._groups) else len(self._blocks)
-        return self._blocks[start:end]
+        """Return the blocks between that of `point` (-1 for the stem) and the next one that may be skipped."""
+        ends = [-1, *self._skippable, len(self._blocks)]
+        return self._blocks[ends[point + 1] + 1 : ends[point + 2]]
 
     def _lead(self, inputs: Tensor) -> Tensor:
         x = self._stem(inputs)
@@ -172,11 +148,7 @@ class SkipResNet(Skipping, ResNet):
         return x
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        indices = self._groups[point]
-        blocks = self._blocks[indices.start : indices.stop]
-        if len(blocks) == 1:
-            return blocks[0]
-        return (ResidualChain if isinstance(blocks[0], ResidualBlock) else nn.Sequential)(*blocks)
+        return self._blocks[self._skippable[point]]
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
         for block in self._fixed(point):

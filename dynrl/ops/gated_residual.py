@@ -58,24 +58,6 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class ResidualChain(nn.Sequential):
-    """A chain of `ResidualBlock`s that keep the map's size and run one after the other; the result overwrites `x`."""
-
-    @property
-    def blocks(self) -> list[ResidualBlock]:
-        """The blocks of the chain."""
-        return list(self)  # type: ignore[arg-type]
-
-    @property
-    def weight_bytes(self) -> int:
-        """The bytes of all blocks' weights."""
-        return sum(block.weight_bytes for block in self.blocks)
-
-    def macs(self, x: Tensor) -> int:
-        """Return the MACs of all branches for one row of `x` [n, C, H, W]."""
-        return sum(block.macs(x) for block in self.blocks)
-
-
 def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
     """Compute the definition of `gated_residual`: it computes every row and then selects, so it saves nothing.
 
@@ -100,8 +82,7 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
     The MACs are those of `block` for each row that runs.
 
     Raises:
-        ValueError: inside `device_counts`, if `block` is neither a `ResidualBlock` nor a `ResidualChain`: the kernels
-            run no other block.
+        ValueError: inside `device_counts`, if `block` is no `ResidualBlock`: the kernels run no other block.
     """
     match path(x, vendor=True):
         case Path.REF:
@@ -109,9 +90,7 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
         case Path.TRACED:
             return compute_rows(x, run.nonzero().squeeze(1), block)
         case Path.TRITON if isinstance(block, ResidualBlock):
-            return _on_triton(x, run, [block])
-        case Path.TRITON if isinstance(block, ResidualChain):
-            return _on_triton(x, run, block.blocks)
+            return _on_triton(x, run, block)
         case _:
             if not may_look():
                 raise ValueError(
@@ -131,8 +110,7 @@ def _on_host(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tenso
         return x
     if spared == 0:
         return block(x).to(x.dtype)
-    counted = isinstance(block, ResidualBlock | ResidualChain)
-    saved = COSTS.mac_time(spared * block.macs(x)) if counted else math.inf
+    saved = COSTS.mac_time(spared * block.macs(x)) if isinstance(block, ResidualBlock) else math.inf
     worth = COSTS.worth_compacting(saved, COSTS.moving, spared / n)
     if worth or torch.is_grad_enabled() or moves_nothing(x, block):
         return compute_rows(x, index, block)
@@ -146,23 +124,22 @@ def _on_host(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tenso
     return x
 
 
-def _on_triton(x: Tensor, run: Tensor, blocks: Sequence[ResidualBlock]) -> Tensor:
+def _on_triton(x: Tensor, run: Tensor, block: ResidualBlock) -> Tensor:
     from dynrl.ops.kernels.conv import conv_rows
 
     before, x = x, x.contiguous(memory_format=torch.channels_last)
     rows_by_choice = partition(run.long(), 2)
     order, offsets = rows_by_choice.order, rows_by_choice.offsets[1:]  # the rows that run are the second part
-    for block in blocks:
-        y, convolutions = x, block._chain
-        rows: Tensor | None = order
-        for convolution in convolutions:
-            last = convolution is convolutions[-1]
-            weight, bias = convolution.weight, convolution.bias
-            out = x if last else convolution.like_output(y)
-            conv_rows(
-                y, weight, out, offsets, in_rows=rows, out_rows=order if last else None,
-                shift=None if bias is None else bias.float().unsqueeze(0), residual=x if last else None, relu=True,
-                stride=convolution.stride[0], padding=int(convolution.padding[0]),
-            )  # fmt: skip
-            y, rows = out, None
+    y, convolutions = x, block._chain
+    rows: Tensor | None = order
+    for convolution in convolutions:
+        last = convolution is convolutions[-1]
+        weight, bias = convolution.weight, convolution.bias
+        out = x if last else convolution.like_output(y)
+        conv_rows(
+            y, weight, out, offsets, in_rows=rows, out_rows=order if last else None,
+            shift=None if bias is None else bias.float().unsqueeze(0), residual=x if last else None, relu=True,
+            stride=convolution.stride[0], padding=int(convolution.padding[0]),
+        )  # fmt: skip
+        y, rows = out, None
     return x if x is before else before.copy_(x)
