@@ -84,6 +84,12 @@ MOST_WEIGHTS, MOST_NUMBERS = 10_000, 500_000_000  # of a network that is made fr
 _FASHION_IMAGES = 55_000  # the training images of fashion-mnist
 _BATCHES = 4_000  # the batches of pretraining if no row says how long
 
+
+def _resnet(layers: tuple[int, ...], widths: tuple[int, ...], stem_stride: int = 1) -> dict[str, Any]:
+    """Return the settings of a ResNet that is one of several models."""
+    return {"family": "skip_resnet", "layers": list(layers), "widths": list(widths), "stem_stride": stem_stride}
+
+
 DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "digits"): Defaults(
         family="skip_resnet",
@@ -218,6 +224,25 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             label_smoothing=0.0, sampled=True,
         ),
         joint=True,
+    ),
+    # The dearest model is the plain network. The epochs after it are those of the other models, each alone.
+    ("model", "digits"): Defaults(
+        family="members",
+        backbone={
+            "members": (_resnet((1, 1), (8, 16), 4), _resnet((1, 1), (16, 32), 2), _resnet((1, 1, 1), (16, 32, 64))),
+        },
+        pretraining=Recipe(epochs=24, batch_size=100),
+        learning=Learning(steps=100_000),
+    ),
+    ("model", "fashion-mnist"): Defaults(
+        family="members",
+        backbone={
+            "members": (
+                _resnet((1, 1), (16, 32), 4), _resnet((1, 1, 1), (16, 32, 64), 2), _resnet((2, 2, 2), (32, 64, 128), 2)
+            ),
+        },
+        pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=4),
+        learning=Learning(steps=150_000),
     ),
 }  # fmt: skip
 

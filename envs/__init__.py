@@ -50,6 +50,10 @@ DECISIONS: dict[str, Decision] = {
             "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",
             data="sequential-digits",
         ),
+        Decision(
+            "model", "dynrl/Model-v0", "dynrl.envs.model:ModelVectorEnv",
+            "which model first, then stop or ask a dearer one", "IDK cascades (Wang et al. 2018)",
+        ),
     )
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ class ThresholdPolicy(Policy):
         backbone: the backbone that the policy is for.
         score: a name in the backbone's `scores`.
         thresholds: [columns], what the score must reach in each column, or fall to if a lower score means surer.
+        unsure: [columns] int64, the choices where the score is not sure enough; None for the dense network's.
 
     Raises:
         ValueError: the backbone has no such score, or another number of columns.
@@ -30,7 +31,7 @@ class ThresholdPolicy(Policy):
     sure: Tensor
     unsure: Tensor
 
-    def __init__(self, backbone: Any, score: str, thresholds: Tensor) -> None:
+    def __init__(self, backbone: Any, score: str, thresholds: Tensor, unsure: Tensor | None = None) -> None:
         super().__init__()
         if score not in backbone.scores:
             raise ValueError(f"unknown score {score!r}; expected one of {sorted(backbone.scores)}")
@@ -42,7 +43,8 @@ class ThresholdPolicy(Policy):
         thrift = backbone.thrift
         self.register_buffer("thresholds", thresholds)
         self.register_buffer("sure", thrift.masked_fill(thrift < 0, torch.inf).argmin(1))
-        self.register_buffer("unsure", torch.tensor(backbone.full_route).clamp_min(0))
+        full = torch.tensor(backbone.full_route).clamp_min(0)
+        self.register_buffer("unsure", full if unsure is None else unsure)
 
     def check(self, backbone: Any) -> None:
         """Refuse, with a ValueError, a backbone whose number of columns is not that of the thresholds."""

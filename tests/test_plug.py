@@ -26,13 +26,13 @@ from dynrl.evaluation import (
     Usage,
     calibrate,
     collapse,
+    measured_routes,
     oracle_routes,
     random_rate,
     score,
     score_routes,
     static_routes,
     static_tries,
-    uniform_routes,
 )  # fmt: skip
 from dynrl.files import read_json
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, StepSight, load_policy, save_policy
@@ -444,11 +444,12 @@ def test_static_search_and_oracle(small_backbone):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_uniform_routes_are_plugged_ones(name):
+def test_routes_that_are_measured_are_plugged_ones(name):
     backbone = make_backbone(name)
     split = Split(torch.randn(12, *backbone.input_shape), torch.arange(12) % 2)
-    found = uniform_routes(backbone, split)
-    assert sorted(route for route, _, _ in found) == [(c,) * backbone.columns for c in range(backbone.num_choices)]
+    uniform = [(c,) * backbone.columns for c in range(backbone.num_choices)]
+    found = measured_routes(backbone, split, uniform)
+    assert sorted(route for route, _, _ in found) == uniform
     assert [macs for _, macs, _ in found] == sorted((macs for _, macs, _ in found), reverse=True)
     for route, macs, accuracy in found:
         plugged = score(dynrl.plug(backbone, StaticPolicy(route)), split)

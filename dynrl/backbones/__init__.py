@@ -12,6 +12,7 @@ from dynrl.backbones.base import Backbone
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
+from dynrl.backbones.models import Members, Models
 from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
@@ -24,12 +25,13 @@ from dynrl.schema import arguments, parse
 # These functions build a backbone from the `config` of its file, by family. A plugin adds a row:
 # FAMILIES["my-vit"] = a function of `config`.
 FAMILIES: dict[str, Callable[..., Backbone]] = {
-    family.family: family for family in (SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM)
+    family.family: family for family in (SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members)
 }
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Point", "SkipGRU", "SkipLSTM",
-    "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Walk", "choice_rates", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Members", "Models", "Point",
+    "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Walk", "choice_rates",
+    "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -62,6 +62,7 @@ class Backbone(nn.Module):
         gates: whether gates can be trained on the family, so that a differentiable walk makes sense.
         exports: whether a routed model can be written as a torch.export or ONNX program.
         captures: whether a routed model can be captured as a CUDA graph.
+        budgets: the shares of the dense MACs at which reports ask.
     """
 
     family: ClassVar[str]
@@ -72,6 +73,7 @@ class Backbone(nn.Module):
     gates: ClassVar[bool] = True
     exports: ClassVar[bool] = False
     captures: ClassVar[bool] = False
+    budgets: ClassVar[tuple[float, ...]] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
     config: dict[str, Any]
     input_shape: tuple[int, ...]
@@ -154,6 +156,23 @@ class Backbone(nn.Module):
             route: [B, columns], what ran; -1 where a row never was.
         """
         raise NotImplementedError
+
+    def whole(self, inputs: Tensor) -> Tensor:
+        """Return the outputs of the full route; a family that can compute them without a walk has its own."""
+        return self(inputs)
+
+    def constant_routes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return routes for all inputs alike that reports show beside others, whatever the budget: names and routes.
+
+        Here they make the same choice everywhere, from the last to the first, if there are more than two choices.
+        """
+        kinds = range(self.num_choices) if self.num_choices > 2 else range(0)
+        return [("uniform", (choice,) * self.columns) for choice in reversed(kinds)]
+
+    @classmethod
+    def joined(cls, backbones: Sequence[Backbone]) -> Self:
+        """Return one backbone that is made of several trained ones, for a family that chooses between networks."""
+        raise ValueError(f"expected one folder with a backbone of {cls.decision!r}, got {len(backbones)}")
 
     def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Any]]:
         """Return other ways to compute the full route on `inputs`, by name, such as a vendor's layer; all are timed."""

@@ -216,6 +216,13 @@ class ResNet(Backbone):
     def _head(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))
 
+    def whole(self, inputs: Tensor) -> Tensor:
+        """Return the outputs of all blocks one after the other."""
+        x = self._stem(inputs)
+        for block in self._blocks:
+            x = block(x)
+        return self._head(x)
+
     def for_inference(self) -> Self:
         """Return a frozen copy with batch norm, ReLU and residual folded into the convolutions.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from dynrl.ops.record import record
 
@@ -259,7 +260,7 @@ def merge(states: Sequence[State]) -> dict[int, State]:
     """Join the states of one walk that stand at the same point; drop empty ones; return them by point."""
     merged: dict[int, State] = {}
     for state in states:
-        if state.count == 0:
+        if not is_compiling() and state.count == 0:  # traced code does not know the count
             continue
         if state.point not in merged:
             merged[state.point] = state

@@ -4,6 +4,7 @@ from dynrl.evaluation.calibration import calibrate, calibrate_latency, collapse
 from dynrl.evaluation.comparison import COMPARED, compare, comparison_text
 from dynrl.evaluation.contenders import (
     BUDGETS,
+    Constant,
     Contender,
     Dense,
     Ground,
@@ -15,7 +16,6 @@ from dynrl.evaluation.contenders import (
     Ruled,
     Smaller,
     Static,
-    Uniform,
     rivals,
 )
 from dynrl.evaluation.difficulty import by_difficulty, spearman
@@ -26,24 +26,24 @@ from dynrl.evaluation.routes import (
     ORACLE_PRICE,
     affordable,
     cheapest_choices,
+    measured_routes,
     oracle_candidates,
     oracle_routes,
     random_rate,
     spaced_routes,
     static_routes,
     static_tries,
-    uniform_routes,
 )
 from dynrl.evaluation.rules import RULES, rules_of
 from dynrl.evaluation.scores import Score, Usage, Walked, score, score_routes, score_rows
 from dynrl.evaluation.timing import captured, dense_sides, medians_in_turn, step_times
 
 __all__ = [
-    "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Contender", "Dense", "Front", "Ground", "Learned", "Oracle",
-    "Plain", "Random", "Reached", "Ruled", "Score", "Smaller", "Static", "Uniform", "Usage", "Walked", "affordable",
+    "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Constant", "Contender", "Dense", "Front", "Ground", "Learned",
+    "Oracle", "Plain", "Random", "Reached", "Ruled", "Score", "Smaller", "Static", "Usage", "Walked", "affordable",
     "area", "by_difficulty", "calibrate", "calibrate_latency", "captured", "cheapest_choices", "collapse", "compare",
-    "comparison_text", "dense_sides", "differences", "evaluate", "find_price_range", "measure", "medians_in_turn",
-    "oracle_candidates", "oracle_routes", "paired", "random_rate", "report_text", "rivals", "rules_of", "score",
-    "score_routes", "score_rows", "spaced_routes", "spearman", "static_routes", "static_tries", "step_times",
-    "uniform_routes", "verdict",
+    "comparison_text", "dense_sides", "differences", "evaluate", "find_price_range", "measure", "measured_routes",
+    "medians_in_turn", "oracle_candidates", "oracle_routes", "paired", "random_rate", "report_text", "rivals",
+    "rules_of", "score", "score_routes", "score_rows", "spaced_routes", "spearman", "static_routes", "static_tries",
+    "step_times", "verdict",
 ]  # fmt: skip

@@ -20,7 +20,8 @@ from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_kind
 from dynrl.tasks import TASKS, Task
 
-COMPARED = tuple(sorted((*BUDGETS, 1 / 3, 0.9)))  # papers often name a third; 0.9 is nearly all
+ADDED = (1 / 3, 0.9)  # papers often name a third; 0.9 is nearly all
+COMPARED = tuple(sorted((*BUDGETS, *ADDED)))
 
 
 def compare(
@@ -29,7 +30,7 @@ def compare(
     out: str | Path | None = None,
     smaller: Sequence[str | Path] = (),
     data: Any = None,
-    budgets: Sequence[float] = COMPARED,
+    budgets: Sequence[float] | None = None,
     show: bool = False,
 ) -> dict[str, Any]:
     """Compare policies on the test split by fronts and by paired differences with 95 % intervals.
@@ -43,7 +44,8 @@ def compare(
         out: a folder for `comparison.json` and `comparison.png`; None writes nothing.
         smaller: folders that each hold a smaller plain network, `plain.safetensors`, to compare with.
         data: where the runs' data are now (whatever `dynrl.data.as_dataset` takes); None finds them by their name.
-        budgets: the shares of the dense MACs, rising, over which areas are taken.
+        budgets: the shares of the dense MACs, rising, over which areas are taken; None takes those at which reports ask
+            of the family, a third, and 0.9.
         show: whether to show progress.
 
     Returns:
@@ -58,7 +60,7 @@ def compare(
     check_folder(out)
     kinds = by_kind(folders)
     ground = Ground(folders[0].pretrained, folders[0].dataset(data))
-    dataset = ground.dataset
+    dataset, budgets = ground.dataset, budgets or sorted((*ground.network.budgets, *ADDED))
     everyone = [Learned(kind, [run.model for run in mine], ground) for kind, mine in kinds.items()]
     learned, alone = ([of for of in everyone if of.asked is asked] for asked in (True, False))
     dense = Dense(ground, folders[0].plain, learned)

@@ -23,7 +23,7 @@ from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.runs import RunKind
 from dynrl.tasks import Task
 
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # the shares of the dense MACs at which reports ask
+BUDGETS = Backbone.budgets  # the shares of the dense MACs at which reports ask of most families
 RANDOM_SEEDS = 3
 VALIDATED = 1024  # how many rows of the validation split searches look at
 RATED = 256  # how many of those rows measure what random routes cost
@@ -232,29 +232,27 @@ class Static(Contender):
     """This contender takes one route for all inputs: the best route within the budget that a search found.
 
     Attributes:
-        found: the routes of `static_routes`.
-        uniform: the routes of `uniform_routes`; empty if no point has more than two choices.
+        found: the routes of `static_routes` and those of `Backbone.constant_routes`.
     """
 
     name = "static"
     found: list[ways.Found]
-    uniform: list[ways.Found]
 
     def __init__(self, ground: Ground) -> None:
-        self._ground, network = ground, ground.network
-        self.kinds = network.num_choices if network.num_choices > 2 else 0
-        self.preparing = ways.static_tries(network) + self.kinds
+        self._ground = ground
+        self._constant = [route for _, route in ground.network.constant_routes()]
+        self.preparing = ways.static_tries(ground.network) + len(self._constant)
 
     def prepare(self, tick: Tick) -> None:
         """Search for static routes."""
         network, split = self._ground.network, self._ground.searched
         self.found = ways.static_routes(network, split, tick)
-        self.uniform = ways.uniform_routes(network, split, tick) if self.kinds else []
+        self.found += ways.measured_routes(network, split, self._constant, tick)
 
     def reach(self, budget: float | None) -> list[Reached] | None:
         """Take the route with the least error within the budget."""
         assert budget is not None
-        best = ways.affordable(self.found + self.uniform, budget, self._ground.task)
+        best = ways.affordable(self.found, budget, self._ground.task)
         return None if best is None else [_fixed_route(self._ground, best)]
 
 
@@ -262,23 +260,17 @@ def _fixed_route(ground: Ground, route: tuple[int, ...]) -> Reached:
     return _along(ground, ground.network, StaticPolicy(route).route(ground.test.inputs))
 
 
-class Uniform(Contender):
-    """This contender makes the same choice everywhere: the `place`-th dearest of all choices.
+class Constant(Contender):
+    """One route of `Backbone.constant_routes` is a contender of one point, such as the same choice everywhere."""
 
-    Args:
-        static: the contender whose preparation tries all uniform routes.
-        place: the rank of the choice, from 0 for the dearest.
-        ground: the network and data that the route is measured on.
-    """
+    asked = False
 
-    name, asked = "uniform", False
-
-    def __init__(self, static: Static, place: int, ground: Ground) -> None:
-        self._static, self._place, self._ground = static, place, ground
+    def __init__(self, name: str, route: tuple[int, ...], ground: Ground) -> None:
+        self.name, self._route, self._ground = name, route, ground
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Take the uniform route, whatever the budget."""
-        return [_fixed_route(self._ground, self._static.uniform[self._place].what)]
+        """Take the route, whatever the budget."""
+        return [_fixed_route(self._ground, self._route)]
 
 
 class Ruled(Contender):
@@ -466,5 +458,5 @@ def rivals(ground: Ground, smaller: Sequence[Backbone] = ()) -> list[Contender]:
     static = Static(ground)
     found: list[Contender] = [Random(ground)]
     found += [Ruled(name, fit, ground) for name, fit in rules_of(ground.network).items()]
-    found += [static, *(Uniform(static, place, ground) for place in range(static.kinds))]
+    found += [static, *(Constant(name, route, ground) for name, route in ground.network.constant_routes())]
     return [*found, *_plain_front(smaller, ground), Oracle(static, ground)]

@@ -12,7 +12,7 @@ import torch
 
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset
-from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
+from dynrl.evaluation.contenders import Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
 from dynrl.evaluation.scores import Score, Usage
@@ -36,7 +36,7 @@ def evaluate(
     batch_size: int = 256,
     device: str = "cpu",
     dtype: str = "float32",
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] | None = None,
     show: bool = False,
 ) -> dict[str, Any]:
     """Evaluate runs on the test split, beside everything that they must beat.
@@ -48,7 +48,7 @@ def evaluate(
         data: where the runs' data are now (whatever `dynrl.data.as_dataset` takes); None finds them by their name.
         batch_size: rows of the batch that is timed.
         device, dtype: of networks and inputs.
-        budgets: shares of the dense MACs at which contenders are asked.
+        budgets: shares of the dense MACs at which contenders are asked; None takes the family's (`Backbone.budgets`).
         show: whether to show progress.
 
     Returns:
@@ -107,7 +107,7 @@ def measure(
     plain: Backbone | None = None,
     smaller: Sequence[Backbone] = (),
     batch_size: int = 256,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] | None = None,
     show: bool = False,
 ) -> dict[str, Any]:
     """Measure all figures of a report; docs/reports.md explains them.
@@ -118,10 +118,10 @@ def measure(
         plain: the same network trained on its full route only.
         smaller: plain networks of fewer MACs.
         batch_size: rows of the batch that is timed.
-        budgets: at which contenders are asked.
+        budgets: at which contenders are asked; None takes the family's.
         show: whether to show progress.
     """
-    dense = Dense(ground, plain, learned)
+    dense, budgets = Dense(ground, plain, learned), budgets or ground.network.budgets
     random, *others = rivals(ground, smaller)
     everybody: list[Contender] = [dense, *learned, random, *others]
     points = _Points(ground, ground.test.inputs[:batch_size])
@@ -138,6 +138,7 @@ def measure(
         times = points.time(bar.update)
     return {
         "classes": list(ground.dataset.names),
+        "budgets": list(budgets),
         "dense": _dense_figures(dense, times, points),
         "points": points.rows,
         "usage": usage,
@@ -253,7 +254,7 @@ def seeds_text(report: dict[str, Any]) -> str:
     return f"{text}, on {report['backbones']} backbones" if report.get("backbones", 1) > 1 else text
 
 
-def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> str:
+def report_text(report: dict[str, Any]) -> str:
     """Return the report as a table to print."""
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     wide = max(len(p["policy"]) for p in report["points"])
@@ -264,7 +265,7 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
         f"{'dense':{wide}} {'':6} {task.show(dense[metric]):>8} {'':7} {1:6.2f} {dense['latency_ms']:8.2f} {1:9.2f}",
     ]
     for p in report["points"]:
-        budget = "" if p["budget"] is None else f"{p['budget']:.1f}"
+        budget = "" if p["budget"] is None else f"{p['budget']:g}"
         spread = f"±{task.show(p[f'{metric}_std'])}" if p[f"{metric}_std"] else ""
         lines.append(
             f"{p['policy']:{wide}} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
@@ -285,7 +286,7 @@ def report_text(report: dict[str, Any], budgets: Sequence[float] = BUDGETS) -> s
         )
         lines += _difficulty_lines(usage, task)
     for name in report["seeds"]:
-        missed = sorted(set(budgets) - {p["budget"] for p in report["points"] if p["policy"] == name})
+        missed = sorted(set(report["budgets"]) - {p["budget"] for p in report["points"] if p["policy"] == name})
         if missed:
             lines.append(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
     return "\n".join(lines)

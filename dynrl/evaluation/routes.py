@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,9 +122,13 @@ def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = la
 
 
 def _full_route(backbone: Backbone) -> tuple[int, ...]:
-    """Return the dense network's actions, and the dearest choice of each column that it never visits."""
-    full, dearest = torch.tensor(backbone.full_route), backbone.thrift.argmax(1)
-    return tuple(torch.where(full >= 0, full, dearest).tolist())
+    """Return the dense network's actions, and the cheapest choice of each column that it never visits.
+
+    Where one choice leads past a column, the change to another choice that leads there is one change then: to a
+    smaller network that does nothing more.
+    """
+    full = torch.tensor(backbone.full_route)
+    return tuple(torch.where(full >= 0, full, cheapest_choices(backbone)).tolist())
 
 
 def _changes(backbone: Backbone, route: tuple[int, ...], reached: Tensor) -> list[tuple[int, ...]]:
@@ -158,8 +162,13 @@ def spaced_routes(backbone: Backbone) -> list[tuple[int, ...]]:
     return list(routes)
 
 
-def uniform_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None) -> list[Found]:
-    """Return the static routes that make the same choice everywhere, such as the best single expert.
+def measured_routes(
+    backbone: Backbone,
+    split: Split,
+    routes: Iterable[tuple[int, ...]],
+    tick: Callable[[], Any] = lambda: None,
+) -> list[Found]:
+    """Measure static routes, such as the best single expert.
 
     If a choice is closed, or a point has no choice of that number, the nearest open choice runs in its place.
 
@@ -167,8 +176,7 @@ def uniform_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = l
         the routes from dear to cheap, the best first among equally dear ones. `tick` is called after each.
     """
     found = []
-    for choice in range(backbone.num_choices):
-        route = (choice,) * backbone.columns
+    for route in routes:
         walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
         found.append(Found(route, float(walked.macs.mean()), float(walked.metric.mean())))
         tick()

@@ -14,6 +14,7 @@ from torch import Tensor
 from dynrl.backbones import Backbone, State
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
+from dynrl.evaluation.cascades import cascades
 from dynrl.evaluation.routes import cheapest_choices
 from dynrl.evaluation.scores import score
 from dynrl.policies import Policy, ThresholdPolicy
@@ -32,7 +33,7 @@ def thresholds(backbone: Backbone) -> dict[str, Fit]:
 
 
 # Each entry maps a backbone to the rules to fit, by the names that reports show.
-RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {"threshold": thresholds}
+RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {"threshold": thresholds, "cascade": cascades}
 
 
 def rules_of(backbone: Backbone) -> Mapping[str, Fit]:

@@ -7,7 +7,7 @@ import torch
 
 from dynrl.backbones import SkipResNet
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.evaluation import BUDGETS, Dense, Ground, Plain, Smaller, Static, measure, rivals
+from dynrl.evaluation import BUDGETS, Dense, Ground, Plain, Smaller, measure, rivals
 from tests.cases import TOYS
 
 
@@ -58,7 +58,7 @@ def test_a_report_of_rivals_alone(name, monkeypatch):
     ground = ground_of(name)
     monkeypatch.setattr(TOYS[name], "ideal", lambda self, inputs, route: lambda: None)
     points = measure(ground, [], batch_size=8)["points"]
-    uniform = ["uniform"] * Static(ground).kinds
+    uniform = [name for name, _ in ground.network.constant_routes()]
     assert [p["policy"] for p in points if p["budget"] is None] == [*uniform, "oracle"]
     assert all(p["kind"] is None for p in points)
 

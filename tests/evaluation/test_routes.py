@@ -12,6 +12,7 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import (
     Usage,
     cheapest_choices,
+    measured_routes,
     oracle_candidates,
     oracle_routes,
     random_rate,
@@ -20,7 +21,6 @@ from dynrl.evaluation import (
     spaced_routes,
     static_routes,
     static_tries,
-    uniform_routes,
 )
 from dynrl.policies import RandomPolicy, StaticPolicy
 from tests.cases import TOYS
@@ -124,7 +124,8 @@ def test_random_rates_meet_a_cost_between_the_ends(name):
 def test_the_oracle_takes_each_inputs_best_candidate(name):
     backbone, split = toy(name)
     static = static_routes(backbone, split)
-    known = oracle_candidates(backbone, [*static, *uniform_routes(backbone, split)])
+    uniform = [(choice,) * backbone.columns for choice in range(backbone.num_choices)]
+    known = oracle_candidates(backbone, [*static, *measured_routes(backbone, split, uniform)])
     best = score_routes(backbone, oracle_routes(backbone, split, known), split)
     each = [score_routes(backbone, StaticPolicy(route).route(split.inputs), split).metric for route in known]
     assert torch.equal(best.metric, torch.stack(each).amax(0))
@@ -160,6 +161,6 @@ def test_usage_of_a_short_cut_says_nothing_of_the_detour():
 
 def test_uniform_routes_of_a_loop_run_or_leave():
     backbone, split = Looping(4).eval(), Split(torch.randn(10, 4), torch.arange(10) % 2)
-    again, leave = uniform_routes(backbone, split)
+    again, leave = measured_routes(backbone, split, [(0,) * 4, (1,) * 4])
     assert (again.what, leave.what) == ((1,) * 4, (0,) * 4)
     assert again.macs_fraction == pytest.approx(1.0) and leave.macs_fraction < 0.5

@@ -1,0 +1,355 @@
+"""Whole models are the choices: which one first, and after each answer whether to stop or to ask a dearer one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.backbones.base import Answer, Backbone
+from dynrl.backbones.early import SCORES, early_inputs
+from dynrl.backbones.gated import GatedWalk
+from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.cost import executed_macs
+from dynrl.ops.exit_scores import exit_scores
+from dynrl.ops.move import keep_rows, take_rows
+from dynrl.schema import arguments
+
+STOP = 0
+TOLD = 2 * SCORES + 1  # how sure the last answer is and the one before, and whether they agree
+PASS = 256  # the rows of a pass that estimates statistics of batch norm
+
+
+class Models(Backbone):
+    """Whole models of equal outputs, cheap to dear: which one first, and after each answer stop, or any dearer one.
+
+    At first, choice k runs model k. After model i, 0 stops, and j runs model i + j. An input moves whole from model to
+    model, and each answer replaces the one before. The full route is the last model at once. Models may be trained or
+    not; pretraining trains each of them alone.
+
+    Args:
+        modules: at least two modules from one tensor [B, *input_shape] to outputs [B, classes], by rising MACs; they
+            are held, not copied, and put into eval mode.
+        input_shape: the shape of one input.
+        sizes: the height and width to which images are resized for each model (bilinear, antialiased; this counts 0
+            MACs); None gives each model the input as it is.
+        family: the name under which `FAMILIES` holds a function that builds this backbone from the other arguments
+            without `modules`, for `load_backbone`; None for a backbone that is never loaded by name.
+        classes: the number of outputs; may be left out.
+
+    Raises:
+        ValueError: there are fewer than two models, their MACs fall, their outputs differ or are no classes, the
+            compute of one cannot be counted, or sizes fit neither the models nor the inputs.
+
+    The sources are IDK cascades (Wang et al. 2018, UAI) and model choice by a policy (Bolukbasi et al. 2017, ICML).
+    """
+
+    family = "models"
+    decision = "model"
+    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
+    rule = "cascade"
+    exports = True
+    budgets: ClassVar = (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model costs many times what the first one does
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        input_shape: Sequence[int],
+        sizes: Sequence[int] | None = None,
+        family: str | None = None,
+        classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if len(modules) < 2:
+            raise ValueError(f"expected at least two models to choose from, got {len(modules)}")
+        if sizes and (len(sizes) != len(modules) or len(input_shape) != 3):
+            raise ValueError(
+                f"expected a size of images for each of {len(modules)} models, got {list(sizes)} for inputs of shape "
+                f"{tuple(input_shape)}"
+            )
+        if family is not None:
+            self.family = family  # type: ignore[misc]
+        self.input_shape, self.sizes = tuple(input_shape), tuple(sizes or ())
+        self.config = {"input_shape": list(input_shape), "sizes": list(self.sizes)}
+        self.members = nn.ModuleList(modules).eval()
+        macs, outputs = zip(*map(self._count, range(len(modules))), strict=True)
+        shape = outputs[0]
+        if len(set(outputs)) > 1 or len(shape) != 1 or shape[0] < 2 or classes not in (None, shape[0]):
+            raise ValueError(
+                f"expected models with outputs [batch, {classes or 'classes'}], got {list(outputs)} for one input"
+            )
+        if list(macs) != sorted(macs):
+            raise ValueError(f"expected models from cheap to dear, got {list(macs)} MACs; give them in another order")
+        self.config["classes"] = shape[0]
+        count = len(modules)
+        self._pose(
+            [Point("first", count), *(Point(f"after{k}", count - k) for k in range(count - 1))],
+            costs=[macs, *([0, *macs[k + 1 :]] for k in range(count - 1))],
+            start_macs=0,
+            full_route=(count - 1, *[-1] * (count - 1)),
+            feature_width=TOLD + _look(torch.zeros(1, *input_shape)).shape[1],
+        )
+
+    @classmethod
+    def at_sizes(cls, module: nn.Module, input_shape: Sequence[int], sizes: Sequence[int], images: Tensor) -> Self:
+        """Pose one trained module at several sizes of its images: the choice of a resolution.
+
+        All sizes share the module's weights. Batch norm has statistics and weights of its own at each size, since means
+        and variances change with the size (Wang et al. 2020, ECCV, "Resolution Switchable Networks").
+
+        Args:
+            module: the module, which must take images of any size; it is copied.
+            input_shape: the shape of one input.
+            sizes: the sizes, from small to large.
+            images: [n, *input_shape], training inputs, on which the statistics are estimated at each size.
+        """
+        first = copy.deepcopy(module)
+        shared = {
+            id(weight): weight
+            for part in first.modules() if not isinstance(part, nn.modules.batchnorm._BatchNorm)
+            for weight in part.parameters(recurse=False)
+        }  # fmt: skip
+        posed = cls([copy.deepcopy(first, dict(shared)) for _ in sizes], input_shape, sizes)
+        for k in range(len(sizes)):
+            posed._estimate(k, images)
+        return posed
+
+    @torch.no_grad()
+    def _estimate(self, k: int, images: Tensor) -> None:
+        """Estimate the statistics of batch norm in model k anew, as means over passes through `images` [n, ...]."""
+        norms = [part for part in self.members[k].modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        kept = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # which makes them means over all passes
+            norm.train()
+        for rows in images.split(PASS):
+            self._answer(k, rows)
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+    def _count(self, k: int) -> tuple[int, tuple[int, ...]]:
+        """Return the MACs of model k on one row, and the shape of its output."""
+        member = self.members[k]
+        if isinstance(member, Backbone):
+            return member.dense_macs, (member.config["classes"],)
+        weight = next(member.parameters())
+        example = torch.zeros(1, *self.input_shape, dtype=weight.dtype, device=weight.device)
+        uncounted = [name for name, part in member.named_modules() if isinstance(part, nn.RNNBase)]
+        if uncounted:
+            raise ValueError(f"the compute of {uncounted} in model {k} cannot be counted; leave this model out")
+        macs, output = executed_macs(member, self._resized(k, example))
+        return macs, tuple(output.shape[1:])
+
+    def _resized(self, k: int, inputs: Tensor) -> Tensor:
+        """Return images as large as model k wants them; other inputs as they are."""
+        if not self.sizes or inputs.shape[-2:] == (self.sizes[k],) * 2:
+            return inputs
+        return F.interpolate(inputs, size=(self.sizes[k],) * 2, mode="bilinear", antialias=True)
+
+    def _answer(self, k: int, inputs: Tensor) -> Tensor:
+        """Return what model k says of inputs [n, ...]: [n, classes]."""
+        member: Any = self.members[k]
+        run = member.whole if isinstance(member, Backbone) else member
+        answer: Tensor = run(self._resized(k, inputs))
+        return answer
+
+    def _after(self, k: int, walk: Walk, rows: Tensor, told: Tensor | None = None) -> State:
+        """Return the state of `rows` behind model k, where `told` is what a policy is told of the answers so far."""
+        return State(walk, k + 1, rows, told) if k + 1 < len(self.members) else State(walk, END, rows)
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        look, kept = _look(inputs), walk.own.get("look")
+        walk.own["look"] = look if kept is None else kept.index_copy(0, rows, look)
+        return State(walk, 0, rows, look.new_zeros(rows.shape[0], TOLD))
+
+    def _chosen(self, point: int, choice: int) -> int:
+        """Return the model that a choice at a point runs; the choice to stop is the model that spoke last."""
+        return max(point - 1, 0) + choice
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        walk, point, reached = state.walk, state.point, []
+        for choice in range(self.points[point].n):
+            kept = keep_rows(action == choice, state.rows, state.features)
+            if kept is None:
+                continue
+            rows, told = kept
+            if point and choice == STOP:
+                reached.append(State(walk, END, rows))
+                continue
+            k = self._chosen(point, choice)
+            likely = told.new_zeros(rows.shape[0], self.config["classes"])
+            if point:
+                likely = self.output(State(walk, point, rows)).float().softmax(1)
+            answer = self._answer(k, walk.inputs if rows is walk.all_rows else take_rows(walk.inputs, rows))
+            walk.put_output(rows, answer)
+            reached.append(self._after(k, walk, rows, _tell(answer, told[:, :SCORES], likely)))
+        return reached
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        walk, point = state.walk, state.point
+        assert isinstance(walk, GatedWalk)
+        if not point:
+            self._nobody_comes(walk)
+        self._send(walk, state, gates)
+        if point:
+            walk.leave(gates, STOP)
+        answer = self._answer(point, walk.inputs)  # of the next model, which some may come to from any point before
+        weight = walk.own["weight"][:, point]
+        before = walk.own["before"][:, point] / weight.clamp_min(1e-9).unsqueeze(1)
+        told = _tell(answer, before[:, :SCORES], before[:, SCORES:])
+        walk.put_output(state.rows, answer)
+        walk.weight, walk.present = weight, walk.own["present"][:, point]
+        return self._after(point, walk, state.rows, told)
+
+    def _nobody_comes(self, walk: GatedWalk) -> None:
+        """Prepare what a gated walk keeps for each model: the shares of rows that come to it, and what they bring.
+
+        They bring the scores of the answer before and its probabilities of the classes, weighted by their shares.
+        """
+        shape = (len(walk), len(self.members))
+        walk.own["weight"] = walk.weight.new_zeros(shape)
+        walk.own["before"] = walk.weight.new_zeros(*shape, SCORES + self.config["classes"])
+        walk.own["present"] = torch.zeros(shape, dtype=torch.bool, device=walk.weight.device)
+
+    def _send(self, walk: GatedWalk, state: State, gates: Tensor) -> None:
+        """Send the share of each row that chooses a model to that model."""
+        bring = walk.weight.new_zeros(len(walk), SCORES + self.config["classes"])
+        if state.point:
+            bring = torch.cat([state.features[:, :SCORES], self.output(state).float().softmax(1)], 1)
+        likeliest = gates.argmax(1)
+        at = torch.arange(len(self.members), device=gates.device)
+        for choice in range(1 if state.point else 0, gates.shape[1]):
+            mine = at == self._chosen(state.point, choice)
+            share = (walk.weight * gates[:, choice].float()).unsqueeze(1) * mine
+            walk.own["weight"] = walk.own["weight"] + share
+            walk.own["before"] = walk.own["before"] + share.unsqueeze(2) * bring.unsqueeze(1)
+            walk.own["present"] = walk.own["present"] | ((walk.present & (likeliest == choice)).unsqueeze(1) & mine)
+
+    def observe(self, state: State) -> Tensor:
+        """Return what is told of the answers so far (0 before the first), and a look at the input.
+
+        These are the `exit_scores` of the last answer, those of the answer before, and the probability that the answer
+        before gave the class that is now the likeliest; then the input's means (`early_inputs`) and its contrast.
+        """
+        return torch.cat([state.features, state.get(state.walk.own["look"])], 1)
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield the last model's answer; with a rate, yield instead that of each other model, one a pass.
+
+        So the plain network is the last model, and each model is trained alone.
+        """
+        rows = torch.arange(len(inputs), device=inputs.device)
+        last = len(self.members) - 1
+        for k in [last] if rate is None else range(last):
+            yield [Answer(self._answer(k, inputs), rows)]
+
+    def constant_routes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return each model alone, from dear to cheap."""
+        stops = (STOP,) * (self.columns - 1)
+        return [(f"model {k} alone", (k, *stops)) for k in reversed(range(len(self.members)))]
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
+        """Return `Backbone.ideal`: each model runs on the first rows of the batch, as many as ask it."""
+        asked = [0] * len(self.members)
+        for point, column in enumerate(route.unbind(1)):
+            for choice in range(1 if point else 0, self.points[point].n):
+                asked[self._chosen(point, choice)] += int((column == choice).sum())
+
+        def run() -> None:
+            for k, count in enumerate(asked):
+                if count:
+                    self._answer(k, inputs[:count])
+
+        return run
+
+    def for_inference(self) -> Self:
+        """Return a frozen copy; models that are families of dynrl make themselves faster, too."""
+        twin = super().for_inference()
+        for k, member in enumerate(self.members):
+            if isinstance(member, Backbone):
+                twin.members[k] = member.for_inference()
+        return twin
+
+
+class Members(Models):
+    """Whole models that are networks of dynrl's own families, each on its full route.
+
+    Args:
+        input_shape: the shape of one input.
+        classes: the number of outputs of each model.
+        members: the settings of the models, by rising MACs: each has "family", a name in `FAMILIES`, and arguments of
+            that family other than `input_shape` and `classes`.
+        sizes: see `Models`.
+    """
+
+    family = "members"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        classes: int = 10,
+        members: tuple[dict[str, Any], ...] = (),
+        sizes: tuple[int, ...] = (),
+    ) -> None:
+        from dynrl.backbones import FAMILIES  # not at the top of the file: that table holds this class
+
+        built: list[Backbone] = []
+        for i, settings in enumerate(members):
+            name, rest = settings.get("family"), {key: value for key, value in settings.items() if key != "family"}
+            if name not in FAMILIES:
+                raise ValueError(f"members[{i}].family: expected one of {sorted(FAMILIES)}, got {name!r}")
+            shape = (*input_shape[:1], sizes[i], sizes[i]) if i < len(sizes) else input_shape
+            config = {"input_shape": shape, "classes": classes, **rest}
+            built.append(FAMILIES[name](**arguments(FAMILIES[name], config, f"members[{i}].")))
+        super().__init__(built, input_shape, sizes, classes=classes)
+        self.config["members"] = [_settings(member) for member in built]
+
+    @classmethod
+    def joined(cls, backbones: Sequence[Backbone]) -> Self:
+        """Return the choice between backbones that were trained on the same data, by rising MACs, with their weights.
+
+        Raises:
+            ValueError: the backbones were trained on other data than one another, or are for other inputs or classes.
+        """
+        first = backbones[0]
+        for known in ("input_shape", "trained_on"):
+            found = [getattr(backbone, known) for backbone in backbones]
+            if any(one != found[0] for one in found):
+                raise ValueError(f"expected models of one data set, got {known} {found}")
+        ordered = sorted(backbones, key=lambda backbone: backbone.dense_macs)
+        posed = cls(first.input_shape, first.config["classes"], tuple(map(_settings, ordered)))
+        for member, backbone in zip(posed.members, ordered, strict=True):
+            member.load_state_dict(backbone.state_dict())
+        posed.trained_on = first.trained_on
+        return posed
+
+
+def _settings(backbone: Backbone) -> dict[str, Any]:
+    """Return a backbone's settings as `Members` takes them."""
+    own = {name: value for name, value in backbone.config.items() if name not in ("input_shape", "classes")}
+    return {"family": backbone.family, **own}
+
+
+def _look(inputs: Tensor) -> Tensor:
+    """Return a cheap look at inputs [n, ...]: their means (`early_inputs`) and their contrast, [n, k] float32."""
+    contrast = inputs.flatten(1).float().std(1, correction=0, keepdim=True)
+    return torch.cat([early_inputs(inputs).float(), contrast], 1)
+
+
+def _tell(answer: Tensor, before: Tensor, likely: Tensor) -> Tensor:
+    """Return what a policy is told of an answer [n, classes]: [n, TOLD] float32.
+
+    Args:
+        answer: the answer.
+        before: [n, SCORES], how sure the answer before was; 0 if there was none.
+        likely: [n, classes], the probabilities that the answer before gave; 0 if there was none.
+    """
+    return torch.cat([exit_scores(answer), before, likely.gather(1, answer.argmax(1, keepdim=True))], 1)
