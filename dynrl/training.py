@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,7 +66,7 @@ def train(
     data: Any = None,
     *,
     out: str | Path | None = None,
-    backbone: str | Path | None = None,
+    backbone: str | Path | Sequence[str | Path] | None = None,
     pretrain: bool | Recipe = True,
     show: bool = False,
     **settings: Any,
@@ -81,7 +81,8 @@ def train(
         data: a data set's name, a folder of images, a `dynrl.data.Dataset`, any torch `Dataset` of (input, target)
             pairs, or a pair of tensors (see `dynrl.data.own_dataset`); None takes the decision's own data set.
         out: the run folder to make; None makes runs/DECISION-DATA-TIME.
-        backbone: a folder of `dynrl pretrain` or of another run, whose backbone is copied.
+        backbone: a folder of `dynrl pretrain` or of another run, whose backbone is copied; for the choice of a model,
+            several folders, of any decisions, whose networks are the models.
         pretrain: whether a backbone of your own is first trained under random routes, or the recipe for that. Without
             this training, routes other than the full one may be worth little.
         show: whether progress and results are shown.
@@ -282,24 +283,48 @@ def folder_for(out: str | Path | None, *parts: str) -> Path:
     return Path(out or Path("runs") / "-".join([*map(folder_name, parts), time.strftime("%Y%m%d-%H%M%S")]))
 
 
-def make_run(planned: Plan, out: str | Path | None = None, source: str | Path | None = None) -> RunFolder:
-    """Make the folder of a planned run, whole or not at all; if `source` is a folder, copy its backbone.
+def make_run(
+    planned: Plan, out: str | Path | None = None, source: str | Path | Sequence[str | Path] | None = None
+) -> RunFolder:
+    """Make the folder of a planned run, whole or not at all; if `source` is given, take the backbone of that folder.
 
     Raises:
         ValueError: the folder exists, or the backbone is for another decision or other data.
     """
-    problem, given = planned.settings.problem, None
-    if source is not None:
+    problem, given, joined = planned.settings.problem, None, None
+    if isinstance(source, str | Path):
         given = check_source(planned, source)
+    elif source:
+        joined = join_sources(planned, source)
     folder = folder_for(out, problem.decision, problem.data)
     with make_aside(folder) as aside:
         if given is not None:
             for file in (given.backbone_file, given.plain_file, given.kept_file):
                 if file.is_file():
                     shutil.copyfile(file, aside / file.name)
+        if joined is not None:
+            joined.save(aside / RunFolder(aside).backbone_file.name)
         write_json(aside / RunFolder(aside).data_file.name, planned.dataset.provenance.to_dict())
         planned.settings.save(aside / RunFolder(aside).config_file.name)
     return RunFolder(folder)
+
+
+def join_sources(planned: Plan, sources: Sequence[str | Path]) -> Backbone:
+    """Return one backbone made of the networks of several folders; raise a ValueError if it is not for the run.
+
+    A folder's network is the plain one, or the backbone where there is no plain one.
+    """
+    files = [RunFolder(source) for source in sources]
+    networks = [load_backbone(f.plain_file if f.plain_file.is_file() else f.backbone_file)[0] for f in files]
+    joined = type(planned.backbone).joined(networks)
+    _check_given(planned, joined)
+    return joined
+
+
+def _check_given(planned: Plan, backbone: Backbone) -> None:
+    if planned.settings.problem.network:
+        raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
+    _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.trained_on)))
 
 
 def check_source(planned: Plan, source: str | Path) -> RunFolder:
@@ -307,12 +332,10 @@ def check_source(planned: Plan, source: str | Path) -> RunFolder:
     problem, given = planned.settings.problem, RunFolder(source)
     if not Path(source).is_dir():
         raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
-    if problem.network:
-        raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
     backbone, _ = load_backbone(given.backbone_file)
     if backbone.decision != problem.decision:
         raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
-    _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.trained_on)))
+    _check_given(planned, backbone)
     return given
 
 

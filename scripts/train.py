@@ -18,8 +18,9 @@ class Args:
 
     settings: tyro.conf.OmitArgPrefixes[optional(Problem, Learning, Place)]  # type: ignore[valid-type]
     """The settings that say what is learned, how, and where."""
-    backbone: Path | None = None
-    """A folder from `dynrl pretrain` or another run, whose backbone is taken; by default, one is pretrained first."""
+    backbone: tuple[Path, ...] = ()
+    """A folder from `dynrl pretrain` or another run, whose backbone is taken; by default, one is pretrained first. For
+    the choice of a model, several folders, whose networks are the models."""
     out: Path | None = None
     """The run folder to make; by default, runs/DECISION-DATA-TIME."""
     resume: Path | None = None
@@ -50,7 +51,7 @@ def main(args: Args) -> None:
         planned = plan(name, **given)
     use_threads(args.threads)
     if args.resume is None:
-        run = make_run(planned, args.out, args.backbone)
+        run = make_run(planned, args.out, args.backbone[0] if len(args.backbone) == 1 else args.backbone)
     print(f"run folder: {run}   (watch: tensorboard --logdir {run.path.parent})", flush=True)
     try:
         with gone_if_not_begun(run) if args.resume is None else nullcontext():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from dynrl.backbones import ExitResNet, SkipResNet, SlimmableResNet
+from dynrl.backbones import ExitResNet, Models, SkipResNet, SlimmableResNet
 from dynrl.deploy import RoutedModel
 from dynrl.ops.gated_cell import gated_cell
 from dynrl.ops.partition import partition
@@ -89,11 +89,28 @@ def inputs_for(backbone, rows):
     return torch.randn(rows, *backbone.input_shape) + 4 * torch.randn(rows, 1, 1, 1)
 
 
+class Network(nn.Sequential):
+    """A user's own."""
+
+    def __init__(self, width: int) -> None:
+        layers = nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Flatten()
+        super().__init__(*layers, nn.Linear(16 * width, 10))
+
+
 def decided(name, hidden=8):
     """A plugged model whose rows take routes of their own."""
     backbone = {
         "skip": SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)),
         "exit": ExitResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), exits=(0, 1, 2)),
+        "model": Models(
+            [
+                Network(4),
+                SkipResNet((1, 4, 4), layers=(1,), widths=(4,)),
+                SkipResNet((1, 8, 8), layers=(1,), widths=(8,)),
+            ],
+            (1, 8, 8),
+            sizes=(4, 4, 8),
+        ),
         "channel": SlimmableResNet((1, 8, 8), layers=(2,), widths=(32,)),
     }[name].eval()
     router = make_policy(backbone, (0.01, 1.0), hidden)
@@ -116,7 +133,7 @@ def as_exported(model, path):
 
 
 @pytest.mark.parametrize(("hidden", "file"), [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")])
-@pytest.mark.parametrize("name", ["skip", "exit"])
+@pytest.mark.parametrize("name", ["skip", "exit", "model"])
 @torch.no_grad()
 def test_a_plugged_model_is_exported(name, hidden, file, tmp_path):
     model, met = decided(name, hidden), set()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES, early_inputs
@@ -21,6 +22,7 @@ from dynrl.schema import arguments
 
 STOP = 0
 TOLD = 2 * SCORES + 1  # how sure the last answer is and the one before, and whether they agree
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 PASS = 256  # the rows of a pass that estimates statistics of batch norm
 
 
@@ -76,6 +78,10 @@ class Models(Backbone):
         self.input_shape, self.sizes = tuple(input_shape), tuple(sizes or ())
         self.config = {"input_shape": list(input_shape), "sizes": list(self.sizes)}
         self.members = nn.ModuleList(modules).eval()
+        for k, size in enumerate(self.sizes):  # what resizing does to rows and columns of images, as products
+            for name, length in zip(("down", "right"), input_shape[1:], strict=True):
+                product = _resize(torch.eye(length)[None, None], (size, length))[0, 0]
+                self.register_buffer(f"{name}{k}", product, persistent=False)
         macs, outputs = zip(*map(self._count, range(len(modules))), strict=True)
         shape = outputs[0]
         if len(set(outputs)) > 1 or len(shape) != 1 or shape[0] < 2 or classes not in (None, shape[0]):
@@ -110,7 +116,7 @@ class Models(Backbone):
         first = copy.deepcopy(module)
         shared = {
             id(weight): weight
-            for part in first.modules() if not isinstance(part, nn.modules.batchnorm._BatchNorm)
+            for part in first.modules() if not isinstance(part, BATCH_NORMS)
             for weight in part.parameters(recurse=False)
         }  # fmt: skip
         posed = cls([copy.deepcopy(first, dict(shared)) for _ in sizes], input_shape, sizes)
@@ -121,7 +127,7 @@ class Models(Backbone):
     @torch.no_grad()
     def _estimate(self, k: int, images: Tensor) -> None:
         """Estimate the statistics of batch norm in model k anew, as means over passes through `images` [n, ...]."""
-        norms = [part for part in self.members[k].modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        norms = [part for part in self.members[k].modules() if isinstance(part, BATCH_NORMS)]
         kept = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
@@ -150,7 +156,9 @@ class Models(Backbone):
         """Return images as large as model k wants them; other inputs as they are."""
         if not self.sizes or inputs.shape[-2:] == (self.sizes[k],) * 2:
             return inputs
-        return F.interpolate(inputs, size=(self.sizes[k],) * 2, mode="bilinear", antialias=True)
+        if is_compiling():  # torch cannot trace the resizing of images whose number is data
+            return self.get_buffer(f"down{k}") @ inputs @ self.get_buffer(f"right{k}").t()
+        return _resize(inputs, (self.sizes[k],) * 2)
 
     def _answer(self, k: int, inputs: Tensor) -> Tensor:
         """Return what model k says of inputs [n, ...]: [n, classes]."""
@@ -276,7 +284,25 @@ class Models(Backbone):
         for k, member in enumerate(self.members):
             if isinstance(member, Backbone):
                 twin.members[k] = member.for_inference()
+        for name, part in list(twin.members.named_modules()):
+            if isinstance(part, BATCH_NORMS) and part.track_running_stats:
+                twin.members.set_submodule(name, _Affine(part))
         return twin
+
+
+class _Affine(nn.Module):
+    """This is a frozen batch norm. Torch cannot trace its own on rows whose number is data."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+        self.register_buffer("scale", scale.detach())
+        self.register_buffer("shift", shift.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
 
 
 class Members(Models):
@@ -336,6 +362,10 @@ def _settings(backbone: Backbone) -> dict[str, Any]:
     """Return a backbone's settings as `Members` takes them."""
     own = {name: value for name, value in backbone.config.items() if name not in ("input_shape", "classes")}
     return {"family": backbone.family, **own}
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 def _look(inputs: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class Walk:
             self.outputs = value
             return
         if self.outputs is None:
-            self.outputs = value.new_zeros(len(self), *value.shape[1:])
+            self.outputs = value.new_zeros(self.all_rows.shape[0], *value.shape[1:])  # len() would trace a constant
         # Writing in place would break the graph of earlier outputs, or change a tensor that a caller already has.
         self.outputs = self.outputs.index_copy(0, rows, value.to(self.outputs.dtype))
 

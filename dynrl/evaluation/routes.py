@@ -122,13 +122,9 @@ def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = la
 
 
 def _full_route(backbone: Backbone) -> tuple[int, ...]:
-    """Return the dense network's actions, and the cheapest choice of each column that it never visits.
-
-    Where one choice leads past a column, the change to another choice that leads there is one change then: to a
-    smaller network that does nothing more.
-    """
-    full = torch.tensor(backbone.full_route)
-    return tuple(torch.where(full >= 0, full, cheapest_choices(backbone)).tolist())
+    """Return the dense network's actions, and the dearest choice of each column that it never visits."""
+    full, dearest = torch.tensor(backbone.full_route), backbone.thrift.argmax(1)
+    return tuple(torch.where(full >= 0, full, dearest).tolist())
 
 
 def _changes(backbone: Backbone, route: tuple[int, ...], reached: Tensor) -> list[tuple[int, ...]]:

@@ -31,7 +31,9 @@ def keep_rows(chosen: Tensor, *tensors: Tensor) -> tuple[Tensor, ...] | None:
     if not (is_compiling() or may_look()):
         raise ValueError("the host must know how many rows go on here, which a CUDA graph does not let it: no capture")
     index = chosen.nonzero().squeeze(1)
-    if not is_compiling():
+    if is_compiling():
+        torch._check(index.shape[0] < 2**31)  # sums of such counts must fit in 64 bits, or ONNX refuses them
+    else:
         if len(index) == len(chosen):
             return tensors
         if len(index) == 0:

@@ -1,0 +1,153 @@
+"""The choice between whole models, beyond what every backbone is tested for."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dynrl
+from dynrl.backbones import END, Members, Models, SkipResNet, load_backbone
+from dynrl.data import Augmentation, Dataset, Split
+from dynrl.ops.exit_scores import exit_scores
+from dynrl.policies import StaticPolicy
+from dynrl.pretraining import Recipe, pretrain
+from tests.cases import make_backbone
+
+SHAPE = (1, 16, 16)
+
+
+def network(width: int) -> nn.Module:
+    """A network as a user has it, on images of any size."""
+    norm = nn.BatchNorm2d(width)
+    nn.init.normal_(norm.running_mean, std=0.1)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1, bias=False), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(4 * width, 5),
+    ).eval()  # fmt: skip
+
+
+def models(sizes=None) -> Models:
+    torch.manual_seed(1)
+    return Models([network(2), network(3), network(8)], SHAPE, sizes)
+
+
+@pytest.mark.parametrize("sizes", [None, (8, 16, 16)])
+@torch.no_grad()
+def test_each_row_gets_the_answer_of_the_last_model_it_asked_and_pays_for_all(sizes):
+    """Every route, row by row, with the models called by hand."""
+    backbone = models(sizes)
+    inputs = torch.randn(16, *SHAPE)
+    seen = [inputs if size in (None, 16) else F.interpolate(inputs, (size, size), mode="bilinear", antialias=True)
+            for size in sizes or [None] * 3]  # fmt: skip
+    said = [model(images) for model, images in zip(backbone.members, seen, strict=True)]
+    macs = backbone.costs[0].tolist()
+    assert macs == [2 * 9 * (64 if sizes else 256) + 40, 3 * 9 * 256 + 60, 8 * 9 * 256 + 160]
+    routes = torch.tensor([*product(range(3), repeat=3)])[:16]
+    walk = backbone.run_route(inputs, routes)
+    for row, route in enumerate(routes.tolist()):
+        at, asked = route[0], [route[0]]
+        while at < 2 and (step := min(route[at + 1], 2 - at)):
+            at += step
+            asked.append(at)
+        torch.testing.assert_close(walk.outputs[row], said[at][row])
+        assert int(walk.macs[row]) == sum(macs[k] for k in asked)
+    assert backbone.dense_macs == macs[2]
+
+
+@torch.no_grad()
+def test_what_a_policy_is_told_of_the_answers():
+    backbone = models()
+    inputs = torch.randn(7, *SHAPE)
+    state = backbone.begin(inputs)
+    first = backbone.observe(state)
+    assert not first[:, :7].any()
+    cells = F.adaptive_avg_pool2d(inputs, 4).flatten(1)
+    torch.testing.assert_close(first[:, 7:], torch.cat([cells, inputs.flatten(1).std(1, correction=0).unsqueeze(1)], 1))
+    (state,) = backbone.advance(state, torch.zeros(7, dtype=torch.int64))
+    weak, strong = (model(inputs) for model in backbone.members[:2])
+    torch.testing.assert_close(backbone.observe(state)[:, :3], exit_scores(weak))
+    assert not backbone.observe(state)[:, 3:7].any()
+    *ended, state = sorted(backbone.advance(state, torch.tensor([1, 0, 1, 1, 2, 1, 1])), key=lambda of: of.point)
+    assert [of.rows.tolist() for of in ended if of.point == END] == [[1], [4]]
+    rows = state.rows
+    agreed = weak[rows].softmax(1).gather(1, strong[rows].argmax(1, keepdim=True))
+    torch.testing.assert_close(
+        backbone.observe(state)[:, :7], torch.cat([exit_scores(strong[rows]), exit_scores(weak[rows]), agreed], 1)
+    )
+    assert state.point == 2
+
+
+def test_models_are_trained_each_alone():
+    """The plain network is the last one; the others learn afterwards, and nothing of one moves another."""
+    torch.manual_seed(0)
+    backbone, inputs = models(), torch.randn(64, *SHAPE)
+    split = Split(inputs, (inputs.mean((1, 2, 3)) > 0).long())
+    data = Dataset("signs", 5, split, split, split, Augmentation())
+    recipe = Recipe(epochs=1, batch_size=32)
+
+    def moved(random_routes):
+        before = [{n: t.clone() for n, t in model.state_dict().items()} for model in backbone.members]
+        pretrain(backbone, data, recipe, random_routes=random_routes)
+        after = [model.state_dict() for model in backbone.members]
+        return [any(not torch.equal(old[n], new[n]) for n in old) for old, new in zip(before, after, strict=True)]
+
+    assert moved(False) == [False, False, True]
+    assert moved(True) == [True, True, False]
+
+
+def test_one_network_at_several_sizes_has_statistics_for_each():
+    """All else is shared, and statistics are those of the images at that size."""
+    module, images = network(6), torch.randn(600, *SHAPE)
+    backbone = Models.at_sizes(module, SHAPE, (4, 8, 16), images)
+    kernels, norms = [m[0].weight for m in backbone.members], [m[1] for m in backbone.members]
+    assert all(kernel is kernels[0] for kernel in kernels) and kernels[0] is not module[0].weight
+    for norm, size in zip(norms, (4, 8, 16), strict=True):
+        seen = images if size == 16 else F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        torch.testing.assert_close(norm.running_mean, module[0](seen).mean((0, 2, 3)), atol=0.02, rtol=0.02)
+        assert not norm.training and norm.momentum == module[1].momentum
+    assert float((norms[0].running_var - norms[2].running_var).abs().max()) > 0.1
+    assert len(list(backbone.parameters())) == 3 + 2 * 3
+
+
+def test_folders_join_to_one_backbone(tmp_path):
+    """Cheap to dear, with the weights they were trained to."""
+    networks = [SkipResNet(SHAPE, 5, layers=(1,), widths=(width,)).eval() for width in (8, 4)]
+    joined = Members.joined(networks)
+    inputs = torch.randn(6, *SHAPE)
+    joined.save(tmp_path / "joined.safetensors")
+    loaded, _ = load_backbone(tmp_path / "joined.safetensors")
+    for k, model in enumerate(reversed(networks)):
+        plugged = dynrl.plug(loaded, StaticPolicy((k, 0)))
+        torch.testing.assert_close(plugged(inputs), model(inputs), atol=1e-5, rtol=1e-5)
+        assert plugged.last_route.macs.tolist() == [model.dense_macs] * 6
+    with pytest.raises(ValueError, match="models of one data set, got input_shape"):
+        Members.joined([networks[0], SkipResNet((1, 8, 8), 5, layers=(1,), widths=(4,))])
+    with pytest.raises(ValueError, match="expected one folder with a backbone of 'skip', got 2"):
+        SkipResNet.joined(networks)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Models([network(2)], SHAPE), "at least two models"),
+        (lambda: Models([network(8), network(2)], SHAPE), "from cheap to dear"),
+        (lambda: Models([network(2), nn.Sequential(network(8), nn.Linear(5, 4))], SHAPE), r"got \[\(5,\), \(4,\)\]"),
+        (lambda: Models([network(2), network(8)], SHAPE, classes=3), r"outputs \[batch, 3\]"),
+        (lambda: Models([network(2), network(8)], SHAPE, (8,)), "a size of images for each of 2 models"),
+        (lambda: Members(SHAPE, 5, ({"family": "nosuch"},)), r"members\[0\].family: expected one of"),
+        (lambda: Members(SHAPE, 5, ({"family": "skip_resnet", "wide": 3},)), r"members\[0\].wide: unknown setting"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_go_together_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_model_alone_is_a_route_that_reports_show():
+    backbone = make_backbone("model")
+    names = [name for name, _ in backbone.constant_routes()]
+    assert names == ["model 2 alone", "model 1 alone", "model 0 alone"]
