@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -276,6 +277,25 @@ def test_a_backbone_of_another_network_is_refused(tmp_path):
     with pytest.raises(ValueError, match="poses 'skip', not 'exit'"):
         make_run(plan("exit", "digits"), tmp_path / "run", tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_networks_of_several_folders_are_the_models_of_a_run(tmp_path):
+    """The plain network of each; a folder that has none gives its backbone."""
+    digits, sources = load_dataset("digits"), [tmp_path / "large", tmp_path / "small"]
+    for source, width, file in zip(sources, (8, 4), ("plain", "backbone"), strict=True):
+        network = SkipResNet(digits.input_shape, layers=(1,), widths=(width,), stem_stride=4)
+        network.trained_on = digits.provenance
+        source.mkdir()
+        network.save(source / f"{file}.safetensors")
+    run = make_run(plan("model", "digits"), tmp_path / "run", sources)
+    assert [member.config["widths"] for member in run.backbone.members] == [[4], [8]]
+    assert run.backbone.trained_on == digits.provenance and not run.plain_file.exists()
+    with pytest.raises(ValueError, match="expected one folder with a backbone of 'skip', got 2"):
+        make_run(plan("skip", "digits"), tmp_path / "other", sources)
+    settings = json.dumps([{"family": "skip_resnet", "layers": [1], "widths": [width]} for width in (4, 8)])
+    with pytest.raises(ValueError, match="leave out network"):
+        make_run(plan("model", "digits", network=(f"members={settings}",)), tmp_path / "other", sources)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture(autouse=True)
