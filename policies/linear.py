@@ -34,7 +34,8 @@ class LinearPolicy(Policy):
     def forward(self, observation: Tensor) -> Tensor:
         """Map [n, width] to scores [n, 1, choices]; closed choices get -1e9."""
         features = self.sight.features
-        scores = self.layer(observation[:, :features]).unflatten(1, (self.sight.points, self.sight.choices))
+        scores: Tensor = self.layer(observation[:, :features])
+        scores = scores.unflatten(1, (self.sight.points, self.sight.choices))
         here = observation[:, features : features + self.sight.points].unsqueeze(2)
         return (scores * here).sum(1, keepdim=True) + (self.sight.mask(observation) - 1) * 1e9
 

@@ -167,7 +167,7 @@ class Models(Backbone):
         answer: Tensor = run(self._resized(k, inputs))
         return answer
 
-    def _after(self, k: int, walk: Walk, rows: Tensor, told: Tensor | None = None) -> State:
+    def _after(self, k: int, walk: Walk, rows: Tensor, told: Tensor) -> State:
         """Return the state of `rows` behind model k, where `told` is what a policy is told of the answers so far."""
         return State(walk, k + 1, rows, told) if k + 1 < len(self.members) else State(walk, END, rows)
 
@@ -293,6 +293,9 @@ class Models(Backbone):
 class _Affine(nn.Module):
     """This is a frozen batch norm. Torch cannot trace its own on rows whose number is data."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
@@ -346,8 +349,10 @@ class Members(Models):
             ValueError: the backbones were trained on other data than one another, or are for other inputs or classes.
         """
         first = backbones[0]
-        for known in ("input_shape", "trained_on"):
-            found = [getattr(backbone, known) for backbone in backbones]
+        for known, found in (
+            ("inputs and outputs", [(backbone.input_shape, backbone.config["classes"]) for backbone in backbones]),
+            ("trained_on", [backbone.trained_on for backbone in backbones]),
+        ):
             if any(one != found[0] for one in found):
                 raise ValueError(f"expected models of one data set, got {known} {found}")
         ordered = sorted(backbones, key=lambda backbone: backbone.dense_macs)
