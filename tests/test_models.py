@@ -15,7 +15,6 @@ from dynrl.data import Augmentation, Dataset, Split
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy
 from dynrl.pretraining import Recipe, pretrain
-from tests.cases import make_backbone
 
 SHAPE = (1, 16, 16)
 
@@ -148,6 +147,5 @@ def test_models_that_do_not_go_together_are_refused(make, message):
 
 
 def test_a_model_alone_is_a_route_that_reports_show():
-    backbone = make_backbone("model")
-    names = [name for name, _ in backbone.constant_routes()]
+    names = [name for name, _ in models().constant_routes()]
     assert names == ["model 2 alone", "model 1 alone", "model 0 alone"]

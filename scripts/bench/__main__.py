@@ -63,7 +63,6 @@ def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
     from dynrl.files import check_folder, write_json
     from dynrl.machine import check_device, commit, hardware
-    from dynrl.runs import RunFolder
     from dynrl.schema import check_count
     from dynrl.scripts.bench.tables import SUMMED
     from dynrl.scripts.common import check_batch_size, use_threads
@@ -82,8 +81,6 @@ def main(args: Args) -> None:
         check_batch_size(batch)
     check_device(args.device)
     check_folder(out.parent)
-    for run in args.runs if args.suite == "model" else ():
-        _ = RunFolder(run).config
     if "threads" in heeded:
         use_threads(args.threads)
     rows, summaries = measured(args)

@@ -95,6 +95,8 @@ def bench_model(
     unknown = set(networks) - set(NETWORKS)
     if unknown:
         raise ValueError(f"unknown networks {sorted(unknown)}; expected some of {sorted(NETWORKS)}")
+    for run in runs:
+        _ = RunFolder(run).config  # a folder that holds no run is refused before anything is measured
     rows = []
     for name in networks or NETWORKS:
         network = NETWORKS[name]
