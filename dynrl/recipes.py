@@ -219,6 +219,15 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         ),
         joint=True,
     ),
+    ("unroll", "hops"): Defaults(
+        family="unrolled",
+        backbone={"hidden": 32, "steps": 8},
+        pretraining=Recipe(
+            epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=4,
+        ),
+        learning=Learning(steps=200_000, hidden=16, reward="gain"),
+    ),
 }  # fmt: skip
 
 

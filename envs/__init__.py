@@ -50,6 +50,11 @@ DECISIONS: dict[str, Decision] = {
             "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",
             data="sequential-digits",
         ),
+        Decision(
+            "unroll", "dynrl/Unroll-v0", "dynrl.envs.unroll:UnrollVectorEnv",
+            "apply a network's one block again, or stop with its answer", "adaptive computation time (Graves 2016)",
+            data="hops",
+        ),
     )
 }  # fmt: skip
 

@@ -205,6 +205,17 @@ class Backbone(nn.Module):
         route = draw_routes(self.thrift, rate, generator).to(inputs.device)
         yield self.run_training(inputs, lambda state: state.along(route))[1]
 
+    def lengthen(self, max_steps: int) -> None:
+        """Let walks take up to `max_steps` decisions, more than the network was trained for.
+
+        Raises:
+            ValueError: the family has no loop that may go on, or was trained for more.
+        """
+        raise ValueError(
+            f"a walk through {type(self).__name__} takes at most {self.max_steps} decisions; only a network with a loop "
+            "that may go on takes more"
+        )
+
     def for_inference(self) -> Self:
         """Return a frozen copy that computes the same faster, for example with batch norm folded."""
         return copy.deepcopy(self).eval().requires_grad_(False)
