@@ -223,10 +223,24 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="unrolled",
         backbone={"hidden": 32, "steps": 8},
         pretraining=Recipe(
-            epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
-            plain_epochs=4,
+            epochs=3, batch_size=128, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam"
         ),
         learning=Learning(steps=200_000, hidden=16, reward="gain"),
+        finetuning=Finetuning(epochs=1, optimizer="adam", learning_rate=1e-3, label_smoothing=0.0, distillation=0.0),
+    ),
+    # A longer walk may be worse: no image is distilled from the longest.
+    ("unroll", "noisy-photos"): Defaults(
+        family="restorer",
+        backbone={"width": 16, "steps": 12},
+        pretraining=Recipe(
+            epochs=8, batch_size=64, learning_rate=4e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=2,
+        ),
+        learning=Learning(steps=200_000, hidden=32, reward="gain"),
+        finetuning=Finetuning(
+            epochs=4, batch_size=64, optimizer="adam", learning_rate=1e-3, label_smoothing=0.0, full_share=0.0,
+            distillation=0.0,
+        ),
     ),
 }  # fmt: skip
 

@@ -28,9 +28,7 @@ def answers_by_hand(network, inputs, steps):
     """Place by place: a gated recurrent unit on the sum of what comes in along links, and the answer after each step."""
     links, known, said = inputs[:, :, :PLACES], network.stem(inputs[:, :, PLACES:]).tanh(), []
     for _ in range(steps):
-        told = torch.stack(
-            [sum(links[:, a, b, None] * known[:, a] for a in range(PLACES)) for b in range(PLACES)], 1
-        )
+        told = torch.stack([sum(links[:, a, b, None] * known[:, a] for a in range(PLACES)) for b in range(PLACES)], 1)
         keep, use = network.update(torch.cat([told, known], 2)).sigmoid().split(7, 2)
         new = network.candidate(torch.cat([told, use * known], 2)).tanh()
         known = keep * new + (1 - keep) * known

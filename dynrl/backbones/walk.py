@@ -89,8 +89,8 @@ class Walk:
             self.first_column.append(columns)
             columns += point.visits
         self.route = torch.full((size, columns), -1, dtype=torch.int64, device=device)
-        # How often the rows that are together (or abreast) have been at each point; and, if rows may differ in this, how
-        # often each row.
+        # How often the rows that are together (or abreast) have been at each point; and, if rows may differ in this,
+        # how often each row.
         self.visits_together = [0] * len(points)
         loops = len(points) > 1 and any(point.visits > 1 for point in points)
         self._visits = torch.zeros(size, len(points), dtype=torch.int64, device=device) if loops else None

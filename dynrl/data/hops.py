@@ -1,4 +1,4 @@
-"""In the task of hops, a network follows the links of a ring as often as its input says: an input of k needs k steps."""
+"""In the task of hops, a network follows the links of a ring as often as its input says."""
 
 from __future__ import annotations
 
