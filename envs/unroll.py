@@ -12,7 +12,8 @@ class UnrollVectorEnv(RoutingVectorEnv):
     ## Features
     Of an `Unrolled` network: how sure the present answer is (`dynrl.ops.exit_scores`: the highest probability, its lead
     over the second one and the entropy, each from 0 to 1), how far the last step moved the state, and the mean of each
-    channel of the state.
+    channel of the state. Of a `Restorer`: the size of the last change, the noise that is left, what was taken off and
+    the noise at first (logarithms), and the mean of each of the unit's channels.
 
     ## Action
     `Discrete(2)`: 0 stops with the present answer; 1 applies the block once more.
@@ -26,12 +27,14 @@ class UnrollVectorEnv(RoutingVectorEnv):
     (`distillation`).
 
     ## Data
-    The default is `hops`: an input that asks for k hops needs k steps.
+    The default is `hops`: an input that asks for k hops needs k steps. `noisy-photos` has images to restore; how many
+    steps are best depends on the noise.
 
     ## Source
     Adaptive Computation Time for Recurrent Neural Networks, Graves 2016, where a halting unit of the network itself
     stops it; PonderNet: Learning to Ponder, Banino et al. 2021, where the unit is trained by the expected loss. Gates
-    (`--agent gate`) are trained by the expected answer and the expected number of steps, as these are.
+    (`--agent gate`) are trained by the expected answer and the expected number of steps, as these are. Dynamically
+    Unfolding Recurrent Restorer, Zhang et al., ICLR 2019, where a policy learns from what each step gains.
 
     ## Version history
     v0: the first version.

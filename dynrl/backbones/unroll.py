@@ -20,6 +20,7 @@ from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 STOP, GO_ON = 0, 1
 MOST_STEPS = 1_000
+LEAST = 1e-4  # sizes below that, in pixels of 0 to 1, look alike to a policy
 
 Features = tuple[Tensor, ...]
 
@@ -229,9 +230,8 @@ class Restorer(Unrolling):
             nn.Conv2d(2 * classes, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()
         )
         self.missing = nn.Conv2d(width, classes, 3, padding=1)
-        with torch.no_grad():  # at first, a step changes little
-            self.missing.weight.mul_(0.01)
-            self.missing.bias.zero_()
+        for parameter in self.missing.parameters():  # at first, a step changes little
+            parameter.data.mul_(0.01)
         macs, shape = count_macs(self.unit, (2 * classes, *input_shape[1:]))
         self._set_loop(steps, 0, macs + count_macs(self.missing, shape)[0], 4 + width)
 
@@ -255,11 +255,12 @@ class Restorer(Unrolling):
     def observe(self, state: State) -> Tensor:
         """Return the size of the last step's change, the noise that is left, what was taken off, the noise at first.
 
-        The mean of each of the unit's channels follows. Sizes are root mean squares, on the scale of the pixels.
+        Sizes are logarithms of root mean squares, so that small ones are told apart, too. The mean of each of the
+        unit's channels follows.
         """
         image, given, change, found = (part.float() for part in state.features)
-        told = [change, noise_level(image), _size(image - given), noise_level(given)]
-        return torch.cat([torch.stack(told, 1), found], 1)
+        told = torch.stack([change, noise_level(image), _size(image - given), noise_level(given)], 1)
+        return torch.cat([told.clamp_min(LEAST).log(), found], 1)
 
 
 def _size(x: Tensor) -> Tensor:
