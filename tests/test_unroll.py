@@ -7,9 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrl
-from dynrl.backbones import END, Unrolled
+from dynrl.backbones import END, Restorer, Unrolled
+from dynrl.backbones.unroll import noise_level
+from dynrl.data import Augmentation, Dataset, Split
+from dynrl.evaluation.scores import restored
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy, ThresholdPolicy
+from dynrl.pretraining import Recipe, loss_of_best
+from dynrl.tasks import Restoration
 from tests.cases import make_backbone, make_policy
 
 PLACES, NUMBERS, STEPS = 5, 3, 6
@@ -120,3 +125,111 @@ def test_bad_settings_are_refused(settings, reason):
     with pytest.raises(ValueError) as refused:
         Unrolled(**{"input_shape": (5, 8), **settings})
     assert reason in str(refused.value)
+
+
+def restorer(**settings):
+    return Restorer((2, 9, 9), classes=2, width=3, **{"steps": 4, **settings}).eval()
+
+
+@torch.no_grad()
+def test_a_restorer_adds_what_its_unit_says_is_missing():
+    network, given = restorer(), torch.rand(5, 2, 9, 9)
+    for parameter in network.parameters():
+        parameter.normal_(std=0.2)
+    image = given
+    for k in range(4):
+        missing = network.unit(torch.cat([image, given], 1))
+        image = image + missing
+        route = (torch.arange(3) < k).long().expand(5, -1)
+        walk = network.run_route(given, route)
+        torch.testing.assert_close(walk.outputs, image, atol=1e-5, rtol=1e-5)
+        with FlopCounterMode(display=False) as counter:
+            network.run_route(given, route)
+        assert counter.get_total_flops() == 2 * int(walk.macs.sum())
+    state = network.begin(given)
+    first = network.output(state) - given
+    seen = network.observe(state)
+    assert seen.shape == (5, network.feature_width)
+    sizes = [first.square().mean((1, 2, 3)).sqrt(), noise_level(given + first), noise_level(given)]
+    torch.testing.assert_close(seen[:, [0, 1, 3]].exp(), torch.stack(sizes, 1))
+    torch.testing.assert_close(seen[:, 2], seen[:, 0])  # after one step, all that was taken off is its change
+
+
+def test_noise_is_told_from_edges_and_slopes():
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.linspace(0, 1, 64).expand(40, 1, 64, 64).clone()
+    picture[:, :, 20:] += 1  # an edge
+    assert noise_level(picture).max() < 1e-5
+    for deviation in (0.05, 0.2):
+        noisy = picture + deviation * torch.randn(picture.shape, generator=generator)
+        assert noise_level(noisy).mean() == pytest.approx(deviation, rel=0.03)
+
+
+def test_walk_and_gates_of_a_restorer_agree():
+    network, given = restorer(), torch.rand(6, 2, 9, 9)
+    route = torch.randint(2, (6, 3), generator=torch.Generator().manual_seed(1))
+    gates = torch.nn.functional.one_hot(route, 2).float().requires_grad_()
+    torch.testing.assert_close(network(given, gates), network(given, route), atol=1e-6, rtol=1e-5)
+    network(given, gates).square().sum().backward()
+    assert gates.grad.abs().sum() > 0
+
+
+def test_each_image_is_trained_at_its_best_step():
+    network, task = restorer(), Restoration()
+    given, clean = torch.rand(5, 2, 9, 9), torch.rand(5, 2, 9, 9)
+    (answers,) = network.training_outputs(given, torch.rand(5))
+    worth = torch.stack([task.log_likelihood(answer.output, clean) for answer in answers])
+    assert network.hindsight
+    torch.testing.assert_close(loss_of_best(answers, clean, task), -worth.max(0).values.mean())
+
+
+def test_an_upfront_policy_sees_the_image_and_keeps_its_number_of_steps():
+    network = restorer()
+    model = dynrl.plug(network, make_policy(network, kind="upfront"))
+    assert model(torch.rand(3, 2, 9, 9)).shape == (3, 2, 9, 9) and model.last_route.router_macs.min() > 0
+    with pytest.raises(ValueError, match="the policy is for RouteSight"):
+        model.max_steps = 9
+    assert model.max_steps == 3
+
+
+@pytest.mark.parametrize("settings", [{"input_shape": (1, 2, 9)}, {"input_shape": (1, 9, 9)}, {"input_shape": (9, 9)}])
+def test_bad_images_are_refused(settings):
+    with pytest.raises(ValueError, match=r"expected images \[channels, height, width\] of at least 3x3 pixels"):
+        Restorer(**settings, classes=2)
+
+
+def noisy(count=120):
+    """A data set of stripes in noise, some of it loud."""
+    generator = torch.Generator().manual_seed(0)
+    clean = (torch.arange(12) // 3 % 2).float().expand(count, 1, 12, 12)
+    level = 0.02 + 0.3 * (torch.arange(count) % 2).float()
+    inputs = clean + level.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=generator)
+    split = Split(inputs, clean.clone(), Restoration(), {"noise": level})
+    return Dataset("stripes in noise", 1, split, split, split, Augmentation(flip=True, shift=2))
+
+
+def test_a_report_shows_what_was_restored(tmp_path):
+    data = noisy()
+    backbone = Restorer((1, 12, 12), width=2, steps=3)
+    run = dynrl.train(
+        backbone, data, out=tmp_path / "run", pretrain=Recipe(epochs=1, batch_size=20, optimizer="adam", learning_rate=0.01),
+        reward="gain", steps=300, price_range=(0.1, 1.0), hidden=0,
+    )  # fmt: skip
+    report = dynrl.evaluate(run, out=tmp_path / "report", batch_size=8, budgets=(0.7,))
+    assert report["metric"] == "psnr" and report["usage"]["difficulty"]["noise"]["bins"]
+    assert report["dense"]["psnr"] > 0 and (tmp_path / "report" / "report.png").stat().st_size > 10_000
+    shown = restored(run.model, data.test, [3, 1])
+    assert list(shown) == ["as it came", "at its stop", "all steps", "target"]
+    assert torch.equal(shown["as it came"], data.test.inputs[[3, 1]])
+    assert torch.equal(shown["at its stop"], run.model(data.test.inputs[[3, 1]]))
+    torch.testing.assert_close(shown["all steps"], run.model.backbone(data.test.inputs[[3, 1]]))
+
+
+def test_targets_turn_with_their_images():
+    data = noisy()
+    rows, generator = torch.arange(40), torch.Generator().manual_seed(0)
+    clean = Split(data.train.targets, data.train.targets, data.task)
+    inputs, targets = data.augmentation.rows(clean, rows, generator)
+    assert torch.equal(inputs, targets) and not torch.equal(targets, data.train.targets[:40])
+    labels = Split(data.train.inputs, torch.arange(120))
+    assert data.augmentation.rows(labels, rows, generator)[1].tolist() == list(range(40))

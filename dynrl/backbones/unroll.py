@@ -227,27 +227,21 @@ class Restorer(Unrolling):
         self.input_shape = tuple(input_shape)
         self.config = {"input_shape": list(input_shape), "classes": classes, "width": width, "steps": steps}
         self.unit = nn.Sequential(
-            nn.Conv2d(2 * classes, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()
-        )
-        self.missing = nn.Conv2d(width, classes, 3, padding=1)
-        for parameter in self.missing.parameters():  # at first, a step changes little
+            nn.Conv2d(2 * classes, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, classes, 3, padding=1),
+        )  # fmt: skip
+        for parameter in self.unit[-1].parameters():  # at first, a step changes little
             parameter.data.mul_(0.01)
-        macs, shape = count_macs(self.unit, (2 * classes, *input_shape[1:]))
-        self._set_loop(steps, 0, macs + count_macs(self.missing, shape)[0], 4 + width)
+        self._set_loop(steps, 0, count_macs(self.unit, (2 * classes, *input_shape[1:]))[0], 4)
 
     def _lead(self, inputs: Tensor) -> Features:
-        return (
-            inputs,
-            inputs,
-            inputs.new_zeros(inputs.shape[0]),
-            inputs.new_zeros(inputs.shape[0], self.missing.in_channels),
-        )
+        return inputs, inputs, inputs.new_zeros(inputs.shape[0])
 
     def _step(self, features: Features) -> Features:
-        image, given, *_ = features
-        found = self.unit(torch.cat([image, given], 1))
-        missing = self.missing(found)
-        return image + missing, given, _size(missing), found.mean((2, 3))
+        image, given, _ = features
+        missing = self.unit(torch.cat([image, given], 1))
+        return image + missing, given, _size(missing)
 
     def _answer(self, features: Features) -> Tensor:
         return features[0]
@@ -255,12 +249,11 @@ class Restorer(Unrolling):
     def observe(self, state: State) -> Tensor:
         """Return the size of the last step's change, the noise that is left, what was taken off, the noise at first.
 
-        Sizes are logarithms of root mean squares, so that small ones are told apart, too. The mean of each of the
-        unit's channels follows.
+        They are logarithms of root mean squares, so that small ones are told apart, too.
         """
-        image, given, change, found = (part.float() for part in state.features)
+        image, given, change = (part.float() for part in state.features)
         told = torch.stack([change, noise_level(image), _size(image - given), noise_level(given)], 1)
-        return torch.cat([told.clamp_min(LEAST).log(), found], 1)
+        return told.clamp_min(LEAST).log()
 
 
 def _size(x: Tensor) -> Tensor:
