@@ -140,7 +140,7 @@ class Finetuner:
     def _step(self, policy: LearnedPolicy) -> dict[str, float]:
         plan, backbone, task, device = self._plan, self.backbone, self._dataset.task, self._device
         rows, train = self._rows(), self._train
-        inputs, targets = self._dataset.augmentation(train.inputs[rows], self._generator), train.targets[rows]
+        inputs, targets = self._dataset.augmentation.rows(train, rows, self._generator)
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         prices = draw_prices(self._price_range, len(rows), self._generator)

@@ -171,10 +171,10 @@ def _learn_batch(
     Without a least rate, it is the loss of the full route.
     """
     device = next(backbone.parameters()).device
-    images = dataset.augmentation(dataset.train.inputs[index], generator)
+    images, labels = dataset.augmentation.rows(dataset.train, index, generator)
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    images, labels = images.to(device), dataset.train.targets[index].to(device)
+    images, labels = images.to(device), labels.to(device)
     rate = None
     if least_rate is not None:
         rate = least_rate + (1 - least_rate) * torch.rand(len(index), generator=generator)
@@ -186,7 +186,10 @@ def _learn_batch(
             answers = next(passes, None)
         if answers is None:
             break
-        loss = loss_of(answers, labels, dataset.task, recipe.label_smoothing)
+        if backbone.hindsight:
+            loss = loss_of_best(answers, labels, dataset.task)
+        else:
+            loss = loss_of(answers, labels, dataset.task, recipe.label_smoothing)
         loss.backward()
         total += loss.item()
     nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
@@ -197,6 +200,11 @@ def loss_of(answers: Sequence[Answer], targets: Tensor, task: Task, label_smooth
     """Return the weighted sum of the losses of answers on `targets` [B, ...]."""
     losses = [each.weight * task.loss(each.output.float(), targets[each.rows], label_smoothing) for each in answers]
     return torch.stack(losses).sum()
+
+
+def loss_of_best(answers: Sequence[Answer], targets: Tensor, task: Task) -> Tensor:
+    """Return the mean loss of each row's best answer on `targets` [B, ...]; each answer is of all rows, in order."""
+    return -torch.stack([task.log_likelihood(each.output.float(), targets) for each in answers]).amax(0).mean()
 
 
 @torch.inference_mode()

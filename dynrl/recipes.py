@@ -244,6 +244,29 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=4),
         learning=Learning(steps=150_000),
     ),
+    ("unroll", "hops"): Defaults(
+        family="unrolled",
+        backbone={"hidden": 64, "steps": 8},
+        pretraining=Recipe(
+            epochs=2, batch_size=128, learning_rate=4e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam"
+        ),
+        learning=Learning(steps=150_000, hidden=16, reward="gain"),
+        finetuning=Finetuning(epochs=1, optimizer="adam", learning_rate=1e-3, label_smoothing=0.0, distillation=0.0),
+    ),
+    # A longer walk may be worse: no image is distilled from the longest.
+    ("unroll", "noisy-photos"): Defaults(
+        family="restorer",
+        backbone={"width": 16, "steps": 12},
+        pretraining=Recipe(
+            epochs=8, batch_size=64, learning_rate=4e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=2,
+        ),
+        learning=Learning(steps=200_000, hidden=32, reward="gain", price_range=(0.002, 2.0)),
+        finetuning=Finetuning(
+            epochs=4, batch_size=64, optimizer="adam", learning_rate=1e-3, label_smoothing=0.0, full_share=0.0,
+            distillation=0.0,
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +21,8 @@ class Task:
         heading: the metric's name in tables and on axes.
         factor, digits: the metric times `factor`, in the format `digits`, is the figure under that heading.
         axis: the scale on which the metric is drawn, "linear" or "log".
+        rises: whether a higher metric is better.
+        pictures: whether targets are images that are turned with the inputs, [n, channels, height, width] both.
     """
 
     metric: ClassVar[str]
@@ -26,6 +30,8 @@ class Task:
     factor: ClassVar[float]
     digits: ClassVar[str]
     axis: ClassVar[str]
+    rises: ClassVar[bool] = True
+    pictures: ClassVar[bool] = False
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return the mean loss that a backbone is trained by; `smoothing` is of labels, if there are labels."""
@@ -95,6 +101,7 @@ class Regression(Task):
     variance: float
 
     metric, heading, factor, digits, axis = "mse", "mse", 1.0, ".2g", "log"
+    rises = False
 
     @classmethod
     def of(cls, targets: Tensor) -> Regression:
@@ -127,5 +134,48 @@ class Regression(Task):
         return metric / self.variance
 
 
+PERFECT = 60.0  # the PSNR in decibels beyond which nothing is gained: a thousandth of the range
+
+
+@dataclass(frozen=True)
+class Restoration(Task):
+    """In restoration, outputs and targets are images in 0 to 1, [n, channels, height, width] both.
+
+    Log-likelihoods are those of a Gaussian whose variance is each image's own mean squared error, less the best one.
+    So a decibel counts alike on all images, however noisy, and the metric of a mean is a mean.
+    """
+
+    metric, heading, factor, digits, axis = "psnr", "PSNR dB", 1.0, ".2f", "linear"
+    pictures = True
+
+    def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return the mean logarithm of the root mean squared errors."""
+        return -self.log_likelihood(output, target).mean()
+
+    def log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return minus the logarithm of the root mean squared error over that of `PERFECT`, [n]."""
+        return (self.score(output, target) - PERFECT) * (math.log(10) / 20)
+
+    def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
+        """Return how much a root mean squared error of `PERFECT` grows by the difference of the two images, [n]."""
+        return torch.log1p(_mse(output, dense) / 10 ** (-PERFECT / 10)) / 2
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the peak signal-to-noise ratio in decibels, at most `PERFECT`, [n]."""
+        return -10 * _mse(output, target).clamp_min(10 ** (-PERFECT / 10)).log10()
+
+    def error(self, metric: Value) -> Value:
+        """Return the decibels that are missing, as a share of `PERFECT`."""
+        return 1 - metric / PERFECT
+
+
+def _mse(output: Tensor, target: Tensor) -> Tensor:
+    if output.shape != target.shape:
+        raise ValueError(f"expected images of the targets' shape {tuple(target.shape)}, got {tuple(output.shape)}")
+    return (output - target).square().flatten(1).mean(1)
+
+
 CLASSIFICATION = Classification()
-TASKS: dict[str, type[Task]] = {task.metric: task for task in (Classification, Regression)}  # by their metrics
+TASKS: dict[str, type[Task]] = {  # by their metrics
+    task.metric: task for task in (Classification, Regression, Restoration)
+}

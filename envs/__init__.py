@@ -54,6 +54,11 @@ DECISIONS: dict[str, Decision] = {
             "model", "dynrl/Model-v0", "dynrl.envs.model:ModelVectorEnv",
             "which model first, then stop or ask a dearer one", "IDK cascades (Wang et al. 2018)",
         ),
+        Decision(
+            "unroll", "dynrl/Unroll-v0", "dynrl.envs.unroll:UnrollVectorEnv",
+            "apply a network's one block again, or stop with its answer", "adaptive computation time (Graves 2016)",
+            data="hops",
+        ),
     )
 }  # fmt: skip
 

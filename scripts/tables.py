@@ -17,7 +17,7 @@ import tyro
 
 SHOWN = (  # the reports in the table by decision
     "skip-trace", "exit-trace", "skip-fashion-mnist", "exit-fashion-mnist", "expert-fashion-mnist",
-    "channel-fashion-mnist", "hidden-update-sequential-digits",
+    "channel-fashion-mnist", "hidden-update-sequential-digits", "unroll-hops",
 )  # fmt: skip
 REGISTRIES = {"decisions": "decisions_table", "decisions-pages": "decisions_pages", "data": "data_table"}
 

@@ -116,7 +116,7 @@ from dynrl.evaluation import RULES
 from dynrl.policies import PolicySpec
 from dynrl.deploy import plug
 
-assert "unroll" in DECISIONS and "first-blocks" in RULES
+assert "repeat" in DECISIONS and "first-blocks" in RULES
 data = load_dataset("stripes")
 assert data.input_shape == (1, 16, 16) and len(data.train.targets.unique()) == 4
 backbone = SkipResNet(data.input_shape, data.classes, layers=(2, 2, 2), widths=(8, 16, 32)).eval()
@@ -137,13 +137,13 @@ assert agent_class("evolution").__name__ == "Evolution"
 
 
 def test_extensions_are_plugins_as_printed(tmp_path):
-    assert set(PLUGINS) == {"unroll.py", "per_point.py", "evolution.py", "brier.py", "first_blocks.py", "stripes.py"}
+    assert set(PLUGINS) == {"repeat.py", "per_point.py", "evolution.py", "brier.py", "first_blocks.py", "stripes.py"}
     for name, code in PLUGINS.items():
         (tmp_path / name).write_text(code)
     (tmp_path / "checks.py").write_text(CHECKS)
     plugins = [word for name in PLUGINS for word in ("--plugin", name)]
     listed = run(tmp_path, "-m", "dynrl.scripts.cli", *plugins, "list")
-    assert "dynrl/Unroll-v0" in listed and "stripes" in listed
+    assert "dynrl/Repeat-v0" in listed and "stripes" in listed
     run(tmp_path, "checks.py", **{VARIABLE: os.pathsep.join(str(tmp_path / name) for name in PLUGINS)})
 
 

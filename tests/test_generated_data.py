@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dynrl.data import load_dataset
+from dynrl.data.hops import hops
 from dynrl.data.sequences import prefix
 from dynrl.data.traces import COLOURS, Scene, trace_images
 
@@ -58,9 +59,27 @@ def test_parity_is_of_the_bits_that_count():
     assert torch.equal(data.anew(1).inputs, data.anew(1).inputs)
 
 
-@pytest.mark.parametrize("name", ["trace-small", "prefix"])
-def test_what_makes_an_input_hard_goes_along(name):
+def test_hops_lead_to_the_class():
+    data = hops()
+    for split in (data.test.head(300), data.anew(0).head(300)):
+        met = set()
+        for row, label, count in zip(split.inputs, split.targets, split.difficulty["hops"], strict=True):
+            links, asked = row[:, :12], row[:, 12:]
+            (start,), (number,) = asked.nonzero(as_tuple=True)
+            at, way = int(start), []
+            for _ in range(int(number) + 1):
+                way.append(at)
+                (at,) = links[at].nonzero().flatten().tolist()
+            way.append(at)
+            assert label == at and number + 1 == count and len(set(way)) == len(way), "no place is met twice"
+            met.add((int(start), int(label), int(count)))
+        assert len(met) > 200
+    assert not torch.equal(data.anew(0).inputs, data.anew(1).inputs)
+
+
+@pytest.mark.parametrize(("name", "hard"), [("trace-small", "length"), ("prefix", "length"), ("hops", "hops")])
+def test_what_makes_an_input_hard_goes_along(name, hard):
     data = load_dataset(name)
     head = data.test.head(7).to(torch.device("cpu"), torch.bfloat16)
-    assert torch.equal(head.difficulty["length"], data.test.difficulty["length"][:7])
+    assert torch.equal(head.difficulty[hard], data.test.difficulty[hard][:7])
     assert data.anew(5).inputs.shape == data.train.inputs.shape

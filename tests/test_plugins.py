@@ -22,8 +22,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 QUICKLY = """
 from dataclasses import replace
 from dynrl.recipes import DEFAULTS
-row = DEFAULTS["unroll", "digits"]
-DEFAULTS["unroll", "digits"] = replace(
+row = DEFAULTS["repeat", "digits"]
+DEFAULTS["repeat", "digits"] = replace(
     row, backbone={"width": 8, "most": 3}, pretraining=replace(row.pretraining, epochs=2),
     learning=replace(row.learning, steps=2000),
 )
@@ -40,7 +40,7 @@ route = torch.randint(0, 2, (9, 3))
 with torch.no_grad():
     walk = backbone.run_route(images, route)
     torch.testing.assert_close(backbone(images, F.one_hot(route, 2).float()), walk.outputs, atol=1e-5, rtol=1e-5)
-env = gymnasium.make("dynrl/Unroll-v0")
+env = gymnasium.make("dynrl/Repeat-v0")
 env.reset(seed=0)
 assert env.step(0)[2]
 """
@@ -140,15 +140,15 @@ def printed(name, most):
     return code
 
 
-def test_the_sixth_decision_works_as_printed(tmp_path, run):
+def test_a_decision_works_as_printed(tmp_path, run):
     """Trained, evaluated, listed and plugged; found by other processes through the environment."""
-    (tmp_path / "unroll.py").write_text(printed("unroll.py", 80))
+    (tmp_path / "repeat.py").write_text(printed("repeat.py", 80))
     (tmp_path / "quickly.py").write_text(QUICKLY)
     (tmp_path / "checks.py").write_text(CHECKS)
-    plugins = ["-m", "dynrl.scripts.cli", "--plugin", "unroll.py", "--plugin", "quickly.py"]
-    assert "dynrl/Unroll-v0" in run(*plugins, "list")
-    assert "learned" in run(*plugins, "train", "unroll", "--out", "run")
-    run("checks.py", **{VARIABLE: str(tmp_path / "unroll.py")})
+    plugins = ["-m", "dynrl.scripts.cli", "--plugin", "repeat.py", "--plugin", "quickly.py"]
+    assert "dynrl/Repeat-v0" in run(*plugins, "list")
+    assert "learned" in run(*plugins, "train", "repeat", "--out", "run")
+    run("checks.py", **{VARIABLE: str(tmp_path / "repeat.py")})
 
 
 def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):

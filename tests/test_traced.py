@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from dynrl.backbones import ExitResNet, Models, SkipResNet, SlimmableResNet
+from dynrl.backbones import ExitResNet, Models, SkipResNet, SlimmableResNet, Unrolled
 from dynrl.deploy import RoutedModel
 from dynrl.ops.gated_cell import gated_cell
 from dynrl.ops.partition import partition
@@ -85,8 +85,11 @@ def test_exported_for_any_batch_size(kind):
         torch.testing.assert_close(exported(*given), module(*given), atol=1e-5, rtol=1e-5)
 
 
+UNROLLED = Unrolled((5, 8), hidden=6, steps=4)  # one point, in a loop
+
+
 def inputs_for(backbone, rows):
-    return torch.randn(rows, *backbone.input_shape) + 4 * torch.randn(rows, 1, 1, 1)
+    return torch.randn(rows, *backbone.input_shape) + 4 * torch.randn(rows, *[1] * len(backbone.input_shape))
 
 
 class Network(nn.Sequential):
@@ -112,6 +115,7 @@ def decided(name, hidden=8):
             sizes=(4, 4, 8),
         ),
         "channel": SlimmableResNet((1, 8, 8), layers=(2,), widths=(32,)),
+        "unroll": UNROLLED,
     }[name].eval()
     router = make_policy(backbone, (0.01, 1.0), hidden)
     inputs = inputs_for(backbone, 64)
@@ -133,7 +137,7 @@ def as_exported(model, path):
 
 
 @pytest.mark.parametrize(("hidden", "file"), [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")])
-@pytest.mark.parametrize("name", ["skip", "exit", "model"])
+@pytest.mark.parametrize("name", ["skip", "exit", "model", "unroll"])
 @torch.no_grad()
 def test_a_plugged_model_is_exported(name, hidden, file, tmp_path):
     model, met = decided(name, hidden), set()

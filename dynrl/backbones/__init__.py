@@ -16,6 +16,7 @@ from dynrl.backbones.models import Members, Models
 from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
+from dynrl.backbones.unroll import Restorer, Unrolled
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 from dynrl.files import filled, load_tensors, reading
 from dynrl.ops.backend import float32
@@ -25,12 +26,13 @@ from dynrl.schema import arguments, parse
 # These functions build a backbone from the `config` of its file, by family. A plugin adds a row:
 # FAMILIES["my-vit"] = a function of `config`.
 FAMILIES: dict[str, Callable[..., Backbone]] = {
-    family.family: family for family in (SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members)
+    family.family: family
+    for family in (SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members, Unrolled, Restorer)
 }
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Members", "Models", "Point",
-    "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Walk", "choice_rates",
+    "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates",
     "load_backbone", "merge",
 ]  # fmt: skip
 

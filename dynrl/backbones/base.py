@@ -59,6 +59,8 @@ class Backbone(nn.Module):
             Rules of thumb put thresholds on these scores.
         rule: the rule of thumb that reports compare learned policies with, a name in `dynrl.evaluation.RULES`.
         speaks: whether there is an output at every point, not only at the end.
+        hindsight: whether pretraining counts each row's best answer only, since a policy will stop there; if not, it
+            adds up the losses of all answers.
         gates: whether gates can be trained on the family, so that a differentiable walk makes sense.
         exports: whether a routed model can be written as a torch.export or ONNX program.
         captures: whether a routed model can be captured as a CUDA graph.
@@ -70,6 +72,7 @@ class Backbone(nn.Module):
     scores: ClassVar[Mapping[str, tuple[int, bool]]] = {}
     rule: ClassVar[str | None] = None
     speaks: ClassVar[bool] = False
+    hindsight: ClassVar[bool] = False
     gates: ClassVar[bool] = True
     exports: ClassVar[bool] = False
     captures: ClassVar[bool] = False
@@ -223,6 +226,17 @@ class Backbone(nn.Module):
             return
         route = draw_routes(self.thrift, rate, generator).to(inputs.device)
         yield self.run_training(inputs, lambda state: state.along(route))[1]
+
+    def lengthen(self, max_steps: int) -> None:
+        """Let walks take up to `max_steps` decisions, more than the network was trained for.
+
+        Raises:
+            ValueError: the family has no loop that may go on, or was trained for more.
+        """
+        raise ValueError(
+            f"a walk through {type(self).__name__} takes at most {self.max_steps} decisions; only a network with a "
+            "loop that may go on takes more"
+        )
 
     def for_inference(self) -> Self:
         """Return a frozen copy that computes the same faster, for example with batch norm folded."""

@@ -154,7 +154,7 @@ class SkipRNN(Backbone):
         walk, rows, h, steps = state.walk, state.rows, state.features, state.visit
         self._tick(state, action)
         if isinstance(steps, int):
-            h = gated_cell(walk.inputs[:, steps - 1], h, action, *self._weights())
+            h = gated_cell(state.get(walk.inputs[:, steps - 1]), h, action, *self._weights())
             on = State(walk, 0, rows, h)
             return [self._end(on) if steps == self.max_steps else on]
         at = torch.add(steps - 1, rows, alpha=self.max_steps)

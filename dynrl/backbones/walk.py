@@ -90,11 +90,14 @@ class Walk:
             self.first_column.append(columns)
             columns += point.visits
         self.route = torch.full((size, columns), -1, dtype=torch.int64, device=device)
-        # How often the rows that are together have been at each point; and, if rows may differ in this, how often each
-        # row.
+        # How often the rows that are together (or abreast) have been at each point; and, if rows may differ in this,
+        # how often each row.
         self.visits_together = [0] * len(points)
         loops = len(points) > 1 and any(point.visits > 1 for point in points)
         self._visits = torch.zeros(size, len(points), dtype=torch.int64, device=device) if loops else None
+        # With one point and no slot refilled, all rows that have not ended have been there equally often, since they
+        # take each decision at the same time. So one number tells it, which traced code needs to end a loop.
+        self.abreast = len(points) == 1
         self.outputs: Tensor | None = None
         self.own: dict[str, Tensor] = {}
         self.answer: Tensor | None = None
@@ -124,6 +127,7 @@ class Walk:
 
     def refill(self, rows: Tensor, inputs: Tensor) -> None:
         """Give the slots `rows` new inputs, as if they had never walked."""
+        self.abreast = False
         self.inputs[rows] = inputs
         for field in (self.steps, self.last, self.macs, self._charged, self._visits, *self.own.values()):
             if field is not None:
@@ -166,6 +170,7 @@ class Walk:
                 self._visits[:, point] += 1
         else:
             self.route[rows, state.column] = action
+            self.visits_together[point] += self.abreast
             self.steps[rows] += 1
             self.last[rows] = action + 1
             self.macs[rows] += costs.index_select(0, action)
@@ -217,11 +222,13 @@ class State:
 
     @property
     def visit(self) -> int | Tensor:
-        """How many decisions these rows have taken at this point: one number if they are together, else [n].
+        """How many decisions these rows have taken at this point: one number if it is the same for all, else [n].
 
         While `Backbone._run` runs a decision, this decision is already counted.
         """
-        return self.walk.visits_together[self.point] if self.together else self.walk.visits(self.point)[self.rows]
+        if self.together or self.walk.abreast:
+            return self.walk.visits_together[self.point]
+        return self.walk.visits(self.point)[self.rows]
 
     @property
     def column(self) -> int | Tensor:

@@ -15,9 +15,11 @@ import torch
 from dynrl.data.base import Augmentation, Dataset, Split, standardised
 from dynrl.data.cifar import cifar_10, cifar_100
 from dynrl.data.folder import image_folder, split_name
+from dynrl.data.hops import hops
 from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist, varied_fashion_mnist
 from dynrl.data.many import many_tasks
 from dynrl.data.own import is_own, own_dataset
+from dynrl.data.photos import noisy_photos
 from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
 from dynrl.data.traces import trace, trace_small
 
@@ -37,6 +39,8 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "many-tasks": many_tasks,
     "adding": adding,
     "prefix": prefix,
+    "hops": hops,
+    "noisy-photos": noisy_photos,
     "sequential-digits": sequential_digits,
     "sequential-fashion-mnist": sequential_fashion_mnist,
     "trace": trace,

@@ -82,6 +82,17 @@ class Augmentation:
         grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
+    def rows(self, split: Split, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return changed copies of the inputs at `rows` [n] of a split, and their targets.
+
+        Targets that are images are changed like their inputs.
+        """
+        inputs, targets = split.inputs[rows], split.targets[rows]
+        if not split.task.pictures:
+            return self(inputs, generator), targets
+        both = self(torch.cat([inputs, targets], 1), generator)
+        return both[:, : inputs.shape[1]], both[:, inputs.shape[1] :]
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:

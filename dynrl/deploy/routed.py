@@ -145,6 +145,28 @@ class RoutedModel(nn.Module):
         self.set_price(price_at(self.latency, budget, "milliseconds"))
 
     @property
+    def max_steps(self) -> int:
+        """The number of decisions of the longest walk; where a network has a loop, it may be raised beyond training.
+
+        Shares of MACs stay those of the dense network as it was trained, and budgets those that were calibrated.
+
+        Raises:
+            ValueError: the network has no such loop, or the policy decides as many steps as it was made for.
+        """
+        return self.backbone.max_steps
+
+    @max_steps.setter
+    def max_steps(self, count: int) -> None:
+        before = self.backbone.max_steps
+        self.backbone.lengthen(count)
+        try:
+            self.policy.check(self.backbone)
+        except ValueError:
+            self.backbone.lengthen(before)
+            raise
+        self.latency, self._made = [], None  # both were for walks of the former length
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, in the order of the outputs; empty for a regression, or if they are not known."""
         return () if self.backbone.trained_on is None else self.backbone.trained_on.classes

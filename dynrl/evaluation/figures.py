@@ -55,11 +55,17 @@ def show_in_tensorboard(picture: Path, run: Path) -> None:
         writer.add_image(picture.stem, imread(picture), dataformats="HWC")
 
 
-def draw_report(report: dict[str, Any], test: Split, path: Path) -> None:
-    """Draw the metric against MACs and against measured time, and where one policy spends, and on which inputs."""
+def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[str, Any] | None = None) -> None:
+    """Draw the metric against MACs and against measured time, and where one policy spends, and on which inputs.
+
+    `pictures` is what `restored` returns, if inputs are images that are restored.
+    """
     hard = {} if report["usage"] is None else report["usage"]["difficulty"]
-    figure = _new_figure(figsize=(11, 12.4 if hard else 8.4))
-    upper, lower, *lowest = figure.subfigures(3 if hard else 2, 1)
+    count = 2 + bool(hard) + bool(pictures)
+    figure = _new_figure(figsize=(11, 4.2 * count))
+    upper, lower, *lowest = figure.subfigures(count, 1)
+    if pictures:
+        _draw_pictures(pictures, test.task, lowest.pop())
     axes = upper.subplots(1, 2, sharey=True)
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     full_height = task.factor * dense[metric]
@@ -116,6 +122,22 @@ def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
             axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
             if test.task == CLASSIFICATION:
                 axis.set_title(str(int(test.targets[row])), fontsize="small")
+
+
+def _draw_pictures(pictures: dict[str, Any], task: Task, figure: Any) -> None:
+    """Draw a row for each stage of some images, from what came in to the target, with the metric above each."""
+    target = [*pictures.values()][-1]
+    grid = figure.subplots(len(pictures), len(target), squeeze=False)
+    for (name, images), row in zip(pictures.items(), grid, strict=True):
+        told = task.score(images, target).tolist()
+        for image, metric, axis in zip(images, told, row, strict=True):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            if images is not target:
+                axis.set_title(task.show(metric), fontsize="x-small", pad=2)
+        row[0].set_ylabel(name, fontsize="small")
+    half = len(target) // 2
+    figure.suptitle(f"{task.heading}; least is spent on the left {half}, most on the right {half}", fontsize="medium")
 
 
 def _draw_difficulty(name: str, found: dict[str, Any], task: type[Task], axis: Any) -> None:

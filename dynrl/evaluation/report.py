@@ -15,7 +15,7 @@ from dynrl.data import Dataset
 from dynrl.evaluation.contenders import Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
-from dynrl.evaluation.scores import Score, Usage
+from dynrl.evaluation.scores import Score, Usage, restored
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import check_folder, write_json
 from dynrl.machine import commit, hardware
@@ -24,6 +24,7 @@ from dynrl.runs import RunFolder, by_backbone, by_kind
 from dynrl.tasks import TASKS, Task
 
 ROUNDS = 11  # how often each side is timed
+SHOWN = 4  # how many of the inputs that least is spent on are shown as restored, and as many of the others
 Run = str | Path | RunFolder
 
 
@@ -68,20 +69,22 @@ def evaluate(
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
     }  # fmt: skip
-    found = []
+    found, pictures = [], None
     for mine in groups:
         kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, getattr(torch, dtype))
         learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]
         seeds = {kind.label: [run.seed for run in alike] for kind, alike in kinds.items()}
         measured = measure(ground, learned, mine[0].plain, beside, batch_size, budgets, show)
         found.append(common | {"seeds": seeds} | measured)
+        if dataset.task.pictures and pictures is None and learned:
+            pictures = _pictures(learned[0], ground, measured["usage"])
     report = merge_reports(found)
     if out is not None:
         from dynrl.evaluation.figures import draw_report
 
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "report.json", report)
-        draw_report(report, dataset.test, Path(out) / "report.png")
+        draw_report(report, dataset.test, Path(out) / "report.png", pictures)
     return report
 
 
@@ -226,6 +229,14 @@ def _usage(contender: Learned, ground: Ground) -> dict[str, Any]:
     elif model.price_range is not None:
         model.set_price(model.price_range[0])
     return {"policy": contender.name, "price": model.price, **asdict(Usage.of(model, ground.test))}
+
+
+def _pictures(contender: Learned, ground: Ground, usage: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return what the first seed makes of some inputs that it spends least and most on, as `usage` tells."""
+    model = contender.models[0]
+    if usage["price"] is not None:
+        model.set_price(usage["price"])
+    return restored(model, ground.test, usage["cheapest"][:SHOWN] + usage["dearest"][:SHOWN])
 
 
 def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> dict[str, Any]:

@@ -141,6 +141,17 @@ class Usage:
         return cls(groups, by_column, order[:shown], order[-shown:][::-1], len(counts), commonest, hard)
 
 
+@torch.inference_mode()
+def restored(model: RoutedModel, split: Split, rows: list[int]) -> dict[str, Tensor]:
+    """Return the images at `rows` of a split of pictures by name, [rows, channels, height, width] each.
+
+    They are as they came in, as the model leaves them at its present price, after all steps, and as they should be.
+    """
+    given, clean = split.inputs[rows], split.targets[rows]
+    images = {"as it came": given, "at its stop": model(given), "all steps": model.backbone(given), "target": clean}
+    return {name: image.float().cpu() for name, image in images.items()}
+
+
 def _column_shares(backbone: Backbone, actions: Tensor) -> Tensor:
     """Divide the cost of `actions` [n, columns] by that of the dearest choice in the same column; -1 gives 0."""
     table = backbone.column_costs

@@ -10,7 +10,7 @@ from dynrl.deploy import SHIPPED, shipped
 from dynrl.evaluation.intervals import verdict
 from dynrl.evaluation.report import seeds_text
 from dynrl.files import read_json
-from dynrl.tasks import CLASSIFICATION, TASKS
+from dynrl.tasks import TASKS
 
 HALF = 0.5  # the budget of one-row tables, a share of the dense MACs
 
@@ -65,7 +65,7 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
         metric = report["metric"]
         task = TASKS[metric]
         half = [p for p in report["points"] if p["budget"] == HALF or (p["budget"] is None and _about_half(p))]
-        best = max if metric == CLASSIFICATION.metric else min
+        best = max if task.rises else min
         mine = [p for p in half if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
         learned = best(mine, key=itemgetter(metric))
         random, static = (_at_half(report, name) for name in ("random", "static"))

@@ -99,7 +99,9 @@ RULED = [(d, name) for d in DECISIONS if (b := make_backbone(d)).rule == "thresh
 
 
 def test_exits_are_known_for_thresholds_on_three_scores():
-    assert [("exit", f"threshold {score}") for score in ("top-1", "margin", "entropy")] == RULED
+    assert [("exit", f"threshold {score}") for score in ("top-1", "margin", "entropy")] == [
+        ruled for ruled in RULED if ruled[0] == "exit"
+    ]
 
 
 @pytest.mark.parametrize(("decision", "name"), RULED)
