@@ -32,8 +32,8 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Members", "Models", "Point",
-    "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates",
-    "load_backbone", "merge",
+    "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk",
+    "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 
