@@ -157,7 +157,9 @@ class Models(Backbone):
         if not self.sizes or inputs.shape[-2:] == (self.sizes[k],) * 2:
             return inputs
         if is_compiling():  # torch cannot trace the resizing of images whose number is data
-            return self.get_buffer(f"down{k}") @ inputs @ self.get_buffer(f"right{k}").t()
+            # The images stand on the left: onnxruntime refuses the other order where there are none.
+            wide = (inputs.mT @ self.get_buffer(f"down{k}").t()).mT
+            return wide @ self.get_buffer(f"right{k}").t()
         return _resize(inputs, (self.sizes[k],) * 2)
 
     def _answer(self, k: int, inputs: Tensor) -> Tensor:
