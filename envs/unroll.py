@@ -44,5 +44,5 @@ class UnrollVectorEnv(RoutingVectorEnv):
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
-        """Return a small untrained network of four steps."""
-        return Unrolled(input_shape, hidden=8, steps=4)
+        """Return a small untrained network of four steps, with an answer for each place."""
+        return Unrolled(input_shape, classes=input_shape[0], hidden=8, steps=4)
