@@ -157,9 +157,10 @@ class Models(Backbone):
         if not self.sizes or inputs.shape[-2:] == (self.sizes[k],) * 2:
             return inputs
         if is_compiling():  # torch cannot trace the resizing of images whose number is data
-            # The images stand on the left: onnxruntime refuses the other order where there are none.
-            wide = (inputs.mT @ self.get_buffer(f"down{k}").t()).mT
-            return wide @ self.get_buffer(f"right{k}").t()
+            (channels, height, width), size = self.input_shape, self.sizes[k]
+            # The products are of matrices: onnxruntime refuses others where there are no rows.
+            low = (inputs.mT.reshape(-1, height) @ self.get_buffer(f"down{k}").t()).reshape(-1, channels, width, size)
+            return (low.mT.reshape(-1, width) @ self.get_buffer(f"right{k}").t()).reshape(-1, channels, size, size)
         return _resize(inputs, (self.sizes[k],) * 2)
 
     def _answer(self, k: int, inputs: Tensor) -> Tensor:
