@@ -25,8 +25,8 @@ from dynrl.envs import DECISIONS
 from dynrl.evaluation import cheapest_choices, score_routes
 from dynrl.tasks import Regression
 
-# The shapes of small inputs, by their number of dimensions (images and sequences), so that all routes can be walked.
-SMALL = {3: (1, 12, 12), 2: (8, 2)}
+# The shapes of small inputs, by their number of dimensions (images; sequences or places): all routes can be walked.
+SMALL = {3: (1, 12, 12), 2: (8, 12)}
 # Settings that a network gets if it has them: a policy that does not see the input must compute to know which it is.
 SETTINGS = {"sees": "state+input"}
 MOST_ROUTES = 50_000
