@@ -22,7 +22,7 @@ from dynrl.backbones import (
 )
 from dynrl.cost import count_macs
 from dynrl.policies import StaticPolicy
-from tests.toys import Bottle, Convolutional, Transformer
+from tests.toys import Bottle, Convolutional, Reader, Transformer
 
 SHAPE = (1, 8, 8)
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
@@ -240,8 +240,6 @@ class Odd(nn.Module):
         ("", ["inner.0", "inner.0"], "expected different names of parts"),
         ("", ["inner.1", "inner.0"], r"in the order in which Odd runs them: \['inner\.0', 'inner\.1'\]"),
         ("repeats", ["inner.0"], "run 'inner.0' once for an input, it does so 2 times"),
-        ("decides", ["inner.0"], "cannot be traced by torch.fx"),
-        ("pair", ["inner.0"], "return one tensor, it returns tuple"),
         ("recurrent", ["inner.0"], r"the compute of \['lstm'\] cannot be counted"),
         ("", ["head"], r"keep their input's shape; 'head' makes \(1, 2\) of \(1, 4\)"),
     ],
@@ -261,13 +259,34 @@ def test_options_have_their_defaults():
     torch.testing.assert_close(SkipModule(module, (4,), ["inner.0"])(x), module(x))
 
 
-def test_two_inputs_are_refused():
-    class Two(Odd):
-        def forward(self, x, y):
-            return self.head(self.inner(x + y))
+class Two(Odd):
+    def forward(self, x, y):
+        return self.head(self.inner(x + y))
 
-    with pytest.raises(ValueError, match=r"expected Two\.forward to take one tensor"):
+
+def test_what_the_module_cannot_take_is_told_with_its_own_words():
+    with pytest.raises(ValueError, match=r"Two fails on inputs of shape \(4,\).*missing 1 required.*'y'.*by name if"):
         SkipModule(Two(""), (4,), ["inner.0"])
+    with pytest.raises(ValueError, match=r"Reader fails on inputs of shape \(5,\).*examples.*token ids"):
+        SkipModule(Reader(ids=True), (5,), BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (Odd("decides"), "torch.fx cannot trace what holds 'inner.0' in Odd"), (Odd("pair"), "Odd.forward returns no tensor, but a tuple"),
+        (Reader(), "torch.fx cannot trace"), (Odd(""), ""),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_which_way_was_taken_and_why_can_be_asked(module, why):
+    names, shape = (["inner.0", "inner.1"], (4,)) if isinstance(module, Odd) else (BLOCKS, (5, 8))
+    backbone, x = SkipModule(module, shape, names), torch.randn(3, *shape)
+    assert (backbone.way, backbone.exports) == (("in place", False) if why else ("traced", True))
+    assert backbone.why.startswith(why)
+    said = module(x)
+    said = said["logits"] if isinstance(said, dict) else said[0] if isinstance(said, tuple) else said
+    torch.testing.assert_close(backbone(x), said)
 
 
 def test_other_classes_than_said_are_refused():
