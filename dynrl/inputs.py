@@ -59,9 +59,14 @@ class Named:
         """The device of the first tensor."""
         return self.first.device
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the first tensor is on a CUDA device."""
+        return self.first.is_cuda
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Named:
         """Return all tensors on `device`, the floating-point ones of the type `dtype`; integers keep theirs."""
-        return self._each(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+        return self._each(lambda x: placed(x, device, dtype))
 
     def split(self, size: int) -> Iterator[Named]:
         """Yield pieces of `size` rows."""
@@ -85,6 +90,18 @@ Inputs = Tensor | Named
 def as_inputs(given: Any) -> Any:
     """Return a mapping of tensors (a dict, or what a tokenizer returns) as `Named`, and anything else as it is."""
     return Named(given) if isinstance(given, Mapping) else given
+
+
+def placed(inputs: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """Return `inputs` on `device`, floating-point numbers of the type `dtype`; integers keep theirs."""
+    if isinstance(inputs, Named):
+        return inputs.to(device, dtype)
+    return inputs.to(device, dtype if inputs.is_floating_point() else None)
+
+
+def parts(inputs: Any) -> dict[str, Tensor]:
+    """Return all tensors of `inputs` by name; a single one has the name ""."""
+    return inputs.tensors if isinstance(inputs, Named) else {"": inputs}
 
 
 def repeat_first(inputs: Any, count: int) -> Any:
@@ -139,6 +156,12 @@ class Form:
         if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f"expected a type by its name in torch, got {dtype!r}")
         return cls(shape, dtype)
+
+    def __str__(self) -> str:
+        if isinstance(self.shape, dict):
+            assert isinstance(self.dtype, dict)
+            return ", ".join(f"{name} {Form(shape, self.dtype[name])}" for name, shape in self.shape.items())
+        return f"{self.shape}{'' if self.dtype is None else f' of {self.dtype}'}"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -254,11 +254,11 @@ def _checked(planned: Plan) -> Plan:
     settings, backbone, dataset = planned.settings, planned.backbone, planned.dataset
     learning = settings.learning
     check_device(settings.place.device)
-    mine, wanted = (backbone.input_shape, backbone.config["classes"]), (dataset.input_shape, dataset.classes)
-    if mine != wanted:
+    if (backbone.form, backbone.config["classes"]) != (dataset.form, dataset.classes):
         raise ValueError(
-            f"the backbone is for inputs and outputs {mine}, expected {wanted} for {dataset.name}; give other data or "
-            "another backbone"
+            f"the backbone is for inputs of shape {backbone.form} and {backbone.config['classes']} outputs, expected "
+            f"{dataset.form} and {dataset.classes} for {dataset.name}; give other data or another backbone. Integers "
+            "such as token ids keep their type in inputs by name"
         )
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)

@@ -226,10 +226,8 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(
                 f"{type(self).__name__} needs a backbone that poses {self.decision!r}, not {opened.decision!r}"
             )
-        if opened.input_shape != dataset.input_shape:
-            raise ValueError(
-                f"the backbone expects inputs of shape {opened.input_shape}, {dataset.name} has {dataset.input_shape}"
-            )
+        if opened.form != dataset.form:
+            raise ValueError(f"the backbone expects inputs of shape {opened.form}; {dataset.name} has {dataset.form}")
         return opened
 
     # torch -------------------------------------------------------------------------------------------------

@@ -77,9 +77,9 @@ class _OfModule(Backbone):
             raise
         except Exception as error:  # a user's forward may raise anything
             raise ValueError(
-                f"{type(module).__name__} fails on inputs of shape {form.shape} and {form.dtype or 'of floats'} "
-                f"({type(error).__name__}: {error}); give a batch of examples in place of the shape, by name if there "
-                "are several tensors; of examples, integers such as token ids keep their type"
+                f"{type(module).__name__} fails on inputs of shape {form} ({type(error).__name__}: {error}); give a "
+                "batch of examples in place of the shape, by name if there are several tensors; of examples, integers "
+                "such as token ids keep their type"
             ) from error
 
     def _cut_up(self, leaving: bool) -> None:

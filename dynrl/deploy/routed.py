@@ -17,7 +17,7 @@ from dynrl.backbones import Backbone, State, Walk
 from dynrl.cost import count_macs
 from dynrl.deploy.budget import price_at
 from dynrl.files import reading
-from dynrl.inputs import Inputs, as_inputs
+from dynrl.inputs import Inputs, as_inputs, placed
 from dynrl.policies import Policy, load_policy
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class RoutedModel(nn.Module):
         """The names of the classes, in the order of the outputs; empty for a regression, or if they are not known."""
         return () if self.backbone.trained_on is None else self.backbone.trained_on.classes
 
-    def preprocess(self, raw: Tensor) -> Tensor:
+    def preprocess(self, raw: Any) -> Any:
         """Return raw inputs [B, *input_shape] as the model takes them, standardised as its training data were.
 
         Args:
@@ -187,7 +187,8 @@ class RoutedModel(nn.Module):
                 "dynrl.provenance.Provenance before you plug a policy in"
             )
         weights = next(self.backbone.parameters())
-        return self.backbone.trained_on.preprocess(raw.to(weights.device)).to(weights.dtype)
+        raw = placed(as_inputs(raw), weights.device)
+        return placed(self.backbone.trained_on.preprocess(raw), weights.device, weights.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
         # The policy moves to another device, but keeps its type: it stays in float32, like its observations.
