@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+from dynrl._version import __version__
+
 VERBS = {
     "train": "learn a policy (after pretraining a backbone if none is given), evaluate it, write a run folder",
     "demo": "show where compute pays: five rows, on curves to be traced, in minutes",
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given and given[0] in ("-h", "--help"):
         print("usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` shows its settings\n")
         print("\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items()))
+        return
+    if given == ["--version"]:
+        print(f"dynrl {__version__}")
         return
     if not given or given[0] not in VERBS:
         print(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from dynrl.inputs import Named
 from dynrl.ops.gated_residual import gated_residual
@@ -94,11 +94,15 @@ class Held:
         ]
         # Whether a tensor has a row for each input, by the module that it is given to or made by, and its place there.
         self._by_row: dict[tuple[Any, str], bool] = {}
+        # What a part returns behind its features, by the part and by which of its arguments are None: some are given
+        # for some inputs only, such as a mask. None where the features are all.
+        self._returns: dict[tuple[int, tuple[int, ...]], tuple[type, list[int | None]] | None] = {}
         with torch.no_grad():
             one, inputs = self._record(examples(1)), examples(3)
             self._learn(one, self._record(inputs))
             calls = self._checked(one)
-            self._returns = [self._template(seen) for seen in calls]
+            for k, seen in enumerate(calls):
+                self.learn(k, list(seen.given.values()), seen.value)
             self._shapes = [tensors(seen.made)[0].shape[1:] for seen in calls]
             self._check_chain(inputs)
 
@@ -251,41 +255,46 @@ class Held:
                     )
         return parts
 
-    def _template(self, seen: Seen) -> tuple[type, list[int | None]] | None:
-        """Return how the part's value is made up of its features: None if they are all of it.
+    def knows(self, k: int, leaves: list[Any]) -> bool:
+        """Tell whether it is known what part `k` returns if just these of its arguments are None."""
+        return (k, _missing(leaves)) in self._returns
 
-        Other values are indexes of the arguments that the part hands on; None stands for None.
+    def learn(self, k: int, leaves: list[Any], value: Any) -> None:
+        """Learn from a call of part `k`, with the arguments `leaves`, how its value is made up of its features.
+
+        Behind the features, there may be None and arguments that the part hands on.
+
+        Raises:
+            ValueError: there is something else.
         """
-        if isinstance(seen.value, Tensor):
-            return None
-        kind, name = type(seen.value), seen.key[0]
-        if kind not in (tuple, list) or not seen.value or not isinstance(seen.value[0], Tensor):
-            raise ValueError(
-                f"expected {name!r} to return features, or a tuple that begins with them, got {kind.__name__}"
-            )
-        given, others = list(seen.given.values()), list[int | None]()
-        for i, value in enumerate(seen.value[1:], 1):
-            at = next((j for j, leaf in enumerate(given) if leaf is value), None)
-            if value is not None and at is None:
+        name, kind, others = self.names[k], type(value), list[int | None]()
+        if not isinstance(value, Tensor):
+            if kind not in (tuple, list) or not value or not isinstance(value[0], Tensor):
                 raise ValueError(
-                    f"{name!r} returns a {type(value).__name__} of its own behind its features (value {i}), which rows "
-                    "that leave the part out do not have; let it return features alone, or name other parts"
+                    f"expected {name!r} to return features, or a tuple that begins with them, got {kind.__name__}"
                 )
-            others.append(None if value is None else at)
-        return kind, others
+            for i, more in enumerate(value[1:], 1):
+                at = next((j for j, leaf in enumerate(leaves) if leaf is more), None)
+                if more is not None and at is None:
+                    raise ValueError(
+                        f"{name!r} returns a {type(more).__name__} of its own behind its features (value {i}), which "
+                        "rows that leave the part out do not have; let it return features alone, or name other parts"
+                    )
+                others.append(None if more is None else at)
+        self._returns[k, _missing(leaves)] = None if isinstance(value, Tensor) else (kind, others)
 
     def returned(self, k: int, features: Tensor, leaves: list[Any]) -> Any:
-        """Return `features` as part `k` returns them, behind which it may hand on some of its arguments."""
-        template = self._returns[k]
-        if template is None:
+        """Return `features` as part `k` returns them."""
+        made = self._returns[k, _missing(leaves)]
+        if made is None:
             return features
-        kind, others = template
+        kind, others = made
         return kind([features, *(None if at is None else leaves[at] for at in others)])
 
-    def stand_in(self, k: int, leaves: list[Any]) -> Any:
-        """Return what may stand for the value of part `k` where only what comes with it is needed."""
-        x, shape = leaves[0], self._shapes[k]
-        return self.returned(k, x if x.shape[1:] == shape else x.new_zeros(x.shape[0], *shape), leaves)
+    def stand_in(self, k: int, x: Tensor) -> Tensor:
+        """Return features of the shape that part `k` gives for `x`, where their values do not matter."""
+        shape = self._shapes[k]
+        return x if x.shape[1:] == shape else x.new_zeros(x.shape[0], *shape)
 
 
 class Forward:
@@ -330,10 +339,11 @@ class Forward:
         if k != self._next:
             raise ValueError(f"{self.held.kind} ran {name!r} in another order, or more often, for these inputs")
         self._next += 1
+        stand = Stand(self, k, args, kwargs)
         if k < self._start:
-            return self.held.stand_in(k, tree_leaves((args, kwargs)))
+            return stand.returned(self.held.stand_in(k, stand.x))
         own = torch.is_grad_enabled()
-        value = getcurrent().parent.switch(Stand(self, k, args, kwargs))
+        value = getcurrent().parent.switch(stand)
         if own != self.grad:  # a mode of the forward's own; else, it has that of whoever lets it go on
             torch.set_grad_enabled(own)
         return value
@@ -397,6 +407,8 @@ class Stand:
         own = self._grad != self._forward.grad  # inside of a mode of the forward's own
         with torch.set_grad_enabled(self._grad) if own else nullcontext():
             value = held.parts[held.names[self.k]](*args, **kwargs)
+        if not held.knows(self.k, leaves):
+            held.learn(self.k, leaves, value)
         return value if isinstance(value, Tensor) else value[0]
 
     def part(self, rows: slice | None = None) -> Tensor:
@@ -424,7 +436,15 @@ class Stand:
         forward = self._forward
         if going is not None:
             forward.left = going if forward.left is None else forward.left[going]
-        return forward.go(forward.held.returned(self.k, forward.spread(y), self._leaves))
+        return forward.go(self.returned(forward.spread(y)))
+
+    def returned(self, features: Tensor) -> Any:
+        """Return `features` of all rows as the part returns them; if that is not known, it runs on one row."""
+        held = self._forward.held
+        if not held.knows(self.k, self._leaves):
+            with torch.no_grad():
+                self(self.x[:1].clone(), slice(1))
+        return held.returned(self.k, features, self._leaves)
 
     def end(self) -> None:
         """End the forward, since no row goes on."""
@@ -444,6 +464,10 @@ def _shallow(module: nn.Module) -> nn.Module:
 def _stand(reached: Stand | Tensor) -> Stand:
     assert isinstance(reached, Stand), "a forward that has not run all parts says so itself"
     return reached
+
+
+def _missing(leaves: list[Any]) -> tuple[int, ...]:
+    return tuple(i for i, leaf in enumerate(leaves) if leaf is None)
 
 
 def _by_place(tree: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dynrl.backbones.skip import Skipping
 from dynrl.backbones.traced import Traced, TracedStand, Untraceable
 from dynrl.backbones.walk import END, State, Walk
 from dynrl.cost import Executed, executed, macs_of
-from dynrl.inputs import Form, as_inputs
+from dynrl.inputs import Form
 from dynrl.ops.move import keep_rows
 from dynrl.ops.pooled import summary
 
@@ -63,7 +63,7 @@ class _OfModule(Backbone):
             raise ValueError(f"expected different names of parts of the module, got {list(parts)}; it has {known} ...")
         if channels not in (None, *CHANNELS):
             raise ValueError(f"expected channels={' or '.join(map(repr, CHANNELS))}, or None, got {channels!r}")
-        form = Form.of(as_inputs(input_shape), input_dtype)
+        form = Form.of(input_shape, input_dtype)
         self.module, self._names, self._channels = module, list(parts), channels
         if family is not None:
             self.family = family  # type: ignore[misc]
