@@ -314,13 +314,13 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
         return Defaults("", {}, pretraining, finetuning=Finetuning(epochs=epochs / 4, batch_size=size))
     known = sorted(d for one, d in DEFAULTS if one == decision)
     raise ValueError(
-        f"no defaults for {decision!r} on {name!r}; there are for {known}. Give --backbone FOLDER, or a network of your "
-        "own by --network family=NAME and --plugin FILE.py"
+        f"no defaults for {decision!r} on {name!r}; there are for {known}. Give --backbone FOLDER, or a network of "
+        "your own by --network family=NAME and --plugin FILE.py"
     )
 
 
 def _for_images(row: Defaults, dataset: Dataset) -> Defaults:
-    """Adapt fashion-mnist's row to other images, keeping the number of training batches, up to `_MOST_EPOCHS`."""
+    """Adapt fashion-mnist's row to other images, with as many training batches, up to `_MOST_EPOCHS`."""
     longest = _MOST_EPOCHS / row.pretraining.epochs
     backbone, longer = dict(row.backbone), min(longest, _FASHION_IMAGES / len(dataset.train))
     if backbone.pop("stem_stride", None):

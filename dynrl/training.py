@@ -268,7 +268,7 @@ def _checked(planned: Plan) -> Plan:
     check_device(settings.place.device)
     if (backbone.form, backbone.config["classes"]) != (dataset.form, dataset.classes):
         raise ValueError(
-            f"the backbone is for inputs of shape {backbone.form} and {backbone.config['classes']} outputs, expected "
+            f"the backbone is for inputs and outputs {backbone.form} and {backbone.config['classes']}, expected "
             f"{dataset.form} and {dataset.classes} for {dataset.name}; give other data or another backbone. Integers "
             "such as token ids keep their type in inputs by name"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,17 @@ def test_several_threads_walk_at_once():
     with torch.no_grad():
         for said, each in zip(found, given, strict=True):
             torch.testing.assert_close(said, module(**each)["logits"])
+
+
+@torch.no_grad()
+def test_what_nobody_goes_on_from_is_freed():
+    _, backbone = reader()
+    state = backbone.begin(tokens())
+    (state,) = backbone.advance(state, torch.ones(ROWS, dtype=torch.int64))
+    kept = weakref.ref(state.held._leaves[0])
+    assert kept() is not None
+    state = state.copy()
+    assert kept() is None
 
 
 class Frozen(Reader):

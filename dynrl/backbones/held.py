@@ -103,7 +103,7 @@ class Held:
             calls = self._checked(one)
             for k, seen in enumerate(calls):
                 self.learn(k, list(seen.given.values()), seen.value)
-            self._shapes = [tensors(seen.made)[0].shape[1:] for seen in calls]
+            self.shapes = [tensors(seen.made)[0].shape[1:] for seen in calls]
             self._check_chain(inputs)
 
     @property
@@ -121,40 +121,43 @@ class Held:
 
     def enter(self, inputs: Any) -> Stand:
         """Begin a forward on `inputs`, and stand before the first part."""
-        return _stand(Forward(self, inputs).go())
+        return self._begun(Forward(self, inputs))
 
     def at(self, k: int, x: Tensor, inputs: Any) -> Stand:
         """Stand before part `k` with the features `x`, in a new forward whose rows have these inputs."""
-        stand = _stand(Forward(self, inputs, k).go())
+        stand = self._begun(Forward(self, inputs, k))
         stand.x = x
+        return stand
+
+    def _begun(self, forward: Forward) -> Stand:
+        stand = go(greenlet(forward.run), forward)
+        assert isinstance(stand, Stand), "a forward that has not run all parts says so itself"
         return stand
 
     # what the forward runs on ------------------------------------------------------------------------------
 
     def twin(self, gate: Callable[..., Any]) -> nn.Module:
         """Return a shallow copy of the module whose gated parts call `gate(name, module, *args, **kwargs)` instead."""
-        made: dict[int, nn.Module] = {}
+        return self._twin_of(self.module, "", gate, {})
 
-        def twin_of(module: nn.Module, name: str) -> nn.Module:
-            if id(module) not in made:
-                opened = name in self._opened
-                if not opened and name not in self.parts and not self.leaving:
-                    return module
-                made[id(module)] = twin = _shallow(module)
-                if opened:
-                    inside = f"{name}." if name else ""
-                    children = {
-                        at: None if child is None else twin_of(child, inside + at)
-                        for at, child in module._modules.items()
-                    }
-                    twin.__dict__["_modules"] = children
-                else:
-                    twin.__dict__["forward"] = partial(gate, name, module)
-                    for hooks in _HOOKS:  # the module itself, which the gate runs, has them
-                        twin.__dict__[hooks] = OrderedDict()
+    def _twin_of(self, module: nn.Module, name: str, gate: Callable[..., Any], made: dict[int, nn.Module]) -> nn.Module:
+        if id(module) in made:
             return made[id(module)]
-
-        return twin_of(self.module, "")
+        opened = name in self._opened
+        if not opened and name not in self.parts and not self.leaving:
+            return module
+        made[id(module)] = twin = _shallow(module)
+        if opened:
+            inside = f"{name}." if name else ""
+            twin.__dict__["_modules"] = {
+                at: None if child is None else self._twin_of(child, inside + at, gate, made)
+                for at, child in module._modules.items()
+            }
+            return twin
+        twin.__dict__["forward"] = partial(gate, name, module)
+        for hooks in _HOOKS:  # the module itself, which the gate runs, has them
+            twin.__dict__[hooks] = OrderedDict()
+        return twin
 
     # which tensors have a row for each input ---------------------------------------------------------------
 
@@ -291,44 +294,26 @@ class Held:
         kind, others = made
         return kind([features, *(None if at is None else leaves[at] for at in others)])
 
-    def stand_in(self, k: int, x: Tensor) -> Tensor:
-        """Return features of the shape that part `k` gives for `x`, where their values do not matter."""
-        shape = self._shapes[k]
-        return x if x.shape[1:] == shape else x.new_zeros(x.shape[0], *shape)
-
 
 class Forward:
-    """One run of a held module on a batch; `left` are the rows that have not left, None while these are all."""
+    """One run of a held module on a batch.
+
+    It knows neither the greenlet that it runs in nor where it stands. Frames of a greenlet would keep these alive, and
+    with them everything that was computed, after the last state that could go on from there.
+
+    Attributes:
+        left: [k] int64, the rows that have not left; None while these are all.
+    """
 
     def __init__(self, held: Held, inputs: Any, start: int = 0) -> None:
         self.held, self.inputs, self.size = held, inputs, len(inputs)
         self.left: Tensor | None = None
-        self._start, self._next, self.grad = start, 0, torch.is_grad_enabled()
-        self._counts: dict[str, int] = {}
-        self._runner = greenlet(self._run)
+        self.next, self.grad = 0, torch.is_grad_enabled()
+        self._start, self._counts = start, dict[str, int]()
 
-    def _run(self, nothing: None) -> Any:
+    def run(self, nothing: None) -> Any:
+        """Run the module, in a greenlet of its own."""
         return call(self.held.twin(self._gate), self.inputs)
-
-    def go(self, value: Any = None) -> Stand | Tensor:
-        """Let the forward go on with `value` for its part, to the next part, or to the answer of the rows left."""
-        self._runner.parent = getcurrent()
-        outside = torch.is_grad_enabled()
-        try:
-            got = self._runner.switch(value)
-        finally:
-            torch.set_grad_enabled(outside)  # the forward may be held inside of a mode of its own
-        if not self._runner.dead:
-            return got
-        if self._next < len(self.held.names):
-            raise ValueError(f"{self.held.kind} did not run {self.held.names[self._next]!r} for these inputs")
-        said = answer(got, self.held.kind)
-        return said if self.left is None else take_rows(said, self.left)
-
-    def end(self) -> None:
-        """End the forward where it stands, since no row is left."""
-        self._runner.parent = getcurrent()
-        self._runner.throw()
 
     def _gate(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         count = self._counts.get(name, 0)
@@ -336,14 +321,13 @@ class Forward:
         if name not in self.held.parts:
             return self._between((name, count), module, args, kwargs)
         k = self.held.names.index(name)
-        if k != self._next:
+        if k != self.next:
             raise ValueError(f"{self.held.kind} ran {name!r} in another order, or more often, for these inputs")
-        self._next += 1
-        stand = Stand(self, k, args, kwargs)
-        if k < self._start:
-            return stand.returned(self.held.stand_in(k, stand.x))
+        self.next += 1
         own = torch.is_grad_enabled()
-        value = getcurrent().parent.switch(stand)
+        if k < self._start:
+            return Stand(None, self, k, args, kwargs, own).stand_in()
+        value = getcurrent().parent.switch((k, args, kwargs, own))
         if own != self.grad:  # a mode of the forward's own; else, it has that of whoever lets it go on
             torch.set_grad_enabled(own)
         return value
@@ -369,6 +353,23 @@ class Forward:
         return x if self.left is None else x.new_zeros(self.size, *x.shape[1:]).index_copy(0, self.left, x)
 
 
+def go(runner: Any, forward: Forward, value: Any = None) -> Stand | Tensor:
+    """Let `forward` go on with `value` for its part, to the next part, or to the answer of the rows that are left."""
+    runner.parent = getcurrent()
+    outside = torch.is_grad_enabled()
+    try:
+        got = runner.switch(value)
+    finally:
+        torch.set_grad_enabled(outside)  # the forward may be held inside of a mode of its own
+    if not runner.dead:
+        return Stand(runner, forward, *got)
+    held = forward.held
+    if forward.next < len(held.names):
+        raise ValueError(f"{held.kind} did not run {held.names[forward.next]!r} for these inputs")
+    said = answer(got, held.kind)
+    return said if forward.left is None else take_rows(said, forward.left)
+
+
 class Stand:
     """A forward that stands before a part.
 
@@ -377,9 +378,9 @@ class Stand:
         x: [n, ...], the features of the rows that are left.
     """
 
-    def __init__(self, forward: Forward, k: int, args: Any, kwargs: Any) -> None:
+    def __init__(self, runner: Any, forward: Forward, k: int, args: Any, kwargs: Any, grad: bool) -> None:
         held = forward.held
-        self._forward, self.k, self._grad = forward, k, torch.is_grad_enabled()
+        self._runner, self._forward, self.k, self._grad = runner, forward, k, grad
         leaves, self._spec = tree_flatten_with_path((args, kwargs))
         self._leaves = [leaf for _, leaf in leaves]
         rows = held.rows_at((held.names[k], 0), "given", leaves, forward.size, forward.inputs)
@@ -436,9 +437,9 @@ class Stand:
         forward = self._forward
         if going is not None:
             forward.left = going if forward.left is None else forward.left[going]
-        return forward.go(self.returned(forward.spread(y)))
+        return go(self._runner, forward, self._returned(forward.spread(y)))
 
-    def returned(self, features: Tensor) -> Any:
+    def _returned(self, features: Tensor) -> Any:
         """Return `features` of all rows as the part returns them; if that is not known, it runs on one row."""
         held = self._forward.held
         if not held.knows(self.k, self._leaves):
@@ -446,9 +447,15 @@ class Stand:
                 self(self.x[:1].clone(), slice(1))
         return held.returned(self.k, features, self._leaves)
 
+    def stand_in(self) -> Any:
+        """Return what may stand for the value of the part where only what comes with its features is needed."""
+        shape, x = self._forward.held.shapes[self.k], self.x
+        return self._returned(x if x.shape[1:] == shape else x.new_zeros(x.shape[0], *shape))
+
     def end(self) -> None:
         """End the forward, since no row goes on."""
-        self._forward.end()
+        self._runner.parent = getcurrent()
+        self._runner.throw()
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -459,11 +466,6 @@ def _shallow(module: nn.Module) -> nn.Module:
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__, _compiled_call_impl=None)
     return twin
-
-
-def _stand(reached: Stand | Tensor) -> Stand:
-    assert isinstance(reached, Stand), "a forward that has not run all parts says so itself"
-    return reached
 
 
 def _missing(leaves: list[Any]) -> tuple[int, ...]:
