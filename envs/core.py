@@ -165,6 +165,7 @@ class RoutingVectorEnv(VectorEnv):
         self.group = group
         mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
+        self.autoreset_mode = mode  # where Gymnasium's own vector environments have it, and torchrl looks for it
         self.num_envs = num_envs
         self.render_mode = None
         self.price_range = check_price_range(price_range)

@@ -92,14 +92,15 @@ class Held:
         self.weight_bytes = [
             sum(p.numel() * p.element_size() for p in part.parameters()) for part in self.parts.values()
         ]
-        # Whether a tensor has a row for each input, by the module that it is given to or made by, and its place there.
-        self._by_row: dict[tuple[Any, str], bool] = {}
+        # How many rows a tensor has for each input, by the module that it is given to or made by, and its place there.
+        # This is 0 where it has as many whatever the inputs; some networks fold the patches of an image into its rows.
+        self._by_row: dict[tuple[Any, str], int] = {}
         # What a part returns behind its features, by the part and by which of its arguments are None: some are given
         # for some inputs only, such as a mask. None where the features are all.
         self._returns: dict[tuple[int, tuple[int, ...]], tuple[type, list[int | None]] | None] = {}
         with torch.no_grad():
             one, inputs = self._record(examples(1)), examples(3)
-            self._learn(one, self._record(inputs))
+            self._learn(one, 1, self._record(inputs), 3)
             calls = self._checked(one)
             for k, seen in enumerate(calls):
                 self.learn(k, list(seen.given.values()), seen.value)
@@ -176,8 +177,8 @@ class Held:
         call(self.twin(gate), inputs)
         return seen
 
-    def _learn(self, some: list[Seen], more: list[Seen]) -> None:
-        """Learn from two runs which tensors have a row for each input: those that differ in their first dimension."""
+    def _learn(self, some: list[Seen], rows: int, more: list[Seen], more_rows: int) -> None:
+        """Learn from two runs on so many inputs how many rows each tensor has for an input."""
         known = {seen.key: seen for seen in some}
         for seen in more:
             other = known.get(seen.key)
@@ -186,10 +187,12 @@ class Held:
                 for path, leaf in getattr(seen, side).items():
                     was = before.get(path)
                     if isinstance(leaf, Tensor) and isinstance(was, Tensor) and leaf.dim() and was.dim():
-                        self._by_row[(*seen.key, side), path] = leaf.shape[0] != was.shape[0]
+                        each = leaf.shape[0] // more_rows
+                        follows = (was.shape[0], leaf.shape[0]) == (rows * each, more_rows * each)
+                        self._by_row[(*seen.key, side), path] = each if follows else 0
 
-    def rows_at(self, key: tuple[str, int], side: str, leaves: list[Any], count: int, inputs: Any) -> list[int]:
-        """Return the indexes of those `leaves`, (path, value), that have a row for each of `count` rows.
+    def rows_at(self, key: tuple[str, int], side: str, leaves: list[Any], count: int, inputs: Any) -> dict[int, int]:
+        """Return the indexes of those `leaves`, (path, value), that have rows for each of `count`, and how many.
 
         Args:
             key: the call of a gated module (`Seen.key`).
@@ -198,21 +201,22 @@ class Held:
             count: the number of rows.
             inputs: the inputs of the forward.
         """
-        found = []
+        found = {}
         for i, (path, leaf) in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == count:
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] and leaf.shape[0] % count == 0:
                 where = (*key, side), keystr(path)
                 if where not in self._by_row:
                     # The examples had no such tensor, for example no mask. One row more tells what it is.
                     with torch.no_grad():
-                        self._learn(self._record(inputs), self._record(_one_more(inputs)))
+                        more = _one_more(inputs)
+                        self._learn(self._record(inputs), len(inputs), self._record(more), len(more))
                 if where not in self._by_row:
                     raise ValueError(
                         f"{key[0]!r} has a {tuple(leaf.shape)} tensor at {where[1]} for some inputs only, so it cannot "
                         "be told whether it has a row for each input; let it be there always"
                     )
-                if self._by_row[where]:
-                    found.append(i)
+                if leaf.shape[0] == count * self._by_row[where]:
+                    found[i] = self._by_row[where]
         return found
 
     def _check_chain(self, inputs: Any) -> None:
@@ -244,7 +248,7 @@ class Held:
             raise ValueError(f"expected the parts in the order in which {self.kind} runs them: {order}")
         for seen in parts:
             name, (first, x) = seen.key[0], next(iter(seen.given.items()))
-            if not isinstance(x, Tensor) or not self._by_row.get(((*seen.key, "given"), first), False):
+            if not isinstance(x, Tensor) or not self._by_row.get(((*seen.key, "given"), first), 0):
                 raise ValueError(
                     f"expected {name!r} to be given features first, a tensor with a row for each input, got "
                     f"{type(x).__name__} at {first}"
@@ -339,13 +343,13 @@ class Forward:
         held, left = self.held, self.left
         leaves, spec = tree_flatten_with_path((args, kwargs))
         values = [leaf for _, leaf in leaves]
-        for i in held.rows_at(key, "given", leaves, self.size, self.inputs):
-            values[i] = take_rows(values[i], left)
+        for i, each in held.rows_at(key, "given", leaves, self.size, self.inputs).items():
+            values[i] = _rows(values[i], left, each)
         args, kwargs = tree_unflatten(values, spec)
         leaves, spec = tree_flatten_with_path(module(*args, **kwargs))
         values = [leaf for _, leaf in leaves]
-        for i in held.rows_at(key, "made", leaves, len(left), self.inputs):
-            values[i] = self.spread(values[i])
+        for i, each in held.rows_at(key, "made", leaves, len(left), self.inputs).items():
+            values[i] = _joined(self.spread(_parted(values[i], each)), each)
         return tree_unflatten(values, spec)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -384,8 +388,9 @@ class Stand:
         leaves, self._spec = tree_flatten_with_path((args, kwargs))
         self._leaves = [leaf for _, leaf in leaves]
         rows = held.rows_at((held.names[k], 0), "given", leaves, forward.size, forward.inputs)
-        self._further = [i for i in rows if i]  # the tensors beside the features that have a row for each input
-        x = self._leaves[0]
+        self._further = {i: each for i, each in rows.items() if i}  # the tensors beside the features that have rows
+        self._each = rows.get(0, 1)
+        x = _parted(self._leaves[0], self._each)
         self.x = x if forward.left is None else take_rows(x, forward.left)
 
     def __reduce__(self) -> Any:
@@ -399,18 +404,19 @@ class Stand:
     def __call__(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         """Run the part on `x`, the features of `rows` among those left; None where no tensor beside `x` has rows."""
         held, left, leaves = self._forward.held, self._forward.left, list(self._leaves)
-        leaves[0] = x
+        leaves[0] = _joined(x, self._each)
         at = rows if left is None else left if rows is None else left[rows]
         if at is not None:
-            for i in self._further:
-                leaves[i] = _rows(leaves[i], at)
+            for i, each in self._further.items():
+                leaves[i] = _rows(leaves[i], at, each)
         args, kwargs = tree_unflatten(leaves, self._spec)
         own = self._grad != self._forward.grad  # inside of a mode of the forward's own
         with torch.set_grad_enabled(self._grad) if own else nullcontext():
             value = held.parts[held.names[self.k]](*args, **kwargs)
         if not held.knows(self.k, leaves):
             held.learn(self.k, leaves, value)
-        return value if isinstance(value, Tensor) else value[0]
+        y = value if isinstance(value, Tensor) else value[0]
+        return _parted(y, y.shape[0] // x.shape[0])
 
     def part(self, rows: slice | None = None) -> Tensor:
         """Run the part on all rows that are left, or on some of them."""
@@ -437,7 +443,10 @@ class Stand:
         forward = self._forward
         if going is not None:
             forward.left = going if forward.left is None else forward.left[going]
-        return go(self._runner, forward, self._returned(forward.spread(y)))
+        full = forward.spread(y)
+        if full.dim() > 1 + len(forward.held.shapes[self.k]):
+            full = full.flatten(0, 1)
+        return go(self._runner, forward, self._returned(full))
 
     def _returned(self, features: Tensor) -> Any:
         """Return `features` of all rows as the part returns them; if that is not known, it runs on one row."""
@@ -449,7 +458,7 @@ class Stand:
 
     def stand_in(self) -> Any:
         """Return what may stand for the value of the part where only what comes with its features is needed."""
-        shape, x = self._forward.held.shapes[self.k], self.x
+        shape, x = self._forward.held.shapes[self.k], self._leaves[0]
         return self._returned(x if x.shape[1:] == shape else x.new_zeros(x.shape[0], *shape))
 
     def end(self) -> None:
@@ -486,5 +495,17 @@ def _one_more(inputs: Any) -> Any:
     return inputs[torch.tensor([*range(len(inputs)), 0], device=inputs.device)]
 
 
-def _rows(x: Tensor, rows: Rows) -> Tensor:
-    return x[rows] if isinstance(rows, slice) else take_rows(x, rows)
+def _parted(x: Tensor, each: int) -> Tensor:
+    """Return [n * each, ...], the rows of `n` inputs, as [n, each, ...]; as it is if there is one for each."""
+    return x if each == 1 else x.unflatten(0, (-1, each))
+
+
+def _joined(x: Tensor, each: int) -> Tensor:
+    """Undo `_parted`."""
+    return x if each == 1 else x.flatten(0, 1)
+
+
+def _rows(x: Tensor, rows: Rows, each: int = 1) -> Tensor:
+    if isinstance(rows, slice):
+        return _joined(_parted(x, each)[rows], each)
+    return _joined(take_rows(_parted(x, each), rows), each)

@@ -88,9 +88,14 @@ class _OfModule(Backbone):
             if self.form.named:
                 raise Untraceable(f"{type(self.module).__name__} is given tensors by name")
             self._cut: Traced | Held = Traced(self.module, self._names)
-            said = self._cut.output(self._example(1))
-            if not isinstance(said, Tensor):
-                raise Untraceable(f"{type(self.module).__name__} returns a {type(said).__name__}")
+            with torch.no_grad():
+                stand: Any = self._cut.enter(self._example(1))
+                for name in self._names:
+                    if not isinstance(stand.x, Tensor) or stand.x.shape[0] != 1:
+                        raise Untraceable(f"{name!r} is not given one row for each input")
+                    stand = stand.follow(stand.part())
+            if not isinstance(stand, Tensor):
+                raise Untraceable(f"{type(self.module).__name__} returns a {type(stand).__name__}")
         except Untraceable as error:
             self.way, self.why = "in place", str(error)
             self.exports = False  # type: ignore[misc]
