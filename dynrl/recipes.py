@@ -50,6 +50,8 @@ class Defaults:
             ValueError: an entry is not NAME=VALUE, names no setting, or has a value of the wrong type.
         """
         families = [word for name, _, word in (setting.partition("=") for setting in settings) if name == FAMILY]
+        if not settings:
+            return self
         family, backbone = (families[-1], {}) if families else (self.family, dict(self.backbone))
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r} of backbones; known: {sorted(FAMILIES)}; add one by --plugin")

@@ -21,7 +21,7 @@ from dynrl.backbones import (
     load_backbone,
 )
 from dynrl.cost import count_macs
-from dynrl.policies import StaticPolicy
+from dynrl.policies import PolicySpec, StaticPolicy
 from tests.toys import Bottle, Convolutional, Reader, Transformer
 
 SHAPE = (1, 8, 8)
@@ -92,6 +92,46 @@ def test_views_of_the_inputs_are_not_written_to(lead, shape):
     kept = x.clone()
     backbone.for_inference()(x, torch.tensor([[1], [0], [1], [0], [0], [1]]))
     assert torch.equal(x, kept)
+
+
+class Normed(nn.Module):
+    """Convolutions and batch norms that may be folded, and two that may not: a part lies between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.block, self.apart = Bottle(3, 3), nn.Conv2d(3, 3, 1)
+        self.behind, self.head = nn.BatchNorm2d(3), nn.Linear(192, 2)
+
+    def forward(self, x):
+        x = self.apart(self.block(self.norm(self.stem(x)).relu()))
+        return self.head(self.behind(x).flatten(1))
+
+
+@torch.no_grad()
+def test_batch_norms_are_folded_for_inference():
+    module, x = Normed(), images()
+    for norm in (module.norm, module.block.norm, module.behind):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.normal_(norm.weight)
+    backbone = SkipModule(module.eval(), SHAPE, ["block", "apart"])
+    fast, route = backbone.for_inference(), torch.randint(0, 2, (5, 2))
+    torch.testing.assert_close(fast(x, route), backbone(x, route))
+    kept = [name for name, part in fast.module.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert kept == ["behind"] and isinstance(backbone.module.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("kind", [SkipModule, ExitModule])
+def test_modules_with_batch_norm_are_exported(kind, tmp_path):
+    backbone = kind(Convolutional().eval(), SHAPE, ["stage1.1", "stage1.2"])
+    policy = PolicySpec.of("sequential", backbone, (0.01, 1.0), 0).build()
+    model = dynrl.plug(backbone, policy)
+    model.export(tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for rows in (2, 33):
+        x = images(rows)
+        torch.testing.assert_close(program(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 class Placed(nn.Module):

@@ -117,7 +117,7 @@ class Held:
         return answer(call(self.module, inputs), self.kind)
 
     def again(self) -> Held:
-        """Return what holds the module after it was moved or trained: the same."""
+        """Return what holds the module after it was moved or changed: the same."""
         return self
 
     def enter(self, inputs: Any) -> Stand:
@@ -453,7 +453,7 @@ class Stand:
         held = self._forward.held
         if not held.knows(self.k, self._leaves):
             with torch.no_grad():
-                self(self.x[:1].clone(), slice(1))
+                self(_parted(self._leaves[0], self._each)[:1].clone(), slice(1))
         return held.returned(self.k, features, self._leaves)
 
     def stand_in(self) -> Any:

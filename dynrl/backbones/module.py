@@ -7,7 +7,7 @@ be traced runs as it is and is held at its parts, by `dynrl.backbones.held`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from dynrl.backbones.exit import GO_ON, STOP, Exits
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.held import Held, Stand
 from dynrl.backbones.skip import Skipping
-from dynrl.backbones.traced import Traced, TracedStand, Untraceable
+from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
 from dynrl.backbones.walk import END, State, Walk
 from dynrl.cost import Executed, executed, macs_of
 from dynrl.inputs import Form
@@ -110,6 +110,13 @@ class _OfModule(Backbone):
         super().train(mode)
         self._recut()  # the pieces hold the mode as a constant, for example whether dropout is on
         return self
+
+    def for_inference(self) -> Self:
+        """Return a frozen copy in which batch norms are folded into the convolutions before them."""
+        twin = super().for_inference()
+        fold_norms(twin.module, twin._names)
+        twin._recut()
+        return twin
 
     def _recut(self) -> None:
         if hasattr(self, "_cut"):

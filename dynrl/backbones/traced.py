@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.move import apart
@@ -123,6 +125,40 @@ def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[s
         raise Untraceable(f"{kind}.forward returns no tensor, but a {type(result).__name__}")
     graph.output(known(result))
     return graph
+
+
+def fold_norms(module: nn.Module, names: Sequence[str]) -> None:
+    """Fold batch norms into the convolutions before them, in place, wherever torch.fx sees the one behind the other.
+
+    The module is for inference only from then on. What lies in a part of these names is not folded with what does not:
+    rows may leave out the one but not the other.
+    """
+    _fold(module, {id(inner): name for name in names for inner in module.get_submodule(name).modules()})
+
+
+def _fold(module: nn.Module, part_of: dict[int, str]) -> None:
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # a user's forward may raise anything on a tracer's proxies; what is inside may be traced
+        for child in module.children():
+            _fold(child, part_of)
+        return
+    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        names = str(before.target), str(node.target)
+        convolution, norm = map(module.get_submodule, names)
+        known = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS
+        together = part_of.get(id(convolution)) == part_of.get(id(norm))
+        if known and together and all(called[name] == 1 for name in names):
+            module.set_submodule(names[0], fuse_conv_bn_eval(convolution, norm))
+            module.set_submodule(names[1], nn.Identity())
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Traced:
