@@ -49,9 +49,9 @@ class Defaults:
         Raises:
             ValueError: an entry is not NAME=VALUE, names no setting, or has a value of the wrong type.
         """
-        families = [word for name, _, word in (setting.partition("=") for setting in settings) if name == FAMILY]
         if not settings:
             return self
+        families = [word for name, _, word in (setting.partition("=") for setting in settings) if name == FAMILY]
         family, backbone = (families[-1], {}) if families else (self.family, dict(self.backbone))
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r} of backbones; known: {sorted(FAMILIES)}; add one by --plugin")

@@ -129,12 +129,13 @@ CASES: dict[str, Case] = {
         numbered("blocks", 0, 1, 2), numbered("blocks", 0, 1), (0, transformer(192, 768, 18)),
     ),
     "timm mixer": Case(
-        lambda: timm.create_model("mixer_s32_224", img_size=64, num_blocks=3), lambda: images(64),
-        numbered("blocks", 0, 1, 2), numbered("blocks", 0, 1), (0, 2 * 512 * 4 * 256 + 2 * 4 * 512 * 2048),
+        lambda: timm.models.mlp_mixer.MlpMixer(img_size=64, patch_size=16, num_blocks=3, embed_dim=64),
+        lambda: images(64), numbered("blocks", 0, 1, 2), numbered("blocks", 0, 1),
+        (0, 2 * 64 * 16 * 32 + 2 * 16 * 64 * 256),
     ),
     "timm mobilevit_xxs, its inner blocks": Case(
         lambda: timm.create_model("mobilevit_xxs"), lambda: images(64), numbered("stages.3.1.transformer", 0, 1, 2),
-        None, (0, 4 * transformer(80, 160, 1) - 2 * 4 * 80 + 2 * 4 * 80),
+        None, (0, 4 * transformer(80, 160, 4)),
     ),
     "timm swin_tiny": Case(
         lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2, 2, 2), window_size=7),
