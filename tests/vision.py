@@ -335,7 +335,18 @@ def test_a_policy_is_trained_on_bert_by_the_command(tmp_path):
     backbone.trained_on = data.provenance
     (tmp_path / "backbone").mkdir()
     backbone.save(tmp_path / "backbone" / "backbone.safetensors")
-    command = ["--plugin", str(tmp_path / "mine.py"), "train", "skip", "--data", "marked-texts", "--steps", "1000"]
+    command = [
+        "--plugin",
+        str(tmp_path / "mine.py"),
+        "train",
+        "skip",
+        "--data",
+        "marked-texts",
+        "--steps",
+        "1000",
+        "--agent",
+        "gate",
+    ]
     assert not main([*command, "--backbone", str(tmp_path / "backbone"), "--out", str(tmp_path / "run")])
     assert dynrl.load(tmp_path / "run")(inputs).shape == (640, 2)
 

@@ -183,6 +183,10 @@ class Backbone(nn.Module):
         """Return other ways to compute the full route on `inputs`, by name, such as a vendor's layer; all are timed."""
         return {}
 
+    def ready(self, state: State) -> State:
+        """Return a copied `state` after all that it has to do before it can go on; what follows may then be timed."""
+        return state
+
     def auxiliary(self, state: State) -> Tensor | None:
         """Return what auxiliary classifiers say of the rows at this point, [n, ...] like an output; None without any.
 

@@ -136,6 +136,11 @@ class _OfModule(Backbone):
             )
         return told
 
+    def ready(self, state: State) -> State:
+        """Return a copied `state` in a forward of its own."""
+        state.held = self._standing(state)
+        return state
+
     def _standing(self, state: State) -> Standing:
         """Return what goes on from `state`; a copy or a merged state has to enter the module anew."""
         if state.held is not None:
