@@ -46,7 +46,7 @@ dynrl/pretrained/%/report.json: | install
 	mkdir -p $(@D)
 	cd build/pretrained/$* && cp backbone.safetensors policy.safetensors config.json report.json $(CURDIR)/$(@D)
 
-# Real networks of torchvision and timm; apart, since torchvision fits one torch only and brings CUDA's gigabytes.
+# Networks of torchvision, timm and transformers; apart, since torchvision fits one torch only and brings CUDA's gigabytes.
 test-vision: $(VISION)/.ready
 	$(VISION)/bin/python -m pytest tests/vision.py
 
@@ -56,8 +56,9 @@ test-scale: install
 
 $(VISION)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VISION)
-	$(VISION)/bin/python -m pip install --disable-pip-version-check torch==2.12.1 torchvision==0.27.1 timm==1.0.31 pytest
-	$(VISION)/bin/python -m pip install --disable-pip-version-check -e .
+	$(VISION)/bin/python -m pip install --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm==1.0.31 \
+		transformers==5.24.0 pytest
+	$(VISION)/bin/python -m pip install --disable-pip-version-check -e '.[train]'
 	@touch $(VISION)/.ready
 
 lint: install

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -82,35 +82,62 @@ def count_macs(module: nn.Module, *shapes: tuple[int, ...]) -> tuple[int, tuple[
     return total, tuple(output.shape[1:])
 
 
-def executed_macs(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, Tensor]:
-    """Return the MACs that torch's FLOP counter sees `function` execute on `x`, and the output of `function`.
+def _grouped(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **options: Any) -> int:
+    """Return the FLOPs of a product whose rows are in groups, one weight for each, as in a mixture of experts."""
+    inner = x.shape[-1]
+    # Two matrices make one product for each group, of some columns of the first and as many rows of the second.
+    return 2 * (x.numel() * weight.shape[-1] if x.dim() == weight.dim() == 2 else out_val.numel() * inner)
 
-    This works for modules of any kind.
+
+# What torch's FLOP counter does not know, by the name of the op: its FLOPs, from its arguments and `out_val`.
+MORE_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten._grouped_mm": _grouped,
+    "transformers.grouped_mm_fallback": _grouped,
+}
+
+
+def macs_of(ops: Sequence[Executed]) -> int:
+    """Return the MACs of executed ops, by the formulas of torch's FLOP counter and by `MORE_FORMULAS`.
 
     Raises:
-        ValueError: an op that multiplies ran, and the counter has no formula for it, so that it would silently count 0.
+        ValueError: an op that multiplies has no formula, so that it would silently count 0.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import flop_registry
 
-    with watched() as ops, FlopCounterMode(display=False) as counter:
-        y = function(x)
-    known = counter.flop_registry
-    unknown = sorted({str(op.func) for op in ops if multiplies(op) and op.func._overloadpacket not in known})
+    flops, unknown = 0, set()
+    for op in ops:
+        packet = op.func._overloadpacket
+        formula = flop_registry.get(packet) or MORE_FORMULAS.get(str(packet))
+        if formula is not None:
+            flops += formula(*op.given, **op.options, out_val=op.result)
+        elif multiplies(op):
+            unknown.add(str(op.func))
     if unknown:
         raise ValueError(
-            f"expected ops whose compute torch's FLOP counter knows, got {', '.join(unknown)}, which would count 0; "
-            "compute the same by matrix products or convolutions, or add a formula by "
+            f"expected ops whose compute torch's FLOP counter knows, got {', '.join(sorted(unknown))}, which would "
+            "count 0; compute the same by matrix products or convolutions, or add a formula by "
             "torch.utils.flop_counter.register_flop_formula"
         )
-    return counter.get_total_flops() // 2, y.detach()
+    return flops // 2
+
+
+R = TypeVar("R")
+
+
+def executed(function: Callable[[], R]) -> tuple[list[Executed], R]:
+    """Call `function` and return the ops that it executed (see `watched`) and its result."""
+    with watched() as ops:
+        result = function()
+    return ops, result
 
 
 @dataclass(frozen=True)
 class Executed:
-    """An op that was executed: its overload, what it was given, and what it returned."""
+    """An op that was executed: its overload, what it was given, by position and by name, and what it returned."""
 
     func: Any
     given: tuple[Any, ...]
+    options: dict[str, Any]
     result: Any
 
 
@@ -125,7 +152,7 @@ class _Watch(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **(kwargs or {}))
-        self.seen.append(Executed(func, args, result))
+        self.seen.append(Executed(func, args, kwargs or {}, result))
         return result
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import Dataset
+from dynrl.inputs import laid_out
 from dynrl.policies import LearnedPolicy
 from dynrl.pretraining import autocast, loss_of, make_optimizer
 from dynrl.routes import draw_prices
@@ -141,10 +142,8 @@ class Finetuner:
         plan, backbone, task, device = self._plan, self.backbone, self._dataset.task, self._device
         rows, train = self._rows(), self._train
         inputs, targets = self._dataset.augmentation.rows(train, rows, self._generator)
-        if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
         prices = draw_prices(self._price_range, len(rows), self._generator)
-        inputs, targets, prices = inputs.to(device), targets.to(device), prices.to(device)
+        inputs, targets, prices = laid_out(inputs).to(device), targets.to(device), prices.to(device)
         policy.to(device)
         whole = torch.arange(len(rows), device=device) < round(plan.full_share * len(rows))
         full_route = backbone.dense_actions(len(rows), device)

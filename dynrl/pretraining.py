@@ -15,6 +15,7 @@ from dynrl.backbones import Backbone
 from dynrl.backbones.base import Answer
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import Dataset, Split
+from dynrl.inputs import laid_out
 from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
 from dynrl.schema import MOST_ROWS, check_count
@@ -172,9 +173,7 @@ def _learn_batch(
     """
     device = next(backbone.parameters()).device
     images, labels = dataset.augmentation.rows(dataset.train, index, generator)
-    if images.dim() == 4:
-        images = images.contiguous(memory_format=torch.channels_last)
-    images, labels = images.to(device), labels.to(device)
+    images, labels = laid_out(images).to(device), labels.to(device)
     rate = None
     if least_rate is not None:
         rate = least_rate + (1 - least_rate) * torch.rand(len(index), generator=generator)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from dynrl.inputs import Form, Named, placed
 
 SLACK = 0.1  # how far pixels in 0 to 1 may stray, as an interpolation may make them
 
@@ -20,26 +22,34 @@ class Provenance:
         data: the name of the data set.
         fingerprint: the data set's digest (`Dataset.fingerprint`).
         classes: the names of the classes, in the order of the outputs; empty for a regression.
-        input_shape: the shape of one input.
-        dtype: the type of raw inputs. If it is "uint8", they are pixels, which count in 255ths.
+        input_shape: the shape of one input; name -> shape if inputs are several tensors.
+        dtype: the type of raw inputs, by name if they are several tensors. If it is "uint8", they are pixels, which
+            count in 255ths.
         mean, deviation: the network's inputs are raw inputs less `mean`, divided by `deviation`.
     """
 
     data: str
     fingerprint: str
     classes: tuple[str, ...]
-    input_shape: tuple[int, ...]
-    dtype: str
+    input_shape: Any
+    dtype: str | dict[str, str]
     mean: float
     deviation: float
 
     def __post_init__(self) -> None:
-        for name in ("classes", "input_shape"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists
+        named, shape = isinstance(self.input_shape, Mapping), self.input_shape
+        given = {name: tuple(part) for name, part in shape.items()} if named else tuple(shape)
+        object.__setattr__(self, "input_shape", given)
+        types = self.dtype if isinstance(self.dtype, Mapping) else {"": self.dtype}
+        fits = not named or (isinstance(self.dtype, Mapping) and set(self.dtype) == set(given))
+        if not fits or not all(isinstance(getattr(torch, str(kind), None), torch.dtype) for kind in types.values()):
             raise ValueError(f"expected the dtype of raw inputs by its name in torch, got {self.dtype!r}")
         if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf:
             raise ValueError(f"expected a finite mean and a deviation above 0, got {self.mean} and {self.deviation}")
+
+    def __hash__(self) -> int:
+        return hash((self.data, self.fingerprint, self.classes))  # shapes and types by name are dicts
 
     @classmethod
     def read(cls, values: Any, where: str) -> Provenance:
@@ -53,8 +63,10 @@ class Provenance:
         """Return the fields as JSON can hold them."""
         return asdict(self)
 
-    def preprocess(self, raw: Tensor) -> Tensor:
+    def preprocess(self, raw: Any) -> Any:
         """Return raw inputs [n, *input_shape] as the network takes them: float32, standardised.
+
+        Several tensors by name are not standardised, and integers among them keep their type.
 
         Args:
             raw: inputs of the type `dtype`. Pixels may also be floating-point numbers from 0 to 1.
@@ -62,6 +74,12 @@ class Provenance:
         Raises:
             ValueError: the inputs have another shape or type, or pixels are far outside 0 to 1.
         """
+        if isinstance(self.dtype, dict):
+            if isinstance(raw, Named):
+                raw = placed(raw, raw.device, torch.float32)
+            kept = {name: None if getattr(torch, kind).is_floating_point else kind for name, kind in self.dtype.items()}
+            Form(self.input_shape, kept).check(raw, torch.float32)
+            return raw
         if tuple(raw.shape[1:]) != self.input_shape:
             shape = ", ".join(map(str, self.input_shape))
             raise ValueError(f"expected raw inputs of shape [batch, {shape}], got {tuple(raw.shape)}")

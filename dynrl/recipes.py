@@ -16,7 +16,7 @@ from dynrl.files import limited
 from dynrl.finetuning import Finetuning
 from dynrl.ops.backend import float32
 from dynrl.pretraining import Recipe
-from dynrl.schema import arguments
+from dynrl.schema import accepted, arguments
 from dynrl.settings import Learning
 
 
@@ -44,23 +44,35 @@ class Defaults:
     def changed(self, settings: Sequence[str]) -> Defaults:
         """Return these defaults with other settings of the backbone, each NAME=VALUE, where VALUE is JSON or a word.
 
+        A name is that of an argument of the family, or `family` itself, which begins without settings.
+
         Raises:
             ValueError: an entry is not NAME=VALUE, names no setting, or has a value of the wrong type.
         """
-        backbone = dict(self.backbone)
+        if not settings:
+            return self
+        families = [word for name, _, word in (setting.partition("=") for setting in settings) if name == FAMILY]
+        family, backbone = (families[-1], {}) if families else (self.family, dict(self.backbone))
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r} of backbones; known: {sorted(FAMILIES)}; add one by --plugin")
+        known = accepted(FAMILIES[family])
         for setting in settings:
             name, equals, word = setting.partition("=")
-            if not equals or name not in backbone:
-                raise ValueError(f"expected NAME=VALUE with a name in {sorted(backbone)}, got {setting!r}")
+            if name == FAMILY:
+                continue
+            fits = name not in GIVEN if known is None else name in {*backbone, *known} - GIVEN
+            if not equals or not fits:
+                listed = sorted({*backbone, *(known or ())} - GIVEN)
+                raise ValueError(f"expected NAME=VALUE with a name in {listed}, or {FAMILY}, got {setting!r}")
             try:
                 value = json.loads(word)
             except json.JSONDecodeError:
                 value = word
             value = tuple(value) if isinstance(value, list) else value
-            if type(value) is not type(backbone[name]):
+            if name in backbone and type(value) is not type(backbone[name]):
                 raise ValueError(f"expected {name} to be of the type of {backbone[name]!r}, got {value!r}")
             backbone[name] = value
-        return replace(self, backbone=backbone)
+        return replace(self, family=family, backbone=backbone)
 
     def build(self, dataset: Dataset, seed: int) -> Backbone:
         """Build a fresh backbone for `dataset`; its weights are drawn from `seed`.
@@ -68,13 +80,14 @@ class Defaults:
         Raises:
             ValueError: a setting is out of range or of the wrong type, or the network would be too large.
         """
-        config = {"input_shape": dataset.input_shape, "classes": dataset.classes, **self.backbone}
+        form = {name: value for name, value in dataset.form.config.items() if name != "input_shape"}
+        config = {"input_shape": dataset.input_shape, **form, "classes": dataset.classes, **self.backbone}
         family = FAMILIES[self.family]
         with torch.random.fork_rng(), float32(), limited(MOST_WEIGHTS, MOST_NUMBERS):
             torch.manual_seed(seed)
             try:
                 return family(**arguments(family, config, "network: "))
-            except RuntimeError as error:
+            except (RuntimeError, TypeError) as error:
                 raise ValueError(
                     f"no {self.family} of {self.backbone} can be built for {dataset.name}: {error}"
                 ) from error
@@ -83,6 +96,9 @@ class Defaults:
 MOST_WEIGHTS, MOST_NUMBERS = 10_000, 500_000_000  # of a network that is made from settings
 _FASHION_IMAGES = 55_000  # the training images of fashion-mnist
 _BATCHES = 4_000  # the batches of pretraining if no row says how long
+_MOST_EPOCHS = 100  # of pretraining if no row says how long: with more, few inputs would only be learned by heart
+FAMILY = "family"  # the name by which settings of a network choose its family
+GIVEN = {"self", "input_shape", "input_dtype", "classes", FAMILY}  # what data say of a network, no setting
 
 
 def _resnet(layers: tuple[int, ...], widths: tuple[int, ...], stem_stride: int = 1) -> dict[str, Any]:
@@ -273,8 +289,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
 def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> Defaults:
     """Return the defaults for a decision on a data set.
 
-    Images without a row of their own (CIFAR, a folder, `DATASETS["mine"]`) take the row of fashion-mnist, with the same
-    number of training batches. From 96 pixels on, they take an ImageNet stem.
+    Images without a row of their own (CIFAR, a folder, `DATASETS["mine"]`) take the row of fashion-mnist, with as many
+    training batches, but at most 100 epochs. From 96 pixels on, they take an ImageNet stem.
 
     Args:
         decision: the decision's name.
@@ -288,22 +304,27 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
     if (decision, name) in DEFAULTS:
         return DEFAULTS[decision, name]
     dataset = data if isinstance(data, Dataset) else load_dataset(name)
-    images, row = len(dataset.input_shape) == 3, DEFAULTS.get((decision, "fashion-mnist"))
+    shape = dataset.input_shape
+    images, row = isinstance(shape, tuple) and len(shape) == 3, DEFAULTS.get((decision, "fashion-mnist"))
     if row is not None and images:
         return _for_images(row, dataset)
     if own_backbone:
         inputs = len(dataset.for_backbone.train)
         size = min(128, inputs)
-        epochs = math.ceil(_BATCHES * size / inputs)
+        epochs = min(_MOST_EPOCHS, math.ceil(_BATCHES * size / inputs))
         pretraining = Recipe(epochs, size, learning_rate=2e-3, weight_decay=0.01, optimizer="adam")
         return Defaults("", {}, pretraining, finetuning=Finetuning(epochs=epochs / 4, batch_size=size))
     known = sorted(d for one, d in DEFAULTS if one == decision)
-    raise ValueError(f"no defaults for {decision!r} on {name!r}; there are for {known}")
+    raise ValueError(
+        f"no defaults for {decision!r} on {name!r}; there are for {known}. Give --backbone FOLDER, or a network of "
+        "your own by --network family=NAME and --plugin FILE.py"
+    )
 
 
 def _for_images(row: Defaults, dataset: Dataset) -> Defaults:
-    """Adapt fashion-mnist's row to other images, keeping the number of training batches."""
-    backbone, longer = dict(row.backbone), _FASHION_IMAGES / len(dataset.train)
+    """Adapt fashion-mnist's row to other images, with as many training batches, up to `_MOST_EPOCHS`."""
+    longest = _MOST_EPOCHS / row.pretraining.epochs
+    backbone, longer = dict(row.backbone), min(longest, _FASHION_IMAGES / len(dataset.train))
     if backbone.pop("stem_stride", None):
         backbone |= {"stem": "imagenet"} if dataset.input_shape[1] >= 96 else {"stem_stride": 2}
     size = min(row.pretraining.batch_size, len(dataset.for_backbone.train))

@@ -33,6 +33,22 @@ def arguments(function: Callable[..., Any], values: Any, prefix: str = "") -> di
     Raises:
         ValueError: an argument is unknown or missing, or a value has the wrong type.
     """
+    known = _parameters(function)
+    if known is None and isinstance(values, Mapping):
+        return dict(values)
+    hints, needed = known or ({}, set())
+    _same_names(prefix, values, list(hints), needed)
+    return _typed(prefix, values, hints)
+
+
+def accepted(function: Callable[..., Any]) -> list[str] | None:
+    """Return the names of the keyword arguments of a function or class; None if it takes any."""
+    known = _parameters(function)
+    return None if known is None else list(known[0])
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], set[str]] | None:
+    """Return the types of the keyword arguments, and which are needed; None for a function that takes any."""
     hints: dict[str, Any] = {}
     needed = set[str]()
     classes = function.__mro__ if isinstance(function, type) else ()
@@ -45,10 +61,9 @@ def arguments(function: Callable[..., Any], values: Any, prefix: str = "") -> di
         if all(at.kind not in (at.VAR_POSITIONAL, at.VAR_KEYWORD) for at in listed):
             break
     else:
-        if not isinstance(function, type) and isinstance(values, Mapping):
-            return dict(values)
-    _same_names(prefix, values, list(hints), needed)
-    return _typed(prefix, values, hints)
+        if not isinstance(function, type):
+            return None
+    return hints, needed
 
 
 def _hints(function: Any) -> dict[str, Any]:

@@ -21,16 +21,21 @@ class Problem:
         data: The name of a data set; or a folder that has a folder of images for each class; or FOLDER@SIZE, which
             crops the images to squares and resizes them to SIZE pixels.
         network: Settings, each NAME=VALUE, in which the backbone that is pretrained here differs from the data set's
-            defaults.
+            defaults: arguments of its family, and family=NAME for another one.
+        epochs: The epochs of the plain network and of the backbone that are pretrained here; by default, as many as
+            suit the data.
         seed: The seed of the policy and of the inputs it meets, and of a backbone that is pretrained here.
     """
 
     decision: str
     data: str
     network: tuple[str, ...] = ()
+    epochs: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.epochs is not None:
+            check_count("epochs", self.epochs, 1, 1_000_000)
         check_count("seed", self.seed, 0)
 
 

@@ -35,7 +35,7 @@ from dynrl.machine import check_device, hardware
 from dynrl.policies import LearnedPolicy, load_policy, save_policy
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.progress import progress, say, talking
-from dynrl.recipes import Defaults, defaults
+from dynrl.recipes import FAMILY, Defaults, defaults
 from dynrl.runs import RunFolder
 from dynrl.schema import parse
 from dynrl.settings import Learning, Place, Problem, Settings, names
@@ -104,7 +104,7 @@ def train(
         raise ValueError(
             "pretrain is for a backbone of your own; leave it out, or give `backbone`, a folder that holds one"
         )
-    planned = plan(decision, data, **settings)
+    planned = plan(decision, data, backbone if isinstance(backbone, str | Path) else None, **settings)
     if isinstance(pretrain, Recipe):
         planned = replace(planned, recipe=replace(planned.recipe, pretraining=pretrain))
     with talking(show):
@@ -145,8 +145,8 @@ def resume(
 # Plans ------------------------------------------------------------------------------------------------------------
 
 
-def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
-    """Fill in settings and check them; see `train` for the arguments.
+def plan(decision: str | Backbone, data: Any = None, source: str | Path | None = None, **given: Any) -> Plan:
+    """Fill in settings and check them; see `train` for the arguments; `source` is the folder of a given backbone.
 
     Raises:
         ValueError: see `train`.
@@ -164,7 +164,7 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
     problem = _given(Problem(name, data), given)
     if own is not None and problem.network:
         raise ValueError("network is for a backbone that is built here; leave it out")
-    recipe = defaults(name, data, own is not None).changed(problem.network)
+    recipe = _recipe(problem, own is not None or source is not None)
     if recipe.joint and given.get("finetune") is False:
         raise ValueError(
             f"{name} on {data} is always fine-tuned, as no backbone survives random routes; leave out finetune"
@@ -174,12 +174,24 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
     learning = _given(usual, given)
     settings = Settings(problem, replace(learning, finetune=learning.finetune or recipe.joint), _given(Place(), given))
     dataset = load_dataset(data)
-    if own is None:
+    if source is not None:
+        backbone = _backbone_of(source, problem)
+        dataset = dataset.seen_by(backbone.trained_on)
+    elif own is None:
         backbone = recipe.build(dataset, problem.seed)
     else:
         backbone, dataset = copy.deepcopy(own).eval(), dataset.seen_by(own.trained_on)
         FAMILIES.setdefault(own.family, _rebuild(own))
     return _checked(Plan(settings, dataset, recipe, backbone))
+
+
+def _recipe(problem: Problem, own_backbone: bool) -> Defaults:
+    """Return the defaults of a problem, changed by its settings of the network and by its epochs."""
+    own_family = any(setting.startswith(f"{FAMILY}=") for setting in problem.network)
+    recipe = defaults(problem.decision, problem.data, own_backbone or own_family).changed(problem.network)
+    if problem.epochs is None:
+        return recipe
+    return replace(recipe, pretraining=replace(recipe.pretraining, epochs=problem.epochs, plain_epochs=None))
 
 
 def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = None, **given: Any) -> Plan:
@@ -193,7 +205,7 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
     problem = replace(settings.problem, data=dataset.name)
     if backbone is not None:
         FAMILIES.setdefault(backbone.family, _rebuild(backbone))
-    recipe = defaults(problem.decision, problem.data, own_backbone=True).changed(problem.network)
+    recipe = _recipe(problem, own_backbone=True)
     if run.recipe_file.is_file():
         written = read_json(run.recipe_file)
         with reading(run.recipe_file, "recipe"):
@@ -254,11 +266,11 @@ def _checked(planned: Plan) -> Plan:
     settings, backbone, dataset = planned.settings, planned.backbone, planned.dataset
     learning = settings.learning
     check_device(settings.place.device)
-    mine, wanted = (backbone.input_shape, backbone.config["classes"]), (dataset.input_shape, dataset.classes)
-    if mine != wanted:
+    if (backbone.form, backbone.config["classes"]) != (dataset.form, dataset.classes):
         raise ValueError(
-            f"the backbone is for inputs and outputs {mine}, expected {wanted} for {dataset.name}; give other data or "
-            "another backbone"
+            f"the backbone is for inputs and outputs {backbone.form} and {backbone.config['classes']}, expected "
+            f"{dataset.form} and {dataset.classes} for {dataset.name}; give other data or another backbone. Integers "
+            "such as token ids keep their type in inputs by name"
         )
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
@@ -329,14 +341,18 @@ def _check_given(planned: Plan, backbone: Backbone) -> None:
 
 def check_source(planned: Plan, source: str | Path) -> RunFolder:
     """Return the folder whose backbone a run takes; raise a ValueError if that backbone is not for the run."""
-    problem, given = planned.settings.problem, RunFolder(source)
+    _check_given(planned, _backbone_of(source, planned.settings.problem))
+    return RunFolder(source)
+
+
+def _backbone_of(source: str | Path, problem: Problem) -> Backbone:
+    given = RunFolder(source)
     if not Path(source).is_dir():
         raise ValueError(f"expected a folder that holds {given.backbone_file.name} as the backbone, got {source}")
     backbone, _ = load_backbone(given.backbone_file)
     if backbone.decision != problem.decision:
         raise ValueError(f"{source} poses {backbone.decision!r}, not {problem.decision!r}")
-    _check_given(planned, backbone)
-    return given
+    return backbone
 
 
 @contextmanager

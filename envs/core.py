@@ -165,6 +165,7 @@ class RoutingVectorEnv(VectorEnv):
         self.group = group
         mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
+        self.autoreset_mode = mode  # where Gymnasium's own vector environments have it, and torchrl looks for it
         self.num_envs = num_envs
         self.render_mode = None
         self.price_range = check_price_range(price_range)
@@ -226,10 +227,8 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(
                 f"{type(self).__name__} needs a backbone that poses {self.decision!r}, not {opened.decision!r}"
             )
-        if opened.input_shape != dataset.input_shape:
-            raise ValueError(
-                f"the backbone expects inputs of shape {opened.input_shape}, {dataset.name} has {dataset.input_shape}"
-            )
+        if opened.form != dataset.form:
+            raise ValueError(f"the backbone expects inputs of shape {opened.form}; {dataset.name} has {dataset.form}")
         return opened
 
     # torch -------------------------------------------------------------------------------------------------

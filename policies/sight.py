@@ -229,7 +229,7 @@ class RouteSight(Sight):
         Raises:
             ValueError: the backbone's inputs are no images.
         """
-        if len(backbone.input_shape) != 3:
+        if not isinstance(backbone.input_shape, tuple) or len(backbone.input_shape) != 3:
             raise ValueError(
                 f"deciding upfront needs images [channels, height, width], not inputs of shape {backbone.input_shape}; "
                 "decide step by step"

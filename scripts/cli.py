@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+from dynrl._version import __version__
+
 VERBS = {
     "train": "learn a policy (after pretraining a backbone if none is given), evaluate it, write a run folder",
     "demo": "show where compute pays: five rows, on curves to be traced, in minutes",
@@ -31,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         plugins.append(given[1])
         given = given[2:]
     if given and given[0] in ("-h", "--help"):
-        print("usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` shows its settings\n")
-        print("\n".join(f"  {verb:10} {what}" for verb, what in VERBS.items()))
+        usage = "usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` shows its settings\n"
+        print(usage, *(f"  {verb:10} {what}" for verb, what in VERBS.items()), sep="\n")
+        return
+    if given == ["--version"]:
+        print(f"dynrl {__version__}")
         return
     if not given or given[0] not in VERBS:
-        print(
-            f"dynrl: expected a verb, one of {', '.join(VERBS)}; got {given[0] if given else 'none'}", file=sys.stderr
-        )
+        print(f"dynrl: expected a verb: {', '.join(VERBS)}; got {given[0] if given else 'none'}", file=sys.stderr)
         sys.exit(2)
     run(given[0], given[1:], plugins)
 

@@ -21,6 +21,8 @@ class Args:
     """The folder to make; after a kill, the same command continues in it. Default: runs/backbone-DECISION-DATA-TIME."""
     network: tuple[str, ...] = ()
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
+    epochs: int | None = None
+    """The epochs of the plain network and of the backbone; by default, as many as suit the data."""
     plain: bool = False
     """Only train the plain network, as long as a backbone in all: one of a front of smaller ones that stands beside
     routed ones (`dynrl evaluate --smaller`)."""
@@ -42,7 +44,7 @@ def main(args: Args) -> None:
     use_threads(args.threads)
     folder = pretrain(
         args.decision, args.data, out=args.out, plain=args.plain, finetune=args.finetune,
-        device=args.device, network=args.network, seed=args.seed,
+        device=args.device, network=args.network, epochs=args.epochs, seed=args.seed,
     )  # fmt: skip
     name, file = ("plain network", "plain") if args.plain else ("backbone", "backbone")
     print(f"{name}: {folder}/{file}.safetensors")

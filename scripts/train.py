@@ -26,6 +26,8 @@ class Args:
     resume: Path | None = None
     """Continue this run folder by its own settings. It may go on elsewhere, with more --steps, with --finetune; --data
     says where its data are now, if they have moved."""
+    evaluate: bool = True
+    """Whether a report is made at the end, which trains and searches for what a policy is compared with."""
     threads: int | None = None
     """The number of CPU threads; by default, all available cores."""
 
@@ -48,7 +50,7 @@ def main(args: Args) -> None:
             raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: dynrl train {run.decision} --resume {run}")
         planned = plan_again(run, **given)
     else:
-        planned = plan(name, **given)
+        planned = plan(name, source=args.backbone[0] if len(args.backbone) == 1 else None, **given)
     use_threads(args.threads)
     if args.resume is None:
         run = make_run(planned, args.out, args.backbone[0] if len(args.backbone) == 1 else args.backbone)
@@ -58,10 +60,12 @@ def main(args: Args) -> None:
             done = learn(run, planned)
         if not done:
             raise KeyboardInterrupt("the policy so far is kept; ")
-        report_runs([run.path], run.path)
+        if args.evaluate:
+            report_runs([run.path], run.path)
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(f"{stopped}go on with: dynrl train {name} --resume {run}") from None
-    print(f"\ncurves:   tensorboard --logdir {run.path.parent}\npicture:  {run}/report.png")
+    report = f"picture:  {run}/report.png" if args.evaluate else f"report:   dynrl evaluate {run}"
+    print(f"\ncurves:   tensorboard --logdir {run.path.parent}\n{report}")
     reached = [macs for _, macs in run.model.curve]
     budget = "model.set_budget(0.5); " if len(reached) > 1 and min(reached) <= 0.5 <= max(reached) else ""
     print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")

@@ -12,7 +12,7 @@ from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.tasks import Regression
-from tests.toys import Branching, Convolutional, Exiting, Looping, Roundabout, Transformer
+from tests.toys import Branching, Convolutional, Exiting, Looping, Reader, Roundabout, Transformer
 
 REGISTERED = sorted(DECISIONS)
 TOYS = {"exiting": Exiting, "looping": Looping, "branching": Branching, "roundabout": Roundabout}
@@ -22,6 +22,8 @@ OWN = {  # modules of a user's
     "skip in a network": lambda: SkipModule(Convolutional(), (1, 8, 8), ["stage1.1", "stage1.2", "stage2.2"]),
     "exits in a transformer": lambda: ExitModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.1"]),
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
+    "skip in place": lambda: SkipModule(Reader(), (5, 8), [f"blocks.{i}" for i in range(3)]),
+    "exits in place": lambda: ExitModule(Reader(depth=4), (5, 8), ["blocks.0", "blocks.2"]),
 }
 SET = {  # networks of ours whose settings change how they are walked
     "skip with auxiliary": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),

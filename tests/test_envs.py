@@ -77,7 +77,7 @@ def test_gymnasiums_checker(name):
 @pytest.mark.parametrize("name", REGISTERED)
 def test_made_by_gymnasium(name):
     env = gym.make_vec(DECISIONS[name].env_id, num_envs=5)
-    assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    assert env.metadata["autoreset_mode"] is env.autoreset_mode is AutoresetMode.NEXT_STEP
     obs, _ = env.reset(seed=1)
     assert env.observation_space.contains(obs)
     env.action_space.seed(0)

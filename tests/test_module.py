@@ -21,8 +21,8 @@ from dynrl.backbones import (
     load_backbone,
 )
 from dynrl.cost import count_macs
-from dynrl.policies import StaticPolicy
-from tests.toys import Bottle, Convolutional, Transformer
+from dynrl.policies import PolicySpec, StaticPolicy
+from tests.toys import Bottle, Convolutional, Reader, Transformer
 
 SHAPE = (1, 8, 8)
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
@@ -92,6 +92,46 @@ def test_views_of_the_inputs_are_not_written_to(lead, shape):
     kept = x.clone()
     backbone.for_inference()(x, torch.tensor([[1], [0], [1], [0], [0], [1]]))
     assert torch.equal(x, kept)
+
+
+class Normed(nn.Module):
+    """Convolutions and batch norms that may be folded, and two that may not: a part lies between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.block, self.apart = Bottle(3, 3), nn.Conv2d(3, 3, 1)
+        self.behind, self.head = nn.BatchNorm2d(3), nn.Linear(192, 2)
+
+    def forward(self, x):
+        x = self.apart(self.block(self.norm(self.stem(x)).relu()))
+        return self.head(self.behind(x).flatten(1))
+
+
+@torch.no_grad()
+def test_batch_norms_are_folded_for_inference():
+    module, x = Normed(), images()
+    for norm in (module.norm, module.block.norm, module.behind):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.normal_(norm.weight)
+    backbone = SkipModule(module.eval(), SHAPE, ["block", "apart"])
+    fast, route = backbone.for_inference(), torch.randint(0, 2, (5, 2))
+    torch.testing.assert_close(fast(x, route), backbone(x, route))
+    kept = [name for name, part in fast.module.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert kept == ["behind"] and isinstance(backbone.module.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("kind", [SkipModule, ExitModule])
+def test_modules_with_batch_norm_are_exported(kind, tmp_path):
+    backbone = kind(Convolutional().eval(), SHAPE, ["stage1.1", "stage1.2"])
+    policy = PolicySpec.of("sequential", backbone, (0.01, 1.0), 0).build()
+    model = dynrl.plug(backbone, policy)
+    model.export(tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for rows in (2, 33):
+        x = images(rows)
+        torch.testing.assert_close(program(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 class Placed(nn.Module):
@@ -240,8 +280,6 @@ class Odd(nn.Module):
         ("", ["inner.0", "inner.0"], "expected different names of parts"),
         ("", ["inner.1", "inner.0"], r"in the order in which Odd runs them: \['inner\.0', 'inner\.1'\]"),
         ("repeats", ["inner.0"], "run 'inner.0' once for an input, it does so 2 times"),
-        ("decides", ["inner.0"], "cannot be traced by torch.fx"),
-        ("pair", ["inner.0"], "return one tensor, it returns tuple"),
         ("recurrent", ["inner.0"], r"the compute of \['lstm'\] cannot be counted"),
         ("", ["head"], r"keep their input's shape; 'head' makes \(1, 2\) of \(1, 4\)"),
     ],
@@ -261,13 +299,34 @@ def test_options_have_their_defaults():
     torch.testing.assert_close(SkipModule(module, (4,), ["inner.0"])(x), module(x))
 
 
-def test_two_inputs_are_refused():
-    class Two(Odd):
-        def forward(self, x, y):
-            return self.head(self.inner(x + y))
+class Two(Odd):
+    def forward(self, x, y):
+        return self.head(self.inner(x + y))
 
-    with pytest.raises(ValueError, match=r"expected Two\.forward to take one tensor"):
+
+def test_what_the_module_cannot_take_is_told_with_its_own_words():
+    with pytest.raises(ValueError, match=r"Two fails on inputs of shape \(4,\).*missing 1 required.*'y'.*by name if"):
         SkipModule(Two(""), (4,), ["inner.0"])
+    with pytest.raises(ValueError, match=r"Reader fails on inputs of shape \(5,\).*examples.*token ids"):
+        SkipModule(Reader(ids=True), (5,), BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (Odd("decides"), "torch.fx cannot trace what holds 'inner.0' in Odd"), (Odd("pair"), "Odd.forward returns no tensor, but a tuple"),
+        (Reader(), "torch.fx cannot trace"), (Odd(""), ""),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_which_way_was_taken_and_why_can_be_asked(module, why):
+    names, shape = (["inner.0", "inner.1"], (4,)) if isinstance(module, Odd) else (BLOCKS, (5, 8))
+    backbone, x = SkipModule(module, shape, names), torch.randn(3, *shape)
+    assert (backbone.way, backbone.exports) == (("in place", False) if why else ("traced", True))
+    assert backbone.why.startswith(why)
+    said = module(x)
+    said = said["logits"] if isinstance(said, dict) else said[0] if isinstance(said, tuple) else said
+    torch.testing.assert_close(backbone(x), said)
 
 
 def test_other_classes_than_said_are_refused():

@@ -19,7 +19,9 @@ from dynrl.data import DATASETS, Augmentation, Dataset, Split, as_dataset, load_
 from dynrl.data.own import SHARE
 from dynrl.files import load_tensors, read_json
 from dynrl.finetuning import Finetuning
+from dynrl.inputs import Named
 from dynrl.pretraining import Recipe
+from dynrl.provenance import Provenance
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Regression
 from dynrl.training import learn, make_run, plan, plan_again, resume, train
@@ -126,6 +128,46 @@ def test_a_torch_dataset_of_unequal_inputs_is_refused():
         own_dataset(Unequal(torch.zeros(12, 1), torch.zeros(12)))
 
 
+class Tokens(TorchDataset):
+    """Pairs whose inputs are tensors by name, in a dict each."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return {"ids": torch.arange(i, i + 4), "weight": torch.full((2,), float(i))}, i % 2
+
+
+def test_tensors_by_name_stay_as_they_are():
+    data = own_dataset(Tokens())
+    assert data.input_shape == {"ids": (4,), "weight": (2,)} and data.dtype == {"ids": "int64", "weight": "float32"}
+    rows = data.train.inputs
+    assert rows["ids"].dtype is torch.int64 and torch.equal(rows["ids"][:, 0].float(), rows["weight"][:, 0])
+    assert torch.equal(data.train.targets, rows["ids"][:, 0] % 2)
+    both = {name: torch.stack([Tokens()[i][0][name] for i in range(40)]) for name in ("ids", "weight")}
+    same = own_dataset((both, torch.arange(40) % 2))
+    assert same.name == data.name and as_dataset(Tokens()) is as_dataset(Tokens())
+    known = Provenance.read(json.loads(json.dumps(data.provenance.to_dict())), "here")
+    assert known == data.provenance and data.seen_by(known) is data
+    assert known.preprocess(rows)["ids"] is rows["ids"]
+    placed = data.test.to(torch.device("cpu"), torch.bfloat16).inputs
+    assert (placed["ids"].dtype, placed["weight"].dtype) == (torch.int64, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"expected 'ids' of torch\.int64, got torch\.float32"):
+        known.preprocess(Named({"ids": rows["ids"].float(), "weight": rows["weight"]}))
+    with pytest.raises(ValueError, match=r"for inputs and outputs ids \(4,\) of int64.* and 3, expected .* and 2"):
+        plan(SkipModule(Ids(3), rows, ["block"]), Tokens())
+    assert plan(SkipModule(Ids(2), rows, ["block"]), Tokens()).backbone.form == data.form
+
+
+class Ids(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.embed, self.block, self.head = nn.Embedding(50, 4), Residual(4), nn.Linear(4, classes)
+
+    def forward(self, ids, weight):
+        return self.head(self.block(self.embed(ids).mean(1)) * weight[:, :1])
+
+
 def test_data_is_known_by_its_name_from_then_on():
     data = as_dataset(small_images(30))
     assert load_dataset(data.name).train.inputs is data.train.inputs
@@ -214,12 +256,27 @@ def test_settings_are_filled_in_by_decision_data_and_agent():
     assert (adding.hidden, adding.num_envs, adding.finetune, adding.price_range) == (3, 256, True, (0.03, 1.0))
     assert plan("hidden-update").settings.problem.data == "sequential-digits"
     assert plan("skip", "digits", network=["widths=[4,4,4]"]).backbone.config["widths"] == [4, 4, 4]
+    assert plan("skip", "digits", network=["auxiliary=true"]).backbone.config["auxiliary"]
+    assert plan("skip", "digits", epochs=3).recipe.pretraining.length(False) == 3
+    assert plan("skip", small_images(600)).recipe.pretraining.epochs == 100, "few images are not learned by heart"
+
+
+def test_a_family_of_ones_own_is_named_in_the_settings_of_the_network():
+    FAMILIES["mine"] = lambda classes, **more: own_backbone(classes)
+    planned = plan("skip", small_images(), network=["family=mine", "depth=3"])
+    assert planned.backbone.way == "traced" and planned.recipe.backbone == {"depth": 3}
+    for network, reason in (
+        (["family=nosuch"], "unknown family 'nosuch' of backbones"), (["family=skip_gru", "widths=3"], "NAME=VALUE"),
+        (["family=mine", "classes=3"], "NAME=VALUE"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=reason):
+            plan("skip", small_images(), network=network)
 
 
 @pytest.mark.parametrize(
     ("decision", "data", "given", "reason"),
     [
-        ("skip", "digits", {"nosuch": 1}, "unknown settings nosuch; expected network, seed, agent"),
+        ("skip", "digits", {"nosuch": 1}, "unknown settings nosuch; expected network, epochs, seed"),
         ("skip", "digits", {"steps": "many"}, "steps: expected int, got 'many'"),
         ("skip", "digits", {"agent": "nosuch"}, "unknown agent"), ("skip", "digits", {"reward": "nosuch"}, "unknown reward"),
         ("skip", "digits", {"policy": "nosuch"}, "unknown kind of policy"), ("skip", "digits", {"device": "nosuch"}, "no device"),

@@ -280,6 +280,40 @@ class Transformer(nn.Module):
         return self.head(self.blocks(F.dropout(x, self.dropout, self.training))[:, 0])
 
 
+class Masked(Encoder):
+    """A block as language models have them: features by keyword, a mask with a row each, and a tuple returned."""
+
+    def forward(self, *, features: Tensor, mask: Tensor, place: Tensor) -> tuple[Tensor, None, Tensor]:
+        n, tokens, width = features.shape
+        split = self.qkv(self.norm1(features + place)).view(n, tokens, 3, self.heads, width // self.heads)
+        seen = F.scaled_dot_product_attention(*split.permute(2, 0, 3, 1, 4), attn_mask=mask)
+        x = features + self.out(seen.transpose(1, 2).reshape(n, tokens, width))
+        return x + self.mlp(self.norm2(x)), None, mask
+
+
+class Reader(nn.Module):
+    """A network that torch.fx cannot trace, of named inputs or of one tensor [n, 5, width] whose last token is the mask.
+
+    The mask is None where it hides nothing. With `ids`, the inputs are token ids instead of their embeddings.
+    """
+
+    def __init__(self, width: int = 8, depth: int = 3, ids: bool = False, tokens: int = 5) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width) if ids else nn.Linear(width, width)
+        self.place = nn.Parameter(torch.randn(tokens, width))
+        self.blocks = nn.ModuleList(Masked(width) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        shown = x[:, -1].abs() > 0.3 if mask is None else mask.bool()
+        x, seen = self.embed(x), shown[:, None, None, : len(self.place)]
+        if bool(shown.all()):
+            seen = None
+        for block in self.blocks:
+            x, _, seen = block(features=x, mask=seen, place=self.place)
+        return {"logits": self.head(self.norm(x).mean(1))}
+
+
 class Bottle(nn.Module):
     """A block of a convolutional network, with batch norm and a ReLU in place."""
 

@@ -1,6 +1,9 @@
-"""Real networks of torchvision and timm as backbones: `make test-vision`, in a virtual environment of its own.
+"""Networks of torchvision, timm and transformers as backbones: `make test-vision`, in a virtual environment of its own.
 
-Run as a program it measures them: `python tests/vision.py OUT.json`.
+All have random weights and small configurations, and need no network. Each goes in by two lines: a batch of examples or
+the shape of one, and the names of its blocks.
+
+Run as a program, it measures the larger ones: `python tests/vision.py OUT.json`.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,44 +20,181 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers as hf
 from torch import nn
 
 import dynrl
-from dynrl.backbones import Backbone, ExitModule, ExitResNet, SkipModule, SkipResNet, SlimmableResNet
+from dynrl.backbones import FAMILIES, Backbone, ExitModule, ExitResNet, SkipModule, SkipResNet, SlimmableResNet
+from dynrl.backbones.held import answer, call
 from dynrl.evaluation import medians_in_turn
+from dynrl.inputs import as_inputs
 from dynrl.machine import hardware
-from dynrl.policies import RandomPolicy, StaticPolicy
+from dynrl.policies import PolicySpec, RandomPolicy, StaticPolicy
+from dynrl.pretraining import Recipe
 
-SHAPE = (3, 224, 224)
-
-
-def tv_vit() -> nn.Module:
-    return torchvision.models.vit_b_16()
-
-
-def timm_vit() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224")
-
-
-TV_BLOCKS = [f"encoder.layers.encoder_layer_{i}" for i in range(12)]
-TIMM_BLOCKS = [f"blocks.{i}" for i in range(12)]
-RESNET_BLOCKS = ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]  # of ResNet-18, those that keep the shape
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Backbone]]] = {
-    "resnet18": (torchvision.models.resnet18, lambda m: SkipResNet.from_module(m, SHAPE)),
-    "resnet50": (torchvision.models.resnet50, lambda m: SkipResNet.from_module(m, SHAPE)),
-    "resnet18, any module": (torchvision.models.resnet18, lambda m: SkipModule(m, SHAPE, RESNET_BLOCKS)),
-    "resnet18, exits": (torchvision.models.resnet18, lambda m: ExitResNet.from_module(m, SHAPE, exits=(1, 3, 5))),
-    "resnet18, widths": (torchvision.models.resnet18, lambda m: SlimmableResNet.from_module(m, SHAPE)),
-    "timm resnet18": (lambda: timm.create_model("resnet18"), lambda m: SkipResNet.from_module(m, SHAPE)),
-    "vit_b_16": (tv_vit, lambda m: SkipModule(m, SHAPE, TV_BLOCKS)),
-    "vit_b_16, exits": (tv_vit, lambda m: ExitModule(m, SHAPE, TV_BLOCKS[2:11:4])),
-    "timm vit_tiny": (timm_vit, lambda m: SkipModule(m, SHAPE, TIMM_BLOCKS)),
-    "timm vit_tiny, exits": (timm_vit, lambda m: ExitModule(m, SHAPE, TIMM_BLOCKS[2:11:4])),
-    "timm convnext_atto": (
-        lambda: timm.create_model("convnext_atto"),
-        lambda m: SkipModule(m, SHAPE, [f"stages.2.blocks.{i}" for i in range(6)]),
-    ),
+tv, ROWS, TOKENS, WORDS = torchvision.models, 4, 12, 64
+TEXT = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
 }
+LLAMA = TEXT | {"num_key_value_heads": 1, "use_cache": False}
+
+
+def images(size: int) -> torch.Tensor:
+    return torch.randn(ROWS, 3, size, size)
+
+
+def texts() -> dict[str, torch.Tensor]:
+    """Token ids, and the mask of what is padding."""
+    lengths = torch.tensor([TOKENS, 7, 3, 9]).unsqueeze(1)
+    ids = torch.randint(3, WORDS, (ROWS, TOKENS))
+    return {"input_ids": ids, "attention_mask": (torch.arange(TOKENS) < lengths).long()}
+
+
+def numbered(name: str, *at: int) -> list[str]:
+    return [f"{name}.{i}" for i in at]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, examples of its inputs, the blocks that may be skipped, and the layers that may have exits."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], Any]
+    blocks: list[str]
+    layers: list[str] | None = None
+    macs: tuple[int, int] | None = None  # the first block, and what it costs by hand
+
+
+def conv(inner: int, outer: int, kernel: int, pixels: int) -> int:
+    return inner * outer * kernel * kernel * pixels
+
+
+def transformer(width: int, inner: int, tokens: int, gated: bool = False, kv: int | None = None) -> int:
+    """A block's four projections, two attention products, and the two or three layers of its MLP."""
+    kv = width if kv is None else kv
+    return tokens * (2 * width * (width + kv) + 2 * tokens * width + (2 + gated) * width * inner)
+
+
+CASES: dict[str, Case] = {
+    "torchvision resnet18": Case(
+        tv.resnet18, lambda: images(64), ["layer1.1", "layer2.1", "layer3.1", "layer4.1"], ["layer1", "layer2", "layer3"],
+        (0, 2 * conv(64, 64, 3, 16 * 16)),
+    ),
+    "torchvision resnet50": Case(
+        tv.resnet50, lambda: images(64), ["layer1.1", "layer2.1", "layer3.1"], ["layer2", "layer3"],
+        (0, 2 * conv(256, 64, 1, 256) + conv(64, 64, 3, 256)),
+    ),
+    "torchvision mobilenet_v3_small": Case(
+        tv.mobilenet_v3_small, lambda: images(64), numbered("features", 3, 5, 6), numbered("features", 4, 7),
+        (0, 2 * conv(24, 88, 1, 64) + conv(1, 88, 3, 64)),
+    ),
+    "torchvision efficientnet_b0": Case(
+        tv.efficientnet_b0, lambda: images(64), ["features.2.1", "features.3.1"], ["features.3", "features.5"],
+        (0, 2 * conv(24, 144, 1, 256) + conv(1, 144, 3, 256) + 2 * 144 * 6),
+    ),
+    "torchvision regnet_y_400mf": Case(
+        tv.regnet_y_400mf, lambda: images(64), ["trunk_output.block2.block2-1", "trunk_output.block3.block3-1"],
+        ["trunk_output.block2"],
+    ),
+    "torchvision convnext_tiny": Case(
+        tv.convnext_tiny, lambda: images(64), numbered("features.5", 0, 1, 2), ["features.3", "features.5"],
+        (0, conv(1, 384, 7, 16) + 2 * conv(384, 1536, 1, 16)),
+    ),
+    "torchvision vit": Case(
+        lambda: tv.VisionTransformer(32, 8, 3, 2, 48, 96), lambda: images(32),
+        [f"encoder.layers.encoder_layer_{i}" for i in range(3)], ["encoder.layers.encoder_layer_0"],
+        (0, transformer(48, 96, 17)),
+    ),
+    "torchvision swin_t": Case(
+        tv.swin_t, lambda: images(64), ["features.1.0", "features.1.1", "features.3.1"], ["features.1", "features.3"]
+    ),
+    "timm resnet18d": Case(
+        lambda: timm.create_model("resnet18d"), lambda: images(64), ["layer1.0", "layer1.1", "layer2.1"], ["layer2"],
+        (0, 2 * conv(64, 64, 3, 16 * 16)),
+    ),
+    "timm seresnet18": Case(
+        lambda: timm.create_model("seresnet18"), lambda: images(64), ["layer1.1", "layer2.1"], ["layer2"],
+        (0, 2 * conv(64, 64, 3, 16 * 16) + 2 * 64 * 8),
+    ),
+    "timm vit_tiny with dynamic_img_size": Case(
+        lambda: timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=3), lambda: images(64),
+        numbered("blocks", 0, 1, 2), numbered("blocks", 0, 1), (0, transformer(192, 768, 17)),
+    ),
+    "timm deit distilled": Case(
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=3), lambda: images(64),
+        numbered("blocks", 0, 1, 2), numbered("blocks", 0, 1), (0, transformer(192, 768, 18)),
+    ),
+    "timm mixer": Case(
+        lambda: timm.models.mlp_mixer.MlpMixer(img_size=64, patch_size=16, num_blocks=3, embed_dim=64),
+        lambda: images(64), numbered("blocks", 0, 1, 2), numbered("blocks", 0, 1),
+        (0, 2 * 64 * 16 * 32 + 2 * 16 * 64 * 256),
+    ),
+    "timm mobilevit_xxs, its inner blocks": Case(
+        lambda: timm.create_model("mobilevit_xxs"), lambda: images(64), numbered("stages.3.1.transformer", 0, 1, 2),
+        None, (0, 4 * transformer(80, 160, 4)),
+    ),
+    "timm swin_tiny": Case(
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2, 2, 2), window_size=7),
+        lambda: images(56), ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.1"], ["layers.0", "layers.1"],
+    ),
+    "transformers resnet": Case(
+        lambda: hf.ResNetForImageClassification(
+            hf.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic")
+        ),
+        lambda: images(32), ["resnet.encoder.stages.0.layers.1", "resnet.encoder.stages.1.layers.1"],
+        ["resnet.encoder.stages.0"], (0, 2 * conv(16, 16, 3, 64)),
+    ),
+    "transformers vit": Case(
+        lambda: hf.ViTForImageClassification(
+            hf.ViTConfig(
+                hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+            )
+        ),
+        lambda: images(32), numbered("vit.layers", 0, 1, 2), numbered("vit.layers", 0, 1), (0, transformer(32, 64, 17)),
+    ),
+    "transformers bert": Case(
+        lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT)), texts, numbered("bert.encoder.layer", 0, 1, 2),
+        numbered("bert.encoder.layer", 0, 1), (0, transformer(32, 64, TOKENS)),
+    ),
+    "transformers distilbert": Case(
+        lambda: hf.DistilBertForSequenceClassification(
+            hf.DistilBertConfig(vocab_size=WORDS, dim=32, n_layers=3, n_heads=2, hidden_dim=64)
+        ),
+        texts, numbered("distilbert.transformer.layer", 0, 1, 2), numbered("distilbert.transformer.layer", 0, 1),
+        (0, transformer(32, 64, TOKENS)),
+    ),
+    "transformers gpt2": Case(
+        lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=3, n_head=2, use_cache=False, bos_token_id=1, eos_token_id=1)
+        ),
+        texts, numbered("transformer.h", 0, 1, 2), None, (0, transformer(32, 128, TOKENS)),
+    ),
+    "transformers llama": Case(
+        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), texts, numbered("model.layers", 0, 1, 2), None,
+        (0, transformer(32, 64, TOKENS, True, 16)),
+    ),
+    "transformers qwen2": Case(
+        lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**LLAMA)), texts, numbered("model.layers", 0, 1, 2), None,
+        (0, transformer(32, 64, TOKENS, True, 16)),
+    ),
+    "transformers mixtral": Case(
+        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2)), texts,
+        numbered("model.layers", 0, 1, 2), None,
+        # Each token goes through two experts of three layers, and a router chooses among four.
+        (0, transformer(32, 64, TOKENS, True, 16) + TOKENS * (3 * 32 * 64 + 4 * 32)),
+    ),
+    "transformers t5, encoder": Case(  # its first block makes the bias of places for all others
+        lambda: hf.T5EncoderModel(
+            hf.T5Config(vocab_size=WORDS, d_model=32, d_kv=16, d_ff=64, num_layers=3, num_heads=2)
+        ),
+        texts, numbered("encoder.block", 1, 2), None, (0, transformer(32, 64, TOKENS)),
+    ),
+}  # fmt: skip
+WITH_EXITS = [name for name, case in CASES.items() if case.layers]
 
 
 def trained(module: nn.Module) -> nn.Module:
@@ -68,38 +209,173 @@ def trained(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def plugged(kind: type[Backbone], case: Case) -> tuple[nn.Module, Any, Backbone]:
+    torch.manual_seed(0)
+    module, inputs = trained(case.make()), case.inputs()
+    names = case.blocks if kind is SkipModule else case.layers
+    return module, inputs, kind(module, inputs, names)
+
+
+def said(module: nn.Module, inputs: Any) -> torch.Tensor:
+    return answer(call(module, as_inputs(inputs)), "it")
+
+
 @torch.no_grad()
-def test_plugged_on_its_full_route_it_is_the_network(name):
-    make, wrap = NETWORKS[name]
-    module, inputs = trained(make()), torch.randn(3, *SHAPE)
-    backbone, expected = wrap(module), module(inputs)
-    assert float(expected.std()) > 1e-3
+def check(module: nn.Module, inputs: Any, backbone: Backbone) -> None:
+    """The full route is the network; rows that take half of it by chance give the same together as alone."""
+    expected = said(module, inputs)
+    assert float(expected.std()) > 1e-5
+    close = {"rtol": 1e-5, "atol": 1e-5 * float(expected.abs().max())}
+    model = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
+    torch.testing.assert_close(model(inputs), expected, **close)
+    assert float(model.last_route.macs_fraction[0]) == 1
+    route = torch.randint(0, 2, (ROWS, backbone.columns), generator=torch.Generator().manual_seed(1))
+    together = model.backbone.run_route(inputs, route)
+    for row in range(ROWS):
+        alone = backbone(as_inputs(inputs)[row : row + 1], route[row : row + 1])
+        torch.testing.assert_close(together.outputs[row : row + 1], alone, **close)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_are_skipped(name):
+    case = CASES[name]
+    module, inputs, backbone = plugged(SkipModule, case)
+    check(module, inputs, backbone)
+    if case.macs is not None:
+        column, macs = case.macs
+        skip, run = backbone.costs[column].tolist()
+        assert run - skip == pytest.approx(macs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", WITH_EXITS)
+def test_exits_stop_rows(name):
+    check(*plugged(ExitModule, CASES[name]))
+
+
+RESNETS = {
+    "torchvision, skip": (tv.resnet50, SkipResNet, {}), "torchvision, exits": (tv.resnet18, ExitResNet, {"exits": (1, 3)}),
+    "torchvision, widths": (tv.resnet18, SlimmableResNet, {}),
+    "timm, skip": (lambda: timm.create_model("resnet18"), SkipResNet, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESNETS)
+@torch.no_grad()
+def test_resnets_become_families(name):
+    make, family, settings = RESNETS[name]
+    module, inputs = trained(make()), images(64)
+    backbone, expected = family.from_module(module, (3, 64, 64), **settings), module(inputs)
     model = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
     torch.testing.assert_close(model(inputs), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    assert float(model.last_route.macs_fraction[0]) == 1
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "timm vit_tiny"])
-@torch.no_grad()
-def test_rows_take_routes_of_their_own(name):
-    make, wrap = NETWORKS[name]
-    backbone, inputs = wrap(trained(make())), torch.randn(4, *SHAPE)
-    route = torch.randint(0, 2, (4, backbone.columns))
-    together = dynrl.plug(backbone, StaticPolicy(backbone.full_route)).backbone.run_route(inputs.clone(), route)
-    for row in range(4):
-        alone = backbone(inputs[row : row + 1], route[row : row + 1])
-        torch.testing.assert_close(together.outputs[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("make", [hf.GPT2LMHeadModel, hf.LlamaForCausalLM])
+def test_caches_are_refused_by_name(make):
+    config = make.config_class(
+        **({} if make is hf.GPT2LMHeadModel else LLAMA) | {"use_cache": True, "vocab_size": WORDS}
+    )
+    blocks = ["transformer.h.0"] if make is hf.GPT2LMHeadModel else ["model.layers.0"]
+    with pytest.raises(ValueError, match=r"is given a DynamicCache at .*use_cache=False"):
+        SkipModule(make(config), texts(), blocks)
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return hf.BertForSequenceClassification(hf.BertConfig(**TEXT, hidden_dropout_prob=0.0))
+
+
+def labelled(count: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Texts with and without the token 7 among those that are no padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(8, WORDS, (count, TOKENS), generator=generator)
+    mask = (torch.arange(TOKENS) < torch.randint(4, TOKENS + 1, (count, 1), generator=generator)).long()
+    marked = torch.rand(count, generator=generator) < 0.5
+    ids[marked, 2] = 7
+    ids[:, -1][mask[:, -1] == 0] = 7  # what is hidden tells nothing
+    return {"input_ids": ids, "attention_mask": mask}, marked.long()
+
+
+def test_a_policy_is_trained_on_bert_and_loaded(tmp_path):
+    inputs, labels = labelled(640)
+    backbone = SkipModule(bert(), inputs, numbered("bert.encoder.layer", 0, 1, 2), family="toy-bert")
+    recipe = Recipe(epochs=3, batch_size=64, learning_rate=0.003, optimizer="adam")
+    run = dynrl.train(backbone, (inputs, labels), out=tmp_path / "run", pretrain=recipe, steps=2000)
+    model = dynrl.load(run.path)
+    with torch.no_grad():
+        outputs = model(inputs)
+    assert float((outputs.argmax(1) == labels).float().mean()) > 0.9
+    model.set_price(model.price_range[1])
+    assert torch.isfinite(model(inputs)).all()
+    policy = PolicySpec.of("sequential", backbone, (0.01, 1.0), 0).build()
+    torch.testing.assert_close(dynrl.plug(model.backbone, policy)(inputs).shape, outputs.shape)
+    assert "toy-bert" in FAMILIES
+
+
+PLUGIN = """
+import torch
+from tests.vision import bert, labelled, numbered
+from dynrl.backbones import FAMILIES, SkipModule
+from dynrl.data import DATASETS, own_dataset
+from dynrl.pretraining import Recipe
+
+FAMILIES["my-bert"] = lambda **config: SkipModule(bert(), family="my-bert", **config)
+DATASETS["marked-texts"] = lambda: own_dataset(labelled(640))
+"""
+
+
+def test_a_policy_is_trained_on_bert_by_the_command(tmp_path):
+    from dynrl.pretraining import pretrain
+    from dynrl.scripts.cli import main
+
+    inputs, labels = labelled(640)
+    backbone = SkipModule(bert(), inputs, numbered("bert.encoder.layer", 0, 1, 2), family="my-bert")
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    data = dynrl.data.own_dataset((inputs, labels))
+    pretrain(backbone, data, Recipe(epochs=2, batch_size=64, learning_rate=0.003, optimizer="adam"))
+    backbone.trained_on = data.provenance
+    (tmp_path / "backbone").mkdir()
+    backbone.save(tmp_path / "backbone" / "backbone.safetensors")
+    command = [
+        "--plugin",
+        str(tmp_path / "mine.py"),
+        "train",
+        "skip",
+        "--data",
+        "marked-texts",
+        "--steps",
+        "1000",
+        "--agent",
+        "gate",
+    ]
+    assert not main([*command, "--backbone", str(tmp_path / "backbone"), "--out", str(tmp_path / "run")])
+    assert dynrl.load(tmp_path / "run")(inputs).shape == (640, 2)
+
+
+MEASURED: dict[str, Case] = {
+    "torchvision resnet50": Case(tv.resnet50, lambda: images(224), ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
+    "torchvision vit_b_16": Case(
+        tv.vit_b_16, lambda: images(224), [f"encoder.layers.encoder_layer_{i}" for i in range(12)]
+    ),
+    "transformers vit": Case(
+        lambda: hf.ViTForImageClassification(hf.ViTConfig()), lambda: images(224), numbered("vit.layers", *range(12))
+    ),
+    "timm vit_tiny": Case(
+        lambda: timm.create_model("vit_tiny_patch16_224"), lambda: images(224), numbered("blocks", *range(12))
+    ),
+}
 
 
 def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     """Half of the blocks skipped, at random for each image, beside the network itself in both memory formats."""
-    make, wrap = NETWORKS[name]
-    module, inputs = trained(make()).requires_grad_(False), torch.randn(batch, *SHAPE)
-    backbone = wrap(module)
+    case, inputs = MEASURED[name], torch.randn(batch, 3, 224, 224)
+    module = trained(case.make()).requires_grad_(False)
+    backbone = SkipModule(module, (3, 224, 224), case.blocks)
     model = dynrl.plug(backbone, RandomPolicy(backbone.thrift, 0.5, seed=0))
     last = torch.channels_last
-    nhwc, images = make().eval().requires_grad_(False).to(memory_format=last), inputs.contiguous(memory_format=last)
+    nhwc, images = (
+        case.make().eval().requires_grad_(False).to(memory_format=last),
+        inputs.contiguous(memory_format=last),
+    )
     dense = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
     with torch.inference_mode():
         times = medians_in_turn(
@@ -112,7 +388,8 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     assert model.last_route is not None
     fastest = min(ms for side, ms in times.items() if side != "plugged, half of the blocks")
     return {
-        "network": name, "batch": batch, "ms": times, "macs_fraction": float(model.last_route.macs_fraction.mean()),
+        "network": name, "way": backbone.way, "batch": batch, "ms": times,
+        "macs_fraction": float(model.last_route.macs_fraction.mean()),
         "speedup": fastest / times["plugged, half of the blocks"],
     }  # fmt: skip
 
@@ -120,8 +397,8 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    rows = [measure(name, 32, 5) for name in ("resnet50", "vit_b_16", "timm vit_tiny")]
-    versions = {"torchvision": torchvision.__version__, "timm": timm.__version__}
+    rows = [measure(name, 32, 5) for name in MEASURED]
+    versions = {"torchvision": torchvision.__version__, "timm": timm.__version__, "transformers": hf.__version__}
     report = {"date": f"{date.today()}", "hardware": hardware() | versions, "rows": rows}
     Path(sys.argv[1]).write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(rows, indent=2))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, merge
 from dynrl.files import fingerprint, save_tensors
+from dynrl.inputs import Form, as_inputs
 from dynrl.ops.backend import may_look
 from dynrl.provenance import Provenance
 from dynrl.routes import draw_routes
@@ -79,7 +80,8 @@ class Backbone(nn.Module):
     budgets: ClassVar[tuple[float, ...]] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
     config: dict[str, Any]
-    input_shape: tuple[int, ...]
+    input_shape: Any  # a tuple of sizes; name -> such a tuple if inputs are several tensors
+    input_dtype: str | dict[str, str | None] | None = None  # the type of inputs, by name; None: that of the weights
     points: tuple[Point, ...]
     full_route: tuple[int, ...]  # the dense network's choice in each column; -1 in columns that it never visits
     feature_width: int  # the most numbers that `observe` shows at any point
@@ -180,6 +182,10 @@ class Backbone(nn.Module):
     def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Any]]:
         """Return other ways to compute the full route on `inputs`, by name, such as a vendor's layer; all are timed."""
         return {}
+
+    def ready(self, state: State) -> State:
+        """Return a copied `state` after all that it has to do before it can go on; what follows may then be timed."""
+        return state
 
     def auxiliary(self, state: State) -> Tensor | None:
         """Return what auxiliary classifiers say of the rows at this point, [n, ...] like an output; None without any.
@@ -346,25 +352,20 @@ class Backbone(nn.Module):
         """Return the full route for each of `size` rows, [size, columns], with choice 0 in columns it never visits."""
         return torch.tensor(self.full_route, device=device).clamp_min(0).expand(size, -1)
 
+    @property
+    def form(self) -> Form:
+        """What one input is."""
+        return Form(self.input_shape, self.input_dtype)
+
     # the walk ----------------------------------------------------------------------------------------------
 
-    def check_inputs(self, inputs: Tensor) -> None:
+    def check_inputs(self, inputs: Any) -> None:
         """Refuse, with a ValueError, inputs that would fail later or silently pass on NaN."""
-        if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != self.input_shape:
-            got = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise ValueError(f"expected inputs of shape [batch, {', '.join(map(str, self.input_shape))}], got {got}")
-        if len(inputs) == 0:
-            raise ValueError("expected at least one input, got an empty batch")
-        weights = next(self.parameters()).dtype
-        if inputs.dtype != weights:
-            raise ValueError(f"expected inputs of {weights}, got {inputs.dtype}; convert them with .to({weights})")
-        # A sum is NaN or infinite if any element is, and takes far less time than isfinite().all().
-        if inputs.is_floating_point() and not torch.isfinite(inputs.sum(dtype=torch.float32)):
-            raise ValueError("the inputs hold NaN or infinity; clean them first")
+        self.form.check(as_inputs(inputs), next(self.parameters()).dtype)
 
     def begin(
         self,
-        inputs: Tensor,
+        inputs: Any,
         walk: Walk | None = None,
         rows: Tensor | None = None,
         table: CostTable | None = None,
@@ -372,11 +373,12 @@ class Backbone(nn.Module):
         """Put inputs at the first decision point and return their state.
 
         Args:
-            inputs: [n, *input_shape].
+            inputs: [n, *input_shape], or several tensors by name if `input_shape` is by name.
             walk: a walk whose slots are refilled; None starts a new walk of n slots.
             rows: [n] int64, the slots to refill.
             table: the cost table of a new walk (see `time_table`); None charges MACs. `walk` keeps its own.
         """
+        inputs = as_inputs(inputs)
         if walk is None:
             walk = Walk(inputs, self.points, self.mac_table, table)
             rows = walk.all_rows
@@ -408,7 +410,7 @@ class Backbone(nn.Module):
         assert outputs is not None, "no row of this walk has an output yet"
         return state.get(outputs)
 
-    def run(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> Walk:
+    def run(self, inputs: Any, choose: Callable[[State], Tensor]) -> Walk:
         """Walk all rows from the beginning to END, asking `choose(state) -> [n] int64` at every point."""
         state = self.begin(inputs)
         walk = state.walk
@@ -423,7 +425,7 @@ class Backbone(nn.Module):
                 pending = {state.point: state for state in reached}
         return walk
 
-    def gated(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> GatedWalk:
+    def gated(self, inputs: Any, choose: Callable[[State], Tensor]) -> GatedWalk:
         """Walk all rows through all choices, each weighted by its gate; differentiable, so that gates can be trained.
 
         Args:
@@ -436,6 +438,7 @@ class Backbone(nn.Module):
             the walk, with `outputs`, `expected_macs`, and what the likeliest choices give (`route`, `steps`, `macs`).
             At one-hot gates, all of this equals what `run` gives.
         """
+        inputs = as_inputs(inputs)
         walk = GatedWalk(inputs, self.points, self.mac_table)
         walk.begin(walk.all_rows)
         state = self._start(walk, walk.all_rows, inputs)
@@ -461,7 +464,7 @@ class Backbone(nn.Module):
             return gates
         return gates.new_zeros(len(gates), count).scatter_add(1, target, gates)
 
-    def forward(self, inputs: Tensor, route: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Any, route: Tensor | None = None) -> Tensor:
         """Return the outputs of a whole walk.
 
         Args:
@@ -473,6 +476,7 @@ class Backbone(nn.Module):
         Returns:
             [B, ...], the outputs.
         """
+        inputs = as_inputs(inputs)
         if route is None:
             route = self.dense_actions(len(inputs), inputs.device)
         if route.is_floating_point():
@@ -482,8 +486,9 @@ class Backbone(nn.Module):
             return self.gated(inputs, lambda state: state.along(route)).outputs  # type: ignore[return-value]
         return self.run_route(inputs, route).outputs  # type: ignore[return-value]
 
-    def run_route(self, inputs: Tensor, route: Tensor) -> Walk:
+    def run_route(self, inputs: Any, route: Tensor) -> Walk:
         """Do `forward` with integer actions, and return the whole walk: outputs, MACs and what ran."""
+        inputs = as_inputs(inputs)
         expected = (inputs.shape[0], self.columns)
         if tuple(route.shape) != expected or route.is_floating_point():
             raise ValueError(f"expected integer actions of shape {expected}, got {route.dtype} {tuple(route.shape)}")

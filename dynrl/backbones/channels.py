@@ -6,29 +6,30 @@ channels come last. A convolution has its channels in dimension 1; a linear laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynrl.cost import Executed, watched
+from dynrl.cost import Executed
+
+CHANNELS = ("first", "last")
 
 
-def takes_channels_last(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Tell whether the first op of `function` that knows the channels of its input `x` has them last."""
-    shape = x.shape
-    with watched() as ops:
-        function(x)
-    return next((found.last for found in _layouts(ops) if found.fits(found.read, shape)), len(shape) == 3)
+def takes_channels_last(ops: list[Executed], shape: torch.Size) -> bool | None:
+    """Tell whether the first of `ops` that knows the channels of features of this shape has them last; None: no op."""
+    if len(shape) < 3:
+        return False
+    return next((found.last for found in _layouts(ops) if found.fits(found.read, shape)), None)
 
 
-def gives_channels_last(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Tell whether the last op of `function` that knows the channels of the result has them last."""
-    with watched() as ops:
-        shape = function(x).shape
+def gives_channels_last(ops: list[Executed], shape: torch.Size) -> bool | None:
+    """Tell whether the last of `ops` that knows the channels of features of this shape has them last; None: no op."""
+    if len(shape) < 3:
+        return False
     known = [found.last for found in _layouts(ops) if found.fits(found.made, shape)]
-    return known[-1] if known else len(shape) == 3
+    return known[-1] if known else None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynrl.backbones.walk import CostTable, Point, State, Walk
+from dynrl.inputs import Inputs
 
 
 class GatedWalk(Walk):
@@ -22,7 +23,7 @@ class GatedWalk(Walk):
         expected_macs: [B] float32, differentiable, the MACs of all choices, weighted by their gates.
     """
 
-    def __init__(self, inputs: Tensor, points: Sequence[Point], macs: CostTable) -> None:
+    def __init__(self, inputs: Inputs, points: Sequence[Point], macs: CostTable) -> None:
         super().__init__(inputs, points, macs)
         self.weight = torch.ones(len(self), dtype=torch.float32, device=inputs.device)
         self.present = torch.ones_like(self.all_rows, dtype=torch.bool)

@@ -15,7 +15,7 @@ from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES, early_inputs
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.walk import END, Point, State, Walk
-from dynrl.cost import executed_macs
+from dynrl.cost import executed, macs_of
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import keep_rows, take_rows
 from dynrl.schema import arguments
@@ -149,8 +149,8 @@ class Models(Backbone):
         uncounted = [name for name, part in member.named_modules() if isinstance(part, nn.RNNBase)]
         if uncounted:
             raise ValueError(f"the compute of {uncounted} in model {k} cannot be counted; leave this model out")
-        macs, output = executed_macs(member, self._resized(k, example))
-        return macs, tuple(output.shape[1:])
+        ops, output = executed(lambda: member(self._resized(k, example)))
+        return macs_of(ops), tuple(output.shape[1:])
 
     def _resized(self, k: int, inputs: Tensor) -> Tensor:
         """Return images as large as model k wants them; other inputs as they are."""

@@ -1,146 +1,56 @@
-"""A user's module becomes a backbone: its blocks may be skipped, or its layers get exits; both are named."""
+"""A user's module becomes a backbone: its blocks may be skipped, or its layers get exits; both are named.
+
+`dynrl.backbones.traced` cuts a module by torch.fx, which leaves nothing to do between the parts. A module that cannot
+be traced runs as it is and is held at its parts, by `dynrl.backbones.held`.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from dynrl.backbones.base import Backbone
-from dynrl.backbones.channels import gives_channels_last, takes_channels_last
+from dynrl.backbones.base import Answer, Backbone
+from dynrl.backbones.channels import CHANNELS, gives_channels_last, takes_channels_last
 from dynrl.backbones.early import early_inputs
-from dynrl.backbones.exit import Exits
+from dynrl.backbones.exit import GO_ON, STOP, Exits
+from dynrl.backbones.gated import GatedWalk
+from dynrl.backbones.held import Held, Stand
 from dynrl.backbones.skip import Skipping
-from dynrl.cost import executed_macs
-from dynrl.ops.move import apart
+from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
+from dynrl.backbones.walk import END, State, Walk
+from dynrl.cost import Executed, executed, macs_of
+from dynrl.inputs import Form
+from dynrl.ops.move import keep_rows
 from dynrl.ops.pooled import summary
 
-
-class _Tracer(fx.Tracer):
-    """The tracer looks into the modules that hold the parts, and into no other modules."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
-        self._open = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return name not in self._open
-
-
-class Part:
-    """A part is a named piece of a module, as a function of rows; its other arguments are constants."""
-
-    def __init__(self, module: nn.Module, node: fx.Node) -> None:
-        self.module, self._more, self._options = module, node.args[1:], dict(node.kwargs)
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Run the part on rows."""
-        return self.module(x, *self._more, **self._options)
-
-
-def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], list[Part]]:
-    """Cut `module` around its parts of these names, which it must run one after the other.
-
-    Args:
-        module: a module that maps one tensor to one tensor.
-        names: names of parts, as in `module.named_modules()`.
-
-    Returns:
-        the pieces before the first part, between parts and behind the last one (one more than parts), and the parts.
-        Both hold the weights of `module` themselves, not copies.
-
-    Raises:
-        ValueError: there is no such part; a part is not run exactly once, on one tensor, in this order; a tensor passes
-            a part by (a shortcut around it); or the module that holds the parts decides by the values of its inputs, so
-            that torch.fx cannot trace it.
-    """
-    parts = dict(module.named_modules())
-    missing = [name for name in names if not name or name not in parts]
-    if missing or not names or len(set(names)) < len(names):
-        found = [name for name in parts if name][:40]
-        raise ValueError(f"expected different names of parts of the module, got {list(names)}; it has {found} ...")
-    kind = type(module).__name__
-    options = {
-        p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not p.empty
-    }
-    try:
-        graph = _Tracer(names).trace(module, concrete_args=options)
-    except Exception as error:  # a user's forward may raise anything on a tracer's proxies
-        raise ValueError(
-            f"the part of {kind} that holds {names[0]!r} cannot be traced by torch.fx ({error}); wrap it in a module "
-            "whose forward takes one tensor and decides nothing by its values"
-        ) from error
-    _, *more = (node for node in graph.nodes if node.op == "placeholder")
-    if len(more) != len(options):
-        raise ValueError(f"expected {kind}.forward to take one tensor; wrap it in a module that does")
-    for node in more:  # these nodes only check that an option has its default
-        _erase(graph, node)
-    nodes = list(graph.nodes)
-    calls = []
-    for name in names:
-        mine = [node for node in nodes if node.op == "call_module" and node.target == name]
-        if len(mine) != 1:
-            raise ValueError(
-                f"expected {kind} to run {name!r} once for an input, it does so {len(mine)} times; name other parts"
-            )
-        given = mine[0].all_input_nodes
-        if len(given) != 1 or mine[0].args[:1] != (given[0],):
-            raise ValueError(f"expected {name!r} to be given one tensor and constants, it is given {mine[0].args}")
-        calls.append(mine[0])
-    at = [nodes.index(call) for call in calls]
-    if at != sorted(at):
-        in_order = [name for _, name in sorted(zip(at, names, strict=True))]
-        raise ValueError(f"expected the parts in the order in which {kind} runs them: {in_order}")
-    between = []
-    for k in range(len(calls) + 1):
-        first = 0 if k == 0 else at[k - 1]
-        last = at[k] if k < len(calls) else len(nodes) - 1
-        entry = nodes[0] if k == 0 else calls[k - 1]
-        result = calls[k].args[0] if k < len(calls) else nodes[-1].args[0]
-        between.append(fx.GraphModule(module, _copied(nodes[first + 1 : last], entry, result, names, kind)))
-    return between, [Part(parts[name], call) for name, call in zip(names, calls, strict=True)]
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase(graph, user)
-    graph.erase_node(node)
-
-
-def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[str], kind: str) -> fx.Graph:
-    """Copy `nodes` into a graph that runs from `entry` to `result`."""
-    graph = fx.Graph()
-    made = {entry: graph.placeholder("x")}
-
-    def known(node: fx.Node) -> fx.Node:
-        if node not in made:
-            if node.op != "get_attr":
-                raise ValueError(
-                    f"{kind} needs {node.name!r}, made before one of {list(names)}, after it, too: such a part is no "
-                    "whole block; name the block that has its shortcut inside"
-                )
-            made[node] = graph.node_copy(node)
-        return made[node]
-
-    for node in nodes:
-        if node.op != "placeholder":
-            made[node] = graph.node_copy(node, known)
-    if not isinstance(result, fx.Node):
-        raise ValueError(f"expected {kind}.forward to return one tensor, it returns {type(result).__name__}")
-    graph.output(known(result))
-    return graph
+Standing = Stand | TracedStand
+Channels = Literal["first", "last"]
 
 
 class _OfModule(Backbone):
-    """This is the base class of both kinds: a user's module, cut around its parts of given names."""
+    """This is the base class of both kinds: a user's module, cut around its parts of given names.
+
+    Attributes:
+        way: "traced" if torch.fx cut the module; "in place" if it runs as it is and is held at its parts.
+        why: why it was not traced; empty if it was.
+    """
+
+    way: Literal["traced", "in place"]
+    why: str
 
     def __init__(
-        self, module: nn.Module, input_shape: Sequence[int], parts: Sequence[str], family: str | None, **config: Any
+        self,
+        module: nn.Module,
+        input_shape: Any,
+        parts: Sequence[str],
+        family: str | None,
+        channels: Channels | None,
+        input_dtype: Any,
+        leaving: bool = False,
+        **config: Any,
     ) -> None:
         super().__init__()
         uncounted = [name for name, part in module.named_modules() if isinstance(part, nn.RNNBase)]
@@ -148,50 +58,124 @@ class _OfModule(Backbone):
             raise ValueError(
                 f"the compute of {uncounted} cannot be counted; recurrent layers are for SkipGRU and SkipLSTM"
             )
-        self.module, self._parts_named = module, list(parts)
+        known = [name for name, _ in module.named_modules() if name]
+        if not parts or not set(parts) <= set(known) or len(set(parts)) < len(parts):
+            raise ValueError(f"expected different names of parts of the module, got {list(parts)}; it has {known} ...")
+        if channels not in (None, *CHANNELS):
+            raise ValueError(f"expected channels={' or '.join(map(repr, CHANNELS))}, or None, got {channels!r}")
+        form = Form.of(input_shape, input_dtype)
+        self.module, self._names, self._channels = module, list(parts), channels
         if family is not None:
             self.family = family  # type: ignore[misc]
-        self.input_shape = tuple(input_shape)
-        self.config = {"input_shape": list(input_shape), **config}
+        self.input_shape, self.input_dtype = form.shape, form.dtype
+        self.config = form.config | ({} if channels is None else {"channels": channels}) | config
         self.register_load_state_dict_post_hook(_cut_again)  # with assign=True, loading replaces the parameters
         self.eval()
+        try:
+            self._cut_up(leaving)
+        except ValueError:
+            raise
+        except Exception as error:  # a user's forward may raise anything
+            raise ValueError(
+                f"{type(module).__name__} fails on inputs of shape {form} ({type(error).__name__}: {error}); give a "
+                "batch of examples in place of the shape, by name if there are several tensors; of examples, integers "
+                "such as token ids keep their type"
+            ) from error
+
+    def _cut_up(self, leaving: bool) -> None:
+        self.way, self.why = "traced", ""
+        try:
+            if self.form.named:
+                raise Untraceable(f"{type(self.module).__name__} is given tensors by name")
+            self._cut: Traced | Held = Traced(self.module, self._names)
+            with torch.no_grad():
+                stand: Any = self._cut.enter(self._example(1))
+                for name in self._names:
+                    if not isinstance(stand.x, Tensor) or stand.x.shape[0] != 1:
+                        raise Untraceable(f"{name!r} is not given one row for each input")
+                    stand = stand.follow(stand.part())
+            if not isinstance(stand, Tensor):
+                raise Untraceable(f"{type(self.module).__name__} returns a {type(stand).__name__}")
+        except Untraceable as error:
+            self.way, self.why = "in place", str(error)
+            self.exports = False  # type: ignore[misc]
+            self._cut = Held(self.module, self._names, self._example, leaving)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._cut()  # the buffers that the pieces hold were replaced
+        self._recut()  # the buffers that the pieces hold were replaced
         return self
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
-        self._cut()  # the pieces hold the mode as a constant, for example whether dropout is on
+        self._recut()  # the pieces hold the mode as a constant, for example whether dropout is on
         return self
 
-    def _cut(self) -> None:
-        self._between, self._named = cut(self.module, self._parts_named)
+    def for_inference(self) -> Self:
+        """Return a frozen copy in which batch norms are folded into the convolutions before them."""
+        twin = super().for_inference()
+        fold_norms(twin.module, twin._names)
+        twin._recut()
+        return twin
 
-    def _example(self) -> Tensor:
-        weight = next(self.module.parameters())
-        return torch.zeros(1, *self.input_shape, dtype=weight.dtype, device=weight.device)
+    def _recut(self) -> None:
+        if hasattr(self, "_cut"):
+            self._cut = self._cut.again()
+
+    def _example(self, rows: int) -> Any:
+        return self.form.example(rows, next(self.module.parameters()))
+
+    def _last(self, k: int, told: bool | None) -> bool:
+        """Return whether the features at part `k` have their channels last, if ops have `told` so or not."""
+        if self._channels is not None:
+            return self._channels == "last"
+        if told is None:
+            raise ValueError(
+                f"no op of {type(self.module).__name__} tells which dimension of its features at {self._names[k]!r} is "
+                "that of channels; say channels='first' ([n, C, ...]) or channels='last' ([n, ..., C])"
+            )
+        return told
+
+    def ready(self, state: State) -> State:
+        """Return a copied `state` in a forward of its own."""
+        state.held = self._standing(state)
+        return state
+
+    def _standing(self, state: State) -> Standing:
+        """Return what goes on from `state`; a copy or a merged state has to enter the module anew."""
+        if state.held is not None:
+            return state.held
+        return self._cut.at(state.point, state.features, state.get(state.walk.inputs))
 
 
 class SkipModule(_OfModule, Skipping):
     """A module of your own with blocks that may be skipped: action 1 runs a block, 0 passes the row through.
 
-    Any chain of residual blocks will do: the blocks of a torchvision or timm ViT, or those ResNet blocks that keep the
-    shape of their input. The full route is the module itself, with the same weights.
+    Any chain of residual blocks will do: the blocks of a ViT or a language model, or those blocks of a convolutional
+    network that keep the shape of their input. The full route is the module itself, with the same weights.
+
+    A block may be given further tensors and may return a tuple: its first argument and the first value are the
+    features. Tensors with a row for each input are cut down to the rows that run the block. Further values must be None
+    or arguments that the block hands on. Caches are refused.
 
     Args:
-        module: a module that maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put
-            into eval mode.
-        input_shape: the shape of one input.
+        module: a module that maps a tensor, or tensors by name, to outputs: a tensor [B, ...], a tuple that begins with
+            one, or an object with `logits`. It is held, not copied, and put into eval mode.
+        input_shape: the shape of one input, or a batch of examples [n, ...]; a dict of either if the module takes
+            tensors by name. Of examples, only shapes and the types of integers are kept.
         blocks: the names (as in `module.named_modules()`), in running order, of blocks that keep their input's shape
             and contain their shortcut.
         family: the name under which `FAMILIES` holds a function that builds this backbone from the other arguments
             without `module`, for `load_backbone`; None for a backbone that is never loaded by name.
         classes: the number of outputs; may be left out.
+        channels: "first" if features are [n, C, ...], "last" if they are [n, ..., C]. None reads it off the ops that
+            compute on them: convolutions have channels first, linear layers and layer norms have them last.
+        input_dtype: the type of inputs whose shape is given, by its name in torch, or a dict of these; None is the
+            weights' type.
 
     Raises:
-        ValueError: a block changes its input's shape, or `cut` refuses the blocks.
+        ValueError: a block changes its input's shape, the module cannot be cut there (see `dynrl.backbones.traced` and
+            `dynrl.backbones.held`), it fails on inputs of that form, or no op tells the channels.
     """
 
     family = "skip_module"
@@ -199,41 +183,63 @@ class SkipModule(_OfModule, Skipping):
     def __init__(
         self,
         module: nn.Module,
-        input_shape: Sequence[int],
+        input_shape: Any,
         blocks: Sequence[str],
         family: str | None = None,
         classes: int | None = None,
+        channels: Channels | None = None,
+        input_dtype: Any = None,
     ) -> None:
-        super().__init__(module, input_shape, blocks, family, blocks=list(blocks))
-        block_macs, width, x, self._last = [], 1, self._example(), list[bool]()
-        macs, lead = executed_macs(self._between[0], x)
-        x, fixed_macs = lead, [macs]
-        for name, block, behind in zip(blocks, self._named, self._between[1:], strict=True):
-            self._last.append(takes_channels_last(block, x.clone()))
-            width = max(width, summary(x, self._last[-1]).shape[1])
-            macs, y = executed_macs(block, x.clone())
+        super().__init__(module, input_shape, blocks, family, channels, input_dtype, blocks=list(blocks))
+        block_macs, width, self._lasts = [], 1, list[bool]()
+        stand: Any
+        ops, stand = executed(lambda: self._cut.enter(self._example(1)))
+        fixed_macs = [macs_of(ops)]
+        for k, name in enumerate(blocks):
+            x = stand.x
+            ops, y = executed(lambda: stand(x.clone()))  # noqa: B023 (called at once)
+            block_macs.append(macs_of(ops))
+            self._lasts.append(self._last(k, takes_channels_last(ops, x.shape)))
+            width = max(width, summary(x, self._lasts[-1]).shape[1])
             if y.shape != x.shape:
                 shapes = f"{tuple(y.shape)} of {tuple(x.shape)}"
                 raise ValueError(
                     f"expected blocks that keep their input's shape; {name!r} makes {shapes}: leave it out"
                 )
-            block_macs.append(macs)
-            macs, x = executed_macs(behind, y)
-            fixed_macs.append(macs)
-        _set_classes(self, x, classes)
+            ops, stand = executed(lambda: stand.follow(y))  # noqa: B023
+            fixed_macs.append(macs_of(ops))
+        _set_classes(self, stand, classes)
         self._set_points(list(blocks), block_macs, fixed_macs, width)
 
-    def _lead(self, inputs: Tensor) -> Tensor:
-        return apart(self._between[0](inputs), inputs)  # blocks write in place, but the inputs belong to the user
+    def _start(self, walk: Walk, rows: Tensor, inputs: Any) -> State:
+        return _arrived(walk, rows, self._cut.enter(inputs))
 
-    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        return self._named[point]
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        stand = self._standing(state)
+        return [_arrived(state.walk, state.rows, stand.follow(stand.through(action)))]
 
-    def _follow(self, point: int, x: Tensor) -> Tensor:
-        return self._between[point + 1](x)
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        stand, x = self._standing(state), state.features
+        skip, run = (gates[:, choice].view(-1, *[1] * (x.dim() - 1)) for choice in (0, 1))
+        # A block may overwrite its input, so it gets a copy.
+        return _arrived(state.walk, state.rows, stand.follow(run * stand(x.clone()) + skip * x))
 
     def _summary(self, point: int, x: Tensor) -> Tensor:
-        return summary(x, self._last[point])
+        return summary(x, self._lasts[point])
+
+    def ideal(self, inputs: Any, route: Tensor) -> Callable[[], Any]:
+        """Return `Backbone.ideal`: each block runs on the first rows of the batch, as many as chose to run it."""
+        counts = (route == 1).sum(0).tolist()
+
+        def run() -> Any:
+            stand: Any = self._cut.enter(inputs)
+            for count in counts:
+                if count:
+                    stand.part(slice(count))
+                stand = stand.follow(stand.x)
+            return stand
+
+        return run
 
 
 class ExitModule(_OfModule, Exits):
@@ -244,16 +250,14 @@ class ExitModule(_OfModule, Exits):
     exit is the module's own output.
 
     Args:
-        module: a module that maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put
-            into eval mode.
-        input_shape: the shape of one input.
+        module: a module with outputs [B, classes]; see `SkipModule`.
+        input_shape: the shape of one input, or examples; see `SkipModule`.
         layers: the names (as in `module.named_modules()`), in running order, of layers that everything the module
             computes goes through; there is an exit behind each.
-        family: the same as in `SkipModule`.
-        classes: the number of outputs; may be left out.
+        family, classes, channels, input_dtype: the same as in `SkipModule`.
 
     Raises:
-        ValueError: `cut` refuses the layers.
+        ValueError: the outputs are no classes, or a reason of `SkipModule`.
     """
 
     family = "exit_module"
@@ -261,42 +265,116 @@ class ExitModule(_OfModule, Exits):
     def __init__(
         self,
         module: nn.Module,
-        input_shape: Sequence[int],
+        input_shape: Any,
         layers: Sequence[str],
         family: str | None = None,
         classes: int | None = None,
+        channels: Channels | None = None,
+        input_dtype: Any = None,
     ) -> None:
-        super().__init__(module, input_shape, layers, family, layers=list(layers))
-        x = self._example()
-        _set_classes(self, module(x), classes)
-        self.heads, stage_macs, widths, self._last = nn.ModuleList(), [], [], list[bool]()
+        super().__init__(module, input_shape, layers, family, channels, input_dtype, leaving=True, layers=list(layers))
+        with torch.no_grad():
+            said = self._cut.output(self._example(1))
+        if said.dim() != 2:
+            raise ValueError(f"expected a module with outputs [batch, classes] for exits, got {tuple(said.shape)}")
+        _set_classes(self, said, classes)
+        self.heads, stage_macs, widths, self._lasts = nn.ModuleList(), [], [], list[bool]()
+        stand: Any
+        before, stand = executed(lambda: self._cut.enter(self._example(1)))
         for k in range(len(layers)):
-            self._last.append(gives_channels_last(partial(self._advance_to, k), x.clone()))
-            macs, x = executed_macs(partial(self._advance_to, k), x)
-            seen = early_inputs(x, self._last[k])
+            ops, x = executed(stand.part)
+            stage: list[Executed] = [*before, *ops]
+            macs = macs_of(stage)
+            self._lasts.append(self._last(k, gives_channels_last(stage, x.shape)))
+            seen = early_inputs(x.detach(), self._lasts[k])
             self.heads.append(nn.Linear(seen.shape[1], self.config["classes"], device=x.device, dtype=x.dtype))
-            widths.append(summary(x, self._last[k]).shape[1])
-            stage_macs.append(macs + executed_macs(self.heads[k], seen)[0])
-        stage_macs.append(executed_macs(self._between[-1], x)[0])
+            widths.append(summary(x, self._lasts[k]).shape[1])
+            ops, _ = executed(lambda: self.heads[k](seen))  # noqa: B023 (called at once)
+            stage_macs.append(macs + macs_of(ops))
+            before, stand = executed(lambda: stand.follow(x))  # noqa: B023
+        stage_macs.append(macs_of(before))
         self._set_points(list(layers), stage_macs, widths)
 
-    def _advance_to(self, k: int, x: Tensor) -> Tensor:
-        x = self._between[k](x)
-        return self._named[k](x) if k < len(self._named) else x
-
     def _exit(self, k: int, x: Tensor) -> Tensor:
-        return x if k == len(self._named) else self.heads[k](early_inputs(x, self._last[k]))
+        return self.heads[k](early_inputs(x, self._lasts[k]))
 
     def _summary(self, k: int, x: Tensor) -> Tensor:
-        return summary(x, self._last[k])
+        return summary(x, self._lasts[k])
+
+    def _reach(self, walk: Walk, rows: Tensor, stand: Standing | Tensor) -> State:
+        """Run the part that `stand` is before, whose state has the features behind it, and keep the exit's answer."""
+        if isinstance(stand, Tensor):
+            return _arrived(walk, rows, stand)
+        x = stand.part()
+        walk.put_output(rows, self._exit(stand.k, x))
+        return State(walk, stand.k, rows, x, stand)
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Any) -> State:
+        return self._reach(walk, rows, self._cut.enter(inputs))
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        walk, rows, reached = state.walk, state.rows, []
+        places = torch.arange(rows.shape[0], device=rows.device)
+        ended, going = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, state.features, places)
+        if ended is not None:
+            reached.append(State(walk, END, ended[0]))
+        if going is not None:
+            rows_on, x, index = going
+            on = self._standing(state).follow(x, None if rows_on is rows else index)
+            reached.append(self._reach(walk, rows_on, on))
+        elif state.held is not None:
+            state.held.end()
+        return reached
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        assert isinstance(state.walk, GatedWalk)
+        state.walk.leave(gates, STOP)
+        return self._reach(state.walk, state.rows, self._standing(state).follow(state.features))
+
+    def training_outputs(
+        self, inputs: Any, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield all exits of one pass, weighted equally (Huang et al. 2018, section 4); without a rate, the last."""
+        stand: Standing | Tensor = self._cut.enter(inputs)
+        answers, rows = [], torch.arange(len(inputs), device=inputs.device)
+        while not isinstance(stand, Tensor):
+            x = stand.part()
+            if rate is not None:
+                answers.append(Answer(self._exit(stand.k, x), rows))
+            stand = stand.follow(x)
+        yield [*answers, Answer(stand, rows)]
+
+    def ideal(self, inputs: Any, route: Tensor) -> Callable[[], Any]:
+        """Return `Backbone.ideal`: each stage and its exit run on the first rows of the batch, as many as arrive."""
+        counts = (route == GO_ON).sum(0).tolist()
+
+        def run() -> Any:
+            stand: Any = self._cut.enter(inputs)
+            for count in counts:
+                x = stand.part()
+                self._exit(stand.k, x)
+                if not count:
+                    return stand.end()
+                stand = stand.follow(x[:count], torch.arange(count, device=x.device))
+            return stand
+
+        return run
 
 
 def _cut_again(backbone: _OfModule, keys: Any) -> None:
-    backbone._cut()
+    backbone._recut()
+
+
+def _arrived(walk: Walk, rows: Tensor, stand: Standing | Tensor) -> State:
+    """Return the state of `rows` that stand before a part, or have got their answer."""
+    if not isinstance(stand, Tensor):
+        return State(walk, stand.k, rows, stand.x, stand)
+    walk.put_output(rows, stand)
+    return State(walk, END, rows)
 
 
 def _set_classes(backbone: Backbone, output: Tensor, classes: int | None) -> None:
-    if output.dim() != 2 or classes not in (None, output.shape[1]):
+    if output.dim() < 2 or classes not in (None, output.shape[-1]):
         wanted = "classes" if classes is None else classes
         raise ValueError(f"expected a module with outputs [batch, {wanted}], got {tuple(output.shape)} for one input")
-    backbone.config["classes"] = output.shape[1]
+    backbone.config["classes"] = output.shape[-1]

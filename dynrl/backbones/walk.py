@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from dynrl.inputs import Inputs
 from dynrl.ops.record import record
 
 END = -1  # the point at which finished rows stand
@@ -59,7 +60,7 @@ class Walk:
     decision at a point is in that point's k-th column, so chains, loops, branches and trees are one case.
 
     Attributes:
-        inputs: [B, ...], the inputs.
+        inputs: [B, ...], the inputs, or several tensors by name.
         points: the backbone's points.
         route: [B, columns] int64, what ran; -1 where a row has not been.
         steps: [B] int64, the number of decisions so far.
@@ -75,10 +76,11 @@ class Walk:
     """
 
     def __init__(
-        self, inputs: Tensor, points: Sequence[Point], macs: CostTable, table: CostTable | None = None
+        self, inputs: Inputs, points: Sequence[Point], macs: CostTable, table: CostTable | None = None
     ) -> None:
         size, device = inputs.shape[0], inputs.device  # len() would make a traced size a constant
-        self.inputs, self.points, self.table = inputs, points, table or macs
+        self.inputs: Any = inputs
+        self.points, self.table = points, table or macs
         self.all_rows = torch.arange(size, device=device)
         self.steps = torch.zeros(size, dtype=torch.int64, device=device)
         self.last = torch.zeros(size, dtype=torch.int64, device=device)
@@ -119,13 +121,13 @@ class Walk:
         """Return a copy that shares nothing that changes."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "all_rows":
+            if isinstance(value, Inputs) and name != "all_rows":
                 setattr(twin, name, value.clone())
         twin.visits_together = list(self.visits_together)
         twin.own = {name: value.clone() for name, value in self.own.items()}
         return twin
 
-    def refill(self, rows: Tensor, inputs: Tensor) -> None:
+    def refill(self, rows: Tensor, inputs: Inputs) -> None:
         """Give the slots `rows` new inputs, as if they had never walked."""
         self.abreast = False
         self.inputs[rows] = inputs
@@ -198,12 +200,14 @@ class State:
         walk, point: the walk, and the point at which the rows stand.
         rows: [n] int64, the slots of the rows.
         features: the backbone's features, a tensor [n, ...] or a tuple of such tensors; None at END.
+        held: what a family keeps to go on from this very state; a copy, a part or a merged state has None.
     """
 
     walk: Walk
     point: int
     rows: Tensor
     features: Any = None
+    held: Any = None
 
     @property
     def count(self) -> int:
@@ -236,7 +240,7 @@ class State:
         first = self.walk.first_column[self.point]
         return first if self.walk.points[self.point].visits == 1 else first + self.visit
 
-    def get(self, field: Tensor) -> Tensor:
+    def get(self, field: Any) -> Any:
         """Return `field` [B, ...] at these rows; it is not copied if they are together."""
         return field if self.together else field[self.rows]
 
@@ -275,7 +279,7 @@ def merge(states: Sequence[State]) -> dict[int, State]:
         other = merged[state.point]
         assert other.walk is state.walk, "states of different walks cannot merge"
         features = each(lambda *parts: torch.cat(parts), other.features, state.features)
-        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features)
+        merged[state.point] = replace(other, rows=torch.cat([other.rows, state.rows]), features=features, held=None)
     return merged
 
 

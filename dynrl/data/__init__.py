@@ -10,8 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dynrl.data.base import Augmentation, Dataset, Split, standardised
 from dynrl.data.cifar import cifar_10, cifar_100
 from dynrl.data.folder import image_folder, split_name
@@ -87,7 +85,7 @@ def as_dataset(data: Any, seed: int = 0) -> Dataset:
         return load_dataset(check_dataset(str(data)))
     dataset = data if isinstance(data, Dataset) else own_dataset(data, seed)
     known = load_dataset(dataset.name) if dataset.name in DATASETS else dataset
-    if known is not dataset and not torch.equal(known.train.inputs, dataset.train.inputs):
+    if known is not dataset and known.fingerprint != dataset.fingerprint:
         raise ValueError(f"there is another data set named {dataset.name!r}; give yours another name")
     DATASETS.setdefault(dataset.name, lambda: dataset)
     return known

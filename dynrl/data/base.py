@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynrl.inputs import Form, parts, placed
 from dynrl.provenance import Provenance
 from dynrl.tasks import CLASSIFICATION, Task
 
@@ -24,13 +26,13 @@ class Split:
     """A split holds inputs and the targets that a network should give for them.
 
     Attributes:
-        inputs: [n, ...] float32, ready for a network.
+        inputs: [n, ...] float32, ready for a network; or several tensors by name, whose integers keep their type.
         targets: the targets in the form of the `task`, for example classes [n] int64.
         task: what outputs and targets mean.
         difficulty: numbers [n] by name that say what makes an input hard, if that is known. Only reports see them.
     """
 
-    inputs: Tensor
+    inputs: Any
     targets: Tensor
     task: Task = CLASSIFICATION
     difficulty: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Split:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on `device`, with inputs of the type `dtype`; targets keep their type."""
-        return Split(self.inputs.to(device, dtype), self.targets.to(device), self.task, self.difficulty)
+        return Split(placed(self.inputs, device, dtype), self.targets.to(device), self.task, self.difficulty)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Dataset:
         anew: a function that draws another training split of the same kind and size by a seed; None if there is only
             one.
         names: the names of the classes, in the order of the outputs; by default, their numbers.
-        dtype: the type of raw inputs, by its name in torch. If it is "uint8", they are pixels, which count in 255ths.
+        dtype: the type of raw inputs, by its name in torch; a dict of these if inputs are several tensors. If it is
+            "uint8", they are pixels, which count in 255ths.
     """
 
     name: str
@@ -120,7 +123,7 @@ class Dataset:
     deviation: float = 1.0
     anew: Callable[[int], Split] | None = None
     names: tuple[str, ...] = ()
-    dtype: str = "float32"
+    dtype: str | dict[str, str] = "float32"
 
     def __post_init__(self) -> None:
         wanted = self.classes if self.task == CLASSIFICATION else 0
@@ -137,8 +140,8 @@ class Dataset:
         """
         digest = hashlib.sha256(f"{self.input_shape}".encode())
         for split in (self.train, self.validation, self.test):
-            for rows in split.inputs.split(1024):
-                raw = rows.double().mul_(self.deviation).add_(self.mean).mul_(255).round_()
+            for x in (x for rows in split.inputs.split(1024) for x in parts(rows).values()):
+                raw = x.double().mul_(self.deviation).add_(self.mean).mul_(255).round_()
                 digest.update(raw.to(torch.int32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -173,9 +176,14 @@ class Dataset:
         return self.train.task
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
-        return tuple(self.train.inputs.shape[1:])
+    def form(self) -> Form:
+        """What one input is."""
+        return Form.of(self.train.inputs)
+
+    @property
+    def input_shape(self) -> Any:
+        """The shape of one input; name -> shape if inputs are several tensors."""
+        return self.form.shape
 
     def in_epoch(self, seed: int, epoch: int) -> Dataset:
         """The same with the training inputs of that epoch: drawn anew where they can be, else its own."""
@@ -236,7 +244,9 @@ def _seen_by(data: Dataset, known: Provenance) -> Dataset:
     outputs = torch.tensor([known.classes.index(name) for name in data.names])
 
     def seen(split: Split) -> Split:
-        inputs = (split.inputs * data.deviation + (data.mean - known.mean)).div_(known.deviation)
+        inputs = split.inputs
+        if (data.mean, data.deviation) != (known.mean, known.deviation):
+            inputs = (inputs * data.deviation + (data.mean - known.mean)).div_(known.deviation)
         return replace(split, inputs=inputs, targets=outputs[split.targets] if data.names else split.targets)
 
     train, validation, test = map(seen, (data.train, data.validation, data.test))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from dynrl.data.base import Augmentation, Dataset, Split
 from dynrl.files import fingerprint
+from dynrl.inputs import Inputs, Named, as_inputs, parts, placed
 from dynrl.tasks import CLASSIFICATION, Regression, Task
 
 SHARE = 0.1  # the share of the pairs for validation, and the same share for the test
@@ -22,12 +23,13 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     """Make a data set of your own pairs (input, target); a tenth each is drawn for validation and test.
 
     Inputs become float32, with uint8 as 255ths, and are standardised by the mean and deviation of the training part.
+    Inputs of several tensors by name are left as they are: integers such as token ids keep their type.
     Integer targets [n] are classes, whose names are the `classes` of a torch `Dataset` that has some; floating-point
     targets [n] or [n, outputs] make a regression.
 
     Args:
-        data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. All pairs are held
-            in memory.
+        data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. Inputs may also be
+            a dict of tensors by name. All pairs are held in memory.
         seed: the seed of the draw.
 
     Returns:
@@ -38,14 +40,19 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
             are neither classes nor floating-point numbers.
     """
     names, (inputs, targets) = _names(data), _pairs(data)
-    if inputs.shape[0] != targets.shape[0] or len(inputs) < 10 or inputs.dim() < 2:
+    flat = isinstance(inputs, Tensor) and inputs.dim() < 2
+    if inputs.shape[0] != targets.shape[0] or len(inputs) < 10 or flat:
         raise ValueError(
             f"expected at least 10 inputs [n, ...] and as many targets, got {list(inputs.shape)} and "
             f"{list(targets.shape)}"
         )
-    name = "own-" + fingerprint({"inputs": inputs, "targets": targets}, seed)[:12]
-    dtype, pixels = str(inputs.dtype).removeprefix("torch."), inputs.dtype == torch.uint8
-    inputs = inputs.float() / 255 if pixels else inputs.float()
+    given = {f"inputs{name and f'.{name}'}": x for name, x in parts(inputs).items()}
+    name = "own-" + fingerprint({**given, "targets": targets}, seed)[:12]
+    dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in parts(inputs).items()}
+    if isinstance(inputs, Named):
+        inputs = placed(inputs, "cpu", torch.float32)
+    else:
+        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
     if targets.is_floating_point():
         targets = targets.float().view(len(targets), -1)
     elif targets.dim() != 1 or targets.dtype == torch.bool or int(targets.min()) < 0:
@@ -55,20 +62,24 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         )
     else:
         targets = targets.long()
-    if not inputs.isfinite().all() or not targets.isfinite().all():
+    if not all(x.isfinite().all() for x in (*parts(inputs).values(), targets)):
         raise ValueError("the inputs or targets hold NaN or infinity; clean them first")
     order, few = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)), int(SHARE * len(inputs))
-    parts = order[2 * few :], order[few : 2 * few], order[:few]
-    mean, deviation = float(inputs[parts[0]].mean()), float(inputs[parts[0]].std()) or 1.0
+    drawn = order[2 * few :], order[few : 2 * few], order[:few]
+    mean, deviation = 0.0, 1.0
+    if isinstance(inputs, Tensor):
+        mean, deviation = float(inputs[drawn[0]].mean()), float(inputs[drawn[0]].std()) or 1.0
+        inputs = (inputs - mean) / deviation
     numbers = targets.is_floating_point()
-    task: Task = Regression.of(targets[parts[0]]) if numbers else CLASSIFICATION
+    task: Task = Regression.of(targets[drawn[0]]) if numbers else CLASSIFICATION
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
     if classes < 2 and not numbers:
         raise ValueError(
             "expected two classes or more, but all targets are 0; a regression needs floating-point targets"
         )
-    train, validation, test = (Split((inputs[part] - mean) / deviation, targets[part], task) for part in parts)
+    train, validation, test = (Split(inputs[part], targets[part], task) for part in drawn)
     names = names if len(names) == classes and not numbers else ()
+    dtype = dtypes if isinstance(inputs, Named) else dtypes[""]
     return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation, names=names, dtype=dtype)
 
 
@@ -80,11 +91,13 @@ def _names(data: Any) -> tuple[str, ...]:
     return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
 
 
-def _pairs(data: Any) -> tuple[Tensor, Tensor]:
+def _pairs(data: Any) -> tuple[Inputs, Tensor]:
     if isinstance(data, TensorDataset):
         data = data.tensors
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return data[0].detach().cpu(), data[1].detach().cpu()
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+        inputs = as_inputs(data[0])
+        if isinstance(inputs, Inputs):
+            return placed(inputs, "cpu"), data[1].detach().cpu()
     if not isinstance(data, TorchDataset) or not hasattr(data, "__len__"):
         raise ValueError(
             "expected a data set's name, a folder of images, a dynrl.data.Dataset, a torch Dataset of (input, target) "
@@ -93,7 +106,12 @@ def _pairs(data: Any) -> tuple[Tensor, Tensor]:
     pairs = [data[i] for i in range(len(data))]  # by index: iterating over a torch Dataset may never end
     if not pairs or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
         raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target)")
-    return _stacked(pair[0] for pair in pairs), _stacked(pair[1] for pair in pairs)
+    inputs, targets = [pair[0] for pair in pairs], _stacked(pair[1] for pair in pairs)
+    if not isinstance(inputs[0], Mapping):
+        return _stacked(inputs), targets
+    if any(not isinstance(each, Mapping) or set(each) != set(inputs[0]) for each in inputs):
+        raise ValueError(f"expected inputs by the same names, those of the first: {sorted(inputs[0])}")
+    return Named({name: _stacked(each[name] for each in inputs) for name in inputs[0]}), targets
 
 
 def _stacked(values: Iterable[Any]) -> Tensor:

@@ -17,6 +17,7 @@ from dynrl.backbones import Backbone, State, Walk
 from dynrl.cost import count_macs
 from dynrl.deploy.budget import price_at
 from dynrl.files import reading
+from dynrl.inputs import Inputs, as_inputs, placed
 from dynrl.policies import Policy, load_policy
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ UNCOMPILED = (
 )
 
 
-def _uncompiled(model: RoutedModel, inputs: Tensor) -> Tensor:
+def _uncompiled(model: RoutedModel, inputs: Any) -> Tensor:
     """Run `model` as it is, and say why, where the compiler has come to it."""
     warnings.warn(UNCOMPILED, stacklevel=2)
     return torch.compiler.disable(model._forward)(inputs)
@@ -71,7 +72,7 @@ class RoutedModel(nn.Module):
     """In a routed model, a policy routes each row through a backbone; `plug` and `load` make one.
 
     Attributes:
-        input_shape: the shape of one input.
+        input_shape: the shape of one input; name -> shape if inputs are several tensors.
         price_range: the lowest and highest price; None for policies that know no price.
         curve: [(price, MACs fraction on validation data)], by rising price.
         latency: [(price, milliseconds a batch)] on this machine, by rising price; empty without `dynrl calibrate`.
@@ -171,7 +172,7 @@ class RoutedModel(nn.Module):
         """The names of the classes, in the order of the outputs; empty for a regression, or if they are not known."""
         return () if self.backbone.trained_on is None else self.backbone.trained_on.classes
 
-    def preprocess(self, raw: Tensor) -> Tensor:
+    def preprocess(self, raw: Any) -> Any:
         """Return raw inputs [B, *input_shape] as the model takes them, standardised as its training data were.
 
         Args:
@@ -186,7 +187,8 @@ class RoutedModel(nn.Module):
                 "dynrl.provenance.Provenance before you plug a policy in"
             )
         weights = next(self.backbone.parameters())
-        return self.backbone.trained_on.preprocess(raw.to(weights.device)).to(weights.dtype)
+        raw = placed(as_inputs(raw), weights.device)
+        return placed(self.backbone.trained_on.preprocess(raw), weights.device, weights.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:
         # The policy moves to another device, but keeps its type: it stays in float32, like its observations.
@@ -218,7 +220,7 @@ class RoutedModel(nn.Module):
             made = self._made = edition, price, self.policy.chooser(self.backbone, price)
         return made[2]
 
-    def walk(self, inputs: Tensor) -> Walk:
+    def walk(self, inputs: Any) -> Walk:
         """Walk `inputs` to their ends, like `forward`, and return the whole walk: `outputs`, `route`, `macs`.
 
         The price is taken once, at the beginning, so several threads may call one model and change its price.
@@ -226,6 +228,7 @@ class RoutedModel(nn.Module):
         Raises:
             ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
         """
+        inputs = as_inputs(inputs)
         self.backbone.check_inputs(inputs)
         walk = self.run(inputs)
         for name in ("outputs", "route", "macs", "steps", "last"):  # copies are normal tensors, which may be written to
@@ -233,22 +236,25 @@ class RoutedModel(nn.Module):
         return walk
 
     @torch.inference_mode()
-    def run(self, inputs: Tensor) -> Walk:
+    def run(self, inputs: Inputs) -> Walk:
         """Do `walk` without its checks, in inference mode, where tensors can neither be written to nor trained on."""
         with torch.autocast(inputs.device.type, enabled=False):  # a caller's autocast would change this model's dtype
             return self.backbone.run(inputs, self.chooser)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Any = None, **named: Tensor) -> Tensor:
         """Return the backbone's outputs [B, ...] for inputs [B, *input_shape], and keep the route in `last_route`.
+
+        Inputs of several tensors are a dict, or are given by name.
 
         The outputs have no graph.
 
         Raises:
             ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
         """
-        return _uncompiled(self, inputs) if torch.compiler.is_compiling() else self._forward(inputs)
+        given = named if inputs is None else inputs
+        return _uncompiled(self, given) if torch.compiler.is_compiling() else self._forward(given)
 
-    def _forward(self, inputs: Tensor) -> Tensor:
+    def _forward(self, inputs: Any) -> Tensor:
         walk = self.walk(inputs)
         self.keep_route(walk)
         assert walk.outputs is not None

@@ -17,6 +17,7 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation.cascades import cascades
 from dynrl.evaluation.routes import cheapest_choices
 from dynrl.evaluation.scores import score
+from dynrl.inputs import repeat_first
 from dynrl.policies import Policy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 
@@ -101,8 +102,7 @@ def _leave_at_each(backbone: Backbone, split: Split, full: Tensor, cheapest: Ten
     columns = torch.arange(backbone.columns)
     routes = full.repeat(len(columns) + 1, 1)
     routes[columns, columns] = cheapest
-    inputs = split.inputs[:1].expand(len(routes), *split.inputs.shape[1:])
-    walk = backbone.run_route(inputs, routes)
+    walk = backbone.run_route(repeat_first(split.inputs, len(routes)), routes)
     ran = walk.route.cpu() >= 0
     ended = ran[:-1] == (columns <= columns.unsqueeze(1))
     once = len(columns) == len(backbone.points)

@@ -69,18 +69,21 @@ def captured(side: Callable[[], Any], repeats: int) -> Callable[[], Any]:
     return graph.replay
 
 
-def dense_sides(backbone: Backbone, inputs: Tensor) -> dict[str, Callable[[], Any]]:
+def dense_sides(backbone: Backbone, inputs: Any) -> dict[str, Callable[[], Any]]:
     """Return the ways to compute the dense network on `inputs`; reports count the fastest.
 
     Images are computed in both memory formats. A family may add other ways that compute the same
     (`Backbone.dense_twins`).
     """
     route = backbone.dense_actions(len(inputs), inputs.device)
-    formats = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last} if inputs.dim() == 4 else {}
+    formats = {"contiguous": torch.contiguous_format}
+    if isinstance(inputs, Tensor) and inputs.dim() == 4:
+        formats = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
     sides = {}
-    for name, form in (formats or {"contiguous": torch.contiguous_format}).items():
+    for name, form in formats.items():
         network: Any = copy.deepcopy(backbone).to(memory_format=form)  # type: ignore[call-overload]
-        sides[f"dense {name}"] = network.ideal(inputs.contiguous(memory_format=form), route)
+        given = inputs.contiguous(memory_format=form) if isinstance(inputs, Tensor) else inputs
+        sides[f"dense {name}"] = network.ideal(given, route)
     return sides | {f"dense {name}": side for name, side in backbone.dense_twins(inputs).items()}
 
 
@@ -125,7 +128,7 @@ def step_times(
             choices = list(range(frozen.points[state.point].n))
             shuffle.shuffle(choices)
             for choice in choices:
-                branch, action = state.copy(), torch.full_like(state.rows, choice)
+                branch, action = frozen.ready(state.copy()), torch.full_like(state.rows, choice)
                 mask = frozen.open_choices(state)
                 kept = times if mask is None or bool(mask[:, choice].all()) else closed
                 key = (state.point, choice)

@@ -1,0 +1,213 @@
+"""torch.fx cuts a user's module around its parts; what is cut can be exported, and costs no time between them."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from dynrl.ops.gated_residual import gated_residual
+from dynrl.ops.move import apart
+
+
+class Untraceable(ValueError):
+    """This says why torch.fx cannot cut a module, which may still be held where it runs (`dynrl.backbones.held`)."""
+
+
+class _Tracer(fx.Tracer):
+    """The tracer looks into the modules that hold the parts, and into no other modules."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self._open = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return name not in self._open
+
+
+class Part:
+    """A part is a named piece of a module, as a function of rows; its other arguments are constants."""
+
+    def __init__(self, module: nn.Module, node: fx.Node) -> None:
+        self.module, self._more, self._options = module, node.args[1:], dict(node.kwargs)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the part on rows."""
+        return self.module(x, *self._more, **self._options)
+
+
+def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], list[Part]]:
+    """Cut `module` around its parts of these names, which it must run one after the other.
+
+    Args:
+        module: a module that maps one tensor to one tensor.
+        names: names of parts, as in `module.named_modules()`.
+
+    Returns:
+        the pieces before the first part, between parts and behind the last one (one more than parts), and the parts.
+        Both hold the weights of `module` themselves, not copies.
+
+    Raises:
+        ValueError: a part is not run exactly once, on one tensor, in this order; or a tensor passes a part by (a
+            shortcut around it).
+        Untraceable: the module takes, hands to its parts, or returns more than one tensor, or decides by the values of
+            its inputs, so that torch.fx cannot trace it.
+    """
+    parts, kind = dict(module.named_modules()), type(module).__name__
+    options = {
+        p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not p.empty
+    }
+    try:
+        graph = _Tracer(names).trace(module, concrete_args=options)
+    except Exception as error:  # a user's forward may raise anything on a tracer's proxies
+        raise Untraceable(f"torch.fx cannot trace what holds {names[0]!r} in {kind}: {error}") from error
+    _, *more = (node for node in graph.nodes if node.op == "placeholder")
+    if len(more) != len(options):
+        raise Untraceable(f"{kind}.forward takes more than one tensor")
+    for node in more:  # these nodes only check that an option has its default
+        _erase(graph, node)
+    nodes = list(graph.nodes)
+    calls = []
+    for name in names:
+        mine = [node for node in nodes if node.op == "call_module" and node.target == name]
+        if len(mine) != 1:
+            raise ValueError(
+                f"expected {kind} to run {name!r} once for an input, it does so {len(mine)} times; name other parts"
+            )
+        given = mine[0].all_input_nodes
+        if len(given) != 1 or mine[0].args[:1] != (given[0],):
+            raise Untraceable(f"{name!r} is given more than one tensor: {mine[0].args} {dict(mine[0].kwargs)}")
+        calls.append(mine[0])
+    at = [nodes.index(call) for call in calls]
+    if at != sorted(at):
+        in_order = [name for _, name in sorted(zip(at, names, strict=True))]
+        raise ValueError(f"expected the parts in the order in which {kind} runs them: {in_order}")
+    between = []
+    for k in range(len(calls) + 1):
+        first = 0 if k == 0 else at[k - 1]
+        last = at[k] if k < len(calls) else len(nodes) - 1
+        entry = nodes[0] if k == 0 else calls[k - 1]
+        result = calls[k].args[0] if k < len(calls) else nodes[-1].args[0]
+        between.append(fx.GraphModule(module, _copied(nodes[first + 1 : last], entry, result, names, kind)))
+    return between, [Part(parts[name], call) for name, call in zip(names, calls, strict=True)]
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
+
+
+def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[str], kind: str) -> fx.Graph:
+    """Copy `nodes` into a graph that runs from `entry` to `result`."""
+    graph = fx.Graph()
+    made = {entry: graph.placeholder("x")}
+
+    def known(node: fx.Node) -> fx.Node:
+        if node not in made:
+            if node.op != "get_attr":
+                raise ValueError(
+                    f"{kind} needs {node.name!r}, made before one of {list(names)}, after it, too: such a part is no "
+                    "whole block; name the block that has its shortcut inside"
+                )
+            made[node] = graph.node_copy(node)
+        return made[node]
+
+    for node in nodes:
+        if node.op != "placeholder":
+            made[node] = graph.node_copy(node, known)
+    if not isinstance(result, fx.Node):
+        raise Untraceable(f"{kind}.forward returns no tensor, but a {type(result).__name__}")
+    graph.output(known(result))
+    return graph
+
+
+def fold_norms(module: nn.Module, names: Sequence[str]) -> None:
+    """Fold batch norms into the convolutions before them, in place, wherever torch.fx sees the one behind the other.
+
+    The module is for inference only from then on. What lies in a part of these names is not folded with what does not:
+    rows may leave out the one but not the other.
+    """
+    _fold(module, {id(inner): name for name in names for inner in module.get_submodule(name).modules()})
+
+
+def _fold(module: nn.Module, part_of: dict[int, str]) -> None:
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # a user's forward may raise anything on a tracer's proxies; what is inside may be traced
+        for child in module.children():
+            _fold(child, part_of)
+        return
+    called = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        names = str(before.target), str(node.target)
+        convolution, norm = map(module.get_submodule, names)
+        known = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS
+        together = part_of.get(id(convolution)) == part_of.get(id(norm))
+        if known and together and all(called[name] == 1 for name in names):
+            module.set_submodule(names[0], fuse_conv_bn_eval(convolution, norm))
+            module.set_submodule(names[1], nn.Identity())
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Traced:
+    """A module that torch.fx has cut around its parts of given names; see `cut`."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._module, self._names = module, names
+        self.between, self.parts = cut(module, names)
+
+    def output(self, inputs: Tensor) -> Any:
+        """Return the output of the module itself."""
+        return self._module(inputs)
+
+    def again(self) -> Traced:
+        """Return the module cut again, after it was moved or its mode changed: the pieces hold both as constants."""
+        return Traced(self._module, self._names)
+
+    def enter(self, inputs: Tensor) -> TracedStand:
+        """Run what comes before the first part, and stand before it."""
+        # Parts may write in place, but the inputs belong to the user.
+        return TracedStand(self, 0, apart(self.between[0](inputs), inputs))
+
+    def at(self, k: int, x: Tensor, inputs: Tensor) -> TracedStand:
+        """Stand before part `k` with the features `x`."""
+        return TracedStand(self, k, x)
+
+
+class TracedStand:
+    """Rows that stand before part `k` with the features `x` [n, ...]; see `dynrl.backbones.held.Stand`."""
+
+    def __init__(self, traced: Traced, k: int, x: Tensor) -> None:
+        self._traced, self.k, self.x = traced, k, x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the part on `x`."""
+        return self._traced.parts[self.k](x)
+
+    def part(self, rows: slice | None = None) -> Tensor:
+        """Run the part on all rows, or on some of them."""
+        return self(self.x if rows is None else self.x[rows])
+
+    def through(self, run: Tensor) -> Tensor:
+        """Run the part on the rows where `run` [n] is not 0, and pass the others through."""
+        return gated_residual(self.x, run, self._traced.parts[self.k])
+
+    def follow(self, y: Tensor, going: Tensor | None = None) -> TracedStand | Tensor:
+        """Go on behind the part with its features `y`, to the next part or to the answer."""
+        x = self._traced.between[self.k + 1](y)
+        return TracedStand(self._traced, self.k + 1, x) if self.k + 1 < len(self._traced.parts) else x
+
+    def end(self) -> None:
+        """Nothing is held here."""
