@@ -32,6 +32,7 @@ from dynrl.envs.rewards import REWARDS, check_reward
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.files import locked, make_aside, read_json, reading, remove_leftovers, write_aside, write_json
 from dynrl.machine import check_device, hardware
+from dynrl.perturb import Ball, check_attackable
 from dynrl.policies import LearnedPolicy, load_policy, save_policy
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.progress import progress, say, talking
@@ -172,7 +173,8 @@ def plan(decision: str | Backbone, data: Any = None, **given: Any) -> Plan:
     agent = agent_class(given.get("agent", recipe.learning.agent))
     usual = replace(recipe.learning, steps=int(agent.steps_share * recipe.learning.steps))
     learning = _given(usual, given)
-    settings = Settings(problem, replace(learning, finetune=learning.finetune or recipe.joint), _given(Place(), given))
+    tuned = learning.finetune or recipe.joint or learning.attacked > 0
+    settings = Settings(problem, replace(learning, finetune=tuned), _given(Place(), given))
     dataset = load_dataset(data)
     if own is None:
         backbone = recipe.build(dataset, problem.seed)
@@ -267,6 +269,9 @@ def _checked(planned: Plan) -> Plan:
             "remote processes do not see the data of this one: bring it by a plugin, or leave out num_env_runners"
         )
     agent_class(learning.agent).refuse(settings, backbone)
+    if learning.attacked:
+        check_attackable(backbone)
+        Ball.of(dataset)
     return planned
 
 
@@ -597,4 +602,5 @@ def _learn_jointly(
     # The teacher is the network that reports call dense: the better of the two on validation data.
     known = [load_backbone(path)[0] for path in (run.pretrained_file, run.plain_file) if path.is_file()]
     reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
-    return train_jointly(planned.settings, planned.recipe.finetuning, working, reference, run.path, times)
+    tuning = replace(planned.recipe.finetuning, attacked=planned.settings.learning.attacked)
+    return train_jointly(planned.settings, tuning, working, reference, run.path, times)
