@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ def train_jointly(
     """Train a policy and its backbone in turn, from the state that `folder` holds on.
 
     First, the policy learns from `settings.learning.steps` decisions. Each round then fine-tunes the backbone on the
-    routes of the present policy, writes the backbone, and lets the policy learn on it. If the plan attacks inputs, it
-    then also attacks inputs for policies, on which the policy learns beside the others.
+    routes of the present policy, writes the backbone, and lets the policy learn on it. If inputs are attacked, then
+    a share of those for policies, too, on which the policy learns beside the others.
 
     Args:
         settings: the complete settings of the training.
-        plan: how many rounds there are, and how each fine-tunes.
+        plan: how many rounds there are, and how each fine-tunes; the settings say what share is attacked.
         backbone_file: the backbone's file, replaced as a whole after each round; its notes count the rounds (`rounds`).
         reference: the dense network that the backbone is distilled from. It is the same in all rounds, since a backbone
             that is distilled from itself drifts.
@@ -43,6 +44,7 @@ def train_jointly(
         the policy, and whether all rounds were done; False after Ctrl-C.
     """
     problem, learning = settings.problem, settings.learning
+    plan = replace(plan, attacked=learning.attacked)
     backbone, notes = load_backbone(backbone_file)
     done, total = notes.get("rounds", 0), learning.steps + plan.rounds * plan.steps
     data = load_dataset(problem.data).seen_by(backbone.trained_on)

@@ -211,7 +211,9 @@ class Finetuner:
     def attack(self, policy: LearnedPolicy, split: Split) -> Tensor:
         """Return attacked copies of the first inputs of `split`, for policies to learn on: the plan's share of them."""
         count = round(self._plan.attacked * len(split))
-        prices, moved = draw_prices(self._price_range, count, self._generator).to(self._device), list[Tensor]()
+        # Not the generator of the batches: its state is that of the last checkpoint where this is done again.
+        generator = torch.Generator().manual_seed(1_000_003 * self._seed + self.batches)
+        prices, moved = draw_prices(self._price_range, count, generator).to(self._device), list[Tensor]()
         policy.to(self._device)
         for inputs, told in zip(split.inputs[:count].split(BATCH), prices.split(BATCH), strict=True):
             goal = spending(self.backbone, policy, told)

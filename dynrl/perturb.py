@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -70,11 +70,18 @@ class Ball:
         up = torch.randint(0, 2, inputs.shape, generator=generator).to(inputs)
         return self.clamp(inputs + self.radius * (2 * up - 1), inputs)
 
-    def climb(self, inputs: Tensor, goal: Callable[[Tensor], tuple[Tensor, Tensor]], steps: int) -> Tensor:
-        """Climb `goal` from `inputs` [B, ...] by projected gradient steps, and return the best points that were met.
+    def climb(
+        self,
+        inputs: Tensor,
+        goal: Callable[[Tensor], tuple[Tensor, Tensor]],
+        steps: int,
+        starts: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Climb `goal` around `inputs` [B, ...] by projected gradient steps, and return the best points that were met.
 
         Args:
-            inputs: [B, ...], where the climb begins, and the centre of the ball.
+            inputs: [B, ...], the centre of the ball, where the climb begins.
+            starts: other points of the ball, [B, ...] each, from which to climb as well.
             goal: a function from points [B, ...] to what is climbed, [B] and differentiable, and to what a point is
                 worth, [B]. Of points worth the same, the later one is kept.
             steps: the number of steps, each of one length in every number of an input. The first one goes to a corner
@@ -82,18 +89,20 @@ class Ball:
 
         Source: projected gradient descent in the maximum norm (Madry et al. 2018, ICLR, section 2.1).
         """
-        at, best, most = inputs, inputs, None
-        for step in range(steps + 1):
-            at = at.detach().requires_grad_()
-            with torch.enable_grad():
-                climbed, worth = goal(at.clone())  # networks write in place
-            better = torch.ones_like(worth, dtype=torch.bool) if most is None else worth >= most
-            most = worth if most is None else torch.maximum(worth, most)
-            best = torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), at.detach(), best)
-            if step < steps:
-                (slope,) = torch.autograd.grad(climbed.sum(), at)
-                length = FIRST * self.radius * (1 - step / steps)
-                at = self.clamp(at.detach() + length * slope.sign(), inputs)
+        best, most = inputs, None
+        for start in (inputs, *starts):
+            at = start
+            for step in range(steps + 1):
+                at = at.detach().requires_grad_()
+                with torch.enable_grad():
+                    climbed, worth = goal(at.clone())  # networks write in place
+                better = torch.ones_like(worth, dtype=torch.bool) if most is None else worth >= most
+                most = worth if most is None else torch.maximum(worth, most)
+                best = torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), at.detach(), best)
+                if step < steps:
+                    (slope,) = torch.autograd.grad(climbed.sum(), at)
+                    length = FIRST * self.radius * (1 - step / steps)
+                    at = self.clamp(at.detach() + length * slope.sign(), inputs)
         return best
 
 

@@ -602,5 +602,4 @@ def _learn_jointly(
     # The teacher is the network that reports call dense: the better of the two on validation data.
     known = [load_backbone(path)[0] for path in (run.pretrained_file, run.plain_file) if path.is_file()]
     reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
-    tuning = replace(planned.recipe.finetuning, attacked=planned.settings.learning.attacked)
-    return train_jointly(planned.settings, tuning, working, reference, run.path, times)
+    return train_jointly(planned.settings, planned.recipe.finetuning, working, reference, run.path, times)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
@@ -44,10 +43,10 @@ def attack(
 ) -> dict[str, Any]:
     """Attack what a run's routed model saves, and say what is left: clean, in random noise, and attacked.
 
-    There are two attacks within one ball of the maximum norm, both by projected gradient descent. *spending* raises the
-    MACs that the policy spends (`dynrl.perturb.spending`). *uncertainty* is DeepSloth's: it makes the network unsure
-    wherever it says something before its end, and knows no policy. Noise moves each number as
-    far, up or down at random.
+    There are two attacks within one ball of the maximum norm, both by projected gradient descent. *uncertainty* is
+    DeepSloth's: it makes the network unsure wherever it says something before its end, and knows no policy. *spending*
+    raises the MACs that the policy spends (`dynrl.perturb.spending`); it begins once from the input, and once from what
+    was found before. Noise moves each number as far, up or down at random.
 
     Efficacy is the share of the savable MACs that is saved, averaged over inputs: 1 if each takes the cheapest route, 0
     if each takes the dense one. It is the area under the curve of inputs that are done within a cost, from the cheapest
@@ -93,7 +92,7 @@ def attack(
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
     with locked(Path(out)) if out is not None else nullcontext(), talking(show):
-        found = dict(_attacked(backbone, model, test, ball, steps, seed))
+        found = _attacked(backbone, model, test, ball, steps, seed)
         report = {
             "decision": folder.decision, "data": dataset.name, "metric": test.task.metric,
             "policy": kind_of(folder.settings, folder.settings["finetune"], finished=True).label, "seed": folder.seed,
@@ -115,21 +114,22 @@ def attack(
 
 def _attacked(
     backbone: Backbone, model: RoutedModel, test: Split, ball: Ball, steps: int, seed: int
-) -> Iterator[tuple[str, Split]]:
-    """Yield the test inputs by what was done to them: nothing first."""
-    goals = {
-        "uncertainty": uncertainty(backbone, test.task),
-        "spending": spending(backbone, model.policy, model.price),  # type: ignore[arg-type]
-    }
+) -> dict[str, Split]:
+    """Return the test inputs by what was done to them: nothing first."""
     device = next(backbone.parameters()).device
-    yield "clean", replace(test, inputs=test.inputs.to(device))
     noisy = ball.noise(test.inputs, torch.Generator().manual_seed(seed))
-    yield "noise", replace(test, inputs=noisy.to(device))
-    for name, goal in goals.items():
-        if goal is not None:
-            parts = progress(test.inputs.split(BATCH), desc=f"attacking: {name}", unit="batch")
-            moved = torch.cat([ball.climb(part.to(device), goal, steps) for part in parts])
-            yield name, replace(test, inputs=moved)
+    moved = {"clean": test.inputs.to(device), "noise": noisy.to(device)}
+    unsure = uncertainty(backbone, test.task)
+    spent = spending(backbone, model.policy, model.price)  # type: ignore[arg-type]
+    for name, goal in (("uncertainty", unsure), ("spending", spent)):
+        if goal is None:
+            continue
+        other = [*moved.values()][-1]  # the climb begins a second time from what the attack before has found
+        starts = [] if goal is unsure else [other]
+        parts = [part.split(BATCH) for part in (moved["clean"], *starts)]
+        batches = progress([*zip(*parts, strict=True)], desc=f"attacking: {name}", unit="batch")
+        moved[name] = torch.cat([ball.climb(part, goal, steps, more) for part, *more in batches])
+    return {name: replace(test, inputs=inputs) for name, inputs in moved.items()}
 
 
 def _cheapest(model: RoutedModel) -> int:
