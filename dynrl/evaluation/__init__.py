@@ -43,8 +43,8 @@ __all__ = [
     "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Constant", "Contender", "Dense", "Front", "Ground", "Learned",
     "Oracle", "Plain", "Random", "Reached", "Ruled", "Score", "Smaller", "Static", "Usage", "Walked", "affordable",
     "area", "attack", "attack_text", "by_difficulty", "calibrate", "calibrate_latency", "captured", "cheapest_choices",
-    "collapse", "compare", "comparison_text", "dense_sides", "differences", "evaluate", "find_price_range", "measure", "measured_routes",
-    "medians_in_turn", "oracle_candidates", "oracle_routes", "paired", "random_rate", "report_text", "rivals",
-    "rules_of", "score", "score_routes", "score_rows", "spaced_routes", "spearman", "static_routes", "static_tries",
-    "step_times", "verdict",
+    "collapse", "compare", "comparison_text", "dense_sides", "differences", "evaluate", "find_price_range", "measure",
+    "measured_routes", "medians_in_turn", "oracle_candidates", "oracle_routes", "paired", "random_rate", "report_text",
+    "rivals", "rules_of", "score", "score_routes", "score_rows", "spaced_routes", "spearman", "static_routes",
+    "static_tries", "step_times", "verdict",
 ]  # fmt: skip
