@@ -50,7 +50,7 @@ dynrl/pretrained/%/report.json: | install
 test-vision: $(VISION)/.ready
 	$(VISION)/bin/python -m pytest tests/vision.py
 
-# Several processes, some of them killed.
+# Several processes, some of them killed; and ten minutes of calls, or DYNRL_SOAK seconds of them.
 test-scale: install
 	$(BIN)/python -m pytest tests/scale.py
 

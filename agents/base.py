@@ -272,6 +272,11 @@ def entropy_bonus(entropy: float, backbone: Backbone) -> float:
     return entropy * min(1.0, FREE_STEPS / backbone.max_steps)
 
 
+def attacked_file(backbone_file: Path) -> Path:
+    """Return the file of attacked inputs for policies, beside the backbone that they were found on."""
+    return backbone_file.with_name("attacked.safetensors")
+
+
 def env_arguments(settings: Settings, backbone_file: Path, times: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the environment's arguments, except for the number of rows and the way it resets."""
     learning: Learning = settings.learning
@@ -281,4 +286,5 @@ def env_arguments(settings: Settings, backbone_file: Path, times: Mapping[str, A
         "price_range": list(learning.prices), "reward": learning.reward,
         "sight": check_kind(learning.policy).sight_class.name, "times": times,
         "device": place.device, "dtype": learning.dtype,
+        "attacked": str(attacked_file(backbone_file).resolve()) if learning.attacked else None,
     }  # fmt: skip

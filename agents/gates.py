@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.agents.base import MOST_STEPS, Agent, walks
+from dynrl.agents.base import MOST_STEPS, Agent, attacked_file, walks
 from dynrl.agents.metrics import episode_scalars
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS
+from dynrl.files import load_tensors
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.routes import draw_prices
 from dynrl.settings import Settings
@@ -66,7 +67,7 @@ class Gates(Agent):
         """Build the router and its optimiser."""
         problem, learning = self.settings.problem, self.settings.learning
         trained_on = load_backbone(self.backbone_file)[0].trained_on
-        self._split = load_dataset(problem.data).seen_by(trained_on).unseen
+        self._unseen = load_dataset(problem.data).seen_by(trained_on).unseen
         self._reward = REWARDS[learning.reward]
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.reload()
@@ -83,6 +84,9 @@ class Gates(Agent):
         """Read the backbone without folding its layers, because folded layers are for inference only."""
         self._backbone = load_backbone(self.backbone_file)[0].requires_grad_(False)
         self._backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._split = self._unseen
+        if self.settings.learning.attacked and (file := attacked_file(self.backbone_file)).is_file():
+            self._split = self._unseen.beginning_with(load_tensors(file, "attacked inputs")[0]["inputs"])
         self._dense = DenseOutputs(self._backbone.for_inference(), self._split)
 
     def iterate(self) -> dict[str, float]:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynrl.deploy import RoutedModel, load, plug
-    from dynrl.evaluation import compare, evaluate
+    from dynrl.evaluation import attack, compare, evaluate
     from dynrl.training import train
 
 from dynrl._version import __version__
 
-__all__ = ["RoutedModel", "__version__", "compare", "evaluate", "load", "plug", "train"]
+__all__ = ["RoutedModel", "__version__", "attack", "compare", "evaluate", "load", "plug", "train"]
 
 _WHERE = {
     "RoutedModel": "deploy", "load": "deploy", "plug": "deploy", "train": "training", "evaluate": "evaluation",
-    "compare": "evaluation",
+    "compare": "evaluation", "attack": "evaluation",
 }  # fmt: skip
 
 if importlib.util.find_spec("gymnasium") is not None:

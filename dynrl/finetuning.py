@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State
 from dynrl.checkpoints import Checkpoint
-from dynrl.data import Dataset
+from dynrl.data import Dataset, Split
 from dynrl.inputs import laid_out
+from dynrl.perturb import Ball, spending
 from dynrl.policies import LearnedPolicy
 from dynrl.pretraining import autocast, loss_of, make_optimizer
 from dynrl.routes import draw_prices
 
 CHECKPOINT_EVERY = 100  # the number of batches between checkpoints
+ATTACK_STEPS = 7  # the gradient steps of attacks in training, as in Madry et al. 2018
+BATCH = 120  # the inputs for policies that are attacked at a time
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Finetuning:
             dense, and batch norm in blocks that the policy seldom runs would have no statistics.
         sampled: whether routes are drawn from the policy, as while it learns, or are its likeliest ones, as when
             plugged in. Drawn routes teach a network that fails after a stray choice to survive it.
+        attacked: the share of each batch that is attacked first (`dynrl.perturb`). Attacked rows take the routes that
+            they would have taken unattacked: where a policy stops early, the network learns to be right there.
         distillation: the weight of the divergence from the reference's outputs (Hinton et al. 2015, section 2), next to
             the loss on the targets.
     """
@@ -51,6 +56,7 @@ class Finetuning:
     label_smoothing: float = 0.1
     full_share: float = 0.25
     sampled: bool = False
+    attacked: float = 0.0
     distillation: float = 1.0
 
 
@@ -92,6 +98,8 @@ class Finetuner:
             raise ValueError(f"a batch of {plan.batch_size} is larger than the {len(dataset.train)} training inputs")
         self._round = max(1, round(plan.epochs * self._epoch))
         self.total = plan.rounds * self._round
+        if plan.attacked:
+            self._ball = Ball.of(dataset)
         self._generator = torch.Generator().manual_seed(seed)
         self._optimizer = make_optimizer(backbone, plan.optimizer, plan.learning_rate, plan.weight_decay)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.total)
@@ -145,24 +153,12 @@ class Finetuner:
         prices = draw_prices(self._price_range, len(rows), self._generator)
         inputs, targets, prices = laid_out(inputs).to(device), targets.to(device), prices.to(device)
         policy.to(device)
-        whole = torch.arange(len(rows), device=device) < round(plan.full_share * len(rows))
-        full_route = backbone.dense_actions(len(rows), device)
-
-        with torch.no_grad():
-            logits_at = policy.logits_on(backbone, prices)
-
-        @torch.no_grad()
-        def choose(state: State) -> Tensor:
-            with torch.autocast(device.type, enabled=False):
-                logits = logits_at(state)
-            if plan.sampled:
-                action = torch.multinomial(logits.softmax(1).cpu(), 1, generator=self._generator).squeeze(1).to(device)
-            else:
-                action = logits.argmax(1)
-            return torch.where(whole[state.rows], state.along(full_route), action)
-
+        moved, fixed, route = self._planned(policy, inputs, prices)
+        follow = self._chooser(policy, prices)
         with autocast(device):
-            walk, answers = backbone.run_training(inputs, choose)
+            walk, answers = backbone.run_training(
+                moved, lambda state: torch.where(fixed[state.rows], state.along(route), follow(state))
+            )
         output = answers[0].output.float()
         with torch.no_grad():
             dense = self._reference(inputs)
@@ -178,6 +174,50 @@ class Finetuner:
             task.metric: float(task.score(output.detach(), targets).mean()),
             "macs_fraction": float(walk.macs.double().mean()) / backbone.dense_macs,
         }  # fmt: skip
+
+    def _planned(self, policy: LearnedPolicy, inputs: Tensor, prices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the inputs, of which the last ones are attacked; which rows have their routes; and these routes."""
+        count, size, backbone = round(self._plan.attacked * len(inputs)), len(inputs), self.backbone
+        rows = torch.arange(size, device=inputs.device)
+        whole, route = rows < round(self._plan.full_share * size), backbone.dense_actions(size, inputs.device)
+        if not count:
+            return inputs, whole, route
+        last, told = inputs[-count:], prices[-count:]
+        backbone.eval()
+        with torch.no_grad():
+            taken = backbone.run(last.clone(), self._chooser(policy, told)).route.clamp_min(0)
+        moved = self._ball.climb(last, spending(backbone, policy, told), ATTACK_STEPS)
+        backbone.train()
+        taken = torch.cat([route[:-count], taken])
+        route = torch.where(whole.unsqueeze(1), route, taken)
+        return torch.cat([inputs[:-count], moved]), whole | (rows >= size - count), route
+
+    def _chooser(self, policy: LearnedPolicy, prices: Tensor) -> Callable[[State], Tensor]:
+        """Return the function from a state to the policy's choices, likeliest or drawn."""
+        logits_at = policy.logits_on(self.backbone, prices)
+
+        @torch.no_grad()
+        def choose(state: State) -> Tensor:
+            with torch.autocast(prices.device.type, enabled=False):
+                logits = logits_at(state)
+            if not self._plan.sampled:
+                return logits.argmax(1)
+            drawn = torch.multinomial(logits.softmax(1).cpu(), 1, generator=self._generator)
+            return drawn.squeeze(1).to(prices.device)
+
+        return choose
+
+    def attack(self, policy: LearnedPolicy, split: Split) -> Tensor:
+        """Return attacked copies of the first inputs of `split`, for policies to learn on: the plan's share of them."""
+        count = round(self._plan.attacked * len(split))
+        # Not the generator of the batches: its state is that of the last checkpoint where this is done again.
+        generator = torch.Generator().manual_seed(1_000_003 * self._seed + self.batches)
+        prices, moved = draw_prices(self._price_range, count, generator).to(self._device), list[Tensor]()
+        policy.to(self._device)
+        for inputs, told in zip(split.inputs[:count].split(BATCH), prices.split(BATCH), strict=True):
+            goal = spending(self.backbone, policy, told)
+            moved.append(self._ball.climb(inputs.to(self._device), goal, ATTACK_STEPS).cpu())
+        return torch.cat(moved)
 
     def _rows(self) -> Tensor:
         """The next batch of an order that is drawn anew for each epoch, so that a round may end within one.

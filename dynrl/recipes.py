@@ -148,6 +148,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64), "exits": (0, 2, 4, 6, 8)},
         pretraining=Recipe(epochs=16, batch_size=100),
         learning=Learning(steps=200_000),
+        finetuning=Finetuning(rounds=3, epochs=6, steps=60_000, batch_size=100),
     ),
     ("exit", "fashion-mnist"): Defaults(
         family="exit_resnet",

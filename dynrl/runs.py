@@ -31,6 +31,7 @@ class RunKind:
         price: the only price that the policy was trained at; None for a range of prices.
         cost: the cost that the price refers to, "macs" or "time".
         tuned: whether the backbone was fine-tuned, too.
+        attacked: whether that was done on attacked inputs.
         finished: whether training came to its end.
     """
 
@@ -41,6 +42,7 @@ class RunKind:
     price: float | None = None
     cost: str = "macs"
     tuned: bool = False
+    attacked: bool = False
     finished: bool = True
 
     @property
@@ -52,6 +54,7 @@ class RunKind:
         words += [f"by {self.cost}"] if self.cost != "macs" else []
         words += [f"at {self.price:g}"] if self.price is not None else []
         words += ["tuned"] if self.tuned else []
+        words += ["on attacks"] if self.attacked else []
         words += [] if self.finished else ["unfinished"]
         return " ".join(words)
 
@@ -71,6 +74,7 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
         price=low if low == high else None,
         cost=settings["cost"],
         tuned=tuned,
+        attacked=tuned and settings["attacked"] > 0,
         finished=finished,
     )
 

@@ -66,6 +66,8 @@ class Learning:
             `dynrl calibrate`.
         finetune: Whether backbone and policy are trained in turn afterwards, by the data set's plan. This is always
             done where no backbone survives random routes (recurrent ones on adding).
+        attacked: The share of inputs that are attacked while backbone and policy are trained in turn, as `dynrl attack`
+            does it, so that attacks take less of what the policy saves. More than 0 implies finetune.
         dtype: The number type of the backbone while the policy learns on it.
     """
 
@@ -81,6 +83,7 @@ class Learning:
     entropy: float | None = None
     cost: Literal["macs", "time"] = "macs"
     finetune: bool = False
+    attacked: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -93,6 +96,9 @@ class Learning:
             raise ValueError(f"expected a learning_rate above 0 and below 1, got {self.learning_rate}")
         if self.entropy is not None and not 0 <= self.entropy < 1:
             raise ValueError(f"expected an entropy of at least 0 and below 1, got {self.entropy}")
+
+        if not 0 <= self.attacked <= 1:
+            raise ValueError(f"expected attacked, a share of inputs, from 0 to 1, got {self.attacked}")
 
     @property
     def prices(self) -> tuple[float, float]:

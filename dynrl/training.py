@@ -32,6 +32,7 @@ from dynrl.envs.rewards import REWARDS, check_reward
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.files import locked, make_aside, read_json, reading, remove_leftovers, write_aside, write_json
 from dynrl.machine import check_device, hardware
+from dynrl.perturb import Ball, check_attackable
 from dynrl.policies import LearnedPolicy, load_policy, save_policy
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.progress import progress, say, talking
@@ -172,7 +173,8 @@ def plan(decision: str | Backbone, data: Any = None, source: str | Path | None =
     agent = agent_class(given.get("agent", recipe.learning.agent))
     usual = replace(recipe.learning, steps=int(agent.steps_share * recipe.learning.steps))
     learning = _given(usual, given)
-    settings = Settings(problem, replace(learning, finetune=learning.finetune or recipe.joint), _given(Place(), given))
+    tuned = learning.finetune or recipe.joint or learning.attacked > 0
+    settings = Settings(problem, replace(learning, finetune=tuned), _given(Place(), given))
     dataset = load_dataset(data)
     if source is not None:
         backbone = _backbone_of(source, problem)
@@ -279,6 +281,9 @@ def _checked(planned: Plan) -> Plan:
             "remote processes do not see the data of this one: bring it by a plugin, or leave out num_env_runners"
         )
     agent_class(learning.agent).refuse(settings, backbone)
+    if learning.attacked:
+        check_attackable(backbone)
+        Ball.of(dataset)
     return planned
 
 

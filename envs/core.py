@@ -23,6 +23,7 @@ from dynrl.data import Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.envs.pages import page
 from dynrl.envs.rewards import check_reward
+from dynrl.files import load_tensors
 from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
 from dynrl.schema import check_price_range
@@ -117,6 +118,7 @@ class RoutingVectorEnv(VectorEnv):
         dtype: the type of the backbone and its inputs, one of `DTYPES`. Observations and rewards stay in float32.
         group: how many neighbouring sub-environments meet the same input at the same price in each episode, so that one
             input takes several routes. It divides `num_envs`.
+        attacked: a file of inputs that take the place of the split's first ones, if it exists (see `train_jointly`).
         autoreset_mode: NEXT_STEP (which stock RLlib expects), SAME_STEP (which wastes no step; our runner and SB3 use
             it) or DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
 
@@ -156,6 +158,7 @@ class RoutingVectorEnv(VectorEnv):
         device: str | torch.device = "cpu",
         dtype: str = "float32",
         group: int = 1,
+        attacked: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ) -> None:
         if num_envs < 1:
@@ -183,6 +186,8 @@ class RoutingVectorEnv(VectorEnv):
         self._split = dataset.seen_by(self.backbone.trained_on).split(split)
         if self.device.type != "cpu" or kind is not next(self.backbone.parameters()).dtype:
             self.backbone = copy.deepcopy(self.backbone).to(self.device, kind)
+        if attacked is not None and Path(attacked).is_file():  # before the first attack, there is none
+            self._split = self._split.beginning_with(load_tensors(attacked, "attacked inputs")[0]["inputs"])
         self._split = self._split.to(self.device, kind)
         self.sight = SIGHTS[sight].of(self.backbone)
         self.reward = check_reward(reward, self.task, self.sight.looks(self.backbone.max_steps) == 1)

@@ -18,6 +18,7 @@ VERBS = {
     "compare": "train a matrix of policies, and report which is better, by how much, and how certain that is",
     "sweep": "search for good training settings with Ray Tune",
     "pretrain": "train a plain network, and a backbone from it under random routes",
+    "attack": "change inputs by little so that a model spends more, and say what is left of what it saves",
     "calibrate": "time a routed model on this machine, for budgets in milliseconds",
     "export": "write a routed model as a program that needs torch alone",
     "bench": "measure ops and whole networks against their ideals, sampling speed, and how soon agents learn",

@@ -2,6 +2,7 @@
 
 A table goes from `<!-- table:NAME -->` to `<!-- end -->`. NAME is a folder of `results/` with a report; `demo` (what
 `dynrl demo` prints); `by-decision` (a row for each decision); `comparison` or `one-price` (all comparisons);
+`attacks` (what attacks take);
 `decisions`, `decisions-pages` or `data` (the registries); `shipped`; or a bench, whose newest file is shown.
 """
 
@@ -73,6 +74,8 @@ def table(name: str, results: Path) -> list[str]:
     if name == "by-decision":
         reports = [results / folder / "report.json" for folder in SHOWN]
         return read(lambda *found: tables.by_decision_table(dict(zip(SHOWN, found, strict=True))), *reports)
+    if name == "attacks":
+        return read(lambda *found: tables.attacks_table([*found]), *sorted(results.glob("*/attack.json")))
     if name == "demo":
         return read(demo.table, results / f"{demo.DECISION}-{demo.DATA}" / "report.json")
     if name in BENCHES:

@@ -1,6 +1,12 @@
-"""Several processes, some of which die; a sweep; changed files: `make test-scale`, outside the ordinary run."""
+"""Several processes, some of which die; a sweep; changed files; a soak: `make test-scale`, outside the ordinary run."""
 
 from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -12,7 +18,7 @@ from dynrl.agents.base import open_agent
 from dynrl.agents.rllib import start_ray
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
-from dynrl.deploy import SHIPPED, RoutedModel
+from dynrl.deploy import SHIPPED, RoutedModel, load, shipped
 from dynrl.evaluation import score, score_routes
 from dynrl.files import read_json
 from dynrl.plugins import VARIABLE
@@ -21,6 +27,7 @@ from dynrl.settings import Learning, Place, Problem, Settings
 from tests.mutations import check
 
 STEPS = 24_000
+SOAK = float(os.environ.get("DYNRL_SOAK", "600"))  # the seconds of a soak, for all shipped models together
 
 
 def test_changed_models_are_refused_by_their_file_or_right(tmp_path):
@@ -29,6 +36,43 @@ def test_changed_models_are_refused_by_their_file_or_right(tmp_path):
     print(f"\nchanged models: {found}")
     assert found["refused"] + found["accepted"] == 2500
     assert found["megabytes"] < 300
+
+
+def resident():
+    """The megabytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_memory_stays_flat_over_a_soak(name):
+    """Calls of any batch size, at budgets and limits that change meanwhile, from two threads at a time."""
+    model = load(name)
+    spent, least = [share for _, share in model.curve], model.backbone.least_macs()
+    tightest = 1.2 * (model.backbone.start_macs + int(least[0].min())) / model.backbone.dense_macs + 0.1
+    begun, sizes, wrong, calls = time.monotonic(), list[float](), list[str](), [0, 0]
+
+    def work(thread):
+        draw = random.Random(thread)
+        while time.monotonic() - begun < SOAK / len(shipped()):
+            model.set_budget(draw.uniform(min(spent), max(spent)))
+            model.set_limit(draw.choice((None, draw.uniform(tightest, 1.0))))
+            outputs = model(torch.randn(draw.choice((1, 2, 7, 64, 255)), *model.input_shape))
+            if not outputs.isfinite().all() or not (model.last_route.macs <= model.backbone.dense_macs).all():
+                wrong.append(str(model.last_route))
+            calls[thread] += 1
+            sizes.append(resident())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    quarter = len(sizes) // 4
+    before, after = (sum(part) / len(part) for part in (sizes[2 * quarter : 3 * quarter], sizes[3 * quarter :]))
+    print(f"\n{name}: {sum(calls)} calls, {before:.0f} MB in the third quarter, {after:.0f} MB in the last")
+    assert not wrong and min(calls) > 10
+    assert after < 1.02 * before
 
 
 def kill(runner):

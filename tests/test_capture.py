@@ -72,8 +72,12 @@ def test_capture_without_cuda_is_refused():
 
 
 @pytest.mark.parametrize(
-    "change", [lambda m: m.half(), lambda m: m.load_state_dict(m.state_dict()), lambda m: m.set_price(0.5)]
-)
+    "change",
+    [
+        lambda m: m.half(), lambda m: m.load_state_dict(m.state_dict()), lambda m: m.set_price(0.5),
+        lambda m: m.set_limit(0.9),
+    ],
+)  # fmt: skip
 def test_a_replay_of_what_is_no_longer_there_is_refused(change):
     """The graph would read memory that is freed, or old constants beside new weights. Nothing is recorded here."""
     model = routed()
@@ -103,6 +107,21 @@ def test_a_replay_is_the_eager_walk_for_routes_that_change():
         assert torch.equal(route, model.last_route.actions)
         routes.add(str(route.tolist()))
     assert len(routes) > 1
+
+
+@ON_CUDA
+def test_a_graph_keeps_its_limit():
+    model = routed()
+    inputs = torch.randn(6, 1, 8, 8, device=DEVICE)
+    model(inputs)
+    free = model.last_route.macs_fraction
+    limit = float(free.min() + free.max()) / 2
+    model.set_limit(limit)
+    captured = model.capture(6)
+    got, route = captured(inputs).clone(), model.last_route.actions.clone()
+    assert (model.last_route.macs_fraction <= limit).all() and (free > limit).any()
+    torch.testing.assert_close(got, model(inputs), atol=1e-4, rtol=1e-4)
+    assert torch.equal(route, model.last_route.actions)
 
 
 @ON_CUDA

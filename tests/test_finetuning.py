@@ -124,6 +124,40 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["exiting", "looping", "skip"])
+def test_attacked_rows_take_the_routes_of_before(name, tmp_path):
+    backbone = make_backbone(name)
+    router, data = random_policy(backbone), answered_by(backbone)
+    plan = Finetuning(batch_size=32, attacked=0.5, full_share=0.25)
+    tuner = Finetuner(backbone, backbone, data, plan, PRICES, 0, tmp_path / "c.safetensors")
+    inputs, prices = data.train.inputs[:32], torch.full((32,), 0.1)
+    backbone.train()
+    moved, fixed, route = tuner._planned(router, inputs, prices)
+    model = RoutedModel(backbone, router)
+    model.set_price(0.1)
+    assert backbone.training and fixed.tolist() == [True] * 8 + [False] * 8 + [True] * 16
+    assert torch.equal(moved[:16], inputs[:16])
+    assert torch.equal(moved, tuner._ball.clamp(moved, inputs)) and not torch.equal(moved[16:], inputs[16:])
+    taken = model.walk(inputs[16:]).route
+    assert torch.equal(route[16:], taken.clamp_min(0)) and len(taken.unique(dim=0)) > 1
+    assert torch.equal(route[:8], backbone.dense_actions(8))
+
+
+def test_the_policy_learns_on_attacked_inputs_beside_others(jointly, monkeypatch):
+    from dynrl.agents.gates import Gates
+
+    seen, reload = [], Gates.reload
+    monkeypatch.setattr(Gates, "reload", lambda agent: reload(agent) or seen.append(agent))
+    jointly("attacked", 0.25)
+    agent = seen[-1]
+    plain, mine = agent._unseen.inputs, agent._split.inputs
+    changed = (plain != mine).flatten(1).any(1)
+    count = round(0.25 * len(plain))
+    assert changed[:count].float().mean() > 0.9 and not changed[count:].any()
+    with pytest.raises(ValueError, match="expected at most"):
+        agent._unseen.beginning_with(torch.zeros(1, 5))
+
+
 # In turn ----------------------------------------------------------------------------------------------------
 
 PLAN = Finetuning(rounds=3, epochs=0.5, steps=2 * 8 * 16 * 2, batch_size=32)  # rounds of 4 batches and 2 iterations
@@ -142,12 +176,13 @@ def jointly(monkeypatch, tmp_path):
     for module in ("gates", "joint"):
         monkeypatch.setattr(f"dynrl.agents.{module}.load_dataset", lambda name: data)
 
-    def train(folder):
+    def train(folder, attacked=0.0):
         file = tmp_path / folder / "checkpoints" / "backbone.safetensors"
         if not file.exists():
             torch.manual_seed(3)
             Exiting().save(file)
-        return *train_jointly(SETTINGS, PLAN, file, reference, tmp_path / folder), *load_backbone(file)
+        settings = replace(SETTINGS, learning=replace(SETTINGS.learning, attacked=attacked))
+        return *train_jointly(settings, PLAN, file, reference, tmp_path / folder), *load_backbone(file)
 
     return train
 
@@ -185,18 +220,18 @@ def test_rounds_follow_each_other(jointly, monkeypatch):
     assert backbone.fingerprint() != Exiting().fingerprint()
 
 
-@pytest.mark.parametrize("part", ["backbone", "policy", "version"])
-def test_killed_and_resumed_in_turn_ends_as_if_never_stopped(part, jointly, monkeypatch):
+@pytest.mark.parametrize(("part", "attacked"), [("backbone", 0), ("policy", 0), ("version", 0), ("policy", 0.5)])
+def test_killed_and_resumed_in_turn_ends_as_if_never_stopped(part, attacked, jointly, monkeypatch):
     from dynrl.agents.gates import Gates
 
-    router, _, backbone, _ = jointly("whole")
+    router, _, backbone, _ = jointly("whole", attacked)
     target, number = {
         "backbone": ((Finetuner, "_step"), 7), "policy": ((Gates, "_descend"), 37), "version": ((Exiting, "save"), 2),
     }[part]  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         at_call(patch, target, number, fail)
-        jointly("killed")
-    again, finished, same, _ = jointly("killed")
+        jointly("killed", attacked)
+    again, finished, same, _ = jointly("killed", attacked)
     assert finished
     for one, other in ((router, again), (backbone, same)):
         for name, tensor in one.state_dict().items():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -679,22 +680,24 @@ def test_outputs_are_normal_tensors_without_a_graph(name):
 
 @pytest.mark.parametrize("name", ["skip-digits", "exit-digits", "hidden-update-sequential-digits"])
 def test_threads_share_a_model(name, switching):
-    """Each call has one price, which it takes at its begin, and each thread its own last route."""
+    """Each call has one price and one limit, which it takes at its begin, and each thread its own last route."""
     model = dynrl.load(name)
     batches = {size: torch.randn(size, *model.input_shape) for size in (5, 16)}
-    known = {size: [] for size in batches}
-    for price in model.price_range:
+    known, settings = {size: [] for size in batches}, list(product(model.price_range, (None, 0.6)))
+    for price, limit in settings:
         model.set_price(price)
+        model.set_limit(limit)
         for size, inputs in batches.items():
             walk = model.walk(inputs)
             known[size].append((walk.route, walk.outputs))
-    assert not torch.equal(known[16][0][0], known[16][1][0])
+    assert len({str(route.tolist()) for route, _ in known[16]}) >= 3
     done, wrong = threading.Event(), []
 
     def flip():
         while not done.is_set():
-            for price in model.price_range:
+            for price, limit in settings:
                 model.set_price(price)
+                model.set_limit(limit)
 
     def call(size):
         for _ in range(40):

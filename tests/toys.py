@@ -31,6 +31,9 @@ class Exiting(Backbone):
             costs=[[24, 0], [24, 0]], start_macs=24, full_route=(0, 0), feature_width=4,
         )  # fmt: skip
 
+    def leads_to(self, column: int, choice: int) -> int:
+        return END if choice == 1 else super().leads_to(column, choice)
+
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
         x = torch.tanh(self.stages[k](x))
         walk.put_output(rows, self.heads[k](x))
@@ -72,6 +75,9 @@ class Looping(Backbone):
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, inputs.clone())
+
+    def leads_to(self, column: int, choice: int) -> int:
+        return END if choice == 0 else super().leads_to(column, choice)
 
     def open_choices(self, state: State) -> Tensor:
         last = torch.as_tensor(state.visit).expand(state.count) >= self.max_steps - 1
@@ -123,6 +129,9 @@ class Branching(Backbone):
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, inputs.clone())
+
+    def leads_to(self, column: int, choice: int) -> int:
+        return 2 if column == choice == 0 else super().leads_to(column, choice)
 
     def observe(self, state: State) -> Tensor:
         return state.features[:, :4].clone()  # behind it, in a gated walk, what waits for the detour's end
@@ -186,6 +195,13 @@ class Roundabout(Backbone):
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, (inputs.clone(), inputs.clone()))
+
+    def leads_to(self, column: int, choice: int) -> int:
+        last = self.columns - 1
+        return last if choice == 0 and column < last else super().leads_to(column, choice)
+
+    def surcharge(self, column: int, choice: int) -> int:
+        return 16 * (column - 1) if choice == 1 and 1 <= column <= self.rounds else 0
 
     def observe(self, state: State) -> Tensor:
         return state.features[0].clone()

@@ -24,6 +24,8 @@ from dynrl.ops.backend import may_look
 from dynrl.provenance import Provenance
 from dynrl.routes import draw_routes
 
+OUT_OF_REACH = 2**62  # more MACs than any walk costs
+
 
 def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
     """Return the open choice of `mask` [n, choices] nearest to each of `wanted` [n or 1, k]: [n, k], lower first."""
@@ -149,6 +151,18 @@ class Backbone(nn.Module):
     def open_choices(self, state: State) -> Tensor | None:
         """Return which choices are open, [rows, choices of the point] bool; None stands for all of them."""
         return None
+
+    def leads_to(self, column: int, choice: int) -> int:
+        """Return the column of the decision that a row comes to by `choice` in `column`; END if it ends.
+
+        Here it is the next column. A family in which rows leave early or part writes its own. The cheapest way from
+        each column to an end must never be closed, because a limit on what a row may spend counts on it.
+        """
+        return column + 1 if column + 1 < self.columns else END
+
+    def surcharge(self, column: int, choice: int) -> int:
+        """Return the most MACs that `choice` in `column` is charged beyond the table (`walk.charge`)."""
+        return 0
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
         """Return a function that takes the least time for `route`: it runs the same layers on as many rows.
@@ -307,6 +321,38 @@ class Backbone(nn.Module):
     def column_costs(self) -> Tensor:
         """The cost of each choice in each column, [columns, num_choices] int64 on the CPU; -1 for no such choice."""
         return self.costs.cpu()[self.column_point]
+
+    def least_macs(self, look: int = 0) -> Tensor:
+        """Return what each choice and the cheapest way from there to an end cost: [columns, num_choices] int64.
+
+        The table is on the CPU, and holds `OUT_OF_REACH` where there is no such choice.
+
+        Args:
+            look: the MACs that each decision costs in addition.
+
+        Raises:
+            ValueError: the family charges more than its table holds, and does not say how much.
+        """
+        costs = [
+            [cost + look + self.surcharge(column, choice) for choice, cost in enumerate(row) if cost >= 0]
+            for column, row in enumerate(self.column_costs.tolist())
+        ]
+        full = sum(costs[column][choice] - look for column, choice in enumerate(self.full_route) if choice >= 0)
+        if self.start_macs + full != self.dense_macs:
+            raise ValueError(
+                f"{type(self).__name__} charges MACs beyond its table and does not say how many: its `surcharge` adds "
+                f"up to a dense network of {self.start_macs + full:,} MACs, expected {self.dense_macs:,}"
+            )
+        least, found = list[list[int]](), [[OUT_OF_REACH] * len(row) for row in costs]
+        # Columns mostly lead to later ones, so one pass from the last to the first is enough, and the next finds no
+        # change. Where points take turns in a loop, there are more passes.
+        while found != least:
+            least = [list(row) for row in found]
+            for column in reversed(range(self.columns)):
+                for choice, cost in enumerate(costs[column]):
+                    after = self.leads_to(column, choice)
+                    found[column][choice] = min(OUT_OF_REACH, cost + (0 if after == END else min(found[after])))
+        return torch.tensor([row + [OUT_OF_REACH] * (self.num_choices - len(row)) for row in least])
 
     @property
     def mac_table(self) -> CostTable:

@@ -82,6 +82,10 @@ class Exits(Backbone):
         state.walk.leave(gates, STOP)
         return self._arrive(state.walk, state.point + 1, state.rows, state.features)
 
+    def leads_to(self, column: int, choice: int) -> int:
+        """Return `Backbone.leads_to`: stopping ends the walk."""
+        return END if choice == STOP else super().leads_to(column, choice)
+
     def observe(self, state: State) -> Tensor:
         """Return how sure the exit is (`exit_scores`), then each channel's mean over all places."""
         return torch.cat([exit_scores(self.output(state)), self._summary(state.point, state.features)], 1)

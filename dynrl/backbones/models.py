@@ -183,6 +183,11 @@ class Models(Backbone):
         """Return the model that a choice at a point runs; the choice to stop is the model that spoke last."""
         return max(point - 1, 0) + choice
 
+    def leads_to(self, column: int, choice: int) -> int:
+        """Return `Backbone.leads_to`: behind each model but the last, there is a point."""
+        k = self._chosen(column, choice)
+        return END if (column and choice == STOP) or k + 1 == len(self.members) else k + 1
+
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, point, reached = state.walk, state.point, []
         for choice in range(self.points[point].n):

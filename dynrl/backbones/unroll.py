@@ -79,6 +79,10 @@ class Unrolling(Backbone):
         )  # fmt: skip
         self.costs = self.costs.to(device)
 
+    def leads_to(self, column: int, choice: int) -> int:
+        """Return `Backbone.leads_to`: stopping ends the walk."""
+        return END if choice == STOP else super().leads_to(column, choice)
+
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return self._go_on(walk, rows, self._lead(inputs))
 

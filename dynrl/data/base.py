@@ -52,6 +52,14 @@ class Split:
         difficulty = {name: numbers[rows] for name, numbers in self.difficulty.items()}
         return Split(self.inputs[rows], self.targets[rows], self.task, difficulty)
 
+    def beginning_with(self, inputs: Tensor) -> Split:
+        """Return the split with `inputs` [k, ...] in place of its first ones; targets stay."""
+        if not len(inputs) <= len(self) or inputs.shape[1:] != self.inputs.shape[1:]:
+            raise ValueError(
+                f"expected at most {len(self)} inputs of {tuple(self.inputs.shape[1:])}, got {tuple(inputs.shape)}"
+            )
+        return replace(self, inputs=torch.cat([inputs.to(self.inputs), self.inputs[len(inputs) :]]))
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on `device`, with inputs of the type `dtype`; targets keep their type."""
         return Split(placed(self.inputs, device, dtype), self.targets.to(device), self.task, self.difficulty)

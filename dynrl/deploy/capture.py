@@ -20,21 +20,25 @@ class Recorded:
 
     Attributes:
         price: the price that the policy is told.
+        limit: the most that one input may spend, as a share of the dense MACs; None without a limit.
         edition: the edition of the policy's weights; moving the model or loading weights makes a new one.
     """
 
     price: float
+    limit: float | None
     edition: int
 
     @classmethod
     def of(cls, model: RoutedModel) -> Recorded:
         """Return the present facts of `model`."""
-        return cls(model.price, model.policy.edition)
+        return cls(model.price, model.limit, model.policy.edition)
 
     def check(self, model: RoutedModel) -> None:
         """Refuse, with a ValueError, a model that has changed."""
-        if model.price != self.price:
-            raise ValueError(f"captured at price {self.price}, the model is now at {model.price}; capture it again")
+        for name in ("price", "limit"):
+            then, now = getattr(self, name), getattr(model, name)
+            if then != now:
+                raise ValueError(f"captured at the {name} {then}, the model is now at {now}; capture it again")
         if model.policy.edition != self.edition:
             raise ValueError(
                 "the model was moved, or other weights were loaded, since it was captured; capture it again"
@@ -48,8 +52,8 @@ class CapturedModel:
     because that would wait for the device.
 
     Args:
-        model: a model on a CUDA device, with a learned policy. Its price is recorded, too: capture it again after
-            `set_price`, or after it was moved or other weights were loaded.
+        model: a model on a CUDA device, with a learned policy. Its price and its limit are recorded, too:
+            capture it again after `set_price` or `set_limit`, or after it was moved or other weights were loaded.
         batch_size: the batch size of all inputs to come.
 
     Raises:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State, Walk
 from dynrl.cost import count_macs
 from dynrl.deploy.budget import price_at
+from dynrl.deploy.limit import Limited
 from dynrl.files import reading
 from dynrl.inputs import Inputs, as_inputs, placed
 from dynrl.policies import Policy, load_policy
@@ -60,7 +61,8 @@ class Route:
     @property
     def macs_fraction(self) -> Tensor:
         """All MACs, the router's included, as a share of the dense network's: [B]."""
-        return (self.macs + self.router_macs).float() / self.dense_macs
+        # Rounded once, and at the end, so that no share comes out above a limit that it keeps.
+        return ((self.macs + self.router_macs).double() / self.dense_macs).float()
 
     @property
     def router_fraction(self) -> Tensor:
@@ -78,9 +80,10 @@ class RoutedModel(nn.Module):
         latency: [(price, milliseconds a batch)] on this machine, by rising price; empty without `dynrl calibrate`.
     """
 
-    # What `chooser` made last, behind the edition of the weights and the price that it is made of. The tuple is read
-    # and replaced as a whole, because other threads may call the model or change its price at any time.
-    _made: tuple[int, float, Callable[[State], Tensor]] | None = None
+    # What `chooser` made last, behind the edition of the weights, the price and the limit that it is made of. The tuple
+    # is read and replaced as a whole, because other threads may call the model or change its price at any time.
+    _made: tuple[int, float, float | None, Callable[[State], Tensor]] | None = None
+    _limit: float | None = None
 
     def __init__(self, backbone: Backbone, policy: Policy, curve: list[tuple[float, float]] | None = None) -> None:
         super().__init__()
@@ -168,6 +171,31 @@ class RoutedModel(nn.Module):
         self.latency, self._made = [], None  # both were for walks of the former length
 
     @property
+    def limit(self) -> float | None:
+        """The most that one input may spend, as a share of the dense MACs; None without a limit."""
+        return self._limit
+
+    def set_limit(self, share: float | None) -> None:
+        """Bound what any one input may spend, whatever the policy would do; None takes the bound away.
+
+        A price or a budget sets what inputs spend on average, and an input made for it may spend everything. The limit
+        holds for each input: choices after which even the cheapest rest of the walk would exceed it are closed, and the
+        nearest open choice is taken instead. Inputs that would have stayed within it are routed as before.
+
+        Args:
+            share: the most that an input may spend, the router's looks included, as `Route.macs_fraction` counts it.
+
+        Raises:
+            ValueError: `share` is less than the cheapest walk costs; the message says how much that is.
+        """
+        if share is not None:
+            self._limited(self.chooser, float(share))  # made only to refuse what cannot be kept
+        self._limit = None if share is None else float(share)
+
+    def _limited(self, choose: Callable[[State], Tensor], limit: float | None) -> Callable[[State], Tensor]:
+        return choose if limit is None else Limited(choose, self.backbone, self.policy, self._look_macs, limit)
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, in the order of the outputs; empty for a regression, or if they are not known."""
         return () if self.backbone.trained_on is None else self.backbone.trained_on.classes
@@ -214,16 +242,17 @@ class RoutedModel(nn.Module):
 
     @property
     def chooser(self) -> Callable[[State], Tensor]:
-        """The function that `Backbone.run` asks for choices: the policy at the present price."""
-        edition, price, made = self.policy.edition, self._price, self._made
-        if made is None or made[:2] != (edition, price):
-            made = self._made = edition, price, self.policy.chooser(self.backbone, price)
-        return made[2]
+        """The function that `Backbone.run` asks for choices: the policy at the present price, within the limit."""
+        edition, price, limit, made = self.policy.edition, self._price, self._limit, self._made
+        if made is None or made[:3] != (edition, price, limit):
+            choose = self._limited(self.policy.chooser(self.backbone, price), limit)
+            made = self._made = edition, price, limit, choose
+        return made[3]
 
     def walk(self, inputs: Any) -> Walk:
         """Walk `inputs` to their ends, like `forward`, and return the whole walk: `outputs`, `route`, `macs`.
 
-        The price is taken once, at the beginning, so several threads may call one model and change its price.
+        Price and limit are taken once, at the beginning, so several threads may call one model and change them.
 
         Raises:
             ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
@@ -266,13 +295,13 @@ class RoutedModel(nn.Module):
         self._calls.route = Route(walk.route, walk.macs, router_macs, self.backbone.dense_macs)
 
     def export(self, path: str | Path) -> None:
-        """Write the walk at the present price as a program that needs no dynrl (see `dynrl.deploy.export`)."""
+        """Write the walk at this price and limit as a program that needs no dynrl (see `dynrl.deploy.export`)."""
         from dynrl.deploy.export import export
 
         export(self, path)
 
     def capture(self, batch_size: int) -> CapturedModel:
-        """Capture the walk at the present price as one CUDA graph for one batch size (see `CapturedModel`)."""
+        """Capture the walk at this price and limit as one CUDA graph for one batch size (see `CapturedModel`)."""
         from dynrl.deploy.capture import CapturedModel
 
         return CapturedModel(self, batch_size)

@@ -176,3 +176,23 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     _save(figure, path)
+
+
+def draw_attack(report: dict[str, Any], path: Path) -> None:
+    """Draw what share of the inputs is done within a cost, for each kind of inputs; below a limit, too."""
+    halves = [("no limit", report["free"])]
+    if report["limited"] is not None:
+        halves.append((f"set_limit({report['limit']})", report["limited"]))
+    figure = _new_figure(figsize=(5.5 * len(halves), 4.2))
+    metric, task = report["metric"], TASKS[report["metric"]]
+    for axis, (title, rows) in zip(figure.subplots(1, len(halves), sharey=True, squeeze=False)[0], halves, strict=True):
+        for row in rows:
+            count = len(row["quantiles"])
+            shares = [i / (count - 1) for i in range(count)]
+            label = f"{row['inputs']}: {task.heading} {task.show(row[metric])}, efficacy {row['efficacy']:.2f}"
+            axis.step(row["quantiles"], shares, where="post", label=label)
+        axis.set(xlabel="MACs, share of the dense network's", ylabel="share of inputs done", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(f"{report['decision']} on {report['data']}, {report['policy']}, epsilon {report['epsilon']:.3g}")
+    _save(figure, path)

@@ -134,6 +134,33 @@ def one_price_table(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def attacks_table(reports: list[dict[str, Any]]) -> list[str]:
+    """Write what attacks take of what models save: two rows for each report, without and with its limit."""
+    lines = [
+        "| decision, data | policy | limit | clean, % | efficacy | noise takes | DeepSloth takes | spending takes "
+        "| attacked, % | its MACs | most |",
+        "|" + "---|" * 11,
+    ]
+    for report in reports:
+        show = TASKS[report["metric"]].show
+        for limit, rows in ((None, report["free"]), (report["limit"], report["limited"] or [])):
+            found = {row["inputs"]: row for row in rows}
+            if not found:
+                continue
+            clean, spending = found["clean"], found["spending"]
+            took = [
+                f"{found[name]['lost']:.0%}" if name in found else "" for name in ("noise", "uncertainty", "spending")
+            ]
+            cells = [
+                f"{report['decision']}, {report['data']}", report["policy"], "" if limit is None else f"{limit:g}",
+                show(clean[report["metric"]]), f"{clean['efficacy']:.2f}", *took, show(spending[report["metric"]]),
+                f"{spending['macs_fraction']:.2f}", f"{max(row['most'] for row in rows):.2f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    dates, counts = (sorted({report[name] for report in reports}) for name in ("date", "inputs"))
+    return [*lines, "", f"{', '.join(dates)}; the first {' or '.join(map(str, counts))} test inputs, one seed each."]
+
+
 def shipped_table() -> list[str]:
     """Write what the reports of the shipped models say at half of the dense MACs."""
     lines = [
