@@ -44,8 +44,14 @@ class Ball:
                 greatest number of the training inputs for other data.
 
         Raises:
-            ValueError: raw inputs are whole numbers, which cannot change by little; or the radius is not positive.
+            ValueError: inputs are several tensors; raw inputs are whole numbers, which cannot change by little; or the
+                radius is not positive.
         """
+        if not isinstance(dataset.dtype, str):
+            raise ValueError(
+                f"the inputs of {dataset.name} are several tensors ({', '.join(dataset.dtype)}); attacks are for inputs "
+                "of one tensor"
+            )
         pixels = dataset.dtype == "uint8"
         if not pixels and not getattr(torch, dataset.dtype).is_floating_point:
             raise ValueError(

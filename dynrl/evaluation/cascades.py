@@ -241,7 +241,7 @@ def _seen(backbone: Backbone, split: Split, count: int) -> Iterator[tuple[Place,
     places: list[Place] = [(None, None), *((None, k) for k in range(count - 1))]
     places += [(before, k) for k in range(count - 1) for before in range(k)]
     for place in places:
-        found = []
+        found: list[Tensor] = []
 
         def choose(state: State, place: Place = place, found: list[Tensor] = found) -> Tensor:
             before, k = place
