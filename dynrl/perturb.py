@@ -49,7 +49,7 @@ class Ball:
         """
         if not isinstance(dataset.dtype, str):
             raise ValueError(
-                f"the inputs of {dataset.name} are several tensors ({', '.join(dataset.dtype)}); attacks are for inputs "
+                f"the inputs of {dataset.name} are several tensors ({', '.join(dataset.dtype)}); attacks take inputs "
                 "of one tensor"
             )
         pixels = dataset.dtype == "uint8"
