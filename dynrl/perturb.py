@@ -44,8 +44,13 @@ class Ball:
                 greatest number of the training inputs for other data.
 
         Raises:
-            ValueError: raw inputs are whole numbers, which cannot change by little; or the radius is not positive.
+            ValueError: raw inputs are whole numbers, which cannot change by little, or several tensors by name; or the
+                radius is not positive.
         """
+        if not isinstance(dataset.train.inputs, Tensor):
+            raise ValueError(
+                f"the inputs of {dataset.name} are several tensors by name; attacks are for inputs of one tensor"
+            )
         pixels = dataset.dtype == "uint8"
         if not pixels and not getattr(torch, dataset.dtype).is_floating_point:
             raise ValueError(
