@@ -49,7 +49,7 @@ ALLOWED = {
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes", "dynrl.schema"},
     "dynrl.envs": {
         "dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.schema",
-        "dynrl.tasks",
+        "dynrl.tasks", "dynrl.files",
     },
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs",
@@ -60,16 +60,18 @@ ALLOWED = {
         "dynrl.schema", "dynrl.settings",
     },
     "dynrl.evaluation": {
-        "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data", "dynrl.ops",
-        "dynrl.routes", "dynrl.tasks", "dynrl.files", "dynrl.inputs", "dynrl.machine", "dynrl.progress",
+        "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data",
+        "dynrl.ops", "dynrl.routes", "dynrl.tasks", "dynrl.files", "dynrl.inputs", "dynrl.machine", "dynrl.progress",
+        "dynrl.perturb", "dynrl.schema",
     },
     "dynrl.pretraining": {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.progress",
         "dynrl.schema", "dynrl.tasks",
     },
+    "dynrl.perturb": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.tasks"},
     "dynrl.finetuning": {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.routes",
-        "dynrl.pretraining",
+        "dynrl.pretraining", "dynrl.perturb",
     },
     "dynrl.recipes": {
         "dynrl.backbones", "dynrl.data", "dynrl.files", "dynrl.ops", "dynrl.pretraining", "dynrl.finetuning",
@@ -81,9 +83,9 @@ ALLOWED = {
         "dynrl.settings",
     },
     "dynrl.training": {
-        "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation", "dynrl.files",
-        "dynrl.machine", "dynrl.policies", "dynrl.pretraining", "dynrl.progress", "dynrl.recipes", "dynrl.runs",
-        "dynrl.schema", "dynrl.settings",
+        "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation",
+        "dynrl.files", "dynrl.machine", "dynrl.policies", "dynrl.pretraining", "dynrl.progress", "dynrl.recipes",
+        "dynrl.runs", "dynrl.schema", "dynrl.settings", "dynrl.perturb",
     },
     "dynrl.sweep": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.evaluation", "dynrl.files",
