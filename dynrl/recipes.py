@@ -166,7 +166,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("exit", "trace"): Defaults(
         family="exit_resnet",
         backbone={"layers": (1, 7), "widths": (12, 24), "exits": (0, 1, 2, 3, 4, 5, 6)},
-        pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=12),
+        pretraining=Recipe(epochs=6, batch_size=128, plain_epochs=24),
         learning=Learning(steps=300_000),
     ),
     ("expert", "digits"): Defaults(
