@@ -40,6 +40,7 @@ def _mean(values: Sequence[Any]) -> Any:
     if isinstance(first, dict) and all(isinstance(value, dict) and value.keys() == first.keys() for value in values):
         return {name: _mean([value[name] for value in values]) for name in first}
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        mean = math.fsum(values) / len(values)
-        return int(mean) if all(value == first for value in values) and isinstance(first, int) else mean
+        if all(value == first for value in values):
+            return first  # a budget stays what was asked for: the mean's rounding would change it
+        return math.fsum(values) / len(values)
     return first

@@ -38,3 +38,10 @@ def test_numbers_are_means_over_backbones_and_spreads_are_theirs():
 
 def test_one_report_stays_as_it_is():
     assert merge_reports([REPORT]) is REPORT
+
+
+def test_what_is_equal_in_all_reports_is_not_rounded():
+    report = deepcopy(REPORT)
+    report["points"][0]["budget"] = 0.4
+    (row, _) = merge_reports([report] * 3)["points"]
+    assert row["budget"] == 0.4 and row["runs"] == 6
