@@ -149,8 +149,9 @@ def _fold(module: nn.Module, part_of: dict[int, str]) -> None:
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         names = str(before.target), str(node.target)
-        convolution, norm = map(module.get_submodule, names)
-        known = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS
+        convolution: Any = module.get_submodule(names[0])
+        norm: Any = module.get_submodule(names[1])
+        known = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None
         together = part_of.get(id(convolution)) == part_of.get(id(norm))
         if known and together and all(called[name] == 1 for name in names):
             module.set_submodule(names[0], fuse_conv_bn_eval(convolution, norm))  # type: ignore[type-var, arg-type]
