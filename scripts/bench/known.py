@@ -25,7 +25,7 @@ from dynrl.envs import DECISIONS
 from dynrl.evaluation import cheapest_choices, score_routes
 from dynrl.tasks import Regression
 
-# The shapes of small inputs, by their number of dimensions (images; sequences or places; texts): all routes can be walked.
+# The shapes of small inputs, by their number of dimensions (images; sequences or places; texts): all routes are walked.
 SMALL = {3: (1, 12, 12), 2: (8, 12), 1: (6,)}
 # Settings that a network gets if it has them: a policy that does not see the input must compute to know which it is.
 SETTINGS = {"sees": "state+input"}
