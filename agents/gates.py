@@ -56,8 +56,12 @@ class Gates(Agent):
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:
-        """Also refuse rewards without a gradient."""
+        """Also refuse backbones that no gates can be trained on, and rewards without a gradient."""
         super().refuse(settings, backbone)
+        if not backbone.gates:
+            raise ValueError(
+                f"{type(backbone).__name__} has no gates: a mixture of its choices makes no sense; choose another agent"
+            )
         if not REWARDS[settings.learning.reward].has_gradient:
             raise ValueError(
                 f"the reward {settings.learning.reward!r} has no gradient for gates; choose another reward or agent"

@@ -132,7 +132,7 @@ def pretrain(
     if batches == 0:
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training inputs")
     epochs, before = recipe.length(random_routes), recipe.length(False) if random_routes else 0
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, epochs * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, max(1, epochs * batches))
     # Convolutions train faster on channels_last maps on a CPU.
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = {"backbone": backbone, "optimizer": optimizer, "schedule": schedule, "generator": generator}

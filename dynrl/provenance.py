@@ -64,7 +64,7 @@ class Provenance:
         return asdict(self)
 
     def preprocess(self, raw: Any) -> Any:
-        """Return raw inputs [n, *input_shape] as the network takes them: float32, standardised.
+        """Return raw inputs [n, *input_shape] as the network takes them: float32, standardised; integers stay.
 
         Several tensors by name are not standardised, and integers among them keep their type.
 
@@ -87,6 +87,8 @@ class Provenance:
         fits = raw.dtype == wanted or (raw.is_floating_point() and (pixels or wanted.is_floating_point))
         if not fits:
             raise ValueError(f"expected raw inputs of {wanted}, as {self.data} has them, got {raw.dtype}")
+        if not pixels and not wanted.is_floating_point:  # token ids
+            return raw
         scaled = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
         if pixels and len(raw) and not -SLACK <= float(scaled.min()) <= float(scaled.max()) <= 1 + SLACK:
             raise ValueError(

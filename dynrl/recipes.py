@@ -284,6 +284,44 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             distillation=0.0,
         ),
     ),
+    ("jump", "find-small"): Defaults(
+        family="jump_rnn",
+        backbone={
+            "tokens": 11, "width": 16, "hidden": 32, "jumps": (1, 2, 5), "ends": (), "follow": True,
+        },
+        pretraining=Recipe(
+            epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.0,),
+            full_share=0.0, optimizer="adam", plain_epochs=1,
+        ),
+        learning=Learning(steps=100_000, hidden=0, reward="gain", price_range=(0.1, 100.0)),
+    ),
+    ("jump", "find"): Defaults(
+        family="jump_rnn",
+        backbone={
+            "tokens": 101, "width": 64, "hidden": 384, "jumps": (1, 2, 5, 10, 20), "ends": (), "follow": True,
+        },
+        pretraining=Recipe(
+            epochs=3, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.0,),
+            full_share=0.0, optimizer="adam", plain_epochs=0,
+        ),
+        learning=Learning(steps=100_000, hidden=0, reward="gain", price_range=(0.1, 1000.0)),
+    ),
+    ("jump", "needle"): Defaults(
+        family="jump_rnn",
+        backbone={
+            "tokens": 200, "width": 32, "hidden": 64, "jumps": (1, 2, 5, 10), "ends": ((1, 2), (2,)), "follow": False,
+        },
+        pretraining=Recipe(
+            epochs=2, batch_size=128, learning_rate=1e-2, weight_decay=0.0, label_smoothing=0.0, rates=(0.8, 0.5),
+            full_share=0.2, optimizer="adam", plain_epochs=4,
+        ),
+        learning=Learning(steps=300_000, hidden=0, num_envs=128, reward="gain", price_range=(0.1, 10.0)),
+        # No row takes the full route, which would be most of the time; the plain network stays as it is.
+        finetuning=Finetuning(
+            rounds=4, epochs=1, steps=100_000, optimizer="adam", learning_rate=3e-3, weight_decay=0.0,
+            label_smoothing=0.0, full_share=0.0, sampled=True, distillation=0.0,
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -59,6 +59,10 @@ DECISIONS: dict[str, Decision] = {
             "apply a network's one block again, or stop with its answer", "adaptive computation time (Graves 2016)",
             data="hops",
         ),
+        Decision(
+            "jump", "dynrl/Jump-v0", "dynrl.envs.jump:JumpVectorEnv", "which word of a text to read next, or stop",
+            "LSTM-Jump (Yu et al. 2017), Structural-Jump-LSTM (Hansen et al. 2019)", data="find-small",
+        ),
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from gymnasium.envs.registration import load_env_creator
 from torch import nn
 
 import dynrl  # noqa: F401 (registers the environments)
-from dynrl.backbones import Backbone, ExitModule, SkipLSTM, SkipModule, SkipResNet, SlimmableResNet
+from dynrl.backbones import Backbone, ExitModule, JumpRNN, SkipLSTM, SkipModule, SkipResNet, SlimmableResNet
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.policies import LearnedPolicy, PolicySpec
@@ -28,6 +28,7 @@ OWN = {  # modules of a user's
 SET = {  # networks of ours whose settings change how they are walked
     "skip with auxiliary": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
+    "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),
 }
 BUILT = [*REGISTERED, *OWN, *SET]
 BACKBONES = [*BUILT, *TOYS]
@@ -41,7 +42,7 @@ def numbers_split(size: int) -> Split:
 
 def answered_by(backbone: Backbone, size: int = 256) -> Dataset:
     """A regression on what the full route of `backbone` says, whatever it says: no other route is as good."""
-    inputs = torch.randn(size, *backbone.input_shape, generator=torch.Generator().manual_seed(0))
+    inputs = backbone.random_inputs(size, torch.Generator().manual_seed(0))
     with torch.no_grad():
         outputs = backbone(inputs)
     split = Split(inputs, outputs, Regression.of(outputs))
@@ -69,3 +70,6 @@ def make_policy(
     """An untrained policy, which favours the full route, or `start`."""
     spec = PolicySpec.of(kind, backbone, prices, hidden)
     return PolicySpec(kind, spec.config | ({} if start is None else {"start": start})).build()
+
+
+GATED = [name for name in BACKBONES if make_backbone(name).gates]  # those on which gates can be trained

@@ -154,7 +154,7 @@ def check(count: int, seed: int, folder: Path) -> dict[str, int]:
     for name in shipped():
         model, (dense, _) = load(SHIPPED / name), load_backbone(SHIPPED / name / "backbone.safetensors")
         files = {kind: load_tensors(SHIPPED / name / f"{kind}.safetensors", kind) for kind in ("policy", "backbone")}
-        inputs = torch.randn(6, *model.input_shape, generator=torch.Generator().manual_seed(0))
+        inputs = model.backbone.random_inputs(6, torch.Generator().manual_seed(0))
         originals[name] = files, dense, inputs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(count):
@@ -184,7 +184,8 @@ def check(count: int, seed: int, folder: Path) -> dict[str, int]:
         else:
             found["accepted"] += 1
             seconds = time.perf_counter() - start
-            outputs = model(inputs.to(next(model.parameters()).dtype)).float()  # a file of doubles makes a double model
+            given = inputs.to(next(model.parameters()).dtype) if inputs.is_floating_point() else inputs
+            outputs = model(given).float()  # a file of doubles makes a double model
             route = model.last_route.actions.clamp_min(0)
             torch.testing.assert_close(outputs, dense(inputs, route), atol=1e-3, rtol=1e-3, msg=told)
         found["slowest"] = max(found["slowest"], seconds)

@@ -32,7 +32,7 @@ def untrained_policy(backbone):
 
 def random_policy(backbone):
     """Its routes hang on the input, and spare some MACs."""
-    router, inputs = untrained_policy(backbone), torch.randn(64, *backbone.input_shape)
+    router, inputs = untrained_policy(backbone), backbone.random_inputs(64)
     for _ in range(100):
         with torch.no_grad():
             router.head.bias.zero_()
@@ -49,6 +49,8 @@ def test_the_policys_routes_come_nearer_to_the_reference(name, tmp_path):
     data, router = answered_by(reference), random_policy(backbone)
     before = score(RoutedModel(backbone, router), data.train).metric
     plan = Finetuning(rounds=1, epochs=8, batch_size=32)
+    if backbone.input_dtype is not None:  # each token's embedding is in few rows, so its gradients are small
+        plan = replace(plan, optimizer="adam", learning_rate=0.01)
     scalars = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / "c.safetensors").train(router, 1)
     assert not backbone.training
     assert score(RoutedModel(backbone, router), data.train).metric < 0.8 * before

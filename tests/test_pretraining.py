@@ -122,6 +122,8 @@ def test_routes_are_opened_up_step_by_step():
         assert least <= float(rates.min()) < least + 0.02 and float(rates.max()) == 1
         assert float((rates == 1).float().mean()) == pytest.approx(0.25, abs=0.05)
     assert replace(recipe, plain_epochs=None).length(False) == 5
+    before = backbone.fingerprint()
+    assert pretrain(backbone, digits, replace(recipe, plain_epochs=0), random_routes=False).fingerprint() == before
 
 
 def test_training_outputs_are_those_of_random_routes():

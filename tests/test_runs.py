@@ -42,7 +42,7 @@ def test_nested_settings_are_read_by_their_names():
 def test_a_run_folder_is_the_plugged_model(name):
     run, model = RunFolder(SHIPPED / name), load(name)
     assert run.finished and run.model.curve == model.curve
-    inputs = torch.randn(5, *model.input_shape)
+    inputs = model.backbone.random_inputs(5)
     for plugged in (run.model, model):
         plugged.set_price(plugged.price_range[0])
     assert torch.equal(run.model(inputs), model(inputs))

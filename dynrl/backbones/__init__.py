@@ -14,6 +14,7 @@ from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
 from dynrl.backbones.models import Members, Models
 from dynrl.backbones.module import ExitModule, SkipModule
+from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.unroll import Restorer, Unrolled
@@ -27,13 +28,15 @@ from dynrl.schema import arguments, parse
 # FAMILIES["my-vit"] = a function of `config`.
 FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
-    for family in (SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members, Unrolled, Restorer)
-}
+    for family in (
+        SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members, Unrolled, Restorer, JumpRNN
+    )
+}  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Members", "Models", "Point",
-    "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk",
-    "choice_rates", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "JumpRNN", "Members", "Models",
+    "Point", "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled",
+    "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

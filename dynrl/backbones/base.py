@@ -409,6 +409,10 @@ class Backbone(nn.Module):
         """Refuse, with a ValueError, inputs that would fail later or silently pass on NaN."""
         self.form.check(as_inputs(inputs), next(self.parameters()).dtype)
 
+    def random_inputs(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return inputs [rows, *input_shape] of random numbers, of the type that the network takes."""
+        return torch.randn(rows, *self.input_shape, generator=generator, dtype=next(self.parameters()).dtype)
+
     def begin(
         self,
         inputs: Any,

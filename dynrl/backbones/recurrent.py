@@ -24,7 +24,52 @@ def _hats(steps: int, knots: int) -> Tensor:
     return (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0)
 
 
-class SkipRNN(Backbone):
+class Recurrent(Backbone):
+    """A network around one of torch's recurrent layers of one layer and direction, whose cell runs for some rows."""
+
+    _frozen = False
+    layer: type[nn.GRU] | type[nn.LSTM]  # torch's layer, which defines parameters and their names
+    name: str  # the name of the layer in the state_dict
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._frozen:
+            self._lay_out()
+        return self
+
+    def for_inference(self) -> Self:
+        """Return a frozen copy whose weights have the memory order that is fastest for few rows."""
+        twin = super().for_inference()
+        twin._frozen = True
+        twin._lay_out()
+        return twin
+
+    def _lay_out(self) -> None:
+        for weight in (self.rnn.weight_ih_l0, self.rnn.weight_hh_l0):
+            weight.data = column_major(weight.data)
+
+    @property
+    def rnn(self) -> Any:
+        """The layer of torch."""
+        return self._modules[self.name]
+
+    @classmethod
+    def _check_modules(cls, rnn: Any, head: Any) -> None:
+        """Refuse, with a ValueError, a trained layer and a head that no network of this class can hold."""
+        kind = cls.layer.__name__
+        if type(rnn) is not cls.layer:
+            raise ValueError(f"expected an nn.{kind}, got {rnn}; nn.GRU is for SkipGRU, nn.LSTM for SkipLSTM")
+        if rnn.num_layers > 1 or rnn.bidirectional or not rnn.bias or rnn.proj_size:
+            raise ValueError(f"expected an nn.{kind} of one layer and direction, with biases, unprojected; got {rnn}")
+        if not isinstance(head, nn.Linear) or head.in_features != rnn.hidden_size or head.bias is None:
+            raise ValueError(f"expected a linear head on {rnn.hidden_size} units with biases, got {head}")
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rnn = self.rnn
+        return rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
+
+
+class SkipRNN(Recurrent):
     """A recurrent network that reads a sequence: at each step, a row updates its state (1) or copies it (0).
 
     A linear layer reads the output off the last hidden state, and all rows pay for it. `SkipGRU` and `SkipLSTM` set the
@@ -42,11 +87,8 @@ class SkipRNN(Backbone):
     """
 
     _time: Tensor  # [steps, knots]
-    _frozen = False
     decision = "hidden-update"
     captures = True
-    layer: type[nn.GRU] | type[nn.LSTM]  # torch's layer, which defines parameters and their names
-    name: str  # the name of the layer in the state_dict
 
     def __init__(
         self,
@@ -105,13 +147,7 @@ class SkipRNN(Backbone):
         Raises:
             ValueError: the layer is of another type, has more than one layer or direction, or the head does not fit.
         """
-        kind = cls.layer.__name__
-        if type(rnn) is not cls.layer:
-            raise ValueError(f"expected an nn.{kind}, got {rnn}; nn.GRU is for SkipGRU, nn.LSTM for SkipLSTM")
-        if rnn.num_layers > 1 or rnn.bidirectional or not rnn.bias or rnn.proj_size:
-            raise ValueError(f"expected an nn.{kind} of one layer and direction, with biases, unprojected; got {rnn}")
-        if not isinstance(head, nn.Linear) or head.in_features != rnn.hidden_size or head.bias is None:
-            raise ValueError(f"expected a linear head on {rnn.hidden_size} units with biases, got {head}")
+        cls._check_modules(rnn, head)
         backbone = cls((steps, rnn.input_size), head.out_features, rnn.hidden_size, **settings)
         backbone.rnn.load_state_dict(rnn.state_dict())
         backbone.fc.load_state_dict(head.state_dict())
@@ -121,29 +157,7 @@ class SkipRNN(Backbone):
         super()._apply(fn, recurse)
         # Observations are in float32, whatever type the weights have.
         self._time = _hats(*self._time.shape).to(self._time.device)
-        if self._frozen:
-            self._lay_out()
         return self
-
-    def for_inference(self) -> Self:
-        """Return a frozen copy whose weights have the memory order that is fastest for few rows."""
-        twin = super().for_inference()
-        twin._frozen = True
-        twin._lay_out()
-        return twin
-
-    def _lay_out(self) -> None:
-        for weight in (self.rnn.weight_ih_l0, self.rnn.weight_hh_l0):
-            weight.data = column_major(weight.data)
-
-    @property
-    def rnn(self) -> Any:
-        """The layer of torch."""
-        return self._modules[self.name]
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rnn = self.rnn
-        return rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         if "since" not in walk.own:  # the share of the sequence since each row's last update

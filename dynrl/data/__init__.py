@@ -19,6 +19,7 @@ from dynrl.data.many import many_tasks
 from dynrl.data.own import is_own, own_dataset
 from dynrl.data.photos import noisy_photos
 from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
+from dynrl.data.texts import find, find_small, needle
 from dynrl.data.traces import trace, trace_small
 
 __all__ = [
@@ -41,6 +42,9 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "noisy-photos": noisy_photos,
     "sequential-digits": sequential_digits,
     "sequential-fashion-mnist": sequential_fashion_mnist,
+    "find": find,
+    "find-small": find_small,
+    "needle": needle,
     "trace": trace,
     "trace-small": trace_small,
 }

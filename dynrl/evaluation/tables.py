@@ -87,8 +87,9 @@ def _about_half(point: Mapping[str, Any]) -> bool:
 
 
 def _at_half(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a contender's row at half, or beside the one row of a learned policy that no budget asks for."""
     found = [p for p in report["points"] if p["policy"] == name]
-    return min(found, key=lambda p: abs(p["budget"] - HALF))
+    return min(found, key=lambda p: 0 if p["budget"] is None else abs(p["budget"] - HALF))
 
 
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:
@@ -170,9 +171,8 @@ def shipped_table() -> list[str]:
     for name in shipped():
         report = read_json(SHIPPED / name / "report.json")
         size = sum(file.stat().st_size for file in (SHIPPED / name).glob("*.safetensors")) / 1e3
-        half = [p for p in report["points"] if p["budget"] == 0.5]
-        learned = next(p for p in half if p["kind"] is not None)
-        rivals = [next(p for p in half if p["policy"] == rival) for rival in ("random", "static")]
+        learned = next(p for p in report["points"] if p["kind"] is not None and p["budget"] in (HALF, None))
+        rivals = [_at_half(report, rival) for rival in ("random", "static")]
         own = report["dense"]["tuned_accuracy"] or report["dense"]["all_execute_accuracy"]
         cells = [f"{100 * accuracy:.2f} %" for accuracy in (own, *(p["accuracy"] for p in (learned, *rivals)))]
         lines.append(f"| `{name}` | {size:.0f} | {' | '.join(cells)} | {learned['speedup']:.2f} |")

@@ -25,8 +25,8 @@ from dynrl.envs import DECISIONS
 from dynrl.evaluation import cheapest_choices, score_routes
 from dynrl.tasks import Regression
 
-# The shapes of small inputs, by their number of dimensions (images; sequences or places): all routes can be walked.
-SMALL = {3: (1, 12, 12), 2: (8, 12)}
+# The shapes of small inputs, by their number of dimensions (images; sequences or places; texts): all routes are walked.
+SMALL = {3: (1, 12, 12), 2: (8, 12), 1: (6,)}
 # Settings that a network gets if it has them: a policy that does not see the input must compute to know which it is.
 SETTINGS = {"sees": "state+input"}
 MOST_ROUTES = 50_000
@@ -54,8 +54,9 @@ def small_backbone(decision: str) -> Backbone:
 def two_kinds(backbone: Backbone) -> Dataset:
     """Make the data set of two inputs for a network."""
     shape = backbone.input_shape
-    inputs = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    inputs += torch.tensor([1.0, -1.0]).view(2, *[1] * len(shape))  # a bright one and a dark one
+    inputs = backbone.random_inputs(2, torch.Generator().manual_seed(0))
+    if inputs.is_floating_point():
+        inputs += torch.tensor([1.0, -1.0]).view(2, *[1] * len(shape))  # a bright one and a dark one
     with torch.no_grad():
         targets = backbone(inputs, torch.stack([backbone.dense_actions(1)[0], cheapest_choices(backbone)]))
     targets = targets.repeat(64, 1)

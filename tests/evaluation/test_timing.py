@@ -15,7 +15,7 @@ from tests.toys import Branching, Looping
 @pytest.mark.parametrize("name", BACKBONES)
 def test_each_choice_is_timed(name):
     backbone, ticks = make_backbone(name), []
-    times = step_times(backbone, torch.randn(8, *backbone.input_shape), rounds=2, tick=lambda: ticks.append(1))
+    times = step_times(backbone, backbone.random_inputs(8), rounds=2, tick=lambda: ticks.append(1))
     assert [len(row) for row in times["choices"]] == [point.n for point in backbone.points]
     assert times["start"] > 0
     assert all(ms > 0 for row in times["choices"] for ms in row)
