@@ -154,7 +154,7 @@ def _fold(module: nn.Module, part_of: dict[int, str]) -> None:
         known = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None
         together = part_of.get(id(convolution)) == part_of.get(id(norm))
         if known and together and all(called[name] == 1 for name in names):
-            module.set_submodule(names[0], fuse_conv_bn_eval(convolution, norm))  # type: ignore[type-var, arg-type]
+            module.set_submodule(names[0], fuse_conv_bn_eval(convolution, norm))
             module.set_submodule(names[1], nn.Identity())
 
 
