@@ -87,7 +87,7 @@ class Provenance:
         fits = raw.dtype == wanted or (raw.is_floating_point() and (pixels or wanted.is_floating_point))
         if not fits:
             raise ValueError(f"expected raw inputs of {wanted}, as {self.data} has them, got {raw.dtype}")
-        if not pixels and not wanted.is_floating_point:  # token ids
+        if not pixels and not wanted.is_floating_point and (self.mean, self.deviation) == (0, 1):  # token ids
             return raw
         scaled = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
         if pixels and len(raw) and not -SLACK <= float(scaled.min()) <= float(scaled.max()) <= 1 + SLACK:

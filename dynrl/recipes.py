@@ -80,9 +80,10 @@ class Defaults:
         Raises:
             ValueError: a setting is out of range or of the wrong type, or the network would be too large.
         """
-        form = {name: value for name, value in dataset.form.config.items() if name != "input_shape"}
-        config = {"input_shape": dataset.input_shape, **form, "classes": dataset.classes, **self.backbone}
-        family = FAMILIES[self.family]
+        family, form = FAMILIES[self.family], dataset.form.config | {"input_shape": dataset.input_shape}
+        known = accepted(family)
+        form = {name: value for name, value in form.items() if known is None or name in known}
+        config = {**form, "classes": dataset.classes, **self.backbone}
         with torch.random.fork_rng(), float32(), limited(MOST_WEIGHTS, MOST_NUMBERS):
             torch.manual_seed(seed)
             try:
