@@ -16,7 +16,7 @@ class JumpVectorEnv(RoutingVectorEnv):
     `Discrete(n)`: 0 stops with the answer so far. The next actions jump by as many words as the backbone's `jumps`
     say, the first one to the next word. Then follows an action for each of its `ends`: to the word behind the next
     comma or full stop, for example. If the backbone may `follow`, the last action goes to the place that the word just
-    read names. Whoever jumps beyond the end of the text reads nothing more, and pays nothing for it.
+    read names. An action that leads beyond the end of the text is a stop.
 
     ## Episode
     One text. The first word is read before the first decision. The episode ends with a stop, at the end of the text, or
