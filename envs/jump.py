@@ -22,6 +22,10 @@ class JumpVectorEnv(RoutingVectorEnv):
     One text. The first word is read before the first decision. The episode ends with a stop, at the end of the text, or
     after as many words as the longest text has.
 
+    ## Agents and policies
+    Gates are refused, because the mean of two places in a text is no place. So are policies that decide upfront: where
+    to read on depends on what was read, and a look at the whole text would be the reading that is to be saved.
+
     ## Data
     The default is `find-small`. `needle` has sentences; its recipe jumps to their ends. Texts are token ids, followed
     by zeros.
@@ -30,6 +34,7 @@ class JumpVectorEnv(RoutingVectorEnv):
     Learning to Skim Text, Yu et al., ACL 2017 (LSTM-Jump): jumps of so many words, by REINFORCE. Neural Speed Reading
     with Structural-Jump-LSTM, Hansen et al., ICLR 2019: jumps to the ends of words, clauses and sentences. There, the
     number of jumps is bounded or a skipped word is charged too; here, the price of compute does both.
+    Skim-RNN (Seo et al., ICLR 2018) does not jump: it reads each word, and updates less of its state at most of them.
 
     ## Version history
     v0: the first version.
