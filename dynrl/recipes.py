@@ -291,10 +291,10 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             "tokens": 11, "width": 16, "hidden": 32, "jumps": (1, 2, 5), "ends": (), "follow": True,
         },
         pretraining=Recipe(
-            epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.0,),
+            epochs=15, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.0,),
             full_share=0.0, optimizer="adam", plain_epochs=1,
         ),
-        learning=Learning(steps=100_000, hidden=0, reward="gain", price_range=(0.1, 100.0)),
+        learning=Learning(steps=100_000, hidden=0, reward="gain", price_range=(0.1, 30.0)),
     ),
     ("jump", "find"): Defaults(
         family="jump_rnn",

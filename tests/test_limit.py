@@ -78,7 +78,7 @@ def walked(model, inputs):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_no_row_spends_more_and_what_would_have_spent_less_stays(name, kind):
     model = routed(name, kind)
-    dense, inputs, changed = model.backbone.dense_macs, torch.randn(ROWS, *model.input_shape), 0
+    dense, inputs, changed = model.backbone.dense_macs, model.backbone.random_inputs(ROWS), 0
     free, route, paid = walked(model, inputs)
     least = least_of(model)
     for share in torch.rand(4).tolist():
@@ -101,7 +101,7 @@ def test_the_least_limit_is_kept_and_less_is_refused(name):
     cheapest = model.backbone.start_macs + int(model.backbone.least_macs(model._look_macs)[0].min())
     share = cheapest / model.backbone.dense_macs
     model.set_limit(share)
-    model(torch.randn(ROWS, *model.input_shape))
+    model(model.backbone.random_inputs(ROWS))
     assert (spent(model) <= cheapest).all()
     assert share <= least_of(model) < share + 2e-4
     for bad in (share * (1 - 1e-9), -1.0, float("nan"), float("inf")):

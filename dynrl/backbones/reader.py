@@ -25,8 +25,8 @@ class JumpRNN(Recurrent):
 
     Choice 0 stops. The next choices are jumps of `jumps` tokens, of which the first, 1, reads on. Then follows a choice
     for each entry of `ends`: to the token behind the next mark of that kind, the next sentence for example. With
-    `follow`, the last choice goes to the position that the token just read names: token 1 names the first one. A row
-    that would go beyond the end of its text reads nothing more, pays nothing and ends.
+    `follow`, the last choice goes to the position that the token just read names: token 1 names the first one. A choice
+    that leads beyond the end of the text is a stop.
 
     Each row has a cursor. The cell runs on the embedding of the token there, for the rows that read one. Looking an
     embedding up and looking for marks are no MACs. Nothing is known of a position but what the state remembers.
@@ -41,6 +41,7 @@ class JumpRNN(Recurrent):
         jumps: the lengths of jumps, from 1 on, rising.
         ends: for each kind of end, the ids of the tokens that mark it, from short parts (clauses) to long ones.
         follow: whether a row may go where the token names.
+        input_dtype: the type of inputs, which is "int64".
 
     Source: LSTM-Jump (Yu et al. 2017, ACL), whose jumps are numbers of tokens; Structural-Jump-LSTM (Hansen et al.
     2019, ICLR), whose jumps go to the ends of words, clauses and sentences.
@@ -64,10 +65,13 @@ class JumpRNN(Recurrent):
         jumps: tuple[int, ...] = (1, 2, 5),
         ends: tuple[tuple[int, ...], ...] = (),
         follow: bool = False,
+        input_dtype: str = "int64",
     ) -> None:
         super().__init__()
-        if len(input_shape) != 1:
-            raise ValueError(f"expected token ids, inputs of shape (length,), got {tuple(input_shape)}")
+        if len(input_shape) != 1 or input_dtype != self.input_dtype:
+            raise ValueError(
+                f"expected token ids, int64 inputs of shape (length,), got {input_dtype} of {tuple(input_shape)}"
+            )
         check_count("the length of a text", input_shape[0], 2, MOST_ROWS)
         for count, value in (("classes", classes), ("tokens", tokens), ("width", width), ("hidden", hidden)):
             check_count(count, value, 2 if count == "tokens" else 1, MOST_ROWS)
@@ -170,6 +174,11 @@ class JumpRNN(Recurrent):
             goal = (walk.inputs[state.rows, at] - 1).where(action == first + kinds, goal)
         return goal
 
+    def advance(self, state: State, action: Tensor) -> list[State]:
+        """Do `Backbone.advance`; a choice that leads beyond the end of its text is a stop, and recorded as one."""
+        length = state.get(state.walk.own["length"])
+        return super().advance(state, action.where(self._goal(state, action) < length, 0))
+
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, rows, length = state.walk, state.rows, state.get(state.walk.own["length"])
         goal = self._goal(state, action)
@@ -181,8 +190,6 @@ class JumpRNN(Recurrent):
         ended = on.where(~going, END)
         if not ended.count:
             return [on]
-        # The table charges for a token; where there is none, nothing is paid.
-        walk.charge(ended.rows, ((action > 0) & ~reads)[~going] * -self.read_macs)
         walk.put_output(ended.rows, self.fc(ended.features))
         ended.features = None
         return [part for part in (ended, on.where(going, 0)) if part.count]
