@@ -41,7 +41,6 @@ class JumpRNN(Recurrent):
         jumps: the lengths of jumps, from 1 on, rising.
         ends: for each kind of end, the ids of the tokens that mark it, from short parts (clauses) to long ones.
         follow: whether a row may go where the token names.
-        input_dtype: the type of inputs, which is "int64".
 
     Source: LSTM-Jump (Yu et al. 2017, ACL), whose jumps are numbers of tokens; Structural-Jump-LSTM (Hansen et al.
     2019, ICLR), whose jumps go to the ends of words, clauses and sentences.
@@ -65,13 +64,10 @@ class JumpRNN(Recurrent):
         jumps: tuple[int, ...] = (1, 2, 5),
         ends: tuple[tuple[int, ...], ...] = (),
         follow: bool = False,
-        input_dtype: str = "int64",
     ) -> None:
         super().__init__()
-        if len(input_shape) != 1 or input_dtype != self.input_dtype:
-            raise ValueError(
-                f"expected token ids, int64 inputs of shape (length,), got {input_dtype} of {tuple(input_shape)}"
-            )
+        if len(input_shape) != 1:
+            raise ValueError(f"expected token ids, inputs of shape (length,), got {tuple(input_shape)}")
         check_count("the length of a text", input_shape[0], 2, MOST_ROWS)
         for count, value in (("classes", classes), ("tokens", tokens), ("width", width), ("hidden", hidden)):
             check_count(count, value, 2 if count == "tokens" else 1, MOST_ROWS)
