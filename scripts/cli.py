@@ -34,12 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         plugins.append(given[1])
         given = given[2:]
     if given and given[0] in ("-h", "--help"):
-        usage = "usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` shows its settings\n"
-        print(usage, *(f"  {verb:10} {what}" for verb, what in VERBS.items()), sep="\n")
+        print("usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` shows its settings\n")
+        print(*(f"  {verb:10} {what}" for verb, what in VERBS.items()), sep="\n")
         return
     if given == ["--version"]:
-        print(f"dynrl {__version__}")
-        return
+        return print(f"dynrl {__version__}")
     if not given or given[0] not in VERBS:
         print(f"dynrl: expected a verb: {', '.join(VERBS)}; got {given[0] if given else 'none'}", file=sys.stderr)
         sys.exit(2)

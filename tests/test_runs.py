@@ -13,7 +13,7 @@ from dynrl.runs import RunFolder, RunKind, by_kind, flat, kind_of
 
 SETTINGS = {
     "agent": "ppo", "policy": "sequential", "baseline": "value", "reward": "distillation", "price_range": [0.1, 1.0],
-    "cost": "macs",
+    "cost": "macs", "attacked": 0.0,
 }  # fmt: skip
 
 
@@ -25,6 +25,7 @@ SETTINGS = {
         ({"policy": "upfront", "reward": "blockdrop"}, False, True, "learned upfront blockdrop"),
         ({"baseline": "group"}, False, True, "learned group"), ({"cost": "time"}, False, True, "learned by time"),
         ({"price_range": [0.058, 0.058]}, True, True, "learned at 0.058 tuned"),
+        ({"attacked": 0.3}, True, True, "learned tuned on attacks"),
         ({"agent": "sb3-dqn"}, False, False, "sb3-dqn unfinished"),
     ],
 )  # fmt: skip

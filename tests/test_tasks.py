@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from dynrl.tasks import CLASSIFICATION, TASKS, Regression
+from dynrl.tasks import CLASSIFICATION, PERFECT, TASKS, Regression, Restoration
 
 
 def cases():
@@ -29,6 +29,12 @@ def cases():
         (Normal(outputs, scale).log_prob(numbers) - constant).squeeze(1),
         kl_divergence(Normal(other, scale), Normal(outputs, scale)).squeeze(1),
     )  # fmt: skip
+    # 10 log10 of the mean squared error are decibels; half of its natural logarithm is the likelihood of a Gaussian whose
+    # variance it is.
+    images, wanted, other = (torch.rand(7, 1, 4, 4) for _ in range(3))
+    best = 10 ** (-PERFECT / 10)
+    away, between = ((images - to).square().mean((1, 2, 3)) for to in (wanted, other))
+    yield Restoration(), images, wanted, other, (best / away).log() / 2, (1 + between / best).log() / 2
 
 
 @pytest.mark.parametrize("case", [*cases()], ids=TASKS)
@@ -60,7 +66,7 @@ def test_answering_the_mean_costs_one():
 
 
 def test_smoothing_is_for_labels_only():
-    (_, logits, classes, *_), (task, outputs, numbers, *_) = cases()
+    (_, logits, classes, *_), (task, outputs, numbers, *_), _ = cases()
     assert CLASSIFICATION.loss(logits, classes, 0.1) != CLASSIFICATION.loss(logits, classes)
     assert task.loss(outputs, numbers, 0.1) == task.loss(outputs, numbers)
 
