@@ -194,7 +194,8 @@ class Finetuner:
 
     def _chooser(self, policy: LearnedPolicy, prices: Tensor) -> Callable[[State], Tensor]:
         """Return the function from a state to the policy's choices, likeliest or drawn."""
-        logits_at = policy.logits_on(self.backbone, prices)
+        with torch.no_grad():  # a sight may prepare products of the backbone's weights
+            logits_at = policy.logits_on(self.backbone, prices)
 
         @torch.no_grad()
         def choose(state: State) -> Tensor:

@@ -172,17 +172,17 @@ class JumpRNN(Recurrent):
 
     def advance(self, state: State, action: Tensor) -> list[State]:
         """Do `Backbone.advance`; a choice that leads beyond the end of its text is a stop, and recorded as one."""
-        length = state.get(state.walk.own["length"])
-        return super().advance(state, action.where(self._goal(state, action) < length, 0))
+        walk, goal = state.walk, self._goal(state, action)
+        walk.own["at"][state.rows] = goal
+        return super().advance(state, action.where(goal < state.get(walk.own["length"]), 0))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        walk, rows, length = state.walk, state.rows, state.get(state.walk.own["length"])
-        goal = self._goal(state, action)
+        walk, rows = state.walk, state.rows
+        goal, length = (state.get(walk.own[name]) for name in ("at", "length"))  # the cursor has moved
         reads = goal < length
         ids = walk.inputs[rows, goal.where(reads, 0)]
         h = gated_cell(self.embedding.weight, state.features, reads, *self._weights(), x_rows=ids)
         on, going = State(walk, 0, rows, h), (goal + 1 < length) & (state.visit < self.max_steps)
-        walk.own["at"][rows] = goal
         ended = on.where(~going, END)
         if not ended.count:
             return [on]
