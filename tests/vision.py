@@ -25,7 +25,7 @@ from torch import nn
 
 import dynrl
 from dynrl.backbones import FAMILIES, Backbone, ExitModule, ExitResNet, SkipModule, SkipResNet, SlimmableResNet
-from dynrl.backbones.held import answer, call
+from dynrl.backbones.forward import answer, call
 from dynrl.evaluation import medians_in_turn
 from dynrl.inputs import as_inputs
 from dynrl.machine import hardware

@@ -1,53 +1,24 @@
-"""A user's own forward runs as it is and is held where it calls its parts, so that nothing needs to be traced.
+"""A user's own module is held at its parts: what a few runs of it tell, so that nothing needs to be traced.
 
-The forward runs in a greenlet, on shallow twins of the modules that hold the parts. There, each part is a gate: a call
-of it stops the forward, and whoever walks the backbone runs the part on those rows that need it and lets the forward go
-on. All rows that began together stay in one forward. A row that has left takes no part in any later module.
-
-A forward cannot be copied, and rows of two forwards cannot be put into one. Copies of a state and merged states have no
-forward. They get one by running the module again up to where they stand, with stand-ins for the parts behind them.
+`dynrl.backbones.forward` runs it. The module itself is never changed: its forward runs on shallow twins of the modules
+that hold the parts. Runs of two sizes tell which tensors have a row for each input.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from dynrl.inputs import Named
-from dynrl.ops.gated_residual import gated_residual
-from dynrl.ops.move import take_rows
+from dynrl.backbones.forward import Forward, Stand, answer, begin, call
 
 PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
-Rows = Tensor | slice
-
-
-def call(module: nn.Module, inputs: Any) -> Any:
-    """Return what `module` gives for one tensor, or for tensors by name."""
-    return module(**inputs) if isinstance(inputs, Named) else module(inputs)
-
-
-def answer(output: Any, kind: str) -> Tensor:
-    """Return a network's answer: `logits` where its output has them, else the first of several values."""
-    said = getattr(output, "logits", output)
-    if isinstance(said, Mapping):
-        said = said.get("logits", next(iter(said.values()), None))
-    if isinstance(said, tuple | list) and said:
-        said = said[0]
-    if not isinstance(said, Tensor) or not said.dim():
-        raise ValueError(
-            f"expected {kind} to return a tensor, a tuple that begins with one, or an object with `logits`, got "
-            f"{type(output).__name__}"
-        )
-    return said
 
 
 @dataclass(frozen=True)
@@ -131,7 +102,7 @@ class Held:
         return stand
 
     def _begun(self, forward: Forward) -> Stand:
-        stand = go(greenlet(forward.run), forward)
+        stand = begin(forward)
         assert isinstance(stand, Stand), "a forward that has not run all parts says so itself"
         return stand
 
@@ -299,174 +270,6 @@ class Held:
         return kind([features, *(None if at is None else leaves[at] for at in others)])
 
 
-class Forward:
-    """One run of a held module on a batch.
-
-    It knows neither the greenlet that it runs in nor where it stands. Frames of a greenlet would keep these alive, and
-    with them everything that was computed, after the last state that could go on from there.
-
-    Attributes:
-        left: [k] int64, the rows that have not left; None while these are all.
-    """
-
-    def __init__(self, held: Held, inputs: Any, start: int = 0) -> None:
-        self.held, self.inputs, self.size = held, inputs, len(inputs)
-        self.left: Tensor | None = None
-        self.next, self.grad = 0, torch.is_grad_enabled()
-        self._start, self._counts = start, dict[str, int]()
-
-    def run(self, nothing: None) -> Any:
-        """Run the module, in a greenlet of its own."""
-        return call(self.held.twin(self._gate), self.inputs)
-
-    def _gate(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        count = self._counts.get(name, 0)
-        self._counts[name] = count + 1
-        if name not in self.held.parts:
-            return self._between((name, count), module, args, kwargs)
-        k = self.held.names.index(name)
-        if k != self.next:
-            raise ValueError(f"{self.held.kind} ran {name!r} in another order, or more often, for these inputs")
-        self.next += 1
-        own = torch.is_grad_enabled()
-        if k < self._start:
-            return Stand(None, self, k, args, kwargs, own).stand_in()
-        value = getcurrent().parent.switch((k, args, kwargs, own))
-        if own != self.grad:  # a mode of the forward's own; else, it has that of whoever lets it go on
-            torch.set_grad_enabled(own)
-        return value
-
-    def _between(self, key: tuple[str, int], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run a module that is no part on the rows that are left; the others get zeros."""
-        if self.left is None:
-            return module(*args, **kwargs)
-        held, left = self.held, self.left
-        leaves, spec = tree_flatten_with_path((args, kwargs))
-        values = [leaf for _, leaf in leaves]
-        for i, each in held.rows_at(key, "given", leaves, self.size, self.inputs).items():
-            values[i] = _rows(values[i], left, each)
-        args, kwargs = tree_unflatten(values, spec)
-        leaves, spec = tree_flatten_with_path(module(*args, **kwargs))
-        values = [leaf for _, leaf in leaves]
-        for i, each in held.rows_at(key, "made", leaves, len(left), self.inputs).items():
-            values[i] = _joined(self.spread(_parted(values[i], each)), each)
-        return tree_unflatten(values, spec)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """Return rows that are left as a tensor of all rows, with zeros for the others."""
-        return x if self.left is None else x.new_zeros(self.size, *x.shape[1:]).index_copy(0, self.left, x)
-
-
-def go(runner: Any, forward: Forward, value: Any = None) -> Stand | Tensor:
-    """Let `forward` go on with `value` for its part, to the next part, or to the answer of the rows that are left."""
-    runner.parent = getcurrent()
-    outside = torch.is_grad_enabled()
-    try:
-        got = runner.switch(value)
-    finally:
-        torch.set_grad_enabled(outside)  # the forward may be held inside of a mode of its own
-    if not runner.dead:
-        return Stand(runner, forward, *got)
-    held = forward.held
-    if forward.next < len(held.names):
-        raise ValueError(f"{held.kind} did not run {held.names[forward.next]!r} for these inputs")
-    said = answer(got, held.kind)
-    return said if forward.left is None else take_rows(said, forward.left)
-
-
-class Stand:
-    """A forward that stands before a part.
-
-    Attributes:
-        k: the part.
-        x: [n, ...], the features of the rows that are left.
-    """
-
-    def __init__(self, runner: Any, forward: Forward, k: int, args: Any, kwargs: Any, grad: bool) -> None:
-        held = forward.held
-        self._runner, self._forward, self.k, self._grad = runner, forward, k, grad
-        leaves, self._spec = tree_flatten_with_path((args, kwargs))
-        self._leaves = [leaf for _, leaf in leaves]
-        rows = held.rows_at((held.names[k], 0), "given", leaves, forward.size, forward.inputs)
-        self._further = {i: each for i, each in rows.items() if i}  # the tensors beside the features that have rows
-        self._each = rows.get(0, 1)
-        x = _parted(self._leaves[0], self._each)
-        self.x = x if forward.left is None else take_rows(x, forward.left)
-
-    def __reduce__(self) -> Any:
-        return type(None), ()  # a copy is entered anew
-
-    @property
-    def weight_bytes(self) -> int:
-        """The size of the part's weights, by which rows are computed in pieces."""
-        return self._forward.held.weight_bytes[self.k]
-
-    def __call__(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """Run the part on `x`, the features of `rows` among those left; None where no tensor beside `x` has rows."""
-        held, left, leaves = self._forward.held, self._forward.left, list(self._leaves)
-        leaves[0] = _joined(x, self._each)
-        at = rows if left is None else left if rows is None else left[rows]
-        if at is not None:
-            for i, each in self._further.items():
-                leaves[i] = _rows(leaves[i], at, each)
-        args, kwargs = tree_unflatten(leaves, self._spec)
-        own = self._grad != self._forward.grad  # inside of a mode of the forward's own
-        with torch.set_grad_enabled(self._grad) if own else nullcontext():
-            value = held.parts[held.names[self.k]](*args, **kwargs)
-        if not held.knows(self.k, leaves):
-            held.learn(self.k, leaves, value)
-        y = value if isinstance(value, Tensor) else value[0]
-        return _parted(y, y.shape[0] // x.shape[0])
-
-    def part(self, rows: slice | None = None) -> Tensor:
-        """Run the part on all rows that are left, or on some of them."""
-        return self(self.x if rows is None else self.x[rows], rows)
-
-    def through(self, run: Tensor) -> Tensor:
-        """Run the part on the rows where `run` [n] is not 0, and pass the others through."""
-        index = run.nonzero().squeeze(1)
-        if len(index) == 0:
-            return self.x
-        if len(index) == len(run):
-            return self.part().to(self.x.dtype)
-        if not self._further:  # a copy, since the forward may still need its features
-            return gated_residual(self.x.clone(), run, self)
-        return self.x.index_copy(0, index, self(take_rows(self.x, index), index).to(self.x.dtype))
-
-    def follow(self, y: Tensor, going: Tensor | None = None) -> Stand | Tensor:
-        """Go on behind the part with its features `y`, to the next part or to the answer.
-
-        Args:
-            y: [n, ...], the features of the rows that go on.
-            going: the indexes, among the rows that were left, of those that go on; None for all.
-        """
-        forward = self._forward
-        if going is not None:
-            forward.left = going if forward.left is None else forward.left[going]
-        full = forward.spread(y)
-        if full.dim() > 1 + len(forward.held.shapes[self.k]):
-            full = full.flatten(0, 1)
-        return go(self._runner, forward, self._returned(full))
-
-    def _returned(self, features: Tensor) -> Any:
-        """Return `features` of all rows as the part returns them; if that is not known, it runs on one row."""
-        held = self._forward.held
-        if not held.knows(self.k, self._leaves):
-            with torch.no_grad():
-                self(_parted(self._leaves[0], self._each)[:1].clone(), slice(1))
-        return held.returned(self.k, features, self._leaves)
-
-    def stand_in(self) -> Any:
-        """Return what may stand for the value of the part where only what comes with its features is needed."""
-        shape, x = self._forward.held.shapes[self.k], self._leaves[0]
-        return self._returned(x if x.shape[1:] == shape else x.new_zeros(x.shape[0], *shape))
-
-    def end(self) -> None:
-        """End the forward, since no row goes on."""
-        self._runner.parent = getcurrent()
-        self._runner.throw()
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -493,19 +296,3 @@ def tensors(leaves: Mapping[str, Any]) -> list[Tensor]:
 def _one_more(inputs: Any) -> Any:
     """Return `inputs` with the first row once more, at the end."""
     return inputs[torch.tensor([*range(len(inputs)), 0], device=inputs.device)]
-
-
-def _parted(x: Tensor, each: int) -> Tensor:
-    """Return [n * each, ...], the rows of `n` inputs, as [n, each, ...]; as it is if there is one for each."""
-    return x if each == 1 else x.unflatten(0, (-1, each))
-
-
-def _joined(x: Tensor, each: int) -> Tensor:
-    """Undo `_parted`."""
-    return x if each == 1 else x.flatten(0, 1)
-
-
-def _rows(x: Tensor, rows: Rows, each: int = 1) -> Tensor:
-    if isinstance(rows, slice):
-        return _joined(_parted(x, each)[rows], each)
-    return _joined(take_rows(_parted(x, each), rows), each)

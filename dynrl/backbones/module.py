@@ -16,8 +16,9 @@ from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.channels import CHANNELS, gives_channels_last, takes_channels_last
 from dynrl.backbones.early import early_inputs
 from dynrl.backbones.exit import GO_ON, STOP, Exits
+from dynrl.backbones.forward import Stand
 from dynrl.backbones.gated import GatedWalk
-from dynrl.backbones.held import Held, Stand
+from dynrl.backbones.held import Held
 from dynrl.backbones.skip import Skipping
 from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
 from dynrl.backbones.walk import END, State, Walk

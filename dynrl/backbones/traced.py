@@ -188,7 +188,7 @@ class Traced:
 
 
 class TracedStand:
-    """Rows that stand before part `k` with the features `x` [n, ...]; see `dynrl.backbones.held.Stand`."""
+    """Rows that stand before part `k` with the features `x` [n, ...]; see `dynrl.backbones.forward.Stand`."""
 
     def __init__(self, traced: Traced, k: int, x: Tensor) -> None:
         self._traced, self.k, self.x = traced, k, x
