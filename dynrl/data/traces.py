@@ -56,22 +56,23 @@ class _Walkers:
         short = rng.random(count) < 0.5
         wanted[short] = rng.integers(2, self.scene.longest // 4 + 1, short.sum())
         heading, steps = rng.integers(0, 4, count), np.zeros(count, np.int64)
-        going = np.ones(count, bool)
+        going = self.every
         while True:
-            following = at[:, None] + self.jumps  # [n, 4]
-            open_ways = ~(self.drawn[self.every[:, None], following] | self.outside[following])
+            following = at[going, None] + self.jumps  # [going, 4]
+            open_ways = ~(self.drawn[going[:, None], following] | self.outside[following])
             beside = np.clip(following[:, :, None] + self.jumps, 0, self.width**2 - 1)
             # The only drawn neighbour of a free way is the pixel that the curve comes from.
-            open_ways &= self.drawn[self.every[:, None, None], beside].sum(2) == 1
-            going &= open_ways.any(1) & (steps < wanted)
-            if not going.any():
+            open_ways &= self.drawn[going[:, None, None], beside].sum(2) == 1
+            moves = open_ways.any(1) & (steps[going] < wanted[going])
+            if not moves.any():
                 return first, at, steps
-            straight = (np.arange(4) == heading[:, None]) & (rng.random((count, 1)) < KEPT)
-            way = np.where(open_ways, rng.random((count, 4)) + HEADING * straight, -1.0).argmax(1)
-            moved = self.every[going]
-            at[moved], heading[moved] = following[moved, way[moved]], way[moved]
-            steps[moved] += 1
-            self.drawn[moved, at[moved]] = True
+            going, following, open_ways = going[moves], following[moves], open_ways[moves]
+            kept, luck = rng.random((count, 1)) < KEPT, rng.random((count, 4))
+            straight = (np.arange(4) == heading[going, None]) & kept[going]
+            way = np.where(open_ways, luck[going] + HEADING * straight, -1.0).argmax(1)
+            at[going], heading[going] = following[np.arange(len(going)), way], way
+            steps[going] += 1
+            self.drawn[going, at[going]] = True
 
     def _free_places(self) -> np.ndarray:
         """Return a pixel in each image that touches no curve, [n]."""

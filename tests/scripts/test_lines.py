@@ -10,7 +10,9 @@ import subprocess
 from contextlib import suppress
 
 import pytest
+import torch
 
+import dynrl
 from dynrl.deploy import SHIPPED
 from dynrl.files import load_tensors, locked, read_json, write_json
 from dynrl.machine import commit, hardware
@@ -173,6 +175,9 @@ def test_ctrl_c_and_sigterm_end_alike(number, agent, tmp_path):
         f"interrupted; the policy so far is kept; go on with: dynrl train skip --resume {tmp_path / 'run'}"
     )
     assert load_tensors(tmp_path / "run" / "policy.safetensors", "policy")[1]["finished"] is False
+    model = dynrl.load(tmp_path / "run")
+    model(torch.randn(2, *model.input_shape))
+    assert not (tmp_path / "run" / "report.json").exists()
     assert not list(tmp_path.glob("run/**/.*"))
 
 

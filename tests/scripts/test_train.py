@@ -266,14 +266,3 @@ def test_ctrl_c_before_there_is_a_policy_says_how_to_go_on(tmp_path, monkeypatch
     assert f"interrupted; go on with: dynrl train skip --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_a_usable_policy(backbone_folder, tmp_path):
-    out = tmp_path / "stopped"
-    process = start("train", "skip", "--backbone", backbone_folder, "--steps", 10_000_000, "--out", out, cwd=tmp_path)
-    wait_for(out / "checkpoints", "checkpoint_*", process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to ray's processes, too
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, text[-2000:]
-    assert "--resume" in text
-    model = dynrl.load(out)
-    model(torch.randn(2, *model.input_shape))
-    assert not (out / "report.json").exists()
