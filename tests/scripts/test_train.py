@@ -264,5 +264,3 @@ def test_ctrl_c_before_there_is_a_policy_says_how_to_go_on(tmp_path, monkeypatch
         main(["train", "skip", "--data", "digits", "--out", str(tmp_path / "run")])
     assert left.value.code == 130
     assert f"interrupted; go on with: dynrl train skip --resume {tmp_path / 'run'}" in capsys.readouterr().err
-
-
