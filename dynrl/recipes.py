@@ -144,6 +144,13 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
     ),
+    ("skip", "trace-long"): Defaults(
+        family="skip_resnet",
+        backbone={"layers": (1, 7), "widths": (16, 32), "auxiliary": True},
+        pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=24),
+        learning=Learning(steps=300_000),
+        finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
+    ),
     ("exit", "digits"): Defaults(
         family="exit_resnet",
         backbone={"layers": (3, 4, 4), "widths": (16, 32, 64), "exits": (0, 2, 4, 6, 8)},
@@ -167,6 +174,12 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("exit", "trace"): Defaults(
         family="exit_resnet",
         backbone={"layers": (1, 7), "widths": (12, 24), "exits": (0, 1, 2, 3, 4, 5, 6)},
+        pretraining=Recipe(epochs=6, batch_size=128, plain_epochs=24),
+        learning=Learning(steps=300_000),
+    ),
+    ("exit", "trace-long"): Defaults(
+        family="exit_resnet",
+        backbone={"layers": (1, 7), "widths": (16, 32), "exits": (0, 1, 2, 3, 4, 5, 6)},
         pretraining=Recipe(epochs=6, batch_size=128, plain_epochs=24),
         learning=Learning(steps=300_000),
     ),

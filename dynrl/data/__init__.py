@@ -20,7 +20,7 @@ from dynrl.data.own import is_own, own_dataset
 from dynrl.data.photos import noisy_photos
 from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
 from dynrl.data.texts import find, find_small, needle
-from dynrl.data.traces import trace, trace_small
+from dynrl.data.traces import trace, trace_long, trace_small
 
 __all__ = [
     "DATASETS", "Augmentation", "Dataset", "Split", "as_dataset", "check_dataset", "image_folder", "load_dataset",
@@ -46,6 +46,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "find-small": find_small,
     "needle": needle,
     "trace": trace,
+    "trace-long": trace_long,
     "trace-small": trace_small,
 }
 

@@ -131,6 +131,11 @@ def trace() -> Dataset:
     return _traces("trace", Scene(side=24, strands=6, longest=32), 20_000, 5_000, 5_000)
 
 
+def trace_long() -> Dataset:
+    """Six curves of up to 48 steps in 28x28 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
+    return _traces("trace-long", Scene(side=28, strands=6, longest=48), 20_000, 5_000, 5_000)
+
+
 def trace_small() -> Dataset:
     """Four curves of up to 20 steps in 16x16 pixels, of which one is traced; 10,000 / 2,000 / 2,000 rows."""
     return _traces("trace-small", Scene(side=16, strands=4, longest=20), 10_000, 2_000, 2_000)
