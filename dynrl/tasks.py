@@ -53,6 +53,10 @@ class Task:
         """Turn the metric (of a row, or a mean) so that less is better: 0 is perfect, 1 is useless."""
         raise NotImplementedError
 
+    def blind(self, target: Tensor) -> Tensor:
+        """Return one output for all rows of `target`, which needs no input: their mean, the best by squared error."""
+        return target.mean(0, keepdim=True).expand_as(target)
+
     @classmethod
     def show(cls, metric: float) -> str:
         """Return the metric as tables show it."""
@@ -84,6 +88,10 @@ class Classification(Task):
     def error(self, metric: Value) -> Value:
         """Return the share of wrong answers."""
         return 1 - metric
+
+    def blind(self, target: Tensor) -> Tensor:
+        """Return how often each class is the target, for all rows: [n, classes]. So the commonest is answered."""
+        return target.bincount().float().expand(len(target), -1)
 
 
 @dataclass(frozen=True)

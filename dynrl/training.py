@@ -23,7 +23,7 @@ from dynrl import pretraining
 from dynrl.agents.base import agent_class, sight_of, train_policy
 from dynrl.agents.joint import train_jointly
 from dynrl.backbones import FAMILIES, Backbone, load_backbone
-from dynrl.data import Dataset, as_dataset, check_dataset, load_dataset
+from dynrl.data import Dataset, Split, as_dataset, check_dataset, load_dataset
 from dynrl.data.own import is_own
 from dynrl.deploy import RoutedModel
 from dynrl.envs import decision as decision_row
@@ -41,6 +41,7 @@ from dynrl.runs import RunFolder
 from dynrl.schema import parse
 from dynrl.settings import Learning, Place, Problem, Settings, names
 
+LITTLE = 0.97  # a network that errs more often than this share of what a blind answer does has learned nothing
 CALIBRATED = 1024  # how many validation inputs calibrate budgets; more would hardly change the mean MACs
 TIMED_ROUNDS, TIMED_BATCH = 11, 256
 
@@ -491,6 +492,23 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
         checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
         macs = backbone.dense_macs / 1e6
         say(f"{path.stem}: {metric} {value:.4g} on validation data, {macs:.1f} million MACs an input")
+        if advice := nothing_learned(dataset.validation, value):
+            say(f"{path.stem}: {advice}", sys.stderr)
+
+
+def nothing_learned(split: Split, value: float) -> str | None:
+    """Say, with advice, that a network of mean metric `value` is no better than one answer for all inputs; else None.
+
+    Some tasks are learned all at once or not at all: without a word, all that follows would route chance.
+    """
+    task, targets = split.task, split.targets
+    blind = float(task.score(task.blind(targets), targets).mean())
+    if task.error(value) < LITTLE * task.error(blind):
+        return None
+    return (
+        f"has learned nothing: {task.metric} is {value:.4g}, and one answer for all inputs has {blind:.4g}. Try more "
+        "epochs (--epochs), another seed (--seed), or a wider network (--network)"
+    )
 
 
 # Learning ---------------------------------------------------------------------------------------------------------

@@ -57,6 +57,16 @@ def test_the_metric_is_right_for_right_answers(case):
     assert float(error.mean()) > 0
 
 
+@pytest.mark.parametrize("case", [*cases()][:2], ids=[*TASKS][:2])
+def test_no_output_without_an_input_is_better_than_the_blind_one(case):
+    task, output, target, *_ = case
+    blind = task.blind(target)
+    assert blind.shape == output.shape and (blind == blind[0]).all()
+    constants = torch.eye(5) if task is CLASSIFICATION else target + torch.linspace(-1, 1, 7).unsqueeze(1)
+    errors = [float(task.error(task.score(each.expand_as(output), target)).mean()) for each in constants]
+    assert float(task.error(task.score(blind, target)).mean()) <= min(errors) + 1e-6
+
+
 def test_answering_the_mean_costs_one():
     targets = torch.randn(4000, 3) * torch.tensor([1.0, 5.0, 0.1]) + 7
     task = Regression.of(targets)

@@ -21,10 +21,11 @@ from dynrl.files import load_tensors, read_json
 from dynrl.finetuning import Finetuning
 from dynrl.inputs import Named
 from dynrl.pretraining import Recipe
+from dynrl.progress import talking
 from dynrl.provenance import Provenance
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Regression
-from dynrl.training import learn, make_run, plan, plan_again, resume, train
+from dynrl.training import learn, make_run, plan, plan_again, pretrain_into, resume, train
 
 RECIPE = Recipe(12, 32, 5e-3, optimizer="adam")
 SHORT = {"agent": "gate", "steps": 600, "num_envs": 16, "price_range": (0.1, 2.0)}
@@ -178,6 +179,20 @@ def test_data_is_known_by_its_name_from_then_on():
 
 
 # Training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1e-9, 5e-3])
+def test_a_network_that_learned_nothing_is_named(rate, tmp_path, capfd):
+    images, labels = small_images()
+    labels[torch.arange(200) % 4 > 0] = 0  # one class is so frequent that an untrained network is no better than it
+    if rate > 1e-6:
+        images, labels = small_images()
+    planned = plan(own_backbone(), (images, labels))
+    recipe = replace(planned.recipe, pretraining=Recipe(12 if rate > 1e-6 else 1, 32, rate, optimizer="adam"))
+    with talking(True):
+        pretrain_into(tmp_path, replace(planned, recipe=recipe))
+    said = capfd.readouterr().err
+    assert ("plain: has learned nothing: accuracy is" in said) == (rate < 1e-6), said
 
 
 def test_a_network_and_data_of_ones_own(tmp_path, capfd):
