@@ -20,6 +20,7 @@ from dynrl.backbones import Backbone
 from dynrl.policies import LearnedPolicy, PolicySpec, Sight
 from dynrl.policies.files import check_kind
 from dynrl.progress import progress
+from dynrl.schema import check_known
 from dynrl.settings import Learning, Place, Settings
 from dynrl.tasks import TASKS
 
@@ -162,8 +163,7 @@ class Agent:
 
 def agent_class(name: str) -> type[Agent]:
     """Return the class of the agent `name` in `AGENTS`, or raise a ValueError that lists the agents."""
-    if name not in AGENTS:
-        raise ValueError(f"unknown agent {name!r}; expected one of {', '.join(AGENTS)}")
+    check_known("agent", name, AGENTS)
     module, kind = AGENTS[name].split(":")
     found: type[Agent] = getattr(importlib.import_module(module), kind)
     return found

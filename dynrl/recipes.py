@@ -16,7 +16,7 @@ from dynrl.files import limited
 from dynrl.finetuning import Finetuning
 from dynrl.ops.backend import float32
 from dynrl.pretraining import Recipe
-from dynrl.schema import accepted, arguments
+from dynrl.schema import accepted, arguments, check_known
 from dynrl.settings import Learning
 
 
@@ -53,8 +53,7 @@ class Defaults:
             return self
         families = [word for name, _, word in (setting.partition("=") for setting in settings) if name == FAMILY]
         family, backbone = (families[-1], {}) if families else (self.family, dict(self.backbone))
-        if family not in FAMILIES:
-            raise ValueError(f"unknown family {family!r} of backbones; known: {sorted(FAMILIES)}; add one by --plugin")
+        check_known("family", family, FAMILIES)
         known = accepted(FAMILIES[family])
         for setting in settings:
             name, equals, word = setting.partition("=")
@@ -370,7 +369,7 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
     known = sorted(d for one, d in DEFAULTS if one == decision)
     raise ValueError(
         f"no defaults for {decision!r} on {name!r}; there are for {known}. Give --backbone FOLDER, or a network of "
-        "your own by --network family=NAME and --plugin FILE.py"
+        "your own by --network family=NAME and a plugin: dynrl --plugin FILE.py VERB ..."
     )
 
 

@@ -13,6 +13,7 @@ from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, as_dataset, load_dataset
 from dynrl.deploy import LATENCY, RoutedModel, plug
 from dynrl.files import read_json, reading
+from dynrl.plugins import find_again
 from dynrl.policies import load_policy
 from dynrl.provenance import Provenance
 from dynrl.schema import parse
@@ -86,6 +87,8 @@ FREE = {"seed", "network"}
 class RunFolder:
     """A run folder reads and checks each of its files once, when the file is first needed.
 
+    Plugins that it was made with are imported at once, if they were given on this machine before.
+
     Attributes:
         path: the folder.
         config_file: the file of the settings that the run was made with.
@@ -108,6 +111,7 @@ class RunFolder:
         self.policy_file, self.report_file = path / "policy.safetensors", path / "report.json"
         self.times_file, self.latency_file = path / "times.json", path / LATENCY
         self.kept_file = path / "backbone-pretrained.safetensors"  # written when fine-tuning begins
+        find_again(path)
 
     def __str__(self) -> str:
         return str(self.path)

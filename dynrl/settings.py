@@ -24,6 +24,8 @@ class Problem:
             defaults: arguments of its family, and family=NAME for another one.
         epochs: The epochs of the plain network and of the backbone that are pretrained here; by default, as many as
             suit the data.
+        plain: Whether the plain network is trained first. Without it, random routes are learned at once, from the
+            weights that the network comes with: for a network of your own that is trained already.
         seed: The seed of the policy and of the inputs it meets, and of a backbone that is pretrained here.
     """
 
@@ -31,6 +33,7 @@ class Problem:
     data: str
     network: tuple[str, ...] = ()
     epochs: int | None = None
+    plain: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

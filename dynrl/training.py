@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dynrl import pretraining
+from dynrl import plugins, pretraining
 from dynrl.agents.base import agent_class, sight_of, train_policy
 from dynrl.agents.joint import train_jointly
 from dynrl.backbones import FAMILIES, Backbone, load_backbone
@@ -33,6 +33,7 @@ from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.files import locked, make_aside, read_json, reading, remove_leftovers, write_aside, write_json
 from dynrl.machine import check_device, hardware
 from dynrl.perturb import Ball, check_attackable
+from dynrl.plugins import given_plugins
 from dynrl.policies import LearnedPolicy, load_policy, save_policy
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.progress import progress, say, talking
@@ -44,6 +45,7 @@ from dynrl.settings import Learning, Place, Problem, Settings, names
 LITTLE = 0.97  # a network that errs more often than this share of what a blind answer does has learned nothing
 CALIBRATED = 1024  # how many validation inputs calibrate budgets; more would hardly change the mean MACs
 TIMED_ROUNDS, TIMED_BATCH = 11, 256
+PRETRAINED_HERE = ("network", "epochs", "plain")  # the settings that a backbone which is there leaves no room for
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,12 @@ def _recipe(problem: Problem, own_backbone: bool) -> Defaults:
     """Return the defaults of a problem, changed by its settings of the network and by its epochs."""
     own_family = any(setting.startswith(f"{FAMILY}=") for setting in problem.network)
     recipe = defaults(problem.decision, problem.data, own_backbone or own_family).changed(problem.network)
-    if problem.epochs is None:
-        return recipe
-    return replace(recipe, pretraining=replace(recipe.pretraining, epochs=problem.epochs, plain_epochs=None))
+    pretraining = recipe.pretraining
+    if problem.epochs is not None:
+        pretraining = replace(pretraining, epochs=problem.epochs, plain_epochs=None)
+    if not problem.plain:
+        pretraining = replace(pretraining, plain_epochs=0)
+    return replace(recipe, pretraining=pretraining)
 
 
 def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = None, **given: Any) -> Plan:
@@ -323,8 +328,14 @@ def make_run(
         if joined is not None:
             joined.save(aside / RunFolder(aside).backbone_file.name)
         write_json(aside / RunFolder(aside).data_file.name, planned.dataset.provenance.to_dict())
+        _name_plugins(aside)
         planned.settings.save(aside / RunFolder(aside).config_file.name)
     return RunFolder(folder)
+
+
+def _name_plugins(folder: Path) -> None:
+    if named := given_plugins():
+        write_json(folder / plugins.FILE, named)
 
 
 def join_sources(planned: Plan, sources: Sequence[str | Path]) -> Backbone:
@@ -340,8 +351,9 @@ def join_sources(planned: Plan, sources: Sequence[str | Path]) -> Backbone:
 
 
 def _check_given(planned: Plan, backbone: Backbone) -> None:
-    if planned.settings.problem.network:
-        raise ValueError("network is for a backbone that is pretrained here; leave out network or the backbone")
+    for name in PRETRAINED_HERE:
+        if getattr(planned.settings.problem, name) != getattr(Problem, name):
+            raise ValueError(f"{name} is for a backbone that is pretrained here; leave out {name} or the backbone")
     _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.trained_on)))
 
 
@@ -419,6 +431,7 @@ def pretrain(
     else:
         folder = folder_for(out, "backbone", decision, planned.settings.problem.data)
         with make_aside(folder) as aside:
+            _name_plugins(aside)
             write_json(aside / "config.json", settings)
     try:
         with talking(show):

@@ -69,8 +69,9 @@ DECISIONS: dict[str, Decision] = {
 
 def decision(name: str) -> Decision:
     """Return the row of that name, or raise a ValueError that lists the names."""
-    if name not in DECISIONS:
-        raise ValueError(f"unknown decision {name!r}; expected one of {sorted(DECISIONS)}")
+    from dynrl.schema import check_known
+
+    check_known("decision", name, DECISIONS)
     return DECISIONS[name]
 
 

@@ -22,6 +22,7 @@ from dynrl.backbones import END, Backbone, State, merge, shared_backbone
 from dynrl.data import Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.envs.pages import page
+from dynrl.envs.render import MODES, Shown
 from dynrl.envs.rewards import check_reward
 from dynrl.files import load_tensors
 from dynrl.ops.backend import float32
@@ -59,6 +60,13 @@ def check_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; expected one of {sorted(DTYPES)}")
     return DTYPES[name]
+
+
+def check_render(mode: str | None) -> str | None:
+    """Return the mode, or raise a ValueError that lists the modes."""
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"unknown render_mode {mode!r}; expected one of {list(MODES)} or None")
+    return mode
 
 
 def draw(seeds: np.ndarray, episodes: np.ndarray, stream: int) -> np.ndarray:
@@ -121,6 +129,8 @@ class RoutingVectorEnv(VectorEnv):
         attacked: a file of inputs that take the place of the split's first ones, if it exists (see `train_jointly`).
         autoreset_mode: NEXT_STEP (which stock RLlib expects), SAME_STEP (which wastes no step; our runner and SB3 use
             it) or DISABLED (`reset(options={"reset_mask": ...})`), as `AutoresetMode` or its value.
+        render_mode: what `render` returns for each row: "ansi" (text) or "rgb_array" (a picture, with the input beside
+            the route if it is an image); None does not render.
 
     A step's reward is its accuracy term less price x cost. The cost is what the walk was charged since the previous
     step, as a share of what the dense network is charged. The first step also pays for what ran before the first
@@ -136,7 +146,9 @@ class RoutingVectorEnv(VectorEnv):
             backbone poses another decision or expects other inputs than the data set has.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata: dict[str, Any] = {
+        "render_modes": list(MODES), "render_fps": 4, "autoreset_mode": AutoresetMode.NEXT_STEP
+    }  # fmt: skip
     decision: ClassVar[str]
 
     def __init_subclass__(cls, **settings: Any) -> None:
@@ -160,6 +172,7 @@ class RoutingVectorEnv(VectorEnv):
         group: int = 1,
         attacked: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"expected at least one environment, got num_envs={num_envs}")
@@ -170,7 +183,7 @@ class RoutingVectorEnv(VectorEnv):
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self.autoreset_mode = mode  # where Gymnasium's own vector environments have it, and torchrl looks for it
         self.num_envs = num_envs
-        self.render_mode = None
+        self.render_mode = check_render(render_mode)
         self.price_range = check_price_range(price_range)
         if price is not None and not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(
@@ -183,7 +196,8 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(f"unknown sight {sight!r}; expected one of {sorted(SIGHTS)}")
         self.device, kind = torch.device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)
-        self._split = dataset.seen_by(self.backbone.trained_on).split(split)
+        self._data = dataset.seen_by(self.backbone.trained_on)
+        self._split = self._data.split(split)
         if self.device.type != "cpu" or kind is not next(self.backbone.parameters()).dtype:
             self.backbone = copy.deepcopy(self.backbone).to(self.device, kind)
         if attacked is not None and Path(attacked).is_file():  # before the first attack, there is none
@@ -424,6 +438,41 @@ class RoutingVectorEnv(VectorEnv):
         view = self._floats(self.num_envs, self.sight.width)
         view[state.rows] = self._see(state)
         return view
+
+    def render(self) -> tuple[Any, ...] | None:
+        """Return a frame of each row by `render_mode`: where it stands, its route so far, and what that cost."""
+        if self.render_mode is None:
+            return None
+        if self._seeds is None:
+            raise ValueError("reset the environment before it is rendered")
+        return tuple(MODES[self.render_mode](self._shown(row)) for row in range(self.num_envs))
+
+    @torch.no_grad()
+    def _shown(self, row: int) -> Shown:
+        walk, column, worth = self._walk, None, dict[str, float]()
+        for state in self._states.values():
+            for at in (state.rows == row).nonzero().flatten().tolist():
+                column = int(torch.as_tensor(state.column).expand(len(state.rows))[at])
+        if self._ended is not None and bool((self._ended.rows == row).any()):
+            mine = self._ended.where(self._ended.rows == row, END)
+            target = self._split.targets[self._drawn[mine.rows]]
+            worth[self.task.metric] = float(self.task.score(self.backbone.output(mine).float(), target))
+        return Shown(
+            walk.points, walk.route[row].cpu().numpy(), column, float(walk.macs[row]) / self.backbone.dense_macs,
+            float(self._prices[row]), worth, self._image(row),
+        )  # fmt: skip
+
+    def _image(self, row: int) -> np.ndarray | None:
+        """Return the input of a row as [height, width, 3] uint8 if it is an image of one or three channels."""
+        raw = self._walk.inputs
+        if not isinstance(raw, Tensor) or raw.dim() != 4 or raw.shape[1] not in (1, 3):
+            return None
+        image = raw[row].float().cpu() * self._data.deviation + self._data.mean
+        if self._data.dtype != "uint8":  # numbers without known bounds
+            image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
+        image = image.expand(3, -1, -1).permute(1, 2, 0)
+        shown: np.ndarray = (image * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        return shown
 
     # Gymnasium's edge --------------------------------------------------------------------------------------
 

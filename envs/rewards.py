@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dynrl.schema import check_known
 from dynrl.tasks import CLASSIFICATION, Task
 
 Dense = Callable[[], Tensor]  # it returns the dense network's outputs [n, ...] for the same inputs
@@ -121,8 +122,7 @@ def check_reward(name: str, task: Task, whole_route: bool) -> Reward:
         ValueError: the name is unknown, or the reward makes no sense for `task` or for a policy that looks at every
             step.
     """
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}; expected one of {', '.join(REWARDS)}")
+    check_known("reward", name, REWARDS)
     reward = REWARDS[name]
     if reward.for_classes and task != CLASSIFICATION:
         others = [other for other, row in REWARDS.items() if not row.for_classes]

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 from dynrl.backbones import Backbone
 from dynrl.envs import DECISIONS
 from dynrl.envs.core import RoutingVectorEnv
+from dynrl.envs.render import MODES
 
 
 class RoutingEnv(gym.Env):
@@ -22,7 +23,7 @@ class RoutingEnv(gym.Env):
         settings: the arguments of `RoutingVectorEnv`, except `num_envs` and `autoreset_mode`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": list(MODES), "render_fps": 4}
 
     decision: ClassVar[str]
 
@@ -34,7 +35,7 @@ class RoutingEnv(gym.Env):
         self._batch: RoutingVectorEnv = batched(1, **settings, autoreset_mode=AutoresetMode.DISABLED)
         self.observation_space = copy.deepcopy(self._batch.single_observation_space)
         self.action_space = copy.deepcopy(self._batch.single_action_space)
-        self.render_mode = None
+        self.render_mode = self._batch.render_mode
         self._over = True
 
     @property
@@ -61,6 +62,11 @@ class RoutingEnv(gym.Env):
         self._over = bool(terminated[0])
         own = {name: value[0] for name, value in info.items() if not name.startswith("_")}
         return view[0], float(reward[0]), self._over, False, own
+
+    def render(self) -> Any:
+        """Return what `render_mode` asks for: a text or a picture of the walk so far; None without a mode."""
+        frames = self._batch.render()
+        return None if frames is None else frames[0]
 
 
 def __getattr__(decision: str) -> type[RoutingEnv]:

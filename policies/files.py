@@ -16,7 +16,7 @@ from dynrl.ops.backend import float32
 from dynrl.policies.base import LearnedPolicy
 from dynrl.policies.router import Router
 from dynrl.policies.upfront import UpfrontRouter
-from dynrl.schema import arguments, parse
+from dynrl.schema import arguments, check_known, parse
 
 # The kinds of learned policies, by their names in files and in `dynrl train --policy`. A plugin adds a row.
 POLICIES: dict[str, type[LearnedPolicy]] = {"sequential": Router, "upfront": UpfrontRouter}
@@ -78,8 +78,7 @@ class PolicyNotes:
 
 def check_kind(kind: str) -> type[LearnedPolicy]:
     """Return the class of that kind of policy, or raise a ValueError that lists the kinds."""
-    if not isinstance(kind, str) or kind not in POLICIES:
-        raise ValueError(f"unknown kind of policy {kind!r}; expected one of {sorted(POLICIES)}")
+    check_known("kind of policy", kind, POLICIES)
     return POLICIES[kind]
 
 

@@ -25,15 +25,22 @@ def check(args: Args, matrix: list[tuple[str, str]]) -> None:
         given = getattr(args, option)
         if len(set(given)) < len(given):
             raise ValueError(f"expected each of the {option} once, got {' '.join(map(str, given))}")
+    if args.backbone is not None and len(matrix) > 1:
+        raise ValueError(f"a backbone poses one decision: compare {', '.join(args.decisions)} apart, or leave it out")
     for name, data in matrix:
         for agent, seed in product(args.agents, args.seeds):
-            plan(name, data, agent=agent, seed=seed, finetune=args.finetune)
+            plan(name, data, args.backbone, agent=agent, seed=seed, **_learning(args))
         for setting in args.plain:
             defaults(name, data).changed(_settings(setting)).build(load_dataset(data), args.seeds[0])
     for price in args.prices:
         check_price_range((price, price))
     if args.prices and "ppo" not in args.agents:
         raise ValueError("--prices trains PPO at one price each, to compare with PPO over a range: add ppo to --agents")
+
+
+def _learning(args: Args) -> dict[str, Any]:
+    """The settings that all policies share, if they are given."""
+    return {name: value for name in ("steps", "finetune") if (value := getattr(args, name))}
 
 
 def _settings(words: str) -> tuple[str, ...]:
@@ -45,9 +52,10 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train the runs that are missing in `folder`, and return whether all are done; False after Ctrl-C."""
     from dynrl.training import plan, plan_again, pretrain_into, resume, train
 
-    backbone = folder / "backbone"
-    backbone.mkdir(parents=True, exist_ok=True)
-    pretrain_into(backbone, plan(decision, data, seed=args.seeds[0]))
+    if (backbone := args.backbone) is None:
+        backbone = folder / "backbone"
+        backbone.mkdir(parents=True, exist_ok=True)
+        pretrain_into(backbone, plan(decision, data, seed=args.seeds[0]))
     for setting in args.plain:
         plain = folder / f"plain-{re.sub(r'[^a-z0-9]+', '-', setting.lower()).strip('-')}"
         plain.mkdir(exist_ok=True)
@@ -57,15 +65,15 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     for (kind, given), seed in product(kinds, args.seeds):
         run = RunFolder(folder / f"{kind}{'-tuned' if args.finetune else ''}-{seed}")
         run.drop_half_made()
-        if run.finished:
+        if run.finished and run.settings["steps"] >= (args.steps or 0):
             if run.data != data:
                 plan_again(run, data)  # the data have moved; two folders of images that have the same name are refused
             continue
         print(f"cell: {run}", flush=True)
         if run.path.is_dir():
-            done = resume(run.path, data, show=True)
+            done = resume(run.path, data, show=True, **_learning(args))
         else:
-            learning = {**given, "finetune": args.finetune, "seed": seed}
+            learning = {**given, **_learning(args), "seed": seed}
             done = train(decision, data, out=run.path, backbone=backbone, show=True, **learning)
         if not done.finished:
             return False

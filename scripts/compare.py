@@ -32,6 +32,11 @@ class Args:
     """The agents that learn, as in `dynrl train`."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """The seeds of policies; the first one is also the backbone's."""
+    steps: int | None = None
+    """The number of decisions that each policy learns from, as in `dynrl train`; by default, the data set's."""
+    backbone: Path | None = None
+    """A folder from `dynrl pretrain` or a run, whose backbone all policies learn on; by default, one is pretrained
+    first. Only for one decision."""
     finetune: bool = False
     """Train backbones and policies in turn, as in `dynrl train`."""
     prices: tuple[float, ...] = ()

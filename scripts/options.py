@@ -20,7 +20,7 @@ BY_DATA = {  # the settings whose default is no fixed value
 
 
 def optional(*kinds: type) -> Any:
-    """Return a dataclass of the fields of settings classes, all optional: None or False stands for not given."""
+    """Return a dataclass of the fields of settings classes, all optional; `given` tells which were given."""
     made: list[tuple[str, Any, Any]] = []
     for kind in kinds:
         hints, about = typing.get_type_hints(kind), texts(kind)
@@ -34,10 +34,19 @@ def optional(*kinds: type) -> Any:
             if positional:
                 made.append((each.name, Annotated[hints[each.name], tyro.conf.Positional, help], dataclasses.field()))
             elif hints[each.name] is bool:
-                made.append((each.name, Annotated[tyro.conf.FlagCreatePairsOff[bool], help], False))
+                made.append((each.name, Annotated[tyro.conf.FlagCreatePairsOff[bool], help], each.default))
             else:
                 made.append((each.name, Annotated[hints[each.name] | None, help], None))
     return dataclasses.make_dataclass("Given", made)
+
+
+def given(settings: Any) -> dict[str, Any]:
+    """Return what was given of the settings that `optional` made."""
+    return {
+        each.name: value
+        for each in dataclasses.fields(settings)
+        if (value := getattr(settings, each.name)) != each.default
+    }
 
 
 def metavar(hint: Any) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from dynrl.scripts.options import optional
+from dynrl.scripts.options import given, optional
 from dynrl.settings import Learning, Place, Problem
 
 
@@ -40,17 +40,17 @@ def main(args: Args) -> None:
     from dynrl.scripts.evaluate import report_runs
     from dynrl.training import gone_if_not_begun, learn, make_run, plan, plan_again
 
-    given = {name: value for name, value in vars(args.settings).items() if value is not None and value is not False}
-    name = decision(given.pop("decision")).name
+    settings = given(args.settings)
+    name = decision(settings.pop("decision")).name
     if args.resume is not None:
         if args.out or args.backbone:
             raise ValueError(f"--resume continues by {args.resume}'s own settings; leave out --out and --backbone")
         run = RunFolder(args.resume)
         if run.decision != name:
             raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: dynrl train {run.decision} --resume {run}")
-        planned = plan_again(run, **given)
+        planned = plan_again(run, **settings)
     else:
-        planned = plan(name, source=args.backbone[0] if len(args.backbone) == 1 else None, **given)
+        planned = plan(name, source=args.backbone[0] if len(args.backbone) == 1 else None, **settings)
     use_threads(args.threads)
     if args.resume is None:
         run = make_run(planned, args.out, args.backbone[0] if len(args.backbone) == 1 else args.backbone)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # which plugins were given is the developer's own business
 THREADS = 2
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # A core for each of the processes that share the tests out, and for whatever it starts: threads that outnumber

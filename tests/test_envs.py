@@ -71,7 +71,47 @@ def test_gymnasiums_checker(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*Box observation space (minimum|maximum) value is -?infinity.*")
-        check_env(env.unwrapped, skip_render_check=True)
+        check_env(env.unwrapped)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_walk_is_rendered_until_its_end(name):
+    """By hand: a line for each decision that was taken, one for the next, one for the cost; frames of one size."""
+    told, drawn = (make_single(name, render_mode=mode, price=0.1) for mode in ("ansi", "rgb_array"))
+    for env in (told, drawn):
+        with pytest.raises(ValueError, match="reset the environment"):
+            env.render()
+        env.reset(seed=3)
+    rng, ended, taken, sizes = np.random.default_rng(0), False, [], set()
+    while not ended:
+        lines = told.render().splitlines()
+        assert sum("? of 0 to" in line for line in lines) == 1 and len(lines) == len(taken) + 2
+        before = drawn.render()
+        action = int(rng.integers(told.action_space.n))
+        _, _, ended, _, info = told.step(action)
+        drawn.step(action)
+        taken.append(action)
+        sizes |= {before.shape, drawn.render().shape}
+        assert (before != drawn.render()).any()
+    (height, width, colours) = sizes.pop()
+    assert not sizes and colours == 3 and height >= 192 and width >= 320
+    *lines, last = told.render().splitlines()
+    ran = [choice for choice in info["route"].tolist() if choice >= 0]
+    assert [int(line.split(" of 0 to")[0].split()[-1]) for line in lines] == ran
+    metric = told._batch.task.metric
+    assert last == f"spent {info['macs_fraction']:.3f} of the dense MACs at price 0.1; ended: {metric} {info[metric]:g}"
+
+
+def test_the_input_is_shown_beside_the_route():
+    env = gym.make_vec("dynrl/Skip-v0", num_envs=2, render_mode="rgb_array", price=1.0)
+    env.reset(seed=0)
+    frames, image = env.render(), env._split.inputs[env._drawn[1]]
+    shown = frames[1][8:200:8, 8:200:8, 0].astype(int)  # 24x24 pixels, each 8x8 times
+    raw = image[0] * env._data.deviation + env._data.mean
+    assert len(frames) == 2 and np.abs(shown - 255 * raw.numpy()).max() <= 1
+    assert gym.make_vec("dynrl/Skip-v0", num_envs=1).render() is None
+    with pytest.raises(ValueError, match=r"unknown render_mode 'human'; expected one of \['ansi', 'rgb_array'\]"):
+        make_vec("skip", 2, render_mode="human")
 
 
 @pytest.mark.parametrize("name", REGISTERED)

@@ -41,7 +41,9 @@ ALLOWED = {
     "dynrl.checkpoints": {"dynrl.files", "dynrl.schema"},
     "dynrl.settings": {"dynrl.files", "dynrl.schema"},
     "dynrl.ops": {"dynrl.ops"},
-    "dynrl.data": {"dynrl.data", "dynrl.files", "dynrl.inputs", "dynrl.provenance", "dynrl.tasks"},
+    "dynrl.data": {
+        "dynrl.data", "dynrl.files", "dynrl.inputs", "dynrl.provenance", "dynrl.schema", "dynrl.tasks"
+    },
     "dynrl.backbones": {
         "dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs", "dynrl.provenance", "dynrl.routes",
         "dynrl.schema",
@@ -53,11 +55,11 @@ ALLOWED = {
     },
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs",
-        "dynrl.machine", "dynrl.schema",
+        "dynrl.machine", "dynrl.plugins", "dynrl.schema",
     },
     "dynrl.runs": {
-        "dynrl.backbones", "dynrl.data", "dynrl.policies", "dynrl.deploy", "dynrl.files", "dynrl.provenance",
-        "dynrl.schema", "dynrl.settings",
+        "dynrl.backbones", "dynrl.data", "dynrl.policies", "dynrl.deploy", "dynrl.files", "dynrl.plugins",
+        "dynrl.provenance", "dynrl.schema", "dynrl.settings",
     },
     "dynrl.evaluation": {
         "dynrl.evaluation", "dynrl.runs", "dynrl.backbones", "dynrl.policies", "dynrl.deploy", "dynrl.data",
@@ -80,12 +82,12 @@ ALLOWED = {
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.progress", "dynrl.tasks",
         "dynrl.checkpoints", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.plugins",
-        "dynrl.settings",
+        "dynrl.schema", "dynrl.settings",
     },
     "dynrl.training": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation",
-        "dynrl.files", "dynrl.machine", "dynrl.policies", "dynrl.pretraining", "dynrl.progress", "dynrl.recipes",
-        "dynrl.runs", "dynrl.schema", "dynrl.settings", "dynrl.perturb",
+        "dynrl.files", "dynrl.machine", "dynrl.plugins", "dynrl.policies", "dynrl.pretraining", "dynrl.progress",
+        "dynrl.recipes", "dynrl.runs", "dynrl.schema", "dynrl.settings", "dynrl.perturb",
     },
     "dynrl.sweep": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.evaluation", "dynrl.files",

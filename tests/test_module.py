@@ -178,7 +178,7 @@ def test_training_mode_and_moves_reach_what_lies_between_the_blocks():
 def test_files_need_a_function_that_builds_the_module(tmp_path, monkeypatch):
     backbone = SkipModule(Transformer(), SHAPE, BLOCKS, family="my-vit")
     backbone.save(tmp_path / "mine.safetensors", note=1)
-    with pytest.raises(ValueError, match=r"unknown backbone family 'my-vit'.*FAMILIES"):
+    with pytest.raises(ValueError, match=r"unknown family 'my-vit'.*FAMILIES"):
         load_backbone(tmp_path / "mine.safetensors")
     monkeypatch.setitem(FAMILIES, "my-vit", lambda **config: SkipModule(Transformer(), family="my-vit", **config))
     loaded, notes = load_backbone(tmp_path / "mine.safetensors")

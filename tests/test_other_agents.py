@@ -9,15 +9,17 @@ import stable_baselines3 as sb3
 import torch
 from gymnasium.vector import AutoresetMode
 from ray.rllib.core.columns import Columns
+from stable_baselines3.common.vec_env import VecNormalize
 
+import dynrl
 from dynrl.agents.base import AGENTS, agent_class, open_agent
 from dynrl.agents.sb3 import RoutingVecEnv
 from dynrl.agents.slab import EpisodesRunner, SlabRunner
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel
-from dynrl.evaluation import score, score_routes
-from dynrl.policies import SIGHTS, UpfrontRouter
+from dynrl.evaluation import calibrate, score, score_routes
+from dynrl.policies import SIGHTS, ForeignPolicy, UpfrontRouter
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Place, Problem, Settings
 from tests.cases import make_backbone
@@ -149,6 +151,49 @@ def test_the_adapter_serves_policies_of_sb3s_own(sight):
     env = RoutingVecEnv(make(sight=sight))
     model = sb3.PPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=1, device="cpu").learn(96)
     assert model.num_timesteps == 96 and len(model.ep_info_buffer) > 0
+
+
+@pytest.mark.parametrize(("kind", "sight"), [("PPO", "step"), ("PPO", "route"), ("DQN", "step")])
+def test_a_policy_that_sb3_trained_plugs_and_chooses_the_same(kind, sight):
+    """Choices are SB3's own `predict`, asked along the walk in the environment, input by input."""
+    backbone = make_backbone("skip")
+    env = make(backbone=backbone, sight=sight, price=0.1)
+    wanted = {"n_steps": 8, "batch_size": 16, "n_epochs": 1} if kind == "PPO" else {"learning_starts": 8}
+    algorithm = getattr(sb3, kind)("MlpPolicy", RoutingVecEnv(env), seed=0, device="cpu", **wanted).learn(96)
+    obs, known = env.reset(seed=1)[0], {}
+    inputs = env._walk.inputs.clone()
+    layers = ForeignPolicy.of(algorithm).layers
+    *_, last = (layer for layer in layers.modules() if isinstance(layer, torch.nn.Linear))
+    with torch.no_grad():  # it has learned next to nothing: let inputs differ in their first choices
+        last.bias -= layers(torch.as_tensor(obs)).mean(0)
+    model = dynrl.plug(backbone, algorithm)
+    model.set_price(0.1)
+    while len(known) < env.num_envs:
+        obs, _, over, _, info = env.step(algorithm.predict(obs, deterministic=True)[0])
+        known |= {row: info["final_info"]["route"][row] for row in np.flatnonzero(over) if row not in known}
+    model(inputs)
+    assert np.array_equal(model.last_route.actions, np.stack([known[row] for row in range(env.num_envs)]))
+    assert len(np.unique(model.last_route.actions, axis=0)) > 1
+    hidden = 64 * (64 + env.sight.width) + 64 * sum(env.sight.counts)
+    looks = env.sight.looks(backbone.max_steps)
+    assert (model.last_route.router_macs == looks * hidden).all()
+    split = load_dataset("digits").validation.head(64)
+    assert len(calibrate(model, split, points=3)) >= 3
+
+
+def test_what_does_not_plug_is_refused():
+    backbone = make_backbone("skip")
+    with pytest.raises(ValueError, match="expected a policy file, a policy of dynrl, or an algorithm of Stable-Base"):
+        dynrl.plug(backbone, 3)
+    algorithm = sb3.PPO("MlpPolicy", "CartPole-v1", device="cpu")
+    with pytest.raises(ValueError, match="expected an algorithm on dynrl.agents.sb3.RoutingVecEnv"):
+        dynrl.plug(backbone, algorithm)
+    algorithm = sb3.PPO("MlpPolicy", VecNormalize(RoutingVecEnv(make())), device="cpu")
+    with pytest.raises(ValueError, match="VecNormalize"):
+        dynrl.plug(backbone, algorithm)
+    algorithm.env = None
+    with pytest.raises(ValueError, match="set_env"):
+        dynrl.plug(backbone, algorithm)
 
 
 def test_the_adapter_refuses_what_would_lose_transitions():

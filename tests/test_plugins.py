@@ -14,9 +14,12 @@ import torch
 
 import dynrl
 from dynrl.agents.rllib import start_ray
-from dynrl.files import load_tensors
+from dynrl.data import DATASETS, load_dataset
+from dynrl.files import load_tensors, read_json
 from dynrl.plugins import VARIABLE, load_plugins
+from dynrl.runs import RunFolder
 from dynrl.scripts.cli import main
+from dynrl.training import make_run, plan
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 QUICKLY = """
@@ -48,6 +51,7 @@ assert env.step(0)[2]
 
 @pytest.fixture
 def clean(monkeypatch, tmp_path):
+    load_dataset("digits")  # scikit-learn must not be imported into the copy of the modules alone
     monkeypatch.setenv(VARIABLE, "")
     monkeypatch.setattr(sys, "modules", sys.modules.copy())
     return tmp_path
@@ -87,6 +91,54 @@ def test_a_bad_plugin_is_named(name, content, reason, clean, monkeypatch, capsys
     assert stopped.value.code == 2
     assert f"the plugin {name} cannot be imported: {reason}" in capsys.readouterr().err
     assert not os.environ[VARIABLE]
+
+
+def test_a_run_finds_its_plugin_again_if_it_was_given_here_before(clean, monkeypatch):
+    """Other plugins are named and not imported: a folder may come from anywhere."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(clean / "state"))
+    plugin, run = clean / "mine_again.py", clean / "run"
+    plugin.write_text(
+        "from dynrl.data import DATASETS, load_dataset\nDATASETS['mine-again'] = lambda: load_dataset('digits')"
+    )
+    with pytest.raises(ValueError, match=r"unknown data set 'mine-again'.*dynrl --plugin FILE.py"):
+        plan("skip", "mine-again")
+    load_plugins([str(plugin)])
+    make_run(plan("skip", "mine-again"), run)
+    assert read_json(run / "plugins.json") == [str(plugin)]
+    del sys.modules["mine_again"], DATASETS["mine-again"]
+    assert "mine-again" not in DATASETS
+    RunFolder(run)
+    assert DATASETS.pop("mine-again") and sys.modules.pop("mine_again")
+    (clean / "state" / "dynrl" / "plugins").unlink()
+    with pytest.warns(
+        UserWarning, match=rf"made with the plugin {plugin}, which was not given.*dynrl --plugin {plugin}"
+    ):
+        RunFolder(run)
+    assert "mine-again" not in DATASETS
+    load_plugins([str(plugin)])
+    plugin.unlink()
+    del sys.modules["mine_again"], DATASETS["mine-again"]
+    with pytest.warns(UserWarning, match="FileNotFoundError"):
+        RunFolder(run)
+    (run / "plugins.json").write_text("{}")
+    with pytest.raises(ValueError, match="no list of plugins"):
+        RunFolder(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["nosuch"], "decision"), (["skip", "--data", "nosuch"], "data set"), (["skip", "--agent", "nosuch"], "agent"),
+        (["skip", "--policy", "nosuch"], "kind of policy"), (["skip", "--reward", "nosuch"], "reward"),
+        (["skip", "--network", "family=nosuch"], "family"),
+    ],
+)  # fmt: skip
+def test_what_is_unknown_may_come_by_a_plugin(words, what, clean, monkeypatch, capsys):
+    monkeypatch.chdir(clean)
+    with pytest.raises(SystemExit):
+        main(["train", *words])
+    said = capsys.readouterr().err
+    assert f"unknown {what} 'nosuch'; expected one of" in said and "dynrl --plugin FILE.py VERB" in said
 
 
 def test_a_plugin_of_another_modules_name_is_refused(clean):

@@ -273,6 +273,8 @@ def test_settings_are_filled_in_by_decision_data_and_agent():
     assert plan("skip", "digits", network=["widths=[4,4,4]"]).backbone.config["widths"] == [4, 4, 4]
     assert plan("skip", "digits", network=["auxiliary=true"]).backbone.config["auxiliary"]
     assert plan("skip", "digits", epochs=3).recipe.pretraining.length(False) == 3
+    recipe = plan("skip", "digits", epochs=3, plain=False).recipe.pretraining
+    assert [recipe.length(routes) for routes in (False, True)] == [0, 3]
     assert plan("skip", small_images(600)).recipe.pretraining.epochs == 100, "few images are not learned by heart"
 
 
@@ -281,7 +283,7 @@ def test_a_family_of_ones_own_is_named_in_the_settings_of_the_network():
     planned = plan("skip", small_images(), network=["family=mine", "depth=3"])
     assert planned.backbone.way == "traced" and planned.recipe.backbone == {"depth": 3}
     for network, reason in (
-        (["family=nosuch"], "unknown family 'nosuch' of backbones"), (["family=skip_gru", "widths=3"], "NAME=VALUE"),
+        (["family=nosuch"], "unknown family 'nosuch'; expected one of"), (["family=skip_gru", "widths=3"], "NAME=VALUE"),
         (["family=mine", "classes=3"], "NAME=VALUE"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):
@@ -291,7 +293,7 @@ def test_a_family_of_ones_own_is_named_in_the_settings_of_the_network():
 @pytest.mark.parametrize(
     ("decision", "data", "given", "reason"),
     [
-        ("skip", "digits", {"nosuch": 1}, "unknown settings nosuch; expected network, epochs, seed"),
+        ("skip", "digits", {"nosuch": 1}, "unknown settings nosuch; expected network, epochs, plain, seed"),
         ("skip", "digits", {"steps": "many"}, "steps: expected int, got 'many'"),
         ("skip", "digits", {"agent": "nosuch"}, "unknown agent"), ("skip", "digits", {"reward": "nosuch"}, "unknown reward"),
         ("skip", "digits", {"policy": "nosuch"}, "unknown kind of policy"), ("skip", "digits", {"device": "nosuch"}, "no device"),

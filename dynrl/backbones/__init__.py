@@ -22,7 +22,7 @@ from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rate
 from dynrl.files import filled, load_tensors, reading
 from dynrl.ops.backend import float32
 from dynrl.provenance import Provenance
-from dynrl.schema import arguments, parse
+from dynrl.schema import arguments, check_known, parse
 
 # These functions build a backbone from the `config` of its file, by family. A plugin adds a row:
 # FAMILIES["my-vit"] = a function of `config`.
@@ -49,12 +49,8 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     tensors, metadata = load_tensors(path, "backbone")
     with reading(path, "backbone file"):
         written = parse(BackboneFile, metadata)
-        family = FAMILIES.get(written.family)
-        if family is None:
-            raise ValueError(
-                f"unknown backbone family {written.family!r}; known: {sorted(FAMILIES)}. For one of your own, first "
-                "add the function that builds it to dynrl.backbones.FAMILIES"
-            )
+        check_known("family", written.family, FAMILIES, ", or what your program adds to dynrl.backbones.FAMILIES")
+        family = FAMILIES[written.family]
         with float32():
             backbone = filled(lambda: family(**arguments(family, written.config, "config.")), tensors)
         if "trained_on" in written.notes:

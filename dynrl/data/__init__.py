@@ -21,6 +21,7 @@ from dynrl.data.photos import noisy_photos
 from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
 from dynrl.data.texts import find, find_small, needle
 from dynrl.data.traces import trace, trace_long, trace_small
+from dynrl.schema import check_known
 
 __all__ = [
     "DATASETS", "Augmentation", "Dataset", "Split", "as_dataset", "check_dataset", "image_folder", "load_dataset",
@@ -59,7 +60,7 @@ def check_dataset(name: str) -> str:
     if is_own(name):
         raise ValueError(f"{name!r} was given as tensors or as a Dataset; hand it over again, by data=...")
     if not folder.is_dir():
-        raise ValueError(f"unknown data set {name!r}; expected one of {sorted(DATASETS)} or a folder of images")
+        check_known("data set", name, DATASETS, ", or a folder of images")
     return f"{folder.resolve()}" + ("" if size is None else f"@{size}")
 
 

@@ -19,7 +19,7 @@ from dynrl.deploy.budget import price_at
 from dynrl.deploy.limit import Limited
 from dynrl.files import reading
 from dynrl.inputs import Inputs, as_inputs, placed
-from dynrl.policies import Policy, load_policy
+from dynrl.policies import ForeignPolicy, Policy, load_policy
 
 if TYPE_CHECKING:
     from dynrl.deploy.capture import CapturedModel
@@ -307,16 +307,18 @@ class RoutedModel(nn.Module):
         return CapturedModel(self, batch_size)
 
 
-def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
+def plug(backbone: Backbone, policy: Any) -> RoutedModel:
     """Plug a policy into a backbone and return the routed model.
 
     Args:
         backbone: the backbone. It is copied, and the copy is made fast for inference; the original is never changed.
-        policy: a policy file, or a policy, which is copied, too.
+        policy: a policy file; or a policy, which is copied, too; or an algorithm of Stable-Baselines3 with its
+            `MlpPolicy` that was trained on `dynrl.agents.sb3.RoutingVecEnv`. Only a file holds calibrated budgets; for
+            the others, `dynrl.evaluation.calibrate` finds them.
 
     Raises:
-        ValueError: the file is missing, damaged or altered, or was trained for another backbone or decision; or weights
-            of the backbone are NaN or infinite.
+        ValueError: the policy is none of these; the file is missing, damaged or altered, or was trained for another
+            backbone or decision; or weights of the backbone are NaN or infinite.
 
     Example:
         model = dynrl.plug(backbone, "runs/skip/policy.safetensors")
@@ -329,7 +331,7 @@ def plug(backbone: Backbone, policy: str | Path | Policy) -> RoutedModel:
                 f"the backbone's {name!r} holds NaN or infinity; train it again with a lower learning rate"
             )
     if not isinstance(policy, (str, Path)):
-        return RoutedModel(backbone, policy)
+        return RoutedModel(backbone, policy if hasattr(policy, "chooser") else ForeignPolicy.of(policy))
     router, metadata = load_policy(policy)
     with reading(policy, "policy file"):
         _check_match(metadata, backbone)

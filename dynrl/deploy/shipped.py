@@ -10,6 +10,7 @@ from dynrl.backbones import load_backbone
 from dynrl.deploy.routed import RoutedModel, plug
 from dynrl.files import fingerprint, read_json, reading
 from dynrl.machine import hardware
+from dynrl.plugins import find_again
 from dynrl.policies.files import check_curve
 from dynrl.schema import parse
 
@@ -37,6 +38,7 @@ def load(run: str | Path) -> RoutedModel:
         run = SHIPPED / run
     if not run.is_dir():
         raise ValueError(f"{run} is no run folder, nor one of the models that come with dynrl: {shipped()}")
+    find_again(run)
     backbone, _ = load_backbone(run / "backbone.safetensors")
     model = plug(backbone, run / "policy.safetensors")
     if (run / LATENCY).is_file():

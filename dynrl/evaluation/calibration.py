@@ -14,6 +14,10 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import timing
 from dynrl.evaluation.scores import score
 
+COLLAPSED = (
+    0.02  # a policy whose cheapest and dearest price differ by less, as a share of the dense MACs, is deaf to it
+)
+
 
 def calibrate(
     model: RoutedModel, split: Split, points: int = 17, gap: float = 0.03, tick: Callable[[], Any] = lambda: None
@@ -64,7 +68,7 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
     """
     macs = [spent for _, spent in model.curve]
     reach = f"{min(macs):.2f} to {max(macs):.2f} of the dense MACs"
-    if len(macs) > 1 and max(macs) - min(macs) < 0.02:
+    if len(macs) > 1 and max(macs) - min(macs) < COLLAPSED:
         return (
             f"collapsed: the price changes nothing (the policy spends {reach}). Widen the price range "
             "(--price-range): the lowest price should make the policy spend everything, the highest almost nothing. "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynrl.evaluation.calibration import COLLAPSED
 from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, rivals
 from dynrl.evaluation.intervals import Front, better, differences, verdict
 from dynrl.evaluation.report import Run, plain_network
@@ -74,6 +75,7 @@ def compare(
         "kinds": {kind.label: kind.to_dict() for kind in kinds},
         "date": f"{date.today()}", "commit": commit(), "budgets": list(budgets), "inputs": len(ground.test),
         "dense": dense.best, "fronts": {name: _figures(front) for name, front in fronts.items()},
+        "reachable": {of.name: list(of.reachable) for of in learned},
         "differences": _all_differences(fronts, learned, dense, ground.task), "one_price": one_price,
     }  # fmt: skip
     if out is not None:
@@ -170,6 +172,12 @@ def comparison_text(result: dict[str, Any]) -> str:
             if of := row.get(at):
                 gain, low, high = (task.show(of[name]) for name in ("difference", "low", "high"))
                 lines.append(f"{row['policy']} less {row['rival']:20} {at:>6} {gain:>8} [{low}, {high}]  {verdict(of)}")
+        if "area" not in row:
+            lines.append(f"{row['policy']} less {row['rival']:20}   none  they have no budget in common")
+    for name, (least, most) in result["reachable"].items():
+        if most - least < COLLAPSED:
+            spends = f"between {most:.2f} and {least:.2f}, seed by seed," if most < least else f"{most:.2f}"
+            lines.append(f"{name} collapsed: it spends {spends} of the dense MACs at every price")
     for row in result["one_price"]:
         gain, low, high = (task.show(row[name]) for name in ("difference", "low", "high"))
         said = f"at {row['macs_fraction']:.3f} and {row['one_price_macs_fraction']:.3f} of the MACs"

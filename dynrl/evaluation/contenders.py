@@ -157,10 +157,16 @@ class Learned(Contender):
             model.to(*ground.place)
         self._known: list[tuple[float, Reached] | None] = [None] * len(self.models)  # the last price and its answer
 
+    @property
+    def reachable(self) -> tuple[float, float]:
+        """The least and the most that all seeds can spend on validation data, as shares of the dense MACs."""
+        ends = [[macs for _, macs in model.curve] for model in self.models]
+        return max(map(min, ends)), min(map(max, ends))
+
     def spends(self, budget: float) -> bool:
         """Tell whether all seeds reach the budget; otherwise the rows of one front would come from different seeds."""
-        ends = [[macs for _, macs in model.curve] for model in self.models]
-        return all(min(mine) <= budget <= max(mine) for mine in ends)
+        low, high = self.reachable
+        return low <= budget <= high
 
     def rows(self, budgets: Sequence[float]) -> list[float | None]:
         """List the budgets that all seeds reach; if there are none, the only row is the one at the lowest price."""

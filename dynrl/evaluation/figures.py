@@ -162,6 +162,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
         columns = zip(front["macs_fraction"], front["metric"], front["std"], strict=True)
         rows = [row for row in columns if row[0] is not None]
         if not rows:
+            axis.plot([], [], " ", label=f"{name} (reaches none of the budgets)")
             continue
         xs, ys, spread = zip(*rows, strict=True)
         if name == "dense":

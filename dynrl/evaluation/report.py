@@ -300,6 +300,8 @@ def report_text(report: dict[str, Any]) -> str:
         missed = sorted(set(report["budgets"]) - {p["budget"] for p in report["points"] if p["policy"] == name})
         if missed:
             lines.append(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
+        if len(missed) == len(report["budgets"]):
+            lines.append(f"{name} has the one row at its lowest price: it has collapsed, or was trained at one price")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from dynrl.data import load_dataset
 from dynrl.deploy import load
 from dynrl.evaluation import COMPARED, score
 from dynrl.files import read_json
+from dynrl.policies import load_policy, save_policy
 from dynrl.recipes import DEFAULTS
 from dynrl.scripts import cells, compare
 from dynrl.scripts.cli import main
@@ -81,6 +82,47 @@ def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_back
     wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,))
     with pytest.raises(ValueError, match="gate-0 does not say what /a/photos held, so digits"):
         cells.train_cells(cell, "skip", "digits", wanted)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_policies_learn_on_a_given_backbone_and_a_collapsed_one_is_a_row(small_backbone, tmp_path, monkeypatch, capsys):
+    """Of two agents, one has learned nothing: it skips all blocks whatever the price."""
+    given = tmp_path / "given"
+    given.mkdir()
+    shutil.copyfile(small_backbone, given / "backbone.safetensors")
+    row = DEFAULTS["skip", "digits"]
+    monkeypatch.setitem(
+        DEFAULTS, ("skip", "digits"), replace(row, learning=replace(row.learning, price_range=(0.05, 20.0)))
+    )
+    words = [
+        "compare",
+        "skip",
+        "--backbone",
+        str(given),
+        "--steps",
+        "6000",
+        "--agents",
+        "gate",
+        "sb3-ppo",
+        "--seeds",
+        "0",
+    ]
+    main([*words, "--out", str(tmp_path / "all")])
+    cells = tmp_path / "all" / "skip-digits"
+    assert sorted(path.name for path in cells.iterdir() if path.is_dir()) == ["gate-0", "sb3-ppo-0"], (
+        "nothing was pretrained"
+    )
+    assert read_json(cells / "gate-0" / "config.json")["learning"]["steps"] == 6000
+    assert (cells / "gate-0" / "backbone.safetensors").read_bytes() == small_backbone.read_bytes()
+    policy, metadata = load_policy(cells / "sb3-ppo-0" / "policy.safetensors")
+    save_policy(cells / "sb3-ppo-0" / "policy.safetensors", policy, metadata | {"curve": [(0.05, 1.01), (20.0, 1.0)]})
+    capsys.readouterr()
+    result = compare.compare_runs(cells)
+    said = capsys.readouterr().out
+    assert result["reachable"]["sb3-ppo"] == [1.0, 1.01]
+    assert "sb3-ppo collapsed: it spends 1.01 of the dense MACs at every price" in said
+    with pytest.raises(ValueError, match="poses one decision"):
+        compare.main(compare.Args(("skip", "exit"), tmp_path / "x", backbone=given))
 
 
 def test_plain_networks_differ_in_several_settings(tmp_path, monkeypatch):
