@@ -262,6 +262,21 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=4),
         learning=Learning(steps=150_000),
     ),
+    # Nearly all windows are background, so the first model's compute is nearly all that a cascade spends.
+    ("model", "windows"): Defaults(
+        family="members",
+        backbone={
+            "members": (
+                _resnet((1,), (8,), 4), _resnet((1, 1), (16, 32), 4), _resnet((1, 1, 1), (16, 32, 64), 2),
+                _resnet((2, 2, 2), (32, 64, 128), 2),
+            ),
+        },
+        pretraining=Recipe(
+            epochs=12, batch_size=100, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=5,
+        ),
+        learning=Learning(steps=100_000, hidden=16, reward="log_likelihood"),
+    ),
     ("unroll", "hops"): Defaults(
         family="unrolled",
         backbone={"hidden": 64, "steps": 8},
