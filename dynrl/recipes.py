@@ -262,6 +262,12 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=4),
         learning=Learning(steps=150_000),
     ),
+    ("model", "varied-fashion-mnist"): Defaults(
+        family="resolutions",
+        backbone={"network": _resnet((1, 1, 1), (16, 32, 64), 2), "sizes": (24, 32, 48)},
+        pretraining=Recipe(epochs=8, batch_size=128, plain_epochs=4),
+        learning=Learning(steps=150_000),
+    ),
     # Nearly all windows are background, so the first model's compute is nearly all that a cascade spends.
     ("model", "windows"): Defaults(
         family="members",
@@ -285,6 +291,15 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         ),
         learning=Learning(steps=150_000, hidden=16, reward="gain"),
         finetuning=Finetuning(epochs=1, optimizer="adam", learning_rate=1e-3, label_smoothing=0.0, distillation=0.0),
+    ),
+    ("unroll", "prefix"): Defaults(
+        family="recall_net",
+        backbone={"width": 32, "steps": 12},
+        pretraining=Recipe(
+            epochs=2, batch_size=256, learning_rate=3e-3, weight_decay=1e-4, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=8,
+        ),
+        learning=Learning(steps=150_000, hidden=16, reward="gain"),
     ),
     # A longer walk may be worse: no image is distilled from the longest.
     ("unroll", "noisy-photos"): Defaults(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 import torch
@@ -100,10 +100,10 @@ class Detection(Classification):
     which is the mean of the recall and of the share of class 0 that raises no alarm. Who always says the same has 0.5.
 
     Attributes:
-        share: the share of class 1 in the split.
+        share: the share of class 1 in the split, which may be another in each split of a data set.
     """
 
-    share: float
+    share: float = field(compare=False)
 
     metric, heading = "balanced_accuracy", "balanced accuracy %"
     figures = ("recall", "false_alarms")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +18,7 @@ from dynrl.backbones.walk import END, Point, State, Walk, merge
 from dynrl.cost import executed, macs_of
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import keep_rows, take_rows
-from dynrl.schema import arguments
+from dynrl.schema import arguments, check_counts
 
 STOP = 0
 TOLD = 2 * SCORES + 1  # how sure the last answer is and the one before, and whether they agree
@@ -113,13 +113,7 @@ class Models(Backbone):
             sizes: the sizes, from small to large.
             images: [n, *input_shape], training inputs, on which the statistics are estimated at each size.
         """
-        first = copy.deepcopy(module)
-        shared = {
-            id(weight): weight
-            for part in first.modules() if not isinstance(part, BATCH_NORMS)
-            for weight in part.parameters(recurse=False)
-        }  # fmt: skip
-        posed = cls([copy.deepcopy(first, dict(shared)) for _ in sizes], input_shape, sizes)
+        posed = cls(_sharing([copy.deepcopy(module) for _ in sizes]), input_shape, sizes)
         for k in range(len(sizes)):
             posed._estimate(k, images)
         return posed
@@ -360,16 +354,10 @@ class Members(Models):
         members: tuple[dict[str, Any], ...] = (),
         sizes: tuple[int, ...] = (),
     ) -> None:
-        from dynrl.backbones import FAMILIES  # not at the top of the file: that table holds this class
-
-        built: list[Backbone] = []
+        built = []
         for i, settings in enumerate(members):
-            name, rest = settings.get("family"), {key: value for key, value in settings.items() if key != "family"}
-            if name not in FAMILIES:
-                raise ValueError(f"members[{i}].family: expected one of {sorted(FAMILIES)}, got {name!r}")
             shape = (*input_shape[:1], sizes[i], sizes[i]) if i < len(sizes) else input_shape
-            config = {"input_shape": shape, "classes": classes, **rest}
-            built.append(FAMILIES[name](**arguments(FAMILIES[name], config, f"members[{i}].")))
+            built.append(_network(settings, shape, classes, f"members[{i}]"))
         super().__init__(built, input_shape, sizes, classes=classes)
         self.config["members"] = [_settings(member) for member in built]
 
@@ -393,6 +381,76 @@ class Members(Models):
             member.load_state_dict(backbone.state_dict())
         posed.trained_on = first.trained_on
         return posed
+
+
+class Resolutions(Models):
+    """One network of dynrl's own families at several sizes of its images, with the same weights but for batch norm.
+
+    Batch norm has statistics and weights of its own at each size. The plain network is that at the last size; after it,
+    all sizes are trained together.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        classes: the number of outputs.
+        network: the settings of the network: "family", a name in `FAMILIES`, and arguments of that family other than
+            `input_shape` and `classes`. No weight may depend on the size of the images.
+        sizes: the sizes in pixels, from small to large.
+
+    Sources: Resolution Switchable Networks (Wang et al. 2020, ECCV); Dynamic Resolution Network (Zhu et al. 2021,
+    NeurIPS).
+    """
+
+    family = "resolutions"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        network: dict[str, Any] | None = None,
+        sizes: tuple[int, ...] = (),
+    ) -> None:
+        check_counts("sizes", sizes)
+        built = [_network(network or {}, (*input_shape[:1], size, size), classes, "network") for size in sizes]
+        super().__init__(_sharing(built), input_shape, sizes, classes=classes)
+        self.config["network"] = _settings(built[0])
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield the answer at the last size; with a rate, that at every size, one a pass."""
+        if rate is None:
+            yield from super().training_outputs(inputs, None)
+        else:
+            rows = torch.arange(len(inputs), device=inputs.device)
+            for k in range(len(self.members)):
+                yield [Answer(self._answer(k, inputs), rows)]
+
+
+def _network(settings: Mapping[str, Any], shape: tuple[int, ...], classes: int, where: str) -> Backbone:
+    """Build a network of dynrl's own families from its settings, which stand at `where`."""
+    from dynrl.backbones import FAMILIES  # not at the top of the file: that table holds the classes above
+
+    name, rest = settings.get("family"), {key: value for key, value in settings.items() if key != "family"}
+    if name not in FAMILIES:
+        raise ValueError(f"{where}.family: expected one of {sorted(FAMILIES)}, got {name!r}")
+    config = {"input_shape": shape, "classes": classes, **rest}
+    return FAMILIES[name](**arguments(FAMILIES[name], config, f"{where}."))
+
+
+def _sharing(modules: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    """Give all modules, which are of one kind, the weights of the first, but for those of batch norm."""
+    for module in modules[1:]:
+        for part, other in zip(modules[0].modules(), module.modules(), strict=True):
+            if isinstance(part, BATCH_NORMS):
+                continue
+            for name, weight in part.named_parameters(recurse=False):
+                if weight.shape != getattr(other, name).shape:
+                    raise ValueError(
+                        f"expected a network whose weights are the same at all sizes, got {tuple(weight.shape)} and "
+                        f"{tuple(getattr(other, name).shape)} for one {name} of {type(part).__name__}"
+                    )
+                setattr(other, name, weight)
+    return modules
 
 
 def _settings(backbone: Backbone) -> dict[str, Any]:

@@ -127,9 +127,10 @@ class Usage:
         for name in classes.unique().tolist() if isinstance(split.task, Classification) else [None]:
             mine = torch.ones(len(macs), dtype=torch.bool) if name is None else classes == name
             rates = split.task.rates(metric[mine], classes[mine])
+            reached = rates or {split.task.metric: float(metric[mine].mean())}
             groups.append(
                 {
-                    "class": name, "inputs": int(mine.sum()), **(rates or {split.task.metric: float(metric[mine].mean())}),
+                    "class": name, "inputs": int(mine.sum()), **reached,
                     "macs_fraction": float(macs[mine].mean()),
                     "choice_rates": choice_rates(model.backbone.points, actions[mine]),
                 }
