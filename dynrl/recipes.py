@@ -274,6 +274,27 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=4),
         learning=Learning(steps=150_000),
     ),
+    ("model", "varied-fashion-mnist"): Defaults(
+        family="resolutions",
+        backbone={"network": _resnet((1, 1, 1), (16, 32, 64), 2), "sizes": (24, 32, 48)},
+        pretraining=Recipe(epochs=8, batch_size=128, plain_epochs=4),
+        learning=Learning(steps=150_000),
+    ),
+    # Nearly all windows are background, so the first model's compute is nearly all that a cascade spends.
+    ("model", "windows"): Defaults(
+        family="members",
+        backbone={
+            "members": (
+                _resnet((1,), (8,), 4), _resnet((1, 1), (16, 32), 4), _resnet((1, 1, 1), (16, 32, 64), 2),
+                _resnet((2, 2, 2), (32, 64, 128), 2),
+            ),
+        },
+        pretraining=Recipe(
+            epochs=12, batch_size=100, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=5,
+        ),
+        learning=Learning(steps=100_000, hidden=16, reward="log_likelihood"),
+    ),
     ("unroll", "hops"): Defaults(
         family="unrolled",
         backbone={"hidden": 64, "steps": 8},
@@ -282,6 +303,15 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         ),
         learning=Learning(steps=150_000, hidden=16, reward="gain"),
         finetuning=Finetuning(epochs=1, optimizer="adam", learning_rate=1e-3, label_smoothing=0.0, distillation=0.0),
+    ),
+    ("unroll", "prefix"): Defaults(
+        family="recall_net",
+        backbone={"width": 32, "steps": 12},
+        pretraining=Recipe(
+            epochs=2, batch_size=256, learning_rate=3e-3, weight_decay=1e-4, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=8,
+        ),
+        learning=Learning(steps=150_000, hidden=16, reward="gain"),
     ),
     # A longer walk may be worse: no image is distilled from the longest.
     ("unroll", "noisy-photos"): Defaults(

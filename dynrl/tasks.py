@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ class Task:
         factor, digits: the metric times `factor`, in the format `digits`, is the figure under that heading.
         axis: the scale on which the metric is drawn, "linear" or "log".
         rises: whether a higher metric is better.
+        figures: the names of further figures, which people also want to know (`rates`).
         pictures: whether targets are images that are turned with the inputs, [n, channels, height, width] both.
     """
 
@@ -31,6 +32,7 @@ class Task:
     digits: ClassVar[str]
     axis: ClassVar[str]
     rises: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = ()
     pictures: ClassVar[bool] = False
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -56,6 +58,10 @@ class Task:
     def blind(self, target: Tensor) -> Tensor:
         """Return one output for all rows of `target`, which needs no input: their mean, the best by squared error."""
         return target.mean(0, keepdim=True).expand_as(target)
+
+    def rates(self, metric: Tensor, target: Tensor) -> dict[str, float]:
+        """Return the means of `figures`, by name, over rows with that metric [n] and those targets."""
+        return {}
 
     @classmethod
     def show(cls, metric: float) -> str:
@@ -92,6 +98,49 @@ class Classification(Task):
     def blind(self, target: Tensor) -> Tensor:
         """Return how often each class is the target, for all rows: [n, classes]. So the commonest is answered."""
         return target.bincount().float().expand(len(target), -1)
+
+
+@dataclass(frozen=True)
+class Detection(Classification):
+    """In detection, few inputs are of class 1, which is looked for; together they weigh as much as all of class 0.
+
+    Each row is weighted by its class, so that each class weighs one half: in the loss, in rewards and in the metric,
+    which is the mean of the recall and of the share of class 0 that raises no alarm. Who always says the same has 0.5.
+
+    Attributes:
+        share: the share of class 1 in the split, which may be another in each split of a data set.
+    """
+
+    share: float = field(compare=False)
+
+    metric, heading = "balanced_accuracy", "balanced accuracy %"
+    figures = ("recall", "false_alarms")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"expected a share of class 1 above 0 and below 1, got {self.share}")
+
+    def _weight(self, target: Tensor) -> Tensor:
+        return torch.where(target == 1, 0.5 / self.share, 0.5 / (1 - self.share))
+
+    def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return the mean of the weighted cross-entropies."""
+        each = F.cross_entropy(output, target, label_smoothing=smoothing, reduction="none")
+        return (self._weight(target) * each).mean()
+
+    def log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the logarithm of the target's probability, times the weight of its class, [n]."""
+        return self._weight(target) * super().log_likelihood(output, target)
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return 1.0 where the likeliest class is the target; a wrong answer takes off the weight of its class, [n]."""
+        return 1 - self._weight(target) * (1 - super().score(output, target))
+
+    def rates(self, metric: Tensor, target: Tensor) -> dict[str, float]:
+        """Return the recall, and the share of class 0 that raises an alarm, where there are such rows."""
+        right, found = (metric == 1).double(), target == 1
+        each = right[found], 1 - right[~found]
+        return {name: float(rows.mean()) for name, rows in zip(self.figures, each, strict=True) if len(rows)}
 
 
 @dataclass(frozen=True)
@@ -185,5 +234,5 @@ def _mse(output: Tensor, target: Tensor) -> Tensor:
 
 CLASSIFICATION = Classification()
 TASKS: dict[str, type[Task]] = {  # by their metrics
-    task.metric: task for task in (Classification, Regression, Restoration)
+    task.metric: task for task in (Classification, Detection, Regression, Restoration)
 }

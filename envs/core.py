@@ -191,7 +191,6 @@ class RoutingVectorEnv(VectorEnv):
             )
         self._fixed_price = price
         dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
-        self.task = dataset.task
         if sight not in SIGHTS:
             raise ValueError(f"unknown sight {sight!r}; expected one of {sorted(SIGHTS)}")
         self.device, kind = torch.device(device), check_dtype(dtype)
@@ -203,6 +202,7 @@ class RoutingVectorEnv(VectorEnv):
         if attacked is not None and Path(attacked).is_file():  # before the first attack, there is none
             self._split = self._split.beginning_with(load_tensors(attacked, "attacked inputs")[0]["inputs"])
         self._split = self._split.to(self.device, kind)
+        self.task = self._split.task
         self.sight = SIGHTS[sight].of(self.backbone)
         self.reward = check_reward(reward, self.task, self.sight.looks(self.backbone.max_steps) == 1)
         self._table = None if times is None else self.backbone.time_table(times)

@@ -8,6 +8,7 @@ import torch
 
 from dynrl.data import load_dataset
 from dynrl.data.hops import hops
+from dynrl.data.photos import GARMENTS, WINDOW, _windows
 from dynrl.data.sequences import prefix
 from dynrl.data.traces import COLOURS, Scene, trace_images
 
@@ -75,6 +76,22 @@ def test_hops_lead_to_the_class():
             met.add((int(start), int(label), int(count)))
         assert len(met) > 200
     assert not torch.equal(data.anew(0).inputs, data.anew(1).inputs)
+
+
+def test_a_share_of_windows_shows_a_garment_and_all_else_is_photograph():
+    """Photographs are grey 0.5 and garments are white: what is neither was never there."""
+    photos, garments = [np.full((40, 60), 0.5, np.float32)], torch.ones(3, 1, 28, 28)
+    split = _windows(photos, garments, 0.05, 200, seed=0)
+    assert split.inputs.shape == (200, 1, WINDOW, WINDOW) and int(split.targets.sum()) == 10 == 200 * split.task.share
+    assert torch.equal((255 * split.inputs).round() / 255, split.inputs)
+    grey = (split.inputs - 0.5).abs() < 1 / 255
+    assert grey[split.targets == 0].all()
+    shown = ~grey[split.targets == 1, 0]
+    for image, white in zip(split.inputs[split.targets == 1, 0], shown, strict=True):
+        rows, columns = white.any(1).nonzero().flatten(), white.any(0).nonzero().flatten()
+        assert len(rows) == len(columns) == int(rows.max() - rows.min()) + 1 and GARMENTS[0] <= len(rows) <= GARMENTS[1]
+        assert image[white].std() < 1e-6, "of one brightness"
+    assert not torch.equal(_windows(photos, garments, 0.05, 200, seed=1).targets, split.targets)
 
 
 @pytest.mark.parametrize(("name", "hard"), [("trace-small", "length"), ("prefix", "length"), ("hops", "hops")])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dynrl
-from dynrl.backbones import END, Members, Models, SkipResNet, load_backbone
+from dynrl.backbones import END, Members, Models, Resolutions, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy
@@ -55,6 +55,26 @@ def test_each_row_gets_the_answer_of_the_last_model_it_asked_and_pays_for_all(si
         torch.testing.assert_close(walk.outputs[row], said[at][row])
         assert int(walk.macs[row]) == sum(macs[k] for k in asked)
     assert backbone.dense_macs == macs[2]
+
+
+@torch.no_grad()
+def test_a_model_runs_once_a_walk_on_all_rows_that_ask_it():
+    """Wherever they come from; a walk step by step runs it as often as rows come, and says the same."""
+    backbone, inputs, calls = models(), torch.randn(27, *SHAPE), []
+    routes = torch.tensor([*product(range(3), repeat=3)])
+    for k, model in enumerate(backbone.members):
+        model.register_forward_hook(lambda _, given, __, k=k: calls.append((k, len(given[0]))))
+    walk = backbone.run_route(inputs, routes)
+    asked = (walk.route[:, 0] == 0, (walk.route[:, 0] == 1) | (walk.route[:, 1] == 1))
+    assert calls[:2] == [(0, 9), (1, int(asked[1].sum()))] and [k for k, _ in calls] == [0, 1, 2]
+    state = backbone.begin(inputs)
+    pending, alone = [state], state.walk
+    while pending:
+        at = pending.pop()
+        pending += [reached for reached in backbone.advance(at, at.along(routes)) if reached.point != END]
+    assert len(calls) > 6
+    for name in ("outputs", "route", "macs"):
+        torch.testing.assert_close(getattr(alone, name), getattr(walk, name))
 
 
 @torch.no_grad()
@@ -112,6 +132,32 @@ def test_one_network_at_several_sizes_has_statistics_for_each():
     assert len(list(backbone.parameters())) == 3 + 2 * 3
 
 
+RESNET = {"family": "skip_resnet", "layers": [1, 1], "widths": [4, 8]}
+
+
+def test_resolutions_are_one_network_trained_at_all_sizes(tmp_path):
+    """At each size it is the network that its file's weights make alone; only batch norm differs between sizes."""
+    torch.manual_seed(0)
+    backbone, inputs = Resolutions(SHAPE, 5, RESNET, (8, 16)), torch.randn(64, *SHAPE)
+    split = Split(inputs, (inputs.mean((1, 2, 3)) > 0).long())
+    pretrain(backbone, Dataset("signs", 5, split, split, split, Augmentation()), Recipe(epochs=2, batch_size=32))
+    small, large = (model.state_dict() for model in backbone.members)
+    differ = {name for name in small if not torch.equal(small[name], large[name])}
+    assert differ == {name for name in small if ".bn" in name or "bn1" in name or "downsample.1" in name} - {
+        name for name in small if "num_batches" in name
+    }
+    backbone.save(tmp_path / "sizes.safetensors")
+    loaded, _ = load_backbone(tmp_path / "sizes.safetensors")
+    assert loaded.members[0].conv1.weight is loaded.members[1].conv1.weight
+    for k, size in enumerate((8, 16)):
+        alone = SkipResNet((1, size, size), 5, layers=(1, 1), widths=(4, 8)).eval()
+        alone.load_state_dict(backbone.members[k].state_dict())
+        seen = inputs if size == 16 else F.interpolate(inputs, (size, size), mode="bilinear", antialias=True)
+        plugged = dynrl.plug(loaded, StaticPolicy((k, 0)))
+        torch.testing.assert_close(plugged(inputs), alone(seen), atol=1e-4, rtol=1e-4)
+        assert plugged.last_route.macs.tolist() == [alone.dense_macs] * 64
+
+
 def test_folders_join_to_one_backbone(tmp_path):
     """Cheap to dear, with the weights they were trained to."""
     networks = [SkipResNet(SHAPE, 5, layers=(1,), widths=(width,)).eval() for width in (8, 4)]
@@ -139,6 +185,12 @@ def test_folders_join_to_one_backbone(tmp_path):
         (lambda: Models([network(2), network(8)], SHAPE, (8,)), "a size of images for each of 2 models"),
         (lambda: Members(SHAPE, 5, ({"family": "nosuch"},)), r"members\[0\].family: expected one of"),
         (lambda: Members(SHAPE, 5, ({"family": "skip_resnet", "wide": 3},)), r"members\[0\].wide: unknown setting"),
+        (lambda: Resolutions(SHAPE, 5, {}, (8, 16)), r"network.family: expected one of"),
+        (lambda: Resolutions(SHAPE, 5, RESNET, (16,)), "at least two models"),
+        (
+            lambda: Resolutions(SHAPE, 5, {**RESNET, "family": "exit_resnet", "exits": [0]}, (2, 16)),
+            "weights are the same at all sizes",
+        ),
     ],
 )  # fmt: skip
 def test_models_that_do_not_go_together_are_refused(make, message):

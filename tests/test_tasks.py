@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from dynrl.tasks import CLASSIFICATION, PERFECT, TASKS, Regression, Restoration
+from dynrl.tasks import CLASSIFICATION, PERFECT, TASKS, Classification, Detection, Regression, Restoration
 
 
 def cases():
@@ -19,6 +19,12 @@ def cases():
         CLASSIFICATION, logits, classes, other,
         Categorical(logits=logits).log_prob(classes),
         kl_divergence(Categorical(logits=other), Categorical(logits=logits)),
+    )  # fmt: skip
+    rare = torch.tensor([0, 1, 0, 0, 1, 0, 0])
+    yield (
+        Detection(2 / 7), logits[:, :2], rare, other[:, :2],
+        Categorical(logits=logits[:, :2]).log_prob(rare) * torch.tensor([0.7, 1.75, 0.7, 0.7, 1.75, 0.7, 0.7]),
+        kl_divergence(Categorical(logits=other[:, :2]), Categorical(logits=logits[:, :2])),
     )  # fmt: skip
     # A Gaussian whose half precision is 1 / variance: its likelihood up to the constant is what the task pays.
     task, outputs, numbers, other = Regression(0.3), torch.randn(7, 1), torch.randn(7, 1), torch.randn(7, 1)
@@ -49,7 +55,9 @@ def test_likelihood_and_divergence_are_those_of_torchs_distributions(case):
 @pytest.mark.parametrize("case", [*cases()], ids=TASKS)
 def test_the_metric_is_right_for_right_answers(case):
     task, output, target, *_ = case
-    perfect = torch.nn.functional.one_hot(target, 5).float() if task is CLASSIFICATION else target
+    perfect = target
+    if isinstance(task, Classification):
+        perfect = torch.nn.functional.one_hot(target, output.shape[1]).float()
     assert (task.error(task.score(perfect, target)) == 0).all()
     metric, error = task.score(output, target), task.error(task.score(output, target))
     assert metric.shape == error.shape == (7,)
@@ -76,9 +84,28 @@ def test_answering_the_mean_costs_one():
 
 
 def test_smoothing_is_for_labels_only():
-    (_, logits, classes, *_), (task, outputs, numbers, *_), _ = cases()
+    (_, logits, classes, *_), _, (task, outputs, numbers, *_), _ = cases()
     assert CLASSIFICATION.loss(logits, classes, 0.1) != CLASSIFICATION.loss(logits, classes)
     assert task.loss(outputs, numbers, 0.1) == task.loss(outputs, numbers)
+
+
+def test_detection_weighs_both_classes_alike():
+    """The metric is the mean of the recall and of one less the false alarms; the loss is that of each class, averaged."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(1000, 2), (torch.arange(1000) % 50 == 0).long()
+    task, alarm = Detection(0.02), logits[:, 1] > logits[:, 0]
+    recall, false_alarms = float(alarm[target == 1].float().mean()), float(alarm[target == 0].float().mean())
+    metric = task.score(logits, target)
+    assert float(metric.mean()) == pytest.approx((recall + 1 - false_alarms) / 2, abs=1e-5)
+    assert task.rates(metric, target) == pytest.approx({"recall": recall, "false_alarms": false_alarms})
+    assert task.rates(metric[:0], target[:0]) == {}
+    by_class = [torch.nn.functional.cross_entropy(logits[target == k], target[target == k]) for k in (0, 1)]
+    torch.testing.assert_close(task.loss(logits, target), sum(by_class) / 2)
+    always = torch.tensor([0.0, 1.0]).expand(1000, 2)
+    assert float(task.score(always, target).mean()) == pytest.approx(0.5, abs=1e-5)
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match="share of class 1"):
+            Detection(share)
 
 
 def test_targets_of_another_shape_are_refused():

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynrl
-from dynrl.backbones import END, Restorer, Unrolled
+from dynrl.backbones import END, RecallNet, Restorer, Unrolled
 from dynrl.backbones.unroll import noise_level
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.evaluation.scores import restored
@@ -125,6 +125,55 @@ def test_bad_settings_are_refused(settings, reason):
     with pytest.raises(ValueError) as refused:
         Unrolled(**{"input_shape": (5, 8), **settings})
     assert reason in str(refused.value)
+
+
+@torch.no_grad()
+def test_a_cell_sees_two_neighbours_each_way_a_step_and_the_last_one_answers():
+    """By products of shifted cells; the answer is read where the row's last numbers are."""
+    network, given = RecallNet((9, 2), classes=3, width=4, steps=3).eval(), torch.randn(5, 9, 2)
+    network.second.weight.normal_(std=0.3)
+    lengths = [9, 1, 4, 6, 9]
+    for row, length in enumerate(lengths):
+        given[row, length:] = 0
+
+    def convolved(layer, x):
+        padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
+        return sum(padded[:, i : i + 9] @ layer.weight[:, :, i].t() for i in range(3)) + layer.bias
+
+    known, before = convolved(network.stem, given).relu(), 0
+    for k in range(3):
+        moved = convolved(network.second, convolved(network.first, torch.cat([known, given], 2)).relu())
+        known = (known + moved).relu()
+        route = (torch.arange(2) < k).long().expand(5, -1)
+        with FlopCounterMode(display=False) as counter:
+            walk = network.run_route(given, route)
+        ends = torch.stack([known[row, length - 1] for row, length in enumerate(lengths)])
+        torch.testing.assert_close(walk.outputs, network.head(ends), atol=1e-5, rtol=1e-5)
+        assert counter.get_total_flops() == 2 * int(walk.macs.sum()) > before
+        before = counter.get_total_flops()
+    state = network.begin(given)
+    seen = network.observe(state)
+    torch.testing.assert_close(seen[:, :3], exit_scores(network.output(state)))
+    torch.testing.assert_close(seen[:, 4:], state.features[0].mean(2))
+    assert seen.shape[1] == network.feature_width
+
+
+def test_a_plain_network_with_recall_is_trained_at_an_early_step_too():
+    network, given = RecallNet((9, 2), width=4, steps=5), torch.randn(3, 9, 2)
+    (every,) = network.training_outputs(given, torch.rand(3))
+    assert [answer.weight for answer in every] == [1.0] * 5
+    generator, early = torch.Generator().manual_seed(0), set()
+    for _ in range(40):
+        ((first, last),) = network.training_outputs(given, None, generator)
+        assert first.weight == last.weight == 0.5 and torch.equal(last.output, every[-1].output)
+        early |= {k for k, answer in enumerate(every) if torch.equal(answer.output, first.output)}
+    assert early == set(range(4))
+
+
+@pytest.mark.parametrize("settings", [{"input_shape": (9,)}, {"width": 0}, {"classes": 0}, {"steps": 1}])
+def test_bad_settings_of_a_network_with_recall_are_refused(settings):
+    with pytest.raises(ValueError, match="expected"):
+        RecallNet(**{"input_shape": (9, 2), **settings})
 
 
 def restorer(**settings):

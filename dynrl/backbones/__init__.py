@@ -12,12 +12,12 @@ from dynrl.backbones.base import Backbone
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
-from dynrl.backbones.models import Members, Models
+from dynrl.backbones.models import Members, Models, Resolutions
 from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
-from dynrl.backbones.unroll import Restorer, Unrolled
+from dynrl.backbones.unroll import RecallNet, Restorer, Unrolled
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 from dynrl.files import filled, load_tensors, reading
 from dynrl.ops.backend import float32
@@ -29,14 +29,15 @@ from dynrl.schema import arguments, check_known, parse
 FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
-        SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members, Unrolled, Restorer, JumpRNN
+        SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members, Resolutions, Unrolled,
+        RecallNet, Restorer, JumpRNN,
     )
 }  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "JumpRNN", "Members", "Models",
-    "Point", "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled",
-    "Walk", "choice_rates", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "JumpRNN", "Members",
+    "Models", "Point", "RecallNet", "Resolutions", "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet",
+    "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,11 +14,11 @@ from torch.compiler import is_compiling
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES, early_inputs
 from dynrl.backbones.gated import GatedWalk
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.walk import END, Point, State, Walk, merge
 from dynrl.cost import executed, macs_of
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import keep_rows, take_rows
-from dynrl.schema import arguments
+from dynrl.schema import arguments, check_counts
 
 STOP = 0
 TOLD = 2 * SCORES + 1  # how sure the last answer is and the one before, and whether they agree
@@ -55,7 +55,7 @@ class Models(Backbone):
     scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
     rule = "cascade"
     exports = True
-    budgets: ClassVar = (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model costs many times what the first one does
+    budgets: ClassVar = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model may cost a hundredfold
 
     def __init__(
         self,
@@ -113,13 +113,7 @@ class Models(Backbone):
             sizes: the sizes, from small to large.
             images: [n, *input_shape], training inputs, on which the statistics are estimated at each size.
         """
-        first = copy.deepcopy(module)
-        shared = {
-            id(weight): weight
-            for part in first.modules() if not isinstance(part, BATCH_NORMS)
-            for weight in part.parameters(recurse=False)
-        }  # fmt: skip
-        posed = cls([copy.deepcopy(first, dict(shared)) for _ in sizes], input_shape, sizes)
+        posed = cls(_sharing([copy.deepcopy(module) for _ in sizes]), input_shape, sizes)
         for k in range(len(sizes)):
             posed._estimate(k, images)
         return posed
@@ -174,6 +168,20 @@ class Models(Backbone):
         """Return the state of `rows` behind model k, where `told` is what a policy is told of the answers so far."""
         return State(walk, k + 1, rows, told) if k + 1 < len(self.members) else State(walk, END, rows)
 
+    def run(self, inputs: Any, choose: Callable[[State], Tensor]) -> Walk:
+        """Do `Backbone.run`; a model waits for all rows that ask it, wherever they come from, and runs once."""
+        state = self.begin(inputs)
+        walk, asking = state.walk, merge(super().advance(state, choose(state)))
+        while asking:
+            state = self._heard(asking.pop(min(asking)))
+            if state.point != END:
+                asking = merge([*asking.values(), *super().advance(state, choose(state))])
+        return walk
+
+    def advance(self, state: State, action: Tensor) -> list[State]:
+        """Do `Backbone.advance`."""
+        return [self._heard(asking) for asking in super().advance(state, action)]
+
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         look, kept = _look(inputs), walk.own.get("look")
         walk.own["look"] = look if kept is None else kept.index_copy(0, rows, look)
@@ -189,6 +197,7 @@ class Models(Backbone):
         return END if (column and choice == STOP) or k + 1 == len(self.members) else k + 1
 
     def _run(self, state: State, action: Tensor) -> list[State]:
+        """Return one state for each model that is asked, for `_heard`, and one of the rows that stop."""
         walk, point, reached = state.walk, state.point, []
         for choice in range(self.points[point].n):
             kept = keep_rows(action == choice, state.rows, state.features)
@@ -198,14 +207,23 @@ class Models(Backbone):
             if point and choice == STOP:
                 reached.append(State(walk, END, rows))
                 continue
-            k = self._chosen(point, choice)
             likely = told.new_zeros(rows.shape[0], self.config["classes"])
             if point:
                 likely = self.output(State(walk, point, rows)).float().softmax(1)
-            answer = self._answer(k, walk.inputs if rows is walk.all_rows else take_rows(walk.inputs, rows))
-            walk.put_output(rows, answer)
-            reached.append(self._after(k, walk, rows, _tell(answer, told[:, :SCORES], likely)))
+            reached.append(State(walk, self._chosen(point, choice), rows, (told[:, :SCORES], likely)))
         return reached
+
+    def _heard(self, asking: State) -> State:
+        """Let the model whose number is the state's `point` answer the rows; those that have ended stay as they are.
+
+        Before, the state's features are how sure the answer before was, and which probabilities it gave.
+        """
+        walk, k, rows = asking.walk, asking.point, asking.rows
+        if k == END:
+            return asking
+        answer = self._answer(k, walk.inputs if rows is walk.all_rows else take_rows(walk.inputs, rows))
+        walk.put_output(rows, answer)
+        return self._after(k, walk, rows, _tell(answer, *asking.features))
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         walk, point = state.walk, state.point
@@ -336,16 +354,10 @@ class Members(Models):
         members: tuple[dict[str, Any], ...] = (),
         sizes: tuple[int, ...] = (),
     ) -> None:
-        from dynrl.backbones import FAMILIES  # not at the top of the file: that table holds this class
-
-        built: list[Backbone] = []
+        built = []
         for i, settings in enumerate(members):
-            name, rest = settings.get("family"), {key: value for key, value in settings.items() if key != "family"}
-            if name not in FAMILIES:
-                raise ValueError(f"members[{i}].family: expected one of {sorted(FAMILIES)}, got {name!r}")
             shape = (*input_shape[:1], sizes[i], sizes[i]) if i < len(sizes) else input_shape
-            config = {"input_shape": shape, "classes": classes, **rest}
-            built.append(FAMILIES[name](**arguments(FAMILIES[name], config, f"members[{i}].")))
+            built.append(_network(settings, shape, classes, f"members[{i}]"))
         super().__init__(built, input_shape, sizes, classes=classes)
         self.config["members"] = [_settings(member) for member in built]
 
@@ -371,6 +383,76 @@ class Members(Models):
         return posed
 
 
+class Resolutions(Models):
+    """One network of dynrl's own families at several sizes of its images, with the same weights but for batch norm.
+
+    Batch norm has statistics and weights of its own at each size. The plain network is that at the last size; after it,
+    all sizes are trained together.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        classes: the number of outputs.
+        network: the settings of the network: "family", a name in `FAMILIES`, and arguments of that family other than
+            `input_shape` and `classes`. No weight may depend on the size of the images.
+        sizes: the sizes in pixels, from small to large.
+
+    Sources: Resolution Switchable Networks (Wang et al. 2020, ECCV); Dynamic Resolution Network (Zhu et al. 2021,
+    NeurIPS).
+    """
+
+    family = "resolutions"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        network: dict[str, Any] | None = None,
+        sizes: tuple[int, ...] = (),
+    ) -> None:
+        check_counts("sizes", sizes)
+        built = [_network(network or {}, (*input_shape[:1], size, size), classes, "network") for size in sizes]
+        super().__init__(_sharing(built), input_shape, sizes, classes=classes)
+        self.config["network"] = _settings(built[0])
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield the answer at the last size; with a rate, that at every size, one a pass."""
+        if rate is None:
+            yield from super().training_outputs(inputs, None)
+        else:
+            rows = torch.arange(len(inputs), device=inputs.device)
+            for k in range(len(self.members)):
+                yield [Answer(self._answer(k, inputs), rows)]
+
+
+def _network(settings: Mapping[str, Any], shape: tuple[int, ...], classes: int, where: str) -> Backbone:
+    """Build a network of dynrl's own families from its settings, which stand at `where`."""
+    from dynrl.backbones import FAMILIES  # not at the top of the file: that table holds the classes above
+
+    name, rest = settings.get("family"), {key: value for key, value in settings.items() if key != "family"}
+    if name not in FAMILIES:
+        raise ValueError(f"{where}.family: expected one of {sorted(FAMILIES)}, got {name!r}")
+    config = {"input_shape": shape, "classes": classes, **rest}
+    return FAMILIES[name](**arguments(FAMILIES[name], config, f"{where}."))
+
+
+def _sharing(modules: Sequence[nn.Module]) -> Sequence[nn.Module]:
+    """Give all modules, which are of one kind, the weights of the first, but for those of batch norm."""
+    for module in modules[1:]:
+        for part, other in zip(modules[0].modules(), module.modules(), strict=True):
+            if isinstance(part, BATCH_NORMS):
+                continue
+            for name, weight in part.named_parameters(recurse=False):
+                if weight.shape != getattr(other, name).shape:
+                    raise ValueError(
+                        f"expected a network whose weights are the same at all sizes, got {tuple(weight.shape)} and "
+                        f"{tuple(getattr(other, name).shape)} for one {name} of {type(part).__name__}"
+                    )
+                setattr(other, name, weight)
+    return modules
+
+
 def _settings(backbone: Backbone) -> dict[str, Any]:
     """Return a backbone's settings as `Members` takes them."""
     own = {name: value for name, value in backbone.config.items() if name not in ("input_shape", "classes")}
@@ -383,7 +465,9 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _look(inputs: Tensor) -> Tensor:
     """Return a cheap look at inputs [n, ...]: their means (`early_inputs`) and their contrast, [n, k] float32."""
-    contrast = inputs.flatten(1).float().std(1, correction=0, keepdim=True)
+    flat = inputs.flatten(1).float()
+    # `std` itself takes a tenth as long as a small model.
+    contrast = (flat - flat.mean(1, keepdim=True)).norm(dim=1, keepdim=True) / flat.shape[1] ** 0.5
     return torch.cat([early_inputs(inputs).float(), contrast], 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -197,6 +198,75 @@ class Unrolled(Unrolling):
         """Return how sure the present answer is (`exit_scores`), how far the last step moved the places, their mean."""
         known, _, change = state.features
         return torch.cat([exit_scores(self.output(state)), change.unsqueeze(1), known.mean(1).float()], 1)
+
+
+class RecallNet(Unrolling):
+    """A network over a row of cells: each step is two convolutions, by which a cell sees two neighbours each way.
+
+    All steps see the input again (recall), so that nothing of it need be kept; there is no norm. The answer is read at
+    the last cell that is not all zeros. An answer that depends on L cells needs L / 2 steps.
+
+    Args:
+        input_shape: (cells, numbers of a cell).
+        classes: the number of outputs of the head.
+        width: the number of channels of each cell.
+        steps: how often the dense network applies the block.
+
+    Sources: Schwarzschild et al. 2021 (NeurIPS, "Can You Learn an Algorithm?"); Bansal et al. 2022 (NeurIPS, recall).
+    """
+
+    family = "recall_net"
+    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False), "change": (3, False)}
+
+    def __init__(self, input_shape: tuple[int, int], classes: int = 2, width: int = 32, steps: int = 12) -> None:
+        super().__init__()
+        check_counts("input_shape", input_shape)
+        if len(input_shape) != 2:
+            raise ValueError(f"expected inputs of shape (cells, numbers of a cell), got {tuple(input_shape)}")
+        for count, value in (("classes", classes), ("width", width)):
+            check_count(count, value, 1, MOST_ROWS)
+        self.input_shape = tuple(input_shape)
+        self.config = {"input_shape": list(input_shape), "classes": classes, "width": width, "steps": steps}
+        cells, numbers = input_shape
+        self.stem = nn.Conv1d(numbers, width, 3, padding=1)
+        self.first = nn.Conv1d(width + numbers, width, 3, padding=1)
+        self.second = nn.Conv1d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, classes)
+        for layer in (self.stem, self.first, self.second):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        self.second.weight.data.mul_(0.1)  # at first, a step changes little
+        lead, *step = (cells * layer.weight.numel() for layer in (self.stem, self.first, self.second))
+        self._set_loop(steps, lead, sum(step) + count_macs(self.head, (width,))[0], SCORES + 1 + width)
+
+    def _lead(self, inputs: Tensor) -> Features:
+        given = inputs.mT.contiguous()
+        told = (inputs != 0).any(2) * torch.arange(inputs.shape[1], device=inputs.device)
+        return self.stem(given).relu(), given, told.argmax(1), inputs.new_zeros(inputs.shape[0])
+
+    def _step(self, features: Features) -> Features:
+        known, given, last, _ = features
+        moved = (known + self.second(self.first(torch.cat([known, given], 1)).relu())).relu()
+        return moved, given, last, _size(moved - known)
+
+    def _answer(self, features: Features) -> Tensor:
+        known, _, last, _ = features
+        return self.head(known.gather(2, last.view(-1, 1, 1).expand(-1, known.shape[1], 1)).squeeze(2))
+
+    def observe(self, state: State) -> Tensor:
+        """Return how sure the present answer is (`exit_scores`), how far the last step moved the cells, their mean."""
+        known, _, _, change = state.features
+        told = [exit_scores(self.output(state)), change.unsqueeze(1), known.mean(2)]
+        return torch.cat([part.float() for part in told], 1)
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield the answers of all steps; without a rate, half the weight is the last's, half that of a random one."""
+        (answers,) = super().training_outputs(inputs, inputs.new_ones(len(inputs)))
+        if rate is None:
+            early = int(torch.randint(self._steps - 1, (1,), generator=generator))
+            answers = [replace(answers[step], weight=0.5) for step in (early, -1)]
+        yield answers
 
 
 class Restorer(Unrolling):

@@ -17,7 +17,7 @@ from dynrl.data.hops import hops
 from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist, varied_fashion_mnist
 from dynrl.data.many import many_tasks
 from dynrl.data.own import is_own, own_dataset
-from dynrl.data.photos import noisy_photos
+from dynrl.data.photos import noisy_photos, windows
 from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
 from dynrl.data.texts import find, find_small, needle
 from dynrl.data.traces import trace, trace_long, trace_small
@@ -41,6 +41,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "prefix": prefix,
     "hops": hops,
     "noisy-photos": noisy_photos,
+    "windows": windows,
     "sequential-digits": sequential_digits,
     "sequential-fashion-mnist": sequential_fashion_mnist,
     "find": find,

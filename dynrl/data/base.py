@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynrl.inputs import Form, parts, placed
 from dynrl.provenance import Provenance
-from dynrl.tasks import CLASSIFICATION, Task
+from dynrl.tasks import CLASSIFICATION, Classification, Task
 
 KEPT = 0.1  # the share of the training split that is kept from backbones, for policies to learn on
 UNSEEN = 999_999  # the seed of inputs drawn for policies, which no epoch has (`Dataset.in_epoch`)
@@ -134,7 +134,7 @@ class Dataset:
     dtype: str | dict[str, str] = "float32"
 
     def __post_init__(self) -> None:
-        wanted = self.classes if self.task == CLASSIFICATION else 0
+        wanted = self.classes if isinstance(self.task, Classification) else 0
         if self.names and (len(self.names) != wanted or len(set(self.names)) < wanted):
             raise ValueError(f"{self.name}: expected {wanted} different names of classes, got {list(self.names)}")
         if not self.names:

@@ -1,15 +1,18 @@
-"""Noisy photographs are to be restored: patches of the photographs that come with scikit-image and scikit-learn."""
+"""Patches of photographs are to be restored or searched; the photographs come with scikit-image and scikit-learn."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from dynrl.data.base import Augmentation, Dataset, Split
-from dynrl.tasks import Restoration
+from dynrl.data.base import Augmentation, Dataset, Split, scaled
+from dynrl.data.images import fashion_images
+from dynrl.tasks import Detection, Restoration
 
 SIDE = 24
 TRAIN = (
@@ -40,26 +43,26 @@ def _photo(name: str) -> np.ndarray:
                 image = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
             return np.asarray(image, np.float32) / 255
     raise ValueError(
-        f"no photograph {name} in scikit-image or scikit-learn; noisy-photos takes it: pip install 'dynrl[photos]'"
+        f"no photograph {name} in scikit-image or scikit-learn; this data set takes it: pip install 'dynrl[photos]'"
     )
 
 
-def _patches(photos: list[np.ndarray], count: int, rng: np.random.Generator) -> torch.Tensor:
-    """Cut squares out of photographs, at random and turned at random: [count, 1, SIDE, SIDE] in 0 to 1."""
+def _patches(photos: list[np.ndarray], side: int, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Cut squares out of photographs, at random and turned at random: [count, 1, side, side] in 0 to 1."""
     areas = np.array([photo.size for photo in photos], float)
-    found = np.empty((count, 1, SIDE, SIDE), np.float32)
+    found = np.empty((count, 1, side, side), np.float32)
     turns = rng.integers(8, size=count)
     for i, which in enumerate(rng.choice(len(photos), count, p=areas / areas.sum())):
         photo = photos[which]
-        top, left = (rng.integers(0, length - SIDE + 1) for length in photo.shape)
-        patch = np.rot90(photo[top : top + SIDE, left : left + SIDE], turns[i] % 4)
+        top, left = (rng.integers(0, length - side + 1) for length in photo.shape)
+        patch = np.rot90(photo[top : top + side, left : left + side], turns[i] % 4)
         found[i, 0] = patch.T if turns[i] > 3 else patch
     return torch.from_numpy(found)
 
 
 def _split(photos: list[np.ndarray], count: int, seed: int, levels: tuple[float, ...] = ()) -> Split:
     rng = np.random.default_rng(seed)
-    clean = _patches(photos, count, rng)
+    clean = _patches(photos, SIDE, count, rng)
     level = rng.choice(levels, count) if levels else rng.uniform(*NOISE, count)
     noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32))
     told = torch.from_numpy(level).float()
@@ -81,4 +84,58 @@ def noisy_photos() -> Dataset:
     return Dataset(
         "noisy-photos", 1, _split(train, 6_000, 0), _split(validation, 1_000, 1), _split(test, 2_000, 2, LEVELS),
         Augmentation(), anew=lambda seed: _split(train, 6_000, 1000 + seed),
+    )  # fmt: skip
+
+
+WINDOW = 28
+SHARE, OFTEN = 0.01, 0.25  # the share of windows with a garment where detectors are judged, and where they learn
+GARMENTS, CONTRASTS = (20, 28), (0.5, 1.0)  # the ranges of a garment's size in pixels and of its brightness
+
+
+def _windows(photos: list[np.ndarray], garments: torch.Tensor, share: float, count: int, seed: int) -> Split:
+    """Cut windows out of photographs, [count, 1, WINDOW, WINDOW] in 255ths; exactly the share shows a garment."""
+    rng = np.random.default_rng(seed)
+    images, labels = _patches(photos, WINDOW, count, rng), torch.zeros(count, dtype=torch.int64)
+    labels[torch.from_numpy(rng.permutation(count)[: round(share * count)])] = 1
+    for row in labels.nonzero().flatten().tolist():
+        size = int(rng.integers(GARMENTS[0], GARMENTS[1] + 1))
+        top, left = rng.integers(0, WINDOW - size + 1, 2)
+        worn = garments[rng.integers(len(garments))].unsqueeze(0)
+        worn = F.interpolate(worn, size=size, mode="bilinear", antialias=True)[0]
+        place, opaque = images[row, :, top : top + size, left : left + size], (4 * worn).clamp(0, 1)
+        place.copy_((1 - opaque) * place + opaque * worn * float(rng.uniform(*CONTRASTS)))
+    return Split((255 * images).round_().div_(255), labels, Detection(share))
+
+
+def windows() -> Dataset:
+    """28x28 windows of photographs, of which 1 % show a garment; 12,000 / 10,000 / 20,000 rows.
+
+    A detector tells whether there is a garment. In training, a quarter of the windows show one, and they are drawn anew
+    in each epoch; the classes weigh alike everywhere (`Detection`). Garments are Fashion-MNIST's, of random size, place
+    and brightness. Each photograph is cut into four strips: two for training, one for validation, one for the test. The
+    task is that of cascades of detectors (Viola & Jones 2001, CVPR), in which nearly all
+    windows are background.
+
+    Raises:
+        ValueError: the photographs are not installed.
+    """
+    strips = [np.array_split(_photo(name), 4, axis=1) for name in (*TRAIN, *VALIDATION, *TEST)]
+    places = [[half for first, second, *_ in strips for half in (first, second)]]
+    places += [[strip[i] for strip in strips] for i in (2, 3)]
+    worn = [images for images, _ in fashion_images()]
+    train, validation, test = (
+        _windows(photos, garments, share, count, seed)
+        for seed, (photos, garments, share, count) in enumerate(
+            zip(places, worn, (OFTEN, SHARE, SHARE), (12_000, 10_000, 20_000), strict=True)
+        )
+    )
+    mean, deviation = float(train.inputs.mean()), float(train.inputs.std())
+
+    def seen(split: Split) -> Split:
+        return replace(split, inputs=scaled(split.inputs, mean, deviation))
+
+    return Dataset(
+        "windows", 2, seen(train), seen(validation), seen(test), Augmentation(flip=True), mean, deviation,
+        anew=lambda seed: seen(_windows(places[0], worn[0], OFTEN, len(train), 1000 + seed)),
+        names=("background", "garment"), dtype="uint8",
     )  # fmt: skip

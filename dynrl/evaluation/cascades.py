@@ -12,20 +12,18 @@ from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dynrl.backbones import Backbone, State
 from dynrl.data import Split
-from dynrl.evaluation.routes import ORACLE_PRICE
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import LinearPolicy, Policy, StepSight, ThresholdPolicy
 
 TRIES = 2048  # how many settings of thresholds are tried for a chain of models
 LEVELS = 64  # how many thresholds are tried on one model's score, at most
 STRICT = torch.linspace(0.8, 1.1, 61).tolist()  # the accuracy of a stage's answers, as a share of the last model's
-FITS = 60  # the iterations of the supervised fit
-LEANINGS = torch.linspace(-20, 20, 81).tolist()  # added to log-odds for a choice of the dense network's cost
+FITS = 20  # the iterations of a supervised fit
+PRICES = torch.logspace(-2.5, 0.7, 17).tolist()  # of the dense network's compute, in errors: a supervised rule for each
 
 Stage = tuple[int, float]  # a model, and how sure it must be to answer
 PolicyFor = Callable[[float], Policy | None]
@@ -199,36 +197,38 @@ Place = tuple[int | None, int | None]  # the model before the last one asked, an
 
 
 def fit_supervised(backbone: Backbone, split: Split, hear: Hear) -> PolicyFor:
-    """Fit a logistic regression at each point, from what a policy sees there to the cheapest right choice.
+    """Fit a logistic regression at each point, from what a policy sees there to the choice that is best in hindsight.
 
-    This is the supervision of Bolukbasi et al. (2017): the label is the choice that is best in hindsight. To spend more
-    or less, the log-odds of a choice are raised by its cost, times a number that is searched for (`LEANINGS`).
+    This is the supervision of Bolukbasi et al. (2017): what a choice loses is the error in the end, plus a price times
+    the compute from there on. Points are fitted from the last to the first, each for what the fitted rules do behind
+    it, and a row weighs as much as its choice matters. Each price makes one rule.
     """
     heard, sight = hear(backbone, split), StepSight.of(backbone)
     seen = dict(_seen(backbone, split, len(heard.costs)))
-    weight = torch.zeros(sight.points, sight.choices, sight.features)
-    bias = torch.zeros(sight.points, sight.choices)
-    for point in range(sight.points):
-        places = [place for place in seen if _point(place) == point]
-        labels = (heard.error + ORACLE_PRICE * _further(heard, point).unsqueeze(1))[max(0, point - 1) :].argmin(0)
-        count = backbone.points[point].n
-        inputs, labels = torch.cat([seen[place] for place in places]), labels.repeat(len(places))
-        weight[point, :count], bias[point, :count] = _regress(inputs, labels, count)
-    lean = backbone.costs.cpu().clamp_min(0) / backbone.dense_macs
     tried = []
-    for leaning in LEANINGS:
-        leant = bias + leaning * lean
-        cost, error = _follow(heard, seen, weight, leant, backbone)
-        tried.append(Tried(leant, cost, error))
-    return _best_within(tried, partial(LinearPolicy, sight, weight))
+    for price in PRICES:
+        weight = torch.zeros(sight.points, sight.choices, sight.features)
+        bias = torch.zeros(sight.points, sight.choices)
+        ahead: dict[Place, Tensor] = {}
+        for point in reversed(range(sight.points)):
+            places, count = [place for place in seen if _point(place) == point], backbone.points[point].n
+            inputs = torch.cat([seen[place] for place in places])
+            losses = torch.cat([_losses(heard, place, ahead, price) for place in places])
+            weight[point, :count], bias[point, :count] = _regress(inputs, losses)
+            choice = (inputs @ weight[point, :count].t() + bias[point, :count]).argmax(1, keepdim=True)
+            ahead |= zip(places, losses.gather(1, choice).squeeze(1).chunk(len(places)), strict=True)
+        tried.append(Tried((weight, bias), *_follow(heard, seen, weight, bias, backbone)))
+    return _best_within(tried, lambda found: LinearPolicy(sight, *found))
 
 
-def _further(heard: Heard, point: int) -> Tensor:
-    """Return what each model costs a row that stands at a point: [K], 0 for the one that has answered already."""
-    costs = heard.costs.float().clone()
-    if point:
-        costs[point - 1] = 0
-    return costs
+def _losses(heard: Heard, place: Place, ahead: Mapping[Place, Tensor], price: float) -> Tensor:
+    """Return what each choice at a place loses in the end: [n, choices], where `ahead` says it of later places."""
+    last, count = place[1], len(heard.costs)
+    losses = [] if last is None else [heard.error[last]]
+    for k in range(0 if last is None else last + 1, count):
+        behind = heard.error[k] if k + 1 == count else ahead[last, k]
+        losses.append(behind + price * float(heard.costs[k]))
+    return torch.stack(losses, 1)
 
 
 def _point(place: Place) -> int:
@@ -257,17 +257,22 @@ def _seen(backbone: Backbone, split: Split, count: int) -> Iterator[tuple[Place,
         yield place, torch.cat(found)
 
 
-def _regress(inputs: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return weight [count, features] and bias [count] of a multinomial logistic regression."""
+def _regress(inputs: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight [choices, features] and bias [choices] of a multinomial logistic regression.
+
+    Each choice is a label as much as it loses less than the worst one of that row, so that the likeliest choice is the
+    one that loses least on average.
+    """
     mean, spread = inputs.mean(0), inputs.std(0).clamp_min(1e-3)
-    scaled = (inputs - mean) / spread
-    weight = torch.zeros(count, inputs.shape[1], requires_grad=True)
-    bias = torch.zeros(count, requires_grad=True)
+    scaled, gains = (inputs - mean) / spread, losses.amax(1, keepdim=True) - losses
+    gains = gains / gains.mean().clamp_min(1e-9)
+    weight = torch.zeros(losses.shape[1], inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(losses.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=FITS, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         optimizer.zero_grad()
-        value = F.cross_entropy(scaled @ weight.t() + bias, labels) + 1e-4 * weight.square().sum()
+        value = -(gains * (scaled @ weight.t() + bias).log_softmax(1)).mean() + 1e-4 * weight.square().sum()
         value.backward()
         return value
 

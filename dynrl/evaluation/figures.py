@@ -12,7 +12,7 @@ from dynrl.data import Split
 from dynrl.evaluation.difficulty import bin_name
 from dynrl.evaluation.report import correlation_text, seeds_text
 from dynrl.files import write_aside
-from dynrl.tasks import CLASSIFICATION, TASKS, Task
+from dynrl.tasks import TASKS, Classification, Task
 
 RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # other rivals: "x-."
 MARKERS = {"ppo": "o", "gate": "v"}  # markers by agent where the backbone is frozen; other agents: "p"
@@ -122,7 +122,7 @@ def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
             image = test.inputs[row].float().cpu().permute(1, 2, 0)
             low, high = image.min(), image.max()
             axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
-            if test.task == CLASSIFICATION:
+            if isinstance(test.task, Classification):
                 axis.set_title(str(int(test.targets[row])), fontsize="small")
 
 

@@ -160,11 +160,13 @@ class _Points:
         """Add a row with means over seeds, if the contender reached anything, and return the share of MACs spent."""
         if reached is None:
             return None
+        task, targets = self.ground.test.task, self.ground.test.targets.cpu()
         scores = [Score.of(of.network, of.metric, of.macs, of.router, of.route) for of in reached]
         metrics = torch.tensor([score.metric for score in scores], dtype=torch.float64)
         macs = sum(score.macs_fraction for score in scores) / len(scores)
-        metric, first = self.ground.task.metric, reached[0]
+        metric, first = task.metric, reached[0]
         hard = [correlations(self.ground.test, of.macs) for of in reached]
+        rates = [task.rates(of.metric, targets) for of in reached]
         name = len(self.rows)
         self._sides[f"{name}/routed"] = first.start(self.batch)
         route = first.route[: len(self.batch)].to(self.batch.device)
@@ -174,6 +176,7 @@ class _Points:
                 "policy": contender.name, "kind": contender.kind and contender.kind.to_dict(), "price": first.price,
                 "budget": budget, "runs": len(scores), metric: float(metrics.mean()),
                 f"{metric}_std": float(metrics.std()) if len(scores) > 1 else 0.0,
+                **{name: _mean([of[name] for of in rates]) for name in rates[0]},
                 "macs_fraction": macs, "mac_speedup": 1 / macs,
                 "router_fraction": sum(score.router_fraction for score in scores) / len(scores),
                 "distinct_routes": max(score.distinct_routes for score in scores),
@@ -281,6 +284,7 @@ def report_text(report: dict[str, Any]) -> str:
         lines.append(
             f"{p['policy']:{wide}} {budget:>6} {task.show(p[metric]):>8} {spread:>7} {p['macs_fraction']:6.2f}"
             f" {p['latency_ms']:8.2f} {p['speedup']:9.2f} {p['realised_ratio']:9.2f}"
+            + "".join(f"  {name.replace('_', ' ')} {100 * p[name]:.2f} %" for name in task.figures if name in p)
         )
     lines.append(
         "MACs: shares of the dense network's, router included. oracle: each input's best route, of equals the cheapest."

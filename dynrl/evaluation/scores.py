@@ -13,7 +13,7 @@ from dynrl.backbones import Backbone, choice_rates
 from dynrl.data import Split
 from dynrl.deploy import Route, RoutedModel
 from dynrl.evaluation.difficulty import by_difficulty
-from dynrl.tasks import CLASSIFICATION
+from dynrl.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Usage:
     """Usage tells where a routed model spends its compute on a split, and on which inputs.
 
     Attributes:
-        groups: [{"class", "inputs", the metric, "macs_fraction", "choice_rates"}], one for each class. A regression has
-            one group for all inputs, and its class is None.
+        groups: [{"class", "inputs", the metric (or the task's `rates`), "macs_fraction", "choice_rates"}], one for each
+            class. A regression has one group for all inputs, and its class is None.
         by_column: [groups, columns], what is spent at each visit of a point, as a share of its dearest choice; an input
             that never comes there counts as 0.
         cheapest, dearest: the rows of the split on which least and most was spent, the extreme first.
@@ -124,11 +124,13 @@ class Usage:
         spent = _column_shares(model.backbone, actions)
         groups: list[dict[str, Any]] = []
         by_column = []
-        for name in classes.unique().tolist() if split.task == CLASSIFICATION else [None]:
+        for name in classes.unique().tolist() if isinstance(split.task, Classification) else [None]:
             mine = torch.ones(len(macs), dtype=torch.bool) if name is None else classes == name
+            rates = split.task.rates(metric[mine], classes[mine])
+            reached = rates or {split.task.metric: float(metric[mine].mean())}
             groups.append(
                 {
-                    "class": name, "inputs": int(mine.sum()), split.task.metric: float(metric[mine].mean()),
+                    "class": name, "inputs": int(mine.sum()), **reached,
                     "macs_fraction": float(macs[mine].mean()),
                     "choice_rates": choice_rates(model.backbone.points, actions[mine]),
                 }

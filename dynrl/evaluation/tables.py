@@ -32,9 +32,24 @@ def report_table(report: Mapping[str, Any]) -> list[str]:
         cells.append("" if own is None else f"{_reached(own, metric)} at {own['macs_fraction']:.2f}")
         cells += ["", ""] if timed is None else [f"{timed[of]:.2f}" for of in ("speedup", "realised_ratio")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += _further_figures(report)
     dense, hardware = report["dense"], report["hardware"]
     lines += ["", f"Policy seeds: {seeds_text(dict(report))}. {report['date']}, batch {dense['batch_size']}, "
               f"{hardware['threads']} threads of {hardware['processor']}, torch {hardware['torch']}."]  # fmt: skip
+    return lines
+
+
+def _further_figures(report: Mapping[str, Any]) -> list[str]:
+    """Write, for a task with further figures, a row for each policy and budget with all of them and its time."""
+    names = [name for name in TASKS[report["metric"]].figures if name in report["points"][0]]
+    if not names:
+        return []
+    heads = [name.replace("_", " ") + " %" for name in names]
+    lines = ["", f"| policy | budget | MACs | {' | '.join(heads)} | speed-up |", "|" + "---|" * (len(names) + 4)]
+    for p in report["points"]:
+        cells = [p["policy"], "" if p["budget"] is None else str(p["budget"]), f"{p['macs_fraction']:.3f}"]
+        cells += [f"{100 * p[name]:.2f}" for name in names] + [f"{p['speedup']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -95,23 +110,24 @@ def _at_half(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:
     """Write what comparisons say about the areas under the fronts and about half of the dense MACs."""
     lines = [
-        "| decision, data | policy (seeds) | less (seeds) | area, 0.3 to 0.9 of the MACs | at half | |",
-        "|---|---|---|---|---|---|",
+        "| decision, data | policy (seeds) | less (seeds) | area | over, of the MACs | at half | |",
+        "|" + "---|" * 7,
     ]
     for result in results:
         show, seeds = TASKS[result["metric"]].show, result["seeds"]
+        over = "{:.2g} to {:.2g}".format(*(result["budgets"][end] for end in (0, -1)))
         for row in result["differences"]:
             if row["rival"] == "oracle":
                 continue
             policy, rival = (
                 f"{name} ({len(seeds[name])})" if name in seeds else name for name in (row["policy"], row["rival"])
             )
-            cells = [
+            area, half = (
                 f"{show(of['difference'])} [{show(of['low'])}, {show(of['high'])}]" if (of := row.get(at)) else ""
                 for at in ("area", "0.5")
-            ]
+            )
             lines.append(
-                f"| {result['decision']}, {result['data']} | {policy} | {rival} | {' | '.join(cells)} "
+                f"| {result['decision']}, {result['data']} | {policy} | {rival} | {area} | {over} | {half} "
                 f"| {verdict(row['area']) if 'area' in row else ''} |"
             )
     dates = sorted({result["date"] for result in results})

@@ -35,13 +35,13 @@ Changes = Iterator[dict[str, Any]]
 
 
 def shallower(settings: dict[str, Any]) -> Changes:
-    """Yield fewer layers, in all stages alike."""
-    yield from _less(settings, ("layers",))
+    """Yield fewer layers, in all stages alike, or fewer steps of a loop."""
+    yield from _less(settings, ("layers", "steps"))
 
 
 def narrower(settings: dict[str, Any]) -> Changes:
     """Yield less width everywhere."""
-    yield from _less(settings, ("widths", "channels", "hidden"))
+    yield from _less(settings, ("widths", "channels", "hidden", "width"))
 
 
 def strided(settings: dict[str, Any]) -> Changes:
