@@ -251,6 +251,12 @@ class Glimpses(Backbone):
         """Return `Backbone.constant_routes`: no look at all, and the full route."""
         return [("no look", (STOP,) * self.columns), ("full route", self.full_route)]
 
+    def regions(self, route: Tensor) -> list[list[int]]:
+        """Return `Backbone.regions`: the windows of the looks."""
+        windows = [action - 1 for action in route.tolist() if action > STOP]
+        spans = (self.scale * self.side).tolist()
+        return [[*self.corners[window].tolist(), spans[window], spans[window]] for window in windows]
+
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each look is of the first rows of the batch, as many as take it."""
         counts = (route > STOP).sum(0).tolist()
