@@ -63,6 +63,10 @@ DECISIONS: dict[str, Decision] = {
             "jump", "dynrl/Jump-v0", "dynrl.envs.jump:JumpVectorEnv", "which word of a text to read next, or stop",
             "LSTM-Jump (Yu et al. 2017), Structural-Jump-LSTM (Hansen et al. 2019)", data="find-small",
         ),
+        Decision(
+            "look", "dynrl/Look-v0", "dynrl.envs.look:LookVectorEnv", "where in an image to look next, or stop",
+            "RAM (Mnih et al. 2014), GFNet (Wang et al. 2020)", data="digit-scenes",
+        ),
     )
 }  # fmt: skip
 

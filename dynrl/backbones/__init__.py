@@ -12,6 +12,7 @@ from dynrl.backbones.base import Backbone
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
+from dynrl.backbones.glimpses import Glimpses
 from dynrl.backbones.models import Members, Models, Resolutions
 from dynrl.backbones.module import ExitModule, SkipModule
 from dynrl.backbones.reader import JumpRNN
@@ -30,14 +31,14 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
         SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members, Resolutions, Unrolled,
-        RecallNet, Restorer, JumpRNN,
+        RecallNet, Restorer, JumpRNN, Glimpses,
     )
 }  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "JumpRNN", "Members",
-    "Models", "Point", "RecallNet", "Resolutions", "Restorer", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet",
-    "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
+    "Members", "Models", "Point", "RecallNet", "Resolutions", "Restorer", "SkipGRU", "SkipLSTM", "SkipModule",
+    "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -197,6 +197,13 @@ class Backbone(nn.Module):
         """Return other ways to compute the full route on `inputs`, by name, such as a vendor's layer; all are timed."""
         return {}
 
+    def regions(self, route: Tensor) -> list[list[int]]:
+        """Return the parts of its image that a row looked at along `route` [columns], in turn, for reports to draw.
+
+        A part is [top, left, height, width] in pixels. Here there is none: most networks see all of their image.
+        """
+        return []
+
     def ready(self, state: State) -> State:
         """Return a copied `state` after all that it has to do before it can go on; what follows may then be timed."""
         return state

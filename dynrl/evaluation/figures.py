@@ -111,6 +111,7 @@ def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
     left.colorbar(picture, label="spent, share of the dearest choice")
     if right is None:
         return
+    regions = list(usage["regions"])
     for name, mine, half in zip(
         ("least", "most"), (usage["cheapest"], usage["dearest"]), right.subfigures(2, 1), strict=True
     ):
@@ -122,8 +123,20 @@ def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
             image = test.inputs[row].float().cpu().permute(1, 2, 0)
             low, high = image.min(), image.max()
             axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
+            _draw_regions(regions.pop(0), axis)
             if isinstance(test.task, Classification):
                 axis.set_title(str(int(test.targets[row])), fontsize="small")
+
+
+def _draw_regions(regions: list[list[int]], axis: Any) -> None:
+    """Frame the parts of an image that were looked at, each by its number, from the first, light one to the last."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    for number, (top, left, height, width) in enumerate(regions):
+        colour = colormaps["autumn_r"](number / max(1, len(regions) - 1))
+        axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colour, linewidth=1.2))
+        axis.text(left, top, str(number + 1), color=colour, fontsize="x-small", va="top", clip_on=True)
 
 
 def _draw_pictures(pictures: dict[str, Any], task: Task, figure: Any) -> None:

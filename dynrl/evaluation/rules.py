@@ -15,6 +15,7 @@ from dynrl.backbones import Backbone, State
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation.cascades import cascades
+from dynrl.evaluation.looking import looking
 from dynrl.evaluation.routes import cheapest_choices
 from dynrl.evaluation.scores import score
 from dynrl.inputs import repeat_first
@@ -34,7 +35,11 @@ def thresholds(backbone: Backbone) -> dict[str, Fit]:
 
 
 # Each entry maps a backbone to the rules to fit, by the names that reports show.
-RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {"threshold": thresholds, "cascade": cascades}
+RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {
+    "threshold": thresholds,
+    "cascade": cascades,
+    "looks": looking,
+}
 
 
 def rules_of(backbone: Backbone) -> Mapping[str, Fit]:

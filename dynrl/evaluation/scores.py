@@ -103,6 +103,7 @@ class Usage:
         by_column: [groups, columns], what is spent at each visit of a point, as a share of its dearest choice; an input
             that never comes there counts as 0.
         cheapest, dearest: the rows of the split on which least and most was spent, the extreme first.
+        regions: what `Backbone.regions` says of the rows of `cheapest`, then of those of `dearest`.
         distinct_routes: how many different routes the inputs take.
         commonest: share of the inputs that take the commonest route.
         difficulty: what `by_difficulty` says.
@@ -112,6 +113,7 @@ class Usage:
     by_column: list[list[float]]
     cheapest: list[int]
     dearest: list[int]
+    regions: list[list[list[int]]]
     distinct_routes: int
     commonest: float
     difficulty: dict[str, dict[str, Any]]
@@ -140,7 +142,9 @@ class Usage:
         _, counts = actions.unique(dim=0, return_counts=True)
         commonest = float(counts.max() / len(actions))
         hard = by_difficulty(split, metric, macs)
-        return cls(groups, by_column, order[:shown], order[-shown:][::-1], len(counts), commonest, hard)
+        ends = order[:shown], order[-shown:][::-1]
+        looked = [model.backbone.regions(actions[row]) for end in ends for row in end]
+        return cls(groups, by_column, *ends, looked, len(counts), commonest, hard)
 
 
 @torch.inference_mode()
