@@ -65,12 +65,12 @@ def test_the_metric_is_right_for_right_answers(case):
     assert float(error.mean()) > 0
 
 
-@pytest.mark.parametrize("case", [*cases()][:2], ids=[*TASKS][:2])
+@pytest.mark.parametrize("case", [case for case in cases() if not case[0].pictures], ids=lambda case: case[0].metric)
 def test_no_output_without_an_input_is_better_than_the_blind_one(case):
     task, output, target, *_ = case
     blind = task.blind(target)
     assert blind.shape == output.shape and (blind == blind[0]).all()
-    constants = torch.eye(5) if task is CLASSIFICATION else target + torch.linspace(-1, 1, 7).unsqueeze(1)
+    constants = torch.eye(output.shape[1]) if target.dim() == 1 else target + torch.linspace(-1, 1, 7).unsqueeze(1)
     errors = [float(task.error(task.score(each.expand_as(output), target)).mean()) for each in constants]
     assert float(task.error(task.score(blind, target)).mean()) <= min(errors) + 1e-6
 
