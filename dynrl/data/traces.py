@@ -132,8 +132,8 @@ def trace() -> Dataset:
 
 
 def trace_long() -> Dataset:
-    """Six curves of up to 48 steps in 28x28 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
-    return _traces("trace-long", Scene(side=28, strands=6, longest=48), 20_000, 5_000, 5_000)
+    """Four curves of up to 48 steps in 28x28 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
+    return _traces("trace-long", Scene(side=28, strands=4, longest=48), 20_000, 5_000, 5_000)
 
 
 def trace_small() -> Dataset:
