@@ -163,7 +163,7 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
             told = {"env_vars": {VARIABLE: plugins}} if plugins else None
             try:
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=told)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
                 raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
             return True
         # Without the word "local", ray would join whatever RAY_ADDRESS or an earlier cluster's file names.
@@ -258,7 +258,13 @@ class RLlibAgent(Agent):
             # Remote runners see only the GPUs that ray gives them.
             num_gpus_per_env_runner=place.device.startswith("cuda") / max(1, place.num_env_runners),
         )  # fmt: skip
-        self._algorithm = config.build_algo()
+        try:
+            self._algorithm = config.build_algo()
+        except IndexError as error:  # RLlib asks the first remote runner for its spaces, and there is none
+            raise ValueError(
+                f"no remote runner started, expected {place.num_env_runners}; all machines of a cluster need the same "
+                "Python, dynrl, ray, data and run folder, and the same token if they ask for one (RAY_AUTH_MODE)"
+            ) from error
         self._held.callback(self._algorithm.stop)
         self.steps, newest = 0, newest_checkpoint(self.checkpoints)
         if newest is not None:

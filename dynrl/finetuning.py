@@ -20,7 +20,8 @@ from dynrl.pretraining import autocast, loss_of, make_optimizer
 from dynrl.routes import draw_prices
 
 CHECKPOINT_EVERY = 100  # the number of batches between checkpoints
-ATTACK_STEPS = 7  # the gradient steps of attacks in training, as in Madry et al. 2018
+ATTACK_STEPS = 2  # the gradient steps of attacks in training, where few are enough (Wong et al. 2020, ICLR)
+EXCESS = 0.3  # the weight of what attacked inputs spend beyond what they spent unattacked, in dense networks
 BATCH = 120  # the inputs for policies that are attacked at a time
 
 
@@ -41,7 +42,8 @@ class Finetuning:
         sampled: whether routes are drawn from the policy, as while it learns, or are its likeliest ones, as when
             plugged in. Drawn routes teach a network that fails after a stray choice to survive it.
         attacked: the share of each batch that is attacked first (`dynrl.perturb`). Attacked rows take the routes that
-            they would have taken unattacked: where a policy stops early, the network learns to be right there.
+            they would have taken unattacked: where a policy stops early, the network learns to be right there. What
+            the policy would have them spend beyond that is a loss, too: it is what the attack raises.
         distillation: the weight of the divergence from the reference's outputs (Hinton et al. 2015, section 2), next to
             the loss on the targets.
     """
@@ -164,6 +166,8 @@ class Finetuner:
             dense = self._reference(inputs)
         divergence = task.divergence(output, dense).mean()
         loss = loss_of(answers, targets, task, plan.label_smoothing) + plan.distillation * divergence
+        if moved is not inputs:
+            loss = loss + EXCESS * self._excess(policy, inputs, moved, prices)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
@@ -191,6 +195,17 @@ class Finetuner:
         taken = torch.cat([route[:-count], taken])
         route = torch.where(whole.unsqueeze(1), route, taken)
         return torch.cat([inputs[:-count], moved]), whole | (rows >= size - count), route
+
+    def _excess(self, policy: LearnedPolicy, inputs: Tensor, moved: Tensor, prices: Tensor) -> Tensor:
+        """Return how much more attacked rows spend than unattacked ones, a mean in dense networks; differentiable."""
+        count, backbone = round(self._plan.attacked * len(inputs)), self.backbone
+        goal = spending(backbone, policy, prices[-count:])
+        backbone.eval()  # as attacks see it
+        with torch.no_grad():
+            before, _ = goal(inputs[-count:].clone())  # networks write in place
+        after, _ = goal(moved[-count:].clone())
+        backbone.train()
+        return (after - before).clamp_min(0).mean()
 
     def _chooser(self, policy: LearnedPolicy, prices: Tensor) -> Callable[[State], Tensor]:
         """Return the function from a state to the policy's choices, likeliest or drawn."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,11 +21,12 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED, RoutedModel, load, shipped
 from dynrl.evaluation import score, score_routes
-from dynrl.files import read_json
+from dynrl.files import load_tensors, read_json
 from dynrl.plugins import VARIABLE
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Place, Problem, Settings
 from tests.mutations import check
+from tests.scripts.calls import COMMAND
 
 STEPS = 24_000
 SOAK = float(os.environ.get("DYNRL_SOAK", "600"))  # the seconds of a soak, for all shipped models together
@@ -164,6 +166,47 @@ def test_a_sweep_ranks_what_is_left_and_tries_again_what_failed(tmp_path, capsys
         failed = [line for line in capsys.readouterr().err.splitlines() if " failed: " in line]
         assert len(failed) == (not whole)
         assert all("learning_rate=0.004 failed: ValueError: " in line and "cut short" in line for line in failed)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """A cluster of two nodes with a core each, which `--address auto` finds; the second node may be killed."""
+    ray.shutdown()
+    # A token of an earlier `ray start` may lie about, and `auto` would ask for it. Workers that are nice wait for ever
+    # beside whatever else runs on this machine.
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_worker_niceness", "0")):
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster, cluster.add_node(num_cpus=1)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_node_that_dies_in_training_does_not_end_it(two_nodes, tmp_path):
+    cluster, second = two_nodes
+    out, said = tmp_path / "run", tmp_path / "said"
+    words = ["train", "skip", "--backbone", str(SHIPPED / "skip-digits"), "--out", str(out), "--steps", "120000"]
+    words += ["--price-range", "0.02", "2", "--num-env-runners", "2", "--address", "auto", "--no-evaluate"]
+    with said.open("w") as file:
+        process = subprocess.Popen([*COMMAND, *words], stdout=file, stderr=subprocess.STDOUT)
+    ray.init(cluster.address, log_to_driver=False)
+
+    def runners():
+        actors = ray._private.state.actors().values()
+        return {actor["Address"]["NodeID"] for actor in actors if actor["State"] == "ALIVE"}
+
+    while process.poll() is None and "reward=" not in said.read_text():
+        time.sleep(0.5)
+    assert runners() == {node["NodeID"] for node in ray.nodes()}, "one on each node"
+    cluster.remove_node(second, allow_graceful=False)
+    assert process.wait(900) == 0, said.read_text()[-2000:]
+    assert load_tensors(out / "policy.safetensors", "policy")[1]["finished"] is True
+    model, test = load(out), load_dataset("digits").test
+    model.set_budget(0.6)
+    found = score(model, test)
+    print(f"\na node died: {found.metric:.3f} at {found.macs_fraction:.2f} of the dense MACs")
+    assert found.metric > 0.97 and found.macs_fraction < 0.7
 
 
 def test_workers_of_a_cluster_load_plugins(tmp_path, monkeypatch):

@@ -145,6 +145,35 @@ def test_attacked_rows_take_the_routes_of_before(name, tmp_path):
     assert torch.equal(route[:8], backbone.dense_actions(8))
 
 
+def test_the_network_learns_to_spend_no_more_on_attacked_rows(tmp_path, monkeypatch):
+    found = {}
+    for weight in (0.0, 3.0):
+        monkeypatch.setattr("dynrl.finetuning.EXCESS", weight)
+        torch.manual_seed(0)
+        backbone, reference = make_backbone("exit"), make_backbone("exit")
+        data, router = answered_by(reference), random_policy(backbone)
+        plan = Finetuning(rounds=1, epochs=6, batch_size=32, attacked=0.5)
+        tuner = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / f"{weight}.safetensors")
+        inputs, prices = data.test.inputs[:64], torch.full((64,), 0.1)
+
+        def excess(tuner=tuner, router=router, inputs=inputs, prices=prices):
+            moved, _, _ = tuner._planned(router, inputs, prices)
+            grown = tuner._excess(router, inputs, moved, prices)
+            model = RoutedModel(tuner.backbone.eval(), router)
+            model.set_price(0.1)
+            before, after = (model.walk(part[-32:]).macs for part in (inputs, moved))
+            tuner.backbone.train()
+            more = (after - before).clamp_min(0).double().mean() / tuner.backbone.dense_macs
+            assert float(grown) == pytest.approx(float(more), abs=1e-5)
+            return float(grown)
+
+        first = excess()
+        tuner.train(router, 1)
+        found[weight] = first, excess()
+    assert found[0.0][0] == found[3.0][0] > 0.02
+    assert found[3.0][1] < 0.5 * min(found[0.0][1], found[3.0][0])
+
+
 def test_the_policy_learns_on_attacked_inputs_beside_others(jointly, monkeypatch):
     from dynrl.agents.gates import Gates
 
