@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.agents.base import MOST_STEPS, Agent, attacked_file, walks
+from dynrl.agents.base import MOST_STEPS, Agent, walks
 from dynrl.agents.metrics import episode_scalars
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS
-from dynrl.files import load_tensors
+from dynrl.finetuning import ATTACK_STEPS
+from dynrl.perturb import Ball, spending
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.routes import draw_prices
 from dynrl.settings import Settings
@@ -71,7 +72,10 @@ class Gates(Agent):
         """Build the router and its optimiser."""
         problem, learning = self.settings.problem, self.settings.learning
         trained_on = load_backbone(self.backbone_file)[0].trained_on
-        self._unseen = load_dataset(problem.data).seen_by(trained_on).unseen
+        dataset = load_dataset(problem.data).seen_by(trained_on)
+        self._split = dataset.unseen
+        if learning.attacked:
+            self._ball = Ball.of(dataset)
         self._reward = REWARDS[learning.reward]
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.reload()
@@ -88,9 +92,6 @@ class Gates(Agent):
         """Read the backbone without folding its layers, because folded layers are for inference only."""
         self._backbone = load_backbone(self.backbone_file)[0].requires_grad_(False)
         self._backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._split = self._unseen
-        if self.settings.learning.attacked and (file := attacked_file(self.backbone_file)).is_file():
-            self._split = self._unseen.beginning_with(load_tensors(file, "attacked inputs")[0]["inputs"])
         self._dense = DenseOutputs(self._backbone.for_inference(), self._split)
 
     def iterate(self) -> dict[str, float]:
@@ -108,6 +109,9 @@ class Gates(Agent):
         rows = torch.randint(len(self._split), (learning.num_envs,), generator=self._generator)
         inputs, targets = self._split.inputs[rows], self._split.targets[rows]
         prices = draw_prices(learning.prices, len(rows), self._generator)
+        if count := round(learning.attacked * len(rows)):  # against the present policy: it forgets earlier attacks
+            goal = spending(backbone, self._router, prices[-count:])
+            inputs = torch.cat([inputs[:-count], self._ball.climb(inputs[-count:], goal, ATTACK_STEPS)])
         entropies: list[Tensor] = []
 
         logits_at = self._router.logits_on(backbone, prices)

@@ -280,8 +280,14 @@ class RLlibAgent(Agent):
             self.steps = int(newest.name.removeprefix("checkpoint_"))
 
     def iterate(self) -> dict[str, float]:
-        """Run one training iteration of RLlib."""
-        result = self._algorithm.train()
+        """Run one training iteration of RLlib; runners that die are started again, learners are not."""
+        try:
+            result = self._algorithm.train()
+        except ray.exceptions.RayError as error:
+            raise ValueError(
+                f"a learner died ({type(error).__name__}), on a node that died, for example; the last checkpoint "
+                "stays: go on with --resume"
+            ) from error
         self.steps = int(result["env_runners"]["num_env_steps_sampled_lifetime"]) * self.ground.decisions
         return scalars_of(result)
 

@@ -213,7 +213,9 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
     problem = replace(settings.problem, data=dataset.name)
     if backbone is not None:
         FAMILIES.setdefault(backbone.family, _rebuild(backbone))
-    recipe = _recipe(problem, own_backbone=True)
+    with reading(run.config_file, "settings of dynrl train"):
+        decision_row(problem.decision)
+        recipe = _recipe(problem, own_backbone=True)
     if run.recipe_file.is_file():
         written = read_json(run.recipe_file)
         with reading(run.recipe_file, "recipe"):

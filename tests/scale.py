@@ -25,6 +25,7 @@ from dynrl.files import load_tensors, read_json
 from dynrl.plugins import VARIABLE
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Place, Problem, Settings
+from tests import lines
 from tests.mutations import check
 from tests.scripts.calls import COMMAND
 
@@ -38,6 +39,47 @@ def test_changed_models_are_refused_by_their_file_or_right(tmp_path):
     print(f"\nchanged models: {found}")
     assert found["refused"] + found["accepted"] == 2500
     assert found["megabytes"] < 300
+
+
+def test_changed_command_lines_are_refused_in_a_line_or_heeded(tmp_path):
+    """800 lines, about a hundred of a kind."""
+    found = lines.check(800, 1, tmp_path)
+    print(f"\nchanged command lines: {found}")
+    assert sum(map(sum, (kind.values() for kind in found.values()))) == 800
+    assert found["nothing"]["heeded"] > 0 and found["misspelt"]["refused"] > 0
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
+    """`SOAK` / 60 kills, each at a random moment since the start; what is resumed in the end is the whole run."""
+    words = ["train", "skip", "--data", "digits", "--agent", "gate", "--steps", "40000", "--no-evaluate"]
+    words += ["--backbone", str(SHIPPED / "skip-digits"), "--price-range", "0.02", "2", "--threads", "1"]
+    begun = time.monotonic()
+    subprocess.run([*COMMAND, *words, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    length, draw, kills, killed = time.monotonic() - begun, random.Random(2), 0, tmp_path / "killed"
+    while True:
+        again = (
+            ["train", "skip", "--resume", str(killed), "--no-evaluate", "--threads", "1"] if killed.exists() else None
+        )
+        process = subprocess.Popen(
+            [*COMMAND, *(again or [*words, "--out", str(killed)])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            said, _ = process.communicate(timeout=draw.uniform(0, length) if kills < max(3, SOAK / 60) else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, said.decode()[-2000:]
+        break
+    print(f"\n{kills} kills, at random moments of a run of {length:.0f} s")
+    for name, kind in (("policy", "policy"), ("backbone", "backbone")):
+        (one, known), (other, same) = (
+            load_tensors(tmp_path / run / f"{name}.safetensors", kind) for run in ("whole", "killed")
+        )
+        assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+        assert known == same
+    assert not list(killed.glob("**/.*.*"))
 
 
 def resident():
