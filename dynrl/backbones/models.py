@@ -55,7 +55,7 @@ class Models(Backbone):
     scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
     rule = "cascade"
     exports = True
-    budgets: ClassVar = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model may cost a hundredfold
+    budgets: ClassVar = (0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model may cost a hundredfold
 
     def __init__(
         self,
