@@ -311,7 +311,7 @@ class Models(Backbone):
             if isinstance(member, Backbone):
                 twin.members[k] = member.for_inference()
         for name, part in list(twin.members.named_modules()):
-            if isinstance(part, BATCH_NORMS) and part.track_running_stats:
+            if type(part) in BATCH_NORMS and part.track_running_stats:  # a subclass may do more, such as timm's
                 twin.members.set_submodule(name, _Affine(part))
         return twin
 
