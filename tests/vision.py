@@ -300,7 +300,12 @@ def test_three_networks_become_a_cascade(name, sizes):
     expected = [module(given) for module, given in zip(modules, seen, strict=True)]
     macs = backbone.costs[0].tolist()
     assert macs == sorted(macs) and macs[0] < 0.5 * macs[2]
-    for route, last, asked in (((0, 0, 0), 0, [0]), ((0, 1, 1), 2, [0, 1, 2]), ((1, 0, 1), 2, [1, 2]), ((2, 0, 0), 2, [2])):
+    for route, last, asked in (
+        ((0, 0, 0), 0, [0]),
+        ((0, 1, 1), 2, [0, 1, 2]),
+        ((1, 0, 1), 2, [1, 2]),
+        ((2, 0, 0), 2, [2]),
+    ):
         walk = model.backbone.run_route(inputs, torch.tensor(route).expand(ROWS, -1))
         close = {"rtol": 1e-4, "atol": 1e-4 * float(expected[last].abs().max())}
         torch.testing.assert_close(walk.outputs, expected[last], **close)
