@@ -10,10 +10,10 @@ class UnrollVectorEnv(RoutingVectorEnv):
     """After each step of a network that applies one block again and again, is there another, or is the answer good?
 
     ## Features
-    Of an `Unrolled` network: how sure the present answer is (`dynrl.ops.exit_scores`: the highest probability, its lead
-    over the second one and the entropy, each from 0 to 1), how far the last step moved the state, and the mean of each
-    channel of the state. Of a `Restorer`: the size of the last change, the noise that is left, what was taken off and
-    the noise at first (logarithms).
+    Of an `Unrolled` network or a `RecallNet`: how sure the present answer is (`dynrl.ops.exit_scores`: the highest
+    probability, its lead over the second one and the entropy, each from 0 to 1), how far the last step moved the
+    state, and the mean of each channel of the state. Of a `Restorer`: the size of the last change, the noise that
+    is left, what was taken off and the noise at first (logarithms).
 
     ## Action
     `Discrete(2)`: 0 stops with the present answer; 1 applies the block once more.

@@ -39,7 +39,7 @@ SET = {  # networks of ours whose settings change how they are walked
     "skip with auxiliary": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),
-    "unroll with recall": lambda: RecallNet((6, 2), width=5, steps=4),
+    "unroll with recall": lambda: RecallNet((6, 2), 10, width=5, steps=4),
     "model at two sizes": lambda: Resolutions(
         (1, 8, 8), 10, {"family": "skip_resnet", "layers": [1], "widths": [4]}, (5, 8)
     ),

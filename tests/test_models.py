@@ -132,6 +132,25 @@ def test_one_network_at_several_sizes_has_statistics_for_each():
     assert len(list(backbone.parameters())) == 3 + 2 * 3
 
 
+class NormAndReLU(nn.BatchNorm2d):
+    """As timm has it."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@torch.no_grad()
+def test_norms_that_do_more_are_left_as_they_are():
+    modules, inputs = [network(2), network(8)], torch.randn(5, *SHAPE)
+    for module in modules:
+        norm, module[2] = NormAndReLU(len(module[1].weight)), nn.Identity()
+        norm.load_state_dict(module[1].state_dict())
+        module[1] = norm.eval()
+    for k, model in enumerate(modules):
+        plugged = dynrl.plug(Models(modules, SHAPE), StaticPolicy((k, 0)))
+        torch.testing.assert_close(plugged(inputs), model(inputs))
+
+
 RESNET = {"family": "skip_resnet", "layers": [1, 1], "widths": [4, 8]}
 
 

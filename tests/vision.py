@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ import transformers as hf
 from torch import nn
 
 import dynrl
-from dynrl.backbones import FAMILIES, Backbone, ExitModule, ExitResNet, SkipModule, SkipResNet, SlimmableResNet
+from dynrl.backbones import (
+    FAMILIES,
+    Backbone,
+    ExitModule,
+    ExitResNet,
+    Models,
+    SkipModule,
+    SkipResNet,
+    SlimmableResNet,
+)
 from dynrl.backbones.forward import answer, call
 from dynrl.evaluation import medians_in_turn
 from dynrl.inputs import as_inputs
@@ -267,6 +277,44 @@ def test_resnets_become_families(name):
     backbone, expected = family.from_module(module, (3, 64, 64), **settings), module(inputs)
     model = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
     torch.testing.assert_close(model(inputs), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+CASCADES = {
+    "torchvision": (tv.mobilenet_v3_small, tv.resnet18, tv.resnet50),
+    "timm": tuple(partial(timm.create_model, name) for name in ("mobilenetv3_small_050", "resnet18d", "convnext_nano")),
+}
+
+
+@pytest.mark.parametrize("sizes", [None, (32, 48, 64)])
+@pytest.mark.parametrize("name", CASCADES)
+@torch.no_grad()
+def test_three_networks_become_a_cascade(name, sizes):
+    """Each row gets the answer of the last network it asked, and pays for all of them."""
+    modules, inputs = [trained(make()) for make in CASCADES[name]], images(64)
+    backbone = Models(modules, (3, 64, 64), sizes)
+    model = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
+    seen = [
+        nn.functional.interpolate(inputs, (size, size), mode="bilinear", antialias=True) if size != 64 else inputs
+        for size in sizes or (64, 64, 64)
+    ]
+    expected = [module(given) for module, given in zip(modules, seen, strict=True)]
+    macs = backbone.costs[0].tolist()
+    assert macs == sorted(macs) and macs[0] < 0.5 * macs[2]
+    for route, last, asked in (
+        ((0, 0, 0), 0, [0]),
+        ((0, 1, 1), 2, [0, 1, 2]),
+        ((1, 0, 1), 2, [1, 2]),
+        ((2, 0, 0), 2, [2]),
+    ):
+        walk = model.backbone.run_route(inputs, torch.tensor(route).expand(ROWS, -1))
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(expected[last].abs().max())}
+        torch.testing.assert_close(walk.outputs, expected[last], **close)
+        assert walk.macs.tolist() == [sum(macs[k] for k in asked)] * ROWS
+    mixed = torch.tensor([[0, 0, 0], [0, 1, 1], [1, 0, 0], [2, 0, 0]])
+    outputs = model.backbone.run_route(inputs, mixed).outputs
+    for row, last in enumerate((0, 2, 1, 2)):
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(expected[last].abs().max())}
+        torch.testing.assert_close(outputs[row], expected[last][row], **close)
 
 
 @pytest.mark.parametrize("make", [hf.GPT2LMHeadModel, hf.LlamaForCausalLM])

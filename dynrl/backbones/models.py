@@ -55,7 +55,7 @@ class Models(Backbone):
     scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
     rule = "cascade"
     exports = True
-    budgets: ClassVar = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model may cost a hundredfold
+    budgets: ClassVar = (0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model may cost a hundredfold
 
     def __init__(
         self,
@@ -311,7 +311,7 @@ class Models(Backbone):
             if isinstance(member, Backbone):
                 twin.members[k] = member.for_inference()
         for name, part in list(twin.members.named_modules()):
-            if isinstance(part, BATCH_NORMS) and part.track_running_stats:
+            if type(part) in BATCH_NORMS and part.track_running_stats:  # a subclass may do more, such as timm's
                 twin.members.set_submodule(name, _Affine(part))
         return twin
 

@@ -108,7 +108,7 @@ def _windows(photos: list[np.ndarray], garments: torch.Tensor, share: float, cou
 
 
 def windows() -> Dataset:
-    """28x28 windows of photographs, of which 1 % show a garment; 12,000 / 10,000 / 20,000 rows.
+    """28x28 windows of photographs, of which 1 % show a garment; 12,000 / 6,000 / 10,000 rows.
 
     A detector tells whether there is a garment. In training, a quarter of the windows show one, and they are drawn anew
     in each epoch; the classes weigh alike everywhere (`Detection`). Garments are Fashion-MNIST's, of random size, place
@@ -126,7 +126,7 @@ def windows() -> Dataset:
     train, validation, test = (
         _windows(photos, garments, share, count, seed)
         for seed, (photos, garments, share, count) in enumerate(
-            zip(places, worn, (OFTEN, SHARE, SHARE), (12_000, 10_000, 20_000), strict=True)
+            zip(places, worn, (OFTEN, SHARE, SHARE), (12_000, 6_000, 10_000), strict=True)
         )
     )
     mean, deviation = float(train.inputs.mean()), float(train.inputs.std())
