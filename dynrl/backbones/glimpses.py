@@ -24,7 +24,7 @@ DULL = 0.2  # what is left of a place's attention once it was looked at
 CELLS = 4  # the pixels of the small image in a window of scale 1, each way
 LEAST, FAINT = 1e-6, 1e-2  # the least weight of a window that is drawn, and the least attention that a policy is told
 
-Features = tuple[Tensor, Tensor]
+Features = tuple[Tensor, Tensor, Tensor]
 
 
 class Glimpses(Backbone):
@@ -115,6 +115,7 @@ class Glimpses(Backbone):
         lead += count_macs(self.attention, shape)[0] + places * (width + windows) + width * hidden
         answer = hidden * classes
         look = count_macs(self.encoder, (channels, side, side))[0] + gated_cell_macs(1, hidden, hidden, 3) + answer
+        look += places * windows  # what is left of the attention
         self._pose(
             [Point("look", 1 + windows, visits=looks)],
             costs=[[0, *[look] * windows]], start_macs=lead + answer, feature_width=SCORES + hidden + windows,
@@ -167,10 +168,11 @@ class Glimpses(Backbone):
         return seen.flatten(2), self.attention(seen).flatten(1).softmax(1)
 
     def _periphery(self, inputs: Tensor) -> Features:
-        """Return the first state [n, hidden], and the attention that each place gets, [n, places]."""
+        """Return the first state [n, hidden], the attention that each place gets [n, places], and each window's."""
         seen, attention = self._attended(inputs)
         told = torch.bmm(seen, attention.unsqueeze(2)).squeeze(2)
-        return self.lead(told).tanh(), attention.detach()
+        attention = attention.detach()
+        return self.lead(told).tanh(), attention, attention @ self.shares.to(attention.dtype)
 
     def likelihood(self, inputs: Tensor) -> Tensor:
         """Return the attention that each place of the peripheral view gets, [n, places]; it adds up to 1."""
@@ -201,10 +203,12 @@ class Glimpses(Backbone):
         reached = [] if ended is None else [State(walk, END, ended[0])]
         if going is None:
             return reached
-        rows, window, h, left = going
+        rows, window, h, left, _ = going
         h = recurrent_cell(self._codes(walk.inputs, rows, window), h, *self._weights())
         walk.put_output(rows, self.fc(h))
-        on = State(walk, 0, rows, (h, left * (1 - (1 - DULL) * self.shares.t()[window].to(left.dtype))))
+        shares = self.shares.to(left.dtype)
+        left = left * (1 - (1 - DULL) * shares.t()[window])
+        on = State(walk, 0, rows, (h, left, left @ shares))
         if isinstance(on.visit, int):
             return [*reached, State(walk, END, rows) if on.visit == self.max_steps else on]
         last = on.visit == self.max_steps
@@ -217,9 +221,8 @@ class Glimpses(Backbone):
 
         The attention is a logarithm. Of places that were looked at, a fifth is left.
         """
-        h, left = state.features
-        mass = (left @ self.shares.to(left.dtype)).float()
-        return torch.cat([exit_scores(self.output(state)), h.float(), mass.clamp_min(FAINT).log()], 1)
+        h, _, mass = state.features
+        return torch.cat([exit_scores(self.output(state)), h.float(), mass.float().clamp_min(FAINT).log()], 1)
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
@@ -229,8 +232,7 @@ class Glimpses(Backbone):
         Rows of rate 1 take the full route. Others look through windows that are drawn without any twice, in proportion
         to the attention in them to the power of rate / (1 - rate): all windows alike at rate 0.
         """
-        h, attention = self._periphery(inputs)
-        mass = attention @ self.shares.to(attention.dtype)
+        h, _, mass = self._periphery(inputs)
         count, rows = self.max_steps, torch.arange(len(inputs), device=inputs.device)
         windows = (torch.tensor(self.full_route, device=inputs.device) - 1).expand(len(inputs), -1)
         if rate is not None:
@@ -272,11 +274,12 @@ class Glimpses(Backbone):
         rows = torch.arange(len(inputs), device=inputs.device)
 
         def run() -> Tensor:
-            h, _ = self._periphery(inputs)
+            h, left, _ = self._periphery(inputs)
             for count, windows in looks:
                 if count:
                     h = recurrent_cell(self._codes(inputs, rows[:count], windows), h[:count], *self._weights())
                     self.fc(h)
+                    left[:count] @ self.shares.to(left.dtype)
             return h
 
         return run
