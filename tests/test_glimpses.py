@@ -125,6 +125,11 @@ def test_the_full_route_looks_at_everything_first():
     assert (backbone.scale[[i - 1 for i in backbone.full_route]] == 2).all()
 
 
+def test_reports_are_told_where_it_looked():
+    regions = network().regions(torch.tensor([5, 2, 0, -1, -1]))
+    assert regions == [[0, 0, SIDE, SIDE], [0, 2, 3 * SIDE, 3 * SIDE]]
+
+
 def test_it_learns_after_every_look():
     backbone, inputs = network(), images(8)
     (answers,) = backbone.training_outputs(inputs, torch.linspace(0, 1, 8), torch.Generator().manual_seed(0))
