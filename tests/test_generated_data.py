@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dynrl.data import load_dataset
 from dynrl.data.hops import hops
+from dynrl.data.images import digit_images
 from dynrl.data.photos import GARMENTS, WINDOW, _windows
+from dynrl.data.scenes import Scene as Scenery
+from dynrl.data.scenes import draw_scenes
 from dynrl.data.sequences import prefix
 from dynrl.data.traces import COLOURS, Scene, trace_images
 
@@ -94,9 +98,42 @@ def test_a_share_of_windows_shows_a_garment_and_all_else_is_photograph():
     assert not torch.equal(_windows(photos, garments, 0.05, 200, seed=1).targets, split.targets)
 
 
-@pytest.mark.parametrize(("name", "hard"), [("trace-small", "length"), ("prefix", "length"), ("hops", "hops")])
+@pytest.mark.parametrize(
+    ("name", "hard"), [("trace-small", "length"), ("prefix", "length"), ("hops", "hops"), ("digit-scenes", "clutter")]
+)
 def test_what_makes_an_input_hard_goes_along(name, hard):
     data = load_dataset(name)
     head = data.test.head(7).to(torch.device("cpu"), torch.bfloat16)
     assert torch.equal(head.difficulty[hard], data.test.difficulty[hard][:7])
     assert data.anew(5).inputs.shape == data.train.inputs.shape
+
+
+def test_a_scene_holds_one_whole_thing_and_pieces_of_others():
+    scene = Scenery(side=32, sizes=(8, 12), pieces=3, piece=4)
+    things = torch.ones(5, 1, 8, 8)
+    images, difficulty = draw_scenes(things, scene, torch.arange(400) % 5, seed=0)
+    assert images.shape == (400, 1, 32, 32)
+    for image, size, pieces in zip(
+        images[:, 0], *(difficulty[name].int() for name in ("size", "clutter")), strict=True
+    ):
+        lit = image > 0.3  # what is resized fades within a pixel of its edge
+        if pieces == 0:
+            rows, columns = lit.any(1).nonzero(), lit.any(0).nonzero()
+            assert lit.sum() == size**2 and rows[-1] - rows[0] == columns[-1] - columns[0] == size - 1
+        assert size**2 <= lit.sum() <= size**2 + 16 * pieces and 0.6 <= image.max() <= 1
+    assert torch.equal(difficulty["size"].unique(), torch.arange(8.0, 13))
+    assert torch.equal(difficulty["clutter"].unique(), torch.arange(4.0))
+    assert torch.equal(draw_scenes(things, scene, torch.arange(400) % 5, seed=0)[0], images)
+
+
+def test_scenes_show_each_thing_under_its_own_class():
+    data, ((things, labels), *_, (others, known)) = load_dataset("digit-scenes"), digit_images()
+    for split, shown, classes in ((data.anew(7).head(200), things, labels), (data.test.head(200), others, known)):
+        big = F.interpolate(shown, size=16, mode="bilinear").flatten(1)
+        big = big / big.norm(dim=1, keepdim=True)
+        plain = (split.difficulty["clutter"] == 0) & (split.difficulty["size"] == 16)
+        assert plain.any()
+        for image, target in zip(split.inputs[plain] * data.deviation + data.mean, split.targets[plain], strict=True):
+            windows = F.unfold(image.unsqueeze(0), 16)[0]
+            alike = big @ windows / image.norm()
+            assert alike.max() > 0.97 and classes[alike.amax(1).argmax()] == target

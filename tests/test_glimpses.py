@@ -95,22 +95,24 @@ def test_a_window_is_looked_through_once():
     (state,) = backbone.advance(state, seen)
     closed = ~backbone.open_choices(state)
     assert torch.equal(closed.nonzero(), torch.stack([torch.arange(3), seen], 1))
-    shown = backbone.observe(state)[:, -len(windows()) :]
-    assert (shown[torch.arange(3), seen - 1] == 0).all() and (shown >= 0).all()
     walk = backbone.run_route(inputs, torch.full((3, LOOKS), 5))
     assert (walk.steps == LOOKS).all() and all(len(set(row)) == LOOKS for row in walk.route.tolist())
 
 
 @torch.no_grad()
-def test_the_attention_in_a_window_is_that_of_its_places():
+def test_policies_are_told_the_attention_that_is_left_in_each_window():
     backbone, inputs = network(), images(2)
     attention = backbone.likelihood(inputs)
     torch.testing.assert_close(attention.sum(1), torch.ones(2))
     pixels = attention.view(2, 7, 7).repeat_interleave(4, 1).repeat_interleave(4, 2) / 16
-    mass = backbone.begin(inputs).features[1]
-    for window, (top, left, scale) in enumerate(windows()):
-        inside = pixels[:, top : top + scale * SIDE, left : left + scale * SIDE].sum((1, 2))
-        torch.testing.assert_close(mass[:, window], inside)
+    state = backbone.begin(inputs)
+    for _ in range(2):  # before the first look, and after one through the second window of scale 1
+        told = backbone.observe(state)[:, -len(windows()) :]
+        for window, (top, left, scale) in enumerate(windows()):
+            inside = pixels[:, top : top + scale * SIDE, left : left + scale * SIDE].sum((1, 2))
+            torch.testing.assert_close(told[:, window], inside.clamp_min(0.01).log(), atol=1e-4, rtol=1e-4)
+        (state,) = backbone.advance(state, torch.tensor([6, 6]))
+        pixels[:, 0:8, 4:12] *= 0.2
 
 
 @torch.no_grad()
@@ -121,6 +123,11 @@ def test_the_full_route_looks_at_everything_first():
         (0, 12), (12, 0), (12, 12), (12, 24), (24, 12)
     }  # fmt: skip
     assert (backbone.scale[[i - 1 for i in backbone.full_route]] == 2).all()
+
+
+def test_reports_are_told_where_it_looked():
+    regions = network().regions(torch.tensor([5, 2, 0, -1, -1]))
+    assert regions == [[0, 0, SIDE, SIDE], [0, 2, 3 * SIDE, 3 * SIDE]]
 
 
 def test_it_learns_after_every_look():

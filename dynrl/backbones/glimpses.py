@@ -19,11 +19,12 @@ from dynrl.ops.gated_cell import gated_cell_macs, recurrent_cell
 from dynrl.ops.move import keep_rows
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
-STOP, SEEN = 0, -1.0
+STOP = 0
+DULL = 0.2  # what is left of a place's attention once it was looked at
 CELLS = 4  # the pixels of the small image in a window of scale 1, each way
-LEAST = 1e-6  # the weight of a window that the peripheral view leaves out
+LEAST, FAINT = 1e-6, 1e-2  # the least weight of a window that is drawn, and the least attention that a policy is told
 
-Features = tuple[Tensor, Tensor]
+Features = tuple[Tensor, Tensor, Tensor]
 
 
 class Glimpses(Backbone):
@@ -114,6 +115,7 @@ class Glimpses(Backbone):
         lead += count_macs(self.attention, shape)[0] + places * (width + windows) + width * hidden
         answer = hidden * classes
         look = count_macs(self.encoder, (channels, side, side))[0] + gated_cell_macs(1, hidden, hidden, 3) + answer
+        look += places * windows  # what is left of the attention
         self._pose(
             [Point("look", 1 + windows, visits=looks)],
             costs=[[0, *[look] * windows]], start_macs=lead + answer, feature_width=SCORES + hidden + windows,
@@ -154,8 +156,11 @@ class Glimpses(Backbone):
 
     def open_choices(self, state: State) -> Tensor:
         """Return `Backbone.open_choices`: a window that was looked through shows nothing new."""
-        left = state.features[1]
-        return torch.cat([torch.ones_like(left[:, :1], dtype=torch.bool), left != SEEN], 1)
+        route = state.get(state.walk.route)
+        taken = torch.zeros(state.count, self.num_choices, dtype=torch.bool, device=route.device)
+        taken.scatter_(1, route.clamp_min(STOP), True)
+        taken[:, STOP] = False
+        return ~taken
 
     def _attended(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the peripheral view holds, [n, width, places], and the attention that each place gets."""
@@ -163,10 +168,11 @@ class Glimpses(Backbone):
         return seen.flatten(2), self.attention(seen).flatten(1).softmax(1)
 
     def _periphery(self, inputs: Tensor) -> Features:
-        """Return the first state [n, hidden], and the attention that falls into each window, [n, windows]."""
+        """Return the first state [n, hidden], the attention that each place gets [n, places], and each window's."""
         seen, attention = self._attended(inputs)
         told = torch.bmm(seen, attention.unsqueeze(2)).squeeze(2)
-        return self.lead(told).tanh(), attention.detach() @ self.shares.to(attention.dtype)
+        attention = attention.detach()
+        return self.lead(told).tanh(), attention, attention @ self.shares.to(attention.dtype)
 
     def likelihood(self, inputs: Tensor) -> Tensor:
         """Return the attention that each place of the peripheral view gets, [n, places]; it adds up to 1."""
@@ -188,9 +194,8 @@ class Glimpses(Backbone):
         return core.weight_ih, core.weight_hh, core.bias_ih, core.bias_hh
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        h, mass = self._periphery(inputs)
-        walk.put_output(rows, self.fc(h))
-        return State(walk, 0, rows, (h, mass))
+        walk.put_output(rows, self.fc((features := self._periphery(inputs))[0]))
+        return State(walk, 0, rows, features)
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, rows = state.walk, state.rows
@@ -198,10 +203,12 @@ class Glimpses(Backbone):
         reached = [] if ended is None else [State(walk, END, ended[0])]
         if going is None:
             return reached
-        rows, window, h, mass = going
+        rows, window, h, left, _ = going
         h = recurrent_cell(self._codes(walk.inputs, rows, window), h, *self._weights())
         walk.put_output(rows, self.fc(h))
-        on = State(walk, 0, rows, (h, mass.scatter(1, window.unsqueeze(1), SEEN)))
+        shares = self.shares.to(left.dtype)
+        left = left * (1 - (1 - DULL) * shares.t()[window])
+        on = State(walk, 0, rows, (h, left, left @ shares))
         if isinstance(on.visit, int):
             return [*reached, State(walk, END, rows) if on.visit == self.max_steps else on]
         last = on.visit == self.max_steps
@@ -210,9 +217,12 @@ class Glimpses(Backbone):
         return reached + [part for part in (over, on.where(~last, 0)) if part.count]
 
     def observe(self, state: State) -> Tensor:
-        """Return how sure the present answer is (`exit_scores`), the state, and the attention in windows not seen."""
-        h, mass = state.features
-        return torch.cat([exit_scores(self.output(state)), h.float(), mass.float().clamp_min(0)], 1)
+        """Return how sure the present answer is (`exit_scores`), the state, and the attention left in each window.
+
+        The attention is a logarithm. Of places that were looked at, a fifth is left.
+        """
+        h, _, mass = state.features
+        return torch.cat([exit_scores(self.output(state)), h.float(), mass.float().clamp_min(FAINT).log()], 1)
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
@@ -222,7 +232,7 @@ class Glimpses(Backbone):
         Rows of rate 1 take the full route. Others look through windows that are drawn without any twice, in proportion
         to the attention in them to the power of rate / (1 - rate): all windows alike at rate 0.
         """
-        h, mass = self._periphery(inputs)
+        h, _, mass = self._periphery(inputs)
         count, rows = self.max_steps, torch.arange(len(inputs), device=inputs.device)
         windows = (torch.tensor(self.full_route, device=inputs.device) - 1).expand(len(inputs), -1)
         if rate is not None:
@@ -264,11 +274,12 @@ class Glimpses(Backbone):
         rows = torch.arange(len(inputs), device=inputs.device)
 
         def run() -> Tensor:
-            h, _ = self._periphery(inputs)
+            h, left, _ = self._periphery(inputs)
             for count, windows in looks:
                 if count:
                     h = recurrent_cell(self._codes(inputs, rows[:count], windows), h[:count], *self._weights())
                     self.fc(h)
+                    left[:count] @ self.shares.to(left.dtype)
             return h
 
         return run
