@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dynrl.backbones import Backbone, State
 from dynrl.data import Dataset
+from dynrl.data.stored import PIECE
 from dynrl.policies import LearnedPolicy
+from dynrl.provenance import Numbers, along
 from dynrl.tasks import Task
 
 SMALL = 8 / 255  # how far an input may be changed by default, as a share of the range of raw inputs
@@ -25,13 +27,16 @@ class Ball:
     """A ball holds the inputs that an attack may try: those near a given one, within the range of the data.
 
     Attributes:
-        radius: the most that any number of an input may change, in the network's units.
-        low, high: the range of an input's numbers, in the network's units.
+        radius: the most that any number of an input may change, in raw units.
+        low, high: the range of an input's numbers, in raw units.
+        mean, deviation: how inputs are standardised for the network.
     """
 
     radius: float
     low: float
     high: float
+    mean: Numbers = 0.0
+    deviation: Numbers = 1.0
 
     @classmethod
     def of(cls, dataset: Dataset, epsilon: float | None = None) -> Self:
@@ -58,23 +63,33 @@ class Ball:
                 f"the inputs of {dataset.name} are whole numbers ({dataset.dtype}), which cannot change by little; "
                 "attacks are for images and floating-point inputs"
             )
-        inputs, mean, deviation = dataset.train.inputs, dataset.mean, dataset.deviation
-        low = -mean / deviation if pixels else float(inputs.min())
-        high = (1 - mean) / deviation if pixels else float(inputs.max())
-        radius = SMALL * (high - low) if epsilon is None else epsilon / deviation
+        ends = [0.0, 1.0]
+        if not pixels:
+            found = [
+                (float(raw.min()), float(raw.max()))
+                for x in dataset.train.inputs.split(PIECE)
+                for raw in [x * along(dataset.deviation, x) + along(dataset.mean, x)]
+            ]
+            ends = [min(low for low, _ in found), max(high for _, high in found)]
+        radius = SMALL * (ends[1] - ends[0]) if epsilon is None else epsilon
         if not 0 < radius < float("inf"):
             raise ValueError(f"expected an epsilon above 0, got {epsilon}")
-        return cls(radius, low, high)
+        return cls(radius, *ends, dataset.mean, dataset.deviation)
+
+    def reach(self, inputs: Tensor) -> Any:
+        """Return the radius in the network's units, where `inputs` are: one number, or one for each channel."""
+        return self.radius / along(self.deviation, inputs)
 
     def clamp(self, inputs: Tensor, centre: Tensor) -> Tensor:
         """Return the points of the ball around `centre` nearest to `inputs`, both [B, ...]."""
-        near = torch.minimum(torch.maximum(inputs, centre - self.radius), centre + self.radius)
-        return near.clamp(self.low, self.high)
+        radius, mean, deviation = self.reach(inputs), along(self.mean, inputs), along(self.deviation, inputs)
+        near = torch.minimum(torch.maximum(inputs, centre - radius), centre + radius)
+        return near.clamp((self.low - mean) / deviation, (self.high - mean) / deviation)
 
     def noise(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return `inputs` [B, ...] with each number moved by the radius, up or down at random."""
         up = torch.randint(0, 2, inputs.shape, generator=generator).to(inputs)
-        return self.clamp(inputs + self.radius * (2 * up - 1), inputs)
+        return self.clamp(inputs + self.reach(inputs) * (2 * up - 1), inputs)
 
     def climb(
         self,
@@ -107,7 +122,7 @@ class Ball:
                 best = torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), at.detach(), best)
                 if step < steps:
                     (slope,) = torch.autograd.grad(climbed.sum(), at)
-                    length = FIRST * self.radius * (1 - step / steps)
+                    length = FIRST * self.reach(inputs) * (1 - step / steps)
                     at = self.clamp(at.detach() + length * slope.sign(), inputs)
         return best
 

@@ -11,6 +11,14 @@ import torch
 
 from dynrl.inputs import Form, Named, placed
 
+Numbers = float | tuple[float, ...]  # one for all numbers of an input, or one for each of its channels
+
+
+def along(numbers: Numbers, inputs: torch.Tensor) -> Any:
+    """Return one number as it is, and one for each channel as a tensor that fits `inputs` [..., channels, h, w]."""
+    return torch.tensor(numbers).to(inputs).view(-1, 1, 1) if isinstance(numbers, tuple) else numbers
+
+
 SLACK = 0.1  # how far pixels in 0 to 1 may stray, as an interpolation may make them
 
 
@@ -25,7 +33,8 @@ class Provenance:
         input_shape: the shape of one input; name -> shape if inputs are several tensors.
         dtype: the type of raw inputs, by name if they are several tensors. If it is "uint8", they are pixels, which
             count in 255ths.
-        mean, deviation: the network's inputs are raw inputs less `mean`, divided by `deviation`.
+        mean, deviation: the network's inputs are raw inputs less `mean`, divided by `deviation`: one number each, or
+            one for each channel of an image.
     """
 
     data: str
@@ -33,8 +42,8 @@ class Provenance:
     classes: tuple[str, ...]
     input_shape: Any
     dtype: str | dict[str, str]
-    mean: float
-    deviation: float
+    mean: Numbers
+    deviation: Numbers
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists
@@ -45,7 +54,14 @@ class Provenance:
         fits = not named or (isinstance(self.dtype, Mapping) and set(self.dtype) == set(given))
         if not fits or not all(isinstance(getattr(torch, str(kind), None), torch.dtype) for kind in types.values()):
             raise ValueError(f"expected the dtype of raw inputs by its name in torch, got {self.dtype!r}")
-        if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf:
+        for name in ("mean", "deviation"):  # JSON has lists
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        means, deviations = (x if isinstance(x, tuple) else (x,) for x in (self.mean, self.deviation))
+        listed = isinstance(self.mean, tuple) or isinstance(self.deviation, tuple)
+        if listed and (named or not len(means) == len(deviations) == given[0]):
+            raise ValueError(f"expected a mean and a deviation for each of {given} channels, got {means}, {deviations}")
+        if not all(map(math.isfinite, means)) or not all(0 < each < math.inf for each in deviations):
             raise ValueError(f"expected a finite mean and a deviation above 0, got {self.mean} and {self.deviation}")
 
     def __hash__(self) -> int:
@@ -95,4 +111,4 @@ class Provenance:
                 "expected pixels as torch.uint8, or as numbers from 0 to 1, got numbers from "
                 f"{float(scaled.min()):.3g} to {float(scaled.max()):.3g}; hand over images as they were read"
             )
-        return (scaled - self.mean) / self.deviation
+        return (scaled - along(self.mean, scaled)) / along(self.deviation, scaled)

@@ -602,7 +602,7 @@ def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
     """Return the time of each choice on this machine, which is measured once a run."""
     if not run.times_file.exists():
         device, dtype = planned.settings.place.device, check_dtype(planned.settings.learning.dtype)
-        inputs = planned.dataset.validation.head(TIMED_BATCH).to(torch.device(device), dtype).inputs
+        inputs = planned.dataset.validation.head(TIMED_BATCH).to(torch.device(device), dtype).inputs[:]
         backbone = load_backbone(run.backbone_file)[0].for_inference().to(device, dtype)
         wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
         with progress(total=TIMED_ROUNDS + 1, desc="timing choices", unit="round") as bar:

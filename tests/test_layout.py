@@ -42,7 +42,7 @@ ALLOWED = {
     "dynrl.settings": {"dynrl.files", "dynrl.schema"},
     "dynrl.ops": {"dynrl.ops"},
     "dynrl.data": {
-        "dynrl.data", "dynrl.files", "dynrl.inputs", "dynrl.provenance", "dynrl.schema", "dynrl.tasks"
+        "dynrl.data", "dynrl.files", "dynrl.inputs", "dynrl.progress", "dynrl.provenance", "dynrl.schema", "dynrl.tasks"
     },
     "dynrl.backbones": {
         "dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs", "dynrl.provenance", "dynrl.routes",
@@ -51,7 +51,7 @@ ALLOWED = {
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes", "dynrl.schema"},
     "dynrl.envs": {
         "dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.schema",
-        "dynrl.tasks", "dynrl.files",
+        "dynrl.tasks", "dynrl.files", "dynrl.provenance",
     },
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs",
@@ -70,7 +70,7 @@ ALLOWED = {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.progress",
         "dynrl.schema", "dynrl.tasks",
     },
-    "dynrl.perturb": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.tasks"},
+    "dynrl.perturb": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.provenance", "dynrl.tasks"},
     "dynrl.finetuning": {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.routes",
         "dynrl.pretraining", "dynrl.perturb",

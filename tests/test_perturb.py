@@ -23,10 +23,12 @@ WIDE = Ball(1.0, -3.0, 3.0)
 def test_a_ball_is_in_raw_units_within_the_range_of_the_data():
     digits = load_dataset("digits")
     ball = Ball.of(digits)
-    assert ball.radius * digits.deviation == pytest.approx(8 / 255)
-    raw = torch.tensor([ball.low, ball.high]) * digits.deviation + digits.mean
+    assert ball.radius == pytest.approx(8 / 255) and ball.reach(digits.train.inputs) == pytest.approx(
+        8 / 255 / digits.deviation
+    )
+    raw = torch.tensor([ball.low, ball.high])
     torch.testing.assert_close(raw, torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
-    assert Ball.of(digits, 0.1).radius * digits.deviation == pytest.approx(0.1)
+    assert Ball.of(digits, 0.1).radius == pytest.approx(0.1)
     numbers = answered_by(Exiting())
     own, inputs = Ball.of(numbers), numbers.train.inputs
     assert (own.low, own.high) == (float(inputs.min()), float(inputs.max()))

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynrl.data.stored import PIECE, Stored, statistics
 from dynrl.inputs import Form, parts, placed
-from dynrl.provenance import Provenance
+from dynrl.provenance import Numbers, Provenance, along
 from dynrl.tasks import CLASSIFICATION, Classification, Task
 
 KEPT = 0.1  # the share of the training split that is kept from backbones, for policies to learn on
@@ -26,7 +27,8 @@ class Split:
     """A split holds inputs and the targets that a network should give for them.
 
     Attributes:
-        inputs: [n, ...] float32, ready for a network; or several tensors by name, whose integers keep their type.
+        inputs: [n, ...] float32, ready for a network; or several tensors by name, whose integers keep their type; or
+            inputs that lie in a file (`Stored`). All are indexed by rows.
         targets: the targets in the form of the `task`, for example classes [n] int64.
         task: what outputs and targets mean.
         difficulty: numbers [n] by name that say what makes an input hard, if that is known. Only reports see them.
@@ -50,7 +52,8 @@ class Split:
 
     def _rows(self, rows: slice) -> Split:
         difficulty = {name: numbers[rows] for name, numbers in self.difficulty.items()}
-        return Split(self.inputs[rows], self.targets[rows], self.task, difficulty)
+        inputs = self.inputs.part(rows) if isinstance(self.inputs, Stored) else self.inputs[rows]
+        return Split(inputs, self.targets[rows], self.task, difficulty)
 
     def beginning_with(self, inputs: Tensor) -> Split:
         """Return the split with `inputs` [k, ...] in place of its first ones; targets stay."""
@@ -58,7 +61,8 @@ class Split:
             raise ValueError(
                 f"expected at most {len(self)} inputs of {tuple(self.inputs.shape[1:])}, got {tuple(inputs.shape)}"
             )
-        return replace(self, inputs=torch.cat([inputs.to(self.inputs), self.inputs[len(inputs) :]]))
+        rest = self.inputs[len(inputs) :]
+        return replace(self, inputs=torch.cat([inputs.to(rest), rest]))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on `device`, with inputs of the type `dtype`; targets keep their type."""
@@ -113,7 +117,8 @@ class Dataset:
         classes: the number of outputs that a network for it has; 1 for one number.
         train, validation, test: the splits.
         augmentation: the changes of training inputs.
-        mean, deviation: inputs are raw inputs (images in 0 to 1) less `mean`, divided by `deviation`.
+        mean, deviation: inputs are raw inputs (images in 0 to 1) less `mean`, divided by `deviation`: one number each,
+            or one for each channel.
         anew: a function that draws another training split of the same kind and size by a seed; None if there is only
             one.
         names: the names of the classes, in the order of the outputs; by default, their numbers.
@@ -127,8 +132,8 @@ class Dataset:
     validation: Split
     test: Split
     augmentation: Augmentation
-    mean: float = 0.0
-    deviation: float = 1.0
+    mean: Numbers = 0.0
+    deviation: Numbers = 1.0
     anew: Callable[[int], Split] | None = None
     names: tuple[str, ...] = ()
     dtype: str | dict[str, str] = "float32"
@@ -148,8 +153,9 @@ class Dataset:
         """
         digest = hashlib.sha256(f"{self.input_shape}".encode())
         for split in (self.train, self.validation, self.test):
-            for x in (x for rows in split.inputs.split(1024) for x in parts(rows).values()):
-                raw = x.double().mul_(self.deviation).add_(self.mean).mul_(255).round_()
+            for x in (x for rows in split.inputs.split(PIECE) for x in parts(rows).values()):
+                wide = x.double()
+                raw = wide.mul_(along(self.deviation, wide)).add_(along(self.mean, wide)).mul_(255).round_()
                 digest.update(raw.to(torch.int32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -186,7 +192,7 @@ class Dataset:
     @property
     def form(self) -> Form:
         """What one input is."""
-        return Form.of(self.train.inputs)
+        return Form.of(self.train.inputs[:1])
 
     @property
     def input_shape(self) -> Any:
@@ -223,14 +229,14 @@ class Dataset:
 
 
 # The inputs [n, ...] in 0 to 1 and the labels [n] of the training, validation and test parts, in random order.
-Parts = list[tuple[Tensor, Tensor]]
+Parts = list[tuple[Any, Tensor]]
 
 
 def standardised(
     name: str, classes: int, augmentation: Augmentation, parts: Parts, names: tuple[str, ...] = ()
 ) -> Dataset:
-    """Make a data set of `parts`, standardised by the mean and the deviation of the training inputs."""
-    mean, deviation = float(parts[0][0].mean()), float(parts[0][0].std())
+    """Make a data set of `parts`, standardised by the training inputs' mean and deviation, for each channel."""
+    mean, deviation = statistics(parts[0][0])
     train, validation, test = (Split(scaled(inputs, mean, deviation), labels.long()) for inputs, labels in parts)
     return Dataset(name, classes, train, validation, test, augmentation, mean, deviation, names=names, dtype="uint8")
 
@@ -253,8 +259,11 @@ def _seen_by(data: Dataset, known: Provenance) -> Dataset:
 
     def seen(split: Split) -> Split:
         inputs = split.inputs
-        if (data.mean, data.deviation) != (known.mean, known.deviation):
-            inputs = (inputs * data.deviation + (data.mean - known.mean)).div_(known.deviation)
+        if isinstance(inputs, Stored):
+            inputs = inputs.standardised(known.mean, known.deviation)
+        elif (data.mean, data.deviation) != (known.mean, known.deviation):
+            shift = along(data.mean, inputs) - along(known.mean, inputs)
+            inputs = (inputs * along(data.deviation, inputs) + shift).div_(along(known.deviation, inputs))
         return replace(split, inputs=inputs, targets=outputs[split.targets] if data.names else split.targets)
 
     train, validation, test = map(seen, (data.train, data.validation, data.test))
@@ -265,6 +274,8 @@ def _seen_by(data: Dataset, known: Provenance) -> Dataset:
     )  # fmt: skip
 
 
-def scaled(inputs: Tensor, mean: float, deviation: float) -> Tensor:
+def scaled(inputs: Any, mean: Numbers, deviation: Numbers) -> Any:
     """Return `inputs` less `mean`, divided by `deviation`."""
-    return (inputs - mean).div_(deviation)
+    if isinstance(inputs, Stored):
+        return inputs.standardised(mean, deviation)
+    return (inputs - along(mean, inputs)).div_(along(deviation, inputs))

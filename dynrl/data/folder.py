@@ -7,19 +7,19 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dynrl.data.base import Augmentation, Dataset, standardised
+from dynrl.data.stored import read_all, store, too_large
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 ORIENTATION = 0x0112  # the EXIF tag that says how viewers turn a photo; from 5 on, width and height change places
-LARGEST = 8 << 30  # [bytes] the most that all images may take as float32, since they are held in memory
 # Files with these names are images, too, but Pillow alone cannot open them.
 OTHERS = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".tga", ".svg", ".dng", ".cr2", ".nef", ".arw"}
 # The shares of each class that are drawn if the folder has no such parts. The test part is drawn first, so that no
@@ -28,7 +28,7 @@ SHARES = {"test": 0.1, "validation": 0.1}
 
 
 def image_folder(name: str) -> Dataset:
-    """Load the images below a folder into memory.
+    """Load the images below a folder, into memory or, if they are many, into a temporary file (`dynrl.data.stored`).
 
     Args:
         name: the folder's path, or `PATH@SIZE`, which resizes the shorter side to SIZE pixels and takes the middle
@@ -44,7 +44,7 @@ def image_folder(name: str) -> Dataset:
 
     Raises:
         ValueError: there is no such folder, it has fewer than two classes or an empty one, its parts have different
-            classes, a file is no image, images differ in size and no SIZE is given, or the images do not fit in memory.
+            classes, a file is no image, or images differ in size and no SIZE is given.
     """
     root, size = split_name(name)
     if not root.is_dir():
@@ -66,19 +66,12 @@ def image_folder(name: str) -> Dataset:
         below = root if whole else root / "train"
         files["train"], files[part] = _drawn(files["train"], below, part, leave=len(missing) - i)
     shape = _shape([file for part in files.values() for file, _ in part], size)
-    total = 4 * int(np.prod(shape)) * sum(len(part) for part in files.values())
-    if total > LARGEST:
-        raise ValueError(
-            f"the images of {root} at {shape} would take {total / 2**30:.0f} GB of memory; name a smaller size: "
-            f"{root}@{shape[-1] // 2}"
-        )
+    on_disk = too_large(sum(map(len, files.values())), shape)
     parts = []
     for part in ("train", "validation", "test"):
         order = np.random.default_rng(0).permutation(len(files[part]))
-        pixels = torch.empty(len(order), *shape)
-        for row, position in enumerate(order):
-            pixels[row] = _read(files[part][position][0], shape, size)
-        parts.append((pixels, torch.tensor([files[part][position][1] for position in order])))
+        images = _Images([files[part][position][0] for position in order], shape, size)
+        parts.append((images.all(on_disk), torch.tensor([files[part][position][1] for position in order])))
     augmentation = Augmentation(flip=True, shift=max(1, shape[-1] // 16))
     return standardised(name, len(classes), augmentation, parts, tuple(classes))
 
@@ -183,12 +176,32 @@ def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
     return (1 if grey else 3), height, width
 
 
-def _read(file: Path, shape: tuple[int, int, int], size: int | None) -> Tensor:
-    from PIL import ImageOps
+@dataclass(frozen=True)
+class _Images:
+    """The images of some files as raw pixels [channels, height, width] uint8; each is decoded when it is asked for."""
 
-    with _opened(file) as image:
-        converted = ImageOps.exif_transpose(image).convert("L" if shape[0] == 1 else "RGB")
-    if size is not None:
-        converted = ImageOps.fit(converted, (size, size))
-    pixels = torch.from_numpy(np.array(converted, dtype=np.uint8)).view(shape[1], shape[2], shape[0])
-    return pixels.permute(2, 0, 1).float() / 255
+    files: list[Path]
+    shape: tuple[int, int, int]
+    size: int | None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        from PIL import ImageOps
+
+        with _opened(self.files[i]) as image:
+            converted = ImageOps.exif_transpose(image).convert("L" if self.shape[0] == 1 else "RGB")
+        if self.size is not None:
+            converted = ImageOps.fit(converted, (self.size, self.size))
+        channels, height, width = self.shape
+        return np.array(converted, dtype=np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
+
+    def all(self, on_disk: bool) -> Any:
+        """Return all images in 0 to 1, in a file or in memory."""
+        if on_disk:
+            return store(read_all(self), self.shape, torch.uint8)
+        pixels = torch.empty(len(self), *self.shape)
+        for row in range(len(self)):
+            pixels[row] = torch.from_numpy(np.ascontiguousarray(self[row])).float() / 255
+        return pixels

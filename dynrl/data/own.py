@@ -11,25 +11,31 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset, TensorDataset
 
-from dynrl.data.base import Augmentation, Dataset, Split
+from dynrl.data.base import Augmentation, Dataset, Split, scaled
+from dynrl.data.stored import Stored, read_all, statistics, store, too_large
 from dynrl.files import fingerprint
 from dynrl.inputs import Inputs, Named, as_inputs, parts, placed
+from dynrl.provenance import Numbers
 from dynrl.tasks import CLASSIFICATION, Regression, Task
 
+UNCLEAN = "the inputs or targets hold NaN or infinity; clean them first"
 SHARE = 0.1  # the share of the pairs for validation, and the same share for the test
 
 
 def own_dataset(data: Any, seed: int = 0) -> Dataset:
     """Make a data set of your own pairs (input, target); a tenth each is drawn for validation and test.
 
-    Inputs become float32, with uint8 as 255ths, and are standardised by the mean and deviation of the training part.
+    Inputs become float32, with uint8 as 255ths, and are standardised by the mean and deviation of the training part,
+    each channel of an image by its own.
     Inputs of several tensors by name are left as they are: integers such as token ids keep their type.
     Integer targets [n] are classes, whose names are the `classes` of a torch `Dataset` that has some; floating-point
     targets [n] or [n, outputs] make a regression.
 
     Args:
         data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. Inputs may also be
-            a dict of tensors by name. All pairs are held in memory.
+            a dict of tensors by name. Each pair is read once, so what a transform draws is drawn once. Inputs of a
+            torch `Dataset` that take more than 512 MB are read by `DataLoader` workers into a temporary file
+            (`dynrl.data.stored`); others are held in memory.
         seed: the seed of the draw.
 
     Returns:
@@ -46,13 +52,8 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
             f"expected at least 10 inputs [n, ...] and as many targets, got {list(inputs.shape)} and "
             f"{list(targets.shape)}"
         )
-    given = {f"inputs{name and f'.{name}'}": x for name, x in parts(inputs).items()}
-    name = "own-" + fingerprint({**given, "targets": targets}, seed)[:12]
-    dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in parts(inputs).items()}
-    if isinstance(inputs, Named):
-        inputs = placed(inputs, "cpu", torch.float32)
-    else:
-        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
+    inputs, dtype, content = _ready(inputs)
+    name = "own-" + fingerprint({**content, "targets": targets}, seed)[:12]
     if targets.is_floating_point():
         targets = targets.float().view(len(targets), -1)
     elif targets.dim() != 1 or targets.dtype == torch.bool or int(targets.min()) < 0:
@@ -62,14 +63,16 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         )
     else:
         targets = targets.long()
-    if not all(x.isfinite().all() for x in (*parts(inputs).values(), targets)):
-        raise ValueError("the inputs or targets hold NaN or infinity; clean them first")
+    tensors = {} if isinstance(inputs, Stored) else parts(inputs)  # what is stored was looked at when it was read
+    if not all(x.isfinite().all() for x in (*tensors.values(), targets)):
+        raise ValueError(UNCLEAN)
     order, few = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)), int(SHARE * len(inputs))
     drawn = order[2 * few :], order[few : 2 * few], order[:few]
-    mean, deviation = 0.0, 1.0
-    if isinstance(inputs, Tensor):
-        mean, deviation = float(inputs[drawn[0]].mean()), float(inputs[drawn[0]].std()) or 1.0
-        inputs = (inputs - mean) / deviation
+    mean: Numbers = 0.0
+    deviation: Numbers = 1.0
+    if not isinstance(inputs, Named):
+        mean, deviation = statistics(_rows(inputs, drawn[0]))
+        inputs = scaled(inputs, mean, deviation)
     numbers = targets.is_floating_point()
     task: Task = Regression.of(targets[drawn[0]]) if numbers else CLASSIFICATION
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
@@ -77,10 +80,25 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         raise ValueError(
             "expected two classes or more, but all targets are 0; a regression needs floating-point targets"
         )
-    train, validation, test = (Split(inputs[part], targets[part], task) for part in drawn)
+    train, validation, test = (Split(_rows(inputs, part), targets[part], task) for part in drawn)
     names = names if len(names) == classes and not numbers else ()
-    dtype = dtypes if isinstance(inputs, Named) else dtypes[""]
     return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation, names=names, dtype=dtype)
+
+
+def _ready(inputs: Any) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Return inputs as float32 that are not standardised yet, their raw type, and what tells their content."""
+    if isinstance(inputs, Stored):
+        digest = torch.frombuffer(bytearray.fromhex(inputs.digest()), dtype=torch.uint8)
+        return inputs, str(inputs.raw).removeprefix("torch."), {"inputs": digest}
+    content = {f"inputs{name and f'.{name}'}": x for name, x in parts(inputs).items()}
+    dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in parts(inputs).items()}
+    if isinstance(inputs, Named):
+        return placed(inputs, "cpu", torch.float32), dtypes, content
+    return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float(), dtypes[""], content
+
+
+def _rows(inputs: Any, rows: Tensor) -> Any:
+    return inputs.part(rows.numpy()) if isinstance(inputs, Stored) else inputs[rows]
 
 
 def _names(data: Any) -> tuple[str, ...]:
@@ -103,9 +121,12 @@ def _pairs(data: Any) -> tuple[Inputs, Tensor]:
             "expected a data set's name, a folder of images, a dynrl.data.Dataset, a torch Dataset of (input, target) "
             f"pairs with a length, or a pair of tensors; got {type(data).__name__}"
         )
-    pairs = [data[i] for i in range(len(data))]  # by index: iterating over a torch Dataset may never end
-    if not pairs or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
-        raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target)")
+    first = _pair(data, data[0]) if len(data) else ((), ())
+    if not isinstance(first[0], Mapping) and too_large(len(data), _tensor(first[0]).shape):
+        return _stored_pairs(data, _tensor(first[0]))
+    pairs = [_pair(data, data[i]) for i in range(len(data))]  # by index: iterating over a torch Dataset may never end
+    if not pairs:
+        raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target), got none")
     inputs, targets = [pair[0] for pair in pairs], _stacked(pair[1] for pair in pairs)
     if not isinstance(inputs[0], Mapping):
         return _stacked(inputs), targets
@@ -114,8 +135,46 @@ def _pairs(data: Any) -> tuple[Inputs, Tensor]:
     return Named({name: _stacked(each[name] for each in inputs) for name in inputs[0]}), targets
 
 
+def _tensor(value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"expected tensors, arrays or numbers, got {type(value).__name__}; give the Dataset a transform that makes "
+            "tensors of it, such as torchvision's PILToTensor"
+        ) from None
+
+
+def _pair(data: Any, item: Any) -> Any:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target), got {type(item).__name__}")
+    return item
+
+
+def _stored_pairs(data: Any, first: Tensor) -> tuple[Stored, Tensor]:
+    """Read all pairs once; inputs go into a file, as pixels if they are uint8, else as float32."""
+    raw, targets = torch.uint8 if first.dtype == torch.uint8 else torch.float32, list[Any]()
+
+    def rows() -> Iterable[Any]:
+        for item in read_all(data):
+            given, target = _pair(data, item)
+            row = _tensor(given)
+            if row.shape != first.shape or row.dtype != first.dtype:
+                raise ValueError(
+                    f"expected inputs of one shape and type, {first.dtype} {list(first.shape)}, got {row.dtype} "
+                    f"{list(row.shape)}"
+                )
+            if not row.isfinite().all():
+                raise ValueError(UNCLEAN)
+            targets.append(target)
+            yield row.to(raw).numpy()
+
+    inputs = store(rows(), tuple(first.shape), raw)
+    return inputs, _stacked(targets)
+
+
 def _stacked(values: Iterable[Any]) -> Tensor:
-    tensors = [torch.as_tensor(value) for value in values]
+    tensors = [_tensor(value) for value in values]
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
         raise ValueError(f"expected inputs of one shape and targets of one shape, got {shapes[:3]}")

@@ -88,7 +88,8 @@ def attack(
     else:
         model.set_price(price)
     model.set_limit(limit)  # which refuses one that cannot be kept, before anything is attacked
-    test, mean, deviation = dataset.test.head(rows), dataset.mean, dataset.deviation
+    test = dataset.test.head(rows)
+    test = replace(test, inputs=test.inputs[:])
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
     with locked(Path(out)) if out is not None else nullcontext(), talking(show):
@@ -98,8 +99,7 @@ def attack(
             "policy": kind_of(folder.settings, folder.settings["finetune"], finished=True).label, "seed": folder.seed,
             "date": f"{date.today()}", "commit": commit(), "inputs": len(test),
             "budget": budget if price is None else None, "price": model.price, "steps": steps,
-            "epsilon": ball.radius * deviation, "low": ball.low * deviation + mean,
-            "high": ball.high * deviation + mean,
+            "epsilon": ball.radius, "low": ball.low, "high": ball.high,
             "least": _cheapest(model) / backbone.dense_macs, "limit": limit, "free": _measured(model, None, found),
             "limited": None if limit is None else _measured(model, limit, found),
             "device": device, "hardware": hardware(),

@@ -6,8 +6,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dynrl.data import Split
 from dynrl.evaluation.difficulty import bin_name
 from dynrl.evaluation.report import correlation_text, seeds_text
@@ -99,7 +97,7 @@ def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[
 
 def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
     """Draw what each class spends at each visit of a point, and the images that cost most and least."""
-    images = isinstance(test.inputs, Tensor) and test.inputs.ndim == 4 and test.inputs.shape[1] in (1, 3)
+    images = len(test.inputs.shape) == 4 and test.inputs.shape[1] in (1, 3)
     left, right = figure.subfigures(1, 2) if images else (figure, None)
     axis = left.subplots()
     names = [f"{'all' if g['class'] is None else g['class']}  {g['macs_fraction']:.2f}" for g in usage["groups"]]

@@ -86,7 +86,7 @@ def fit_order(backbone: Backbone, split: Split, order: str) -> Callable[[float],
             said.append(backbone.output(state))
             return state.along(route)
 
-        walk = backbone.run(split.inputs, listen)
+        walk = backbone.run(split.inputs[:], listen)
         said.append(walk.outputs)  # type: ignore[arg-type]
         outputs = torch.stack(said).float()  # [looks + 1, n, classes]
         metric = torch.stack([split.task.score(each, split.targets) for each in outputs])

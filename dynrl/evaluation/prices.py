@@ -43,13 +43,14 @@ def find_price_range(backbone: Backbone, split: Split, accuracy: Accuracy) -> tu
         lowest and highest price, each of one significant digit, so that a machine's rounding changes nothing.
     """
     network, split = backbone.for_inference(), split.head(ROWS)
+    inputs = split.inputs[:]
     full, cheapest = backbone.dense_actions(1)[0].cpu(), cheapest_choices(backbone)
-    said = network.run_route(split.inputs, full.expand(len(split), -1)).outputs
+    said = network.run_route(inputs, full.expand(len(split), -1)).outputs
     assert said is not None
 
     def measure(routes: Tensor) -> tuple[float, float]:
         """Return the mean accuracy term, and the share of the dense MACs."""
-        walk = network.run_route(split.inputs, routes.expand(len(split), -1))
+        walk = network.run_route(inputs, routes.expand(len(split), -1))
         assert walk.outputs is not None
         term = accuracy(split.task, walk.outputs.float(), split.targets, said.float)
         return float(term.double().mean()), float(walk.macs.double().mean()) / backbone.dense_macs
