@@ -81,7 +81,7 @@ ALLOWED = {
     },
     "dynrl.agents": {
         "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.progress", "dynrl.tasks",
-        "dynrl.checkpoints", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.plugins",
+        "dynrl.checkpoints", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.perturb", "dynrl.plugins",
         "dynrl.schema", "dynrl.settings",
     },
     "dynrl.training": {
