@@ -45,4 +45,4 @@ class LookVectorEnv(RoutingVectorEnv):
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
         """Return a small untrained network with few windows, half of the image wide or all of it."""
         side = min(input_shape[1:]) // 8 * 4
-        return Glimpses(input_shape, side=side, looks=3, width=8, hidden=16)  # type: ignore[arg-type]
+        return Glimpses(input_shape, side=side, looks=2, width=8, hidden=16)  # type: ignore[arg-type]
