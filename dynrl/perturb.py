@@ -68,7 +68,7 @@ class Ball:
             found = [
                 (float(raw.min()), float(raw.max()))
                 for x in dataset.train.inputs.split(PIECE)
-                for raw in [x * along(dataset.deviation, x) + along(dataset.mean, x)]
+                for raw in [dataset.raw(x)]
             ]
             ends = [min(low for low, _ in found), max(high for _, high in found)]
         radius = SMALL * (ends[1] - ends[0]) if epsilon is None else epsilon

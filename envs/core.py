@@ -27,7 +27,6 @@ from dynrl.envs.rewards import check_reward
 from dynrl.files import load_tensors
 from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
-from dynrl.provenance import along
 from dynrl.schema import check_price_range
 
 Info = dict[str, Tensor]
@@ -468,8 +467,7 @@ class RoutingVectorEnv(VectorEnv):
         raw = self._walk.inputs
         if not isinstance(raw, Tensor) or raw.dim() != 4 or raw.shape[1] not in (1, 3):
             return None
-        image = raw[row].float().cpu()
-        image = image * along(self._data.deviation, image) + along(self._data.mean, image)
+        image = self._data.raw(raw[row].float().cpu())
         if self._data.dtype != "uint8":  # numbers without known bounds
             image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
         image = image.expand(3, -1, -1).permute(1, 2, 0)

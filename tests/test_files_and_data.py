@@ -168,7 +168,7 @@ def test_cifar_is_read_from_the_cache_checked(classes, cifar_folder):
     loaded = DATASETS[f"cifar-{classes}"]()
     assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (10, 5000, 12)
     assert (loaded.classes, loaded.input_shape) == (classes, (3, 32, 32))
-    raw = loaded.test.inputs * loaded.deviation + loaded.mean
+    raw = loaded.raw(loaded.test.inputs)
     assert loaded.test.targets.tolist() == [i % 10 for i in range(12)]
     for channel, factor in enumerate((1, 2, 3)):
         wanted = loaded.test.targets.view(-1, 1, 1).expand(-1, 32, 32) * factor / 255
@@ -235,10 +235,10 @@ def test_the_adding_task():
 def test_sequential_images_are_the_images_each_pixel_with_its_place():
     whole, read = DATASETS["digits"](), DATASETS["sequential-digits"]()
     for part in ("train", "validation", "test"):
-        grey, row, column = (read.split(part).inputs * read.deviation + read.mean).split((1, 8, 8), 2)
+        grey, row, column = read.raw(read.split(part).inputs).split((1, 8, 8), 2)
         small = torch.zeros(len(grey), 1, 8, 8)
         small[torch.arange(len(grey)).unsqueeze(1), 0, row.argmax(2), column.argmax(2)] = grey.squeeze(2)
-        large = whole.split(part).inputs * whole.deviation + whole.mean
+        large = whole.raw(whole.split(part).inputs)
         torch.testing.assert_close(torch.nn.functional.interpolate(small, size=24, mode="bilinear"), large)
         assert torch.equal(read.split(part).targets, whole.split(part).targets)
 
@@ -309,7 +309,7 @@ def test_a_folder_of_images_is_a_data_set(photos, monkeypatch):
     seen = []
     for part in ("train", "validation", "test"):
         split = data.split(part)
-        values = (split.inputs * data.deviation + data.mean)[:, 0, 0, 0] * 255
+        values = data.raw(split.inputs)[:, 0, 0, 0] * 255
         assert torch.equal(values > 100, split.targets == 1)
         assert split.targets.unique().tolist() == [0, 1]
         seen += values.round().int().tolist()
@@ -359,7 +359,7 @@ def test_photos_are_turned_as_any_viewer_shows_them(suffix, orientation, turn, s
             image.save(tmp_path / name / f"{i}.{suffix}", exif=exif)
     data = image_folder(str(tmp_path) + ("" if size is None else f"@{size}"))
     assert data.input_shape == ((3, 32, 16) if size is None else (3, 16, 16))
-    raw = data.train.inputs * data.deviation + data.mean
+    raw = data.raw(data.train.inputs)
     middle = data.input_shape[1] // 2
     assert raw[:, :, : middle - 1].mean() > 0.95 and raw[:, :, middle + 1 :].mean() < 0.05
 
@@ -367,7 +367,7 @@ def test_photos_are_turned_as_any_viewer_shows_them(suffix, orientation, turn, s
 def parts_of(root):
     """The part of each image of `photos`, by its grey value."""
     data = image_folder(str(root))
-    drawn = {part: data.split(part).inputs * data.deviation + data.mean for part in ("train", "validation", "test")}
+    drawn = {part: data.raw(data.split(part).inputs) for part in ("train", "validation", "test")}
     return {value: part for part, raw in drawn.items() for value in (raw[:, 0, 0, 0] * 255).round().int().tolist()}
 
 
@@ -423,7 +423,7 @@ def test_parts_that_are_there_are_taken(photos, tmp_path):
     data = image_folder(str(tmp_path / "own"))
     assert data.input_shape == (3, 8, 8)
     assert [len(data.split(part)) for part in ("train", "validation", "test")] == [6, 2, 8]
-    raw = data.test.inputs * data.deviation + data.mean
+    raw = data.raw(data.test.inputs)
     assert sorted((raw[:, 0, 0, 0] * 255).round().int().tolist()) == sorted([90, 91, 92, 93] * 2)
     assert (raw[:, 1] < 1e-5).all()
     assert (raw[:, 2] > 1 - 1e-5).all()

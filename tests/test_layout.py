@@ -51,7 +51,7 @@ ALLOWED = {
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes", "dynrl.schema"},
     "dynrl.envs": {
         "dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.schema",
-        "dynrl.tasks", "dynrl.files", "dynrl.provenance",
+        "dynrl.tasks", "dynrl.files",
     },
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs",

@@ -159,6 +159,10 @@ class Dataset:
                 digest.update(raw.to(torch.int32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def raw(self, inputs: Tensor) -> Tensor:
+        """Return standardised `inputs` as they were before: images in 0 to 1."""
+        return inputs * along(self.deviation, inputs) + along(self.mean, inputs)
+
     @property
     def provenance(self) -> Provenance:
         """What a network that is trained on this data set keeps of it."""
