@@ -74,7 +74,7 @@ class Ball:
         radius = SMALL * (ends[1] - ends[0]) if epsilon is None else epsilon
         if not 0 < radius < float("inf"):
             raise ValueError(f"expected an epsilon above 0, got {epsilon}")
-        return cls(radius, *ends, dataset.mean, dataset.deviation)
+        return cls(radius, ends[0], ends[1], dataset.mean, dataset.deviation)
 
     def reach(self, inputs: Tensor) -> Any:
         """Return the radius in the network's units, where `inputs` are: one number, or one for each channel."""

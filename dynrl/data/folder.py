@@ -70,8 +70,8 @@ def image_folder(name: str) -> Dataset:
     parts = []
     for part in ("train", "validation", "test"):
         order = np.random.default_rng(0).permutation(len(files[part]))
-        images = _Images([files[part][position][0] for position in order], shape, size)
-        parts.append((images.all(on_disk), torch.tensor([files[part][position][1] for position in order])))
+        decoded = _Images([files[part][position][0] for position in order], shape, size)
+        parts.append((decoded.all(on_disk), torch.tensor([files[part][position][1] for position in order])))
     augmentation = Augmentation(flip=True, shift=max(1, shape[-1] // 16))
     return standardised(name, len(classes), augmentation, parts, tuple(classes))
 

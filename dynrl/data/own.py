@@ -109,7 +109,7 @@ def _names(data: Any) -> tuple[str, ...]:
     return tuple(map(str, named)) if isinstance(named, list | tuple) else ()
 
 
-def _pairs(data: Any) -> tuple[Inputs, Tensor]:
+def _pairs(data: Any) -> tuple[Inputs | Stored, Tensor]:
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):

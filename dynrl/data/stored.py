@@ -76,7 +76,7 @@ class Stored:
         each = np.atleast_1d(chosen)
         raw = torch.empty(len(each), *self.form, dtype=self.raw)
         size = raw[:1].numel() * raw.element_size() if len(each) else 0
-        into = memoryview(raw.numpy().reshape(-1).view(np.uint8))
+        into = raw.numpy().reshape(-1).view(np.uint8).data
         for i, row in enumerate(each.tolist()):  # read, not mapped: mapped pages would count as memory of the process
             os.preadv(self.file.fileno(), [into[i * size : (i + 1) * size]], row * size)
         read = raw.float() / 255 if self.raw == torch.uint8 else raw.float()
@@ -119,7 +119,7 @@ def store(rows: Iterable[Any], shape: tuple[int, ...], raw: torch.dtype) -> Stor
         file.write(np.ascontiguousarray(row).tobytes())
         count += 1
     file.flush()
-    return Stored(file, shape, raw, np.arange(count))  # type: ignore[arg-type]
+    return Stored(file, shape, raw, np.arange(count))
 
 
 class _Caught(Dataset[Any]):
