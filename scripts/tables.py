@@ -17,8 +17,8 @@ from typing import Annotated
 import tyro
 
 SHOWN = (  # the reports in the table by decision
-    "skip-trace", "exit-trace", "skip-fashion-mnist", "exit-fashion-mnist", "expert-fashion-mnist",
-    "channel-fashion-mnist", "hidden-update-sequential-digits", "unroll-hops",
+    "exit-trace-long", "unroll-prefix", "exit-trace", "skip-fashion-mnist", "exit-fashion-mnist",
+    "expert-fashion-mnist", "channel-fashion-mnist", "hidden-update-sequential-digits", "unroll-hops",
 )  # fmt: skip
 REGISTRIES = {"decisions": "decisions_table", "decisions-pages": "decisions_pages", "data": "data_table"}
 

@@ -2,6 +2,9 @@
 
 The task follows Pathfinder (Linsley et al. 2018, NeurIPS) and the visual routine of boundary tracing (Ullman 1984,
 Cognition), with six answers instead of two. The longer the curve, the more layers a network of small kernels needs.
+
+With fewer curves than colours, training has a first thing to learn: which colours there are. With as many, every image
+holds all of them, and on larger maps some networks stay at chance.
 """
 
 from __future__ import annotations
@@ -132,8 +135,8 @@ def trace() -> Dataset:
 
 
 def trace_long() -> Dataset:
-    """Four curves of up to 48 steps in 28x28 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
-    return _traces("trace-long", Scene(side=28, strands=4, longest=48), 20_000, 5_000, 5_000)
+    """Four curves of up to 64 steps in 32x32 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
+    return _traces("trace-long", Scene(side=32, strands=4, longest=64), 20_000, 5_000, 5_000)
 
 
 def trace_small() -> Dataset:
