@@ -31,7 +31,8 @@ test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The small models that come with the package, each by its own recipe. `make -B pretrained` makes them anew.
-SHIPPED := skip-digits exit-digits expert-digits channel-digits hidden-update-sequential-digits model-digits unroll-hops jump-needle
+SHIPPED := skip-digits exit-digits expert-digits channel-digits hidden-update-sequential-digits model-digits unroll-hops jump-needle \
+	look-digit-scenes
 pretrained: $(SHIPPED:%=dynrl/pretrained/%/report.json)
 dynrl/pretrained/skip-digits/%: RUN = skip --finetune --network 'widths=[8,16,32]'
 dynrl/pretrained/exit-digits/%: RUN = exit --network 'widths=[8,16,32]'
@@ -41,6 +42,7 @@ dynrl/pretrained/hidden-update-sequential-digits/%: RUN = hidden-update --finetu
 dynrl/pretrained/model-digits/%: RUN = model
 dynrl/pretrained/unroll-hops/%: RUN = unroll --network steps=10 hidden=32
 dynrl/pretrained/jump-needle/%: RUN = jump --data needle --finetune
+dynrl/pretrained/look-digit-scenes/%: RUN = look
 dynrl/pretrained/%/report.json: | install
 	rm -rf build/pretrained/$*
 	$(BIN)/dynrl train $(RUN) --out build/pretrained/$*

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.crops import crops, crops_ref
 from dynrl.ops.decide import decide, decide_ref
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
@@ -529,7 +530,17 @@ def partition_case(dtype: torch.dtype, count: int) -> Case:
     )
 
 
-# pooled, decide
+# crops, pooled, decide
+
+
+def crops_case(scales: int) -> Case:
+    def make(s: Setting) -> Args:
+        places = {"rows": s.choice(3), "top": s.choice(5), "left": s.choice(4), "scale": 1 + s.choice(scales)}
+        return {"images": s.maps(3, 2, 10, 9), **places, "side": 3}
+
+    return Case(
+        "crops", f"{scales} scales", crops, crops_ref, make, layouts=MAPS, kernels=False, grads=("images",),
+    )  # fmt: skip
 
 
 def pooled_case() -> Case:
@@ -563,6 +574,8 @@ def record_case() -> Case:
 
 
 CASES = [
+    crops_case(1),
+    crops_case(2),
     pooled_case(),
     record_case(),
     decide_case("two layers", 70, 64, 3),

@@ -215,7 +215,7 @@ def test_the_adapter_refuses_what_would_lose_transitions():
         (["--agent", "appo", "--baseline", "group"], "for the agent ppo"), (["--baseline", "nosuch"], "value, group, greedy"),
         (["--baseline", "greedy"], "compares whole routes"), (["--agent", "dqn", "--entropy", "0.01"], "ppo, appo and sb3-ppo"),
         (["--agent", "gate", "--device", "cpu:0"], "on the CPU"), (["--agent", "gate", "--dtype", "bfloat16"], "in float32"),
-        (["--policy", "nosuch"], "expected one of ['sequential', 'upfront']"),
+        (["--policy", "nosuch"], "expected one of sequential, upfront"),
         (["--agent", "gate", "--cost", "time"], "counts MACs"), (["--agent", "nosuch"], "nosuch"),
         (["--agent", "dqn", "--finetune"], "from the backbone before fine-tuning"), (["--num-learners", "3"], "3 learners"),
     ],

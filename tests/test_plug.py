@@ -541,7 +541,7 @@ def test_choices_without_an_observation_are_the_routers(name, kind, hidden):
     torch.manual_seed(0)
     backbone, met = make_backbone(name), []
     inputs = backbone.random_inputs(20)
-    for price in (0.01, 0.1, 1.0) * 3:
+    for price in (0.01, 0.1, 1.0) * max(3, backbone.num_choices):
         router, sight = make_policy(backbone, PRICES, hidden), StepSight.of(backbone)
         for layer in router.children():
             nn.init.normal_(layer.weight)

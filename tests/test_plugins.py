@@ -203,7 +203,7 @@ def test_a_decision_works_as_printed(tmp_path, run):
     run("checks.py", **{VARIABLE: str(tmp_path / "repeat.py")})
 
 
-def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):
+def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run, monkeypatch):
     """Trained, reported, plugged, and gone on with; it obeys a high price."""
     (tmp_path / "evolution.py").write_text(printed("evolution.py", 55))
     (tmp_path / "brier.py").write_text(printed("brier.py", 12))
@@ -214,6 +214,7 @@ def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):
     words += ["--price-range", "20", "20", "--steps", "12000", "--threads", "2"]
     shown = run(*command, *words)
     assert "evolution" in shown and "macs_fraction" not in shown
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # where no plugin was given before: this process stays as it is
     model = dynrl.load(tmp_path / "run")
     model(torch.randn(3, *model.input_shape))
     assert model.curve[0][1] < 0.5
@@ -223,7 +224,7 @@ def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run):
     assert again["done"] == saved["done"] >= 12_000
 
 
-def test_a_policy_works_as_printed(small_backbone, tmp_path, run):
+def test_a_policy_works_as_printed(small_backbone, tmp_path, run, monkeypatch):
     """Trained, reported and plugged; it obeys a high price, and its file is nothing without its plugin."""
     (tmp_path / "per_point.py").write_text(printed("per_point.py", 30))
     (tmp_path / "given").mkdir()
@@ -234,7 +235,8 @@ def test_a_policy_works_as_printed(small_backbone, tmp_path, run):
     checks = "import dynrl, torch; m = dynrl.load('run'); m(torch.randn(3, *m.input_shape))\n"
     checks += "assert type(m.policy).__name__ == 'PerPoint' and m.curve[0][1] < 0.5, m.curve"
     run("-c", checks, **{VARIABLE: str(tmp_path / "per_point.py")})
-    with pytest.raises(ValueError, match="per-point"):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # where no plugin was given before
+    with pytest.warns(UserWarning, match="was not given on this machine"), pytest.raises(ValueError, match="per-point"):
         dynrl.load(tmp_path / "run")
 
 

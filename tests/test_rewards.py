@@ -83,7 +83,9 @@ def test_what_is_said_to_have_a_gradient_has_one(name):
 
 def test_what_makes_no_sense_is_refused():
     numbers = Regression(1.0)
-    with pytest.raises(ValueError, match="unknown reward 'nosuch'; expected one of distillation, log_likelihood, gain"):
+    with pytest.raises(
+        ValueError, match="unknown reward 'nosuch'; expected one of blockdrop, correct, distillation, gain"
+    ):
         check_reward("nosuch", CLASSIFICATION, True)
     for name, reward in REWARDS.items():
         assert reward.name == name and reward.about
