@@ -372,7 +372,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             epochs=24, batch_size=64, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.3,),
             full_share=0.1, optimizer="adam", plain_epochs=0,
         ),
-        learning=Learning(steps=150_000, hidden=0, num_envs=128, reward="gain", price_range=(0.02, 4.0)),
+        learning=Learning(steps=800_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, 4.0)),
         finetuning=Finetuning(
             rounds=3, epochs=2, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.01,
             label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,

@@ -243,4 +243,4 @@ def test_a_policy_works_as_printed(small_backbone, tmp_path, run, monkeypatch):
 def test_without_its_plugin_an_agent_is_unknown(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "skip", "--agent", "evolution", "--out", str(tmp_path / "run")])
-    assert "unknown agent 'evolution'; expected one of ppo" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "unknown agent 'evolution'; expected one of appo" in capsys.readouterr().err and not list(tmp_path.iterdir())
