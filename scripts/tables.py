@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 SHOWN = (  # the reports in the table by decision
-    "exit-trace-long", "unroll-prefix", "exit-trace", "skip-fashion-mnist", "exit-fashion-mnist",
+    "unroll-prefix", "exit-trace-long", "exit-trace", "skip-fashion-mnist", "exit-fashion-mnist",
     "expert-fashion-mnist", "channel-fashion-mnist", "hidden-update-sequential-digits", "unroll-hops",
 )  # fmt: skip
 REGISTRIES = {"decisions": "decisions_table", "decisions-pages": "decisions_pages", "data": "data_table"}
