@@ -20,8 +20,8 @@ SIDE, LOOKS, EDGE = 8, 5, 26  # the edge is no multiple of anything
 
 def network(**settings):
     torch.manual_seed(0)
-    given = dict(classes=4, side=SIDE, scales=(1, 3), looks=LOOKS, width=4, hidden=6) | settings
-    return Glimpses((2, EDGE, EDGE), **given).eval()
+    given = dict(input_shape=(2, EDGE, EDGE), classes=4, side=SIDE, scales=(1, 3), looks=LOOKS, width=4, hidden=6)
+    return Glimpses(**given | settings).eval()
 
 
 def images(rows=12):
@@ -183,7 +183,7 @@ def test_rules_keep_to_their_budgets(order):
     ("settings", "reason"),
     [
         ({"side": 6}, "multiple of 4"), ({"scales": (1, 4)}, "fits in"), ({"scales": (2, 1)}, "scales that rise"),
-        ({"looks": 41}, "looks"), ({"classes": 1}, "classes"),
+        ({"looks": 41}, "looks"), ({"classes": 1}, "classes"), ({"input_shape": (2, 4800, 4800)}, "larger side"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(settings, reason):

@@ -620,7 +620,7 @@ def test_the_models_that_come_with_dynrl_are_as_their_reports_say(name, monkeypa
     got = score(model, load_dataset(report["data"]).test)
     assert got.metric == pytest.approx(point["accuracy"], abs=0.006)  # two images: rounding differs between machines
     assert got.macs_fraction == pytest.approx(point["macs_fraction"], abs=0.01)
-    assert got.metric > 0.97
+    assert got.metric > min(0.97, report["dense"]["accuracy"])  # not all tasks are learned as well as digits
 
 
 def test_one_model_for_each_decision_comes_with_dynrl():

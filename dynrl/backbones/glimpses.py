@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from dynrl.schema import MOST_ROWS, check_count, check_counts
 STOP = 0
 DULL = 0.2  # what is left of a place's attention once it was looked at
 CELLS = 4  # the pixels of the small image in a window of scale 1, each way
+MOST_SHARES = 2_000_000  # shares of places in windows
 LEAST, FAINT = 1e-6, 1e-2  # the least weight of a window that is drawn, and the least attention that a policy is told
 
 Features = tuple[Tensor, Tensor, Tensor]
@@ -126,6 +128,14 @@ class Glimpses(Backbone):
         """Lay out the windows, from the coarsest to the finest, row by row."""
         height, width = self.input_shape[1:]
         self._cell, found = self.side // CELLS, []
+        spans = [scale * self.side for scale in scales]
+        count = sum(math.prod(1 - (span - edge) // (span // 2) for edge in (height, width)) for span in spans)
+        places = math.prod(-(-(edge // self._cell) // 2) for edge in (height, width))
+        if count * places > MOST_SHARES:  # before any of them is laid out: a file may say anything
+            raise ValueError(
+                f"expected at most {MOST_SHARES} windows times places of the peripheral view, got {count} x {places}; "
+                "give a larger side"
+            )
         for scale in reversed(scales):
             span = scale * self.side
             tops, lefts = (sorted({*range(0, edge - span, span // 2), edge - span}) for edge in (height, width))
