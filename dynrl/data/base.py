@@ -278,6 +278,19 @@ def _seen_by(data: Dataset, known: Provenance) -> Dataset:
     )  # fmt: skip
 
 
+def mean_and_deviation(inputs: Tensor) -> tuple[float, float]:
+    """Return the mean and the deviation of `inputs`, the same to the last digit for any number of threads.
+
+    Each number of threads adds up in its own order. Data would then not be what a network was trained on.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return float(inputs.mean()), float(inputs.std())
+    finally:
+        torch.set_num_threads(threads)
+
+
 def scaled(inputs: Any, mean: Numbers, deviation: Numbers) -> Any:
     """Return `inputs` less `mean`, divided by `deviation`."""
     if isinstance(inputs, Stored):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dynrl.data.base import Augmentation, Dataset, Split, scaled
+from dynrl.data.base import Augmentation, Dataset, Split, mean_and_deviation, scaled
 from dynrl.data.images import fashion_images
 from dynrl.tasks import Detection, Restoration
 
@@ -129,7 +129,7 @@ def windows() -> Dataset:
             zip(places, worn, (OFTEN, SHARE, SHARE), (12_000, 6_000, 10_000), strict=True)
         )
     )
-    mean, deviation = float(train.inputs.mean()), float(train.inputs.std())
+    mean, deviation = mean_and_deviation(train.inputs)
 
     def seen(split: Split) -> Split:
         return replace(split, inputs=scaled(split.inputs, mean, deviation))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dynrl.data.base import Augmentation, Dataset, Split, scaled
+from dynrl.data.base import Augmentation, Dataset, Split, mean_and_deviation, scaled
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], np.float32)
 # The grey of a curve's pixels; the weight on going straight; the share of steps in which this weight counts.
@@ -117,7 +117,7 @@ def trace_images(scene: Scene, count: int, seed: int) -> tuple[torch.Tensor, tor
 def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> Dataset:
     """Make a data set whose splits have seeds of their own; other seeds draw other training images."""
     made = [trace_images(scene, count, seed) for seed, count in enumerate((train, validation, test))]
-    mean, deviation = float(made[0][0].mean()), float(made[0][0].std())
+    mean, deviation = mean_and_deviation(made[0][0])
 
     def split(images: torch.Tensor, labels: torch.Tensor, steps: torch.Tensor) -> Split:
         return Split(scaled(images, mean, deviation), labels, difficulty={"length": steps.float()})
