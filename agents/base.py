@@ -58,6 +58,7 @@ class Agent:
         "address": "ray is for the agents of RLlib: ppo, appo, dqn",
     }
     steps_share: ClassVar[float] = 1.0  # the share of a recipe's steps with which it takes about as long as PPO does
+    attacks: ClassVar[bool] = False  # whether it attacks what it learns on itself; for others, `train_jointly` does
     checkpoint_every: int = 10  # the number of training iterations between checkpoints
     steps: int  # the number of decisions learned from so far
 

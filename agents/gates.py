@@ -54,6 +54,7 @@ class Gates(Agent):
         "cost": "a gated walk counts MACs",
     }  # fmt: skip
     steps_share = 0.5
+    attacks = True
 
     @classmethod
     def refuse(cls, settings: Settings, backbone: Backbone) -> None:

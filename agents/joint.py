@@ -66,7 +66,7 @@ def train_jointly(
             if stop.is_set():
                 break
             done += 1
-            if plan.attacked:
+            if plan.attacked and not agent.attacks:
                 moved = tuner.attack(agent.router(), data.unseen)
                 save_tensors(attacked_file(backbone_file), "attacked inputs", {"inputs": moved}, {})
             tuner.backbone.save(backbone_file, **notes | {"rounds": done})

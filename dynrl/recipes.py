@@ -106,6 +106,23 @@ def _resnet(layers: tuple[int, ...], widths: tuple[int, ...], stem_stride: int =
     return {"family": "skip_resnet", "layers": list(layers), "widths": list(widths), "stem_stride": stem_stride}
 
 
+def _glimpses(side: int, hidden: int, epochs: int, tuned: int) -> Defaults:
+    """Return the defaults of a network that looks through windows, tuned for some epochs a round."""
+    return Defaults(
+        family="glimpses",
+        backbone={"side": side, "scales": (1, 2), "looks": 6, "width": 16, "hidden": hidden},
+        pretraining=Recipe(
+            epochs=epochs, batch_size=64, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.3,),
+            full_share=0.1, optimizer="adam", plain_epochs=0,
+        ),
+        learning=Learning(steps=800_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, 4.0)),
+        finetuning=Finetuning(
+            rounds=3, epochs=tuned, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.01,
+            label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,
+        ),
+    )  # fmt: skip
+
+
 DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("skip", "digits"): Defaults(
         family="skip_resnet",
@@ -365,32 +382,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             label_smoothing=0.0, full_share=0.0, sampled=True, distillation=0.0,
         ),
     ),
-    ("look", "digit-scenes"): Defaults(
-        family="glimpses",
-        backbone={"side": 12, "scales": (1, 2), "looks": 6, "width": 16, "hidden": 48},
-        pretraining=Recipe(
-            epochs=24, batch_size=64, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.3,),
-            full_share=0.1, optimizer="adam", plain_epochs=0,
-        ),
-        learning=Learning(steps=800_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, 4.0)),
-        finetuning=Finetuning(
-            rounds=3, epochs=2, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.01,
-            label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,
-        ),
-    ),
-    ("look", "fashion-scenes"): Defaults(
-        family="glimpses",
-        backbone={"side": 16, "scales": (1, 2), "looks": 6, "width": 16, "hidden": 96},
-        pretraining=Recipe(
-            epochs=10, batch_size=64, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.3,),
-            full_share=0.1, optimizer="adam", plain_epochs=0,
-        ),
-        learning=Learning(steps=150_000, hidden=0, num_envs=128, reward="gain", price_range=(0.02, 4.0)),
-        finetuning=Finetuning(
-            rounds=3, epochs=1, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.01,
-            label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,
-        ),
-    ),
+    ("look", "digit-scenes"): _glimpses(12, 48, epochs=24, tuned=2),
+    ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
 }  # fmt: skip
 
 

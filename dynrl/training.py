@@ -507,7 +507,7 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
         checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
         macs = backbone.dense_macs / 1e6
         say(f"{path.stem}: {metric} {value:.4g} on validation data, {macs:.1f} million MACs an input")
-        if advice := nothing_learned(dataset.validation, value):
+        if recipe.length(random_routes) and (advice := nothing_learned(dataset.validation, value)):
             say(f"{path.stem}: {advice}", sys.stderr)
 
 

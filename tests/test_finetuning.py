@@ -186,8 +186,12 @@ def test_policies_learn_on_attacked_inputs_beside_others(jointly, monkeypatch, t
     jointly("attacked", 0.25)
     # Gates attack a quarter of each batch of 16, against what they are by then; the network, of each batch of 32.
     assert counts.count(4) == 8 + 16 * 3 and counts.count(8) >= 4 * 3
+    file = tmp_path / "attacked" / "checkpoints" / "attacked.safetensors"
+    assert not file.exists(), "gates attack what they learn on themselves"
+    monkeypatch.setattr(Gates, "attacks", False)
+    file = tmp_path / "other" / "checkpoints" / "attacked.safetensors"  # for agents whose inputs an environment has
+    jointly("other", 0.25)
     plain = agents[-1]._split
-    file = tmp_path / "attacked" / "checkpoints" / "attacked.safetensors"  # for agents whose inputs an environment has
     moved = load_tensors(file, "attacked inputs")[0]["inputs"]
     changed = (plain.inputs != plain.beginning_with(moved).inputs).flatten(1).any(1)
     count = round(0.25 * len(plain))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 import dynrl
-from dynrl.data import image_folder, own_dataset, stored
+from dynrl.data import DATASETS, image_folder, own_dataset, stored
 from dynrl.data.stored import Stored, statistics, store
 from dynrl.perturb import Ball
 from dynrl.runs import RunFolder
@@ -101,6 +101,18 @@ def test_each_channel_has_its_own_statistics(photos):
     assert statistics(torch.full((4, 2, 3, 3), 5.0)) == ((5.0, 5.0), (1.0, 1.0)), (
         "what never changes is not divided by 0"
     )
+
+
+@pytest.mark.parametrize("name", ["digit-scenes", "trace-small"])
+def test_data_are_the_same_for_any_number_of_threads(name):
+    """Else a network that was trained with another number would take them for other data."""
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(DATASETS[name]())
+        assert torch.get_num_threads() == threads
+    one, two = found
+    assert (one.mean, one.deviation, one.fingerprint) == (two.mean, two.deviation, two.fingerprint)
 
 
 def test_rows_are_read_as_a_tensor_is_indexed():

@@ -154,8 +154,7 @@ class Dataset:
         digest = hashlib.sha256(f"{self.input_shape}".encode())
         for split in (self.train, self.validation, self.test):
             for x in (x for rows in split.inputs.split(PIECE) for x in parts(rows).values()):
-                wide = x.double()
-                raw = wide.mul_(along(self.deviation, wide)).add_(along(self.mean, wide)).mul_(255).round_()
+                raw = self.raw(x.double()).mul_(255).round_()
                 digest.update(raw.to(torch.int32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -276,19 +275,6 @@ def _seen_by(data: Dataset, known: Provenance) -> Dataset:
         data, classes=count, train=train, validation=validation, test=test, mean=known.mean, deviation=known.deviation,
         anew=None if draw is None else lambda seed: seen(draw(seed)), names=known.classes,
     )  # fmt: skip
-
-
-def mean_and_deviation(inputs: Tensor) -> tuple[float, float]:
-    """Return the mean and the deviation of `inputs`, the same to the last digit for any number of threads.
-
-    Each number of threads adds up in its own order. Data would then not be what a network was trained on.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return float(inputs.mean()), float(inputs.std())
-    finally:
-        torch.set_num_threads(threads)
 
 
 def scaled(inputs: Any, mean: Numbers, deviation: Numbers) -> Any:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dynrl.data.base import Augmentation, Dataset, Split, mean_and_deviation, scaled
+from dynrl.data.base import Augmentation, Dataset, Split, scaled
 from dynrl.data.images import fashion_images
+from dynrl.data.stored import statistics
 from dynrl.tasks import Detection, Restoration
 
 SIDE = 24
@@ -113,8 +114,7 @@ def windows() -> Dataset:
     A detector tells whether there is a garment. In training, a quarter of the windows show one, and they are drawn anew
     in each epoch; the classes weigh alike everywhere (`Detection`). Garments are Fashion-MNIST's, of random size, place
     and brightness. Each photograph is cut into four strips: two for training, one for validation, one for the test. The
-    task is that of cascades of detectors (Viola & Jones 2001, CVPR), in which nearly all
-    windows are background.
+    task is that of cascades of detectors (Viola & Jones 2001, CVPR), in which nearly all windows are background.
 
     Raises:
         ValueError: the photographs are not installed.
@@ -129,7 +129,7 @@ def windows() -> Dataset:
             zip(places, worn, (OFTEN, SHARE, SHARE), (12_000, 6_000, 10_000), strict=True)
         )
     )
-    mean, deviation = mean_and_deviation(train.inputs)
+    mean, deviation = statistics(train.inputs)
 
     def seen(split: Split) -> Split:
         return replace(split, inputs=scaled(split.inputs, mean, deviation))

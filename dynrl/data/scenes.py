@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.data.base import Augmentation, Dataset, Parts, Split, mean_and_deviation, scaled
+from dynrl.data.base import Augmentation, Dataset, Parts, Split, scaled
 from dynrl.data.images import digit_images, fashion_images
+from dynrl.data.stored import statistics
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _scenes(name: str, scene: Scene, things: Parts, sizes: tuple[int, int, int])
         return images, labels[rows].long(), difficulty
 
     made = [draw(part, part) for part in range(3)]
-    mean, deviation = mean_and_deviation(made[0][0])
+    mean, deviation = statistics(made[0][0])
 
     def split(images: Tensor, labels: Tensor, difficulty: dict[str, Tensor]) -> Split:
         return Split(scaled(images, mean, deviation), labels, difficulty=difficulty)

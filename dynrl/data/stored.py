@@ -155,8 +155,18 @@ def read_all(items: Any) -> Iterator[Any]:
 def statistics(inputs: Any) -> tuple[Numbers, Numbers]:
     """Return the mean and the deviation of inputs [n, ...], for each channel where there are several.
 
-    Inputs [n, channels, height, width] have channels. A deviation of 0 is given as 1.
+    Inputs [n, channels, height, width] have channels. A deviation of 0 is given as 1. One thread adds up: other numbers
+    of threads add in another order, and the last digit would tell the data from those that a network was trained on.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _statistics(inputs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _statistics(inputs: Any) -> tuple[Numbers, Numbers]:
     channels = inputs.shape[1] if inputs.dim() == 4 and inputs.shape[1] > 1 else None
     if isinstance(inputs, Tensor):
         over = (0, 2, 3) if channels else tuple(range(inputs.dim()))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dynrl.data.base import Augmentation, Dataset, Split, mean_and_deviation, scaled
+from dynrl.data.base import Augmentation, Dataset, Split, scaled
+from dynrl.data.stored import statistics
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], np.float32)
 # The grey of a curve's pixels; the weight on going straight; the share of steps in which this weight counts.
@@ -117,7 +118,7 @@ def trace_images(scene: Scene, count: int, seed: int) -> tuple[torch.Tensor, tor
 def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> Dataset:
     """Make a data set whose splits have seeds of their own; other seeds draw other training images."""
     made = [trace_images(scene, count, seed) for seed, count in enumerate((train, validation, test))]
-    mean, deviation = mean_and_deviation(made[0][0])
+    mean, deviation = statistics(made[0][0].flatten(1))  # one for all channels, since no colour is special
 
     def split(images: torch.Tensor, labels: torch.Tensor, steps: torch.Tensor) -> Split:
         return Split(scaled(images, mean, deviation), labels, difficulty={"length": steps.float()})

@@ -14,9 +14,7 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import timing
 from dynrl.evaluation.scores import score
 
-COLLAPSED = (
-    0.02  # a policy whose cheapest and dearest price differ by less, as a share of the dense MACs, is deaf to it
-)
+COLLAPSED = 0.02  # a policy that spends the same at all prices but for this share of the dense MACs is deaf to them
 
 
 def calibrate(
