@@ -71,8 +71,8 @@ def heeded(words, settings):
         name, glued, value = word.removeprefix("--").replace("-", "_").partition("=")
         if not word.startswith("--") or not isinstance(said.get(name), int | float):
             continue
-        given = word.partition("=")[2] if glued else words[at + 1]
-        if float(given) != said[name]:
+        given = value if glued else words[at + 1]
+        if given != "None" and float(given) != said[name]:  # None asks for the default
             return False
     return True
 

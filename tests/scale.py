@@ -50,36 +50,40 @@ def test_changed_command_lines_are_refused_in_a_line_or_heeded(tmp_path):
 
 
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
-    """`SOAK` / 60 kills, each at a random moment since the start; what is resumed in the end is the whole run."""
-    words = ["train", "skip", "--data", "digits", "--agent", "gate", "--steps", "40000", "--no-evaluate"]
-    words += ["--backbone", str(SHIPPED / "skip-digits"), "--price-range", "0.02", "2", "--threads", "1"]
+    """`SOAK` / 60 kills, at least 3, each at a random moment since the start; what is resumed is the whole run."""
+    learning = ["--agent", "gate", "--steps", "40000", "--price-range", "0.02", "2", "--data", "digits"]
+    begin = ["--backbone", str(SHIPPED / "skip-digits"), *learning]
+
+    def started(*words):
+        words = [*COMMAND, "train", "skip", *words, "--no-evaluate", "--threads", "1"]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
     begun = time.monotonic()
-    subprocess.run([*COMMAND, *words, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
-    length, draw, kills, killed = time.monotonic() - begun, random.Random(2), 0, tmp_path / "killed"
-    while True:
-        again = (
-            ["train", "skip", "--resume", str(killed), "--no-evaluate", "--threads", "1"] if killed.exists() else None
-        )
-        process = subprocess.Popen(
-            [*COMMAND, *(again or [*words, "--out", str(killed)])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            said, _ = process.communicate(timeout=draw.uniform(0, length) if kills < max(3, SOAK / 60) else None)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            continue
-        assert process.returncode == 0, said.decode()[-2000:]
-        break
-    print(f"\n{kills} kills, at random moments of a run of {length:.0f} s")
-    for name, kind in (("policy", "policy"), ("backbone", "backbone")):
-        (one, known), (other, same) = (
-            load_tensors(tmp_path / run / f"{name}.safetensors", kind) for run in ("whole", "killed")
-        )
-        assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
-        assert known == same
-    assert not list(killed.glob("**/.*.*"))
+    said, _ = (whole := started(*begin, "--out", str(tmp_path / "whole"))).communicate()
+    assert whole.returncode == 0, said[-2000:]
+    length, draw, kills, runs = time.monotonic() - begun, random.Random(2), 0, 0
+    while kills < max(3, SOAK / 60):
+        runs, out, before = runs + 1, tmp_path / f"killed-{runs}", kills
+        while True:
+            process = started(*(("--resume", str(out)) if out.exists() else (*begin, "--out", str(out))))
+            try:
+                # The first one of each run is killed for sure.
+                said, _ = process.communicate(timeout=draw.uniform(0, length * (0.9 if kills == before else 1.5)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+                continue
+            assert process.returncode == 0, said[-2000:]
+            break
+        for kind in ("policy", "backbone"):
+            (one, known), (other, same) = (
+                load_tensors(run / f"{kind}.safetensors", kind) for run in (tmp_path / "whole", out)
+            )
+            assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+            assert known == same
+        assert not list(out.glob("**/.*.*"))
+    print(f"\n{kills} kills in {runs} runs of {length:.0f} s")
 
 
 def resident():
