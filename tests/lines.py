@@ -17,7 +17,8 @@ ODD = (
     "", " ", "-1", "0", "-0.0", "1e-320", "1e308", "nan", "inf", "-inf", "2147483648", "9" * 30, "x", "None", "true", "[1]",
     "{}", "../..", "/dev/null/x", "0x10", "1_000", "+3", "1e3", "x" * 5000, "--", "-", "\u0663", "3.5", "1,2", "a=b", "\t7", "'", "\\",
 )  # fmt: skip
-EXIT, SKIP = (str(SHIPPED / f"{name}-digits") for name in ("exit", "skip"))
+SKIP = str(SHIPPED / "skip-digits")
+EXIT = "../exit-digits"  # a copy: attacks are written beside the run that they are on
 LINES = {
     "train": (
         ["skip"],
@@ -80,6 +81,7 @@ def heeded(words, settings):
 def check(count: int, seed: int, folder: Path) -> dict[str, int]:
     """Give `count` changed command lines, and return how many were refused and heeded, by kind."""
     draw, found, asked = random.Random(seed), {}, []
+    shutil.copytree(SHIPPED / "exit-digits", folder / "exit-digits")
 
     def learn(run, planned):
         assert Settings.read(run.config_file, planned.settings.place) == planned.settings
