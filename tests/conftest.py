@@ -10,12 +10,14 @@ import torch
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # which plugins were given is the developer's own business
 THREADS = 2
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    # A core for each of the processes that share the tests out, and for whatever it starts: threads that outnumber
-    # their cores spend most of their time waiting for each other.
+if hasattr(os, "sched_getaffinity"):
+    # Threads that outnumber their cores spend most of their time waiting for each other. So each of the processes that
+    # share the tests out, and whatever it starts, has a core of its own.
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
-    THREADS = 1
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        cores = [cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]]
+        os.sched_setaffinity(0, set(cores))
+    THREADS = min(THREADS, len(cores))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
 
