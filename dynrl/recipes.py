@@ -310,7 +310,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             epochs=12, batch_size=100, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
             plain_epochs=7,
         ),
-        learning=Learning(steps=80_000, hidden=16, reward="log_likelihood"),
+        learning=Learning(steps=300_000, hidden=16, reward="log_likelihood"),
     ),
     ("unroll", "hops"): Defaults(
         family="unrolled",

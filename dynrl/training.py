@@ -506,8 +506,10 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
         backbone.save(path, seed=seed, random_routes=random_routes, **{f"validation_{metric}": value})
         checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
         macs = backbone.dense_macs / 1e6
-        say(f"{path.stem}: {metric} {value:.4g} on validation data, {macs:.1f} million MACs an input")
-        if recipe.length(random_routes) and (advice := nothing_learned(dataset.validation, value)):
+        whole = not random_routes or recipe.full_share > 0  # else no full route was trained, and it says little
+        where = "on validation data" if whole else "on validation data along the full route, which was not trained"
+        say(f"{path.stem}: {metric} {value:.4g} {where}, {macs:.1f} million MACs an input")
+        if whole and recipe.length(random_routes) and (advice := nothing_learned(dataset.validation, value)):
             say(f"{path.stem}: {advice}", sys.stderr)
 
 
@@ -575,7 +577,7 @@ def _learn(run: RunFolder, planned: Plan) -> bool:
         },
     )  # fmt: skip
     low, high = min(macs for _, macs in curve), max(macs for _, macs in curve)
-    say(f"policy: {run.policy_file}, budgets from {low:.2f} to {high:.2f} of the dense MACs")
+    say(f"policy: {run.policy_file}, budgets from {low:.2g} to {high:.2g} of the dense MACs")
     if advice := collapse(model, validation):
         say(advice, sys.stderr)
     return finished

@@ -50,7 +50,7 @@ class JumpRNN(Recurrent):
     speaks = True
     gates = False  # the mean of two texts' positions is none
     input_dtype = "int64"
-    budgets = (0.02, 0.1, 0.2, 0.35, 0.5)  # of a text, not of a network: a few words may do
+    budgets = (0.03, 0.1, 0.2, 0.35, 0.5)  # of a text, not of a network: a few words may do
     _marks: Tensor  # [kinds, tokens] bool
     _hops: Tensor  # [choices]
 

@@ -14,7 +14,7 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import timing
 from dynrl.evaluation.scores import score
 
-COLLAPSED = 0.02  # a policy that spends the same at all prices but for this share of the dense MACs is deaf to them
+COLLAPSED = 0.02  # a policy whose spending at all prices differs by less than this share of its most is deaf to them
 
 
 def calibrate(
@@ -65,8 +65,8 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
     recover from either state, because such a policy tries nothing else any more.
     """
     macs = [spent for _, spent in model.curve]
-    reach = f"{min(macs):.2f} to {max(macs):.2f} of the dense MACs"
-    if len(macs) > 1 and max(macs) - min(macs) < COLLAPSED:
+    reach = f"{min(macs):.2g} to {max(macs):.2g} of the dense MACs"
+    if len(macs) > 1 and max(macs) - min(macs) < COLLAPSED * max(macs):
         return (
             f"collapsed: the price changes nothing (the policy spends {reach}). Widen the price range "
             "(--price-range): the lowest price should make the policy spend everything, the highest almost nothing. "

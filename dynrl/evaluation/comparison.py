@@ -175,7 +175,7 @@ def comparison_text(result: dict[str, Any]) -> str:
         if "area" not in row:
             lines.append(f"{row['policy']} less {row['rival']:20}   none  they have no budget in common")
     for name, (least, most) in result["reachable"].items():
-        if most - least < COLLAPSED:
+        if most - least < COLLAPSED * most:
             spends = f"between {most:.2f} and {least:.2f}, seed by seed," if most < least else f"{most:.2f}"
             lines.append(f"{name} collapsed: it spends {spends} of the dense MACs at every price")
     for row in result["one_price"]:
