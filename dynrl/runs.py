@@ -219,8 +219,11 @@ class RunFolder:
 
     @cached_property
     def plain(self) -> Backbone | None:
-        """The same network, trained on its full route only; None if the folder has none."""
-        return load_backbone(self.plain_file)[0] if self.plain_file.is_file() else None
+        """The same network, trained on its full route only; None if there is none, or it was not trained."""
+        if not self.plain_file.is_file():
+            return None
+        network, known = load_backbone(self.plain_file)
+        return None if known.get("epochs") == 0 else network
 
     @cached_property
     def finished(self) -> bool:

@@ -503,13 +503,14 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
             label=label, device=planned.settings.place.device,
         )  # fmt: skip
         value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
-        backbone.save(path, seed=seed, random_routes=random_routes, **{f"validation_{metric}": value})
+        epochs = recipe.length(random_routes)
+        backbone.save(path, seed=seed, random_routes=random_routes, epochs=epochs, **{f"validation_{metric}": value})
         checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
         macs = backbone.dense_macs / 1e6
         whole = not random_routes or recipe.full_share > 0  # else no full route was trained, and it says little
         where = "on validation data" if whole else "on validation data along the full route, which was not trained"
         say(f"{path.stem}: {metric} {value:.4g} {where}, {macs:.1f} million MACs an input")
-        if whole and recipe.length(random_routes) and (advice := nothing_learned(dataset.validation, value)):
+        if whole and epochs and (advice := nothing_learned(dataset.validation, value)):
             say(f"{path.stem}: {advice}", sys.stderr)
 
 

@@ -23,6 +23,7 @@ from dynrl.inputs import Named
 from dynrl.pretraining import Recipe
 from dynrl.progress import talking
 from dynrl.provenance import Provenance
+from dynrl.runs import RunFolder
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Regression
 from dynrl.training import learn, make_run, plan, plan_again, pretrain_into, resume, train
@@ -181,19 +182,25 @@ def test_data_is_known_by_its_name_from_then_on():
 # Training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("learns", "plain_epochs"), [(True, 12), (True, 0), (False, 1), (False, 0)])
-def test_a_network_that_learned_nothing_is_named(learns, plain_epochs, tmp_path, capfd):
-    """But not one that nobody trained: a recipe may begin with random routes."""
+@pytest.mark.parametrize(
+    ("learns", "plain_epochs", "full_share"), [(True, 12, 0.25), (True, 0, 0.25), (False, 1, 0.25), (False, 0, 0.0)]
+)
+def test_a_network_that_learned_nothing_is_named(learns, plain_epochs, full_share, tmp_path, capfd):
+    """But not one that nobody trained: a recipe may begin with random routes, and may leave the full route out."""
     images, labels = small_images()
     if not learns:
         labels[torch.arange(200) % 4 > 0] = 0  # so frequent a class that an untrained network is no better than it
     planned = plan(own_backbone(), (images, labels))
-    pretraining = replace(RECIPE, plain_epochs=plain_epochs, learning_rate=5e-3 if learns else 1e-9)
+    pretraining = replace(
+        RECIPE, plain_epochs=plain_epochs, full_share=full_share, learning_rate=5e-3 if learns else 1e-9
+    )
     with talking(True):
         pretrain_into(tmp_path, replace(planned, recipe=replace(planned.recipe, pretraining=pretraining)))
-    said = capfd.readouterr().err
+    heard, said = capfd.readouterr()
     assert ("plain: has learned nothing: accuracy is" in said) == (not learns and plain_epochs > 0), said
-    assert ("backbone: has learned nothing" in said) == (not learns), said
+    assert ("backbone: has learned nothing" in said) == (not learns and full_share > 0), said
+    assert ("along the full route, which was not trained" in heard) == (full_share == 0), heard
+    assert (RunFolder(tmp_path).plain is None) == (plain_epochs == 0)
 
 
 def test_a_network_and_data_of_ones_own(tmp_path, capfd):

@@ -305,7 +305,10 @@ def report_text(report: dict[str, Any]) -> str:
         if missed:
             lines.append(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
         if len(missed) == len(report["budgets"]):
-            lines.append(f"{name} has the one row at its lowest price: it has collapsed, or was trained at one price")
+            lines.append(
+                f"{name} has the one row at its lowest price: it needs none of these budgets, has collapsed, or was "
+                "trained at one price"
+            )
     return "\n".join(lines)
 
 
