@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -65,46 +65,46 @@ def _reached(point: Mapping[str, Any], metric: str) -> str:
     return show(point[metric]) + (f" ±{show(spread)}" if spread else "")
 
 
-def by_decision_table(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Write one row for each report, by its folder: what it says at half of the dense MACs.
+def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequence[float]) -> list[str]:
+    """Write one row for each report, by its folder: what it says at its share of the dense MACs in `budgets`.
 
     The dense network is the best of a report's full networks. The learned policy is the fine-tuned one where there is
     one. The strongest rival is the most accurate of the rest:
     gates, rules of thumb, and smaller plain networks.
     """
     lines = [
-        "| report | dense | learned, half of its MACs | random | static | strongest rival | speed-up |",
-        "|---|---|---|---|---|---|---|",
+        "| report | dense | learned | its MACs | random | static | strongest rival | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for folder, report in reports.items():
+    for (folder, report), budget in zip(reports.items(), budgets, strict=True):
         metric = report["metric"]
         task = TASKS[metric]
-        half = [p for p in report["points"] if p["budget"] == HALF or (p["budget"] is None and _about_half(p))]
+        near = [p for p in report["points"] if p["budget"] == budget or (p["budget"] is None and _within(p, budget))]
         best = max if task.rises else min
-        mine = [p for p in half if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
+        mine = [p for p in near if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
         learned = best(mine, key=itemgetter(metric))
-        random, static = (_at_half(report, name) for name in ("random", "static"))
-        rest = [p for p in half if p not in mine and p["policy"] not in ("random", "static", "uniform", "oracle")]
+        random, static = (_at(report, name, budget) for name in ("random", "static"))
+        rest = [p for p in near if p not in mine and p["policy"] not in ("random", "static", "uniform", "oracle")]
         rival = best(sorted(rest, key=lambda p: p["kind"] is not None), key=itemgetter(metric), default=None)
         cells = [
             task.show(report["dense"][metric]),
             f"**{task.show(learned[metric])}**" + (" tuned" if learned["kind"]["tuned"] else ""),
-            task.show(random[metric]), task.show(static[metric]),
+            f"{learned['macs_fraction']:.2f}", task.show(random[metric]), task.show(static[metric]),
             "" if rival is None else f"{rival['policy']} {task.show(rival[metric])}", f"{learned['speedup']:.2f}",
         ]  # fmt: skip
         lines.append(f"| [{report['decision']}, {report['data']}](results/{folder}) | {' | '.join(cells)} |")
     return lines
 
 
-def _about_half(point: Mapping[str, Any]) -> bool:
-    """Tell whether a row without a budget stands beside rows at half: a policy's only one, or one as cheap."""
-    return point["kind"] is not None or point["macs_fraction"] <= HALF + 0.05
+def _within(point: Mapping[str, Any], budget: float) -> bool:
+    """Tell whether a row without a budget stands beside rows at `budget`: a policy's only one, or one as cheap."""
+    return point["kind"] is not None or point["macs_fraction"] <= 1.1 * budget
 
 
-def _at_half(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a contender's row at half, or beside the one row of a learned policy that no budget asks for."""
+def _at(report: Mapping[str, Any], name: str, budget: float) -> Mapping[str, Any]:
+    """Return a contender's row at `budget`, or beside the one row of a learned policy that no budget asks for."""
     found = [p for p in report["points"] if p["policy"] == name]
-    return min(found, key=lambda p: 0 if p["budget"] is None else abs(p["budget"] - HALF))
+    return min(found, key=lambda p: 0 if p["budget"] is None else abs(p["budget"] - budget))
 
 
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:
@@ -188,7 +188,7 @@ def shipped_table() -> list[str]:
         report = read_json(SHIPPED / name / "report.json")
         size = sum(file.stat().st_size for file in (SHIPPED / name).glob("*.safetensors")) / 1e3
         learned = next(p for p in report["points"] if p["kind"] is not None and p["budget"] in (HALF, None))
-        rivals = [_at_half(report, rival) for rival in ("random", "static")]
+        rivals = [_at(report, rival, HALF) for rival in ("random", "static")]
         own = report["dense"]["tuned_accuracy"] or report["dense"]["all_execute_accuracy"]
         cells = [f"{100 * accuracy:.2f} %" for accuracy in (own, *(p["accuracy"] for p in (learned, *rivals)))]
         lines.append(f"| `{name}` | {size:.0f} | {' | '.join(cells)} | {learned['speedup']:.2f} |")
