@@ -61,6 +61,15 @@ def test_a_budget_that_no_random_route_reaches_has_no_random_point():
     assert {p["policy"] for p in points} == {"learned", "static", "oracle"}
 
 
+def test_rows_of_the_same_routes_are_timed_once():
+    backbone = SkipResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
+    times = {}
+    for p in numbers_report(backbone, [(1, [(0.01, 0.9), (1.0, 0.2)])]):
+        times.setdefault((p["policy"], p["macs_fraction"]), set()).add(p["latency_ms"])
+    assert {len(alike) for alike in times.values()} == {1}
+    assert len(set.union(*times.values())) == len(times), "other routes have times of their own"
+
+
 def test_a_policy_that_reaches_no_budget_is_shown_at_its_lowest_price():
     backbone = SkipResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
     points = numbers_report(backbone, [(0, [(0.01, 0.44), (1.0, 0.43)])])
