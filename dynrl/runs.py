@@ -17,7 +17,7 @@ from dynrl.plugins import find_again
 from dynrl.policies import load_policy
 from dynrl.provenance import Provenance
 from dynrl.schema import parse
-from dynrl.settings import Problem, Settings
+from dynrl.settings import PRETRAINED_HERE, Problem, Settings
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
     )
 
 
-# The settings in which runs of one kind may differ. `network` is among them, because backbones are compared by content.
-FREE = {"seed", "network"}
+# The settings in which runs of one kind may differ: backbones are compared by content, not by how they were made.
+FREE = {"seed", *PRETRAINED_HERE}
 
 
 class RunFolder:

@@ -10,6 +10,7 @@ from dynrl.files import read_json, reading, write_json
 from dynrl.schema import MOST_ROWS, check_count, check_price_range, parse
 
 MOST_PROCESSES = 1_000  # remote processes of one run
+PRETRAINED_HERE = ("network", "epochs", "plain")  # a backbone that is there leaves no room for these
 
 
 @dataclass(frozen=True)

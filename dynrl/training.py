@@ -40,12 +40,11 @@ from dynrl.progress import progress, say, talking
 from dynrl.recipes import FAMILY, Defaults, defaults
 from dynrl.runs import RunFolder
 from dynrl.schema import parse
-from dynrl.settings import Learning, Place, Problem, Settings, names
+from dynrl.settings import PRETRAINED_HERE, Learning, Place, Problem, Settings, names
 
 LITTLE = 0.97  # a network that errs more often than this share of what a blind answer does has learned nothing
 CALIBRATED = 1024  # how many validation inputs calibrate budgets; more would hardly change the mean MACs
 TIMED_ROUNDS, TIMED_BATCH = 11, 256
-PRETRAINED_HERE = ("network", "epochs", "plain")  # the settings that a backbone which is there leaves no room for
 
 
 @dataclass(frozen=True)

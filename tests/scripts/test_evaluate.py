@@ -109,6 +109,8 @@ def test_runs_that_were_not_trained_alike_are_no_seeds_of_one_another(run, other
     other = twin(run, tmp_path / "other", seed=1, steps=7, entropy=0.5)
     with pytest.raises(ValueError, match=r"are both 'learned' and differ in \['entropy', 'steps'\]"):
         by_kind([RunFolder(run), RunFolder(other)])
+    made_apart = twin(run, tmp_path / "apart", seed=2, epochs=9)  # what made the backbone that both have matters not
+    assert [len(alike) for alike in by_kind([RunFolder(run), RunFolder(made_apart)]).values()] == [2]
     with pytest.raises(ValueError, match="of seed 0 a second time"):
         by_kind([RunFolder(run), RunFolder(twin(run, tmp_path / "again"))])
     stopped = twin(run, tmp_path / "stopped", seed=1)
