@@ -323,7 +323,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("unroll", "prefix"): Defaults(
         family="recall_net",
-        backbone={"width": 32, "steps": 12},
+        backbone={"width": 16, "steps": 12},
         pretraining=Recipe(
             epochs=2, batch_size=256, learning_rate=3e-3, weight_decay=1e-4, label_smoothing=0.0, optimizer="adam",
             plain_epochs=8,
