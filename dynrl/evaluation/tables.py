@@ -154,12 +154,13 @@ def one_price_table(results: list[dict[str, Any]]) -> list[str]:
 def attacks_table(reports: list[dict[str, Any]]) -> list[str]:
     """Write what attacks take of what models save: two rows for each report, without and with its limit."""
     lines = [
-        "| decision, data | policy | limit | clean, % | efficacy | noise takes | DeepSloth takes | spending takes "
-        "| attacked, % | its MACs | most |",
-        "|" + "---|" * 11,
+        "| decision, data | policy | asked | limit | clean, % | efficacy | noise takes | DeepSloth takes "
+        "| spending takes | attacked, % | its MACs | most |",
+        "|" + "---|" * 12,
     ]
     for report in reports:
-        show = TASKS[report["metric"]].show
+        show, budget = TASKS[report["metric"]].show, report["budget"]
+        asked = f"price {report['price']:.3g}" if budget is None else f"budget {budget:g}"
         for limit, rows in ((None, report["free"]), (report["limit"], report["limited"] or [])):
             found = {row["inputs"]: row for row in rows}
             if not found:
@@ -169,7 +170,8 @@ def attacks_table(reports: list[dict[str, Any]]) -> list[str]:
                 f"{found[name]['lost']:.0%}" if name in found else "" for name in ("noise", "uncertainty", "spending")
             ]
             cells = [
-                f"{report['decision']}, {report['data']}", report["policy"], "" if limit is None else f"{limit:g}",
+                f"{report['decision']}, {report['data']}", report["policy"], asked,
+                "" if limit is None else f"{limit:g}",
                 show(clean[report["metric"]]), f"{clean['efficacy']:.2f}", *took, show(spending[report["metric"]]),
                 f"{spending['macs_fraction']:.2f}", f"{max(row['most'] for row in rows):.2f}",
             ]  # fmt: skip
