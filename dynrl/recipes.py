@@ -325,8 +325,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="recall_net",
         backbone={"width": 16, "steps": 12},
         pretraining=Recipe(
-            epochs=2, batch_size=256, learning_rate=3e-3, weight_decay=1e-4, label_smoothing=0.0, optimizer="adam",
-            plain_epochs=8,
+            epochs=4, batch_size=256, learning_rate=3e-3, weight_decay=1e-4, label_smoothing=0.0, optimizer="adam",
+            plain_epochs=18,
         ),
         learning=Learning(steps=150_000, hidden=16, reward="gain"),
     ),
