@@ -134,8 +134,12 @@ def as_exported(model, path):
     return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0])
 
 
-@pytest.mark.parametrize(("hidden", "file"), [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")])
-@pytest.mark.parametrize("name", ["skip", "exit", "model", "unroll"])
+KINDS = [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")]
+EXPORTED = [(name, *kind) for name in ("skip", "exit", "model", "unroll") for kind in KINDS]
+TUPLES = [(name, 8, "model.pt2") for name in ("exits at scales", "skip of paths")]  # their features are tuples
+
+
+@pytest.mark.parametrize(("name", "hidden", "file"), EXPORTED + TUPLES)
 @torch.no_grad()
 def test_a_plugged_model_is_exported(name, hidden, file, tmp_path):
     model, met = decided(name, hidden), set()
