@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dynrl.backbones.early import early_classifier, early_inputs
+from dynrl.backbones.early import CELLS, early_classifier, early_inputs
 from dynrl.backbones.exit import Exits
 from dynrl.backbones.resnet import Normed, folded
 from dynrl.cost import count_macs
@@ -110,7 +110,7 @@ class MultiScaleNet(Exits):
 
     An exit sees the coarsest maps, so that an early one has seen the whole image, too: in a ResNet, the first blocks
     have only fine maps. Layers add maps to what there is already. In equal parts of its stages, the network drops its
-    finest scale. An exit is a convolution of stride 2, and one linear layer on its maps reduced to 4x4.
+    finest scale. An exit is a convolution, of stride 2 on maps of more than 4x4, and one linear layer on 4x4 means.
 
     Args:
         input_shape: (channels, height, width) of one image.
@@ -142,9 +142,9 @@ class MultiScaleNet(Exits):
         check_count("scales", scales, 2, MOST_SCALES)
         for name, count in (("classes", classes), ("width", width), ("growth", growth), ("stem_stride", stem_stride)):
             check_count(name, count, 1, MOST_ROWS)
-        if len(input_shape) != 3 or len(layers) < max(2, scales):
+        if len(input_shape) != 3 or len(layers) < scales:
             raise ValueError(
-                f"expected images (channels, height, width), two exits and an exit for each of {scales} scales, got "
+                f"expected images (channels, height, width) and an exit for each of {scales} scales at least, got "
                 f"inputs of {tuple(input_shape)} and {len(layers)} exits"
             )
         self.input_shape = tuple(input_shape)
@@ -164,7 +164,7 @@ class MultiScaleNet(Exits):
             kept = scales - k * scales // len(layers)
             stage = Stage(sizes, [growth << (scales - len(sizes) + i) for i in range(len(sizes))], depth, kept)
             sizes = stage.sizes
-            head = Normed(sizes[-1][0], width << (scales - 1), 3, 2)
+            head = Normed(sizes[-1][0], width << (scales - 1), 3, 2 if max(sizes[-1][1:]) > CELLS else 1)
             macs, size = count_macs(head, sizes[-1])
             fc = early_classifier(size, classes)
             stage_macs.append(cost + stage.macs + macs + count_macs(fc, (fc.in_features,))[0])

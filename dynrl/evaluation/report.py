@@ -65,6 +65,8 @@ def evaluate(
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
     if not folders:
         raise ValueError("expected at least one run folder")
+    if protocol not in (None, "budgeted"):
+        raise ValueError(f"expected the protocol 'budgeted', or None for none, got {protocol!r}")
     check_folder(out)
     groups = list(by_backbone(folders).values())
     dataset = folders[0].dataset(data)
