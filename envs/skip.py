@@ -12,13 +12,16 @@ class SkipVectorEnv(RoutingVectorEnv):
     ## Features
     The mean of each channel of the features before the block. If the network has auxiliary classifiers (the setting
     `auxiliary`), how sure the one in front of the block is comes before: its highest probability, the lead over the
-    second one, and the entropy divided by log(classes).
+    second one, and the entropy divided by log(classes). Of a block of several paths: which of them ran so far, and the
+    mean of each channel of their sum.
 
     ## Action
-    `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and pose no decision.
+    `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and pose no decision. Where
+    blocks are split into paths, each path of each block is run or skipped.
 
     ## Episode
-    One image. The episode ends after the last block, so it has as many steps as the network has identity blocks.
+    One image. The episode ends after the last block, so it has as many steps as the network has identity blocks, or
+    paths.
 
     ## Source
     SkipNet: Learning Dynamic Routing in Convolutional Networks, Wang et al., ECCV 2018 (sequential decisions from

@@ -29,6 +29,8 @@ class Args:
     """Where the runs' data are now, if they have moved; by default, they are found by the name in the run."""
     batch_size: int = 256
     """The number of inputs in the batch that is timed."""
+    protocol: Literal["budgeted"] | None = None
+    """A paper's protocol that is measured, too: budgeted, MSDNet's curve of 39 budgets and the answer of each exit."""
     device: str = "cpu"
     """The device on which networks run: cpu or cuda."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -52,7 +54,8 @@ def main(args: Args) -> None:
         _ = RunFolder(run).config
     if args.out is None and len(args.runs) > 1:
         raise ValueError("several runs make one report: name its folder with --out")
-    report_runs(args.runs, args.out or args.runs[0], args.batch_size, args.smaller, args.device, args.dtype, args.data)
+    out = args.out or args.runs[0]
+    report_runs(args.runs, out, args.batch_size, args.smaller, args.device, args.dtype, args.data, args.protocol)
 
 
 def report_runs(
@@ -63,14 +66,16 @@ def report_runs(
     device: str = "cpu",
     dtype: str = "float32",
     data: str | None = None,
+    protocol: Literal["budgeted"] | None = None,
 ) -> dict[str, Any]:
     """Evaluate runs and show progress; write, print and return the report (see `dynrl.evaluation.evaluate`)."""
     from dynrl.evaluation import evaluate, report_text
     from dynrl.evaluation.figures import show_in_tensorboard
 
     report = evaluate(
-        runs, out=out, smaller=smaller, data=data, batch_size=batch_size, device=device, dtype=dtype, show=True
-    )
+        runs, out=out, smaller=smaller, data=data, batch_size=batch_size, device=device, dtype=dtype,
+        protocol=protocol, show=True,
+    )  # fmt: skip
     if out in runs:
         show_in_tensorboard(out / "report.png", out)
     print(f"\n{report_text(report)}")

@@ -334,6 +334,26 @@ def test_keep_rows() -> None:
         move.keep_rows(some, x)
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("index", [[], [1, 3], [0, 1, 2, 3]])
+def test_add_rows(index: list[int], form: torch.memory_format) -> None:
+    x, rows = (
+        torch.randn(4, 2, 3, 3).contiguous(memory_format=form),
+        torch.randn(len(index), 2, 3, 3, requires_grad=True),
+    )
+    expected = x.clone()
+    expected[index] += rows.detach()
+    where = torch.tensor(index, dtype=torch.int64)
+    added = move.add_rows(x, where, rows)
+    added.square().sum().backward()
+    torch.testing.assert_close(added, expected)
+    torch.testing.assert_close(rows.grad, 2 * expected[index])
+    with torch.no_grad():
+        assert move.add_rows(x, where, rows) is x
+    torch.testing.assert_close(x, expected)
+    assert x.is_contiguous(memory_format=form)
+
+
 @torch.no_grad()
 def test_apart() -> None:
     x = torch.randn(3, 4)

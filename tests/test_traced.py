@@ -16,7 +16,7 @@ from dynrl.ops.routed_linear import routed_linear
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
 from dynrl.policies import StaticPolicy
-from tests.cases import make_policy
+from tests.cases import make_backbone, make_policy
 
 
 class Everything(nn.Module):
@@ -100,7 +100,7 @@ class Network(nn.Sequential):
 def decided(name, hidden=8):
     """A plugged model whose rows take routes of their own."""
     torch.manual_seed({"exit": 7}.get(name, 0))  # with these, its rows take more than two routes
-    backbone = {
+    own = {
         "skip": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)),
         "exit": lambda: ExitResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), exits=(0, 1, 2)),
         "model": lambda: Models(
@@ -114,7 +114,8 @@ def decided(name, hidden=8):
         ),
         "channel": lambda: SlimmableResNet((1, 8, 8), layers=(2,), widths=(32,)),
         "unroll": lambda: Unrolled((5, 8), hidden=6, steps=4),  # one point, in a loop
-    }[name]().eval()
+    }
+    backbone = own[name]().eval() if name in own else make_backbone(name)
     router = make_policy(backbone, (0.01, 1.0), hidden)
     inputs = inputs_for(backbone, 64)
     with torch.no_grad():
@@ -134,8 +135,12 @@ def as_exported(model, path):
     return lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0])
 
 
-@pytest.mark.parametrize(("hidden", "file"), [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")])
-@pytest.mark.parametrize("name", ["skip", "exit", "model", "unroll"])
+KINDS = [(0, "model.pt2"), (8, "model.pt2"), (8, "model.onnx")]
+EXPORTED = [(name, *kind) for name in ("skip", "exit", "model", "unroll") for kind in KINDS]
+TUPLES = [(name, 8, "model.pt2") for name in ("exits at scales", "skip of paths")]  # their features are tuples
+
+
+@pytest.mark.parametrize(("name", "hidden", "file"), EXPORTED + TUPLES)
 @torch.no_grad()
 def test_a_plugged_model_is_exported(name, hidden, file, tmp_path):
     model, met = decided(name, hidden), set()

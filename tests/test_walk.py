@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynrl.backbones import END, CostTable, Point, Walk, choice_rates, load_backbone, merge
-from dynrl.backbones.walk import each
 from dynrl.ops.costs import COSTS
+from dynrl.ops.move import each
 from dynrl.policies import PolicySpec, StepSight
 from dynrl.routes import draw_routes
 from tests.cases import BACKBONES, BUILT, GATED, REGISTERED, make_backbone

@@ -15,6 +15,8 @@ from dynrl.backbones.expert import ExpertNet
 from dynrl.backbones.glimpses import Glimpses
 from dynrl.backbones.models import Members, Models, Resolutions
 from dynrl.backbones.module import ExitModule, SkipModule
+from dynrl.backbones.multipath import MultiPathResNet
+from dynrl.backbones.multiscale import MultiScaleNet
 from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
@@ -30,15 +32,16 @@ from dynrl.schema import arguments, check_known, parse
 FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
-        SkipResNet, ExitResNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members, Resolutions, Unrolled,
-        RecallNet, Restorer, JumpRNN, Glimpses,
+        SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members,
+        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses,
     )
 }  # fmt: skip
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
-    "Members", "Models", "Point", "RecallNet", "Resolutions", "Restorer", "SkipGRU", "SkipLSTM", "SkipModule",
-    "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates", "load_backbone", "merge",
+    "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer", "SkipGRU",
+    "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates",
+    "load_backbone", "merge",
 ]  # fmt: skip
 
 

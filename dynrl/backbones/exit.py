@@ -15,7 +15,7 @@ from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.exit_scores import exit_scores
-from dynrl.ops.move import keep_rows
+from dynrl.ops.move import each, keep_rows
 from dynrl.ops.pooled import summary
 
 STOP, GO_ON = 0, 1
@@ -26,7 +26,7 @@ class Exits(Backbone):
 
     A row pays for the stage before an exit and for the exit's classifier when it arrives there. The last exit is the
     network's own output. A row that arrives there is done, so K exits have K - 1 decision points. A family writes the
-    stages and the exits.
+    stages and the exits. Its features are a tensor, or a tuple of tensors that move together.
     """
 
     decision = "exit"
@@ -35,11 +35,11 @@ class Exits(Backbone):
     speaks = True
     exports = True
 
-    def _advance_to(self, k: int, x: Tensor) -> Tensor:
+    def _advance_to(self, k: int, x: Any) -> Any:
         """Run the stage from exit k - 1 (or the inputs) to exit k."""
         raise NotImplementedError
 
-    def _exit(self, k: int, x: Tensor) -> Tensor:
+    def _exit(self, k: int, x: Any) -> Tensor:
         """Return the output of the classifier of exit k: [n, classes]."""
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class Exits(Backbone):
             feature_width=SCORES + max(widths),
         )
 
-    def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Tensor) -> State:
+    def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Any) -> State:
         """Run the stage before exit k, and keep the exit's answer as the rows' output."""
         x = self._advance_to(k, x)
         walk.put_output(rows, self._exit(k, x))
@@ -90,7 +90,7 @@ class Exits(Backbone):
         """Return how sure the exit is (`exit_scores`), then each channel's mean over all places."""
         return torch.cat([exit_scores(self.output(state)), self._summary(state.point, state.features)], 1)
 
-    def _summary(self, k: int, x: Tensor) -> Tensor:
+    def _summary(self, k: int, x: Any) -> Tensor:
         """Return each channel's mean over the features `x` that rows have at exit k."""
         return summary(x)
 
@@ -98,7 +98,8 @@ class Exits(Backbone):
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[list[Answer]]:
         """Yield all exits of one pass, weighted equally (Huang et al. 2018, section 4); without a rate, the last."""
-        x, answers, rows = inputs, [], torch.arange(len(inputs), device=inputs.device)
+        x: Any = inputs
+        answers, rows = [], torch.arange(len(inputs), device=inputs.device)
         for k in range(len(self.points) + 1):
             x = self._advance_to(k, x)
             if rate is not None or k == len(self.points):
@@ -110,10 +111,10 @@ class Exits(Backbone):
         counts = [len(route), *(route == GO_ON).sum(0).tolist()]
 
         def run() -> None:
-            x = inputs
+            x: Any = inputs
             for k, count in enumerate(counts):
                 if count:
-                    x = self._advance_to(k, x[:count])
+                    x = self._advance_to(k, each(lambda part: part[:count], x))  # noqa: B023 (runs now)
                     self._exit(k, x)
 
         return run

@@ -209,11 +209,11 @@ class Glimpses(Backbone):
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, rows = state.walk, state.rows
-        ended, going = keep_rows(action == STOP, rows), keep_rows(action != STOP, rows, action - 1, *state.features)
+        ended, going = keep_rows(action == STOP, rows), keep_rows(action != STOP, rows, action - 1, state.features)
         reached = [] if ended is None else [State(walk, END, ended[0])]
         if going is None:
             return reached
-        rows, window, h, left, _ = going
+        rows, window, (h, left, _) = going
         h = recurrent_cell(self._codes(walk.inputs, rows, window), h, *self._weights())
         walk.put_output(rows, self.fc(h))
         shares = self.shares.to(left.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,37 @@ from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """Make a convolution without bias, padded so that the map keeps its size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class Normed(nn.Module):
+    """A convolution with batch norm behind it, and with ReLU unless it is left out."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, relu: bool = True) -> None:
+        super().__init__()
+        self.conv, self.relu = convolution(inputs, outputs, kernel, stride), relu
+        self.bn: nn.Module = nn.BatchNorm2d(outputs)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, C, H, W] to [n, K, P, Q]."""
+        if isinstance(self.conv, FoldedConv2d):
+            return self.conv(x, relu=self.relu)
+        x = self.bn(self.conv(x))
+        return F.relu(x, inplace=True) if self.relu else x
+
+
+def folded(network: M) -> M:
+    """Fold the batch norm of each `Normed` of a network into its convolution, and return it in channels_last."""
+    for layer in network.modules():
+        if isinstance(layer, Normed):
+            layer.conv, layer.bn = FoldedConv2d.of(layer.conv, layer.bn), nn.Identity()
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Block(nn.Module):

@@ -13,27 +13,29 @@ from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.gated_residual import gated_residual
+from dynrl.ops.move import each
 from dynrl.ops.pooled import summary
 
 
 class Skipping(Backbone):
     """This is the base class of networks with skippable blocks: action 1 runs a block, 0 passes the row through.
 
-    A family writes what runs before the first such block, which blocks these are, and what runs behind each.
+    A family writes what runs before the first such block, which blocks these are, and what runs behind each. If its
+    features are a tuple, so is what its blocks take and return, and it runs them on some of the rows itself.
     """
 
     decision = "skip"
     exports = True
 
-    def _lead(self, inputs: Tensor) -> Tensor:
+    def _lead(self, inputs: Tensor) -> Any:
         """Run what comes before the first point."""
         raise NotImplementedError
 
-    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
+    def _block(self, point: int) -> Callable[[Any], Any]:
         """Return the block that the choice at `point` runs or skips."""
         raise NotImplementedError
 
-    def _follow(self, point: int, x: Tensor) -> Tensor:
+    def _follow(self, point: int, x: Any) -> Any:
         """Run what comes behind the block of `point`, up to the next point or to the output."""
         raise NotImplementedError
 
@@ -62,12 +64,15 @@ class Skipping(Backbone):
         return [self._go_on(state, gated_residual(state.features, action, self._block(state.point)))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
-        x = state.features
-        skip, run = (gates[:, choice].view(-1, *[1] * (x.dim() - 1)) for choice in (0, 1))
-        # A block may overwrite its input, so it gets a copy.
-        return self._go_on(state, run * self._block(state.point)(x.clone()) + skip * x)
+        def mixed(done: Tensor, x: Tensor) -> Tensor:
+            skip, run = (gates[:, choice].view(-1, *[1] * (x.dim() - 1)) for choice in (0, 1))
+            return run * done + skip * x
 
-    def _go_on(self, state: State, x: Tensor) -> State:
+        # A block may overwrite its input, so it gets a copy.
+        done = self._block(state.point)(each(Tensor.clone, state.features))
+        return self._go_on(state, each(mixed, done, state.features))
+
+    def _go_on(self, state: State, x: Any) -> State:
         x = self._follow(state.point, x)
         if state.point + 1 < len(self.points):
             return State(state.walk, state.point + 1, state.rows, x)
@@ -78,7 +83,7 @@ class Skipping(Backbone):
         """Return the mean of each channel over all places, such as pixels or tokens."""
         return self._summary(state.point, state.features)
 
-    def _summary(self, point: int, x: Tensor) -> Tensor:
+    def _summary(self, point: int, x: Any) -> Tensor:
         """Return each channel's mean over the features `x` that rows have at `point`."""
         return summary(x)
 
@@ -90,7 +95,7 @@ class Skipping(Backbone):
             x = self._lead(inputs)
             for point, count in enumerate(counts):
                 if count:
-                    self._block(point)(x[:count])
+                    self._block(point)(each(lambda part: part[:count], x))  # noqa: B023 (runs now)
                 x = self._follow(point, x)
             return x
 

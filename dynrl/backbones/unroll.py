@@ -94,11 +94,11 @@ class Unrolling(Backbone):
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, rows = state.walk, state.rows
-        ended, going = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, *state.features)
+        ended, going = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, state.features)
         reached = [] if ended is None else [State(walk, END, ended[0])]
         if going is None:
             return reached
-        on = self._go_on(walk, going[0], going[1:])
+        on = self._go_on(walk, *going)
         if isinstance(on.visit, int):
             return [*reached, self._at(on)]
         last = on.visit == self.max_steps

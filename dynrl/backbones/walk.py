@@ -7,7 +7,7 @@ are compacted: a state holds those of the rows that stand at one point.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from dynrl.inputs import Inputs
+from dynrl.ops.move import each
 from dynrl.ops.record import record
 
 END = -1  # the point at which finished rows stand
@@ -43,14 +44,6 @@ class CostTable:
     start: float
     choices: Tensor
     dense: float
-
-
-def each(function: Callable[..., Any], *features: Any) -> Any:
-    """Apply a function of tensors to features: if they are tuples, to each of their tensors; None stays None."""
-    first = features[0]
-    if first is None:
-        return None
-    return tuple(map(function, *features)) if isinstance(first, tuple) else function(*features)
 
 
 class Walk:

@@ -61,11 +61,13 @@ def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[
     `pictures` is what `restored` returns, if inputs are images that are restored.
     """
     hard = {} if report["usage"] is None else report["usage"]["difficulty"]
-    count = 2 + bool(hard) + bool(pictures)
+    count = 2 + bool(hard) + bool(pictures) + ("budgeted" in report)
     figure = _new_figure(figsize=(11, 4.2 * count))
     upper, lower, *lowest = figure.subfigures(count, 1)
     if pictures:
         _draw_pictures(pictures, test.task, lowest.pop())
+    if "budgeted" in report:
+        _draw_budgeted(report, lowest.pop())
     axes = upper.subplots(1, 2, sharey=True)
     dense, metric, task = report["dense"], report["metric"], TASKS[report["metric"]]
     full_height = task.factor * dense[metric]
@@ -73,11 +75,7 @@ def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[
         (axes[0], "macs_fraction", "MACs, share of the dense network's", 1.0),
         (axes[1], "latency_ms", f"milliseconds a batch of {dense['batch_size']}", dense["latency_ms"]),
     ):
-        for policy in dict.fromkeys(p["policy"] for p in report["points"]):
-            mine = sorted((p for p in report["points"] if p["policy"] == policy), key=itemgetter(x))
-            ys, spread = ([task.factor * p[key] for p in mine] for key in (metric, f"{metric}_std"))
-            marker = style(policy, mine[0]["kind"])
-            axis.errorbar([p[x] for p in mine], ys, yerr=spread, fmt=marker, label=policy, capsize=2)
+        _draw_fronts(report["points"], x, task, axis)
         axis.axhline(full_height, color="grey", linewidth=0.8)
         axis.plot([full], [full_height], "D", color="grey", label="dense")
         axis.set_xlabel(label)
@@ -93,6 +91,29 @@ def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[
         for axis, (name, found) in zip(part.subplots(1, len(hard), squeeze=False)[0], hard.items(), strict=True):
             _draw_difficulty(name, found, task, axis)
     _save(figure, path)
+
+
+def _draw_fronts(points: list[dict[str, Any]], x: str, task: type[Task], axis: Any) -> None:
+    """Draw a line for each policy, with the spread over its seeds."""
+    for policy in dict.fromkeys(p["policy"] for p in points):
+        mine = sorted((p for p in points if p["policy"] == policy), key=itemgetter(x))
+        ys, spread = ([task.factor * p[key] for p in mine] for key in (task.metric, f"{task.metric}_std"))
+        axis.errorbar(
+            [p[x] for p in mine], ys, yerr=spread, fmt=style(policy, mine[0]["kind"]), label=policy, capsize=2
+        )
+
+
+def _draw_budgeted(report: dict[str, Any], figure: Any) -> None:
+    """Draw MSDNet's curve of budgets, and what each exit says of all inputs."""
+    axis, task = figure.subplots(), TASKS[report["metric"]]
+    _draw_fronts(report["budgeted"]["points"], "macs_fraction", task, axis)
+    anytime = report["budgeted"]["anytime"]
+    xs, ys = [row["macs_fraction"] for row in anytime], [task.factor * row[task.metric] for row in anytime]
+    axis.step(xs, ys, where="post", color="grey", label="anytime: all inputs at one exit")
+    axis.set(xlabel="MACs, share of the dense network's", ylabel=f"test {task.heading}", yscale=task.axis)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.suptitle("MSDNet's budgeted batch, 39 budgets", fontsize="medium")
 
 
 def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:

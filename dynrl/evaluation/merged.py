@@ -18,20 +18,31 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(reports) == 1:
         return reports[0]
     first, metric = reports[0], reports[0]["metric"]
-    by_key = [{(p["policy"], p["budget"]): p for p in report["points"]} for report in reports]
-    points = []
-    for key in by_key[0]:
-        if all(key in rows for rows in by_key):
-            mine = [rows[key] for rows in by_key]
-            spread = statistics.stdev(p[metric] for p in mine)
-            points.append(_mean(mine) | {f"{metric}_std": spread, "runs": sum(p["runs"] for p in mine)})
+    points = _merge_rows([report["points"] for report in reports], metric)
+    curves = {
+        name: _merge_rows([report["budgeted"][name] for report in reports], metric)
+        for name in first.get("budgeted", ())
+    }
     dense = [report["dense"] for report in reports]
     kinds = {kind for report in reports for kind in report["seeds"]}
     seeds = {kind: [seed for report in reports for seed in report["seeds"].get(kind, [])] for kind in sorted(kinds)}
     spread = statistics.stdev(each[metric] for each in dense)
     return first | {
         "backbones": len(reports), "seeds": seeds, "points": points, "dense": _mean(dense) | {f"{metric}_std": spread},
+        **({"budgeted": curves} if curves else {}),
     }  # fmt: skip
+
+
+def _merge_rows(reports: Sequence[Sequence[dict[str, Any]]], metric: str) -> list[dict[str, Any]]:
+    """Return the rows that are in each of several lists, by policy and budget, with means and spreads."""
+    by_key = [{(row["policy"], row["budget"]): row for row in rows} for rows in reports]
+    merged = []
+    for key in by_key[0]:
+        if all(key in rows for rows in by_key):
+            mine = [rows[key] for rows in by_key]
+            spread = statistics.stdev(row[metric] for row in mine)
+            merged.append(_mean(mine) | {f"{metric}_std": spread, "runs": sum(row["runs"] for row in mine)})
+    return merged
 
 
 def _mean(values: Sequence[Any]) -> Any:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset
+from dynrl.evaluation.budgeted import budgeted, budgeted_text, check_leaving
 from dynrl.evaluation.contenders import Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
@@ -38,6 +39,7 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     budgets: Sequence[float] | None = None,
+    protocol: Literal["budgeted"] | None = None,
     show: bool = False,
 ) -> dict[str, Any]:
     """Evaluate runs on the test split, beside everything that they must beat.
@@ -50,17 +52,21 @@ def evaluate(
         batch_size: rows of the batch that is timed.
         device, dtype: of networks and inputs.
         budgets: shares of the dense MACs at which contenders are asked; None takes the family's (`Backbone.budgets`).
+        protocol: "budgeted" also measures MSDNet's curves, of networks with exits in a row (see `budgeted`).
         show: whether to show progress.
 
     Returns:
         the report, as a dictionary that JSON can hold.
 
     Raises:
-        ValueError: a folder holds no run, or the runs do not belong in one report (see `by_kind`).
+        ValueError: a folder holds no run, the runs do not belong in one report (see `by_kind`), or their network does
+            not fit the protocol.
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
     if not folders:
         raise ValueError("expected at least one run folder")
+    if protocol not in (None, "budgeted"):
+        raise ValueError(f"expected the protocol 'budgeted', or None for none, got {protocol!r}")
     check_folder(out)
     groups = list(by_backbone(folders).values())
     dataset = folders[0].dataset(data)
@@ -72,9 +78,12 @@ def evaluate(
     found, pictures = [], None
     for mine in groups:
         kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, getattr(torch, dtype))
+        exits = check_leaving(ground) if protocol == "budgeted" else None
         learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]
         seeds = {kind.label: [run.seed for run in alike] for kind, alike in kinds.items()}
         measured = measure(ground, learned, mine[0].plain, beside, batch_size, budgets, show)
+        if exits is not None:
+            measured["budgeted"] = budgeted(ground, learned, exits, show)
         found.append(common | {"seeds": seeds} | measured)
         if dataset.task.pictures and pictures is None and learned:
             pictures = _pictures(learned[0], ground, measured["usage"])
@@ -315,6 +324,8 @@ def report_text(report: dict[str, Any]) -> str:
                 f"{name} has the one row at its lowest price: it needs none of these budgets, has collapsed, or was "
                 "trained at one price"
             )
+    if "budgeted" in report:
+        lines.append(budgeted_text(report))
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dynrl.evaluation.cascades import cascades
 from dynrl.evaluation.looking import looking
 from dynrl.evaluation.routes import cheapest_choices
 from dynrl.evaluation.scores import score
-from dynrl.inputs import repeat_first
+from dynrl.inputs import Inputs, repeat_first
 from dynrl.policies import Policy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 
@@ -64,15 +65,13 @@ def fit_score(backbone: Backbone, split: Split, name: str) -> PolicyFor:
     """
     column, rising = backbone.scores[name]
     seen = _scores_on_full_route(backbone, split, column)
-    full = backbone.dense_actions(1)[0].cpu()
-    cheapest = cheapest_choices(backbone)
-    left, costs = _leave_at_each(backbone, split, full, cheapest)
+    exits = leaving(backbone, split.inputs)
 
     def policy(values: Tensor) -> ThresholdPolicy:  # one value a point
         return ThresholdPolicy(backbone, name, values[backbone.column_point])
 
-    if left:
-        whole = torch.stack(seen, 1)
+    if exits is not None:
+        whole, costs = torch.stack(seen, 1), exits.macs
 
         def by_shares(budget: float) -> ThresholdPolicy | None:
             wanted = budget * backbone.dense_macs
@@ -98,20 +97,32 @@ def _scores_on_full_route(backbone: Backbone, split: Split, column: int) -> list
     return [torch.cat(parts) if parts else torch.zeros(1) for parts in seen]
 
 
-def _leave_at_each(backbone: Backbone, split: Split, full: Tensor, cheapest: Tensor) -> tuple[bool, Tensor]:
-    """Tell whether each point is met once and its cheapest choice ends the walk, and what leaving there costs.
+class Leaving(NamedTuple):
+    """The ways to leave a network with exits in a row: at each point in turn, and last the full route.
 
-    Returns:
-        the answer, and [points + 1], the MACs of leaving at each point in turn, then those of the full route.
+    Attributes:
+        routes: [points + 1, columns] int64.
+        macs: [points + 1] int64, what each way costs, rising.
+    """
+
+    routes: Tensor
+    macs: Tensor
+
+
+@torch.inference_mode()
+def leaving(backbone: Backbone, inputs: Inputs) -> Leaving | None:
+    """Return the ways to leave a network, if each point is met once and its cheapest choice ends the walk; else None.
+
+    `inputs` [n, ...] may be any of the network's.
     """
     columns = torch.arange(backbone.columns)
-    routes = full.repeat(len(columns) + 1, 1)
-    routes[columns, columns] = cheapest
-    walk = backbone.run_route(repeat_first(split.inputs, len(routes)), routes)
+    routes = backbone.dense_actions(1)[0].cpu().repeat(len(columns) + 1, 1)
+    routes[columns, columns] = cheapest_choices(backbone)
+    walk = backbone.run_route(repeat_first(inputs, len(routes)), routes)
     ran = walk.route.cpu() >= 0
     ended = ran[:-1] == (columns <= columns.unsqueeze(1))
     once = len(columns) == len(backbone.points)
-    return once and bool(ended.all()) and bool(ran[-1].all()), walk.macs.cpu()
+    return Leaving(routes, walk.macs.cpu()) if once and bool(ended.all()) and bool(ran[-1].all()) else None
 
 
 @torch.inference_mode()

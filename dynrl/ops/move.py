@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,20 @@ from dynrl.ops.costs import COSTS
 Block = Callable[[Tensor], Tensor]
 
 
-def keep_rows(chosen: Tensor, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+def each(function: Callable[..., Any], *features: Any) -> Any:
+    """Apply a function of tensors to features: if they are tuples, to each of their tensors; None stays None."""
+    first = features[0]
+    if first is None:
+        return None
+    return tuple(map(function, *features)) if isinstance(first, tuple) else function(*features)
+
+
+def keep_rows(chosen: Tensor, *features: Any) -> tuple[Any, ...] | None:
     """Return the chosen rows of each tensor, in their memory format. Differentiable.
 
     Args:
         chosen: [n] bool.
-        tensors: [n, ...] each.
+        features: tensors [n, ...], or tuples of such tensors.
 
     Returns:
         [k, ...] each. If all rows are chosen, these are the given tensors themselves; if no row is chosen, the result
@@ -35,10 +44,10 @@ def keep_rows(chosen: Tensor, *tensors: Tensor) -> tuple[Tensor, ...] | None:
         torch._check(index.shape[0] < 2**31)  # sums of such counts must fit in 64 bits, or ONNX refuses them
     else:
         if len(index) == len(chosen):
-            return tensors
+            return features
         if len(index) == 0:
             return None
-    return tuple(take_rows(tensor, index) for tensor in tensors)
+    return tuple(each(lambda tensor: take_rows(tensor, index), given) for given in features)
 
 
 def apart(x: Tensor, other: Tensor) -> Tensor:
@@ -161,6 +170,23 @@ def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
                 words.index_put_((index,), given)
             return x
     return x.index_copy_(0, index, rows)
+
+
+def add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Return `x` after `x[index] += rows`, for a rising `index`. Differentiable.
+
+    If no gradient is recorded, `x` is overwritten and returned.
+    """
+    traced = is_compiling()
+    if not traced and len(index) == len(x):
+        return x + rows if torch.is_grad_enabled() else x.add_(rows)
+    last, flat = _channels_last(x), as_rows(x)
+    given = (rows.permute(0, 2, 3, 1) if last else rows).to(x.dtype)
+    if traced or torch.is_grad_enabled():
+        flat = flat.index_add(0, index, given)
+        return flat.permute(0, 3, 1, 2) if last else flat
+    flat.index_add_(0, index, given)
+    return x
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

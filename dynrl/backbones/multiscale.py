@@ -1,0 +1,193 @@
+"""In a multi-scale network, coarse maps of the whole image are there from the start, for early classifiers to see."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from dynrl.backbones.early import CELLS, early_classifier, early_inputs
+from dynrl.backbones.exit import Exits
+from dynrl.backbones.resnet import Normed, folded
+from dynrl.cost import count_macs
+from dynrl.ops.pooled import summary
+from dynrl.schema import MOST_ROWS, check_count, check_counts
+
+MOST_SCALES = 8
+
+Maps = tuple[Tensor, ...]  # one for each scale, from the finest to the coarsest: [n, C, H, W]
+Size = tuple[int, ...]  # (channels, height, width) of one of them
+
+
+def _grow(inputs: int, outputs: int, inner: int, stride: int = 1) -> nn.Sequential:
+    """Make what adds maps to a scale: a 1x1 convolution to at most `inner` channels, then a 3x3 convolution."""
+    inner = min(inputs, inner)
+    return nn.Sequential(Normed(inputs, inner, 1), Normed(inner, outputs, 3, stride))
+
+
+class Layer(nn.Module):
+    """A layer adds maps to each scale, from what the scale has and from what the next finer scale has by now.
+
+    A layer goes from the finest scale to the coarsest. So all that runs before a classifier, which sees the coarsest,
+    is of use to it (Huang et al. 2018, section 4, "lazy evaluation").
+
+    Args:
+        channels: of each scale before the layer, from the finest to the coarsest.
+        growth: the channels that the layer adds to each scale.
+        inner: how many inner channels there are at each scale for a channel that is added.
+    """
+
+    def __init__(self, channels: list[int], growth: list[int], inner: list[int]) -> None:
+        super().__init__()
+        self.same, self.down = nn.ModuleList(), nn.ModuleList()
+        for i, (own, new, wide) in enumerate(zip(channels, growth, inner, strict=True)):
+            half = new // 2 if i else 0
+            self.same.append(_grow(own, new - half, wide * (new - half)))
+            if i:
+                self.down.append(_grow(channels[i - 1] + growth[i - 1], half, wide * half, stride=2))
+
+    def forward(self, maps: Maps) -> Maps:
+        """Return the maps of each scale with those that the layer adds behind them."""
+        grown: list[Tensor] = []
+        for i, x in enumerate(maps):
+            finer = [self.down[i - 1](grown[-1])] if i else []
+            grown.append(torch.cat([x, *finer, self.same[i](x)], 1))
+        return tuple(grown)
+
+
+class Stage(nn.Module):
+    """A stage is the layers in front of an exit. If it drops a scale, the other scales first lose half of their maps.
+
+    Args:
+        sizes: of each scale's maps before the stage, from the finest to the coarsest.
+        growth: the channels that a layer adds to each of these scales.
+        depth: the number of layers.
+        scales: how many scales the stage keeps, the coarsest ones.
+
+    Attributes:
+        macs: the MACs of the stage for one row.
+        sizes: of each scale's maps behind the stage.
+    """
+
+    def __init__(self, sizes: list[Size], growth: list[int], depth: int, scales: int) -> None:
+        super().__init__()
+        self.macs, self._scales = 0, scales
+        dropped = len(sizes) - scales
+        sizes, growth, inner = sizes[dropped:], growth[dropped:], [2**i for i in range(len(growth))][dropped:]
+        self.squeeze, self.layers = nn.ModuleList(), nn.ModuleList()
+        if dropped:
+            self.squeeze.extend(Normed(size[0], -(-size[0] // 2), 1) for size in sizes)
+            sizes = [self._count(squeeze, size) for squeeze, size in zip(self.squeeze, sizes, strict=True)]
+        for _ in range(depth):
+            layer, grown = Layer([size[0] for size in sizes], growth, inner), list[Size]()
+            self.layers.append(layer)
+            for i, size in enumerate(sizes):
+                finer = self._count(layer.down[i - 1], grown[-1])[0] if i else 0
+                channels, *places = self._count(layer.same[i], size)
+                grown.append((size[0] + finer + channels, *places))
+            sizes = grown
+        self.sizes = sizes
+
+    def _count(self, unit: nn.Module, size: Size) -> Size:
+        """Add the MACs of `unit` on maps of `size`, and return the size of what comes out."""
+        macs, size = count_macs(unit, size)
+        self.macs += macs
+        return size
+
+    def forward(self, maps: Maps) -> Maps:
+        """Run the stage."""
+        maps = maps[len(maps) - self._scales :]
+        if len(self.squeeze):
+            maps = tuple(squeeze(x) for squeeze, x in zip(self.squeeze, maps, strict=True))
+        for layer in self.layers:
+            maps = layer(maps)
+        return maps
+
+
+class MultiScaleNet(Exits):
+    """A network that keeps maps of several scales from its first layer on, each half as large as the next finer one.
+
+    An exit sees the coarsest maps, so that an early one has seen the whole image, too: in a ResNet, the first blocks
+    have only fine maps. Layers add maps to what there is already. In equal parts of its stages, the network drops its
+    finest scale. An exit is a convolution, of stride 2 on maps of more than 4x4, and one linear layer on 4x4 means.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        classes: the number of outputs.
+        layers: the number of layers in front of each exit; the last exit is the network's own output.
+        scales: how many scales there are at first.
+        width: the number of channels of the finest scale before the first layer; each coarser one has twice as many.
+        growth: how many channels a layer adds to the finest scale; each coarser one gets twice as many.
+        stem_stride: the stride of the first convolution.
+
+    Source: Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al. 2018, ICLR).
+    """
+
+    family = "multi_scale"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        layers: tuple[int, ...] = (1, 1, 2, 3, 3, 4),
+        scales: int = 3,
+        width: int = 16,
+        growth: int = 8,
+        stem_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        check_counts("input_shape", input_shape)
+        check_counts("layers", layers)
+        check_count("scales", scales, 2, MOST_SCALES)
+        for name, count in (("classes", classes), ("width", width), ("growth", growth), ("stem_stride", stem_stride)):
+            check_count(name, count, 1, MOST_ROWS)
+        if len(input_shape) != 3 or len(layers) < scales:
+            raise ValueError(
+                f"expected images (channels, height, width) and an exit for each of {scales} scales at least, got "
+                f"inputs of {tuple(input_shape)} and {len(layers)} exits"
+            )
+        self.input_shape = tuple(input_shape)
+        self.config = {
+            "input_shape": list(input_shape), "classes": classes, "layers": list(layers), "scales": scales,
+            "width": width, "growth": growth, "stem_stride": stem_stride,
+        }  # fmt: skip
+        self.stem, self.stages, self.heads, self.fcs = (nn.ModuleList() for _ in range(4))
+        cost, size, sizes = 0, self.input_shape, list[Size]()
+        for scale in range(scales):
+            self.stem.append(Normed(size[0], width << scale, 3, 2 if scale else stem_stride))
+            macs, size = count_macs(self.stem[-1], size)
+            cost += macs
+            sizes.append(size)
+        stage_macs, widths = [], []
+        for k, depth in enumerate(layers):
+            kept = scales - k * scales // len(layers)
+            stage = Stage(sizes, [growth << (scales - len(sizes) + i) for i in range(len(sizes))], depth, kept)
+            sizes = stage.sizes
+            head = Normed(sizes[-1][0], width << (scales - 1), 3, 2 if max(sizes[-1][1:]) > CELLS else 1)
+            macs, size = count_macs(head, sizes[-1])
+            fc = early_classifier(size, classes)
+            stage_macs.append(cost + stage.macs + macs + count_macs(fc, (fc.in_features,))[0])
+            widths.append(sizes[-1][0])
+            for parts, part in ((self.stages, stage), (self.heads, head), (self.fcs, fc)):
+                parts.append(part)
+            cost = 0
+        self._set_points([f"exit{k}" for k in range(len(layers) - 1)], stage_macs, widths[:-1])
+
+    def _advance_to(self, k: int, x: Tensor | Maps) -> Maps:
+        if k:
+            return self.stages[k](x)
+        maps = [self.stem[0](x)]
+        for coarser in self.stem[1:]:
+            maps.append(coarser(maps[-1]))
+        return self.stages[0](tuple(maps))
+
+    def _exit(self, k: int, x: Maps) -> Tensor:
+        return self.fcs[k](early_inputs(self.heads[k](x[-1])))
+
+    def _summary(self, k: int, x: Maps) -> Tensor:
+        return summary(x[-1])
+
+    def for_inference(self) -> Self:
+        """Return a frozen copy with batch norm and ReLU folded into the convolutions, and maps in channels_last."""
+        return folded(super().for_inference())
