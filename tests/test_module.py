@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from dynrl.backbones import (
     SlimmableResNet,
     load_backbone,
 )
+from dynrl.backbones.module import ROUNDS
 from dynrl.cost import count_macs
 from dynrl.policies import StaticPolicy
 from tests.exported import check_exported
@@ -121,6 +124,22 @@ def test_batch_norms_are_folded_for_inference():
     torch.testing.assert_close(fast(x, route), backbone(x, route))
     kept = [name for name, part in fast.module.named_modules() if isinstance(part, nn.BatchNorm2d)]
     assert kept == ["behind"] and isinstance(backbone.module.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@torch.no_grad()
+def test_the_faster_memory_format_is_taken_and_found_once(last, monkeypatch):
+    clock = accumulate([0, 2, 0, 1 if last else 3] * ROUNDS)  # both formats in turn, channels_last second
+    monkeypatch.setattr("dynrl.backbones.module.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("dynrl.backbones.module.LEAST_MACS", 0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 2)
+    )
+    backbone, x = SkipModule(network.eval(), SHAPE, ["1"]), images()
+    for twin in (backbone.for_inference(), backbone.for_inference()):
+        assert twin.module[1].weight.is_contiguous(memory_format=torch.channels_last) is last
+        torch.testing.assert_close(twin(x), network(x))
+    assert network[1].weight.is_contiguous() and next(clock, None) is None
 
 
 class Heads(nn.Module):
