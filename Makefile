@@ -60,8 +60,8 @@ test-scale: install
 $(VISION)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VISION)
 	$(VISION)/bin/python -m pip install --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 timm==1.0.31 \
-		transformers==5.24.0 pytest
-	$(VISION)/bin/python -m pip install --disable-pip-version-check -e '.[train]'
+		transformers==5.24.0 pytest onnxruntime
+	$(VISION)/bin/python -m pip install --disable-pip-version-check -e '.[train,onnx]'
 	@touch $(VISION)/.ready
 
 lint: install

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from dynrl.backbones import (
     SlimmableResNet,
     load_backbone,
 )
+from dynrl.backbones.module import ROUNDS
 from dynrl.cost import count_macs
-from dynrl.policies import PolicySpec, StaticPolicy
+from dynrl.policies import StaticPolicy
+from tests.exported import check_exported
 from tests.toys import Bottle, Convolutional, Reader, Transformer
 
 SHAPE = (1, 8, 8)
@@ -122,16 +126,43 @@ def test_batch_norms_are_folded_for_inference():
     assert kept == ["behind"] and isinstance(backbone.module.norm, nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize("kind", [SkipModule, ExitModule])
-def test_modules_with_batch_norm_are_exported(kind, tmp_path):
-    backbone = kind(Convolutional().eval(), SHAPE, ["stage1.1", "stage1.2"])
-    policy = PolicySpec.of("sequential", backbone, (0.01, 1.0), 0).build()
-    model = dynrl.plug(backbone, policy)
-    model.export(tmp_path / "model.pt2")
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    for rows in (2, 33):
-        x = images(rows)
-        torch.testing.assert_close(program(x), model(x), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("last", [False, True])
+@torch.no_grad()
+def test_the_faster_memory_format_is_taken_and_found_once(last, monkeypatch):
+    clock = accumulate([0, 2, 0, 1 if last else 3] * ROUNDS)  # both formats in turn, channels_last second
+    monkeypatch.setattr("dynrl.backbones.module.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("dynrl.backbones.module.LEAST_MACS", 0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 2)
+    )
+    backbone, x = SkipModule(network.eval(), SHAPE, ["1"]), images()
+    for twin in (backbone.for_inference(), backbone.for_inference()):
+        assert twin.module[1].weight.is_contiguous(memory_format=torch.channels_last) is last
+        torch.testing.assert_close(twin(x), network(x))
+    assert network[1].weight.is_contiguous() and next(clock, None) is None
+
+
+class Heads(nn.Module):
+    """Batch norm comes first, so that it cannot be folded, and channels are viewed as heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix = nn.BatchNorm2d(4), nn.Linear(2, 2)
+
+    def forward(self, x):
+        heads = self.norm(x).flatten(2).transpose(1, 2).reshape(x.shape[0], 64, -1, 2)
+        y = self.mix(heads).view(x.shape[0], -1, 4).transpose(1, 2)
+        return x + y.reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [(SkipModule, "model.pt2"), (ExitModule, "model.pt2"), (ExitModule, "model.onnx")]
+)
+def test_blocks_that_run_on_no_rows_are_exported(kind, file, tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), Heads(), Heads(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3)]
+    backbone = kind(nn.Sequential(*layers).eval(), SHAPE, ["1", "2"], channels="first")
+    check_exported(backbone, images(66), tmp_path / file)
 
 
 class Placed(nn.Module):

@@ -3,13 +3,14 @@
 All have random weights and small configurations, and need no network. Each goes in by two lines: a batch of examples or
 the shape of one, and the names of its blocks.
 
-Run as a program, it measures the larger ones: `python tests/vision.py OUT.json`.
+Run as a program, it times eight of them: `python tests/vision.py OUT.json`.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -36,11 +37,14 @@ from dynrl.backbones import (
     SlimmableResNet,
 )
 from dynrl.backbones.forward import answer, call
+from dynrl.backbones.traced import fold_norms
 from dynrl.evaluation import medians_in_turn
 from dynrl.inputs import as_inputs
-from dynrl.machine import hardware
-from dynrl.policies import PolicySpec, RandomPolicy, StaticPolicy
+from dynrl.machine import commit, hardware
+from dynrl.policies import PolicySpec, StaticPolicy
+from dynrl.policies.base import RoutePolicy
 from dynrl.pretraining import Recipe
+from tests.exported import check_exported
 
 tv, ROWS, TOKENS, WORDS = torchvision.models, 4, 12, 64
 TEXT = {
@@ -399,54 +403,161 @@ def test_a_policy_is_trained_on_bert_by_the_command(tmp_path):
     assert dynrl.load(tmp_path / "run")(inputs).shape == (640, 2)
 
 
+EXPORTED: dict[str, tuple[type[Backbone], Callable[[], nn.Module], list[str]]] = {
+    name: (kind, CASES[name].make, CASES[name].blocks if kind is SkipModule else CASES[name].layers or [])
+    for name, kind in {
+        "torchvision resnet18": SkipModule, "torchvision resnet50": ExitModule,
+        "torchvision mobilenet_v3_small": SkipModule, "torchvision efficientnet_b0": ExitModule,
+        "torchvision regnet_y_400mf": SkipModule, "torchvision convnext_tiny": ExitModule,
+        "timm resnet18d": SkipModule, "timm seresnet18": ExitModule,
+    }.items()
+} | {
+    "torchvision densenet121": (ExitModule, tv.densenet121, ["features.denseblock2"]),
+    "torchvision shufflenet": (SkipModule, tv.shufflenet_v2_x0_5, numbered("stage2", 1, 2)),
+    "torchvision mobilenet_v2": (SkipModule, tv.mobilenet_v2, numbered("features", 3, 5, 6)),
+    "timm convnext_atto": (SkipModule, lambda: timm.create_model("convnext_atto"), ["stages.1.blocks.1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["model.pt2", "model.onnx"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_networks_are_exported(name, file, tmp_path):
+    kind, make, parts = EXPORTED[name]
+    torch.manual_seed(0)
+    check_exported(kind(trained(make()), (3, 32, 32), parts), torch.randn(66, 3, 32, 32), tmp_path / file)
+
+
+def every(stages: dict[str, range]) -> list[str]:
+    return [name.format(i) for name, numbers in stages.items() for i in numbers]
+
+
+# Half of the blocks are skipped, or half of the rows leave behind a layer.
 MEASURED: dict[str, Case] = {
-    "torchvision resnet50": Case(tv.resnet50, lambda: images(224), ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
-    "torchvision vit_b_16": Case(
-        tv.vit_b_16, lambda: images(224), [f"encoder.layers.encoder_layer_{i}" for i in range(12)]
+    "torchvision resnet18": Case(
+        tv.resnet18, lambda: images(96), ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"], ["layer2"]
     ),
-    "transformers vit": Case(
-        lambda: hf.ViTForImageClassification(hf.ViTConfig()), lambda: images(224), numbered("vit.layers", *range(12))
+    "torchvision resnet50": Case(
+        tv.resnet50, lambda: images(96),
+        every({"layer1.{}": range(1, 3), "layer2.{}": range(1, 4), "layer3.{}": range(1, 6), "layer4.{}": range(1, 3)}),
+        ["layer2"],
+    ),
+    "torchvision mobilenet_v3_small": Case(
+        tv.mobilenet_v3_small, lambda: images(96), numbered("features", 3, 5, 6, 8, 10, 11), ["features.6"]
+    ),
+    "torchvision efficientnet_b0": Case(
+        tv.efficientnet_b0, lambda: images(96),
+        ["features.2.1", "features.3.1", *every({"features.4.{}": range(1, 3), "features.5.{}": range(1, 3)}),
+         *every({"features.6.{}": range(1, 4)})],
+        ["features.4"],
+    ),
+    "torchvision regnet_y_400mf": Case(
+        tv.regnet_y_400mf, lambda: images(96),
+        every({"trunk_output.block2.block2-{}": range(1, 3), "trunk_output.block3.block3-{}": range(1, 6),
+               "trunk_output.block4.block4-{}": range(1, 6)}),
+        ["trunk_output.block3"],
+    ),
+    "torchvision convnext_tiny": Case(
+        tv.convnext_tiny, lambda: images(96),
+        every({"features.1.{}": range(3), "features.3.{}": range(3), "features.5.{}": range(9), "features.7.{}": range(3)}),
+        ["features.3"],
     ),
     "timm vit_tiny": Case(
-        lambda: timm.create_model("vit_tiny_patch16_224"), lambda: images(224), numbered("blocks", *range(12))
+        lambda: timm.create_model("vit_tiny_patch16_224"), lambda: images(224), numbered("blocks", *range(12)),
+        ["blocks.5"],
     ),
-}
+    "transformers vit, small": Case(
+        lambda: hf.ViTForImageClassification(
+            hf.ViTConfig(
+                hidden_size=384, num_attention_heads=6, intermediate_size=1536, image_size=96, num_hidden_layers=12
+            )
+        ),
+        lambda: images(96), numbered("vit.layers", *range(12)), ["vit.layers.5"],
+    ),
+}  # fmt: skip
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Half of the blocks skipped, at random for each image, beside the network itself in both memory formats."""
-    case, inputs = MEASURED[name], torch.randn(batch, 3, 224, 224)
+class Given(RoutePolicy):
+    """This policy is told the routes, so that its model's time is that of the network and of moving rows."""
+
+    routes: torch.Tensor
+
+    def route(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.routes
+
+
+def dense_sides(module: nn.Module, inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Return ways to compute the network without dynrl: as it came, with batch norm folded, in both memory formats."""
+    folded = copy.deepcopy(module)
+    fold_norms(folded, [])
+    sides = {}
+    for name, network in {"as it came": module, "folded": folded}.items():
+        for form, suffix in ((torch.contiguous_format, ""), (torch.channels_last, ", channels_last")):
+            twin: Any = copy.deepcopy(network).to(memory_format=form)  # type: ignore[call-overload]
+            sides[f"dense, {name}{suffix}"] = partial(twin, inputs.contiguous(memory_format=form))
+    return sides
+
+
+def routes_of(backbone: Backbone, rows: int) -> torch.Tensor:
+    """Return routes on which half of the blocks are skipped, by chance, or every other row leaves."""
+    if isinstance(backbone, ExitModule):
+        return (torch.arange(rows) % 2).unsqueeze(1)
+    return torch.randint(0, 2, (rows, backbone.columns), generator=torch.Generator().manual_seed(0))
+
+
+def measure(name: str, kind: type[Backbone], batch: int, rounds: int) -> dict[str, Any]:
+    """Time a plugged network on given routes beside the network itself; of a batch of one, the mean of four inputs."""
+    torch.manual_seed(0)
+    case = MEASURED[name]
     module = trained(case.make()).requires_grad_(False)
-    backbone = SkipModule(module, (3, 224, 224), case.blocks)
-    model = dynrl.plug(backbone, RandomPolicy(backbone.thrift, 0.5, seed=0))
-    last = torch.channels_last
-    nhwc, images = (
-        case.make().eval().requires_grad_(False).to(memory_format=last),
-        inputs.contiguous(memory_format=last),
-    )
-    dense = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
+    backbone = kind(module, case.inputs(), case.blocks if kind is SkipModule else case.layers)
+    model = dynrl.plug(backbone, Given())
+    inputs = torch.randn(max(batch, 4), *backbone.input_shape)
+    routes = routes_of(backbone, len(inputs))
+    given = list(zip(inputs.split(batch), routes.split(batch), strict=True))
+
+    def plugged() -> None:
+        for rows, model.policy.routes in given:
+            model(rows)
+
+    sides: dict[str, Callable[[], Any]] = {}
+    for side, call_once in dense_sides(module, given[0][0]).items():
+        sides[side] = lambda call_once=call_once: [call_once() for _ in given]
     with torch.inference_mode():
-        times = medians_in_turn(
-            {
-                "module": lambda: module(inputs), "module channels_last": lambda: nhwc(images),
-                "plugged, all blocks": lambda: dense(inputs), "plugged, half of the blocks": lambda: model(inputs),
-            },
-            rounds,
-        )  # fmt: skip
-    assert model.last_route is not None
-    fastest = min(ms for side, ms in times.items() if side != "plugged, half of the blocks")
+        times = {side: ms / len(given) for side, ms in medians_in_turn(sides | {"plugged": plugged}, rounds).items()}
+        macs = sum(float(model.backbone.run_route(*pair).macs.double().sum()) for pair in given)
+    share, dense = macs / len(inputs) / backbone.dense_macs, min(times[side] for side in sides)
+    allowed = dense * share / 0.85 if batch > 1 else 1.03 * dense
     return {
-        "network": name, "way": backbone.way, "batch": batch, "ms": times,
-        "macs_fraction": float(model.last_route.macs_fraction.mean()),
-        "speedup": fastest / times["plugged, half of the blocks"],
+        "network": name, "decision": backbone.decision, "way": backbone.way, "batch": batch, "ms": times,
+        "macs_fraction": share, "dense_ms": dense, "plugged_ms": times["plugged"], "speedup": dense / times["plugged"],
+        "allowed_ms": allowed, "holds": times["plugged"] <= allowed,
     }  # fmt: skip
 
 
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['network']:30} {row['decision']:4} batch {row['batch']:2} MACs {row['macs_fraction']:.2f} dense "
+        f"{row['dense_ms']:8.2f} plugged {row['plugged_ms']:8.2f} allowed {row['allowed_ms']:8.2f} "
+        f"{'holds' if row['holds'] else 'FAILS'}",
+        flush=True,
+    )
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    rows = [measure(name, 32, 5) for name in MEASURED]
+    parser = argparse.ArgumentParser(description="Time plugged networks beside themselves, and write a JSON file.")
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7, help="how often each side is timed; medians count")
+    parser.add_argument("--only", nargs="*", default=list(MEASURED), help="the networks to measure")
+    parser.add_argument("--batches", nargs="*", type=int, default=[64, 1])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name in args.only:
+        for kind in (SkipModule, ExitModule):
+            for batch in args.batches:
+                rows.append(measure(name, kind, batch, args.rounds if batch > 1 else 5 * args.rounds))
+                show(rows[-1])
     versions = {"torchvision": torchvision.__version__, "timm": timm.__version__, "transformers": hf.__version__}
-    report = {"date": f"{date.today()}", "hardware": hardware() | versions, "rows": rows}
-    Path(sys.argv[1]).write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(rows, indent=2))
+    report = {"date": f"{date.today()}", "commit": commit(), "hardware": hardware() | versions, "rows": rows}
+    args.out.write_text(json.dumps(report, indent=2) + "\n")

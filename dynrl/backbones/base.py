@@ -84,6 +84,7 @@ class Backbone(nn.Module):
     config: dict[str, Any]
     input_shape: Any  # a tuple of sizes; name -> such a tuple if inputs are several tensors
     input_dtype: str | dict[str, str | None] | None = None  # the type of inputs, by name; None: that of the weights
+    input_name: str = "inputs"  # what exported programs call the inputs
     points: tuple[Point, ...]
     full_route: tuple[int, ...]  # the dense network's choice in each column; -1 in columns that it never visits
     feature_width: int  # the most numbers that `observe` shows at any point

@@ -6,11 +6,14 @@ be traced runs as it is and is held at its parts, by `dynrl.backbones.held`.
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.channels import CHANNELS, gives_channels_last, takes_channels_last
@@ -24,11 +27,13 @@ from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
 from dynrl.backbones.walk import END, State, Walk
 from dynrl.cost import Executed, executed, macs_of
 from dynrl.inputs import Form
-from dynrl.ops.move import keep_rows
+from dynrl.ops.move import keep_rows, replace_some
 from dynrl.ops.pooled import summary
 
 Standing = Stand | TracedStand
 Channels = Literal["first", "last"]
+TIMED_ROWS, ROUNDS = 4, 2  # memory formats are timed on so many rows, so often in turn
+LEAST_MACS = 10**8  # below this, Python takes most of the time in either format
 
 
 class _OfModule(Backbone):
@@ -69,7 +74,9 @@ class _OfModule(Backbone):
         if family is not None:
             self.family = family  # type: ignore[misc]
         self.input_shape, self.input_dtype = form.shape, form.dtype
+        self.input_name = next(iter(inspect.signature(module.forward).parameters), self.input_name)
         self.config = form.config | ({} if channels is None else {"channels": channels}) | config
+        self._prefers_last = dict[tuple[torch.device, torch.dtype], bool]()  # found out once for each place
         self.register_load_state_dict_post_hook(_cut_again)  # with assign=True, loading replaces the parameters
         self.eval()
         try:
@@ -113,11 +120,44 @@ class _OfModule(Backbone):
         return self
 
     def for_inference(self) -> Self:
-        """Return a frozen copy in which batch norms are folded into the convolutions before them."""
+        """Return a frozen copy with batch norms folded into the convolutions before them, in the faster memory format.
+
+        Which format is faster depends on the layers and on the machine, so a few rows are timed in both, once.
+        """
         twin = super().for_inference()
         fold_norms(twin.module, twin._names)
         twin._recut()
+        convolves = any(isinstance(part, nn.Conv2d) for part in twin.module.modules())
+        if convolves and TIMED_ROWS * self.dense_macs >= LEAST_MACS:
+            weight = next(self.parameters())
+            place = weight.device, weight.dtype
+            if place not in self._prefers_last:
+                self._prefers_last[place] = twin._faster_last()
+            twin._lay_out(self._prefers_last[place])
         return twin
+
+    @torch.no_grad()
+    def _faster_last(self) -> bool:
+        """Tell whether the whole module is faster in channels_last."""
+        inputs = self._example(TIMED_ROWS)
+        wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(ROUNDS):
+            for last, taken in times.items():
+                self._lay_out(last)
+                self._cut.output(inputs)  # what the other format left in the caches must not count
+                wait()
+                start = time.perf_counter()
+                self._cut.output(inputs)
+                wait()
+                taken.append(time.perf_counter() - start)
+        return min(times[True]) < min(times[False])
+
+    def _lay_out(self, last: bool) -> None:
+        form = torch.channels_last if last else torch.contiguous_format
+        for part in self.module.modules():
+            if isinstance(part, nn.Conv2d):
+                part.weight.data = part.weight.data.contiguous(memory_format=form)
 
     def _recut(self) -> None:
         if hasattr(self, "_cut"):
@@ -280,6 +320,7 @@ class ExitModule(_OfModule, Exits):
             raise ValueError(f"expected a module with outputs [batch, classes] for exits, got {tuple(said.shape)}")
         _set_classes(self, said, classes)
         self.heads, stage_macs, widths, self._lasts = nn.ModuleList(), [], [], list[bool]()
+        self._shapes = list[torch.Size]()
         stand: Any
         before, stand = executed(lambda: self._cut.enter(self._example(1)))
         for k in range(len(layers)):
@@ -290,6 +331,7 @@ class ExitModule(_OfModule, Exits):
             seen = early_inputs(x.detach(), self._lasts[k])
             self.heads.append(nn.Linear(seen.shape[1], self.config["classes"], device=x.device, dtype=x.dtype))
             widths.append(summary(x, self._lasts[k]).shape[1])
+            self._shapes.append(x.shape[1:])
             ops, _ = executed(lambda: self.heads[k](seen))  # noqa: B023 (called at once)
             stage_macs.append(macs + macs_of(ops))
             before, stand = executed(lambda: stand.follow(x))  # noqa: B023
@@ -314,6 +356,8 @@ class ExitModule(_OfModule, Exits):
         return self._reach(walk, rows, self._cut.enter(inputs))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
+        if is_exporting():
+            return self._exported_run(state, action)
         walk, rows, reached = state.walk, state.rows, []
         places = torch.arange(rows.shape[0], device=rows.device)
         ended, going = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, state.features, places)
@@ -326,6 +370,29 @@ class ExitModule(_OfModule, Exits):
         elif state.held is not None:
             state.held.end()
         return reached
+
+    def _exported_run(self, state: State, action: Tensor) -> list[State]:
+        """Do `_run` in a program that is exported. Such a state holds the features of all slots, too."""
+        walk, k = state.walk, state.point
+        whole: Tensor = state.features if state.together else state.held
+        stopped, going = keep_rows(action == STOP, state.rows), keep_rows(action == GO_ON, state.rows)
+        assert stopped is not None and going is not None and isinstance(self._cut, Traced)
+        (rows,), cut, size = going, self._cut, (walk.all_rows.shape[0],)
+
+        def stage(x: Tensor) -> list[Tensor]:
+            reached = cut.at(k, x, None).follow(x)
+            if isinstance(reached, Tensor):
+                return [reached]
+            y = reached.part()
+            return [self._exit(k + 1, y), y]
+
+        classes = whole.new_zeros(*size, self.config["classes"])
+        more = [whole.new_zeros(*size, *self._shapes[k + 1])] if k + 1 < len(self.points) else []
+        run = torch.zeros_like(walk.all_rows, dtype=torch.bool).index_fill(0, rows, True)
+        said, *features = replace_some(run, stage, whole, classes, *more)
+        walk.put_output(rows, said.index_select(0, rows))
+        on = [State(walk, k + 1, rows, x.index_select(0, rows), x) for x in features] or [State(walk, END, rows)]
+        return [State(walk, END, stopped[0]), *on]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         assert isinstance(state.walk, GatedWalk)

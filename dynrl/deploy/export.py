@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 def export(model: RoutedModel, path: str | Path) -> None:
-    """Write the walk at the present price, router included, as a program for batches of two or more.
+    """Write the walk at the present price, router included, as a program for batches of any size.
 
     A *.pt2 file is a torch.export program: `torch.export.load(path).module()(inputs)` needs torch alone. A *.onnx file
-    is for onnxruntime and others, and takes batches of one, too; writing it needs the packages onnx and onnxscript.
-    These programs skip computation just like the model.
+    is for onnxruntime and others; writing it needs the packages onnx and onnxscript. There, the input has its name in
+    the network's own `forward` (`inputs` in our families), and the output is called `outputs`. These programs skip
+    computation just like the model.
 
     Raises:
         ValueError: the file has another suffix, the family's choices set sizes that torch.export cannot express
-            (`Backbone.exports`), or packages are missing.
+            (`Backbone.exports`), packages are missing, or torch cannot write the network. Then nothing is written.
     """
     path = Path(path)
     if path.suffix not in (".pt2", ".onnx"):
@@ -42,13 +43,19 @@ def export(model: RoutedModel, path: str | Path) -> None:
         raise ValueError(f"to write {path} takes {' and '.join(missing)}: pip install onnx onnxscript")
     weights = next(model.backbone.parameters())
     example = torch.zeros(4, *model.input_shape, dtype=weights.dtype, device=weights.device)
-    batch = torch.export.Dim("batch", min=2)
-    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        program = torch.export.export(_Walking(model), (example,), dynamic_shapes=({0: batch},))
+    batch = torch.export.Dim("batch", min=2)  # torch takes programs for two rows or more to be right for one, too
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor found")  # the router's transposed weights
         warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch warns about its own code when it copies the program
-        content = _as_onnx(program) if path.suffix == ".onnx" else _as_pt2(program)
+        try:
+            with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+                program = torch.export.export(_Walking(model), (example,), dynamic_shapes=({0: batch},))
+            content = _as_onnx(program, model.backbone.input_name) if path.suffix == ".onnx" else _as_pt2(program)
+        except Exception as error:  # torch's tracers may raise anything on a user's network
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"torch cannot write this network as {path.name}, so nothing is written: {said}"
+            ) from error
     with write_aside(path) as aside:
         aside.write_bytes(content)
 
@@ -72,13 +79,15 @@ def _as_pt2(program: torch.export.ExportedProgram) -> bytes:
     return content.getvalue()
 
 
-def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
+def _as_onnx(program: torch.export.ExportedProgram, input_name: str) -> bytes:
     logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
     levels = [log.level for log in logs]
     try:
         for log in logs:
             log.setLevel(logging.ERROR)  # hides needless warnings on torchvision's missing ops and empty attributes
-        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        converted = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=[input_name], output_names=["outputs"]
+        )
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)

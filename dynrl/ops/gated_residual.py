@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from dynrl.ops.backend import Path, may_look, path
 from dynrl.ops.convolution import FoldedConv2d, fusible
 from dynrl.ops.costs import COSTS
-from dynrl.ops.move import as_rows, compute_rows, moves_nothing
+from dynrl.ops.move import as_rows, compute_rows, moves_nothing, replace_some
 from dynrl.ops.partition import partition
 
 
@@ -87,6 +88,8 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
     match path(x, vendor=True):
         case Path.REF:
             return gated_residual_ref(x, run, block)
+        case Path.TRACED if is_exporting():
+            return replace_some(run != 0, lambda rows: [block(rows)], x, x)[0]
         case Path.TRACED:
             return compute_rows(x, run.nonzero().squeeze(1), block)
         case Path.TRITON if isinstance(block, ResidualBlock):

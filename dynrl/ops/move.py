@@ -50,6 +50,43 @@ def keep_rows(chosen: Tensor, *features: Any) -> tuple[Any, ...] | None:
     return tuple(each(lambda tensor: take_rows(tensor, index), given) for given in features)
 
 
+def replace_some(run: Tensor, function: Callable[[Tensor], Sequence[Tensor]], x: Tensor, *into: Tensor) -> list[Tensor]:
+    """Return `into` after `into[k][run] = function(x[run])[k]`, in a program that is exported.
+
+    The program asks whether any row runs. If none does, it does not get to `function`, which need not work on no rows:
+    then batch norm is not defined, `view(n, -1, d)` is ambiguous, and runtimes of ONNX fail in matrix products.
+
+    Args:
+        run: [n] bool.
+        function: a function of rows.
+        x: [n, ...], what the rows are taken from.
+        into: [n, ...] each; they are not changed.
+    """
+    # Both branches have to return tensors of the same strides, so rows lie one behind the other in all of them.
+    last, lasts = _channels_last(x), [_channels_last(whole) for whole in into]
+    flat = as_rows(x).contiguous()
+    wholes = [flat if whole is x else as_rows(whole).contiguous() for whole in into]  # no two views of one tensor
+
+    def some(flat: Tensor, run: Tensor, *wholes: Tensor) -> list[Tensor]:
+        index = run.nonzero().squeeze(1)
+        torch._check(index.shape[0] >= 1)
+        torch._check(index.shape[0] < 2**31)  # sums of such counts must fit in 64 bits, or ONNX refuses them
+        rows = flat.index_select(0, index)
+        replaced = []
+        for whole, is_last, made in zip(
+            wholes, lasts, function(rows.permute(0, 3, 1, 2) if last else rows), strict=True
+        ):
+            made = (made.permute(0, 2, 3, 1) if is_last else made).to(whole.dtype)
+            replaced.append(whole.index_copy(0, index, made))
+        return replaced
+
+    def none(flat: Tensor, run: Tensor, *wholes: Tensor) -> list[Tensor]:
+        return [whole.clone() for whole in wholes]
+
+    replaced: list[Tensor] = torch.cond(run.any(), some, none, (flat, run, *wholes))
+    return [whole.permute(0, 3, 1, 2) if is_last else whole for whole, is_last in zip(replaced, lasts, strict=True)]
+
+
 def apart(x: Tensor, other: Tensor) -> Tensor:
     """Return `x`, or a copy if it may share memory with `other`, so that writing to the result never changes `other`.
 
