@@ -167,6 +167,13 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     assert kinds["random"] is None
 
 
+def test_a_protocol_that_does_not_fit_is_refused_before_it_is_measured(run):
+    with pytest.raises(ValueError, match="exits in a row for the protocol 'budgeted', got SkipResNet"):
+        dynrl.evaluate(run, protocol="budgeted")
+    with pytest.raises(ValueError, match="expected the protocol 'budgeted', or None for none, got 'anytime'"):
+        dynrl.evaluate(run, protocol="anytime")
+
+
 def test_a_report_into_a_file_is_refused_before_it_is_measured(tmp_path):
     (tmp_path / "file").touch()
     for call_ in (dynrl.evaluate, dynrl.compare):
