@@ -163,10 +163,22 @@ class Agent:
 
 
 def agent_class(name: str) -> type[Agent]:
-    """Return the class of the agent `name` in `AGENTS`, or raise a ValueError that lists the agents."""
+    """Return the class of the agent `name` in `AGENTS`.
+
+    Raises:
+        ValueError: there is no such agent (the message lists all), or what it takes is not installed.
+    """
     check_known("agent", name, AGENTS)
     module, kind = AGENTS[name].split(":")
-    found: type[Agent] = getattr(importlib.import_module(module), kind)
+    try:
+        found: type[Agent] = getattr(importlib.import_module(module), kind)
+    except ModuleNotFoundError as error:
+        if (error.name or module).partition(".")[0] == module.partition(".")[0]:
+            raise
+        raise ValueError(
+            f"the agent {name!r} takes {error.name}, which is not installed: pip install 'dynrl[train]' (from a "
+            "checkout: pip install '.[train]')"
+        ) from None
     return found
 
 

@@ -72,8 +72,7 @@ class Gates(Agent):
     def start(self) -> None:
         """Build the router and its optimiser."""
         problem, learning = self.settings.problem, self.settings.learning
-        trained_on = load_backbone(self.backbone_file)[0].trained_on
-        dataset = load_dataset(problem.data).seen_by(trained_on)
+        dataset = load_dataset(problem.data).seen_by(load_backbone(self.backbone_file)[0].known)
         self._split = dataset.unseen
         if learning.attacked:
             self._ball = Ball.of(dataset)

@@ -47,7 +47,7 @@ def train_jointly(
     plan = replace(plan, attacked=learning.attacked)
     backbone, notes = load_backbone(backbone_file)
     done, total = notes.get("rounds", 0), learning.steps + plan.rounds * plan.steps
-    data = load_dataset(problem.data).seen_by(backbone.trained_on)
+    data = load_dataset(problem.data).seen_by(backbone.known)
     tuner = Finetuner(
         backbone, reference, data.for_backbone, plan, learning.prices, problem.seed,
         folder / "checkpoints" / "finetuning.safetensors", settings.place.device,

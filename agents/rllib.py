@@ -21,7 +21,6 @@ from typing import Any
 # Ray reads these variables once, when it is imported. They turn off telemetry and warnings about missing accelerators.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 import torch

@@ -115,6 +115,10 @@ def laid_out(inputs: Any) -> Any:
     return inputs.contiguous(memory_format=torch.channels_last) if images else inputs
 
 
+def _described(inputs: Any) -> str:
+    return f"tensors by the names {sorted(inputs.keys())}" if isinstance(inputs, Named) else type(inputs).__name__
+
+
 @dataclass(frozen=True)
 class Form:
     """A form is the shape and type of one input.
@@ -142,6 +146,8 @@ class Form:
             given = {name: given[name] for name in given.keys()}  # noqa: SIM118 (`Named` is no dict)
             if not given or (dtype is not None and not isinstance(dtype, Mapping)):
                 raise ValueError(f"expected the inputs' shapes and types by name, got {given} and {dtype}")
+            if all(isinstance(part, Tensor) for part in given.values()):
+                Named(given)  # which refuses other than one row for each input
             parts = {name: cls.of(part, (dtype or {}).get(name)) for name, part in given.items()}
             return cls({n: part.shape for n, part in parts.items()}, {n: part.dtype for n, part in parts.items()})  # type: ignore[misc]
         if isinstance(given, Tensor):
@@ -201,13 +207,16 @@ class Form:
                 Form(shape, self.dtype[name]).check(inputs[name], weights, repr(name))
             return
         if not isinstance(inputs, Tensor) or tuple(inputs.shape[1:]) != self.shape:
-            got = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            got = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else _described(inputs)
             raise ValueError(f"expected {what} of shape [batch, {', '.join(map(str, self.shape))}], got {got}")
         if len(inputs) == 0:
             raise ValueError("expected at least one input, got an empty batch")
         wanted = weights if self.dtype is None else getattr(torch, str(self.dtype))
         if inputs.dtype != wanted:
-            raise ValueError(f"expected {what} of {wanted}, got {inputs.dtype}; convert them with .to({wanted})")
+            advice = "; a plugged model standardises raw pixels by `preprocess`" if inputs.dtype == torch.uint8 else ""
+            raise ValueError(
+                f"expected {what} of {wanted}, got {inputs.dtype}; convert them with .to({wanted}){advice}"
+            )
         # A sum is NaN or infinite if any element is, and takes far less time than isfinite().all().
         if inputs.is_floating_point() and not torch.isfinite(inputs.sum(dtype=torch.float32)):
             raise ValueError(f"the {what} hold NaN or infinity; clean them first")

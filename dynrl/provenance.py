@@ -22,6 +22,90 @@ def along(numbers: Numbers, inputs: torch.Tensor) -> Any:
 SLACK = 0.1  # how far pixels in 0 to 1 may stray, as an interpolation may make them
 
 
+def strays(pixels: torch.Tensor) -> str:
+    """Return from where to where numbers go that cannot be pixels in 0 to 1; "" for those that can."""
+    low, high = (float(each) for each in pixels.aminmax()) if len(pixels) else (0.0, 1.0)
+    return "" if -SLACK <= low <= high <= 1 + SLACK else f"from {low:.3g} to {high:.3g}"
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A standard says what a network's inputs are standardised by.
+
+    Attributes:
+        mean, deviation: inputs are raw inputs less `mean`, divided by `deviation`: one number each, or one for each
+            channel of an image.
+        pixels: whether raw inputs are pixels, which count from 0 to 1.
+    """
+
+    mean: Numbers
+    deviation: Numbers
+    pixels: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            mean, deviation = _numbers(self.mean), _numbers(self.deviation)
+        except (TypeError, ValueError):
+            mean, deviation = (), ()
+        each = mean if isinstance(mean, tuple) else (mean,), deviation if isinstance(deviation, tuple) else (deviation,)
+        if not all(each) or not all(map(math.isfinite, each[0])) or not all(0 < one < math.inf for one in each[1]):
+            raise ValueError(f"expected a finite mean and a deviation above 0, got {self.mean} and {self.deviation}")
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "deviation", deviation)
+
+    @classmethod
+    def of(cls, given: Any) -> Standard:
+        """Return the standard that weights were trained by.
+
+        Args:
+            given: a mean and a deviation as a pair; or an object or mapping that has them for pixels in 0 to 1, as
+                `mean` and `std` (torchvision's `weights.transforms()`, timm's `resolve_data_config`) or as `image_mean`
+                and `image_std` (a Hugging Face image processor, whose own scale of pixels is taken into account).
+
+        Raises:
+            ValueError: it is something else, or it does more to pixels than this.
+        """
+        if isinstance(given, tuple | list) and len(given) == 2:
+            return cls(*given)
+
+        def said(name: str, otherwise: Any = None) -> Any:
+            found = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+            return otherwise if found is None else found
+
+        mean, deviation = (said(name, said(f"image_{name}")) for name in ("mean", "std"))
+        if mean is None or deviation is None:
+            raise ValueError(
+                "expected a mean and a deviation as a pair, or what has them as `mean` and `std` or as `image_mean` "
+                "and `image_std` (torchvision's weights.transforms(), timm's resolve_data_config(...), a Hugging Face "
+                f"image processor), got {type(given).__name__}"
+            )
+        if said("rescale_offset") or said("include_top"):
+            raise ValueError(f"{type(given).__name__} standardises twice; give the mean and the deviation of both")
+        if not said("do_normalize", True):
+            mean, deviation = 0.0, 1.0
+        # Pixels count from 0 to 1 here; a processor may take other numbers for them.
+        scale = 255 * (said("rescale_factor", 1 / 255) if said("do_rescale", True) else 1)
+        mean, deviation = (
+            tuple(one / scale for one in each) if isinstance(each, tuple) else each / scale
+            for each in map(_numbers, (mean, deviation))
+        )
+        return cls(mean, deviation, pixels=True)
+
+    def check(self, shape: Any) -> None:
+        """Refuse, with a ValueError, inputs of another shape than [channels, height, width] of as many channels."""
+        counts = [len(each) if isinstance(each, tuple) else None for each in (self.mean, self.deviation)]
+        channels = shape[0] if isinstance(shape, tuple) and len(shape) == 3 else None
+        if counts not in ([None, None], [channels, channels]):
+            raise ValueError(
+                f"expected a mean and a deviation for each of the channels of inputs {shape}, or one for all of them, "
+                f"got {self.mean} and {self.deviation}"
+            )
+
+
+def _numbers(given: Any) -> Numbers:
+    return float(given) if isinstance(given, int | float) else tuple(map(float, given))
+
+
 @dataclass(frozen=True)
 class Provenance:
     """A provenance travels in a backbone's file, and is what every later command uses.
@@ -54,15 +138,10 @@ class Provenance:
         fits = not named or (isinstance(self.dtype, Mapping) and set(self.dtype) == set(given))
         if not fits or not all(isinstance(getattr(torch, str(kind), None), torch.dtype) for kind in types.values()):
             raise ValueError(f"expected the dtype of raw inputs by its name in torch, got {self.dtype!r}")
-        for name in ("mean", "deviation"):  # JSON has lists
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-        means, deviations = (x if isinstance(x, tuple) else (x,) for x in (self.mean, self.deviation))
-        listed = isinstance(self.mean, tuple) or isinstance(self.deviation, tuple)
-        if listed and (named or not len(means) == len(deviations) == given[0]):
-            raise ValueError(f"expected a mean and a deviation for each of {given} channels, got {means}, {deviations}")
-        if not all(map(math.isfinite, means)) or not all(0 < each < math.inf for each in deviations):
-            raise ValueError(f"expected a finite mean and a deviation above 0, got {self.mean} and {self.deviation}")
+        standard = Standard(self.mean, self.deviation)
+        standard.check(given)
+        object.__setattr__(self, "mean", standard.mean)
+        object.__setattr__(self, "deviation", standard.deviation)
 
     def __hash__(self) -> int:
         return hash((self.data, self.fingerprint, self.classes))  # shapes and types by name are dicts
@@ -106,9 +185,9 @@ class Provenance:
         if not pixels and not wanted.is_floating_point and (self.mean, self.deviation) == (0, 1):  # token ids
             return raw
         scaled = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
-        if pixels and len(raw) and not -SLACK <= float(scaled.min()) <= float(scaled.max()) <= 1 + SLACK:
+        if pixels and (found := strays(scaled)):
             raise ValueError(
-                "expected pixels as torch.uint8, or as numbers from 0 to 1, got numbers from "
-                f"{float(scaled.min()):.3g} to {float(scaled.max()):.3g}; hand over images as they were read"
+                f"expected pixels as torch.uint8, or as numbers from 0 to 1, got numbers {found}; hand over images as "
+                "they were read"
             )
         return (scaled - along(self.mean, scaled)) / along(self.deviation, scaled)

@@ -127,7 +127,7 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
     run = RunFolder(config["run"])
     settings = Settings.read(run.config_file)
     steps, kept = settings.learning.steps, run.path / "quarters.json"
-    validation = run.dataset().seen_by(run.backbone.trained_on).validation.head(1024)
+    validation = run.dataset().seen_by(run.backbone.known).validation.head(1024)
     with locked(run.path), open_agent(settings, run.backbone_file, run.path, steps) as agent:
         said = quarters(kept)
         for quarter in range(1, QUARTERS + 1):

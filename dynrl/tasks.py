@@ -21,6 +21,7 @@ class Task:
         heading: the metric's name in tables and on axes.
         factor, digits: the metric times `factor`, in the format `digits`, is the figure under that heading.
         axis: the scale on which the metric is drawn, "linear" or "log".
+        perfect: the metric of perfect outputs, which none is better than.
         rises: whether a higher metric is better.
         figures: the names of further figures, which people also want to know (`rates`).
         pictures: whether targets are images that are turned with the inputs, [n, channels, height, width] both.
@@ -31,6 +32,7 @@ class Task:
     factor: ClassVar[float]
     digits: ClassVar[str]
     axis: ClassVar[str]
+    perfect: ClassVar[float]
     rises: ClassVar[bool] = True
     figures: ClassVar[tuple[str, ...]] = ()
     pictures: ClassVar[bool] = False
@@ -73,7 +75,7 @@ class Task:
 class Classification(Task):
     """In classification, outputs are logits [n, classes], and targets are classes [n] int64."""
 
-    metric, heading, factor, digits, axis = "accuracy", "accuracy %", 100.0, ".2f", "linear"
+    metric, heading, factor, digits, axis, perfect = "accuracy", "accuracy %", 100.0, ".2f", "linear", 1.0
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return the cross-entropy, with label smoothing (Szegedy et al. 2016, section 7)."""
@@ -157,7 +159,7 @@ class Regression(Task):
 
     variance: float
 
-    metric, heading, factor, digits, axis = "mse", "mse", 1.0, ".2g", "log"
+    metric, heading, factor, digits, axis, perfect = "mse", "mse", 1.0, ".2g", "log", 0.0
     rises = False
 
     @classmethod
@@ -202,7 +204,7 @@ class Restoration(Task):
     So a decibel counts alike on all images, however noisy, and the metric of a mean is a mean.
     """
 
-    metric, heading, factor, digits, axis = "psnr", "PSNR dB", 1.0, ".2f", "linear"
+    metric, heading, factor, digits, axis, perfect = "psnr", "PSNR dB", 1.0, ".2f", "linear", PERFECT
     pictures = True
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:

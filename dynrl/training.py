@@ -157,6 +157,11 @@ def plan(decision: str | Backbone, data: Any = None, source: str | Path | None =
     if unknown := set(given) - set(names(Problem, Learning, Place)):
         expected = ", ".join(n for n in names(Problem, Learning, Place) if n not in names(Problem)[:2])
         raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; expected {expected}")
+    if not isinstance(decision, str | Backbone):
+        raise ValueError(
+            f"expected a decision's name or a backbone, got {type(decision).__name__}; a module becomes a backbone by "
+            "SkipModule or ExitModule"
+        )
     own = decision if isinstance(decision, Backbone) else None
     name = own.decision if own is not None else str(decision)
     row = decision_row(name)
@@ -180,13 +185,12 @@ def plan(decision: str | Backbone, data: Any = None, source: str | Path | None =
     dataset = load_dataset(data)
     if source is not None:
         backbone = _backbone_of(source, problem)
-        dataset = dataset.seen_by(backbone.trained_on)
     elif own is None:
         backbone = recipe.build(dataset, problem.seed)
     else:
-        backbone, dataset = copy.deepcopy(own).eval(), dataset.seen_by(own.trained_on)
+        backbone = copy.deepcopy(own).eval()
         FAMILIES.setdefault(own.family, _rebuild(own))
-    return _checked(Plan(settings, dataset, recipe, backbone))
+    return _checked(Plan(settings, dataset.seen_by(backbone.known), recipe, backbone))
 
 
 def _recipe(problem: Problem, own_backbone: bool) -> Defaults:
@@ -226,7 +230,7 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
         backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
     if run.times_file.is_file():
         read_times(run.times_file, backbone)
-    dataset = dataset.seen_by(run.backbone.trained_on if begun else run.data_known)
+    dataset = dataset.seen_by(run.backbone.known if begun else run.data_known)
     return _checked(Plan(replace(settings, problem=problem), dataset, recipe, copy.deepcopy(backbone).eval()))
 
 
@@ -275,11 +279,18 @@ def _checked(planned: Plan) -> Plan:
     settings, backbone, dataset = planned.settings, planned.backbone, planned.dataset
     learning = settings.learning
     check_device(settings.place.device)
-    if (backbone.form, backbone.config["classes"]) != (dataset.form, dataset.classes):
+    if backbone.form != dataset.form:
         raise ValueError(
-            f"the backbone is for inputs and outputs {backbone.form} and {backbone.config['classes']}, expected "
-            f"{dataset.form} and {dataset.classes} for {dataset.name}; give other data or another backbone. Integers "
-            "such as token ids keep their type in inputs by name"
+            f"expected inputs {backbone.form}, which the backbone is for, got {dataset.form} in {dataset.name}; bring "
+            "the data to that form (images by FOLDER@SIZE or by a Dataset's transforms, texts by padding), or make the "
+            "backbone for theirs. Integers such as token ids keep their type in inputs by name"
+        )
+    if (outputs := backbone.config["classes"]) != dataset.classes:
+        what = "classes" if dataset.names else "numbers as a target"
+        raise ValueError(
+            f"expected {outputs} {what}, as many as the backbone has outputs, got {dataset.classes} in {dataset.name}; "
+            "give the network a last layer of as many outputs, or give other data (a torch Dataset may name classes "
+            "that it has no example of: `classes`)"
         )
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
@@ -326,6 +337,10 @@ def make_run(
             for file in (given.backbone_file, given.plain_file, given.kept_file):
                 if file.is_file():
                     shutil.copyfile(file, aside / file.name)
+            if given.backbone.trained_on is None:  # weights from elsewhere: their file says from now on for which data
+                backbone, notes = load_backbone(given.backbone_file)
+                backbone.trained_on = planned.dataset.seen_by(backbone.known).provenance
+                backbone.save(aside / given.backbone_file.name, **notes)
         if joined is not None:
             joined.save(aside / RunFolder(aside).backbone_file.name)
         write_json(aside / RunFolder(aside).data_file.name, planned.dataset.provenance.to_dict())
@@ -355,7 +370,7 @@ def _check_given(planned: Plan, backbone: Backbone) -> None:
     for name in PRETRAINED_HERE:
         if getattr(planned.settings.problem, name) != getattr(Problem, name):
             raise ValueError(f"{name} is for a backbone that is pretrained here; leave out {name} or the backbone")
-    _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.trained_on)))
+    _checked(replace(planned, backbone=backbone, dataset=planned.dataset.seen_by(backbone.known)))
 
 
 def check_source(planned: Plan, source: str | Path) -> RunFolder:
@@ -438,7 +453,8 @@ def pretrain(
         with talking(show):
             pretrain_into(folder, planned, plain, finetune)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"to go on, give the same command with --out {folder}") from None
+        kept = "all up to the last epoch is kept"
+        raise KeyboardInterrupt(f"{kept}; to go on, give the same command with --out {folder}") from None
     return folder
 
 
@@ -589,7 +605,7 @@ def find_prices(run: RunFolder, planned: Plan) -> Plan:
     A range that is not given is found on the backbone, and written down.
     """
     backbone, _ = load_backbone(run.pretrained_file)
-    settings, dataset = planned.settings, planned.dataset.seen_by(backbone.trained_on)
+    settings, dataset = planned.settings, planned.dataset.seen_by(backbone.known)
     validation = dataset.validation
     if settings.learning.price_range is None:
         low, high = find_price_range(backbone, validation, REWARDS[settings.learning.reward].accuracy)

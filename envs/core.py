@@ -195,7 +195,7 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(f"unknown sight {sight!r}; expected one of {sorted(SIGHTS)}")
         self.device, kind = torch.device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)
-        self._data = dataset.seen_by(self.backbone.trained_on)
+        self._data = dataset.seen_by(self.backbone.known)
         self._split = self._data.split(split)
         if self.device.type != "cpu" or kind is not next(self.backbone.parameters()).dtype:
             self.backbone = copy.deepcopy(self.backbone).to(self.device, kind)

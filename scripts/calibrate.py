@@ -43,7 +43,7 @@ def main(args: Args) -> None:
         raise ValueError(
             f"{run} has no calibrated budgets, because it was trained at one price; train it over a price range"
         )
-    inputs = run.dataset(args.data).seen_by(run.backbone.trained_on).validation.inputs
+    inputs = run.dataset(args.data).seen_by(run.backbone.known).validation.inputs
     if len(inputs) < args.batch_size:
         raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
     rounds = 5

@@ -80,7 +80,11 @@ def parse_words(verb: str, module: Any, words: Sequence[str]) -> Any:
         if not left.code:  # --help
             print(shown.getvalue(), end="")
             raise
-        # The message is a box: a title, a line, what is wrong, and after another line an option's help.
-        _, *parts = re.split(r"[-\u2500-\u257f]{5,}", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
-        told = next((part for part in parts if part.strip(" |\n\u2502")), said.getvalue())
-        raise ValueError(f"{' '.join(told.replace('|', ' ').split())} (see dynrl {verb} --help)") from None
+        # The message is a box: a title, a line, what is wrong, and after another line the help of options like it.
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).replace("|", " ").replace("\u2502", " ")
+        _, *parts = re.split(r"[-\u2500-\u257f]{5,}", plain)
+        told = " ".join(next((part for part in parts if part.strip()), plain).split())
+        told = re.sub(r"no type matching .*? from (\[.*?\])\..*", r"got \1", told)
+        near = re.findall(r"^ *(--[a-z][\w-]*(?: [A-Z{].*?)?) *$", plain, re.MULTILINE)
+        advice = f"; there is {', '.join(dict.fromkeys(near))}" if near else ""
+        raise ValueError(f"{told}{advice} (see dynrl {verb} --help)") from None

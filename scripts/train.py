@@ -63,7 +63,8 @@ def main(args: Args) -> None:
         if args.evaluate:
             report_runs([run.path], run.path)
     except KeyboardInterrupt as stopped:
-        raise KeyboardInterrupt(f"{stopped}go on with: dynrl train {name} --resume {run}") from None
+        kept = f"{stopped}" or "all up to the last checkpoint is kept; "
+        raise KeyboardInterrupt(f"{kept}go on with: dynrl train {name} --resume {run}") from None
     report = f"picture:  {run}/report.png" if args.evaluate else f"report:   dynrl evaluate {run}"
     print(f"\ncurves:   tensorboard --logdir {run.path.parent}\n{report}")
     reached = [macs for _, macs in run.model.curve]

@@ -23,6 +23,7 @@ BLOCKS = [(page.name, *found) for page in PAGES for found in BLOCK.findall(page.
 PYTHON = [
     pytest.param(mark, code, id=f"{page}-{i}") for i, (page, kind, mark, code) in enumerate(BLOCKS) if kind == "python"
 ]
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 PLUGINS = dict(re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", EXTENDING, re.DOTALL))  # what a page names, above it
 COMMANDS = [
@@ -61,7 +62,7 @@ def test_pages_are_of_a_size_to_read():
 @pytest.mark.parametrize(("mark", "code"), PYTHON)
 def test_python_blocks_compile(mark, code):
     ast.parse(code)
-    assert mark in ("", "run", "script")
+    assert mark in ("", "run")
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -98,11 +99,13 @@ def test_blocks_that_say_so_run(tmp_path):
     run(tmp_path, "-c", "\n".join(f"import block_{i}" for i in range(len(blocks))))
 
 
-def test_the_script_runs_as_printed(tmp_path):
-    (code,) = (code for _, _, mark, code in BLOCKS if mark == "script")
-    (tmp_path / "script.py").write_text(code)
-    assert "learned" in run(tmp_path, "script.py")
-    assert (tmp_path / "runs" / "stripes" / "report.json").is_file()
+def test_examples_run(tmp_path):
+    """One after the other in one process; each leaves a run that any program may load."""
+    paths = [str(path) for path in EXAMPLES]
+    run(tmp_path, "-c", f"import runpy\nfor path in {paths}: runpy.run_path(path, run_name='__main__')")
+    for path in EXAMPLES:
+        assert len(path.read_text().splitlines()) < 40
+        assert (tmp_path / "runs" / path.stem.replace("_", "-") / "policy.safetensors").is_file()
 
 
 CHECKS = """

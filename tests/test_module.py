@@ -306,9 +306,11 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("how", "names", "message"),
     [
-        ("", ["inner.2"], r"expected different names of parts.*'inner\.0'"),
-        ("", [], "expected different names of parts"),
-        ("", ["inner.0", "inner.0"], "expected different names of parts"),
+        ("", ["inner.2"], r"got 'inner\.2', which it does not have; names are such as 'inner\.0'"),
+        ("", [], r"expected a list of different names of parts of .* got \[\]"),
+        ("", "inner.0", "got 'inner.0'; names are"),
+        ("", ["inner.0", "inner.0"], "got 'inner.0' twice"),
+        ("", ["inner", "inner.0"], "got 'inner.0', which lies inside 'inner'"),
         ("", ["inner.1", "inner.0"], r"in the order in which Odd runs them: \['inner\.0', 'inner\.1'\]"),
         ("repeats", ["inner.0"], "run 'inner.0' once for an input, it does so 2 times"),
         ("recurrent", ["inner.0"], r"the compute of \['lstm'\] cannot be counted"),

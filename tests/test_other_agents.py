@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -269,3 +271,11 @@ def test_wrapped_environments_are_refused_by_name():
         for taken in (RoutingVecEnv, stepped_in_torch):
             with pytest.raises(ValueError, match=f"no wrapper around it, got {type(wrapped).__name__}"):
                 taken(wrapped)
+
+
+def test_an_agent_says_what_it_takes(monkeypatch):
+    """`pip install dynrl` leaves out what agents need."""
+    monkeypatch.delitem(sys.modules, "dynrl.agents.sb3", raising=False)
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(ValueError, match=r"'sb3-dqn' takes stable_baselines3, which is not installed: pip install"):
+        agent_class("sb3-dqn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from dynrl.deploy import shipped
 from dynrl.files import read_json
 from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
+from dynrl.provenance import Standard
 from dynrl.recipes import defaults
 from dynrl.runs import RunFolder
 from dynrl.training import plan, pretrain_into, resume, train
@@ -271,3 +273,69 @@ def test_fingerprints_say_what_data_are_not_how_they_are_standardised(photos):
     other = replace(data.provenance, mean=data.mean + 0.1, deviation=2 * data.deviation)
     assert data.seen_by(other).fingerprint == data.fingerprint
     assert image_folder(str(paint(photos, start=20, count=1))).fingerprint != data.fingerprint
+
+
+MEAN, DEVIATION = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+RECIPES = {  # what says so: torchvision's transforms, timm's dictionary, Hugging Face's processors
+    "a pair": (list(MEAN), DEVIATION),
+    "an object": SimpleNamespace(crop_size=[224], mean=list(MEAN), std=list(DEVIATION)),
+    "a dictionary": {"input_size": (3, 16, 16), "mean": MEAN, "std": DEVIATION},
+    "a processor": SimpleNamespace(
+        image_mean=MEAN, image_std=DEVIATION, do_normalize=True, do_rescale=True, rescale_factor=1 / 255
+    ),
+    "a processor of 0 to 255": SimpleNamespace(
+        image_mean=[255 * each for each in MEAN], image_std=[255 * each for each in DEVIATION], do_rescale=False
+    ),
+}
+
+
+@pytest.mark.parametrize("given", RECIPES.values(), ids=RECIPES)
+def test_weights_say_what_inputs_are_standardised_by(given):
+    found = Standard.of(given)
+    assert found.mean == pytest.approx(MEAN) and found.deviation == pytest.approx(DEVIATION)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.nn.Flatten(), "expected a mean and a deviation as a pair, or what has them .* got Flatten"),
+        ({"mean": 0.5}, "expected a mean and a deviation as a pair"),
+        ((0.5, 0), "a deviation above 0"), ((0.5, "b"), "a deviation above 0"), (((), ()), "a deviation above 0"),
+        ((0.5, DEVIATION), "for each of the channels"), ((MEAN[:2], DEVIATION[:2]), r"inputs \(3, 16, 16\)"),
+        (SimpleNamespace(image_mean=MEAN, image_std=DEVIATION, rescale_offset=True), "standardises twice"),
+    ],
+)  # fmt: skip
+def test_other_standards_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        SkipResNet((3, 16, 16), 2, layers=(2,), widths=(4,)).standardised_by(given)
+
+
+def test_a_network_from_elsewhere_sees_inputs_by_its_own_standard(tmp_path):
+    """In every way that it may be handed over; and from then on, its file says so."""
+    pixels, labels = torch.randint(256, (60, 3, 16, 16), dtype=torch.uint8), torch.arange(60) % 2
+    backbone = SkipResNet((3, 16, 16), 2, layers=(2,), widths=(4,)).standardised_by(RECIPES["an object"])
+    (tmp_path / "saved").mkdir()
+    backbone.save(tmp_path / "saved" / "backbone.safetensors")
+    short = {"agent": "gate", "steps": 64, "num_envs": 32, "price_range": (0.01, 1.0)}
+    shift, scale = (torch.tensor(each).view(-1, 1, 1) for each in (MEAN, DEVIATION))
+    for decision, more in ((backbone, {"pretrain": False}), ("skip", {"backbone": tmp_path / "saved"})):
+        run = train(
+            decision, (pixels, labels), out=tmp_path / f"run-{len(more)}-{decision is backbone}", **more, **short
+        )
+        standardised = run.model.preprocess(pixels)
+        torch.testing.assert_close(standardised, (pixels / 255 - shift) / scale)
+        known = load_backbone(run.backbone_file)[0].trained_on
+        assert (known.mean, known.deviation, known.classes) == (MEAN, DEVIATION, ("0", "1"))
+    assert run.dataset().seen_by(known).train.inputs.std() != run.dataset().train.inputs.std()
+    with pytest.raises(ValueError, match="was trained on own-"):
+        run.backbone.standardised_by((0, 1))
+
+
+def test_inputs_are_not_standardised_twice():
+    """A `Dataset` whose transforms standardise already is told from pixels, and may say that it is ready."""
+    backbone = SkipResNet((3, 16, 16), 2, layers=(2,), widths=(4,))
+    data = own_dataset((torch.randn(60, 3, 16, 16), torch.arange(60) % 2))
+    with pytest.raises(ValueError, match=r"expected pixels from 0 to 1 .* say standardised_by\(\(0, 1\)\)"):
+        plan(backbone.standardised_by(RECIPES["a dictionary"]), data)
+    ready = plan(backbone.standardised_by((0, 1)), data, agent="gate").dataset
+    torch.testing.assert_close(ready.test.inputs, data.raw(data.test.inputs))

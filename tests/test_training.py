@@ -156,7 +156,7 @@ def test_tensors_by_name_stay_as_they_are():
     assert (placed["ids"].dtype, placed["weight"].dtype) == (torch.int64, torch.bfloat16)
     with pytest.raises(ValueError, match=r"expected 'ids' of torch\.int64, got torch\.float32"):
         known.preprocess(Named({"ids": rows["ids"].float(), "weight": rows["weight"]}))
-    with pytest.raises(ValueError, match=r"for inputs and outputs ids \(4,\) of int64.* and 3, expected .* and 2"):
+    with pytest.raises(ValueError, match=r"expected inputs ids \(4,\) of int64, .* got "):
         plan(SkipModule(Ids(3), rows, ["block"]), Tokens())
     assert plan(SkipModule(Ids(2), rows, ["block"]), Tokens()).backbone.form == data.form
 
@@ -309,7 +309,9 @@ def test_a_family_of_ones_own_is_named_in_the_settings_of_the_network():
         ("skip", "digits", {"network": ("nosuch=1",)}, "NAME=VALUE"), ("nosuch", "digits", {}, "unknown decision"),
         ("hidden-update", None, {"policy": "upfront"}, "needs images"), ("skip", "adding", {}, "no defaults"),
         ("skip", "digits", {"baseline": "group", "num_envs": 12}, "expected 8 x n"),
-        (SkipResNet((1, 8, 8), classes=4, layers=(1,), widths=(4,)), "digits", {}, "is for inputs and outputs"),
+        (SkipResNet((1, 8, 8), classes=10, layers=(1,), widths=(4,)), "digits", {}, r"expected inputs \(1, 8, 8\), which"),
+        (SkipResNet((1, 24, 24), classes=4, layers=(1,), widths=(4,)), "digits", {}, "expected 4 classes, .* got 10 in digits"),
+        (torch.nn.ReLU(), "digits", {}, "got ReLU; a module becomes a backbone by SkipModule"),
         (SkipResNet((1, 8, 8), layers=(1,), widths=(4,)), "digits", {"network": ("a=1",)}, "leave it out"),
         (SkipResNet((1, 8, 8), layers=(1,), widths=(4,)), "digits", {"backbone": "here"}, "given twice"),
         ("skip", "digits", {"pretrain": False}, "of your own"),
@@ -353,7 +355,7 @@ def test_a_run_goes_on_by_its_own_settings(tmp_path):
 
 def test_a_backbone_of_another_network_is_refused(tmp_path):
     SkipResNet((1, 8, 8), layers=(1,), widths=(4,)).save(tmp_path / "backbone.safetensors")
-    for source, reason in ((tmp_path, "is for inputs and outputs"), (tmp_path / "nosuch", "expected a folder")):
+    for source, reason in ((tmp_path, "expected inputs"), (tmp_path / "nosuch", "expected a folder")):
         with pytest.raises(ValueError, match=reason):
             make_run(plan("skip", "digits"), tmp_path / "run", source)
     with pytest.raises(ValueError, match="poses 'skip', not 'exit'"):

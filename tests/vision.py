@@ -80,7 +80,7 @@ class Case:
     inputs: Callable[[], Any]
     blocks: list[str]
     layers: list[str] | None = None
-    macs: tuple[int, int] | None = None  # the first block, and what it costs by hand
+    macs: tuple[int, int] | None = None  # a block, by its place in `blocks`, and what it costs by hand
 
 
 def conv(inner: int, outer: int, kernel: int, pixels: int) -> int:
@@ -112,7 +112,7 @@ CASES: dict[str, Case] = {
     ),
     "torchvision regnet_y_400mf": Case(
         tv.regnet_y_400mf, lambda: images(64), ["trunk_output.block2.block2-1", "trunk_output.block3.block3-1"],
-        ["trunk_output.block2"],
+        ["trunk_output.block2"], (0, 64 * 104 * (2 * 104 + 9 * 8) + 2 * 104 * 26),
     ),
     "torchvision convnext_tiny": Case(
         tv.convnext_tiny, lambda: images(64), numbered("features.5", 0, 1, 2), ["features.3", "features.5"],
@@ -124,7 +124,9 @@ CASES: dict[str, Case] = {
         (0, transformer(48, 96, 17)),
     ),
     "torchvision swin_t": Case(
-        tv.swin_t, lambda: images(64), ["features.1.0", "features.1.1", "features.3.1"], ["features.1", "features.3"]
+        tv.swin_t, lambda: images(64), ["features.1.0", "features.1.1", "features.3.1"], ["features.1", "features.3"],
+        # 16 x 16 tokens are padded to nine windows of 7 x 7; the MLP sees none of the padding.
+        (0, 9 * transformer(96, 0, 49) + 2 * 256 * 96 * 384),
     ),
     "timm resnet18d": Case(
         lambda: timm.create_model("resnet18d"), lambda: images(64), ["layer1.0", "layer1.1", "layer2.1"], ["layer2"],
@@ -154,6 +156,7 @@ CASES: dict[str, Case] = {
     "timm swin_tiny": Case(
         lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2, 2, 2), window_size=7),
         lambda: images(56), ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.1"], ["layers.0", "layers.1"],
+        (0, 4 * transformer(96, 384, 49)),
     ),
     "transformers resnet": Case(
         lambda: hf.ResNetForImageClassification(
@@ -319,6 +322,36 @@ def test_three_networks_become_a_cascade(name, sizes):
     for row, last in enumerate((0, 2, 1, 2)):
         close = {"rtol": 1e-4, "atol": 1e-4 * float(expected[last].abs().max())}
         torch.testing.assert_close(outputs[row], expected[last][row], **close)
+
+
+def by_timm(recipe: dict[str, Any], image: torch.Tensor) -> torch.Tensor:
+    return timm.data.create_transform(**recipe)(torchvision.transforms.functional.to_pil_image(image))
+
+
+STANDARDS = {  # what the weights come with, and what makes a network's input of an image by it
+    "torchvision": (
+        lambda: tv.ResNet18_Weights.DEFAULT.transforms(crop_size=32, resize_size=32),
+        lambda recipe, image: recipe(image),
+    ),
+    "timm": (lambda: timm.data.resolve_data_config({"input_size": (3, 32, 32), "crop_pct": 1.0}), by_timm),
+    "transformers": (
+        lambda: hf.CLIPImageProcessor(do_resize=False, do_center_crop=False),
+        lambda recipe, image: recipe(image, return_tensors="pt")["pixel_values"][0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STANDARDS)
+def test_weights_say_what_inputs_are_standardised_by(name, tmp_path):
+    make, ready = STANDARDS[name]
+    recipe, pixels = make(), torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    backbone = SkipModule(trained(tv.resnet18(num_classes=2)), (3, 32, 32), ["layer1.1"], family=f"resnet-{name}")
+    run = dynrl.train(
+        backbone.standardised_by(recipe), (pixels, torch.arange(40) % 2), out=tmp_path / "run", pretrain=False,
+        agent="gate", steps=64, num_envs=32, price_range=(0.01, 1.0),
+    )  # fmt: skip
+    expected = torch.stack([ready(recipe, image) for image in pixels[:4]])
+    torch.testing.assert_close(dynrl.load(run.path).preprocess(pixels[:4]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [hf.GPT2LMHeadModel, hf.LlamaForCausalLM])

@@ -24,7 +24,7 @@ from dynrl.backbones.unroll import RecallNet, Restorer, Unrolled
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 from dynrl.files import filled, load_tensors, reading
 from dynrl.ops.backend import float32
-from dynrl.provenance import Provenance
+from dynrl.provenance import Provenance, Standard
 from dynrl.schema import arguments, check_known, parse
 
 # These functions build a backbone from the `config` of its file, by family. A plugin adds a row:
@@ -60,6 +60,8 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
             backbone = filled(lambda: family(**arguments(family, written.config, "config.")), tensors)
         if "trained_on" in written.notes:
             backbone.trained_on = Provenance.read(written.notes["trained_on"], "notes.trained_on")
+        if "standard" in written.notes:
+            backbone.standard = parse(Standard, written.notes["standard"], "notes.standard.")
     return backbone.eval(), written.notes
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,7 +21,7 @@ from dynrl.backbones.walk import END, CostTable, Point, State, Walk, merge
 from dynrl.files import fingerprint, save_tensors
 from dynrl.inputs import Form, as_inputs
 from dynrl.ops.backend import may_look
-from dynrl.provenance import Provenance
+from dynrl.provenance import Provenance, Standard
 from dynrl.routes import draw_routes
 
 OUT_OF_REACH = 2**62  # more MACs than any walk costs
@@ -94,6 +94,7 @@ class Backbone(nn.Module):
     start_macs: int
     dense_macs: int  # the MACs of one row on the full route
     trained_on: Provenance | None = None  # the data that the weights were trained on; None if they were not
+    standard: Standard | None = None  # of weights from elsewhere: what they want inputs to be standardised by
     thrift: Tensor  # [columns, num_choices] float64: how dear each choice is in the long run
 
     # for the family to write -------------------------------------------------------------------------------
@@ -557,6 +558,39 @@ class Backbone(nn.Module):
         route = route.to(inputs.device, torch.int64)
         return self.run(inputs, lambda state: state.along(route))
 
+    # data --------------------------------------------------------------------------------------------------
+
+    def standardised_by(self, standard: Any) -> Self:
+        """Say what inputs are standardised by for weights that were trained elsewhere, and return this backbone.
+
+        Without a word, inputs are standardised by the mean and the deviation of the data that a policy learns on. Only
+        these two are taken: what else a recipe does, such as resizing, is for the data set.
+
+        Args:
+            standard: what `dynrl.provenance.Standard.of` takes: a mean and a deviation, or an object that has them. The
+                pair (0, 1) leaves inputs as the data set gives them.
+
+        Raises:
+            ValueError: it is something else, it is for another number of channels, or the backbone was trained by dynrl
+                and knows its standard.
+        """
+        if self.trained_on is not None:
+            raise ValueError(
+                f"this backbone was trained on {self.trained_on.data}, which says what inputs are standardised by; "
+                "leave the standard out"
+            )
+        found = Standard.of(standard)
+        found.check(self.input_shape)
+        if self.form.named:
+            raise ValueError("inputs by name are handed on as they are; standardise them in the data set")
+        self.standard = found
+        return self
+
+    @property
+    def known(self) -> Provenance | Standard | None:
+        """What is known of the inputs that the weights are for (`Dataset.seen_by`)."""
+        return self.trained_on or self.standard
+
     # files -------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
@@ -567,5 +601,7 @@ class Backbone(nn.Module):
         """Write weights, config, what they were trained on, and `notes` (accuracies and so on, as JSON) to a file."""
         if self.trained_on is not None:
             notes["trained_on"] = self.trained_on.to_dict()
+        elif self.standard is not None:
+            notes["standard"] = asdict(self.standard)
         metadata = {"family": self.family, "config": self.config, "notes": notes}
         save_tensors(path, "backbone", self.state_dict(), metadata)

@@ -136,7 +136,10 @@ class ExitResNet(Exits, ResNet):
         super().__init__(*shape, **settings)
         last = len(self._blocks) - 1
         if not exits or list(exits) != sorted(set(exits)) or not 0 <= exits[0] <= exits[-1] < last:
-            raise ValueError(f"expected rising exits in 0..{last - 1}, blocks before the last one, got {tuple(exits)}")
+            raise ValueError(
+                f"expected rising exits in 0..{last - 1}, behind blocks before the last of {last + 1}, got "
+                f"exits={tuple(exits)}; name others, or give the network more layers"
+            )
         self.config["exits"] = list(exits)
         cost, size = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
         self._ends = [0, *(i + 1 for i in exits), last + 1]

@@ -371,7 +371,7 @@ class Members(Models):
         first = backbones[0]
         for known, found in (
             ("inputs and outputs", [(backbone.input_shape, backbone.config["classes"]) for backbone in backbones]),
-            ("trained_on", [backbone.trained_on for backbone in backbones]),
+            ("what they were trained on", [backbone.known for backbone in backbones]),
         ):
             if any(one != found[0] for one in found):
                 raise ValueError(f"expected models of one data set, got {known} {found}")
@@ -379,7 +379,7 @@ class Members(Models):
         posed = cls(first.input_shape, first.config["classes"], tuple(map(_settings, ordered)))
         for member, backbone in zip(posed.members, ordered, strict=True):
             member.load_state_dict(backbone.state_dict())
-        posed.trained_on = first.trained_on
+        posed.trained_on, posed.standard = first.trained_on, first.standard
         return posed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 import torch
@@ -64,9 +65,7 @@ class _OfModule(Backbone):
             raise ValueError(
                 f"the compute of {uncounted} cannot be counted; recurrent layers are for SkipGRU and SkipLSTM"
             )
-        known = [name for name, _ in module.named_modules() if name]
-        if not parts or not set(parts) <= set(known) or len(set(parts)) < len(parts):
-            raise ValueError(f"expected different names of parts of the module, got {list(parts)}; it has {known} ...")
+        _check_names(module, parts)
         if channels not in (None, *CHANNELS):
             raise ValueError(f"expected channels={' or '.join(map(repr, CHANNELS))}, or None, got {channels!r}")
         form = Form.of(input_shape, input_dtype)
@@ -85,9 +84,9 @@ class _OfModule(Backbone):
             raise
         except Exception as error:  # a user's forward may raise anything
             raise ValueError(
-                f"{type(module).__name__} fails on inputs of shape {form} ({type(error).__name__}: {error}); give a "
-                "batch of examples in place of the shape, by name if there are several tensors; of examples, integers "
-                "such as token ids keep their type"
+                f"{type(module).__name__} fails on inputs of shape {form} ({type(error).__name__}: {error}); give the "
+                "shape of one input, without the batch; or a batch of examples, by name as the module's forward calls "
+                "them if there are several tensors. Of examples, integers such as token ids keep their type"
             ) from error
 
     def _cut_up(self, leaving: bool) -> None:
@@ -427,6 +426,26 @@ class ExitModule(_OfModule, Exits):
             return stand
 
         return run
+
+
+def _check_names(module: nn.Module, names: Any) -> None:
+    """Refuse, with a ValueError, what is no list of names of different parts of a module, none inside another."""
+    known, wrong = [name for name, _ in module.named_modules() if name], None
+    if isinstance(names, str) or not names:
+        names, wrong = [str(names)], f"{names!r}"
+    for name in names:
+        if name not in known:
+            wrong = wrong or f"{name!r}, which it does not have"
+        elif list(names).count(name) > 1:
+            wrong = wrong or f"{name!r} twice"
+        elif outer := next((each for each in names if name.startswith(f"{each}.")), None):
+            wrong = wrong or f"{name!r}, which lies inside {outer!r}"
+    if wrong is not None:
+        near = [name for each in names for name in get_close_matches(str(each), known, 4, 0)]
+        raise ValueError(
+            f"expected a list of different names of parts of {type(module).__name__}, none inside another, got {wrong}"
+            f"; names are such as {', '.join(map(repr, dict.fromkeys(near)))}: named_modules() gives all of them"
+        )
 
 
 def _cut_again(backbone: _OfModule, keys: Any) -> None:

@@ -64,7 +64,9 @@ def check_dataset(name: str) -> str:
     if is_own(name):
         raise ValueError(f"{name!r} was given as tensors or as a Dataset; hand it over again, by data=...")
     if not folder.is_dir():
-        check_known("data set", name, DATASETS, ", or a folder of images")
+        if len(folder.parts) > 1:
+            raise ValueError(f"{folder} is no folder; name one that has a folder of images for each class")
+        check_known("data set", name, [each for each in DATASETS if not is_own(each)], ", or a folder of images")
     return f"{folder.resolve()}" + ("" if size is None else f"@{size}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynrl.data.stored import PIECE, Stored, statistics
 from dynrl.inputs import Form, parts, placed
-from dynrl.provenance import Numbers, Provenance, along
+from dynrl.provenance import Numbers, Provenance, Standard, along, strays
 from dynrl.tasks import CLASSIFICATION, Classification, Task
 
 KEPT = 0.1  # the share of the training split that is kept from backbones, for policies to learn on
@@ -169,16 +169,30 @@ class Dataset:
             self.name, self.fingerprint, self.names, self.input_shape, self.dtype, self.mean, self.deviation
         )
 
-    def seen_by(self, known: Provenance | None) -> Dataset:
-        """Return the same data as a network sees them that was trained on `known`; None stands for an untrained one.
+    def seen_by(self, known: Provenance | Standard | None) -> Dataset:
+        """Return the same data as a network sees them of which `known` is known; None stands for an untrained one.
 
         Inputs are standardised by the network's own mean and deviation, since data that came later would change them,
-        and labels are the network's outputs of the same names.
+        and labels are the network's outputs of the same names. Of weights that were trained elsewhere, only the
+        standard is known.
 
         Raises:
-            ValueError: the inputs have another shape or raw type, or there are classes that the network does not know.
+            ValueError: the inputs have another shape or raw type, there are classes that the network does not know, or
+                inputs are no pixels and the network takes pixels.
         """
+        if isinstance(known, Standard):
+            known = self._provenance_by(known)
         return self if known is None else _seen_by(self, known)
+
+    def _provenance_by(self, standard: Standard) -> Provenance:
+        first = self.train.inputs[:PIECE]
+        if standard.pixels and (found := strays(self.raw(first)) if isinstance(first, Tensor) else "by name"):
+            raise ValueError(
+                f"expected pixels from 0 to 1 (or uint8) in {self.name}, as the network standardises them itself, got "
+                f"numbers {found}; leave that out of the data set's transforms. If they are what the network takes, "
+                "say standardised_by((0, 1))"
+            )
+        return replace(self.provenance, mean=standard.mean, deviation=standard.deviation)
 
     def check_same(self, known: Provenance) -> None:
         """Refuse, with a ValueError, data of another name than `known` that are not the same data elsewhere."""

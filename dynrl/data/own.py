@@ -56,6 +56,11 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     name = "own-" + fingerprint({**content, "targets": targets}, seed)[:12]
     if targets.is_floating_point():
         targets = targets.float().view(len(targets), -1)
+        if targets.shape[1] > 1 and ((targets == 0) | (targets == 1)).all() and (targets.sum(1) == 1).all():
+            raise ValueError(
+                f"expected classes as integers [n], got targets {list(targets.shape)} of zeros with a 1 in each row; "
+                "give targets.argmax(1)"
+            )
     elif targets.dim() != 1 or targets.dtype == torch.bool or int(targets.min()) < 0:
         raise ValueError(
             "expected integer classes [n] from 0 on, or floating-point numbers; got targets "
@@ -117,9 +122,12 @@ def _pairs(data: Any) -> tuple[Inputs | Stored, Tensor]:
         if isinstance(inputs, Inputs):
             return placed(inputs, "cpu"), data[1].detach().cpu()
     if not isinstance(data, TorchDataset) or not hasattr(data, "__len__"):
+        what = type(data).__name__
+        if isinstance(data, tuple | list):
+            what += f" of {len(data)}, the first of them {', '.join(type(each).__name__ for each in data[:2])}"
         raise ValueError(
             "expected a data set's name, a folder of images, a dynrl.data.Dataset, a torch Dataset of (input, target) "
-            f"pairs with a length, or a pair of tensors; got {type(data).__name__}"
+            f"pairs with a length, or a pair of tensors; got {what}. torch.as_tensor makes tensors of arrays and lists"
         )
     first = _pair(data, data[0]) if len(data) else ((), ())
     if not isinstance(first[0], Mapping) and too_large(len(data), _tensor(first[0]).shape):
@@ -147,7 +155,11 @@ def _tensor(value: Any) -> Tensor:
 
 def _pair(data: Any, item: Any) -> Any:
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target), got {type(item).__name__}")
+        got = f"{type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+        raise ValueError(
+            f"expected {type(data).__name__} to hold pairs (input, target), got a {got}; give a Dataset of such pairs "
+            "(an input may be a dict of tensors by name)"
+        )
     return item
 
 
@@ -177,7 +189,9 @@ def _stacked(values: Iterable[Any]) -> Tensor:
     tensors = [_tensor(value) for value in values]
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
-        raise ValueError(f"expected inputs of one shape and targets of one shape, got {shapes[:3]}")
+        raise ValueError(
+            f"expected inputs of one shape and targets of one shape, got {shapes[:3]}; resize or pad them before"
+        )
     return torch.stack(tensors).cpu()
 
 

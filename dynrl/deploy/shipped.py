@@ -36,7 +36,7 @@ def load(run: str | Path) -> RoutedModel:
     run = Path(run)
     if not run.is_dir() and str(run) in shipped():
         run = SHIPPED / run
-    if not run.is_dir():
+    if not any(run.glob("*.safetensors")):
         raise ValueError(f"{run} is no run folder, nor one of the models that come with dynrl: {shipped()}")
     find_again(run)
     backbone, _ = load_backbone(run / "backbone.safetensors")

@@ -81,7 +81,7 @@ def attack(
     check_folder(out)
     backbone = folder.backbone.to(check_device(device)).requires_grad_(False)
     check_attackable(backbone)
-    dataset = folder.dataset(data).seen_by(backbone.trained_on)
+    dataset = folder.dataset(data).seen_by(backbone.known)
     ball, model = Ball.of(dataset, epsilon), folder.model.to(device)
     if price is None:
         model.set_budget(budget)

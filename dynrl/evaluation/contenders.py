@@ -45,7 +45,7 @@ class Ground:
         self, backbone: Backbone, dataset: Dataset, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.place: tuple[torch.device, torch.dtype] = (torch.device(device), dtype)
-        dataset = dataset.seen_by(backbone.trained_on)
+        dataset = dataset.seen_by(backbone.known)
         self.dataset, self._seen = dataset, (dataset.mean, dataset.deviation, dataset.names)
         self.network: Backbone = self.put(backbone)
         self.test, self.validation = (split.to(*self.place) for split in (dataset.test, dataset.validation))

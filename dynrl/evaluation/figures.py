@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from operator import itemgetter
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from dynrl.data import Split
@@ -14,6 +15,7 @@ from dynrl.tasks import TASKS, Classification, Task
 
 RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # other rivals: "x-."
 MARKERS = {"ppo": "o", "gate": "v"}  # markers by agent where the backbone is frozen; other agents: "p"
+MOST_TICKS = 32  # more names along an axis would lie on one another
 TUNED = {"ppo": "D", "gate": "P"}  # markers by agent where the backbone was fine-tuned; other agents: "d"
 
 
@@ -83,9 +85,10 @@ def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[
     axes[0].set_yscale(task.axis)
     axes[0].set_ylabel(f"test {task.heading}")
     axes[0].legend(fontsize="small")
-    upper.suptitle(f"{report['decision']} on {report['data']}, policy seeds: {seeds_text(report)}", fontsize="medium")
+    title = f"{report['decision']} on {Path(report['data']).name}, policy seeds: {seeds_text(report)}"
+    upper.suptitle(fill(title, 120), fontsize="medium")
     if report["usage"] is not None:
-        _draw_usage(report["usage"], test, lower)
+        _draw_usage(report["usage"], report["classes"], test, lower)
     for part in lowest:
         part.suptitle(f"{report['usage']['policy']}, by what makes an input hard", fontsize="medium")
         for axis, (name, found) in zip(part.subplots(1, len(hard), squeeze=False)[0], hard.items(), strict=True):
@@ -98,9 +101,8 @@ def _draw_fronts(points: list[dict[str, Any]], x: str, task: type[Task], axis: A
     for policy in dict.fromkeys(p["policy"] for p in points):
         mine = sorted((p for p in points if p["policy"] == policy), key=itemgetter(x))
         ys, spread = ([task.factor * p[key] for p in mine] for key in (task.metric, f"{task.metric}_std"))
-        axis.errorbar(
-            [p[x] for p in mine], ys, yerr=spread, fmt=style(policy, mine[0]["kind"]), label=policy, capsize=2
-        )
+        bars, marker = _bars(ys, spread, task), style(policy, mine[0]["kind"])
+        axis.errorbar([p[x] for p in mine], ys, yerr=bars, fmt=marker, label=policy, capsize=2)
 
 
 def _draw_budgeted(report: dict[str, Any], figure: Any) -> None:
@@ -116,18 +118,36 @@ def _draw_budgeted(report: dict[str, Any], figure: Any) -> None:
     figure.suptitle("MSDNet's budgeted batch, 39 budgets", fontsize="medium")
 
 
-def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
-    """Draw what each class spends at each visit of a point, and the images that cost most and least."""
+def _bars(ys: list[float], spread: list[float], task: type[Task]) -> list[list[float]]:
+    """Return how far error bars reach below and above: `spread`, but not beyond what is perfect."""
+    room = [min(s, abs(task.factor * task.perfect - y)) for y, s in zip(ys, spread, strict=True)]
+    return [spread, room] if task.rises else [room, spread]
+
+
+def _set_names(axis: Any, names: list[str], **settings: Any) -> None:
+    """Name the places 0, 1, ... of an axis, as many of them as there is room for."""
+    places = range(0, len(names), -(-len(names) // MOST_TICKS))
+    axis.set_ticks(places, [names[place] for place in places], fontsize="x-small", **settings)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:8]}…{name[-8:]}"
+
+
+def _draw_usage(usage: dict[str, Any], classes: list[str], test: Split, figure: Any) -> None:
+    """Draw what is chosen for each class at each visit of a point, and the images that cost most and least."""
     images = len(test.inputs.shape) == 4 and test.inputs.shape[1] in (1, 3)
     left, right = figure.subfigures(1, 2) if images else (figure, None)
     axis = left.subplots()
-    names = [f"{'all' if g['class'] is None else g['class']}  {g['macs_fraction']:.2f}" for g in usage["groups"]]
+    names = ["all" if g["class"] is None else _short(classes[g["class"]]) for g in usage["groups"]]
+    shares = [f"{name}  {group['macs_fraction']:.2f}" for name, group in zip(names, usage["groups"], strict=True)]
     picture = axis.imshow(usage["by_column"], aspect="auto", vmin=0, vmax=1)
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="visits of the points, in their order", ylabel="class, and its share of the dense MACs")
+    _set_names(axis.xaxis, list(map(_short, usage["columns"])), rotation=90)
+    _set_names(axis.yaxis, shares)
+    axis.set(xlabel="decisions, in their order", ylabel="class, and its share of the dense MACs")
     routes = f"{usage['distinct_routes']} distinct routes, the commonest for {usage['commonest']:.0%}"
-    axis.set_title(f"{usage['policy']}, first seed, price {usage['price']:.3g}: {routes}", fontsize="medium")
-    left.colorbar(picture, label="spent, share of the dearest choice")
+    left.suptitle(f"{usage['policy']}, first seed, price {usage['price']:.3g}\n{routes}", fontsize="small")
+    left.colorbar(picture, label="mean choice: 0 the thriftiest, 1 the dearest")
     if right is None:
         return
     regions = list(usage["regions"])
@@ -144,7 +164,7 @@ def _draw_usage(usage: dict[str, Any], test: Split, figure: Any) -> None:
             axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
             _draw_regions(regions.pop(0), axis)
             if isinstance(test.task, Classification):
-                axis.set_title(str(int(test.targets[row])), fontsize="small")
+                axis.set_title(_short(classes[int(test.targets[row])]), fontsize="small")
 
 
 def _draw_regions(regions: list[list[int]], axis: Any) -> None:
@@ -200,12 +220,11 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
         if name == "dense":
             axis.axhline(task.factor * ys[0], color="grey", linewidth=0.8, label="dense")
         else:
-            axis.errorbar(
-                xs, [task.factor * y for y in ys], yerr=[task.factor * s for s in spread],
-                fmt=style(name, result["kinds"].get(name)), label=name, capsize=2,
-            )  # fmt: skip
+            ys, spread = ([task.factor * each for each in column] for column in (ys, spread))
+            marker = style(name, result["kinds"].get(name))
+            axis.errorbar(xs, ys, yerr=_bars(ys, spread, task), fmt=marker, label=name, capsize=2)
     axis.set(xlabel="MACs, share of the dense network's", ylabel=f"test {task.heading}", yscale=task.axis)
-    axis.set_title(f"{result['decision']} on {result['data']}")
+    axis.set_title(f"{result['decision']} on {Path(result['data']).name}")
     axis.grid(alpha=0.3)
     axis.legend()
     _save(figure, path)
@@ -227,5 +246,6 @@ def draw_attack(report: dict[str, Any], path: Path) -> None:
         axis.set(xlabel="MACs, share of the dense network's", ylabel="share of inputs done", title=title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    figure.suptitle(f"{report['decision']} on {report['data']}, {report['policy']}, epsilon {report['epsilon']:.3g}")
+    what = f"{report['decision']} on {Path(report['data']).name}"
+    figure.suptitle(f"{what}, {report['policy']}, epsilon {report['epsilon']:.3g}")
     _save(figure, path)

@@ -100,8 +100,9 @@ class Usage:
     Attributes:
         groups: [{"class", "inputs", the metric (or the task's `rates`), "macs_fraction", "choice_rates"}], one for each
             class. A regression has one group for all inputs, and its class is None.
-        by_column: [groups, columns], what is spent at each visit of a point, as a share of its dearest choice; an input
-            that never comes there counts as 0.
+        columns: the names of the columns of a route: the point's, and from its second visit on the number of the visit.
+        by_column: [groups, columns], how dear the choices are at each visit of a point: 0 is the thriftiest choice, 1
+            the dearest (`Backbone.thrift`); an input that never comes there counts as 0.
         cheapest, dearest: the rows of the split on which least and most was spent, the extreme first.
         regions: what `Backbone.regions` says of the rows of `cheapest`, then of those of `dearest`.
         distinct_routes: how many different routes the inputs take.
@@ -110,6 +111,7 @@ class Usage:
     """
 
     groups: list[dict[str, Any]]
+    columns: list[str]
     by_column: list[list[float]]
     cheapest: list[int]
     dearest: list[int]
@@ -123,7 +125,8 @@ class Usage:
         """Describe a model at its present price; `cheapest` and `dearest` name `shown` rows each."""
         metric, route = score_rows(model, split)
         macs, actions, classes = route.macs_fraction, route.actions, split.targets.cpu()
-        spent = _column_shares(model.backbone, actions)
+        chosen, points = _dearness(model.backbone, actions), model.backbone.points
+        columns = [f"{p.name} {visit + 1}" if visit else p.name for p in points for visit in range(p.visits)]
         groups: list[dict[str, Any]] = []
         by_column = []
         for name in classes.unique().tolist() if isinstance(split.task, Classification) else [None]:
@@ -134,17 +137,17 @@ class Usage:
                 {
                     "class": name, "inputs": int(mine.sum()), **reached,
                     "macs_fraction": float(macs[mine].mean()),
-                    "choice_rates": choice_rates(model.backbone.points, actions[mine]),
+                    "choice_rates": choice_rates(points, actions[mine]),
                 }
             )  # fmt: skip
-            by_column.append(spent[mine].mean(0).tolist())
+            by_column.append(chosen[mine].mean(0).tolist())
         order = macs.argsort(stable=True).tolist()
         _, counts = actions.unique(dim=0, return_counts=True)
         commonest = float(counts.max() / len(actions))
         hard = by_difficulty(split, metric, macs)
         ends = order[:shown], order[-shown:][::-1]
         looked = [model.backbone.regions(actions[row]) for end in ends for row in end]
-        return cls(groups, by_column, *ends, looked, len(counts), commonest, hard)
+        return cls(groups, columns, by_column, *ends, looked, len(counts), commonest, hard)
 
 
 @torch.inference_mode()
@@ -158,9 +161,10 @@ def restored(model: RoutedModel, split: Split, rows: list[int]) -> dict[str, Ten
     return {name: image.float().cpu() for name, image in images.items()}
 
 
-def _column_shares(backbone: Backbone, actions: Tensor) -> Tensor:
-    """Divide the cost of `actions` [n, columns] by that of the dearest choice in the same column; -1 gives 0."""
-    table = backbone.column_costs
-    dearest = table.amax(1).clamp_min(1)  # a point whose choices all cost nothing spends nothing
-    costs = table.gather(1, actions.t().clamp_min(0)).t()
-    return torch.where(actions >= 0, costs / dearest, 0.0)
+def _dearness(backbone: Backbone, actions: Tensor) -> Tensor:
+    """Return where each of `actions` [n, columns] lies between the thriftiest and the dearest choice; -1 gives 0."""
+    thrift = backbone.thrift
+    low = thrift.masked_fill(thrift < 0, torch.inf).amin(1, keepdim=True)
+    span = thrift.amax(1, keepdim=True) - low
+    shares = torch.where(span > 0, (thrift - low) / span, 0.0)  # where all choices cost the same, none is dear
+    return torch.where(actions >= 0, shares.gather(1, actions.t().clamp_min(0)).t(), 0.0)

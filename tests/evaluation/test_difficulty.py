@@ -6,14 +6,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.collections import LineCollection
+from matplotlib.text import Text
 from scipy.stats import spearmanr
 
 from dynrl.backbones import SkipResNet
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.deploy import RoutedModel
-from dynrl.evaluation import Ground, Learned, by_difficulty, measure, report_text, spearman
+from dynrl.evaluation import Ground, Learned, by_difficulty, figures, measure, report_text, spearman
 from dynrl.evaluation.difficulty import BINS, bins
-from dynrl.evaluation.figures import draw_report
 from dynrl.runs import RunKind
 from tests.cases import make_policy
 
@@ -52,7 +53,7 @@ def test_means_of_bins_by_hand():
     assert by_difficulty(Split(split.inputs, split.targets), torch.zeros(4), torch.zeros(4)) == {}
 
 
-def test_a_report_tells_accuracy_and_spending_by_difficulty(tmp_path):
+def test_a_report_tells_accuracy_and_spending_by_difficulty(tmp_path, monkeypatch):
     """The first policy looks at the inputs, and runs more where they are bright."""
     bright = torch.linspace(0, 1, 64)
     split = Split(
@@ -62,7 +63,8 @@ def test_a_report_tells_accuracy_and_spending_by_difficulty(tmp_path):
     policy = make_policy(backbone, (0.01, 1.0))
     with torch.no_grad():
         policy.head.weight.normal_(std=3)
-    ground = Ground(backbone, Dataset("lights", 2, split, split, split, Augmentation()))
+    names = ("dark", "a class with a very long name indeed")
+    ground = Ground(backbone, Dataset("lights", 2, split, split, split, Augmentation(), names=names))
     learned = Learned(RunKind(), [RoutedModel(backbone, policy, [(0.01, 0.9), (1.0, 0.2)])], ground)
     measured = measure(ground, [learned], batch_size=16)
     found, mine = measured["usage"]["difficulty"]["light"], split.difficulty["light"]
@@ -78,9 +80,34 @@ def test_a_report_tells_accuracy_and_spending_by_difficulty(tmp_path):
     half = learned.reach(0.5)[0]
     (row,) = (p for p in measured["points"] if p["policy"] == "learned" and p["budget"] == 0.5)
     assert row["spearman"]["light"] == spearman(half.macs, bright)
-    known = {"decision": "skip", "data": "lights", "metric": "accuracy", "seeds": {"learned": [0]}}
-    report = {**known, **measured}
+    known = {"decision": "skip", "data": f"/{'folder/' * 40}lights", "metric": "accuracy"}
+    report = {**known, "seeds": {f"learned in way {i}": list(range(5)) for i in range(6)}, **measured}
     text = report_text(report)
     assert "learned, by light" in text and f" {mine[56]:.3g} to 1 " in text
-    draw_report(report, split, tmp_path / "report.png")
+    report["points"] = [point | {"accuracy_std": 0.7} for point in report["points"]]
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    figures.draw_report(report, split, tmp_path / "report.png")
+    assert_readable(drawn[0], {"dark", "a class …e indeed", *(point.name for point in backbone.points)})
+    monkeypatch.undo()
+    figures._save(drawn[0], tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def assert_readable(figure, names):
+    """No text leaves the picture, no error bar passes 100 %, and decisions and classes have their names."""
+    figure.canvas.draw()
+    ticks = [
+        label
+        for axis in figure.axes
+        for label in (*axis.get_xticklabels(which="both"), *axis.get_yticklabels(which="both"))
+    ]
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    for text in set(texts) - set(ticks):  # ticks beyond the ends of an axis are there, and not drawn
+        left, bottom, right, top = text.get_window_extent().extents
+        inside = left >= 0 and bottom >= 0 and right <= figure.bbox.width and top <= figure.bbox.height
+        assert inside, f"{text.get_text()!r} leaves the picture"
+    said = {text.get_text() for text in texts}
+    assert names <= said
+    bars = [segment for lines in figure.axes[0].findobj(LineCollection) for segment in lines.get_segments()]
+    assert bars and max(segment[:, 1].max() for segment in bars) == 100

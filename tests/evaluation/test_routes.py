@@ -132,18 +132,18 @@ def test_the_oracle_takes_each_inputs_best_candidate(name):
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_usage_is_by_columns_each_beside_its_own_dearest_choice(name):
+def test_usage_says_how_dear_the_choices_are_column_by_column(name):
     backbone, split = toy(name)
     policy = StaticPolicy(tuple(backbone.dense_actions(1)[0].tolist()))
     usage = Usage.of(RoutedModel(backbone, policy), split)
     ran = backbone.run_route(split.inputs[:1], backbone.dense_actions(1)).route[0]
     for row in usage.by_column:
-        assert len(row) == backbone.columns
+        assert len(row) == backbone.columns == len(set(usage.columns))
         for column, share in enumerate(row):
-            point = int(backbone.column_point[column])
-            costs = backbone.costs[point]
-            spent = 0.0 if ran[column] < 0 else float(costs[ran[column]] / costs.max())
-            assert share == pytest.approx(spent)
+            thrift = [each for each in backbone.thrift[column].tolist() if each >= 0]
+            low, high = min(thrift), max(thrift)
+            dear = 0.0 if ran[column] < 0 or low == high else (thrift[ran[column]] - low) / (high - low)
+            assert share == pytest.approx(dear)
     for group in usage.groups:
         assert set(group["choice_rates"]) == {
             f"{p.name}/{c}" if p.n > 2 else p.name for p in backbone.points for c in range(1, p.n)
@@ -155,7 +155,7 @@ def test_usage_of_a_short_cut_says_nothing_of_the_detour():
     backbone, split = toy("branching")
     usage = Usage.of(RoutedModel(backbone, StaticPolicy((0, 1, 1))), split)
     for row, group in zip(usage.by_column, usage.groups, strict=True):
-        assert row == [1.0, 0.0, 1.0]
+        assert row == [0.0, 0.0, 1.0]  # the short cut is the thriftiest of three ways
         assert group["choice_rates"] == {"way/1": 0.0, "way/2": 0.0, "detour": 0.0, "last": 1.0}
 
 

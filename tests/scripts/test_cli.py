@@ -20,6 +20,8 @@ RUN = "no run folder"
     ("words", "reason"),
     [
         ((), "expected a verb"), (("nosuch",), "got nosuch"), (("list", "nosuch"), "Unrecognized"),
+        (("train", "skip", "--step", "5"), "Unrecognized options: --step, 5; there is --steps INT"),
+        (("train", "skip", "--steps", "many"), "--steps: got ['many']; there is --steps INT"),
         (("evaluate",), "at least one run folder"), (("evaluate", "nosuch"), RUN), (("evaluate", "/dev/null"), RUN),
         (("evaluate", "junk.safetensors"), RUN), (("evaluate", "."), f". is {RUN}"),
         (("evaluate", ".", "--threads", "-1"), "--threads of at least 1, got -1"),

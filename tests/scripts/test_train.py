@@ -263,4 +263,5 @@ def test_ctrl_c_before_there_is_a_policy_says_how_to_go_on(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as left:
         main(["train", "skip", "--data", "digits", "--out", str(tmp_path / "run")])
     assert left.value.code == 130
-    assert f"interrupted; go on with: dynrl train skip --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    said = f"all up to the last checkpoint is kept; go on with: dynrl train skip --resume {tmp_path / 'run'}"
+    assert f"interrupted; {said}" in capsys.readouterr().err
