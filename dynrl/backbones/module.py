@@ -379,7 +379,7 @@ class ExitModule(_OfModule, Exits):
         (rows,), cut, size = going, self._cut, (walk.all_rows.shape[0],)
 
         def stage(x: Tensor) -> list[Tensor]:
-            reached = cut.at(k, x, None).follow(x)
+            reached = cut.at(k, x, x).follow(x)  # a traced part asks for no inputs
             if isinstance(reached, Tensor):
                 return [reached]
             y = reached.part()

@@ -216,7 +216,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
         if not rows:
             axis.plot([], [], " ", label=f"{name} (reaches none of the budgets)")
             continue
-        xs, ys, spread = zip(*rows, strict=True)
+        xs, ys, spread = map(list, zip(*rows, strict=True))
         if name == "dense":
             axis.axhline(task.factor * ys[0], color="grey", linewidth=0.8, label="dense")
         else:
