@@ -457,7 +457,8 @@ EXPORTED: dict[str, tuple[type[Backbone], Callable[[], nn.Module], list[str]]] =
 def test_networks_are_exported(name, file, tmp_path):
     kind, make, parts = EXPORTED[name]
     torch.manual_seed(0)
-    check_exported(kind(trained(make()), (3, 32, 32), parts), torch.randn(66, 3, 32, 32), tmp_path / file)
+    backbone = kind(trained(make()), (3, 32, 32), parts, channels="first")
+    check_exported(backbone, torch.randn(66, 3, 32, 32), tmp_path / file)
 
 
 def every(stages: dict[str, range]) -> list[str]:
