@@ -34,7 +34,7 @@ from dynrl.ops.pooled import summary
 Standing = Stand | TracedStand
 Channels = Literal["first", "last"]
 TIMED_ROWS, ROUNDS = 4, 2  # memory formats are timed on so many rows, so often in turn
-LEAST_MACS = 10**8  # below this, Python takes most of the time in either format
+LEAST_MACS = 10**7  # below this, Python takes most of the time in either format
 
 
 class _OfModule(Backbone):
@@ -358,14 +358,17 @@ class ExitModule(_OfModule, Exits):
         if is_exporting():
             return self._exported_run(state, action)
         walk, rows, reached = state.walk, state.rows, []
-        places = torch.arange(rows.shape[0], device=rows.device)
-        ended, going = keep_rows(action == STOP, rows), keep_rows(action == GO_ON, rows, state.features, places)
+        ended, places = keep_rows(action == STOP, rows), None
         if ended is not None:
             reached.append(State(walk, END, ended[0]))
-        if going is not None:
-            rows_on, x, index = going
-            on = self._standing(state).follow(x, None if rows_on is rows else index)
-            reached.append(self._reach(walk, rows_on, on))
+            places = torch.arange(rows.shape[0], device=rows.device)
+        if ended is None or ended[0] is not rows:
+            x = state.features
+            if places is not None:
+                going = keep_rows(action == GO_ON, rows, x, places)
+                assert going is not None, "some rows go on if not all of them stop"
+                rows, x, places = going
+            reached.append(self._reach(walk, rows, self._standing(state).follow(x, places)))
         elif state.held is not None:
             state.held.end()
         return reached
@@ -379,7 +382,7 @@ class ExitModule(_OfModule, Exits):
         (rows,), cut, size = going, self._cut, (walk.all_rows.shape[0],)
 
         def stage(x: Tensor) -> list[Tensor]:
-            reached = cut.at(k, x, x).follow(x)  # a traced part asks for no inputs
+            reached = TracedStand(cut, k, x).follow(x)
             if isinstance(reached, Tensor):
                 return [reached]
             y = reached.part()
