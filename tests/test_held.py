@@ -217,7 +217,7 @@ class OddBlock(nn.Module):
         ("twice", None, "run 'blocks.0' once for an input, it does so 2 times"),
         ("order", None, "run 'blocks.1' once for an input, it does so 0 times"),
         ("", ["blocks.1", "blocks.0"], r"in the order in which Odd runs them: \['blocks\.0', 'blocks\.1'\]"),
-        ("", ["blocks", "blocks.0"], r"do not lie in one another, got \['blocks'\]"),
+        ("", ["blocks", "blocks.0"], "got 'blocks.0', which lies inside 'blocks'"),
         (
             "around",
             None,

@@ -5,6 +5,7 @@ from torch.utils.data import Dataset
 
 import dynrl
 from dynrl.backbones import ExitResNet
+from dynrl.evaluation import report_text
 from dynrl.pretraining import Recipe
 
 
@@ -20,7 +21,7 @@ class Stripes(Dataset):
         generator, label = torch.Generator().manual_seed(i), i % 4
         y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
         stripes = (y, x, x + y, x - y)[label].sin()
-        noise = torch.randn(3, 16, 16, generator=generator) * torch.rand(1, generator=generator)
+        noise = torch.randn(3, 16, 16, generator=generator) * 3 * torch.rand(1, generator=generator)
         return ((stripes + noise) * 40 + 128).clamp(0, 255).to(torch.uint8), label
 
 
@@ -31,6 +32,6 @@ recipe = Recipe(epochs=3, batch_size=64)
 run = dynrl.train(backbone, Stripes(), out="runs/own-data", pretrain=recipe, steps=10_000, price_range=(0.01, 10.0))
 
 report = dynrl.evaluate(run, out=run.path, budgets=(0.6,))  # on the tenth that is kept for the test
-print(report["dense"]["accuracy"], [point["policy"] for point in report["points"]])
+print(report_text(report))
 raw = torch.stack([Stripes()[i][0] for i in range(8)])  # uint8, as a camera gives them
 print([run.model.classes[k] for k in run.model(run.model.preprocess(raw)).argmax(1)])

@@ -28,7 +28,7 @@ backbone = FAMILIES["my-network"](input_shape=(1, 24, 24), blocks=["1.0", "1.1",
 
 # The network is trained first, then under random routes, then the policy; `pretrain=False` leaves its weights alone.
 recipe = Recipe(epochs=6, batch_size=64, learning_rate=0.1)
-run = dynrl.train(backbone, "digits", out="runs/own-network", pretrain=recipe, steps=20_000, price_range=(0.01, 10.0))
+run = dynrl.train(backbone, "digits", out="runs/own-network", pretrain=recipe, steps=10_000, price_range=(0.01, 10.0))
 
 model = dynrl.load("runs/own-network")  # as any later program does it
 model.set_price(model.price_range[1])  # the cheapest; `set_budget(0.5)` asks for half of the MACs, where it is reached

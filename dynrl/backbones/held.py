@@ -57,9 +57,6 @@ class Held:
         self.module, self.names, self.leaving = module, list(names), leaving
         self._opened = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)} | {""}
         self.parts = {name: module.get_submodule(name) for name in names}
-        nested = sorted(self._opened & set(names))
-        if nested:
-            raise ValueError(f"expected parts that do not lie in one another, got {nested} and what lies in them")
         self.weight_bytes = [
             sum(p.numel() * p.element_size() for p in part.parameters()) for part in self.parts.values()
         ]

@@ -85,8 +85,8 @@ class _OfModule(Backbone):
         except Exception as error:  # a user's forward may raise anything
             raise ValueError(
                 f"{type(module).__name__} fails on inputs of shape {form} ({type(error).__name__}: {error}); give the "
-                "shape of one input, without the batch; or a batch of examples, by name as the module's forward calls "
-                "them if there are several tensors. Of examples, integers such as token ids keep their type"
+                "shape of one input, without the batch; or a batch of examples, by name if there are several tensors, "
+                "as its forward calls them. Of examples, integers such as token ids keep their type"
             ) from error
 
     def _cut_up(self, leaving: bool) -> None:
