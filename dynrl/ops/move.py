@@ -40,7 +40,7 @@ def keep_rows(chosen: Tensor, *features: Any) -> tuple[Any, ...] | None:
     if not (is_compiling() or may_look()):
         raise ValueError("the host must know how many rows go on here, which a CUDA graph does not let it: no capture")
     if not is_compiling() and chosen.shape[0] == 1:  # finding the index would take longer
-        return tensors if chosen.item() else None
+        return features if chosen.item() else None
     index = chosen.nonzero().squeeze(1)
     if is_compiling():
         torch._check(index.shape[0] < 2**31)  # sums of such counts must fit in 64 bits, or ONNX refuses them
