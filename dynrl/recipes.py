@@ -247,6 +247,30 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         learning=Learning(steps=600_000),
         finetuning=Finetuning(rounds=2, epochs=4, steps=200_000, learning_rate=0.1),
     ),
+    ("positions", "digits"): Defaults(
+        family="token_vit",
+        backbone={"patch": 4, "width": 32, "depth": 3, "heads": 2, "hidden": 64},
+        pretraining=Recipe(
+            epochs=40, batch_size=50, learning_rate=4e-3, weight_decay=0.05, rates=(0.5, 0.2, 0.0), full_share=0.25,
+            optimizer="adam", plain_epochs=30,
+        ),
+        learning=Learning(steps=100_000),
+        finetuning=Finetuning(
+            rounds=2, epochs=8, steps=30_000, batch_size=50, optimizer="adam", learning_rate=1e-3, weight_decay=0.05,
+        ),
+    ),
+    ("positions", "digit-scenes"): Defaults(
+        family="token_vit",
+        backbone={"patch": 8, "width": 32, "depth": 3, "heads": 2, "hidden": 64},
+        pretraining=Recipe(
+            epochs=14, batch_size=100, learning_rate=4e-3, weight_decay=0.05, label_smoothing=0.0,
+            rates=(0.5, 0.2, 0.0), full_share=0.25, optimizer="adam", plain_epochs=0,
+        ),
+        learning=Learning(steps=150_000),
+        finetuning=Finetuning(
+            rounds=2, epochs=4, steps=50_000, batch_size=100, optimizer="adam", learning_rate=1e-3, weight_decay=0.05,
+        ),
+    ),
     ("hidden-update", "sequential-digits"): Defaults(
         family="skip_gru",
         backbone={"hidden": 64, "sees": "state", "knots": 32},

@@ -67,6 +67,11 @@ DECISIONS: dict[str, Decision] = {
             "look", "dynrl/Look-v0", "dynrl.envs.look:LookVectorEnv", "where in an image to look next, or stop",
             "RAM (Mnih et al. 2014), GFNet (Wang et al. 2020)", data="digit-scenes",
         ),
+        Decision(
+            "positions", "dynrl/Positions-v0", "dynrl.envs.positions:PositionsVectorEnv",
+            "which share of an image's tokens runs each block", "Mixture of Depths (Raposo et al. 2024)",
+            data="digit-scenes",
+        ),
     )
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, partition
+from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, partition, positions
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -54,6 +54,10 @@ def _cases(dtype: torch.dtype) -> Cases:
         yield from _products(precision)
     moved = {"offsets_ptr": "*i32", "rows_ptr": "*i64", "size": SIZE, "stride_src": SIZE, "stride_dst": SIZE}
     yield gru._scatter_rows_kernel, moved, {"BLOCK_M": 16, "BLOCK_N": 128}
+    tokens = {"rows_ptr": "*i64", "order_ptr": "*i64", "items": 4096, "count": 98, "size": SIZE, "stride_order": 197}
+    tokens |= {"stride_row": 197 * SIZE, "stride_place": SIZE, "stride_weight": 197}
+    for kernel in (positions._take_positions_kernel, positions._put_positions_kernel):
+        yield kernel, tokens, {"BLOCK_M": 16, "BLOCK_N": 128}
     pooled = {"out_ptr": "*fp32", "pixels": 784, "channels": CHANNELS, "stride_n": 784 * CHANNELS, "stride_p": CHANNELS}
     yield decide._pool_kernel, pooled, {"BLOCK_P": 32, "BLOCK_C": 64}
     if dtype == torch.float32:

@@ -19,6 +19,7 @@ from dynrl.backbones import (
     SkipModule,
     SkipResNet,
     SlimmableResNet,
+    TokenModule,
 )
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
@@ -32,6 +33,7 @@ OWN = {  # modules of a user's
     "hidden update of an LSTM": lambda: SkipLSTM.from_module(nn.LSTM(3, 12), nn.Linear(12, 4), steps=6),
     "skip in a transformer": lambda: SkipModule(Transformer(), (1, 8, 8), [f"blocks.{i}" for i in range(3)]),
     "skip in a network": lambda: SkipModule(Convolutional(), (1, 8, 8), ["stage1.1", "stage1.2", "stage2.2"]),
+    "tokens of a transformer": lambda: TokenModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.2"]),
     "exits in a transformer": lambda: ExitModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.1"]),
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
     "skip in place": lambda: SkipModule(Reader(), (5, 8), [f"blocks.{i}" for i in range(3)]),

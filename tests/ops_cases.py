@@ -18,6 +18,7 @@ from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.crops import crops, crops_ref
 from dynrl.ops.decide import decide, decide_ref
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
+from dynrl.ops.gated_positions import gated_positions, gated_positions_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.partition import partition, partition_ref
 from dynrl.ops.pooled import pooled, pooled_ref
@@ -123,6 +124,7 @@ class Case:
         also: further paths on the CPU, by name: what `COSTS` must assume so that small tensors take them.
         macs: makes, for n rows that all choose the same, the arguments and their MACs by the op's formula; None where
             another case of the op has it.
+        waits: whether the host must know how many rows made each choice, on the kernels' path, too.
     """
 
     op: str
@@ -141,6 +143,7 @@ class Case:
     grads: tuple[str, ...] = ()
     also: dict[str, Assumed] = field(default_factory=dict)
     macs: Callable[[int], tuple[Args, int]] | None = None
+    waits: bool = False
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}".strip()
@@ -510,6 +513,40 @@ def cell_case(name: str, make: Callable[[Setting], Args]) -> Case:
     )  # fmt: skip
 
 
+# gated_positions
+
+
+class Mixing(nn.Module):
+    """A block in which each position sees the mean of all: how many there are matters."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x - x.mean(1, keepdim=True))) + x
+
+
+def positions_case(name: str, block: Callable[[], nn.Module], counts: tuple[int, ...], **more: Any) -> Case:
+    def make(s: Setting) -> Args:
+        order = torch.rand(s.n, counts[-1]).argsort(1).to(s.device)
+        return {
+            "x": s.rows(s.n, counts[-1], 6), "choice": s.choice(len(counts)), "order": order,
+            "weight": s.randn(s.n, counts[-1]).sigmoid(), "counts": counts, "block": block().to(s.device, s.dtype),
+        }  # fmt: skip
+
+    def kept(args: Args) -> Tensor:
+        return torch.tensor(counts, device=args["choice"].device)[args["choice"]] > 0
+
+    def hide(args: Args) -> None:
+        args["x"][~kept(args)] = NAN
+
+    return Case(
+        "gated_positions", name, gated_positions, gated_positions_ref, make, kept=kept, passes="x", overwrites="x",
+        hide=hide, waits=True, **more,
+    )  # fmt: skip
+
+
 # partition
 
 
@@ -586,6 +623,8 @@ CASES = [
     *ROUTED_EXPERTS,
     *SLICED_LINEAR,
     *SLICED_CONV,
+    positions_case("", lambda: Mixing(6), (0, 2, 3, 7), grads=("x", "weight", "block")),
+    positions_case("block that spoils its input", Overwriting, (0, 1, 5)),
     cell_case("", cell),
     cell_case("of a sequence", sequence_cell),
     cell_case("lstm", partial(cell, kind=nn.LSTMCell)),

@@ -126,8 +126,8 @@ def test_the_full_route_looks_at_everything_first():
 
 
 def test_reports_are_told_where_it_looked():
-    regions = network().regions(torch.tensor([5, 2, 0, -1, -1]))
-    assert regions == [[0, 0, SIDE, SIDE], [0, 2, 3 * SIDE, 3 * SIDE]]
+    regions = network().regions(images(2), torch.tensor([[5, 2, 0, -1, -1], [0, -1, -1, -1, -1]]))
+    assert regions == [[[[0, 0, SIDE, SIDE]], [[0, 2, 3 * SIDE, 3 * SIDE]]], []]
 
 
 def test_it_learns_after_every_look():

@@ -395,7 +395,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         "_gru_rows",
         "_scatter_rows",
     }
-    kernels |= {"_pool", "_decide", "_record"}
+    kernels |= {"_pool", "_decide", "_record", "_take_positions", "_put_positions"}
     assert {case["kernel"] for case in cases} == {name + "_kernel" for name in kernels}
     assert {case["dtype"] for case in cases} == {"float32", "float16", "bfloat16"}
     for case in cases:

@@ -470,7 +470,14 @@ def test_ops_pay_for_each_row_at_its_choice_only(take: Callable[[Case, str], str
 # No wait for the device
 
 
-@pytest.mark.parametrize("case", cases(kernels=True))
+@pytest.mark.parametrize("case", cases(kernels=True, waits=True))
+@torch.no_grad()
+def test_ops_that_must_know_counts_refuse_a_capture(case: Case, kernel_case: str) -> None:
+    with pytest.raises(ValueError, match="how many rows.*no capture"), backend.device_counts():
+        case.f(**case.args(Setting("one", device=kernel_case)))
+
+
+@pytest.mark.parametrize("case", cases(kernels=True, waits=False))
 def test_kernels_do_not_wait_for_the_device(case: Case, kernel_case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting("one", usual(case), device=kernel_case)
     differentiable = case.grads and case.op != "sliced_linear"  # whose gradients are the definition's

@@ -10,6 +10,7 @@ from torch.library import opcheck
 from dynrl.backbones import ExitResNet, Models, SkipModule, SkipResNet, SlimmableResNet, Unrolled
 from dynrl.deploy import RoutedModel
 from dynrl.ops.gated_cell import gated_cell
+from dynrl.ops.gated_positions import gated_positions
 from dynrl.ops.partition import partition
 from dynrl.ops.routed_linear import routed_linear
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
@@ -17,6 +18,7 @@ from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
 from dynrl.policies import StaticPolicy
 from tests.cases import make_backbone, make_policy
 from tests.exported import as_exported
+from tests.ops_cases import Mixing
 
 
 class Everything(nn.Module):
@@ -29,11 +31,16 @@ class Everything(nn.Module):
         convolutions = [nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)]
         norms = [[nn.BatchNorm2d(width).eval() for width in (2, 4, 8)], [nn.BatchNorm2d(4).eval() for _ in range(3)]]
         self.block = SlicedBlock(convolutions, norms, (2, 4, 8))
+        self.mix = Mixing(4)
         self.cell = nn.GRUCell(36, 6)
 
     def forward(self, x, choice, update):
         y = sliced_linear(routed_linear(x, self.experts, partition(choice, 3)), choice, self.layer)
         y = sliced_conv(y.view(-1, 4, 3, 3), choice, self.block).flatten(1)
+        tokens = y.view(-1, 9, 4)
+        scores = tokens.mean(2)
+        order = scores.argsort(1)
+        y = gated_positions(tokens, choice, order, scores.sigmoid(), (0, 4, 9), self.mix).flatten(1)
         cell = self.cell
         return gated_cell(y, y[:, :6], update, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
 

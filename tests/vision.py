@@ -35,6 +35,7 @@ from dynrl.backbones import (
     SkipModule,
     SkipResNet,
     SlimmableResNet,
+    TokenModule,
 )
 from dynrl.backbones.forward import answer, call
 from dynrl.backbones.traced import fold_norms
@@ -510,6 +511,58 @@ MEASURED: dict[str, Case] = {
 }  # fmt: skip
 
 
+# Half of the tokens run each of the twelve blocks.
+TOKENS_OF: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "torchvision vit_b_16": (tv.vit_b_16, "encoder.layers.encoder_layer_{}"),
+    "timm vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224"), "blocks.{}"),
+}
+
+
+def with_tokens(name: str) -> tuple[nn.Module, TokenModule]:
+    make, block = TOKENS_OF[name]
+    module = trained(make()).requires_grad_(False)
+    return module, TokenModule(module, (3, 224, 224), every({block: range(12)}))
+
+
+@pytest.mark.parametrize("name", TOKENS_OF)
+@torch.no_grad()
+def test_some_tokens_run_and_all_of_them_are_the_network(name):
+    torch.manual_seed(0)
+    (module, backbone), inputs = with_tokens(name), torch.randn(2, 3, 224, 224)
+    expected = module(inputs)
+    torch.testing.assert_close(backbone(inputs), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    route = torch.randint(0, backbone.num_choices, (2, backbone.columns))
+    together = backbone.for_inference().run_route(inputs.clone(), route).outputs
+    for row in range(2):
+        alone = backbone(inputs[row : row + 1], route[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def measure_tokens(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Time half of the tokens at each block beside the network itself, and beside its blocks on as many tokens."""
+    torch.manual_seed(0)
+    (module, backbone), inputs = with_tokens(name), torch.randn(batch, 3, 224, 224)
+    backbone = backbone.for_inference()
+    route, full = torch.full((batch, backbone.columns), 2), backbone.dense_actions(batch)
+    sides = dense_sides(module, inputs)
+    with torch.inference_mode():
+        times = medians_in_turn(
+            sides | {
+                "all tokens": lambda: backbone.run_route(inputs, full),
+                "plugged": lambda: backbone.run_route(inputs, route), "ideal": backbone.ideal(inputs, route),
+            },
+            rounds,
+        )  # fmt: skip
+        share = float(backbone.run_route(inputs[:1], route[:1]).macs) / backbone.dense_macs
+    dense, plugged = min(times[side] for side in sides), times["plugged"]
+    allowed = min(dense / 1.5, times["ideal"] / 0.85)
+    return {
+        "network": name, "decision": backbone.decision, "way": backbone.way, "batch": batch, "ms": times,
+        "macs_fraction": share, "dense_ms": dense, "plugged_ms": plugged, "speedup": dense / plugged,
+        "allowed_ms": allowed, "holds": plugged <= allowed,
+    }  # fmt: skip
+
+
 class Given(RoutePolicy):
     """This policy is told the routes, so that its model's time is that of the network and of moving rows."""
 
@@ -591,6 +644,9 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7, help="how often each side is timed; medians count")
     parser.add_argument("--only", nargs="*", default=list(MEASURED), help="the networks to measure")
     parser.add_argument("--batches", nargs="*", type=int, default=[64, 1])
+    parser.add_argument(
+        "--tokens", nargs="*", default=list(TOKENS_OF), help="the transformers to measure on some tokens"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
@@ -599,6 +655,9 @@ if __name__ == "__main__":
             for batch in args.batches:
                 rows.append(measure(name, kind, batch, args.rounds if batch > 1 else 5 * args.rounds))
                 show(rows[-1])
+    for name in args.tokens:
+        rows.append(measure_tokens(name, 32, args.rounds))
+        show(rows[-1])
     versions = {"torchvision": torchvision.__version__, "timm": timm.__version__, "transformers": hf.__version__}
     report = {"date": f"{date.today()}", "commit": commit(), "hardware": hardware() | versions, "rows": rows}
     args.out.write_text(json.dumps(report, indent=2) + "\n")

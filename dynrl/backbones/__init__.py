@@ -14,9 +14,10 @@ from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
 from dynrl.backbones.glimpses import Glimpses
 from dynrl.backbones.models import Members, Models, Resolutions
-from dynrl.backbones.module import ExitModule, SkipModule
+from dynrl.backbones.module import ExitModule, SkipModule, TokenModule
 from dynrl.backbones.multipath import MultiPathResNet
 from dynrl.backbones.multiscale import MultiScaleNet
+from dynrl.backbones.positions import TokenViT
 from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.skip import SkipResNet
@@ -33,15 +34,15 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
         SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members,
-        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses,
+        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, TokenViT,
     )
 }  # fmt: skip
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
     "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer", "SkipGRU",
-    "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates",
-    "load_backbone", "merge",
+    "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule", "TokenViT", "Unrolled", "Walk",
+    "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -26,6 +26,8 @@ from dynrl.routes import draw_routes
 
 OUT_OF_REACH = 2**62  # more MACs than any walk costs
 
+Parts = list[list[int]]  # parts of an image, each [top, left, height, width] in pixels
+
 
 def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
     """Return the open choice of `mask` [n, choices] nearest to each of `wanted` [n or 1, k]: [n, k], lower first."""
@@ -199,16 +201,24 @@ class Backbone(nn.Module):
         """Return other ways to compute the full route on `inputs`, by name, such as a vendor's layer; all are timed."""
         return {}
 
-    def regions(self, route: Tensor) -> list[list[int]]:
-        """Return the parts of its image that a row looked at along `route` [columns], in turn, for reports to draw.
+    def regions(self, inputs: Tensor, route: Tensor) -> list[list[Parts]]:
+        """Return the parts of its image that each row ran or looked at along `route` [B, columns], for reports to draw.
 
-        A part is [top, left, height, width] in pixels. Here there is none: most networks see all of their image.
+        Each row has a list for each of its decisions, in turn. A part is [top, left, height, width] in pixels. Here
+        there is none: most networks see all of their image.
         """
-        return []
+        return [[] for _ in inputs]
 
     def ready(self, state: State) -> State:
         """Return a copied `state` after all that it has to do before it can go on; what follows may then be timed."""
         return state
+
+    def by_chance(self) -> Self | None:
+        """Return a copy in which chance chooses which parts of an input run, as many; None if no part is chosen.
+
+        It is for networks that choose this themselves, where the decision is how many.
+        """
+        return None
 
     def auxiliary(self, state: State) -> Tensor | None:
         """Return what auxiliary classifiers say of the rows at this point, [n, ...] like an output; None without any.

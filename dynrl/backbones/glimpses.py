@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Answer, Backbone
+from dynrl.backbones.base import Answer, Backbone, Parts
 from dynrl.backbones.early import SCORES
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
@@ -271,11 +271,11 @@ class Glimpses(Backbone):
         """Return `Backbone.constant_routes`: no look at all, and the full route."""
         return [("no look", (STOP,) * self.columns), ("full route", self.full_route)]
 
-    def regions(self, route: Tensor) -> list[list[int]]:
+    def regions(self, inputs: Tensor, route: Tensor) -> list[list[Parts]]:
         """Return `Backbone.regions`: the windows of the looks."""
-        windows = [action - 1 for action in route.tolist() if action > STOP]
-        spans = (self.scale * self.side).tolist()
-        return [[*self.corners[window].tolist(), spans[window], spans[window]] for window in windows]
+        spans = (self.scale * self.side).unsqueeze(1).expand(-1, 2)
+        windows = torch.cat([self.corners, spans], 1).tolist()
+        return [[[windows[action - 1]] for action in row if action > STOP] for row in route.tolist()]
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each look is of the first rows of the batch, as many as take it."""

@@ -23,6 +23,7 @@ from dynrl.backbones.exit import GO_ON, STOP, Exits
 from dynrl.backbones.forward import Stand
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.held import Held
+from dynrl.backbones.positions import SHARES, Positions
 from dynrl.backbones.skip import Skipping
 from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
 from dynrl.backbones.walk import END, State, Walk
@@ -280,6 +281,100 @@ class SkipModule(_OfModule, Skipping):
             return stand
 
         return run
+
+
+class TokenModule(_OfModule, Positions):
+    """A module of your own with blocks on tokens: action c runs a block on the share shares[c] of an input's tokens.
+
+    The blocks of a torchvision or timm ViT will do, and those of any encoder that adds places to tokens in front of its
+    blocks. The full route is the module itself, with the same weights. The layers that score tokens are made here and
+    are untrained; `dynrl.pretraining.pretrain` trains them with the module.
+
+    Args:
+        module: a module that maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put
+            into eval mode.
+        input_shape: the shape of one input.
+        blocks: the names (as in `module.named_modules()`), in running order, of blocks from tokens [n, T, d] to tokens,
+            which contain their shortcut.
+        family: the same as in `SkipModule`.
+        classes: the number of outputs; may be left out.
+        shares: the shares of the tokens, one for each choice, rising to 1.
+        leading: the number of tokens in front, such as a class token, that run whenever any token does.
+
+    Raises:
+        ValueError: a block is given no tokens, what it makes of a token depends on the token's place in the row,
+            torch.fx cannot trace the module, or a reason of `SkipModule`.
+    """
+
+    family = "token_module"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_shape: Any,
+        blocks: Sequence[str],
+        family: str | None = None,
+        classes: int | None = None,
+        shares: tuple[float, ...] = SHARES,
+        leading: int = 1,
+    ) -> None:
+        config: dict[str, Any] = {"blocks": list(blocks), "shares": list(shares), "leading": leading}
+        super().__init__(module, input_shape, blocks, family, None, None, **config)
+        if not isinstance(self._cut, Traced):
+            raise ValueError(f"expected a module that torch.fx can trace, to run blocks on some tokens: {self.why}")
+        self.leading, cut = leading, self._cut
+        ops, x = executed(lambda: cut.between[0](self._example(1)))
+        given, fixed_macs = [], [macs_of(ops)]
+        for name, block, behind in zip(blocks, cut.parts, cut.between[1:], strict=True):
+            _check_tokens(name, block, x.detach())
+            given.append(x.detach())
+            y = block(x.detach().clone())
+            ops, x = executed(lambda: behind(y))  # noqa: B023 (called at once)
+            fixed_macs.append(macs_of(ops))
+        _set_classes(self, x, classes)
+
+        def block_macs(point: int, count: int) -> int:
+            return macs_of(executed(lambda: cut.parts[point](given[point][:, :count].clone()))[0]) if count else 0
+
+        _, tokens, width = given[0].shape
+        self._set_points(list(blocks), tuple(shares), tokens, width, block_macs, fixed_macs)
+        self.scorers.to(given[0])
+
+    @property
+    def _pieces(self) -> Traced:
+        assert isinstance(self._cut, Traced), "others were refused"
+        return self._cut
+
+    def _lead(self, inputs: Tensor) -> Tensor:
+        return self._pieces.enter(inputs).x
+
+    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
+        return self._pieces.parts[point]
+
+    def _follow(self, point: int, x: Tensor) -> Tensor:
+        return self._pieces.between[point + 1](x)
+
+
+@torch.no_grad()
+def _check_tokens(name: str, block: Callable[[Tensor], Tensor], example: Tensor) -> None:
+    """Refuse a block that is given no tokens, or that needs to know where in its row a token stands."""
+    if example.dim() != 3:
+        raise ValueError(
+            f"expected blocks of tokens [batch, tokens, channels]; {name!r} is given {list(example.shape)}"
+        )
+    x, half = torch.randn_like(example), torch.randperm(example.shape[1], device=example.device)
+    half = half[: -(-example.shape[1] // 2)]
+    try:
+        expected, got = block(x[:, half.sort()[0]].clone()), block(x[:, half].clone())
+    except Exception as error:  # a user's block may raise anything on fewer tokens
+        raise ValueError(f"expected blocks that run on any number of tokens; {name!r} does not: {error}") from error
+    same = expected.shape == got.shape == (1, len(half), x.shape[2])
+    order = half.argsort()
+    if not same or not torch.allclose(got[:, order], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ValueError(
+            f"expected blocks that treat tokens alike wherever they stand in the row; {name!r} does not: some tokens "
+            "alone would mean nothing to it"
+        )
 
 
 class ExitModule(_OfModule, Exits):

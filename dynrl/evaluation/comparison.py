@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dynrl.evaluation.calibration import COLLAPSED
-from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, rivals
+from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, by_chance, rivals
 from dynrl.evaluation.intervals import Front, better, differences, verdict
 from dynrl.evaluation.report import Run, plain_network
 from dynrl.files import check_folder, write_json
@@ -66,6 +66,7 @@ def compare(
     learned, alone = ([of for of in everyone if of.asked is asked] for asked in (True, False))
     dense = Dense(ground, folders[0].plain, learned)
     *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller])
+    others = [*by_chance(learned, ground), *others]
     others = [rival for rival in others if rival.asked]  # uniform routes heed no budget; the static ones include them
     fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, show)
     result = {

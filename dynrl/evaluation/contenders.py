@@ -7,7 +7,7 @@ test split. Reports average these results; comparisons pair them input by input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -201,6 +201,43 @@ class Learned(Contender):
         found = Reached(model.backbone, metric, macs, router, route.actions, start, price)
         self._known[i] = (price, found)
         return found
+
+
+class ByChance(Contender):
+    """A learned policy is a contender once more on networks in which chance chooses the parts of an input that run.
+
+    Each input takes the route that the policy chose for it, so as many parts run, but any.
+
+    Args:
+        learned: the policies, on networks that choose such parts (`Backbone.by_chance`).
+        ground: the data.
+    """
+
+    def __init__(self, learned: Learned, ground: Ground) -> None:
+        self.name, self.asked = f"{learned.name}, parts by chance", learned.asked
+        self._learned, self._ground = learned, ground
+
+    def rows(self, budgets: Sequence[float]) -> list[float | None]:
+        """List the budgets of the policies' own rows."""
+        return self._learned.rows(budgets)
+
+    def reach(self, budget: float | None) -> list[Reached] | None:
+        """Walk the policies' routes; what they spent is spent here, too."""
+        found = self._learned.reach(budget)
+        return None if found is None else [self._again(of) for of in found]
+
+    def _again(self, of: Reached) -> Reached:
+        network = of.network.by_chance()
+        assert network is not None, "only networks that choose parts of an input are asked"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            walked = _along(self._ground, network, of.route.clamp_min(0))
+        return replace(walked, macs=of.macs, router=of.router, price=of.price)
+
+
+def by_chance(learned: Sequence[Learned], ground: Ground) -> list[Contender]:
+    """List the contenders of `ByChance`; there are none if the network chooses no parts of an input."""
+    return [] if ground.network.by_chance() is None else [ByChance(of, ground) for of in learned]
 
 
 def _along(ground: Ground, network: Backbone, routes: Tensor) -> Reached:

@@ -7,6 +7,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dynrl.data import Split
 from dynrl.evaluation.difficulty import bin_name
 from dynrl.evaluation.report import correlation_text, seeds_text
@@ -150,7 +153,6 @@ def _draw_usage(usage: dict[str, Any], classes: list[str], test: Split, figure: 
     left.colorbar(picture, label="mean choice: 0 the thriftiest, 1 the dearest")
     if right is None:
         return
-    regions = list(usage["regions"])
     for name, mine, half in zip(
         ("least", "most"), (usage["cheapest"], usage["dearest"]), right.subfigures(2, 1), strict=True
     ):
@@ -159,23 +161,9 @@ def _draw_usage(usage: dict[str, Any], classes: list[str], test: Split, figure: 
         for axis in grid:
             axis.set_axis_off()
         for row, axis in zip(mine, grid, strict=False):
-            image = test.inputs[row].float().cpu().permute(1, 2, 0)
-            low, high = image.min(), image.max()
-            axis.imshow(((image - low) / (high - low).clamp_min(1e-6)).numpy(), cmap="gray")
-            _draw_regions(regions.pop(0), axis)
+            axis.imshow(_picture(test, row).numpy(), cmap="gray")
             if isinstance(test.task, Classification):
                 axis.set_title(_short(classes[int(test.targets[row])]), fontsize="small")
-
-
-def _draw_regions(regions: list[list[int]], axis: Any) -> None:
-    """Frame the parts of an image that were looked at, each by its number, from the first, light one to the last."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    for number, (top, left, height, width) in enumerate(regions):
-        colour = colormaps["autumn_r"](number / max(1, len(regions) - 1))
-        axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colour, linewidth=1.2))
-        axis.text(left, top, str(number + 1), color=colour, fontsize="x-small", va="top", clip_on=True)
 
 
 def _draw_pictures(pictures: dict[str, Any], task: Task, figure: Any) -> None:
@@ -192,6 +180,37 @@ def _draw_pictures(pictures: dict[str, Any], task: Task, figure: Any) -> None:
         row[0].set_ylabel(name, fontsize="small")
     half = len(target) // 2
     figure.suptitle(f"{task.heading}; least is spent on the left {half}, most on the right {half}", fontsize="medium")
+
+
+def draw_regions(usage: dict[str, Any], test: Split, path: Path) -> None:
+    """Draw inputs on which least and most is spent, and for each decision only the parts of theirs that ran."""
+    half = len(usage["cheapest"]) // 2  # fewer than the images of `draw_report`, since each has a row of its own
+    rows = list(zip([*usage["cheapest"], *usage["dearest"]], usage["regions"], strict=True))
+    rows = rows[:half] + rows[2 * half : 3 * half]
+    deep = 1 + max(len(regions) for _, regions in rows)
+    figure = _new_figure(figsize=(1.2 * deep, 1.3 * len(rows)))
+    figure.suptitle(f"{usage['policy']}: what is seen at each decision", fontsize="medium")
+    for axes, (row, regions) in zip(figure.subplots(len(rows), deep, squeeze=False), rows, strict=True):
+        image = _picture(test, row)
+        seen = [image]
+        for parts in regions:
+            shown = torch.zeros_like(image)  # black is what did not run, not what is dark
+            for top, left, height, width in parts:
+                part = slice(top, top + height), slice(left, left + width)
+                shown[part] = 0.25 + 0.75 * image[part]
+            seen.append(shown)
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, shown in zip(axes, seen, strict=False):
+            axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1)
+    _save(figure, path)
+
+
+def _picture(test: Split, row: int) -> Tensor:
+    """Return an image of a split as a picture's numbers from 0 to 1, [height, width, 1 or 3]."""
+    image = test.inputs[row].float().cpu().permute(1, 2, 0)
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low).clamp_min(1e-6)
 
 
 def _draw_difficulty(name: str, found: dict[str, Any], task: type[Task], axis: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset
 from dynrl.evaluation.budgeted import budgeted, budgeted_text, check_leaving
-from dynrl.evaluation.contenders import Contender, Dense, Ground, Learned, Reached, mean_metric, rivals
+from dynrl.evaluation.contenders import Contender, Dense, Ground, Learned, Reached, by_chance, mean_metric, rivals
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
 from dynrl.evaluation.scores import Score, Usage, restored
@@ -89,11 +89,13 @@ def evaluate(
             pictures = _pictures(learned[0], ground, measured["usage"])
     report = merge_reports(found)
     if out is not None:
-        from dynrl.evaluation.figures import draw_report
+        from dynrl.evaluation.figures import draw_regions, draw_report
 
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "report.json", report)
         draw_report(report, dataset.test, Path(out) / "report.png", pictures)
+        if report["usage"] is not None and any(report["usage"]["regions"]):
+            draw_regions(report["usage"], dataset.test, Path(out) / "regions.png")
     return report
 
 
@@ -135,6 +137,7 @@ def measure(
     """
     dense, budgets = Dense(ground, plain, learned), budgets or ground.network.budgets
     random, *others = rivals(ground, smaller)
+    others = [*by_chance(learned, ground), *others]
     everybody: list[Contender] = [dense, *learned, random, *others]
     points = _Points(ground, ground.test.inputs[:batch_size])
     total = sum(contender.passes(budgets) for contender in everybody) + ROUNDS

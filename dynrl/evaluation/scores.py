@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynrl.backbones import Backbone, choice_rates
+from dynrl.backbones.base import Parts
 from dynrl.data import Split
 from dynrl.deploy import Route, RoutedModel
 from dynrl.evaluation.difficulty import by_difficulty
@@ -104,7 +105,7 @@ class Usage:
         by_column: [groups, columns], how dear the choices are at each visit of a point: 0 is the thriftiest choice, 1
             the dearest (`Backbone.thrift`); an input that never comes there counts as 0.
         cheapest, dearest: the rows of the split on which least and most was spent, the extreme first.
-        regions: what `Backbone.regions` says of the rows of `cheapest`, then of those of `dearest`.
+        regions: what `Backbone.regions` says of each row of `cheapest`, then of `dearest`.
         distinct_routes: how many different routes the inputs take.
         commonest: share of the inputs that take the commonest route.
         difficulty: what `by_difficulty` says.
@@ -115,7 +116,7 @@ class Usage:
     by_column: list[list[float]]
     cheapest: list[int]
     dearest: list[int]
-    regions: list[list[list[int]]]
+    regions: list[list[Parts]]
     distinct_routes: int
     commonest: float
     difficulty: dict[str, dict[str, Any]]
@@ -146,8 +147,10 @@ class Usage:
         commonest = float(counts.max() / len(actions))
         hard = by_difficulty(split, metric, macs)
         ends = order[:shown], order[-shown:][::-1]
-        looked = [model.backbone.regions(actions[row]) for end in ends for row in end]
-        return cls(groups, columns, by_column, *ends, looked, len(counts), commonest, hard)
+        drawn = torch.tensor([*ends[0], *ends[1]])
+        with torch.inference_mode():
+            regions = model.backbone.regions(split.inputs[drawn], actions[drawn].to(split.targets.device))
+        return cls(groups, columns, by_column, *ends, regions, len(counts), commonest, hard)
 
 
 @torch.inference_mode()

@@ -40,6 +40,14 @@ NETWORKS = {
             "widths": (64, 128, 256, 512), "stem": "imagenet",
         },
     ),
+    "token vit 224x224": Network(
+        (8, 64),
+        {
+            "input_shape": (3, 224, 224), "classes": 1000, "patch": 16, "width": 384, "depth": 12, "heads": 6,
+            "hidden": 1536,
+        },
+        "token_vit",
+    ),
     "gru256 50 steps": Network((64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 256}, "skip_gru", 0),
     "gru512 50 steps": Network((64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 512}, "skip_gru", 0),
 }  # fmt: skip

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynrl.backbones.positions import Encoder
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, recurrent_cell
+from dynrl.ops.gated_positions import gated_positions, gated_positions_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.partition import partition, partition_ref
 from dynrl.ops.routed_experts import Expert, routed_experts, routed_experts_ref
@@ -41,6 +43,8 @@ RESIDUAL_EXPERTS = {
 }
 # name -> width and hidden width of a layer of two products.
 LAYERS = {"512-1024": (512, 1024), "1024-4096": (1024, 4096)}
+# name -> tokens, width, heads and hidden width of a block of a vision transformer.
+BLOCKS = {"vit small, 64 tokens": (64, 96, 4, 192), "vit base, 197 tokens": (197, 768, 12, 3072)}
 CELLS = {"gru 128": (128, 128), "gru 512": (512, 512)}
 
 # The memory orders of weights. A few rows are multiplied faster by columns. A single row is multiplied faster by rows
@@ -382,6 +386,39 @@ def gated_cell_cases(shape: str, batch: int, device: torch.device, dtype: torch.
     yield from map(at, KEPT)
 
 
+def gated_positions_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield cases of a transformer's block on a share of the tokens, three shares mixed in one batch, and on all."""
+    tokens, width, heads, hidden = BLOCKS[shape]
+    block = Encoder(width, heads, hidden).to(device, dtype).requires_grad_(False)
+    x = torch.randn(batch, tokens, width, device=device, dtype=dtype)
+    order = torch.rand(batch, tokens, device=device).argsort(1)
+    weight, thirds = torch.rand(batch, tokens, device=device, dtype=dtype), _thirds(batch, device)
+
+    def at(kept: float) -> Case:
+        counts = (tokens,) * 3 if kept == 1 else _mixed(kept, tokens)
+        choice = torch.zeros_like(thirds) if kept == 1 else thirds
+        sizes = choice.bincount(minlength=3).tolist()
+        parts = [rows[:, :k].clone() for k, rows in zip(counts, x.split(sizes), strict=True) if len(rows)]
+
+        def indexed() -> None:
+            for c, k in enumerate(counts):
+                rows = (choice == c).nonzero()
+                if len(rows):
+                    places = order[rows.squeeze(1), :k]
+                    part = x[rows, places]
+                    x[rows, places] = torch.lerp(part, block(part), weight[rows, places].unsqueeze(2))
+
+        given = (choice, order, weight, counts, block)
+        return Case(
+            "gated_positions", shape, batch, kept, routed=lambda: gated_positions(x, *given),
+            check=lambda: (gated_positions(x.clone(), *given), gated_positions_ref(x, *given)),
+            dense={"plain": lambda: block(x)}, indexed=indexed,
+            ideal={"plain": lambda: [block(part) for part in parts]},
+        )  # fmt: skip
+
+    yield from map(at, (*KEPT, 1.0))
+
+
 def small_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Yield cases of the ops that only cost time, which have no dense side and no ideal."""
 
@@ -411,4 +448,5 @@ FAMILIES: dict[str, tuple[dict[str, Any], Callable[..., Iterator[Case]]]] = {
     "sliced_conv": ({name: maps for name, maps in MAPS.items() if "resnet50" in name}, sliced_conv_cases),
     "sliced_linear": (LAYERS, sliced_linear_cases),
     "gated_cell": (CELLS, gated_cell_cases),
+    "gated_positions": (BLOCKS, gated_positions_cases),
 }

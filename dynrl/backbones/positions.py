@@ -1,0 +1,345 @@
+"""In vision transformers, each input chooses which share of its tokens runs a block (mixture of depths, DynamicViT)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.backbones.base import Backbone, Parts
+from dynrl.backbones.resnet import convolution
+from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.cost import count_macs
+from dynrl.ops.convolution import FoldedConv2d
+from dynrl.ops.gated_positions import gated_positions
+from dynrl.ops.pooled import summary
+from dynrl.schema import MOST_ROWS, check_count, check_counts
+
+SHARES = (0.0, 0.25, 0.5, 1.0)
+
+
+class Scorer(nn.Module):
+    """A scorer gives each token a score: a linear layer on the normalised token, plus how far it is from the others.
+
+    The distance is that from the mean of the row's tokens, in units of the mean distance. Before anything is learned,
+    it ranks tokens by how much they stand out, as an object does from its background.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.score = nn.LayerNorm(width), nn.Linear(width, 1)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens [n, T, d] to scores [n, T]."""
+        away = (x - x.mean(1, keepdim=True)).square().mean(2).add(1e-6).sqrt()
+        return self.score(self.norm(x)).squeeze(2) + self.gain * (away / away.mean(1, keepdim=True) - 1)
+
+
+class Positions(Backbone):
+    """This is the base class of networks whose blocks run on some tokens of an input: action c runs shares[c] of them.
+
+    Which tokens run is no decision: in front of each block, a scorer gives each token a score, and those with the
+    highest scores run. Attention is among them only; the others pass the block by. What the block adds to a token is
+    weighted by twice the logistic function of its score, and so scorers learn with the network. If all tokens run,
+    nothing is weighted.
+
+    A family writes what runs before the first block, which blocks these are, and what runs behind each.
+
+    Attributes:
+        leading: the number of tokens in front, such as a class token, that run whenever any token does.
+
+    Source: mixture of depths (Raposo et al. 2024, section 3), where all inputs take the same share.
+    """
+
+    decision = "positions"
+    leading = 0
+    _counts: tuple[int, ...]
+    _by_chance = False
+
+    def _lead(self, inputs: Tensor) -> Tensor:
+        """Run what comes before the first block, and return tokens [n, T, d]."""
+        raise NotImplementedError
+
+    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
+        """Return the block at `point`, a function from [m, k, d] to [m, k, d] for any number k of tokens."""
+        raise NotImplementedError
+
+    def _follow(self, point: int, x: Tensor) -> Tensor:
+        """Run what comes behind the block of `point`, up to the next block or to the output."""
+        raise NotImplementedError
+
+    def _set_points(
+        self,
+        names: Sequence[str],
+        shares: tuple[float, ...],
+        tokens: int,
+        width: int,
+        block_macs: Callable[[int, int], int],
+        fixed_macs: Sequence[int],
+    ) -> None:
+        """Make the scorers and pose a point for each block.
+
+        Args:
+            names: the names of the points.
+            shares: the shares of the tokens, one for each choice.
+            tokens, width: the number of tokens and of their channels.
+            block_macs: a function from a point and a number of tokens to the MACs of its block.
+            fixed_macs: the MACs before the first block and behind each block.
+        """
+        if not 0 <= self.leading < tokens:
+            raise ValueError(f"expected fewer leading tokens than the {tokens} tokens of a row, got {self.leading}")
+        rest = tokens - self.leading
+        self._counts = counts = tuple(self.leading + math.ceil(share * rest) if share else 0 for share in shares)
+        rising = all(less < more for less, more in pairwise((-1, *counts)))
+        if len(shares) < 2 or not rising or counts[-1] != tokens:
+            raise ValueError(
+                f"expected two shares or more, each of more of the {rest} tokens, the last of all; got {shares}: "
+                f"{counts} tokens"
+            )
+        self.scorers = nn.ModuleList(Scorer(width) for _ in names)
+        scoring = rest * width
+        self._pose(
+            [Point(name, len(shares)) for name in names],
+            costs=[
+                [fixed + (scoring if point + 1 < len(names) else 0) + block_macs(point, k) for k in self._counts]
+                for point, fixed in enumerate(fixed_macs[1:])
+            ],
+            start_macs=fixed_macs[0] + scoring,
+            full_route=(len(shares) - 1,) * len(names),
+            feature_width=width + len(shares) - 1,
+        )
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        return self._arrive(walk, 0, rows, self._lead(inputs))
+
+    def _arrive(self, walk: Walk, point: int, rows: Tensor, x: Tensor) -> State:
+        """Score the tokens `x` in front of a block, or keep `x` as the output behind the last one."""
+        if point == len(self.points):
+            walk.put_output(rows, x)
+            return State(walk, END, rows)
+        scores = self.scorers[point](x[:, self.leading :])
+        ranks = torch.rand_like(scores) if self._by_chance else scores
+        order = ranks.detach().argsort(dim=1, descending=True, stable=True) + self.leading
+        if self.leading:
+            scores = F.pad(scores, (self.leading, 0))  # whose weight is 1
+            first = torch.arange(self.leading, device=x.device).expand(len(x), -1)
+            order = torch.cat([first, order], 1)
+        return State(walk, point, rows, (x, scores, order))
+
+    def _at(self, state: State, action: Tensor) -> Tensor:
+        x, scores, order = state.features
+        return gated_positions(x, action, order, 2 * scores.sigmoid(), self._counts, self._block(state.point))
+
+    def _go_on(self, state: State, x: Tensor) -> State:
+        return self._arrive(state.walk, state.point + 1, state.rows, self._follow(state.point, x))
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        return [self._go_on(state, self._at(state, action))]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        x, *how = state.features
+        weighted = []
+        for choice, gate in enumerate(gates.unbind(1)):
+            alike = State(state.walk, state.point, state.rows, (x.clone(), *how))  # the op may overwrite it
+            action = torch.full_like(state.rows, choice)
+            weighted.append(gate.view(-1, 1, 1) * self._at(alike, action))
+        return self._go_on(state, torch.stack(weighted).sum(0))
+
+    def observe(self, state: State) -> Tensor:
+        """Return each channel's mean over all tokens, and the mean weight of the tokens that each choice adds."""
+        x, scores, order = state.features
+        weights = scores.float().sigmoid().gather(1, order)
+        added = [weights[:, less:more].mean(1, keepdim=True) for less, more in pairwise(self._counts)]
+        return torch.cat([summary(x, channels_last=True), *added], 1)
+
+    def by_chance(self) -> Self:
+        """Return a copy in which chance takes the place of the scores: it chooses as many tokens, but any."""
+        twin = copy.deepcopy(self)
+        twin._by_chance = True
+        return twin
+
+    def regions(self, inputs: Tensor, route: Tensor) -> list[list[Parts]]:
+        """Return `Backbone.regions`: the tokens that run each block, if they lie on their image as on a grid."""
+        height, width = inputs.shape[-2:]
+        tokens, found = self._counts[-1] - self.leading, [list[Parts]() for _ in inputs]
+        down = math.isqrt(tokens * height // width) if inputs.dim() == 4 else 0
+        if not down or tokens % down or height % down or width % (tokens // down):
+            return found
+        across = tokens // down
+        high, wide = height // down, width // across
+
+        def watch(state: State) -> Tensor:
+            action = state.along(route)
+            for mine, order, choice in zip(found, state.features[2].tolist(), action.tolist(), strict=True):
+                ran = sorted(place - self.leading for place in order[: self._counts[choice]])
+                corners = (divmod(token, across) for token in ran if token >= 0)
+                mine.append([[high * row, wide * column, high, wide] for row, column in corners])
+            return action
+
+        self.run(inputs, watch)
+        return found
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
+        """Return `Backbone.ideal`: each block runs on the first tokens of neighbouring rows, as many as chose so."""
+        parts = []
+        for column in route.unbind(1):
+            ends = [0, *accumulate((column == choice).sum().item() for choice in range(self.num_choices))]
+            parts.append([(self._counts[c], *ends_of) for c, ends_of in enumerate(pairwise(ends)) if self._counts[c]])
+
+        def run() -> Tensor:
+            x = self._lead(inputs)
+            for point, part in enumerate(parts):
+                for count, start, end in part:
+                    if start < end:
+                        self._block(point)(x[start:end, :count])
+                x = self._follow(point, x)
+            return x
+
+        return run
+
+
+class Encoder(nn.Module):
+    """A block of a vision transformer: attention and two linear layers, with the norms in front (Dosovitskiy 2021)."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def macs(self, tokens: int) -> int:
+        """Return the MACs of one row of `tokens` tokens."""
+        width, hidden = self.fc2.out_features, self.fc1.out_features
+        return tokens * width * (4 * width + 2 * hidden) + 2 * tokens * tokens * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, T, d] to [n, T, d]."""
+        # On a CPU, autocast would make training several times slower: attention has a slow backward in bfloat16, and
+        # products are laid out anew for each number of rows.
+        with torch.autocast("cpu", enabled=False):
+            return self._forward(x if x.is_cuda else x.to(self.fc2.weight.dtype))
+
+    def _forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        query, key, value = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.out(seen.transpose(1, 2).reshape(n, tokens, width))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Stem(nn.Module):
+    """A stem of convolutions of stride 2 with batch norm and ReLU makes tokens of patches (Xiao et al. 2021)."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        halvings = patch.bit_length() - 1
+        widths = [channels, *(width >> (halvings - i) for i in range(1, halvings + 1))]
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths):
+            layers += [convolution(inputs, outputs, 3, stride=2), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Conv2d(width, width, 1)
+
+    def fold(self) -> None:
+        """Fold the batch norms into the convolutions' weights."""
+        for i in range(0, len(self.layers), 3):
+            self.layers[i] = FoldedConv2d.of(self.layers[i], self.layers[i + 1])  # type: ignore[arg-type]
+            self.layers[i + 1] = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [n, C, H, W] to tokens [n, T, d], row by row."""
+        return self.last(self.layers(x)).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class TokenViT(Positions):
+    """A vision transformer in which each input chooses, block by block, which share of its tokens runs the block.
+
+    There is no class token. At the end, each token says how much it counts, and a linear layer maps the mean that is
+    weighted so to the outputs (pooling by attention, Lee et al. 2019): tokens that never ran need not count.
+
+    Args:
+        input_shape: (channels, height, width) of one image; both sides are multiples of `patch`.
+        classes: the number of outputs of the last layer.
+        patch: the side in pixels of what a token begins with, a power of 2. The stem has a convolution of stride 2 for
+            each factor of 2.
+        width: the number of channels of a token.
+        depth: the number of blocks.
+        heads: the number of heads of attention, a divisor of `width`.
+        hidden: the number of hidden units of a block's linear layers.
+        shares: the shares of the tokens, one for each choice, rising to 1.
+    """
+
+    family = "token_vit"
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        patch: int = 4,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        hidden: int = 128,
+        shares: tuple[float, ...] = SHARES,
+    ) -> None:
+        super().__init__()
+        check_counts("input_shape", input_shape)
+        for name, count in {
+            "classes": classes, "patch": patch, "width": width, "depth": depth, "heads": heads, "hidden": hidden,
+        }.items():  # fmt: skip
+            check_count(name, count, 1, MOST_ROWS)
+        channels, height, across = input_shape
+        if patch < 2 or patch & (patch - 1) or height % patch or across % patch or width % patch:
+            raise ValueError(
+                f"expected a patch that is a power of 2 and divides the sides {height}x{across} and the width {width}, "
+                f"got {patch}"
+            )
+        if width % heads:
+            raise ValueError(f"expected heads that divide the width {width}, got {heads}")
+        self.input_shape = tuple(input_shape)
+        self.config = {
+            "input_shape": list(input_shape), "classes": classes, "patch": patch, "width": width, "depth": depth,
+            "heads": heads, "hidden": hidden, "shares": list(shares),
+        }  # fmt: skip
+        self.stem = Stem(channels, width, patch)
+        tokens = (height // patch) * (across // patch)
+        self.place = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        self.blocks = nn.ModuleList(Encoder(width, heads, hidden) for _ in range(depth))
+        self.norm, self.pool, self.fc = nn.LayerNorm(width), nn.Linear(width, 1), nn.Linear(width, classes)
+        self._set_points(
+            [f"blocks.{i}" for i in range(depth)],
+            tuple(shares),
+            tokens,
+            width,
+            lambda point, count: self._encoder(point).macs(count) if count else 0,
+            [count_macs(self.stem, self.input_shape)[0], *[0] * (depth - 1), 2 * tokens * width + width * classes],
+        )
+
+    def _encoder(self, point: int) -> Encoder:
+        return self.blocks[point]  # type: ignore[return-value]
+
+    def _lead(self, inputs: Tensor) -> Tensor:
+        return self.stem(inputs) + self.place
+
+    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
+        return self.blocks[point]
+
+    def _follow(self, point: int, x: Tensor) -> Tensor:
+        if point + 1 < len(self.points):
+            return x
+        x = self.norm(x)
+        return self.fc(torch.bmm(self.pool(x).softmax(1).transpose(1, 2), x).squeeze(1))
+
+    def for_inference(self) -> Self:
+        """Return a frozen copy with the stem's batch norms folded in."""
+        twin = super().for_inference()
+        twin.stem.fold()
+        return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
