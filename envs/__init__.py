@@ -67,6 +67,11 @@ DECISIONS: dict[str, Decision] = {
             "look", "dynrl/Look-v0", "dynrl.envs.look:LookVectorEnv", "where in an image to look next, or stop",
             "RAM (Mnih et al. 2014), GFNet (Wang et al. 2020)", data="digit-scenes",
         ),
+        Decision(
+            "branch", "dynrl/Branch-v0", "dynrl.envs.branch:BranchVectorEnv",
+            "which module of each layer comes next, or none", "routing networks (Rosenbaum et al. 2018)",
+            data="digit-tasks",
+        ),
     )
 }  # fmt: skip
 
