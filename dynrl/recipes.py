@@ -113,7 +113,7 @@ def _routing(channels: int, epochs: int, tuned: int) -> Defaults:
         backbone={"image_channels": 1, "channels": channels, "layers": 3, "kernels": (0, 1, 3, 3, 3), "own": "head"},
         pretraining=Recipe(
             epochs=epochs, batch_size=128, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0,
-            rates=(0.6, 0.3), full_share=0.4, optimizer="adam",
+            rates=(0.7,), full_share=0.5, optimizer="adam",
         ),
         learning=Learning(steps=150_000, hidden=32, reward="log_likelihood", price_range=(0.003, 3.0)),
         # The full route is a trunk that serves all tasks: nothing is distilled from it, and no row must keep to it.
@@ -408,8 +408,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("look", "digit-scenes"): _glimpses(12, 48, epochs=24, tuned=2),
     ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
-    ("branch", "digit-tasks"): _routing(16, epochs=12, tuned=4),
-    ("branch", "many-tasks"): _routing(16, epochs=10, tuned=4),
+    ("branch", "digit-tasks"): _routing(16, epochs=14, tuned=4),
+    ("branch", "many-tasks"): _routing(16, epochs=8, tuned=3),
 }  # fmt: skip
 
 

@@ -127,6 +127,17 @@ def test_the_table_learns_which_module_is_better_and_no_other_training_moves_it(
 
 
 @torch.no_grad()
+def test_modules_like_the_full_routes_begin_as_good_as_the_trunk():
+    backbone, (inputs, _) = network(), told(9)
+    alike = [torch.tensor([[a, b]]).expand(9, -1) for a in (2, 3) for b in (2, 3)]
+    before, cheap = backbone(inputs), backbone(inputs, torch.ones(9, 2, dtype=torch.int64))
+    assert not torch.allclose(backbone(inputs, alike[0]), before)
+    backbone.open_up()
+    assert all(torch.allclose(backbone(inputs, route), before) for route in alike)
+    torch.testing.assert_close(backbone(inputs, torch.ones(9, 2, dtype=torch.int64)), cheap, rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_policies_are_told_the_task_and_what_the_table_prefers():
     backbone, (inputs, task) = network(), told(7)
     state = backbone.begin(inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from dynrl.ops.pooled import summary
 from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
-SPREAD = 2.0  # the deviation of the table's logits at first, so that tasks begin on different routes
-BEHIND = 4.0  # how far the logits of cheaper modules are behind those of the dearest at first
+SPREAD = 4.0  # the deviation of the table's logits at first, so that tasks begin on different routes
+BEHIND = 8.0  # how far the logits of cheaper modules are behind those of the dearest at first
 STEP = 10.0  # the learning rate of the table
 
 
@@ -83,6 +83,7 @@ class RoutingNet(Backbone):
     rule = "table"
     exports = True
     captures = True
+    budgets: ClassVar = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # the last one is a whole path
     table: Tensor
 
     def __init__(
@@ -223,6 +224,14 @@ class RoutingNet(Backbone):
         told = torch.eye(self.tasks, device=task.device)[task] if self.tasks else state.features.new_zeros(len(task), 0)
         preferred = self.table[:, state.point].float().softmax(1)
         return torch.cat([preferred[task], told, summary(state.features)], 1)
+
+    def open_up(self) -> None:
+        """Give the modules that are like the full route's own the weights of these: all begin as good as the trunk."""
+        for layer in self.layers:
+            for module, kernel in enumerate(self.kernels * self.networks):
+                full = (module // len(self.kernels) + 1) * len(self.kernels) - 1
+                if kernel == self.kernels[-1]:
+                    layer[module].load_state_dict(layer[full].state_dict())  # type: ignore[index, union-attr]
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
