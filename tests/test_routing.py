@@ -11,7 +11,9 @@ from dynrl.data import Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.evaluation.by_task import TablePolicy, fit_table
+from dynrl.ops.backend import device_counts
 from dynrl.tasks import Regression
+from tests.devices import NoHostSync
 
 KERNELS, TASKS, CHANNELS = (0, 1, 3, 3), 3, 6
 
@@ -74,6 +76,27 @@ def test_modules_cost_by_their_kernels_and_passing_is_free():
     before = state.features.clone()
     (after,) = backbone.advance(state, torch.zeros(5, dtype=torch.int64))
     torch.testing.assert_close(after.features, before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_counts_on_the_device_give_the_same_without_a_wait(kernel_case):
+    backbone, (inputs, _) = network(layers=1).for_inference().to(kernel_case), told(6)
+    inputs, route = inputs.to(kernel_case), torch.tensor([0, 3, 1, 3, 2, 1], device=kernel_case)
+
+    def walk():
+        state = backbone.begin(inputs)
+        seen = backbone.observe(state)
+        backbone.advance(state, route)
+        return seen, state.walk
+
+    before, expected = walk()
+    with device_counts():
+        walk()  # constants are made once
+        with NoHostSync():
+            seen, got = walk()
+    torch.testing.assert_close(seen, before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.outputs, expected.outputs, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got.macs, expected.macs)
 
 
 @pytest.mark.parametrize("own", ["nothing", "network"])
