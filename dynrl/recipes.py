@@ -113,13 +113,13 @@ def _routing(channels: int, epochs: int, tuned: int) -> Defaults:
         backbone={"image_channels": 1, "channels": channels, "layers": 3, "kernels": (0, 1, 3, 3, 3), "own": "head"},
         pretraining=Recipe(
             epochs=epochs, batch_size=128, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0,
-            rates=(0.7,), full_share=0.5, optimizer="adam",
+            rates=(0.6, 0.3), full_share=0.25, optimizer="adam",
         ),
-        learning=Learning(steps=150_000, hidden=32, reward="log_likelihood", price_range=(0.003, 3.0)),
+        learning=Learning(steps=120_000, hidden=32, reward="log_likelihood", price_range=(0.01, 10.0)),
         # The full route is a trunk that serves all tasks: nothing is distilled from it, and no row must keep to it.
         finetuning=Finetuning(
-            epochs=tuned, steps=50_000, optimizer="adam", learning_rate=2e-3, weight_decay=0.01, label_smoothing=0.0,
-            full_share=0.0, distillation=0.0,
+            epochs=tuned, steps=40_000, optimizer="adam", learning_rate=2e-3, weight_decay=0.01, label_smoothing=0.0,
+            full_share=0.0, sampled=True, distillation=0.0,
         ),
     )  # fmt: skip
 

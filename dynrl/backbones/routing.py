@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,8 @@ class RoutingNet(Backbone):
     captures = True
     budgets: ClassVar = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # the last one is a whole path
     table: Tensor
+    stems: Any  # lists of modules, whose own parts torch's types do not know
+    layers: Any
 
     def __init__(
         self,
@@ -181,7 +183,7 @@ class RoutingNet(Backbone):
         return torch.empty_like(done).index_copy(0, torch.cat(parts), done)
 
     def _module(self, point: int, module: int) -> nn.Module:
-        found: nn.Module = self.layers[point][module]  # type: ignore[index]
+        found: nn.Module = self.layers[point][module]
         return found
 
     def _chosen(self, state: State, action: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ class RoutingNet(Backbone):
             for module, kernel in enumerate(self.kernels * self.networks):
                 full = (module // len(self.kernels) + 1) * len(self.kernels) - 1
                 if kernel == self.kernels[-1]:
-                    layer[module].load_state_dict(layer[full].state_dict())  # type: ignore[index, union-attr]
+                    layer[module].load_state_dict(layer[full].state_dict())
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
@@ -262,7 +264,7 @@ class RoutingNet(Backbone):
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each module runs on the first rows of the batch, as many as chose it."""
         chosen = route + len(self.kernels) * self.task(inputs).unsqueeze(1) if self.networks > 1 else route
-        counts = [torch.bincount(column, minlength=len(self.layers[0])).tolist() for column in chosen.t()]  # type: ignore[arg-type]
+        counts = [torch.bincount(column, minlength=len(self.layers[0])).tolist() for column in chosen.t()]
         task, images = self.task(inputs), self._images(inputs)
 
         def run() -> Tensor:
@@ -279,10 +281,10 @@ class RoutingNet(Backbone):
         """Return a frozen copy with batch norm and ReLU folded into the convolutions, its maps in channels_last."""
         twin = super().for_inference()
         for stem in twin.stems:
-            for part in stem:  # type: ignore[union-attr]
+            for part in stem:
                 part.fold()
         for layer in twin.layers:
             for module, kernel in enumerate(self.kernels * self.networks):
                 if kernel:
-                    layer[module] = layer[module].folded()  # type: ignore[index, operator, union-attr]
+                    layer[module] = layer[module].folded()
         return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
