@@ -41,6 +41,19 @@ class _Module(nn.Module):
         return F.relu(x + self.second(self.first(x)))
 
 
+def _stem(inputs: int, channels: int) -> nn.Sequential:
+    """Make the first two convolutions."""
+    inner = max(1, channels // 2)
+    return nn.Sequential(
+        Convolution(inputs, inner, stride=2, relu=True), Convolution(inner, channels, stride=2, relu=True)
+    )
+
+
+def _layer(channels: int, kernels: tuple[int, ...]) -> nn.ModuleList:
+    """Make a layer's modules, those of the first network first; one that passes is an identity."""
+    return nn.ModuleList(_Module(channels, kernel) if kernel else nn.Identity() for kernel in kernels)
+
+
 class RoutingNet(Backbone):
     """A routing network: each layer has several modules, and action m takes module m, for one task or for many.
 
@@ -119,23 +132,8 @@ class RoutingNet(Backbone):
         self.networks = kinds if own == "network" else 1
         if own == "network":  # its first convolutions run on as many rows as there are of each task
             self.exports = self.captures = False  # type: ignore[misc]
-        seen = (image, *input_shape[1:])
-        self.stems = nn.ModuleList(
-            nn.Sequential(
-                Convolution(seen[0], channels // 2 or 1, stride=2, relu=True),
-                Convolution(channels // 2 or 1, channels, stride=2, relu=True),
-            )
-            for _ in range(self.networks)
-        )
-        # Of each layer, the modules of the first network come first; those that pass are identities.
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                _Module(channels, kernel) if kernel else nn.Identity()
-                for _ in range(self.networks)
-                for kernel in kernels
-            )
-            for _ in range(layers)
-        )
+        self.stems = nn.ModuleList(_stem(image, channels) for _ in range(self.networks))
+        self.layers = nn.ModuleList(_layer(channels, self.kernels * self.networks) for _ in range(layers))
         self.told = nn.Parameter(torch.randn(kinds, channels))
         cheaper = torch.tensor([kernel < kernels[-1] for kernel in kernels])
         # A buffer, since it takes steps of its own, and no other training may move it.
@@ -143,7 +141,7 @@ class RoutingNet(Backbone):
         heads, bound = 1 if own == "nothing" else kinds, channels**-0.5
         self.weight = nn.Parameter(torch.empty(heads, classes, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(heads, classes))
-        start, shape = count_macs(self.stems[0], seen)
+        start, shape = count_macs(self.stems[0], (image, *input_shape[1:]))
         modules = [count_macs(module, shape)[0] for module in list(self.layers[0])[: len(kernels)]]
         self._pose(
             [Point(f"layer{i}", len(kernels)) for i in range(1, layers + 1)],
@@ -167,19 +165,20 @@ class RoutingNet(Backbone):
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         task, kept = self.task(inputs), walk.own.get("task")
         walk.own["task"] = task if kept is None else kept.index_copy(0, rows, task)
-        x = self._stem(self._images(inputs), task)
+        x = self._lead(self._images(inputs), task)
         return State(walk, 0, rows, x + self.told[task].unsqueeze(2).unsqueeze(3))
 
     def _images(self, inputs: Tensor) -> Tensor:
         return inputs[:, : inputs.shape[1] - self.tasks]
 
-    def _stem(self, images: Tensor, task: Tensor) -> Tensor:
+    def _lead(self, images: Tensor, task: Tensor) -> Tensor:
         """Run the first convolutions, those of each row's own network."""
         if self.networks == 1:
             x: Tensor = self.stems[0](images)
             return x
         parts = [(task == k).nonzero().squeeze(1) for k in range(self.networks)]
-        done = torch.cat([stem(images[part]) for stem, part in zip(self.stems, parts, strict=True) if len(part)])
+        whole = zip(self.stems, parts, strict=True)
+        done = torch.cat([stem(images[part]) for stem, part in whole if len(part) or not len(images)])
         return torch.empty_like(done).index_copy(0, torch.cat(parts), done)
 
     def _module(self, point: int, module: int) -> nn.Module:
@@ -268,7 +267,7 @@ class RoutingNet(Backbone):
         task, images = self.task(inputs), self._images(inputs)
 
         def run() -> Tensor:
-            x = self._stem(images, task)
+            x = self._lead(images, task)
             for point, sizes in enumerate(counts):
                 for module, size in enumerate(sizes):
                     if size and self.kernels[module % len(self.kernels)]:
