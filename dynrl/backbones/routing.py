@@ -283,7 +283,7 @@ class RoutingNet(Backbone):
             for part in stem:
                 part.fold()
         for layer in twin.layers:
-            for module, kernel in enumerate(self.kernels * self.networks):
-                if kernel:
-                    layer[module] = layer[module].folded()
+            for i, module in enumerate(layer):
+                if isinstance(module, _Module):  # a copy of a copy is folded already
+                    layer[i] = module.folded()
         return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
