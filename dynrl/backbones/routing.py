@@ -96,7 +96,7 @@ class RoutingNet(Backbone):
     rule = "table"
     exports = True
     captures = True
-    budgets: ClassVar = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # the last one is a whole path
+    budgets: ClassVar = (0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # the last one is a whole path
     table: Tensor
     stems: Any  # lists of modules, whose own parts torch's types do not know
     layers: Any
