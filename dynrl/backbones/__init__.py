@@ -41,8 +41,8 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
 __all__ = [
     "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
     "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer",
-    "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk", "choice_rates",
-    "load_backbone", "merge",
+    "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "Unrolled", "Walk",
+    "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 
