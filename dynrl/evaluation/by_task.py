@@ -14,7 +14,7 @@ from dynrl.evaluation.scores import Walked, score_routes
 from dynrl.policies import Policy, RoutePolicy
 
 FITTED = 1024  # how many rows of a split the table is fitted on
-PRICES = (0.0, *(0.003 * 10 ** (i / 3) for i in range(10)))  # of the dense MACs, in units of the log-likelihood
+PRICES = (0.0, *(0.03 * 10 ** (i / 6) for i in range(16)))  # of the dense MACs, in units of the log-likelihood
 
 
 class TablePolicy(RoutePolicy):
