@@ -222,7 +222,7 @@ class RoutingNet(Backbone):
     def observe(self, state: State) -> Tensor:
         """Return the table's probabilities for the row's task here, the task (one-hot), and each channel's mean."""
         task = self._task(state)
-        told = torch.eye(self.tasks, device=task.device)[task] if self.tasks else state.features.new_zeros(len(task), 0)
+        told = torch.eye(max(1, self.tasks), self.tasks, dtype=torch.float32, device=task.device)[task]
         preferred = self.table[:, state.point].float().softmax(1)
         return torch.cat([preferred[task], told, summary(state.features)], 1)
 
