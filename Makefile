@@ -32,7 +32,7 @@ test: install
 
 # The small models that come with the package, each by its own recipe. `make -B pretrained` makes them anew.
 SHIPPED := skip-digits exit-digits expert-digits channel-digits hidden-update-sequential-digits model-digits unroll-hops jump-needle \
-	look-digit-scenes positions-digits
+	look-digit-scenes positions-digits branch-digit-tasks
 pretrained: $(SHIPPED:%=dynrl/pretrained/%/report.json)
 dynrl/pretrained/skip-digits/%: RUN = skip --finetune --network 'widths=[8,16,32]'
 dynrl/pretrained/exit-digits/%: RUN = exit --network 'widths=[8,16,32]'
@@ -44,6 +44,7 @@ dynrl/pretrained/unroll-hops/%: RUN = unroll --network steps=10 hidden=32
 dynrl/pretrained/jump-needle/%: RUN = jump --data needle --finetune
 dynrl/pretrained/look-digit-scenes/%: RUN = look
 dynrl/pretrained/positions-digits/%: RUN = positions --data digits --finetune
+dynrl/pretrained/branch-digit-tasks/%: RUN = branch --finetune
 dynrl/pretrained/%/report.json: | install
 	rm -rf build/pretrained/$*
 	$(BIN)/dynrl train $(RUN) --out build/pretrained/$*

@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dynrl.agents.base import MOST_STEPS, Agent, walks
 from dynrl.agents.metrics import episode_scalars
 from dynrl.backbones import Backbone, load_backbone
+from dynrl.backbones.gated import straight_through
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
@@ -24,21 +24,6 @@ from dynrl.settings import Settings
 
 LEARNING_RATE = 2e-3
 GRADIENT_NORM = 0.5
-
-
-def straight_through(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return one-hot draws [n, choices] from the distribution of `logits`, with the gradient of a softmax.
-
-    This is the straight-through Gumbel-softmax at temperature 1 (Jang et al. 2017, section 2.2): hard in the forward
-    pass, soft in the backward pass. This one estimator stands for what the decisions' own papers do: SkipNet's
-    supervised phase (Wang et al. 2018, section 3.2), DS-Net's gate over widths (Li et al. 2021, section 3.3), Skip
-    RNN's binary state update (Campos et al. 2018, section 3) and, since noise comes before the choice, the noisy top-1
-    gate over experts (Shazeer et al. 2017, section 2.1).
-    """
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    soft = (logits + noise).softmax(1)
-    hard = F.one_hot(soft.argmax(1), logits.shape[1]).to(soft.dtype)
-    return hard + (soft - soft.detach())  # the bracket is exactly 0: gates stay exactly 0 and 1
 
 
 class Gates(Agent):

@@ -138,6 +138,8 @@ def pretrain(
     parts = {"backbone": backbone, "optimizer": optimizer, "schedule": schedule, "generator": generator}
     kept = None if checkpoint is None else Checkpoint(checkpoint, parts)
     first = 0 if kept is None else kept.restore(epochs)
+    if random_routes and not first:
+        backbone.open_up()
     with progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
         for epoch in range(first, epochs):
             least_rate = recipe.least_rate(epoch) if random_routes else None

@@ -106,6 +106,24 @@ def _resnet(layers: tuple[int, ...], widths: tuple[int, ...], stem_stride: int =
     return {"family": "skip_resnet", "layers": list(layers), "widths": list(widths), "stem_stride": stem_stride}
 
 
+def _routing(channels: int, kernels: tuple[int, ...], epochs: int, tuned: int) -> Defaults:
+    """Return the defaults of a routing network for many tasks, tuned for some epochs a round."""
+    return Defaults(
+        family="routing_net",
+        backbone={"image_channels": 1, "channels": channels, "layers": 3, "kernels": kernels, "own": "head"},
+        pretraining=Recipe(
+            epochs=epochs, batch_size=128, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0,
+            rates=(0.6, 0.3), full_share=0.25, optimizer="adam",
+        ),
+        learning=Learning(steps=100_000, hidden=32, reward="log_likelihood", price_range=(0.01, 10.0)),
+        # The full route is a trunk that serves all tasks: nothing is distilled from it, and no row must keep to it.
+        finetuning=Finetuning(
+            epochs=tuned, steps=30_000, optimizer="adam", learning_rate=2e-3, weight_decay=0.01, label_smoothing=0.0,
+            full_share=0.0, sampled=True, distillation=0.0,
+        ),
+    )  # fmt: skip
+
+
 def _glimpses(side: int, hidden: int, epochs: int, tuned: int) -> Defaults:
     """Return the defaults of a network that looks through windows, tuned for some epochs a round."""
     return Defaults(
@@ -414,6 +432,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("look", "digit-scenes"): _glimpses(12, 48, epochs=24, tuned=2),
     ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
+    ("branch", "digit-tasks"): _routing(32, (0, 1, 3, 3), epochs=10, tuned=3),
+    ("branch", "many-tasks"): _routing(16, (0, 1, 3, 3, 3), epochs=8, tuned=3),
 }  # fmt: skip
 
 

@@ -72,6 +72,11 @@ DECISIONS: dict[str, Decision] = {
             "which share of an image's tokens runs each block", "Mixture of Depths (Raposo et al. 2024)",
             data="digit-scenes",
         ),
+        Decision(
+            "branch", "dynrl/Branch-v0", "dynrl.envs.branch:BranchVectorEnv",
+            "which module of each layer comes next, or none", "routing networks (Rosenbaum et al. 2018)",
+            data="digit-tasks",
+        ),
     )
 }  # fmt: skip
 

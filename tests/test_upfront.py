@@ -184,7 +184,7 @@ def test_what_is_trained_is_what_is_plugged(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in IMAGES if make_backbone(name).exports])
 def test_it_is_exported(name, file, tmp_path):
     backbone = make_backbone(name)
-    model, inputs = RoutedModel(backbone, random_policy(backbone)), load_dataset("digits").test.inputs[:9]
+    model, inputs = RoutedModel(backbone, random_policy(backbone)), load_dataset(DECISIONS[name].data).test.inputs[:9]
     exported = as_exported(model, tmp_path / file)
     with torch.no_grad():
         torch.testing.assert_close(exported(inputs), model(inputs), atol=1e-5, rtol=1e-5)

@@ -244,6 +244,12 @@ class Backbone(nn.Module):
         assert walk.outputs is not None
         return walk, [Answer(walk.outputs, walk.all_rows), *answers]
 
+    def open_up(self) -> None:
+        """Prepare the plain network's weights for random routes, in place, before they are trained; here, do nothing.
+
+        A family in whose plain network some parts never run may give these the weights of others that do.
+        """
+
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[list[Answer]]:

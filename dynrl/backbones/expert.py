@@ -17,12 +17,14 @@ from dynrl.ops.routed_experts import ExpertLayer, routed_experts_macs
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 
-class _Convolution(nn.Module):
-    """This is a 3x3 convolution with batch norm and, if `relu`, ReLU."""
+class Convolution(nn.Module):
+    """This is a convolution with batch norm and, if `relu`, ReLU; its padding keeps the size of the map."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, groups: int = 1, relu: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, relu: bool = False
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
         self.norm: nn.BatchNorm2d | None = nn.BatchNorm2d(outputs)
         self.relu = relu
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
@@ -32,6 +34,7 @@ class _Convolution(nn.Module):
         self.conv, self.norm = FoldedConv2d.of(self.conv, self.norm), None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [n, inputs, H, W] to [n, outputs, P, Q]."""
         if isinstance(self.conv, FoldedConv2d):
             return self.conv(x, relu=self.relu)
         assert self.norm is not None
@@ -43,7 +46,7 @@ class _Layer(ExpertLayer):
     """A layer has a depthwise convolution that all images run, and experts, of which each image takes one."""
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
-        mix = _Convolution(channels, channels, groups=channels)  # made first, or seeds would give other weights
+        mix = Convolution(channels, channels, groups=channels)  # made first, or seeds would give other weights
         mix.conv.weight.data[:, :, 1, 1] += 1  # it starts near the identity
         super().__init__(channels, widths)
         self.mix = mix
@@ -103,8 +106,8 @@ class ExpertNet(Backbone):
         }  # fmt: skip
         self.widths = tuple(widths)
         self.stem = nn.Sequential(
-            _Convolution(input_shape[0], stem, stride=2, relu=True),
-            _Convolution(stem, channels, stride=2, relu=True),
+            Convolution(input_shape[0], stem, stride=2, relu=True),
+            Convolution(stem, channels, stride=2, relu=True),
         )
         self.layers = nn.ModuleList(_Layer(channels, self.widths) for _ in range(layers))
         self.fc = nn.Linear(channels, classes)
@@ -170,7 +173,7 @@ class ExpertNet(Backbone):
         """Return a frozen copy with batch norm and ReLU folded into the convolutions, its maps in channels_last."""
         twin = super().for_inference()
         for module in twin.modules():
-            if isinstance(module, _Convolution):
+            if isinstance(module, Convolution):
                 module.fold()
             elif isinstance(module, _Layer):
                 module.freeze()

@@ -6,10 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynrl.backbones.walk import CostTable, Point, State, Walk
 from dynrl.inputs import Inputs
+
+
+def straight_through(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return one-hot draws [n, choices] from the distribution of `logits`, with the gradient of a softmax.
+
+    This is the straight-through Gumbel-softmax at temperature 1 (Jang et al. 2017, section 2.2): hard in the forward
+    pass, soft in the backward pass. This one estimator stands for what the decisions' own papers do: SkipNet's
+    supervised phase (Wang et al. 2018, section 3.2), DS-Net's gate over widths (Li et al. 2021, section 3.3), Skip
+    RNN's binary state update (Campos et al. 2018, section 3) and, since noise comes before the choice, the noisy top-1
+    gate over experts (Shazeer et al. 2017, section 2.1).
+    """
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+    soft = (logits + noise).softmax(1)
+    hard = F.one_hot(soft.argmax(1), logits.shape[1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly 0: gates stay exactly 0 and 1
 
 
 class GatedWalk(Walk):

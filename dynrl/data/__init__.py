@@ -15,7 +15,7 @@ from dynrl.data.cifar import cifar_10, cifar_100
 from dynrl.data.folder import image_folder, split_name
 from dynrl.data.hops import hops
 from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist, varied_fashion_mnist
-from dynrl.data.many import many_tasks
+from dynrl.data.many import digit_tasks, many_tasks
 from dynrl.data.own import is_own, own_dataset
 from dynrl.data.photos import noisy_photos, windows
 from dynrl.data.scenes import digit_scenes, fashion_scenes
@@ -38,6 +38,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "cifar-10": cifar_10,
     "cifar-100": cifar_100,
     "many-tasks": many_tasks,
+    "digit-tasks": digit_tasks,
     "digit-scenes": digit_scenes,
     "fashion-scenes": fashion_scenes,
     "adding": adding,

@@ -17,6 +17,27 @@ PAIRS = ((0, 6), (2, 4), (5, 7), (1, 3), (8, 9))
 TASKS = len(PAIRS) + 2  # the other two ask for one of ten digits, and for the right angles that clothes are turned by
 
 
+VIEWS = 5  # upright, turned by one to three right angles, and mirrored
+
+
+def digit_tasks() -> Dataset:
+    """Handwritten digits in five views, which are tasks of their own, 16x16; 6,285 / 900 / 1,800 rows.
+
+    Each task is to recognise digits as another camera shows them: upright, turned by one, two or three right angles, or
+    mirrored. Each image is there in each view. The form is that of `many_tasks`: the image in the first channel, then a
+    channel for each task.
+    """
+    made, tasks = [], []
+    for seed, (digits, known) in enumerate(digit_images()):
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(VIEWS * len(digits)))
+        task = torch.arange(VIEWS).repeat_interleave(len(digits))[order]
+        upright = F.interpolate(digits, size=16, mode="bilinear")
+        views = [*(torch.rot90(upright, turns, (2, 3)) for turns in range(4)), upright.flip(3)]
+        made.append(_told(torch.cat(views)[order], task, known.repeat(VIEWS)[order], VIEWS))
+        tasks.append(task)
+    return _with_tasks(standardised("digit-tasks", 10, Augmentation(shift=1), made), tasks)
+
+
 def many_tasks() -> Dataset:
     """Seven equally frequent tasks on images of 28x28; 20,000 / 2,000 / 5,000 rows.
 
@@ -33,15 +54,30 @@ def many_tasks() -> Dataset:
         for k in range(TASKS):
             mine = (task == k).nonzero().flatten()
             images[mine], labels[mine] = _drawn(k, len(mine), clothes, digits, rng)
-        planes = F.one_hot(task, TASKS).float()[:, :, None, None].expand(-1, -1, 28, 28)
-        made.append((torch.cat([images, planes], 1), labels))
+        made.append(_told(images, task, labels, TASKS))
         tasks.append(task)
-    data = standardised("many-tasks", 10, Augmentation(shift=1), made)
+    return _with_tasks(standardised("many-tasks", 10, Augmentation(shift=1), made), tasks)
+
+
+def _told(images: Tensor, task: Tensor, labels: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
+    """Return images with a channel for each task behind them, and their labels."""
+    planes = F.one_hot(task, tasks).float()[:, :, None, None].expand(-1, -1, *images.shape[2:])
+    return torch.cat([images, planes], 1), labels
+
+
+def _with_tasks(data: Dataset, tasks: list[Tensor]) -> Dataset:
+    """Return a data set whose splits say which task each input belongs to, for reports."""
     train, validation, test = (
         replace(split, difficulty={"task": task.float()})
         for split, task in zip((data.train, data.validation, data.test), tasks, strict=True)
     )
     return replace(data, train=train, validation=validation, test=test)
+
+
+def _turned(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn each of `images` [n, 1, side, side] by `turns` [n] right angles."""
+    pairs = zip(images, turns.tolist(), strict=True)
+    return torch.stack([torch.rot90(image, turn, (1, 2)) for image, turn in pairs])
 
 
 def _drawn(
@@ -60,7 +96,4 @@ def _drawn(
         return F.interpolate(images[rows], size=28, mode="bilinear"), labels[rows].long()
     images, turns = clothes[0], torch.from_numpy(rng.integers(0, 4, count))
     rows = torch.from_numpy(rng.integers(0, len(images), count))
-    turned = torch.stack(
-        [torch.rot90(image, int(turn), (1, 2)) for image, turn in zip(images[rows], turns, strict=True)]
-    )
-    return turned, turns
+    return _turned(images[rows], turns), turns

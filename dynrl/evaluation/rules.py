@@ -15,6 +15,7 @@ from torch import Tensor
 from dynrl.backbones import Backbone, State
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
+from dynrl.evaluation.by_task import tables
 from dynrl.evaluation.cascades import cascades
 from dynrl.evaluation.looking import looking
 from dynrl.evaluation.routes import cheapest_choices
@@ -40,6 +41,7 @@ RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {
     "threshold": thresholds,
     "cascade": cascades,
     "looks": looking,
+    "table": tables,
 }
 
 

@@ -189,7 +189,7 @@ def shipped_table() -> list[str]:
     for name in shipped():
         report = read_json(SHIPPED / name / "report.json")
         size = sum(file.stat().st_size for file in (SHIPPED / name).glob("*.safetensors")) / 1e3
-        learned = next(p for p in report["points"] if p["kind"] is not None and p["budget"] in (HALF, None))
+        learned = _at(report, next(p["policy"] for p in report["points"] if p["kind"] is not None), HALF)
         rivals = [_at(report, rival, HALF) for rival in ("random", "static")]
         own = report["dense"]["tuned_accuracy"] or report["dense"]["all_execute_accuracy"]
         cells = [f"{100 * accuracy:.2f} %" for accuracy in (own, *(p["accuracy"] for p in (learned, *rivals)))]

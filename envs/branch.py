@@ -1,0 +1,46 @@
+"""`dynrl/Branch-v0` is the environment of the decision which module of each layer comes next."""
+
+from __future__ import annotations
+
+from dynrl.backbones import Backbone, RoutingNet
+from dynrl.envs.core import RoutingVectorEnv
+
+PHOTO = 4  # the most channels of images that tell no task
+
+
+class BranchVectorEnv(RoutingVectorEnv):
+    """At each layer of a network of modules, which module does this input take, or does it pass the layer by?
+
+    ## Features
+    Of a `RoutingNet`: the probabilities that the network's own table gives the modules of the layer for the input's
+    task, the task (one-hot), and the mean of each channel of the features before the layer.
+
+    ## Action
+    `Discrete(n)`: action m runs module m of the layer. Modules are whole parts of a network: they may be of different
+    structure (convolutions of different size, say) and cost, or alike. They are ordered from cheap to dear, and the
+    first one may be none: the features pass at no cost. All rows that chose a module are computed together, and rows
+    meet again behind the layer.
+
+    ## Episode
+    One input. The episode ends after the last layer, so it has as many steps as the network has layers.
+
+    ## Data
+    The default is `digit-tasks`: five tasks on small images of digits. `many-tasks` has seven on clothes and digits. In
+    both, each input tells its task.
+
+    ## Source
+    Routing Networks: Adaptive Selection of Non-linear Functions for Multi-Task Learning, Rosenbaum et al., ICLR 2018;
+    Dynamic Deep Neural Networks: Optimizing Accuracy-Efficiency Trade-offs by Selective Execution, Liu & Deng, AAAI
+    2018 (modules of unequal cost, chosen by Q-learning).
+
+    ## Version history
+    v0: the first version.
+    """
+
+    decision = "branch"
+
+    @classmethod
+    def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
+        """Return a small untrained network of three layers; if there are many channels, all but one tell the task."""
+        image = 1 if input_shape[0] > PHOTO else None
+        return RoutingNet(input_shape, image_channels=image, channels=8, kernels=(0, 1, 3, 3))  # type: ignore[arg-type]
