@@ -21,7 +21,7 @@ class Stripes(Dataset):
         generator, label = torch.Generator().manual_seed(i), i % 4
         y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
         stripes = (y, x, x + y, x - y)[label].sin()
-        noise = torch.randn(3, 16, 16, generator=generator) * 3 * torch.rand(1, generator=generator)
+        noise = torch.randn(3, 16, 16, generator=generator) * torch.rand(1, generator=generator)
         return ((stripes + noise) * 40 + 128).clamp(0, 255).to(torch.uint8), label
 
 

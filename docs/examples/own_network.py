@@ -24,11 +24,12 @@ def network():
 
 # A family says how files of this name are loaded: the network, and the arguments that were saved.
 FAMILIES["my-network"] = lambda **config: SkipModule(network(), family="my-network", **config)
+torch.manual_seed(0)
 backbone = FAMILIES["my-network"](input_shape=(1, 24, 24), blocks=["1.0", "1.1", "1.2", "1.3"])
 
 # The network is trained first, then under random routes, then the policy; `pretrain=False` leaves its weights alone.
 recipe = Recipe(epochs=6, batch_size=64, learning_rate=0.1)
-run = dynrl.train(backbone, "digits", out="runs/own-network", pretrain=recipe, steps=10_000, price_range=(0.01, 10.0))
+run = dynrl.train(backbone, "digits", out="runs/own-network", pretrain=recipe, steps=40_000)
 
 model = dynrl.load("runs/own-network")  # as any later program does it
 model.set_price(model.price_range[1])  # the cheapest; `set_budget(0.5)` asks for half of the MACs, where it is reached
