@@ -31,7 +31,7 @@ backbone.standardised_by(((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)))
 recipe = Recipe(epochs=3, batch_size=64)
 run = dynrl.train(backbone, Stripes(), out="runs/own-data", pretrain=recipe, steps=10_000, price_range=(0.01, 10.0))
 
-report = dynrl.evaluate(run, out=run.path, budgets=(0.6,))  # on the tenth that is kept for the test
+report = dynrl.evaluate(run, out=run.path, budgets=(0.8,))  # on the tenth that is kept for the test
 print(report_text(report))
 raw = torch.stack([Stripes()[i][0] for i in range(8)])  # uint8, as a camera gives them
 print([run.model.classes[k] for k in run.model(run.model.preprocess(raw)).argmax(1)])

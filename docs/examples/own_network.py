@@ -32,7 +32,7 @@ recipe = Recipe(epochs=6, batch_size=64, learning_rate=0.1)
 run = dynrl.train(backbone, "digits", out="runs/own-network", pretrain=recipe, steps=40_000)
 
 model = dynrl.load("runs/own-network")  # as any later program does it
-model.set_price(model.price_range[1])  # the cheapest; `set_budget(0.5)` asks for half of the MACs, where it is reached
+model.set_budget(0.8)  # of the full network's MACs, on average
 images = torch.randint(256, (8, 1, 24, 24), dtype=torch.uint8)
 outputs = model(model.preprocess(images))
 print(outputs.argmax(1).tolist(), model.last_route.macs_fraction.tolist())
