@@ -180,8 +180,10 @@ def test_what_is_trained_is_what_is_plugged(name, tmp_path):
     assert len(model.last_route.actions.unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("file", ["model.pt2", "model.onnx"])
-@pytest.mark.parametrize("name", [name for name in IMAGES if make_backbone(name).exports])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [*((name, "model.pt2") for name in IMAGES if make_backbone(name).exports), ("skip", "model.onnx")],
+)
 def test_it_is_exported(name, file, tmp_path):
     backbone = make_backbone(name)
     model, inputs = RoutedModel(backbone, random_policy(backbone)), load_dataset(DECISIONS[name].data).test.inputs[:9]
