@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gymnasium.envs.registration import load_env_creator
 from torch import nn
@@ -78,6 +80,14 @@ def make_backbone(name: str) -> Backbone:
     if name in made:
         return made[name]().eval()
     return vector_env(name).seeded_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()
+
+
+def trained(backbone: Backbone) -> Any:
+    """Return `backbone` in eval mode as if it had been trained: no batch norm is the identity."""
+    for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return backbone.eval()
 
 
 def make_policy(

@@ -98,6 +98,8 @@ def test_memory_stays_flat_over_a_soak(name):
     model = load(name)
     spent, least = [share for _, share in model.curve], model.backbone.least_macs()
     tightest = 1.2 * (model.backbone.start_macs + int(least[0].min())) / model.backbone.dense_macs + 0.1
+    # The dense network's, but for a cascade: if it asks all of its models, it costs more than the dearest one.
+    most = model.backbone.start_macs + int(model.backbone.column_costs.max(1).values.sum())
     begun, sizes, wrong, calls = time.monotonic(), list[float](), list[str](), [0, 0]
 
     def work(thread):
@@ -106,8 +108,7 @@ def test_memory_stays_flat_over_a_soak(name):
             model.set_budget(draw.uniform(min(spent), max(spent)))
             model.set_limit(draw.choice((None, draw.uniform(tightest, 1.0))))
             outputs = model(model.backbone.random_inputs(draw.choice((1, 2, 7, 64, 255))))
-            # A cascade that asks all of its models costs more than the dearest one.
-            if not outputs.isfinite().all() or not (model.last_route.macs_fraction <= 1.5).all():
+            if not outputs.isfinite().all() or not (model.last_route.macs <= most).all():
                 wrong.append(str(model.last_route))
             calls[thread] += 1
             sizes.append(resident())

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynrl.backbones import END, ExitResNet, SkipResNet
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import take_rows
+from tests.cases import trained
 
 SHAPES = {
     "basic": dict(input_shape=(1, 16, 16), layers=(2, 1, 2), widths=(4, 8, 8), exits=(0, 3)),
@@ -33,11 +34,7 @@ def head(x, layer):
 
 
 def make(shape) -> ExitResNet:
-    backbone = ExitResNet(**SHAPES[shape])
-    for norm in (m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        torch.nn.init.uniform_(norm.running_mean)
-        torch.nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return backbone.eval()
+    return trained(ExitResNet(**SHAPES[shape]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,16 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from dynrl.backbones import MultiPathResNet, SkipResNet
+from tests.cases import trained
 
 SHAPE = {"input_shape": (1, 8, 8), "classes": 5, "layers": (1, 2), "widths": (6, 12)}
 
 
 def make(**settings) -> MultiPathResNet:
-    backbone = MultiPathResNet(**SHAPE, **settings)
-    for norm in (m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        torch.nn.init.uniform_(norm.running_mean)
-        torch.nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return backbone.eval()
+    return trained(MultiPathResNet(**SHAPE, **settings))
 
 
 @torch.no_grad()

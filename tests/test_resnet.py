@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dynrl.backbones import SkipResNet
 from dynrl.ops import convolution
+from tests.cases import trained
 
 RESNET18 = dict(layers=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="imagenet")
 
@@ -115,14 +116,6 @@ def test_published_costs():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SkipResNet((1, 16, 16), **settings)
-
-
-def trained(backbone):
-    """As after training: no norm is the identity."""
-    for norm in (m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        torch.nn.init.uniform_(norm.running_mean)
-        torch.nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return backbone.eval()
 
 
 @torch.inference_mode()
