@@ -3,7 +3,7 @@
 All have random weights and small configurations, and need no network. Each goes in by two lines: a batch of examples or
 the shape of one, and the names of its blocks.
 
-Run as a program, it times eight of them: `python tests/vision.py OUT.json`.
+Run as a program, it times eight of them: `python -m tests.vision OUT.json`.
 """
 
 from __future__ import annotations

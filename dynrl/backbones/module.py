@@ -34,7 +34,8 @@ from dynrl.ops.pooled import summary
 
 Standing = Stand | TracedStand
 Channels = Literal["first", "last"]
-TIMED_ROWS, ROUNDS = 4, 2  # memory formats are timed on so many rows, so often in turn
+TIMED_ROWS, ROUNDS = 8, 3  # memory formats are timed on so many rows, so often in turn
+CLEARLY = 0.9  # how much of the time of channels_last contiguous maps must take to be preferred: timings are noisy
 LEAST_MACS = 10**7  # below this, Python takes most of the time in either format
 
 
@@ -151,7 +152,7 @@ class _OfModule(Backbone):
                 self._cut.output(inputs)
                 wait()
                 taken.append(time.perf_counter() - start)
-        return min(times[True]) < min(times[False])
+        return min(times[False]) > CLEARLY * min(times[True])
 
     def _lay_out(self, last: bool) -> None:
         form = torch.channels_last if last else torch.contiguous_format
