@@ -15,10 +15,10 @@ from torch.utils.data import random_split
 
 import dynrl
 from dynrl import training
-from dynrl.backbones import SkipResNet, load_backbone
+from dynrl.backbones import FAMILIES, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, image_folder, load_dataset, own_dataset
-from dynrl.deploy import shipped
-from dynrl.files import read_json
+from dynrl.deploy import SHIPPED, shipped
+from dynrl.files import load_tensors, read_json, save_tensors
 from dynrl.finetuning import Finetuning
 from dynrl.pretraining import Recipe
 from dynrl.provenance import Standard
@@ -231,6 +231,18 @@ def test_what_is_no_provenance_is_refused_with_its_file(change, run, tmp_path):
     )
     backbone.save(tmp_path / "b.safetensors", **notes | {"trained_on": notes["trained_on"] | wrong})
     with pytest.raises(ValueError, match=r"b\.safetensors: notes\.trained_on is no provenance"):
+        load_backbone(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_file_of_other_inputs_than_it_was_trained_on_is_refused_unbuilt(name, tmp_path, monkeypatch):
+    tensors, metadata = load_tensors(SHIPPED / name / "backbone.safetensors", "backbone")
+    shape = metadata["config"]["input_shape"]
+    assert shape == metadata["notes"]["trained_on"]["input_shape"]
+    metadata["config"]["input_shape"] = [1000 * length for length in shape]
+    save_tensors(tmp_path / "b.safetensors", "backbone", tensors, metadata)
+    monkeypatch.setitem(FAMILIES, metadata["family"], None)
+    with pytest.raises(ValueError, match=r"b\.safetensors: config\.input_shape: expected \[.*\], as it was trained on"):
         load_backbone(tmp_path / "b.safetensors")
 
 

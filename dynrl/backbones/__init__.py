@@ -58,14 +58,23 @@ def load_backbone(path: str | Path) -> tuple[Backbone, dict[str, Any]]:
     with reading(path, "backbone file"):
         written = parse(BackboneFile, metadata)
         check_known("family", written.family, FAMILIES, ", or what your program adds to dynrl.backbones.FAMILIES")
-        family = FAMILIES[written.family]
+        family, trained_on = FAMILIES[written.family], None
+        if "trained_on" in written.notes:
+            trained_on = Provenance.read(written.notes["trained_on"], "notes.trained_on")
+            _check_shape(written.config.get("input_shape"), trained_on)
         with float32():
             backbone = filled(lambda: family(**arguments(family, written.config, "config.")), tensors)
-        if "trained_on" in written.notes:
-            backbone.trained_on = Provenance.read(written.notes["trained_on"], "notes.trained_on")
+        backbone.trained_on = trained_on
         if "standard" in written.notes:
             backbone.standard = parse(Standard, written.notes["standard"], "notes.standard.")
     return backbone.eval(), written.notes
+
+
+def _check_shape(written: Any, trained_on: Provenance) -> None:
+    """Refuse inputs of another shape before a network is built for them, which may be large."""
+    expected = trained_on.input_shape
+    if isinstance(written, list) and isinstance(expected, tuple) and written != list(expected):
+        raise ValueError(f"config.input_shape: expected {list(expected)}, as it was trained on, got {written}")
 
 
 @dataclass(frozen=True)
