@@ -333,11 +333,11 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         family="members",
         backbone={
             "members": (
-                _resnet((1, 1), (16, 32), 4), _resnet((1, 1, 1), (16, 32, 64), 2), _resnet((2, 2, 2), (32, 64, 128), 2)
+                _resnet((1, 1), (16, 32), 4), _resnet((1, 1, 1), (16, 32, 64), 2), _resnet((2, 2, 2), (48, 96, 192), 2)
             ),
         },
         pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=4),
-        learning=Learning(steps=150_000),
+        learning=Learning(steps=400_000),
     ),
     ("model", "varied-fashion-mnist"): Defaults(
         family="resolutions",
