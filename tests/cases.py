@@ -39,6 +39,7 @@ OWN = {  # modules of a user's
     "exits in a transformer": lambda: ExitModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.1"]),
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
     "skip in place": lambda: SkipModule(Reader(), (5, 8), [f"blocks.{i}" for i in range(3)]),
+    "tokens in place": lambda: TokenModule(Reader(), (5, 8), ["blocks.0", "blocks.2"]),
     "exits in place": lambda: ExitModule(Reader(depth=4), (5, 8), ["blocks.0", "blocks.2"]),
 }
 SET = {  # networks of ours whose settings change how they are walked

@@ -408,7 +408,7 @@ def gated_positions_cases(shape: str, batch: int, device: torch.device, dtype: t
                     part = x[rows, places]
                     x[rows, places] = torch.lerp(part, block(part), weight[rows, places].unsqueeze(2))
 
-        given = (choice, order, weight, counts, block)
+        given = (choice, order, weight, counts, lambda part, rows, places: block(part))
         return Case(
             "gated_positions", shape, batch, kept, routed=lambda: gated_positions(x, *given),
             check=lambda: (gated_positions(x.clone(), *given), gated_positions_ref(x, *given)),
