@@ -18,6 +18,7 @@ from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.crops import crops, crops_ref
 from dynrl.ops.decide import decide, decide_ref
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
+from dynrl.ops.gated_cells import gated_cells, gated_cells_ref
 from dynrl.ops.gated_positions import gated_positions, gated_positions_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.partition import partition, partition_ref
@@ -590,6 +591,41 @@ def padded_positions_case() -> Case:
     )  # fmt: skip
 
 
+# gated_cells
+
+
+class Convolved(nn.Module):
+    """A residual block of two convolutions, and its branch as layers on maps that have their border already."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(channels, channels, size, padding=size // 2) for size in (5, 3))
+
+    @property
+    def layers(self) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
+        return [(2, lambda x: F.relu(self.bare(self.first, x))), (1, lambda x: self.bare(self.last, x))]
+
+    @staticmethod
+    def bare(layer: nn.Conv2d, x: Tensor) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.last(F.relu(self.first(x))))
+
+
+def cells_case(name: str, share: float) -> Case:
+    def make(s: Setting) -> Args:
+        chosen = torch.rand(s.n, 2, 3, device=s.device) < share
+        run = chosen & (s.choice(2) == 1).view(-1, 1, 1)
+        weight, block = s.randn(s.n, 2, 3).sigmoid(), Convolved(4).to(s.device, s.dtype)
+        return {"x": s.maps(s.n, 4, 6, 6), "run": run, "weight": weight, "block": block}
+
+    return Case(
+        "gated_cells", name, gated_cells, gated_cells_ref, make, layouts=MAPS, kernels=False,
+        kept=lambda args: args["run"].flatten(1).any(1), passes="x", overwrites="x", grads=("x", "weight", "block"),
+    )  # fmt: skip
+
+
 # partition
 
 
@@ -669,6 +705,8 @@ CASES = [
     positions_case("", lambda: Mixing(6), (0, 2, 3, 7), grads=("x", "weight", "block")),
     positions_case("block that spoils its input", Overwriting, (0, 1, 5)),
     padded_positions_case(),
+    cells_case("some", 0.5),
+    cells_case("all", 2),
     cell_case("", cell),
     cell_case("of a sequence", sequence_cell),
     cell_case("lstm", partial(cell, kind=nn.LSTMCell)),

@@ -349,7 +349,8 @@ class TokenModule(_OfModule, Positions):
             x, places = stands[point].x.detach()[:, :count].clone(), torch.arange(count, device=inputs.device)
             return macs_of(executed(lambda: stands[point](x, None, places.unsqueeze(0)))[0]) if count else 0
 
-        self._set_points(list(blocks), tuple(shares), tokens, width, block_macs, fixed_macs, padded)
+        widths = [width] * len(stands)
+        self._set_points(list(blocks), tuple(shares), tokens, widths, block_macs, fixed_macs, padded)
         self.scorers.to(stands[0].x.detach())
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ class Positions(Backbone):
         names: Sequence[str],
         shares: tuple[float, ...],
         tokens: int,
-        width: int,
+        widths: Sequence[int],
         block_macs: Callable[[int, int], int],
         fixed_macs: Sequence[int],
         padded: bool = False,
@@ -114,7 +114,8 @@ class Positions(Backbone):
         Args:
             names: the names of the points.
             shares: the shares of the tokens, one for each choice.
-            tokens, width: the number of tokens and of their channels.
+            tokens: the number of tokens.
+            widths: the number of their channels at each point.
             block_macs: a function from a point and a number of tokens to the MACs of its block.
             fixed_macs: the MACs before the first block and behind each block.
             padded: whether inputs may have padding.
@@ -133,17 +134,17 @@ class Positions(Backbone):
         if padded:
             every = [_at_each_count(partial(block_macs, point), tokens, name) for point, name in enumerate(names)]
             self.register_buffer("_block_macs", torch.tensor(every), persistent=False)
-        self.scorers = nn.ModuleList(Scorer(width) for _ in names)
-        scoring = rest * width
+        self.scorers = nn.ModuleList(map(Scorer, widths))
+        scoring = [rest * width for width in (*widths, 0)]  # in front of each point; nothing is scored behind the last
         self._pose(
             [Point(name, len(shares)) for name in names],
             costs=[
-                [fixed + (scoring if point + 1 < len(names) else 0) + block_macs(point, k) for k in self._counts]
+                [fixed + scoring[point + 1] + block_macs(point, k) for k in self._counts]
                 for point, fixed in enumerate(fixed_macs[1:])
             ],
-            start_macs=fixed_macs[0] + scoring,
+            start_macs=fixed_macs[0] + scoring[0],
             full_route=(len(shares) - 1,) * len(names),
-            feature_width=width + len(shares) - 1,
+            feature_width=max(widths) + len(shares) - 1,
         )
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Any) -> State:
@@ -156,15 +157,18 @@ class Positions(Backbone):
             walk.put_output(rows, x)
             return State(walk, END, rows)
         real = self._real(state.get(walk.inputs))
-        scores = self.scorers[point](x[:, self.leading :], None if real is None else real[:, self.leading :])
-        if self.leading:
-            scores = F.pad(scores, (self.leading, 0))  # whose weight is 1
+        scores = self._scores(point, x, real)
         ranks = torch.rand_like(scores) if self._by_chance else scores.detach().clone()
         ranks[:, : self.leading] = torch.inf
         if real is None:
             return State(walk, point, rows, (x, scores, _falling(ranks)), held)
         order = _falling(ranks.masked_fill(~real, -torch.inf))
         return State(walk, point, rows, (x, scores, order, self._counts_of(real)), held)
+
+    def _scores(self, point: int, x: Tensor, real: Tensor | None) -> Tensor:
+        """Return the scores of the positions of `x` in front of the block at `point`, [n, T]."""
+        scores = self.scorers[point](x[:, self.leading :], None if real is None else real[:, self.leading :])
+        return F.pad(scores, (self.leading, 0))  # the leading tokens' weights are 1
 
     def _counts_of(self, real: Tensor) -> Tensor:
         """Return how many tokens each choice runs of rows whose tokens are `real` [n, T]: [n, choices] int64."""
@@ -200,20 +204,23 @@ class Positions(Backbone):
         for choice, gate in enumerate(gates.unbind(1)):
             alike = replace(state, features=(x.clone(), *how))  # the op may overwrite it
             action = torch.full_like(state.rows, choice)
-            weighted.append(gate.view(-1, 1, 1) * self._at(alike, action))
+            weighted.append(gate.view(-1, *[1] * (x.dim() - 1)) * self._at(alike, action))
         return self._go_on(state, torch.stack(weighted).sum(0))
 
     def observe(self, state: State) -> Tensor:
         """Return each channel's mean over all tokens, and the mean weight of the tokens that each choice adds."""
-        x, scores, order, *counts = state.features
-        weights = scores.float().sigmoid().gather(1, order)
-        if not counts:
-            added = [weights[:, less:more].mean(1, keepdim=True) for less, more in pairwise(self._counts)]
-            return torch.cat([summary(x, channels_last=True), *added], 1)
-        ends = counts[0]
-        sums = F.pad(weights.cumsum(1), (1, 0)).gather(1, ends).diff(dim=1)
+        if not self._padded:
+            return torch.cat([summary(state.features[0], channels_last=True), *self._added(state)], 1)
+        x, scores, order, ends = state.features
+        sums = F.pad(scores.float().sigmoid().gather(1, order).cumsum(1), (1, 0)).gather(1, ends).diff(dim=1)
         real = self._real(state.get(state.walk.inputs))
         return torch.cat([_mean(x, real).squeeze(1).float(), sums / ends.diff(dim=1).clamp_min(1)], 1)
+
+    def _added(self, state: State) -> list[Tensor]:
+        """Return the mean weight of the positions that each choice but 0 adds, [n, 1] each; without padding."""
+        _, scores, order = state.features
+        weights = scores.float().sigmoid().gather(1, order)
+        return [weights[:, less:more].mean(1, keepdim=True) for less, more in pairwise(self._counts)]
 
     def by_chance(self) -> Self:
         """Return a copy in which chance takes the place of the scores: it chooses as many tokens, but any."""
@@ -225,7 +232,7 @@ class Positions(Backbone):
         """Return `Backbone.regions`: the tokens that run each block, if they lie on their image as on a grid."""
         tokens, found = self._counts[-1] - self.leading, [list[Parts]() for _ in range(len(inputs))]
         height, width = inputs.shape[-2:] if isinstance(inputs, Tensor) and inputs.dim() == 4 else (0, 1)
-        down = math.isqrt(tokens * height // width)
+        down = self._down(tokens, height, width)
         if not down or tokens % down or height % down or width % (tokens // down):
             return found
         across = tokens // down
@@ -241,6 +248,10 @@ class Positions(Backbone):
 
         self.run(inputs, watch)
         return found
+
+    def _down(self, tokens: int, height: int, width: int) -> int:
+        """Return how many tokens there are from above to below, if they lie on their image as on a grid of squares."""
+        return math.isqrt(tokens * height // width)
 
     def ideal(self, inputs: Any, route: Tensor) -> Callable[[], Any]:
         """Return `Backbone.ideal`: each block runs on the first tokens of neighbouring rows, as many as chose so."""
@@ -398,7 +409,7 @@ class TokenViT(Positions):
             [f"blocks.{i}" for i in range(depth)],
             tuple(shares),
             tokens,
-            width,
+            [width] * depth,
             lambda point, count: self._encoder(point).macs(count) if count else 0,
             [count_macs(self.stem, self.input_shape)[0], *[0] * (depth - 1), 2 * tokens * width + width * classes],
         )
