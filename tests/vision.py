@@ -30,6 +30,7 @@ import dynrl
 from dynrl.backbones import (
     FAMILIES,
     Backbone,
+    CellResNet,
     ExitModule,
     ExitResNet,
     Models,
@@ -274,7 +275,7 @@ def test_exits_stop_rows(name):
 
 RESNETS = {
     "torchvision, skip": (tv.resnet50, SkipResNet, {}), "torchvision, exits": (tv.resnet18, ExitResNet, {"exits": (1, 3)}),
-    "torchvision, widths": (tv.resnet18, SlimmableResNet, {}),
+    "torchvision, widths": (tv.resnet18, SlimmableResNet, {}), "torchvision, cells": (tv.resnet50, CellResNet, {"grid": 2}),
     "timm, skip": (lambda: timm.create_model("resnet18"), SkipResNet, {}),
 }  # fmt: skip
 

@@ -33,11 +33,14 @@ class Trained:
     def layers(self) -> list[Layer]:
         """Each convolution, without a border of zeros, with its batch norm; and with ReLU, but for the last."""
         pairs = self.block.layers()
-        return [(pair[0].padding[0], partial(self._layer, pair, pair is not pairs[-1])) for pair in pairs]  # type: ignore[misc]
+        return [
+            (int(convolution.padding[0]), partial(self._layer, convolution, norm, norm is not pairs[-1][1]))
+            for convolution, norm in pairs
+        ]
 
     @staticmethod
-    def _layer(pair: tuple[nn.Conv2d, nn.BatchNorm2d], relu: bool, x: Tensor) -> Tensor:
-        y = normalised(F.conv2d(x, pair[0].weight), pair[1])
+    def _layer(convolution: nn.Conv2d, norm: Any, relu: bool, x: Tensor) -> Tensor:
+        y = normalised(F.conv2d(x, convolution.weight), norm)
         return F.relu(y, inplace=True) if relu else y
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class ResNet(Backbone):
         Args:
             module: the ResNet; it is copied.
             input_shape: the shape of one input.
-            settings: the arguments of the family other than a ResNet's shape (`exits`, `shares`).
+            settings: the arguments of the family other than a ResNet's shape (`exits`, `shares`, `grid`).
 
         Raises:
             ValueError: the layers, names or outputs are not those of a ResNet.
@@ -221,7 +221,7 @@ class ResNet(Backbone):
             left_out, unknown = backbone.load_state_dict(backbone._renamed(state), strict=False)
         except RuntimeError as error:
             raise ValueError(f"{kind} has other shapes than a ResNet of {settings}: {error}; see SkipModule") from None
-        left_out = [name for name in left_out if not name.startswith("heads.")]
+        left_out = [name for name in left_out if not name.startswith(("heads.", "scorers."))]
         if left_out or unknown:
             raise ValueError(f"{kind} is no plain ResNet: it lacks {left_out} and has {unknown}; see SkipModule")
         backbone.eval().to(next(module.parameters()))

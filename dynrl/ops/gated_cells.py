@@ -18,7 +18,7 @@ Layer = tuple[int, Callable[[Tensor], Tensor]]
 # Maps are computed in pieces of so many bytes, which stay in a cache while they are gathered, convolved and put back.
 PIECE_BYTES = 2**23
 
-_Index = tuple[Tensor, Tensor, Tensor]  # the rows of some cells, and their places from above and from the left
+_Index = tuple[Tensor, ...]  # the rows of some cells, and their places from above and from the left
 
 
 class CellBlock(Protocol):
