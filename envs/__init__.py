@@ -69,7 +69,7 @@ DECISIONS: dict[str, Decision] = {
         ),
         Decision(
             "positions", "dynrl/Positions-v0", "dynrl.envs.positions:PositionsVectorEnv",
-            "which share of an image's tokens runs each block", "Mixture of Depths (Raposo et al. 2024)",
+            "which share of an input's tokens or cells runs each block", "Mixture of Depths (Raposo et al. 2024)",
             data="digit-scenes",
         ),
         Decision(

@@ -11,6 +11,7 @@ from torch import nn
 import dynrl  # noqa: F401 (registers the environments)
 from dynrl.backbones import (
     Backbone,
+    CellResNet,
     ExitModule,
     JumpRNN,
     MultiPathResNet,
@@ -39,6 +40,7 @@ OWN = {  # modules of a user's
     "exits in a transformer": lambda: ExitModule(Transformer(), (1, 8, 8), ["blocks.0", "blocks.1"]),
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
     "skip in place": lambda: SkipModule(Reader(), (5, 8), [f"blocks.{i}" for i in range(3)]),
+    "tokens in place": lambda: TokenModule(Reader(), (5, 8), ["blocks.0", "blocks.2"]),
     "exits in place": lambda: ExitModule(Reader(depth=4), (5, 8), ["blocks.0", "blocks.2"]),
 }
 SET = {  # networks of ours whose settings change how they are walked
@@ -46,6 +48,7 @@ SET = {  # networks of ours whose settings change how they are walked
     "skip of paths": lambda: MultiPathResNet((1, 8, 8), 4, (1, 1), (6, 12), paths=3, auxiliary=True),
     "exits at scales": lambda: MultiScaleNet((1, 8, 8), 4, (1, 1, 2), width=4, growth=3),
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
+    "positions of cells": lambda: CellResNet((1, 8, 8), 2, layers=(2, 2), widths=(4, 8)),
     "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),
     "unroll with recall": lambda: RecallNet((6, 2), 10, width=5, steps=4),
     "model at two sizes": lambda: Resolutions(

@@ -18,6 +18,7 @@ from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.crops import crops, crops_ref
 from dynrl.ops.decide import decide, decide_ref
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
+from dynrl.ops.gated_cells import gated_cells, gated_cells_ref
 from dynrl.ops.gated_positions import gated_positions, gated_positions_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.partition import partition, partition_ref
@@ -527,12 +528,24 @@ class Mixing(nn.Module):
         return torch.tanh(self.layer(x - x.mean(1, keepdim=True))) + x
 
 
+class Told(nn.Module):
+    """A block that is also told which rows and positions it is given, and has no use for it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, rows: Tensor | None, places: Tensor | None) -> Tensor:
+        return self.block(x)
+
+
 def positions_case(name: str, block: Callable[[], nn.Module], counts: tuple[int, ...], **more: Any) -> Case:
     def make(s: Setting) -> Args:
         order = torch.rand(s.n, counts[-1]).argsort(1).to(s.device)
         return {
             "x": s.rows(s.n, counts[-1], 6), "choice": s.choice(len(counts)), "order": order,
-            "weight": s.randn(s.n, counts[-1]).sigmoid(), "counts": counts, "block": block().to(s.device, s.dtype),
+            "weight": s.randn(s.n, counts[-1]).sigmoid(), "counts": counts,
+            "block": Told(block()).to(s.device, s.dtype),
         }  # fmt: skip
 
     def kept(args: Args) -> Tensor:
@@ -544,6 +557,72 @@ def positions_case(name: str, block: Callable[[], nn.Module], counts: tuple[int,
     return Case(
         "gated_positions", name, gated_positions, gated_positions_ref, make, kept=kept, passes="x", overwrites="x",
         hide=hide, waits=True, **more,
+    )  # fmt: skip
+
+
+class Hiding(nn.Module):
+    """A block in which each position sees the mean of those that a mask shows."""
+
+    def __init__(self, shown: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shown", shown)
+
+    def forward(self, x: Tensor, rows: Tensor | None, places: Tensor | None) -> Tensor:
+        shown = self.shown if rows is None else self.shown[rows]
+        shown = (shown if places is None else shown.gather(1, places)).to(x.dtype).unsqueeze(2)
+        return torch.tanh(x - (shown * x).sum(1, keepdim=True) / shown.sum(1, keepdim=True).clamp_min(1)) + 2 * x
+
+
+def padded_positions_case() -> Case:
+    def make(s: Setting) -> Args:
+        real = 1 + (torch.arange(s.n, device=s.device) * 5 + s.choice(2)) % 7
+        counts = (torch.tensor([0, 0.25, 0.5, 1], device=s.device) * real.unsqueeze(1)).ceil().long()
+        shown = torch.arange(7, device=s.device) < real.unsqueeze(1)
+        order = torch.rand(s.n, 7, device=s.device).masked_fill(~shown, 2).argsort(1)
+        weight = s.randn(s.n, 7).sigmoid()
+        return {
+            "x": s.rows(s.n, 7, 6), "choice": s.choice(4), "order": order, "weight": weight, "counts": counts,
+            "block": Hiding(shown),
+        }  # fmt: skip
+
+    return Case(
+        "gated_positions", "padding", gated_positions, gated_positions_ref, make,
+        kept=lambda args: args["choice"] > 0, passes="x", overwrites="x", grads=("x", "weight"), waits=True,
+    )  # fmt: skip
+
+
+# gated_cells
+
+
+class Convolved(nn.Module):
+    """A residual block of two convolutions, and its branch as layers on maps that have their border already."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(channels, channels, size, padding=size // 2) for size in (5, 3))
+
+    @property
+    def layers(self) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
+        return [(2, lambda x: F.relu(self.bare(self.first, x))), (1, lambda x: self.bare(self.last, x))]
+
+    @staticmethod
+    def bare(layer: nn.Conv2d, x: Tensor) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.last(F.relu(self.first(x))))
+
+
+def cells_case(name: str, share: float) -> Case:
+    def make(s: Setting) -> Args:
+        chosen = torch.rand(s.n, 2, 3, device=s.device) < share
+        run = chosen & (s.choice(2) == 1).view(-1, 1, 1)
+        weight, block = s.randn(s.n, 2, 3).sigmoid(), Convolved(4).to(s.device, s.dtype)
+        return {"x": s.maps(s.n, 4, 6, 6), "run": run, "weight": weight, "block": block}
+
+    return Case(
+        "gated_cells", name, gated_cells, gated_cells_ref, make, layouts=MAPS, kernels=False,
+        kept=lambda args: args["run"].flatten(1).any(1), passes="x", overwrites="x", grads=("x", "weight", "block"),
     )  # fmt: skip
 
 
@@ -625,6 +704,9 @@ CASES = [
     *SLICED_CONV,
     positions_case("", lambda: Mixing(6), (0, 2, 3, 7), grads=("x", "weight", "block")),
     positions_case("block that spoils its input", Overwriting, (0, 1, 5)),
+    padded_positions_case(),
+    cells_case("some", 0.5),
+    cells_case("all", 2),
     cell_case("", cell),
     cell_case("of a sequence", sequence_cell),
     cell_case("lstm", partial(cell, kind=nn.LSTMCell)),

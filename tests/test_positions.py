@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,10 @@ from dynrl.backbones import TokenModule, TokenViT
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import Ground, Learned, measure
 from dynrl.evaluation.figures import draw_regions
+from dynrl.inputs import Named
 from dynrl.runs import RunKind
 from tests.cases import answered_by, make_policy
-from tests.toys import Encoder, Transformer
+from tests.toys import Encoder, Reader, Transformer
 
 SHAPE = (1, 12, 12)
 
@@ -63,7 +66,7 @@ def test_scorers_learn_by_gradient_which_tokens_gain_from_a_block():
     backbone.blocks[0], backbone.norm = Adding(), nn.Identity()
     x = backbone.begin(images).features[0]
     gains = x[:, :, 0] > x[:, :, 0].median()
-    wanted = backbone._follow(0, torch.where(gains.unsqueeze(2), backbone.blocks[0](x), x))
+    wanted = backbone._follow(backbone.begin(images), torch.where(gains.unsqueeze(2), backbone.blocks[0](x), x))[0]
     backbone.scorers.requires_grad_(True)
     optimizer = torch.optim.Adam(backbone.scorers.parameters(), lr=0.05)
 
@@ -101,6 +104,70 @@ def other(x, both, backbone, best, scores):
         weight = 2 * torch.sigmoid(scores[row, place])
         rest[row, place - 1] = torch.lerp(rest[row, place - 1], ran[row], weight)
     return rest
+
+
+def reader(places=None):
+    """A network of token ids and their mask, whose answer is read off the first token."""
+    torch.manual_seed(0)
+    module = Reader(ids=True, tokens=7).eval()
+    module.norm = nn.Sequential(module.norm, First())
+    if places is not None:
+        module.place = nn.Parameter(module.place[:places])
+    return module
+
+
+class First(nn.Module):
+    def forward(self, x):
+        return x[:, :1]
+
+
+def of_reader(module, tokens):
+    form = {"x": (tokens,), "mask": (tokens,)}
+    return TokenModule(module, form, ["blocks.0", "blocks.2"], input_dtype=dict.fromkeys(form, "int64"), mask="mask")
+
+
+@torch.no_grad()
+def test_padding_is_as_if_it_were_not_there():
+    """Rows beside longer ones give what the same network for texts of their length gives, and cost as much."""
+    backbone, lengths = of_reader(reader(), 7), [7, 5, 2, 1, 6, 5]
+    ids = torch.randint(11, (6, 7))
+    inputs = {"x": ids, "mask": (torch.arange(7) < torch.tensor(lengths).unsqueeze(1)).long()}
+    full = backbone.run_route(Named(inputs), backbone.dense_actions(6))
+    torch.testing.assert_close(full.outputs, backbone.module(**inputs)["logits"])
+    assert full.macs[0] == backbone.dense_macs
+    route = torch.tensor([[1, 2], [2, 3], [3, 1], [2, 2], [1, 3], [2, 0]])
+    walk = backbone.run_route(Named(inputs), route)
+    gated = backbone.gated(Named(inputs), lambda state: nn.functional.one_hot(state.along(route), 4).float())
+    torch.testing.assert_close(gated.outputs, walk.outputs)
+    assert gated.macs.tolist() == gated.expected_macs.tolist() == walk.macs.tolist()
+    for row, length in enumerate(lengths):
+        if length < 5:  # too few for three shares
+            continue
+        short = of_reader(reader(length), length)
+        short.scorers.load_state_dict(backbone.scorers.state_dict())
+        alone = {name: x[row : row + 1, :length] for name, x in inputs.items()}
+        expected = short.run_route(Named(alone), route[row : row + 1])
+        torch.testing.assert_close(walk.outputs[row : row + 1], expected.outputs)
+        assert walk.macs[row] - fixed(backbone) == expected.macs[0] - fixed(short)
+
+
+def fixed(backbone):
+    """The MACs of a row that runs no token in any block."""
+    return backbone.start_macs + int(backbone.costs[:, 0].sum())
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_mask_of_another_length_or_that_hides_nothing_is_refused(blind):
+    module, form = reader(), {"x": (7,), "mask": (7 if blind else 9,)}
+    if blind:
+        for block in module.blocks:
+            block.forward = partial(unmasked, block.forward)
+    with pytest.raises(ValueError, match="no token sees padding" if blind else r"of shape \(7,\), got \(9,\)"):
+        TokenModule(module, form, ["blocks.0"], input_dtype=dict.fromkeys(form, "int64"), mask="mask")
+
+
+def unmasked(forward, mask, **given):
+    return (*forward(mask=None, **given)[:2], mask)
 
 
 class Placed(nn.Module):

@@ -18,7 +18,7 @@ from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear
 from dynrl.policies import StaticPolicy
 from tests.cases import make_backbone, make_policy
 from tests.exported import as_exported
-from tests.ops_cases import Mixing
+from tests.ops_cases import Mixing, Told
 
 
 class Everything(nn.Module):
@@ -31,7 +31,7 @@ class Everything(nn.Module):
         convolutions = [nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)]
         norms = [[nn.BatchNorm2d(width).eval() for width in (2, 4, 8)], [nn.BatchNorm2d(4).eval() for _ in range(3)]]
         self.block = SlicedBlock(convolutions, norms, (2, 4, 8))
-        self.mix = Mixing(4)
+        self.mix = Told(Mixing(4))
         self.cell = nn.GRUCell(36, 6)
 
     def forward(self, x, choice, update):

@@ -326,7 +326,7 @@ class Reader(nn.Module):
         if bool(shown.all()):
             seen = None
         for block in self.blocks:
-            x, _, seen = block(features=x, mask=seen, place=self.place)
+            x, _, seen = block(features=x, mask=seen, place=self.place[None])
         return {"logits": self.head(self.norm(x).mean(1))}
 
 

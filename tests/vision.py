@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -29,6 +30,7 @@ import dynrl
 from dynrl.backbones import (
     FAMILIES,
     Backbone,
+    CellResNet,
     ExitModule,
     ExitResNet,
     Models,
@@ -38,6 +40,7 @@ from dynrl.backbones import (
     TokenModule,
 )
 from dynrl.backbones.forward import answer, call
+from dynrl.backbones.positions import SHARES
 from dynrl.backbones.traced import fold_norms
 from dynrl.evaluation import medians_in_turn
 from dynrl.inputs import as_inputs
@@ -272,7 +275,7 @@ def test_exits_stop_rows(name):
 
 RESNETS = {
     "torchvision, skip": (tv.resnet50, SkipResNet, {}), "torchvision, exits": (tv.resnet18, ExitResNet, {"exits": (1, 3)}),
-    "torchvision, widths": (tv.resnet18, SlimmableResNet, {}),
+    "torchvision, widths": (tv.resnet18, SlimmableResNet, {}), "torchvision, cells": (tv.resnet50, CellResNet, {"grid": 2}),
     "timm, skip": (lambda: timm.create_model("resnet18"), SkipResNet, {}),
 }  # fmt: skip
 
@@ -511,6 +514,55 @@ MEASURED: dict[str, Case] = {
 }  # fmt: skip
 
 
+# Encoders of `CASES` in which some tokens run a block: how many tokens lead, and what a block costs by hand on so many.
+WITH_TOKENS: dict[str, tuple[int, Callable[[int], int]]] = {
+    "torchvision vit": (1, partial(transformer, 48, 96)),
+    "timm vit_tiny with dynamic_img_size": (1, partial(transformer, 192, 768)),
+    "timm deit distilled": (2, partial(transformer, 192, 768)),
+    "transformers vit": (1, partial(transformer, 32, 64)),
+    "transformers bert": (1, partial(transformer, 32, 64)),
+    "transformers distilbert": (1, partial(transformer, 32, 64)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TOKENS)
+@torch.no_grad()
+def test_some_tokens_run_and_all_of_them_are_the_network(name):
+    torch.manual_seed(0)
+    case, (leading, by_hand) = CASES[name], WITH_TOKENS[name]
+    module, inputs = trained(case.make()), as_inputs(case.inputs())
+    backbone, expected = TokenModule(module, inputs, case.blocks, leading=leading), said(module, inputs)
+    model = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
+    torch.testing.assert_close(model(inputs), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    route = torch.randint(0, backbone.num_choices, (ROWS, backbone.columns))
+    together, rows = model.backbone.run_route(inputs, route), range(ROWS)
+    alone = [backbone.run_route(inputs[row : row + 1], route[row : row + 1]) for row in rows]
+    torch.testing.assert_close(together.outputs, torch.cat([walk.outputs for walk in alone]), rtol=1e-4, atol=1e-4)
+    real = inputs["attention_mask"].sum(1) if backbone.form.named else torch.full((ROWS,), backbone._counts[-1])
+    fixed = backbone.start_macs + int(backbone.costs[:, 0].sum())
+    for row, length in enumerate(real.tolist()):
+        ran = [leading + math.ceil(SHARES[c] * (length - leading)) if c else 0 for c in route[row].tolist()]
+        macs = int(together.macs[row]) - fixed
+        assert macs == int(alone[row].macs) - fixed == pytest.approx(sum(map(by_hand, ran)), rel=0.01)
+
+
+def test_bert_on_some_tokens_is_blind_to_padding():
+    """Beside a longer text, a text gives what the same network for texts of its own length gives."""
+    torch.manual_seed(0)
+    case, inputs = CASES["transformers bert"], texts()
+    module, route = trained(case.make()), torch.randint(1, 4, (ROWS, 3))
+    whole = TokenModule(module, inputs, case.blocks)
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        if length > 5:
+            alone = {name: x[row : row + 1, :length] for name, x in inputs.items()}
+            short = TokenModule(module, alone, case.blocks)
+            short.scorers.load_state_dict(whole.scorers.state_dict())
+            with torch.no_grad():
+                expected = short.run_route(as_inputs(alone), route[row : row + 1])
+                walk = whole.run_route(as_inputs(inputs), route)
+            torch.testing.assert_close(walk.outputs[row : row + 1], expected.outputs, rtol=1e-4, atol=1e-5)
+
+
 # Half of the tokens run each of the twelve blocks.
 TOKENS_OF: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "torchvision vit_b_16": (tv.vit_b_16, "encoder.layers.encoder_layer_{}"),
@@ -522,20 +574,6 @@ def with_tokens(name: str) -> tuple[nn.Module, TokenModule]:
     make, block = TOKENS_OF[name]
     module = trained(make()).requires_grad_(False)
     return module, TokenModule(module, (3, 224, 224), every({block: range(12)}))
-
-
-@pytest.mark.parametrize("name", TOKENS_OF)
-@torch.no_grad()
-def test_some_tokens_run_and_all_of_them_are_the_network(name):
-    torch.manual_seed(0)
-    (module, backbone), inputs = with_tokens(name), torch.randn(2, 3, 224, 224)
-    expected = module(inputs)
-    torch.testing.assert_close(backbone(inputs), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    route = torch.randint(0, backbone.num_choices, (2, backbone.columns))
-    together = backbone.for_inference().run_route(inputs.clone(), route).outputs
-    for row in range(2):
-        alone = backbone(inputs[row : row + 1], route[row : row + 1])
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 def measure_tokens(name: str, batch: int, rounds: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrl.backbones.base import Backbone
+from dynrl.backbones.cells import CellResNet
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
@@ -35,13 +36,14 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
         SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members,
-        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, TokenViT, RoutingNet,
+        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, TokenViT, CellResNet,
+        RoutingNet,
     )
 }  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
-    "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer",
+    "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses",
+    "JumpRNN", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer",
     "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule",
     "TokenViT", "Unrolled", "Walk",
     "choice_rates", "load_backbone", "merge",

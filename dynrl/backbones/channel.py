@@ -67,7 +67,7 @@ class SlimmableBlock(Block):
         y = x
         for (layer, norms), weight in zip(self.layers(), self.weights(choice), strict=True):
             y = F.conv2d(y if y is x else F.relu(y, inplace=True), weight, padding=layer.padding)
-            y = _normalised(y, norms[choice])  # type: ignore[index]
+            y = normalised(y, norms[choice])  # type: ignore[index]
         return F.relu(x + y, inplace=True)
 
     def narrow(self, choice: int) -> Callable[[Tensor], Tensor]:
@@ -94,7 +94,8 @@ class SlimmableBlock(Block):
         return SlicedBlock(convolutions, norms, self.widths)
 
 
-def _normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+def normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Return `norm(x)`, by the running statistics if there are few rows."""
     if norm.training and len(x) < LEAST_ROWS:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return norm(x)

@@ -156,14 +156,21 @@ class Stand:
         """The size of the part's weights, by which rows are computed in pieces."""
         return self._forward.held.weight_bytes[self.k]
 
-    def __call__(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """Run the part on `x`, the features of `rows` among those left; None where no tensor beside `x` has rows."""
+    def __call__(self, x: Tensor, rows: Rows | None = None, places: Tensor | None = None) -> Tensor:
+        """Run the part on `x`, the features of `rows` among those left; None where no tensor beside `x` has rows.
+
+        If only the tokens at `places` [m, k] of these rows are in `x`, tensors beside it are cut down to them, too: in
+        each dimension but the first that is as long as the features have tokens.
+        """
         held, left, leaves = self._forward.held, self._forward.left, list(self._leaves)
         leaves[0] = _joined(x, self._each)
         at = rows if left is None else left if rows is None else left[rows]
         if at is not None:
             for i, each in self._further.items():
                 leaves[i] = _rows(leaves[i], at, each)
+        if places is not None:
+            tokens = self.x.shape[1]
+            leaves[1:] = [_at_places(leaf, places, tokens) for leaf in leaves[1:]]
         args, kwargs = tree_unflatten(leaves, self._spec)
         own = self._grad != self._forward.grad  # inside of a mode of the forward's own
         with torch.set_grad_enabled(self._grad) if own else nullcontext():
@@ -225,6 +232,15 @@ class Stand:
 def _parted(x: Tensor, each: int) -> Tensor:
     """Return [n * each, ...], the rows of `n` inputs, as [n, each, ...]; as it is if there is one for each."""
     return x if each == 1 else x.unflatten(0, (-1, each))
+
+
+def _at_places(leaf: Any, places: Tensor, tokens: int) -> Any:
+    """Return a tensor with each row's `places` [m, k] in the dimensions behind the first that have `tokens`."""
+    for dim in range(1, leaf.dim() if isinstance(leaf, Tensor) else 0):
+        if leaf.shape[dim] == tokens:
+            index = places.view(len(places), *[1] * (dim - 1), -1, *[1] * (leaf.dim() - dim - 1))
+            leaf = leaf.take_along_dim(index, dim)
+    return leaf
 
 
 def _joined(x: Tensor, each: int) -> Tensor:

@@ -29,6 +29,7 @@ from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
 from dynrl.backbones.walk import END, State, Walk
 from dynrl.cost import Executed, executed, macs_of
 from dynrl.inputs import Form
+from dynrl.ops.gated_positions import Block
 from dynrl.ops.move import keep_rows, replace_some
 from dynrl.ops.pooled import summary
 
@@ -287,24 +288,28 @@ class SkipModule(_OfModule, Skipping):
 class TokenModule(_OfModule, Positions):
     """A module of your own with blocks on tokens: action c runs a block on the share shares[c] of an input's tokens.
 
-    The blocks of a torchvision or timm ViT will do, and those of any encoder that adds places to tokens in front of its
-    blocks. The full route is the module itself, with the same weights. The layers that score tokens are made here and
-    are untrained; `dynrl.pretraining.pretrain` trains them with the module.
+    The blocks of ViTs and of BERT-like encoders will do, which add places to tokens in front of their blocks. The full
+    route is the module itself, with the same weights. The layers that score tokens are made here and are untrained;
+    `dynrl.pretraining.pretrain` trains them with the module.
+
+    A block may be given further tensors. Those with a row for each input are cut down to the rows that run the block,
+    and all of them to the tokens that run: in each dimension, behind the first, that is as long as there are tokens.
 
     Args:
-        module: a module that maps one tensor [B, *input_shape] to outputs [B, classes]; it is held, not copied, and put
-            into eval mode.
-        input_shape: the shape of one input.
+        module: a module that maps a tensor, or tensors by name, to outputs, see `SkipModule`; it is held, not copied,
+            and put into eval mode.
+        input_shape: the shape of one input, or examples; see `SkipModule`.
         blocks: the names (as in `module.named_modules()`), in running order, of blocks from tokens [n, T, d] to tokens,
             which contain their shortcut.
-        family: the same as in `SkipModule`.
-        classes: the number of outputs; may be left out.
+        family, classes, input_dtype: the same as in `SkipModule`.
         shares: the shares of the tokens, one for each choice, rising to 1.
         leading: the number of tokens in front, such as a class token, that run whenever any token does.
+        mask: the name of the input [n, T] that is 0 where a token is padding, as tokenizers give it. The blocks must be
+            given a mask made of it. If no input has this name, there is no padding.
 
     Raises:
-        ValueError: a block is given no tokens, what it makes of a token depends on the token's place in the row,
-            torch.fx cannot trace the module, or a reason of `SkipModule`.
+        ValueError: a block is given no tokens, what it makes of a token depends on the token's place in the row or on
+            padding, or a reason of `SkipModule`.
     """
 
     family = "token_module"
@@ -316,66 +321,117 @@ class TokenModule(_OfModule, Positions):
         blocks: Sequence[str],
         family: str | None = None,
         classes: int | None = None,
+        input_dtype: Any = None,
         shares: tuple[float, ...] = SHARES,
         leading: int = 1,
+        mask: str = "attention_mask",
     ) -> None:
-        config: dict[str, Any] = {"blocks": list(blocks), "shares": list(shares), "leading": leading}
-        super().__init__(module, input_shape, blocks, family, None, None, **config)
-        if not isinstance(self._cut, Traced):
-            raise ValueError(f"expected a module that torch.fx can trace, to run blocks on some tokens: {self.why}")
-        self.leading, cut = leading, self._cut
-        ops, x = executed(lambda: cut.between[0](self._example(1)))
-        given, fixed_macs = [], [macs_of(ops)]
-        for name, block, behind in zip(blocks, cut.parts, cut.between[1:], strict=True):
-            _check_tokens(name, block, x.detach())
-            given.append(x.detach())
-            y = block(x.detach().clone())
-            ops, x = executed(lambda: behind(y))  # noqa: B023 (called at once)
+        config: dict[str, Any] = {"blocks": list(blocks), "shares": list(shares), "leading": leading, "mask": mask}
+        super().__init__(module, input_shape, blocks, family, None, input_dtype, **config)
+        self.leading = leading
+        inputs = self._example(1)
+        stand: Any
+        ops, stand = executed(lambda: self._cut.enter(inputs))
+        stands, fixed_macs = list[Any](), [macs_of(ops)]
+        for name in blocks:
+            _check_tokens(name, stand)
+            stands.append(stand)
+            y = stand(stand.x.detach().clone())
+            ops, stand = executed(lambda: stands[-1].follow(y))  # noqa: B023 (called at once)
             fixed_macs.append(macs_of(ops))
-        _set_classes(self, x, classes)
+        _set_classes(self, stand, classes)
+        _, tokens, width = stands[0].x.shape
+        padded = self.form.named and mask in self.input_shape
+        if padded:
+            self._check_mask(inputs, tokens)
 
         def block_macs(point: int, count: int) -> int:
-            return macs_of(executed(lambda: cut.parts[point](given[point][:, :count].clone()))[0]) if count else 0
+            x, places = stands[point].x.detach()[:, :count].clone(), torch.arange(count, device=inputs.device)
+            return macs_of(executed(lambda: stands[point](x, None, places.unsqueeze(0)))[0]) if count else 0
 
-        _, tokens, width = given[0].shape
-        self._set_points(list(blocks), tuple(shares), tokens, width, block_macs, fixed_macs)
-        self.scorers.to(given[0])
+        widths = [width] * len(stands)
+        self._set_points(list(blocks), tuple(shares), tokens, widths, block_macs, fixed_macs, padded)
+        self.scorers.to(stands[0].x.detach())
 
-    @property
-    def _pieces(self) -> Traced:
-        assert isinstance(self._cut, Traced), "others were refused"
-        return self._cut
+    @torch.no_grad()
+    def _check_mask(self, inputs: Any, tokens: int) -> None:
+        """Refuse a mask of another length, and blocks in which real tokens see padding."""
+        mask = self.config["mask"]
+        if self.input_shape[mask] != (tokens,):
+            raise ValueError(
+                f"expected {mask!r}, which says where tokens are padding, to be of shape ({tokens},), got "
+                f"{self.input_shape[mask]}; give the name of such an input as mask="
+            )
+        padded = inputs.clone()
+        padded[mask][:, tokens - tokens // 2 :] = 0
+        stand: Any = self._cut.enter(padded)
+        for name in self._names:
+            _check_tokens(name, stand)
+            x, real = stand.x, tokens - tokens // 2
+            y, other = stand(x.clone()), x.clone()
+            other[:, real:] += torch.randn_like(other[:, real:])
+            if not _close(stand(other)[:, :real], y[:, :real]):
+                raise ValueError(
+                    f"expected blocks that are given a mask, so that no token sees padding; in {name!r}, tokens see "
+                    f"those where {mask!r} is 0. Give the name of the input that says where padding is as mask="
+                )
+            stand = stand.follow(y)
 
-    def _lead(self, inputs: Tensor) -> Tensor:
-        return self._pieces.enter(inputs).x
+    def _real(self, inputs: Any) -> Tensor | None:
+        return inputs[self.config["mask"]] != 0 if self._padded else None
 
-    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        return self._pieces.parts[point]
+    def _standing(self, state: State) -> Standing:
+        """Return what goes on from `state`; a copy or a merged state has to enter the module anew."""
+        if state.held is not None:
+            return state.held
+        return self._cut.at(state.point, state.features[0], state.get(state.walk.inputs))
 
-    def _follow(self, point: int, x: Tensor) -> Tensor:
-        return self._pieces.between[point + 1](x)
+    def _lead(self, inputs: Any) -> tuple[Tensor, Any]:
+        return _tokens(self._cut.enter(inputs))
+
+    def _block(self, state: State) -> Block:
+        return self._standing(state)
+
+    def _follow(self, state: State, x: Tensor) -> tuple[Tensor, Any]:
+        return _tokens(self._standing(state).follow(x))
+
+
+def _tokens(stand: Standing | Tensor) -> tuple[Tensor, Any]:
+    """Return the tokens of a stand and the stand, or outputs and None."""
+    if isinstance(stand, Tensor):
+        return stand, None
+    # What runs on some tokens overwrites them, and a forward that is held may still need its own.
+    return stand.x.clone() if isinstance(stand, Stand) else stand.x, stand
 
 
 @torch.no_grad()
-def _check_tokens(name: str, block: Callable[[Tensor], Tensor], example: Tensor) -> None:
+def _check_tokens(name: str, stand: Any) -> None:
     """Refuse a block that is given no tokens, or that needs to know where in its row a token stands."""
+    example = stand.x.detach()
     if example.dim() != 3:
         raise ValueError(
             f"expected blocks of tokens [batch, tokens, channels]; {name!r} is given {list(example.shape)}"
         )
-    x, half = torch.randn_like(example), torch.randperm(example.shape[1], device=example.device)
-    half = half[: -(-example.shape[1] // 2)]
+    x, tokens = torch.randn_like(example), example.shape[1]
+    shuffled = torch.randperm(tokens, device=example.device)
+    half = shuffled[: -(-tokens // 2)]
     try:
-        expected, got = block(x[:, half.sort()[0]].clone()), block(x[:, half].clone())
+        whole = stand(x.clone())
+        runs = [stand(x[:, some].clone(), None, some.unsqueeze(0)) for some in (shuffled, half, half.sort()[0])]
     except Exception as error:  # a user's block may raise anything on fewer tokens
         raise ValueError(f"expected blocks that run on any number of tokens; {name!r} does not: {error}") from error
-    same = expected.shape == got.shape == (1, len(half), x.shape[2])
-    order = half.argsort()
-    if not same or not torch.allclose(got[:, order], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+    if not (_close(runs[0], whole[:, shuffled]) and _close(runs[1][:, half.argsort()], runs[2])):
         raise ValueError(
             f"expected blocks that treat tokens alike wherever they stand in the row; {name!r} does not: some tokens "
             "alone would mean nothing to it"
         )
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    same = got.shape == expected.shape
+    # Tokens that see padding only may be NaN.
+    close = {"rtol": 1e-2, "atol": 1e-2 * float(expected.nan_to_num().abs().max())}
+    return same and torch.allclose(got, expected, equal_nan=True, **close)
 
 
 class ExitModule(_OfModule, Exits):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone, Parts
+from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import convolution
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
-from dynrl.ops.gated_positions import gated_positions
+from dynrl.ops.gated_positions import Block, gated_positions
 from dynrl.ops.pooled import summary
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
@@ -36,10 +39,18 @@ class Scorer(nn.Module):
         self.norm, self.score = nn.LayerNorm(width), nn.Linear(width, 1)
         self.gain = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [n, T, d] to scores [n, T]."""
-        away = (x - x.mean(1, keepdim=True)).square().mean(2).add(1e-6).sqrt()
-        return self.score(self.norm(x)).squeeze(2) + self.gain * (away / away.mean(1, keepdim=True) - 1)
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """Map tokens [n, T, d] to scores [n, T]; tokens where `real` [n, T] is False are not counted in means."""
+        away = (x - _mean(x, real)).square().mean(2).add(1e-6).sqrt()
+        far = away.mean(1, keepdim=True) if real is None else _mean(away.unsqueeze(2), real).squeeze(2).clamp_min(1e-3)
+        return self.score(self.norm(x)).squeeze(2) + self.gain * (away / far - 1)
+
+
+def _mean(x: Tensor, real: Tensor | None) -> Tensor:
+    """Return the mean [n, 1, d] of the real tokens of `x` [n, T, d]; of all tokens if `real` is None."""
+    if real is None:
+        return x.mean(1, keepdim=True)
+    return torch.where(real.unsqueeze(2), x, 0).sum(1, keepdim=True) / real.sum(1).clamp_min(1).view(-1, 1, 1)
 
 
 class Positions(Backbone):
@@ -49,6 +60,9 @@ class Positions(Backbone):
     highest scores run. Attention is among them only; the others pass the block by. What the block adds to a token is
     weighted by twice the logistic function of its score, and so scorers learn with the network. If all tokens run,
     nothing is weighted.
+
+    An input may be padded. Padding is never chosen, and the shares are of the input's other tokens, the real ones. The
+    table holds the costs of an input without padding; others are charged as much less as they run fewer tokens.
 
     A family writes what runs before the first block, which blocks these are, and what runs behind each.
 
@@ -62,36 +76,49 @@ class Positions(Backbone):
     leading = 0
     _counts: tuple[int, ...]
     _by_chance = False
+    _padded = False  # whether inputs may have padding
+    _block_macs: Tensor  # [points, T + 1], the MACs of each block on so many tokens, if they may
 
-    def _lead(self, inputs: Tensor) -> Tensor:
-        """Run what comes before the first block, and return tokens [n, T, d]."""
+    def _lead(self, inputs: Any) -> tuple[Tensor, Any]:
+        """Run what comes before the first block; return tokens [n, T, d], and what a state then keeps as `held`."""
         raise NotImplementedError
 
-    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        """Return the block at `point`, a function from [m, k, d] to [m, k, d] for any number k of tokens."""
+    def _block(self, state: State) -> Block:
+        """Return the block at the state's point, as `gated_positions` takes it, for any number of tokens."""
         raise NotImplementedError
 
-    def _follow(self, point: int, x: Tensor) -> Tensor:
-        """Run what comes behind the block of `point`, up to the next block or to the output."""
+    def _follow(self, state: State, x: Tensor) -> tuple[Tensor, Any]:
+        """Run what comes behind the block that made `x`, up to the next block or to the output.
+
+        Returns:
+            tokens and what the next state keeps, or outputs and None.
+        """
         raise NotImplementedError
+
+    def _real(self, inputs: Any) -> Tensor | None:
+        """Return which tokens of `inputs` are no padding, [n, T] bool, at least one in each row; None if all are."""
+        return None
 
     def _set_points(
         self,
         names: Sequence[str],
         shares: tuple[float, ...],
         tokens: int,
-        width: int,
+        widths: Sequence[int],
         block_macs: Callable[[int, int], int],
         fixed_macs: Sequence[int],
+        padded: bool = False,
     ) -> None:
         """Make the scorers and pose a point for each block.
 
         Args:
             names: the names of the points.
             shares: the shares of the tokens, one for each choice.
-            tokens, width: the number of tokens and of their channels.
+            tokens: the number of tokens.
+            widths: the number of their channels at each point.
             block_macs: a function from a point and a number of tokens to the MACs of its block.
             fixed_macs: the MACs before the first block and behind each block.
+            padded: whether inputs may have padding.
         """
         if not 0 <= self.leading < tokens:
             raise ValueError(f"expected fewer leading tokens than the {tokens} tokens of a row, got {self.leading}")
@@ -103,61 +130,97 @@ class Positions(Backbone):
                 f"expected two shares or more, each of more of the {rest} tokens, the last of all; got {shares}: "
                 f"{counts} tokens"
             )
-        self.scorers = nn.ModuleList(Scorer(width) for _ in names)
-        scoring = rest * width
+        self._padded = padded
+        if padded:
+            every = [_at_each_count(partial(block_macs, point), tokens, name) for point, name in enumerate(names)]
+            self.register_buffer("_block_macs", torch.tensor(every), persistent=False)
+        self.scorers = nn.ModuleList(map(Scorer, widths))
+        scoring = [rest * width for width in (*widths, 0)]  # in front of each point; nothing is scored behind the last
         self._pose(
             [Point(name, len(shares)) for name in names],
             costs=[
-                [fixed + (scoring if point + 1 < len(names) else 0) + block_macs(point, k) for k in self._counts]
+                [fixed + scoring[point + 1] + block_macs(point, k) for k in self._counts]
                 for point, fixed in enumerate(fixed_macs[1:])
             ],
-            start_macs=fixed_macs[0] + scoring,
+            start_macs=fixed_macs[0] + scoring[0],
             full_route=(len(shares) - 1,) * len(names),
-            feature_width=width + len(shares) - 1,
+            feature_width=max(widths) + len(shares) - 1,
         )
 
-    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        return self._arrive(walk, 0, rows, self._lead(inputs))
+    def _start(self, walk: Walk, rows: Tensor, inputs: Any) -> State:
+        return self._arrive(State(walk, 0, rows), *self._lead(inputs))
 
-    def _arrive(self, walk: Walk, point: int, rows: Tensor, x: Tensor) -> State:
-        """Score the tokens `x` in front of a block, or keep `x` as the output behind the last one."""
+    def _arrive(self, state: State, x: Tensor, held: Any) -> State:
+        """Score the tokens `x` in front of the state's block, or keep `x` as the output behind the last one."""
+        walk, point, rows = state.walk, state.point, state.rows
         if point == len(self.points):
             walk.put_output(rows, x)
             return State(walk, END, rows)
-        scores = self.scorers[point](x[:, self.leading :])
-        ranks = torch.rand_like(scores) if self._by_chance else scores
-        order = ranks.detach().argsort(dim=1, descending=True, stable=True) + self.leading
-        if self.leading:
-            scores = F.pad(scores, (self.leading, 0))  # whose weight is 1
-            first = torch.arange(self.leading, device=x.device).expand(len(x), -1)
-            order = torch.cat([first, order], 1)
-        return State(walk, point, rows, (x, scores, order))
+        real = self._real(state.get(walk.inputs))
+        scores = self._scores(point, x, real)
+        ranks = torch.rand_like(scores) if self._by_chance else scores.detach().clone()
+        ranks[:, : self.leading] = torch.inf
+        if real is None:
+            return State(walk, point, rows, (x, scores, _falling(ranks)), held)
+        order = _falling(ranks.masked_fill(~real, -torch.inf))
+        return State(walk, point, rows, (x, scores, order, self._counts_of(real)), held)
+
+    def _scores(self, point: int, x: Tensor, real: Tensor | None) -> Tensor:
+        """Return the scores of the positions of `x` in front of the block at `point`, [n, T]."""
+        scores = self.scorers[point](x[:, self.leading :], None if real is None else real[:, self.leading :])
+        return F.pad(scores, (self.leading, 0))  # the leading tokens' weights are 1
+
+    def _counts_of(self, real: Tensor) -> Tensor:
+        """Return how many tokens each choice runs of rows whose tokens are `real` [n, T]: [n, choices] int64."""
+        total = real.sum(1, keepdim=True)
+        shares = torch.tensor(self.config["shares"], dtype=torch.float64, device=real.device)
+        counts = (shares * (total - self.leading).clamp_min(0)).ceil().long() + total.clamp_max(self.leading)
+        return counts * (shares > 0)
 
     def _at(self, state: State, action: Tensor) -> Tensor:
-        x, scores, order = state.features
-        return gated_positions(x, action, order, 2 * scores.sigmoid(), self._counts, self._block(state.point))
+        x, scores, order, *counts = state.features
+        given = counts[0] if counts else self._counts
+        return gated_positions(x, action, order, 2 * scores.sigmoid(), given, self._block(state))
+
+    def _spared(self, state: State) -> Tensor:
+        """Return by how much less than the table padded rows are charged for each choice, [n, choices] int64, <= 0."""
+        macs = self._block_macs[state.point]
+        return macs[state.features[3]] - macs[list(self._counts)]
 
     def _go_on(self, state: State, x: Tensor) -> State:
-        return self._arrive(state.walk, state.point + 1, state.rows, self._follow(state.point, x))
+        return self._arrive(State(state.walk, state.point + 1, state.rows), *self._follow(state, x))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
+        if self._padded:
+            state.walk.charge(state.rows, self._spared(state).gather(1, action.unsqueeze(1)).squeeze(1))
         return [self._go_on(state, self._at(state, action))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
+        if self._padded:
+            assert isinstance(state.walk, GatedWalk)
+            state.walk.charge_gates(gates, self._spared(state))
         x, *how = state.features
         weighted = []
         for choice, gate in enumerate(gates.unbind(1)):
-            alike = State(state.walk, state.point, state.rows, (x.clone(), *how))  # the op may overwrite it
+            alike = replace(state, features=(x.clone(), *how))  # the op may overwrite it
             action = torch.full_like(state.rows, choice)
-            weighted.append(gate.view(-1, 1, 1) * self._at(alike, action))
+            weighted.append(gate.view(-1, *[1] * (x.dim() - 1)) * self._at(alike, action))
         return self._go_on(state, torch.stack(weighted).sum(0))
 
     def observe(self, state: State) -> Tensor:
         """Return each channel's mean over all tokens, and the mean weight of the tokens that each choice adds."""
-        x, scores, order = state.features
+        if not self._padded:
+            return torch.cat([summary(state.features[0], channels_last=True), *self._added(state)], 1)
+        x, scores, order, ends = state.features
+        sums = F.pad(scores.float().sigmoid().gather(1, order).cumsum(1), (1, 0)).gather(1, ends).diff(dim=1)
+        real = self._real(state.get(state.walk.inputs))
+        return torch.cat([_mean(x, real).squeeze(1).float(), sums / ends.diff(dim=1).clamp_min(1)], 1)
+
+    def _added(self, state: State) -> list[Tensor]:
+        """Return the mean weight of the positions that each choice but 0 adds, [n, 1] each; without padding."""
+        _, scores, order = state.features
         weights = scores.float().sigmoid().gather(1, order)
-        added = [weights[:, less:more].mean(1, keepdim=True) for less, more in pairwise(self._counts)]
-        return torch.cat([summary(x, channels_last=True), *added], 1)
+        return [weights[:, less:more].mean(1, keepdim=True) for less, more in pairwise(self._counts)]
 
     def by_chance(self) -> Self:
         """Return a copy in which chance takes the place of the scores: it chooses as many tokens, but any."""
@@ -167,9 +230,9 @@ class Positions(Backbone):
 
     def regions(self, inputs: Tensor, route: Tensor) -> list[list[Parts]]:
         """Return `Backbone.regions`: the tokens that run each block, if they lie on their image as on a grid."""
-        height, width = inputs.shape[-2:]
-        tokens, found = self._counts[-1] - self.leading, [list[Parts]() for _ in inputs]
-        down = math.isqrt(tokens * height // width) if inputs.dim() == 4 else 0
+        tokens, found = self._counts[-1] - self.leading, [list[Parts]() for _ in range(len(inputs))]
+        height, width = inputs.shape[-2:] if isinstance(inputs, Tensor) and inputs.dim() == 4 else (0, 1)
+        down = self._down(tokens, height, width)
         if not down or tokens % down or height % down or width % (tokens // down):
             return found
         across = tokens // down
@@ -186,23 +249,51 @@ class Positions(Backbone):
         self.run(inputs, watch)
         return found
 
-    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Return `Backbone.ideal`: each block runs on the first tokens of neighbouring rows, as many as chose so."""
-        parts = []
-        for column in route.unbind(1):
-            ends = [0, *accumulate((column == choice).sum().item() for choice in range(self.num_choices))]
-            parts.append([(self._counts[c], *ends_of) for c, ends_of in enumerate(pairwise(ends)) if self._counts[c]])
+    def _down(self, tokens: int, height: int, width: int) -> int:
+        """Return how many tokens there are from above to below, if they lie on their image as on a grid of squares."""
+        return math.isqrt(tokens * height // width)
 
-        def run() -> Tensor:
-            x = self._lead(inputs)
+    def ideal(self, inputs: Any, route: Tensor) -> Callable[[], Any]:
+        """Return `Backbone.ideal`: each block runs on the first tokens of neighbouring rows, as many as chose so."""
+        walk, parts = Walk(inputs, self.points, self.mac_table), []
+        for column in route.unbind(1):
+            ends = [0, *accumulate(int((column == choice).sum()) for choice in range(self.num_choices))]
+            parts.append(
+                [
+                    (walk.all_rows[start:end], torch.arange(count, device=column.device).expand(end - start, -1))
+                    for count, (start, end) in zip(self._counts, pairwise(ends), strict=True)
+                    if count and start < end
+                ]
+            )
+
+        def run() -> Any:
+            x, held = self._lead(inputs)
             for point, part in enumerate(parts):
-                for count, start, end in part:
-                    if start < end:
-                        self._block(point)(x[start:end, :count])
-                x = self._follow(point, x)
+                state = State(walk, point, walk.all_rows, (x,), held)
+                for rows, places in part:
+                    self._block(state)(x[rows[0] : rows[-1] + 1, : places.shape[1]], rows, places)
+                x, held = self._follow(state, x)
             return x
 
         return run
+
+
+def _at_each_count(macs: Callable[[int], int], tokens: int, name: str) -> list[int]:
+    """Return the MACs of a block on 0 ... `tokens` tokens, which are counted for the first three numbers and the last.
+
+    Attention is quadratic in the number of tokens, and everything else in a block is linear or constant.
+    """
+    found = [macs(k) for k in range(min(4, tokens + 1))]
+    while len(found) <= tokens:
+        found.append(3 * found[-1] - 3 * found[-2] + found[-3])
+    if found[-1] != macs(tokens):
+        raise ValueError(f"expected blocks whose MACs are quadratic in the number of tokens; those of {name!r} are not")
+    return found
+
+
+def _falling(ranks: Tensor) -> Tensor:
+    """Return the tokens of each row of `ranks` [n, T] from the highest to the lowest, equal ones by their places."""
+    return ranks.argsort(dim=1, descending=True, stable=True)
 
 
 class Encoder(nn.Module):
@@ -318,7 +409,7 @@ class TokenViT(Positions):
             [f"blocks.{i}" for i in range(depth)],
             tuple(shares),
             tokens,
-            width,
+            [width] * depth,
             lambda point, count: self._encoder(point).macs(count) if count else 0,
             [count_macs(self.stem, self.input_shape)[0], *[0] * (depth - 1), 2 * tokens * width + width * classes],
         )
@@ -326,17 +417,17 @@ class TokenViT(Positions):
     def _encoder(self, point: int) -> Encoder:
         return self.blocks[point]  # type: ignore[return-value]
 
-    def _lead(self, inputs: Tensor) -> Tensor:
-        return self.stem(inputs) + self.place
+    def _lead(self, inputs: Tensor) -> tuple[Tensor, None]:
+        return self.stem(inputs) + self.place, None
 
-    def _block(self, point: int) -> Callable[[Tensor], Tensor]:
-        return self.blocks[point]
+    def _block(self, state: State) -> Block:
+        return lambda x, rows, places: self.blocks[state.point](x)
 
-    def _follow(self, point: int, x: Tensor) -> Tensor:
-        if point + 1 < len(self.points):
-            return x
+    def _follow(self, state: State, x: Tensor) -> tuple[Tensor, None]:
+        if state.point + 1 < len(self.points):
+            return x, None
         x = self.norm(x)
-        return self.fc(torch.bmm(self.pool(x).softmax(1).transpose(1, 2), x).squeeze(1))
+        return self.fc(torch.bmm(self.pool(x).softmax(1).transpose(1, 2), x).squeeze(1)), None
 
     def for_inference(self) -> Self:
         """Return a frozen copy with the stem's batch norms folded in."""

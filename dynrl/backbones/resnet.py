@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone
+from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock
 from dynrl.schema import MOST_ROWS, check_count, check_counts
@@ -138,6 +139,8 @@ class ResNet(Backbone):
     (64, 128, 256, 512), stem="imagenet"`.
     """
 
+    _skippable: list[int]  # the places of the blocks that are decision points, once `_identities` has found them
+
     def __init__(
         self,
         input_shape: tuple[int, int, int],
@@ -192,7 +195,7 @@ class ResNet(Backbone):
         Args:
             module: the ResNet; it is copied.
             input_shape: the shape of one input.
-            settings: the arguments of the family other than a ResNet's shape (`exits`, `shares`).
+            settings: the arguments of the family other than a ResNet's shape (`exits`, `shares`, `grid`).
 
         Raises:
             ValueError: the layers, names or outputs are not those of a ResNet.
@@ -218,7 +221,7 @@ class ResNet(Backbone):
             left_out, unknown = backbone.load_state_dict(backbone._renamed(state), strict=False)
         except RuntimeError as error:
             raise ValueError(f"{kind} has other shapes than a ResNet of {settings}: {error}; see SkipModule") from None
-        left_out = [name for name in left_out if not name.startswith("heads.")]
+        left_out = [name for name in left_out if not name.startswith(("heads.", "scorers."))]
         if left_out or unknown:
             raise ValueError(f"{kind} is no plain ResNet: it lacks {left_out} and has {unknown}; see SkipModule")
         backbone.eval().to(next(module.parameters()))
@@ -234,6 +237,40 @@ class ResNet(Backbone):
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the `state` of a plain ResNet under this family's names."""
         return state
+
+    def _identities(self) -> tuple[list[tuple[int, ...]], list[int], list[int]]:
+        """Find the blocks with an identity for a shortcut, which are decision points.
+
+        Returns:
+            the shape of what each of them is given, the MACs of each, and the MACs before the first and behind each.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self._skippable = [i for i, block in enumerate(self._blocks) if block.downsample is None]
+        if not self._skippable:
+            raise ValueError("no block of this network has an identity to fall back on; add blocks to a stage")
+        cost, shape = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
+        shapes, block_macs, fixed_macs = [], [], [cost]
+        for block in self._blocks:
+            macs, shape_out = count_macs(block, shape)
+            if block.downsample is None:
+                shapes.append(shape)
+                block_macs.append(macs)
+                fixed_macs.append(0)
+            else:
+                fixed_macs[-1] += macs
+            shape = shape_out
+        fixed_macs[-1] += count_macs(self.fc, (shape[0],))[0]
+        return shapes, block_macs, fixed_macs
+
+    def _between(self, point: int, x: Tensor) -> Tensor:
+        """Run what lies behind the block of `point` (-1: all before the first one), up to the next or to the output."""
+        x = self._stem(x) if point < 0 else x
+        ends = [-1, *self._skippable, len(self._blocks)]
+        for block in self._blocks[ends[point + 1] + 1 : ends[point + 2]]:
+            x = block(x)
+        return x if point + 1 < len(self.points) else self._head(x)
 
     def _stem(self, x: Tensor) -> Tensor:
         if isinstance(self.conv1, FoldedConv2d):

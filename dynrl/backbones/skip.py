@@ -120,45 +120,21 @@ class SkipResNet(Skipping, ResNet):
     def __init__(self, *shape: Any, auxiliary: bool = False, **settings: Any) -> None:
         super().__init__(*shape, **settings)
         self.config["auxiliary"] = auxiliary
-        self._skippable = [i for i, block in enumerate(self._blocks) if block.downsample is None]
-        if not self._skippable:
-            raise ValueError("no block of this network has an identity to fall back on; add blocks to a stage")
-        cost, shape_in = count_macs(nn.Sequential(self.conv1, self.bn1, self.maxpool), self.input_shape)
-        self.heads, block_macs, fixed_macs, width = nn.ModuleList(), [], [cost], 1
-        for block in self._blocks:
-            macs, shape_out = count_macs(block, shape_in)
-            if block.downsample is None:
-                if auxiliary:
-                    head = early_classifier(shape_in, self.config["classes"])
-                    self.heads.append(head)
-                    fixed_macs[-1] += count_macs(head, (head.in_features,))[0]
-                block_macs.append(macs)
-                fixed_macs.append(0)
-                width = max(width, shape_in[0])
-            else:
-                fixed_macs[-1] += macs
-            shape_in = shape_out
-        fixed_macs[-1] += count_macs(self.fc, (shape_in[0],))[0]
+        shapes, block_macs, fixed_macs = self._identities()
+        self.heads = nn.ModuleList(early_classifier(shape, self.config["classes"]) for shape in shapes if auxiliary)
+        for k, head in enumerate(self.heads):
+            fixed_macs[k] += count_macs(head, (head.in_features,))[0]  # type: ignore[arg-type]
+        width = max(shape[0] for shape in shapes)
         self._set_points([self._names[i] for i in self._skippable], block_macs, fixed_macs, width + SCORES * auxiliary)
 
-    def _fixed(self, point: int) -> list[Any]:
-        """Return the blocks between that of `point` (-1 for the stem) and the next one that may be skipped."""
-        ends = [-1, *self._skippable, len(self._blocks)]
-        return self._blocks[ends[point + 1] + 1 : ends[point + 2]]
-
     def _lead(self, inputs: Tensor) -> Tensor:
-        x = self._stem(inputs)
-        for block in self._fixed(-1):
-            x = block(x)
-        return x
+        return self._between(-1, inputs)
 
     def _block(self, point: int) -> Callable[[Tensor], Tensor]:
         return self._blocks[self._skippable[point]]
 
     def _follow(self, point: int, x: Tensor) -> Tensor:
-        for block in self._fixed(point):
-            x = block(x)
-        return x if point + 1 < len(self.points) else self._head(x)
+        return self._between(point, x)
 
     def auxiliary(self, state: State) -> Tensor | None:
         """Return what the early classifier in front of the state's point says, [n, classes], if there is one."""

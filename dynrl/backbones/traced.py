@@ -193,8 +193,8 @@ class TracedStand:
     def __init__(self, traced: Traced, k: int, x: Tensor) -> None:
         self._traced, self.k, self.x = traced, k, x
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Run the part on `x`."""
+    def __call__(self, x: Tensor, rows: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """Run the part on `x`, which is all that it is given, whatever rows and places these are."""
         return self._traced.parts[self.k](x)
 
     def part(self, rows: slice | None = None) -> Tensor:

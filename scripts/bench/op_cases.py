@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynrl.backbones.cells import Folded
 from dynrl.backbones.positions import Encoder
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, recurrent_cell
+from dynrl.ops.gated_cells import gated_cells, gated_cells_ref
 from dynrl.ops.gated_positions import gated_positions, gated_positions_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.partition import partition, partition_ref
@@ -45,6 +48,12 @@ RESIDUAL_EXPERTS = {
 LAYERS = {"512-1024": (512, 1024), "1024-4096": (1024, 4096)}
 # name -> tokens, width, heads and hidden width of a block of a vision transformer.
 BLOCKS = {"vit small, 64 tokens": (64, 96, 4, 192), "vit base, 197 tokens": (197, 768, 12, 3072)}
+# name -> channels, side of the map and cells along a side of a block of two 3x3 convolutions.
+CELL_MAPS = {
+    "64 channels, 32x32, 16 cells": (64, 32, 4),
+    "128 channels, 28x28, 16 cells": (128, 28, 4),
+    "256 channels, 14x14, 4 cells": (256, 14, 2),
+}
 CELLS = {"gru 128": (128, 128), "gru 512": (512, 512)}
 
 # The memory orders of weights. A few rows are multiplied faster by columns. A single row is multiplied faster by rows
@@ -408,7 +417,7 @@ def gated_positions_cases(shape: str, batch: int, device: torch.device, dtype: t
                     part = x[rows, places]
                     x[rows, places] = torch.lerp(part, block(part), weight[rows, places].unsqueeze(2))
 
-        given = (choice, order, weight, counts, block)
+        given = (choice, order, weight, counts, lambda part, rows, places: block(part))
         return Case(
             "gated_positions", shape, batch, kept, routed=lambda: gated_positions(x, *given),
             check=lambda: (gated_positions(x.clone(), *given), gated_positions_ref(x, *given)),
@@ -417,6 +426,37 @@ def gated_positions_cases(shape: str, batch: int, device: torch.device, dtype: t
         )  # fmt: skip
 
     yield from map(at, (*KEPT, 1.0))
+
+
+def gated_cells_cases(shape: str, batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield cases of a residual block on a share of the cells of each map, and on all; none on CUDA.
+
+    A CUDA graph, by which ops are timed there, cannot ask how many cells run.
+    """
+    channels, side, grid = CELL_MAPS[shape]
+    layers = [nn.Conv2d(channels, channels, 3, padding=1).to(device, dtype) for _ in range(2)]
+    for layer in layers:  # weights are small, as the block is applied to its own result again and again
+        layer.weight.mul_(0.01)
+    last = _formatted(layers, torch.channels_last)
+    block, plain = Folded(ResidualBlock([FoldedConv2d.of(layer) for layer in last])), _plain(last)
+    x = copy_of(torch.randn(batch, channels, side, side, device=device, dtype=dtype))
+    weight = torch.rand(batch, grid, grid, device=device, dtype=dtype)
+
+    def at(kept: float) -> Case:
+        count = round(kept * grid * grid)
+        order = torch.rand(batch, grid * grid, device=device).argsort(1)
+        run = (order < count).view(batch, grid, grid)
+        together = copy_of(x[: math.ceil(batch * kept)])
+        shown = run.unsqueeze(1).repeat_interleave(side // grid, 2).repeat_interleave(side // grid, 3)
+        return Case(
+            "gated_cells", shape, batch, kept, routed=lambda: gated_cells(x, run, weight, block),
+            check=lambda: (gated_cells(copy_of(x), run, weight, block), gated_cells_ref(x, run, weight, block)),
+            dense={"fused": lambda: block(x), "nhwc": lambda: plain(x)},
+            masked=lambda: torch.where(shown, plain(x), x), ideal={"fused": lambda: block(together)},
+        )  # fmt: skip
+
+    if device.type != "cuda":
+        yield from map(at, (*KEPT, 1.0))
 
 
 def small_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -449,4 +489,5 @@ FAMILIES: dict[str, tuple[dict[str, Any], Callable[..., Iterator[Case]]]] = {
     "sliced_linear": (LAYERS, sliced_linear_cases),
     "gated_cell": (CELLS, gated_cell_cases),
     "gated_positions": (BLOCKS, gated_positions_cases),
+    "gated_cells": (CELL_MAPS, gated_cells_cases),
 }
