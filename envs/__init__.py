@@ -47,7 +47,8 @@ DECISIONS: dict[str, Decision] = {
         ),
         Decision(
             "hidden-update", "dynrl/HiddenUpdate-v0", "dynrl.envs.hidden_update:HiddenUpdateVectorEnv",
-            "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",
+            "how much of a recurrent network's hidden state is updated at each step",
+            "Skip RNN (Campos et al. 2018), VCRNN (Jernite et al. 2017)",
             data="sequential-digits",
         ),
         Decision(

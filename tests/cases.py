@@ -17,6 +17,7 @@ from dynrl.backbones import (
     MultiScaleNet,
     RecallNet,
     Resolutions,
+    SkipGRU,
     SkipLSTM,
     SkipModule,
     SkipResNet,
@@ -47,6 +48,7 @@ SET = {  # networks of ours whose settings change how they are walked
     "exits at scales": lambda: MultiScaleNet((1, 8, 8), 4, (1, 1, 2), width=4, growth=3),
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),
+    "hidden update of parts": lambda: SkipGRU((6, 3), 4, hidden=12, shares=(0.0, 0.25, 0.5, 1.0)),
     "unroll with recall": lambda: RecallNet((6, 2), 10, width=5, steps=4),
     "model at two sizes": lambda: Resolutions(
         (1, 8, 8), 10, {"family": "skip_resnet", "layers": [1], "widths": [4]}, (5, 8)
