@@ -432,6 +432,19 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("look", "digit-scenes"): _glimpses(12, 48, epochs=24, tuned=2),
     ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
+    ("look", "clips"): Defaults(
+        family="frames",
+        backbone={"peek": 1, "looks": 0, "width": 64, "hidden": 48},
+        pretraining=Recipe(
+            epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.5,),
+            full_share=0.1, optimizer="adam", plain_epochs=0,
+        ),
+        learning=Learning(steps=300_000, hidden=64, num_envs=128, reward="gain", price_range=(0.05, 10.0)),
+        finetuning=Finetuning(
+            rounds=2, epochs=1, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.0,
+            label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,
+        ),
+    ),
     ("branch", "digit-tasks"): _routing(32, (0, 1, 3, 3), epochs=10, tuned=3),
     ("branch", "many-tasks"): _routing(16, (0, 1, 3, 3, 3), epochs=8, tuned=3),
 }  # fmt: skip

@@ -10,9 +10,10 @@ class HiddenUpdateVectorEnv(RoutingVectorEnv):
     """At each step of a sequence, how much of the hidden state of a recurrent network is updated, if any?
 
     ## Features
-    The hidden state, the time (hat functions on the backbone's `knots`), and the share of the sequence since
-    the last update, told of each part of the state that an action updates beyond the one below it. If the backbone `sees` "state+input", the numbers of this step follow. Without them, the decision
-    is taken before the input is seen, and a step that is copied need not even be read.
+    The hidden state, the time (hat functions on the backbone's `knots`), and the share of the sequence since the last
+    update, told of each part of the state that an action updates beyond the one below it. If the backbone `sees`
+    "state+input", the numbers of this step follow. Without them, the decision is taken before the input is seen, and a
+    step that is copied need not even be read.
 
     ## Action
     `Discrete(n)`, where n is the number of the backbone's `shares`. With two (0 and 1), 1 updates the hidden state by

@@ -12,7 +12,9 @@ from dynrl.backbones.base import Backbone
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
+from dynrl.backbones.frames import Frames
 from dynrl.backbones.glimpses import Glimpses
+from dynrl.backbones.looks import Looks
 from dynrl.backbones.models import Members, Models, Resolutions
 from dynrl.backbones.module import ExitModule, SkipModule, TokenModule
 from dynrl.backbones.multipath import MultiPathResNet
@@ -35,13 +37,13 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
         SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members,
-        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, TokenViT, RoutingNet,
+        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, Frames, TokenViT, RoutingNet,
     )
 }  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
-    "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer",
+    "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Frames", "Glimpses",
+    "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer",
     "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule",
     "TokenViT", "Unrolled", "Walk",
     "choice_rates", "load_backbone", "merge",

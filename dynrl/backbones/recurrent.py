@@ -223,9 +223,9 @@ class SkipRNN(Recurrent):
         """Return the state, the time, the share of the sequence since the last update, and maybe the step's input.
 
         With more shares than two, the time since the last update is told of each choice's units anew: of those that it
-        updates and the choice below does not. An LSTM shows both states. The input is shown with "state+input". The time is told by hat functions on evenly
-        spaced knots, at most one a step. A linear policy can then tell any part of the sequence from all other parts,
-        and telling the time costs one look into a table.
+        updates and the choice below does not. An LSTM shows both states. The input is shown with "state+input". The
+        time is told by hat functions on evenly spaced knots, at most one a step. A linear policy can then tell any part
+        of the sequence from all other parts, and telling the time costs one look into a table.
         """
         steps = state.visit
         time = self._time[steps].expand(state.count, -1) if isinstance(steps, int) else self._time[steps]

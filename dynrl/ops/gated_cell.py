@@ -316,7 +316,9 @@ def _parts_on_triton(
     order, offsets = rows_by_choice.order, rows_by_choice.offsets
     inputs = order if x_rows is None else x_rows.index_select(0, order)
     if _is_lstm(w_hh):
-        return before.copy_(_lstm_parts_on_triton(x, h, update, order, offsets, inputs, w_ih, w_hh, b_ih + b_hh, widths))
+        return before.copy_(
+            _lstm_parts_on_triton(x, h, update, order, offsets, inputs, w_ih, w_hh, b_ih + b_hh, widths)
+        )
     new = torch.empty_like(h, memory_format=torch.contiguous_format)
     for choice, width in enumerate(widths):
         if width:
@@ -352,7 +354,9 @@ def _lstm_parts_on_triton(
 @torch.inference_mode(False)
 def _counts(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the units of each choice, and where the matrices of each choice start, for kernels."""
-    return torch.tensor(widths, dtype=torch.int32, device=device), torch.zeros(len(widths), dtype=torch.int64, device=device)
+    return torch.tensor(widths, dtype=torch.int32, device=device), torch.zeros(
+        len(widths), dtype=torch.int64, device=device
+    )
 
 
 class _Cell(torch.autograd.Function):
