@@ -12,7 +12,7 @@ class LookVectorEnv(RoutingVectorEnv):
     ## Features
     How sure the present answer is (the highest probability, its lead, the entropy) and the hidden state. Of `Glimpses`:
     how much of the peripheral view's attention is left in each window, as a logarithm. Of places looked at, a fifth is
-    left. Of `Frames`: the numbers of all frames that are known without a look (the backbone's `peek`).
+    left. Of `Frames`: the numbers of all other frames that are known without a look (the backbone's `peek`).
 
     ## Action
     `Discrete(n)`: 0 stops with the answer so far. Each other action looks through one window: first come the windows

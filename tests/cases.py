@@ -16,6 +16,7 @@ from dynrl.backbones import (
     JumpRNN,
     MultiPathResNet,
     MultiScaleNet,
+    MultiScaleRNN,
     RecallNet,
     Resolutions,
     SkipGRU,
@@ -50,6 +51,7 @@ SET = {  # networks of ours whose settings change how they are walked
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),
     "hidden update of parts": lambda: SkipGRU((6, 3), 4, hidden=12, shares=(0.0, 0.25, 0.5, 1.0)),
+    "hidden update of an upper layer": lambda: MultiScaleRNN((6,), 4, tokens=9, width=4, lower=5, hidden=6),
     "look at frames": lambda: Frames((6, 3), 4, peek=1, looks=3, width=6, hidden=6),
     "unroll with recall": lambda: RecallNet((6, 2), 10, width=5, steps=4),
     "model at two sizes": lambda: Resolutions(

@@ -21,8 +21,8 @@ class Frames(Looks):
     """A network that watches a sequence of feature vectors: choice 0 stops, choice i looks at frame i, in any order.
 
     The first `peek` numbers of each frame are known at once, as those of a small picture or the loudness would be. A
-    small layer makes the first state of them. Policies are told them, and whether a frame was looked at already says
-    which choices are open. A look encodes all numbers of one frame by two linear layers.
+    small layer makes the first state of them. Policies are told them, for frames that are still to be looked at. A look
+    encodes all numbers of one frame by two linear layers.
 
     The full route looks at the frames in order.
 
@@ -83,5 +83,6 @@ class Frames(Looks):
         return F.relu(self.encoder(inputs[rows, part]) + self.place(part))
 
     def _told(self, state: State) -> Tensor:
-        """Return what is known of all frames without a look."""
-        return state.get(state.walk.inputs)[:, :, : self.peek].flatten(1).float()
+        """Return what is known of all frames without a look, and zeros for those that were looked at."""
+        known = state.get(state.walk.inputs)[:, :, : self.peek].float()
+        return (known * self.open_choices(state)[:, 1:].unsqueeze(2)).flatten(1)

@@ -26,6 +26,11 @@ def _hats(steps: int, knots: int) -> Tensor:
     return (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0)
 
 
+def weights_of(rnn: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights and biases of one of torch's recurrent layers of one layer and direction, as ops take them."""
+    return rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
+
+
 class Recurrent(Backbone):
     """A network around one of torch's recurrent layers of one layer and direction, whose cell runs for some rows."""
 
@@ -47,8 +52,10 @@ class Recurrent(Backbone):
         return twin
 
     def _lay_out(self) -> None:
-        for weight in (self.rnn.weight_ih_l0, self.rnn.weight_hh_l0):
-            weight.data = column_major(weight.data)
+        for rnn in self.modules():
+            if isinstance(rnn, nn.RNNBase):
+                for weight in weights_of(rnn)[:2]:
+                    weight.data = column_major(weight.data)
 
     @property
     def rnn(self) -> Any:
@@ -67,8 +74,7 @@ class Recurrent(Backbone):
             raise ValueError(f"expected a linear head on {rnn.hidden_size} units with biases, got {head}")
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rnn = self.rnn
-        return rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
+        return weights_of(self.rnn)
 
 
 class SkipRNN(Recurrent):
