@@ -453,7 +453,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.5,),
             full_share=0.1, optimizer="adam", plain_epochs=0,
         ),
-        learning=Learning(steps=300_000, hidden=0, num_envs=128, reward="gain", price_range=(0.05, 10.0)),
+        learning=Learning(steps=800_000, hidden=0, num_envs=256, reward="gain", price_range=(0.1, 5.0)),
         finetuning=Finetuning(
             rounds=2, epochs=1, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.0,
             label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,

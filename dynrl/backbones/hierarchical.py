@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer
-from dynrl.backbones.reader import PADDING, Texts
+from dynrl.backbones.reader import Texts
 from dynrl.backbones.recurrent import weights_of
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, recurrent_cell
@@ -53,18 +53,13 @@ class MultiScaleRNN(Texts):
         hidden: int = 128,
     ) -> None:
         super().__init__()
-        self._check_shape(input_shape)
-        for count, value in (
-            ("classes", classes), ("tokens", tokens), ("width", width), ("lower", lower), ("hidden", hidden)
-        ):  # fmt: skip
-            check_count(count, value, 2 if count == "tokens" else 1, MOST_ROWS)
-        (length,) = self.input_shape = tuple(input_shape)
+        self._set_sizes(input_shape, classes, tokens, width, hidden)
+        check_count("lower", lower, 1, MOST_ROWS)
+        (length,) = input_shape
         self.config = {
             "input_shape": [length], "classes": classes, "tokens": tokens, "width": width, "lower": lower,
             "hidden": hidden,
         }  # fmt: skip
-        self.tokens, self.hidden = tokens, hidden
-        self.embedding = nn.Embedding(tokens, width, PADDING)
         self.lower, self.upper = nn.GRU(width, lower, batch_first=True), nn.GRU(lower, hidden, batch_first=True)
         self.fc = nn.Linear(hidden, classes)
         # A decision pays for reading the token that it is taken at, so that short texts pay for their own tokens only.
@@ -106,9 +101,10 @@ class MultiScaleRNN(Texts):
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         walk, (low, up), at = state.walk, state.features, state.visit
+        assert isinstance(at, int), "a gated walk's rows are together"
         up = gates[:, 1:] * recurrent_cell(low, up, *self._weights()) + gates[:, :1] * up
         walk.put_output(state.rows, self.fc(up))
-        over = at == walk.own["length"]
+        over = torch.eq(walk.own["length"], at)
         walk.leave(torch.stack([~over, over], 1).to(gates.dtype), 1)  # type: ignore[attr-defined]
         if at == self.max_steps:
             return State(walk, END, state.rows)

@@ -43,11 +43,15 @@ class Texts(Recurrent):
         """Return texts of random tokens, without padding."""
         return torch.randint(1, self.tokens, (rows, *self.input_shape), generator=generator)
 
-    @staticmethod
-    def _check_shape(input_shape: tuple[int, ...]) -> None:
+    def _set_sizes(self, input_shape: tuple[int], classes: int, tokens: int, width: int, hidden: int) -> None:
+        """Check the sizes that all such networks have, and make the embedding."""
         if len(input_shape) != 1:
             raise ValueError(f"expected token ids, inputs of shape (length,), got {tuple(input_shape)}")
         check_count("the length of a text", input_shape[0], 2, MOST_ROWS)
+        for count, value in (("classes", classes), ("tokens", tokens), ("width", width), ("hidden", hidden)):
+            check_count(count, value, 2 if count == "tokens" else 1, MOST_ROWS)
+        self.input_shape, self.tokens, self.hidden = tuple(input_shape), tokens, hidden
+        self.embedding = nn.Embedding(tokens, width, PADDING)
 
     @staticmethod
     def lengths(inputs: Tensor) -> Tensor:
@@ -100,21 +104,18 @@ class JumpRNN(Texts):
         follow: bool = False,
     ) -> None:
         super().__init__()
-        self._check_shape(input_shape)
-        for count, value in (("classes", classes), ("tokens", tokens), ("width", width), ("hidden", hidden)):
-            check_count(count, value, 2 if count == "tokens" else 1, MOST_ROWS)
+        self._set_sizes(input_shape, classes, tokens, width, hidden)
         check_counts("jumps", jumps)
         if jumps[0] != 1 or list(jumps) != sorted(set(jumps)):
             raise ValueError(f"expected jumps that rise from 1, which reads on, got {tuple(jumps)}")
         for marks in ends:
             check_counts("ends", marks, 1, tokens)
-        (length,) = self.input_shape = tuple(input_shape)
+        (length,) = input_shape
         self.config = {
             "input_shape": [length], "classes": classes, "tokens": tokens, "width": width, "hidden": hidden,
             "jumps": list(jumps), "ends": [list(marks) for marks in ends], "follow": follow,
         }  # fmt: skip
-        self.tokens, self.hidden, self.follow = tokens, hidden, follow
-        self.embedding = nn.Embedding(tokens, width, PADDING)
+        self.follow = follow
         self.gru = nn.GRU(width, hidden, batch_first=True)
         self.fc = nn.Linear(hidden, classes)
         self.read_macs = gated_cell_macs(1, width, hidden, 3)
