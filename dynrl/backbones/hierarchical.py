@@ -148,8 +148,8 @@ class MultiScaleRNN(Texts):
         yield [Answer(self._along(inputs, route), rows)]
 
     def run_training(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> tuple[Walk, list[Answer]]:
-        """Do `Backbone.run_training`: first the walk, and then the outputs along it, by torch's own layers."""
-        with torch.no_grad():
+        """Do `Backbone.run_training`: first the walk, in float32, and then its outputs, by torch's own layers."""
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             walk = self.run(inputs, choose)
         walk.outputs = self._along(inputs, walk.route)
         return walk, [Answer(walk.outputs, walk.all_rows)]
