@@ -314,6 +314,20 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         pretraining=Recipe(epochs=8, batch_size=128, learning_rate=5e-3, weight_decay=0.01, optimizer="adam"),
         learning=Learning(steps=1_000_000, hidden=0),
     ),
+    # Most routes have few boundaries, as a sentence in twelve is enough.
+    ("hidden-update", "needle"): Defaults(
+        family="multi_scale_rnn",
+        backbone={"tokens": 200, "width": 32, "lower": 32, "hidden": 128},
+        pretraining=Recipe(
+            epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.2, 0.02),
+            full_share=0.0, optimizer="adam", plain_epochs=1,
+        ),
+        learning=Learning(steps=600_000, hidden=0, num_envs=128, reward="log_likelihood", price_range=(0.05, 5.0)),
+        finetuning=Finetuning(
+            rounds=2, epochs=1, steps=200_000, optimizer="adam", learning_rate=2e-3, weight_decay=0.0,
+            label_smoothing=0.0, full_share=0.0, sampled=True, distillation=0.0,
+        ),
+    ),
     # Half of the rows take the full route: most other routes miss a number, so little can be learned on them.
     ("hidden-update", "adding"): Defaults(
         family="skip_gru",
@@ -445,6 +459,19 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         24, 128, epochs=30, tuned=4, scales=(1,), width=24, rate=0.5, learning_rate=1.5e-3
     ),
     ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
+    ("look", "clips"): Defaults(
+        family="frames",
+        backbone={"peek": 1, "looks": 0, "width": 64, "hidden": 48},
+        pretraining=Recipe(
+            epochs=4, batch_size=128, learning_rate=5e-3, weight_decay=0.0, label_smoothing=0.0, rates=(0.5,),
+            full_share=0.1, optimizer="adam", plain_epochs=0,
+        ),
+        learning=Learning(steps=800_000, hidden=0, num_envs=256, reward="gain", price_range=(0.1, 5.0)),
+        finetuning=Finetuning(
+            rounds=2, epochs=1, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.0,
+            label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,
+        ),
+    ),
     ("branch", "digit-tasks"): _routing(32, (0, 1, 3, 3), epochs=10, tuned=3),
     ("branch", "many-tasks"): _routing(16, (0, 1, 3, 3, 3), epochs=8, tuned=3),
 }  # fmt: skip

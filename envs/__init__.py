@@ -47,7 +47,8 @@ DECISIONS: dict[str, Decision] = {
         ),
         Decision(
             "hidden-update", "dynrl/HiddenUpdate-v0", "dynrl.envs.hidden_update:HiddenUpdateVectorEnv",
-            "update or copy a recurrent network's hidden state at each step", "Skip RNN (Campos et al. 2018)",
+            "how much of a recurrent network's hidden state is updated at each step",
+            "Skip RNN (Campos et al. 2018), VCRNN (Jernite et al. 2017)",
             data="sequential-digits",
         ),
         Decision(
@@ -64,8 +65,9 @@ DECISIONS: dict[str, Decision] = {
             "LSTM-Jump (Yu et al. 2017), Structural-Jump-LSTM (Hansen et al. 2019)", data="find-small",
         ),
         Decision(
-            "look", "dynrl/Look-v0", "dynrl.envs.look:LookVectorEnv", "where in an image to look next, or stop",
-            "RAM (Mnih et al. 2014), GFNet (Wang et al. 2020)", data="digit-scenes",
+            "look", "dynrl/Look-v0", "dynrl.envs.look:LookVectorEnv",
+            "where in an image, or at which frame, to look next",
+            "RAM (Mnih et al. 2014), GFNet (Wang et al. 2020), AdaFrame (Wu et al. 2019)", data="digit-scenes",
         ),
         Decision(
             "positions", "dynrl/Positions-v0", "dynrl.envs.positions:PositionsVectorEnv",

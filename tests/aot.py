@@ -102,7 +102,7 @@ def _products(precision: str) -> Cases:
     transposed = matrix | WHOLE | {"stride_out": SIZE, "stride_wm": 1, "stride_wk": SIZE}
     yield linear._linear_rows_kernel, transposed, {"RELU": False} | GROUPS | how
     yield linear._grad_weight_rows_kernel, matrix | {"stride_dy": SIZE}, {"NUM_GROUPS": 4} | how
-    sizes = dict.fromkeys(("size_in", "size_hidden", "stride_x", "stride_h", "stride_out"), SIZE)
+    sizes = dict.fromkeys(("size_in", "size_hidden", "width", "stride_x", "stride_h", "stride_out"), SIZE)
     yield gru._gru_rows_kernel, ROWS | sizes | {"size_class": 6}, how
 
 

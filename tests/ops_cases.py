@@ -494,9 +494,18 @@ def sequence_cell(s: Setting, kind: type[nn.RNNCellBase] = nn.GRUCell) -> Args:
     return args | {"x": x, "update": s.choice(2), "x_rows": torch.randperm(3 * s.n)[: s.n].to(s.device)}
 
 
+def partial_cell(s: Setting, kind: type[nn.RNNCellBase] = nn.GRUCell, widths: tuple[int, ...] = (0, 2, 5, 9)) -> Args:
+    return sequence_cell(s, kind) | {"update": s.choice(len(widths)), "widths": widths}
+
+
+def updated(args: Args) -> Tensor:
+    """The rows of which a cell updates any unit, [n] bool."""
+    return torch.tensor(args.get("widths", (0, 1)), device=args["h"].device)[args["update"].long()] > 0
+
+
 def cell_case(name: str, make: Callable[[Setting], Args]) -> Case:
     def hide(args: Args) -> None:
-        left = args["update"] == 0
+        left = ~updated(args)
         args["h"][left] = NAN
         args["x"][args["x_rows"][left] if "x_rows" in args else left] = NAN
 
@@ -505,10 +514,11 @@ def cell_case(name: str, make: Callable[[Setting], Args]) -> Case:
         rows = {name: args[name][:1].repeat(n, 1) for name in ("x", "h")}
         hidden = args["w_hh"].shape[1]
         count = gated_cell_macs(n, args["x"].shape[1], hidden, gates=len(args["b_hh"]) // hidden)
-        return args | rows | {"update": same(n) == 0, "x_rows": None}, count
+        every = same(n) + len(args["widths"]) - 1 if "widths" in args else same(n) == 0
+        return args | rows | {"update": every, "x_rows": None}, count
 
     return Case(
-        "gated_cell", name, gated_cell, gated_cell_ref, make, kept=lambda args: args["update"].bool(), passes="h",
+        "gated_cell", name, gated_cell, gated_cell_ref, make, kept=updated, passes="h",
         overwrites="h", hide=hide, grads=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
         also={"compacted": COMPACT}, macs=macs,
     )  # fmt: skip
@@ -711,4 +721,6 @@ CASES = [
     cell_case("of a sequence", sequence_cell),
     cell_case("lstm", partial(cell, kind=nn.LSTMCell)),
     cell_case("lstm of a sequence", partial(sequence_cell, kind=nn.LSTMCell)),
+    cell_case("in parts", partial_cell),
+    cell_case("lstm in parts", partial(partial_cell, kind=nn.LSTMCell, widths=(3, 9))),
 ]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dynrl.backbones import END, Glimpses
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
-from dynrl.evaluation.looking import ORDERS, Looking, fit_order
+from dynrl.evaluation.looking import Looking, fit_order
 from dynrl.evaluation.scores import score
 from dynrl.ops.backend import ops_mode
 from dynrl.ops.crops import crops
@@ -166,7 +166,7 @@ def test_rules_look_where_most_is_left():
     assert (walk.steps == 1).all() and (walk.macs == backbone.start_macs).all()
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", Glimpses.orders)
 def test_rules_keep_to_their_budgets(order):
     backbone, inputs = network(), images(200)
     split = Split(inputs, torch.arange(200) % 4)

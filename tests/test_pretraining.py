@@ -198,7 +198,8 @@ def test_a_batch_larger_than_the_data_is_refused():
 @pytest.mark.parametrize(("decision", "data"), sorted(DEFAULTS))
 def test_defaults_build_what_they_say(decision, data):
     row = defaults(decision, data)
-    dataset = load_dataset(DECISIONS[decision].data)  # others may not be at hand: only shapes matter
+    # Others may not be at hand: only shapes matter.
+    dataset = load_dataset(data if data in ("clips", "needle") else DECISIONS[decision].data)
     if data == "noisy-photos":
         split = Split(torch.zeros(4, 1, 24, 24), torch.zeros(4, 1, 24, 24), Restoration())
         dataset = Dataset(data, 1, split, split, split, Augmentation())

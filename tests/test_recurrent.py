@@ -45,6 +45,26 @@ def test_updating_at_some_steps_is_torchs_layer_on_those_alone(kind):
         torch.testing.assert_close(network.fc(states[0, -1]), output, atol=1e-5, rtol=0)
 
 
+@both
+@torch.no_grad()
+def test_updating_some_units_is_torchs_layer_of_these_alone(kind):
+    network, inputs = backbone(kind, shares=(0, 0.25, 0.6, 1)), torch.randn(ROWS, STEPS, WIDTH)
+    assert network.widths == (0, 5, 12, 20)
+    for choice, width in enumerate(network.widths[1:], 1):
+        alone = kind.layer(WIDTH, width, batch_first=True)
+        for name, value in network.rnn.named_parameters():
+            part = value.unflatten(0, (-1, HIDDEN))[:, :width].flatten(0, 1)
+            alone.get_parameter(name).copy_(part[:, :width] if "weight_hh" in name else part)
+        expected = alone(inputs)[0][:, -1] @ network.fc.weight[:, :width].t() + network.fc.bias
+        route = torch.full((ROWS, STEPS), choice)
+        for mine in (network, network.for_inference()):
+            walk = mine.run_route(inputs, route)
+            torch.testing.assert_close(walk.outputs, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(mine.ideal(inputs, route)(), expected, atol=1e-5, rtol=0)
+        counted = sum(part.numel() for name, part in alone.named_parameters() if "weight" in name)
+        assert walk.macs.tolist() == [STEPS * counted + HIDDEN * 4] * ROWS
+
+
 @torch.no_grad()
 def test_never_updating_costs_the_head_only():
     network = backbone()
@@ -112,6 +132,16 @@ def test_what_is_seen(sees, kind):
 
 
 @torch.no_grad()
+def test_the_time_since_the_last_update_is_told_of_each_part():
+    network = backbone(shares=(0, 0.5, 0.75, 1))
+    state = network.begin(torch.randn(2, STEPS, WIDTH))
+    for action in ([3, 2], [2, 0], [1, 1]):
+        (state,) = network.advance(state, torch.tensor(action))
+    since = network.observe(state)[:, HIDDEN + STEPS :]
+    torch.testing.assert_close(since * STEPS, torch.tensor([[0.0, 1, 2], [0, 2, 3]]))
+
+
+@torch.no_grad()
 def test_long_sequences_tell_the_time_by_hats_that_sum_to_one():
     network = SkipGRU((50, WIDTH), hidden=HIDDEN, knots=16)
     state, seen = network.begin(torch.randn(2, 50, WIDTH)), []
@@ -166,3 +196,6 @@ def test_bad_settings_are_refused():
         SkipGRU((4, 1), knots=0)
     with pytest.raises(ValueError, match="unknown sees 'input'"):
         SkipGRU((4, 1), sees="input")
+    for shares in ((1.0,), (0.5, 0.25, 1.0), (0.0, 0.5), (0.5, 0.5, 1.0), (-1.0, 1.0)):
+        with pytest.raises(ValueError, match="expected two shares or more, each of more of the 128 units"):
+            SkipGRU((4, 1), shares=shares)

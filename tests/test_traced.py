@@ -197,4 +197,4 @@ def test_custom_ops_are_declared_right():
         ops.sliced_linear, (hidden, choice, layer.w1, layer.b1, layer.w2, layer.b2, layer.limit, list(layer.widths))
     )
     weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-    opcheck(ops.gated_cell, (torch.randn(9, 36), torch.randn(9, 6), update, *weights, None))
+    opcheck(ops.gated_cell, (torch.randn(9, 36), torch.randn(9, 6), update, *weights, None, None))

@@ -13,7 +13,10 @@ from dynrl.backbones.cells import CellResNet
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
+from dynrl.backbones.frames import Frames
 from dynrl.backbones.glimpses import Glimpses
+from dynrl.backbones.hierarchical import MultiScaleRNN
+from dynrl.backbones.looks import Looks
 from dynrl.backbones.models import Members, Models, Resolutions
 from dynrl.backbones.module import ExitModule, SkipModule, TokenModule
 from dynrl.backbones.multipath import MultiPathResNet
@@ -35,18 +38,18 @@ from dynrl.schema import arguments, check_known, parse
 FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
-        SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members,
-        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, TokenViT, CellResNet,
+        SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM,
+        MultiScaleRNN, Members, Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, Frames, TokenViT,
+        CellResNet,
         RoutingNet,
     )
 }  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses",
-    "JumpRNN", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer",
-    "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule",
-    "TokenViT", "Unrolled", "Walk",
-    "choice_rates", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Frames", "Glimpses",
+    "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN", "Point", "RecallNet",
+    "Resolutions", "Restorer", "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet",
+    "State", "TokenModule", "TokenViT", "Unrolled", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Answer, Backbone, Parts
-from dynrl.backbones.early import SCORES
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.base import Parts
+from dynrl.backbones.looks import STOP, Looks
+from dynrl.backbones.walk import State
 from dynrl.cost import count_macs
 from dynrl.ops.crops import crops
-from dynrl.ops.exit_scores import exit_scores
-from dynrl.ops.gated_cell import gated_cell_macs, recurrent_cell
-from dynrl.ops.move import keep_rows
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
-STOP = 0
 DULL = 0.2  # what is left of a place's attention once it was looked at
 CELLS = 4  # the pixels of the small image in a window of scale 1, each way
 MOST_SHARES = 2_000_000  # shares of places in windows
-LEAST, FAINT = 1e-6, 1e-2  # the least weight of a window that is drawn, and the least attention that a policy is told
-
-Features = tuple[Tensor, Tensor, Tensor]
+FAINT = 1e-2  # the least attention that a policy is told
 
 
-class Glimpses(Backbone):
+class Glimpses(Looks):
     """A network that looks at an image through small windows: choice 0 stops, choice i looks through window i.
 
     At first, each row sees its whole image, as small as a window of scale 1 would be in 4 x 4 pixels. Two convolutions
@@ -37,8 +30,7 @@ class Glimpses(Backbone):
     which a first answer is read.
 
     A look takes a window, at full resolution or at a coarser scale, all of `side` x `side` pixels. Two convolutions
-    and a linear layer encode it, and a GRU takes the code and the window's place into the state. An answer stands
-    after every look. Windows of one scale overlap by half. A window that was looked through is closed.
+    and a linear layer encode it; the window's place is added. Windows of one scale overlap by half.
 
     The full route looks at everything: first through the coarsest windows side by side, then through those between
     them, and so on with finer ones, up to `looks` windows.
@@ -57,15 +49,13 @@ class Glimpses(Backbone):
     look as the reward.
     """
 
-    family, decision = "glimpses", "look"
-    rule = "looks"
-    speaks = True
-    gates = False  # the mean of two windows is none
-    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}
-    budgets = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+    family = "glimpses"
+    orders: ClassVar = {
+        "random places": lambda self, inputs: torch.rand(len(inputs), len(self.shares)).to(inputs.device),
+        "brightest first": lambda self, inputs: self.brightness(inputs),
+        "likeliest first": lambda self, inputs: self.likelihood(inputs),
+    }
     corners: Tensor  # [windows, 2], the pixel at each window's upper left corner
-    scale: Tensor  # [windows], each window's scale
-    shares: Tensor  # [places, windows], how much of each place of the peripheral view lies in each window
 
     def __init__(
         self,
@@ -80,9 +70,8 @@ class Glimpses(Backbone):
         super().__init__()
         check_counts("input_shape", input_shape)
         check_counts("scales", scales)
-        for count, value in (("looks", looks), ("width", width), ("hidden", hidden)):
+        for count, value in (("width", width), ("hidden", hidden)):
             check_count(count, value, 1, MOST_ROWS)
-        check_count("classes", classes, 2, MOST_ROWS)
         if list(scales) != sorted(set(scales)):
             raise ValueError(f"expected scales that rise, got {tuple(scales)}")
         if len(input_shape) != 3 or side < CELLS or side % CELLS or side * scales[-1] > min(input_shape[1:]):
@@ -95,7 +84,7 @@ class Glimpses(Backbone):
             "input_shape": list(input_shape), "classes": classes, "side": side, "scales": list(scales),
             "looks": looks, "width": width, "hidden": hidden,
         }  # fmt: skip
-        self.side, self.hidden, channels = side, hidden, input_shape[0]
+        self.side, channels = side, input_shape[0]
         self.periphery = nn.Sequential(
             nn.Conv2d(channels, width // 2, 3, padding=1), nn.ReLU(),
             nn.Conv2d(width // 2, width, 3, stride=2, padding=1), nn.ReLU(),
@@ -108,21 +97,11 @@ class Glimpses(Backbone):
         )  # fmt: skip
         self._set_windows(scales)
         windows = len(self.scale)
-        self.place = nn.Embedding(windows, hidden)
-        self.core = nn.GRUCell(hidden, hidden)
-        self.fc = nn.Linear(hidden, classes)
-        check_count("looks", looks, 1, windows)
         lead, shape = count_macs(self.periphery, (channels, *(edge // self._cell for edge in input_shape[1:])))
         places = shape[1] * shape[2]
         lead += count_macs(self.attention, shape)[0] + places * (width + windows) + width * hidden
-        answer = hidden * classes
-        look = count_macs(self.encoder, (channels, side, side))[0] + gated_cell_macs(1, hidden, hidden, 3) + answer
-        look += places * windows  # what is left of the attention
-        self._pose(
-            [Point("look", 1 + windows, visits=looks)],
-            costs=[[0, *[look] * windows]], start_macs=lead + answer, feature_width=SCORES + hidden + windows,
-            full_route=[1 + window for window in self._sweep()[:looks]],
-        )  # fmt: skip
+        look = count_macs(self.encoder, (channels, side, side))[0] + places * windows  # what is left of the attention
+        self._pose_looks(looks, classes, hidden, self._sweep(), start=lead, look=look, told=windows)
 
     def _set_windows(self, scales: tuple[int, ...]) -> None:
         """Lay out the windows, from the coarsest to the finest, row by row."""
@@ -160,24 +139,12 @@ class Glimpses(Backbone):
         between = (self.corners % spans != 0).any(1).tolist()
         return sorted(range(len(between)), key=lambda window: (-int(self.scale[window]), between[window], window))
 
-    def leads_to(self, column: int, choice: int) -> int:
-        """Return `Backbone.leads_to`: stopping ends the walk."""
-        return END if choice == STOP else super().leads_to(column, choice)
-
-    def open_choices(self, state: State) -> Tensor:
-        """Return `Backbone.open_choices`: a window that was looked through shows nothing new."""
-        route = state.get(state.walk.route)
-        taken = torch.zeros(state.count, self.num_choices, dtype=torch.bool, device=route.device)
-        taken.scatter_(1, route.clamp_min(STOP), True)
-        taken[:, STOP] = False
-        return ~taken
-
     def _attended(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the peripheral view holds, [n, width, places], and the attention that each place gets."""
         seen = self.periphery(F.avg_pool2d(inputs, self._cell))
         return seen.flatten(2), self.attention(seen).flatten(1).softmax(1)
 
-    def _periphery(self, inputs: Tensor) -> Features:
+    def _glance(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the first state [n, hidden], the attention that each place gets [n, places], and each window's."""
         seen, attention = self._attended(inputs)
         told = torch.bmm(seen, attention.unsqueeze(2)).squeeze(2)
@@ -193,103 +160,26 @@ class Glimpses(Backbone):
         light = (inputs - inputs.amin((1, 2, 3), keepdim=True)).mean(1, keepdim=True)
         return F.avg_pool2d(light, 2 * self._cell, ceil_mode=True).flatten(1)
 
-    def _codes(self, inputs: Tensor, rows: Tensor, window: Tensor) -> Tensor:
-        """Return the code [n, hidden] of what is seen of the images at `rows` [n] through `window` [n]."""
-        top, left = self.corners[window].unbind(1)
-        seen = self.encoder(crops(inputs, rows, top, left, self.scale[window], self.side))
-        return F.relu(seen + self.place(window))
+    def _codes(self, inputs: Tensor, rows: Tensor, part: Tensor) -> Tensor:
+        """Return the code [n, hidden] of what is seen of the images at `rows` [n] through the windows `part` [n]."""
+        top, left = self.corners[part].unbind(1)
+        seen = self.encoder(crops(inputs, rows, top, left, self.scale[part], self.side))
+        return F.relu(seen + self.place(part))
 
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        core = self.core
-        return core.weight_ih, core.weight_hh, core.bias_ih, core.bias_hh
+    def _looked(self, kept: tuple[Tensor, ...], part: Tensor) -> tuple[Tensor, ...]:
+        left, shares = kept[0], self.shares.to(kept[0].dtype)
+        left = left * (1 - (1 - DULL) * shares.t()[part])
+        return left, left @ shares
 
-    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        walk.put_output(rows, self.fc((features := self._periphery(inputs))[0]))
-        return State(walk, 0, rows, features)
+    def _told(self, state: State) -> Tensor:
+        """Return the attention left in each window, as a logarithm; of places that were looked at, a fifth is left."""
+        return state.features[2].float().clamp_min(FAINT).log()
 
-    def _run(self, state: State, action: Tensor) -> list[State]:
-        walk, rows = state.walk, state.rows
-        ended, going = keep_rows(action == STOP, rows), keep_rows(action != STOP, rows, action - 1, state.features)
-        reached = [] if ended is None else [State(walk, END, ended[0])]
-        if going is None:
-            return reached
-        rows, window, (h, left, _) = going
-        h = recurrent_cell(self._codes(walk.inputs, rows, window), h, *self._weights())
-        walk.put_output(rows, self.fc(h))
-        shares = self.shares.to(left.dtype)
-        left = left * (1 - (1 - DULL) * shares.t()[window])
-        on = State(walk, 0, rows, (h, left, left @ shares))
-        if isinstance(on.visit, int):
-            return [*reached, State(walk, END, rows) if on.visit == self.max_steps else on]
-        last = on.visit == self.max_steps
-        over = on.where(last, END)
-        over.features = None
-        return reached + [part for part in (over, on.where(~last, 0)) if part.count]
-
-    def observe(self, state: State) -> Tensor:
-        """Return how sure the present answer is (`exit_scores`), the state, and the attention left in each window.
-
-        The attention is a logarithm. Of places that were looked at, a fifth is left.
-        """
-        h, _, mass = state.features
-        return torch.cat([exit_scores(self.output(state)), h.float(), mass.float().clamp_min(FAINT).log()], 1)
-
-    def training_outputs(
-        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
-    ) -> Iterator[list[Answer]]:
-        """Yield the answers after all looks in one pass, weighted equally; without a rate, the last of the full route.
-
-        Rows of rate 1 take the full route. Others look through windows that are drawn without any twice, in proportion
-        to the attention in them to the power of rate / (1 - rate): all windows alike at rate 0.
-        """
-        h, _, mass = self._periphery(inputs)
-        count, rows = self.max_steps, torch.arange(len(inputs), device=inputs.device)
-        windows = (torch.tensor(self.full_route, device=inputs.device) - 1).expand(len(inputs), -1)
-        if rate is not None:
-            whole = (rate == 1).unsqueeze(1).to(inputs.device)
-            windows = torch.where(whole, windows, self._drawn(mass, rate, count, generator))
-        codes = self._codes(inputs, rows.repeat_interleave(count), windows.flatten()).view(len(inputs), count, -1)
-        answers = [Answer(self.fc(h), rows)]
-        for step in range(count):
-            h = recurrent_cell(codes[:, step], h, *self._weights())
-            answers.append(Answer(self.fc(h), rows))
-        yield answers[-1:] if rate is None else answers
-
-    @staticmethod
-    def _drawn(mass: Tensor, rate: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-        """Draw `count` different windows for each row: [n, count], by exponential waiting times."""
-        waits = torch.empty(mass.shape).exponential_(generator=generator).clamp_min(LEAST).to(mass.device)
-        power = (rate / (1 - rate).clamp_min(LEAST)).unsqueeze(1).to(mass.device)
-        return (power * mass.float().clamp_min(LEAST).log() - waits.log()).topk(count, 1).indices
-
-    def run_training(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> tuple[Walk, list[Answer]]:
-        """Do `Backbone.run_training`, in float32, since the number of rows changes at every look (see `JumpRNN`)."""
-        with torch.autocast(inputs.device.type, enabled=False):
-            return super().run_training(inputs, choose)
-
-    def constant_routes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return `Backbone.constant_routes`: no look at all, and the full route."""
-        return [("no look", (STOP,) * self.columns), ("full route", self.full_route)]
+    def _weigh(self, features: tuple[Tensor, ...]) -> Tensor:
+        return features[2]
 
     def regions(self, inputs: Tensor, route: Tensor) -> list[list[Parts]]:
         """Return `Backbone.regions`: the windows of the looks."""
         spans = (self.scale * self.side).unsqueeze(1).expand(-1, 2)
         windows = torch.cat([self.corners, spans], 1).tolist()
         return [[[windows[action - 1]] for action in row if action > STOP] for row in route.tolist()]
-
-    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Return `Backbone.ideal`: each look is of the first rows of the batch, as many as take it."""
-        counts = (route > STOP).sum(0).tolist()
-        looks = [(count, taken[taken > STOP] - 1) for count, taken in zip(counts, route.t(), strict=True)]
-        rows = torch.arange(len(inputs), device=inputs.device)
-
-        def run() -> Tensor:
-            h, left, _ = self._periphery(inputs)
-            for count, windows in looks:
-                if count:
-                    h = recurrent_cell(self._codes(inputs, rows[:count], windows), h[:count], *self._weights())
-                    self.fc(h)
-                    left[:count] @ self.shares.to(left.dtype)
-            return h
-
-        return run

@@ -20,7 +20,46 @@ from dynrl.schema import MOST_ROWS, check_count, check_counts
 PADDING = 0  # the id of what stands behind the end of a text
 
 
-class JumpRNN(Recurrent):
+class Texts(Recurrent):
+    """This is the base class of networks that read texts: token ids, int64, each text followed by zeros.
+
+    Attributes:
+        tokens: the number of token ids, the padding's included.
+    """
+
+    input_dtype = "int64"
+    tokens: int
+
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Also refuse ids that are no token's, and texts without a token."""
+        super().check_inputs(inputs)
+        least, most = (int(each) for each in inputs.aminmax())
+        if not 0 <= least <= most < self.tokens:
+            raise ValueError(f"expected token ids in 0..{self.tokens - 1}, got {least}..{most}")
+        if bool((inputs[:, 0] == PADDING).any()):
+            raise ValueError(f"expected texts of one token or more, got one that begins with {PADDING}, the padding")
+
+    def random_inputs(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return texts of random tokens, without padding."""
+        return torch.randint(1, self.tokens, (rows, *self.input_shape), generator=generator)
+
+    def _set_sizes(self, input_shape: tuple[int], classes: int, tokens: int, width: int, hidden: int) -> None:
+        """Check the sizes that all such networks have, and make the embedding."""
+        if len(input_shape) != 1:
+            raise ValueError(f"expected token ids, inputs of shape (length,), got {tuple(input_shape)}")
+        check_count("the length of a text", input_shape[0], 2, MOST_ROWS)
+        for count, value in (("classes", classes), ("tokens", tokens), ("width", width), ("hidden", hidden)):
+            check_count(count, value, 2 if count == "tokens" else 1, MOST_ROWS)
+        self.input_shape, self.tokens, self.hidden = tuple(input_shape), tokens, hidden
+        self.embedding = nn.Embedding(tokens, width, PADDING)
+
+    @staticmethod
+    def lengths(inputs: Tensor) -> Tensor:
+        """Return how many tokens each text has: [n]."""
+        return (inputs != PADDING).cumprod(1).sum(1)
+
+
+class JumpRNN(Texts):
     """A GRU that reads a text: after each token, a row goes on to another token or stops with the answer it has.
 
     Choice 0 stops. The next choices are jumps of `jumps` tokens, of which the first, 1, reads on. Then follows a choice
@@ -49,7 +88,6 @@ class JumpRNN(Recurrent):
     family, decision, layer, name = "jump_rnn", "jump", nn.GRU, "gru"
     speaks = True
     gates = False  # the mean of two texts' positions is none
-    input_dtype = "int64"
     budgets = (0.03, 0.1, 0.2, 0.35, 0.5)  # of a text, not of a network: a few words may do
     _marks: Tensor  # [kinds, tokens] bool
     _hops: Tensor  # [choices]
@@ -66,23 +104,18 @@ class JumpRNN(Recurrent):
         follow: bool = False,
     ) -> None:
         super().__init__()
-        if len(input_shape) != 1:
-            raise ValueError(f"expected token ids, inputs of shape (length,), got {tuple(input_shape)}")
-        check_count("the length of a text", input_shape[0], 2, MOST_ROWS)
-        for count, value in (("classes", classes), ("tokens", tokens), ("width", width), ("hidden", hidden)):
-            check_count(count, value, 2 if count == "tokens" else 1, MOST_ROWS)
+        self._set_sizes(input_shape, classes, tokens, width, hidden)
         check_counts("jumps", jumps)
         if jumps[0] != 1 or list(jumps) != sorted(set(jumps)):
             raise ValueError(f"expected jumps that rise from 1, which reads on, got {tuple(jumps)}")
         for marks in ends:
             check_counts("ends", marks, 1, tokens)
-        (length,) = self.input_shape = tuple(input_shape)
+        (length,) = input_shape
         self.config = {
             "input_shape": [length], "classes": classes, "tokens": tokens, "width": width, "hidden": hidden,
             "jumps": list(jumps), "ends": [list(marks) for marks in ends], "follow": follow,
         }  # fmt: skip
-        self.tokens, self.hidden, self.follow = tokens, hidden, follow
-        self.embedding = nn.Embedding(tokens, width, PADDING)
+        self.follow = follow
         self.gru = nn.GRU(width, hidden, batch_first=True)
         self.fc = nn.Linear(hidden, classes)
         self.read_macs = gated_cell_macs(1, width, hidden, 3)
@@ -127,21 +160,8 @@ class JumpRNN(Recurrent):
             mine.load_state_dict(given.state_dict())
         return backbone.eval().to(head.weight)
 
-    def check_inputs(self, inputs: Tensor) -> None:
-        """Also refuse ids that are no token's, and texts without a token."""
-        super().check_inputs(inputs)
-        least, most = (int(each) for each in inputs.aminmax())
-        if not 0 <= least <= most < self.tokens:
-            raise ValueError(f"expected token ids in 0..{self.tokens - 1}, got {least}..{most}")
-        if bool((inputs[:, 0] == PADDING).any()):
-            raise ValueError(f"expected texts of one token or more, got one that begins with {PADDING}, the padding")
-
-    def random_inputs(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return texts of random tokens, without padding."""
-        return torch.randint(1, self.tokens, (rows, *self.input_shape), generator=generator)
-
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        lengths = (inputs != PADDING).cumprod(1).sum(1)
+        lengths = self.lengths(inputs)
         own = {"at": torch.zeros_like(lengths), "length": lengths, "behind": self._behind(inputs)}
         for name, value in own.items():
             if rows is walk.all_rows:
@@ -231,7 +251,7 @@ class JumpRNN(Recurrent):
 
     def whole(self, inputs: Tensor) -> Tensor:
         """Return the outputs of the full route, by torch's own layer."""
-        last = (inputs != PADDING).cumprod(1).sum(1) - 1
+        last = self.lengths(inputs) - 1
         states = self.gru(self.embedding(inputs))[0]
         return self.fc(states[torch.arange(len(inputs), device=inputs.device), last])
 

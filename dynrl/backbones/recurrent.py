@@ -1,8 +1,10 @@
-"""In these recurrent networks, each row decides at each step whether to update or to copy its hidden state."""
+"""In these recurrent networks, each row decides at each step how much of its hidden state it updates, if any."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.walk import END, Point, State, Walk
-from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref, recurrent_cell
+from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref, leading_units
 from dynrl.ops.routed_linear import column_major
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
@@ -22,6 +24,11 @@ def _hats(steps: int, knots: int) -> Tensor:
     """Return hat functions on evenly spaced knots at each step: [steps, knots]."""
     at = torch.arange(steps, dtype=torch.float32) * ((knots - 1) / max(1, steps - 1))
     return (1 - (at.unsqueeze(1) - torch.arange(knots)).abs()).clamp_min(0)
+
+
+def weights_of(rnn: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights and biases of one of torch's recurrent layers of one layer and direction, as ops take them."""
+    return rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
 
 
 class Recurrent(Backbone):
@@ -45,8 +52,10 @@ class Recurrent(Backbone):
         return twin
 
     def _lay_out(self) -> None:
-        for weight in (self.rnn.weight_ih_l0, self.rnn.weight_hh_l0):
-            weight.data = column_major(weight.data)
+        for rnn in self.modules():
+            if isinstance(rnn, nn.RNNBase):
+                for weight in weights_of(rnn)[:2]:
+                    weight.data = column_major(weight.data)
 
     @property
     def rnn(self) -> Any:
@@ -65,15 +74,15 @@ class Recurrent(Backbone):
             raise ValueError(f"expected a linear head on {rnn.hidden_size} units with biases, got {head}")
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rnn = self.rnn
-        return rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
+        return weights_of(self.rnn)
 
 
 class SkipRNN(Recurrent):
-    """A recurrent network that reads a sequence: at each step, a row updates its state (1) or copies it (0).
+    """A recurrent network that reads a sequence: at each step, choice c updates the share shares[c] of a row's state.
 
-    A linear layer reads the output off the last hidden state, and all rows pay for it. `SkipGRU` and `SkipLSTM` set the
-    cell.
+    With the shares 0 and 1, a step is copied or updated. Any other share is the first so many units: the cell runs as
+    if it had no others, so its part of both weights is read only. A linear layer reads the output off the last hidden
+    state, and all rows pay for it. `SkipGRU` and `SkipLSTM` set the cell.
 
     Args:
         input_shape: (steps, numbers a step).
@@ -82,11 +91,14 @@ class SkipRNN(Recurrent):
         sees: what a policy is shown at a step: "state+input", or "state" alone, so that the input of a step that is
             copied need not even be read.
         knots: how finely a policy is told the time (see `observe`); more knots than steps have no effect.
+        shares: the shares of the units that are updated, one for each choice, rising to 1.
 
-    Source: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state.
+    Sources: Skip RNN (Campos et al. 2018, ICLR), whose gate sees the state. Variable computation in recurrent networks
+    (Jernite et al. 2017, ICLR): a part of the state, where a unit never reads those behind its part.
     """
 
     _time: Tensor  # [steps, knots]
+    _bands: Tensor  # [choices - 1], the units that a choice updates and the one below does not
     decision = "hidden-update"
     captures = True
 
@@ -97,6 +109,7 @@ class SkipRNN(Recurrent):
         hidden: int = 128,
         sees: str = "state",
         knots: int = 16,
+        shares: tuple[float, ...] = (0.0, 1.0),
     ) -> None:
         super().__init__()
         if len(input_shape) != 2:
@@ -112,9 +125,17 @@ class SkipRNN(Recurrent):
             raise ValueError(
                 f"expected at most {MOST_TIMES:,} steps times knots, got {input_shape[0]:,} steps and {knots:,} knots"
             )
+        self.widths = tuple(math.ceil(share * hidden) for share in shares)
+        rising = all(less < more for less, more in pairwise((-1, *self.widths)))
+        if len(shares) < 2 or not rising or self.widths[-1] != hidden:
+            raise ValueError(
+                f"expected two shares or more, each of more of the {hidden} units, the last of all; got "
+                f"{tuple(shares)}: {self.widths} units"
+            )
         self.input_shape = tuple(input_shape)
         self.config = {
-            "input_shape": list(input_shape), "classes": classes, "hidden": hidden, "sees": sees, "knots": knots
+            "input_shape": list(input_shape), "classes": classes, "hidden": hidden, "sees": sees, "knots": knots,
+            "shares": [float(share) for share in shares],
         }  # fmt: skip
         steps, width = input_shape
         self.sees_input = sees == "state+input"
@@ -124,14 +145,16 @@ class SkipRNN(Recurrent):
         self.fc = nn.Linear(hidden, classes)
         knots = min(steps, knots)
         self.register_buffer("_time", _hats(steps, knots), persistent=False)
+        self.register_buffer("_bands", torch.arange(len(shares) - 1), persistent=False)
+        self._parts = None if self.widths == (0, hidden) else self.widths
         self.state_width = 2 * hidden if isinstance(rnn, nn.LSTM) else hidden
         gates = len(self.rnn.weight_hh_l0) // hidden
         self._pose(
-            [Point("update", 2, visits=steps)],
-            costs=[[0, gated_cell_macs(1, width, hidden, gates)]],
+            [Point("update", len(shares), visits=steps)],
+            costs=[[gated_cell_macs(1, width, units, gates) for units in self.widths]],
             start_macs=hidden * classes,
-            full_route=(1,) * steps,
-            feature_width=self.state_width + knots + 1 + (width if self.sees_input else 0),
+            full_route=(len(shares) - 1,) * steps,
+            feature_width=self.state_width + knots + len(self._bands) + (width if self.sees_input else 0),
         )
 
     @classmethod
@@ -142,7 +165,7 @@ class SkipRNN(Recurrent):
             rnn: an `nn.GRU` for `SkipGRU`, an `nn.LSTM` for `SkipLSTM`; it is copied.
             head: the layer that reads the last hidden state; it is copied.
             steps: the length of the sequences.
-            settings: `sees` and `knots`.
+            settings: `sees`, `knots` and `shares`.
 
         Raises:
             ValueError: the layer is of another type, has more than one layer or direction, or the head does not fit.
@@ -160,19 +183,19 @@ class SkipRNN(Recurrent):
         return self
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        if "since" not in walk.own:  # the share of the sequence since each row's last update
-            walk.own["since"] = torch.zeros(len(walk), 1, dtype=torch.float32, device=inputs.device)
+        if "since" not in walk.own:  # the share of the sequence since the last update of each band
+            walk.own["since"] = torch.zeros(len(walk), len(self._bands), dtype=torch.float32, device=inputs.device)
         return State(walk, 0, rows, inputs.new_zeros(inputs.shape[0], self.state_width))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, rows, h, steps = state.walk, state.rows, state.features, state.visit
         self._tick(state, action)
         if isinstance(steps, int):
-            h = gated_cell(state.get(walk.inputs[:, steps - 1]), h, action, *self._weights())
+            h = gated_cell(state.get(walk.inputs[:, steps - 1]), h, action, *self._weights(), widths=self._parts)
             on = State(walk, 0, rows, h)
             return [self._end(on) if steps == self.max_steps else on]
         at = torch.add(steps - 1, rows, alpha=self.max_steps)
-        h = gated_cell(walk.inputs.flatten(0, 1), h, action, *self._weights(), x_rows=at)
+        h = gated_cell(walk.inputs.flatten(0, 1), h, action, *self._weights(), x_rows=at, widths=self._parts)
         on, over = State(walk, 0, rows, h), steps == self.max_steps
         ended = on.where(over, END)
         return [self._end(ended), on.where(~over, 0)] if ended.count else [on]
@@ -181,14 +204,17 @@ class SkipRNN(Recurrent):
         walk, h, steps = state.walk, state.features, state.visit
         assert isinstance(steps, int), "a gated walk's rows are together"
         self._tick(state, gates.argmax(1))
-        every = torch.ones_like(state.rows)
-        new = gated_cell_ref(walk.inputs[:, steps - 1], h, every, *self._weights())
-        on = State(walk, 0, state.rows, gates[:, 1:] * new + gates[:, :1] * h)
+        mixed = torch.zeros_like(h)
+        for choice, (width, gate) in enumerate(zip(self.widths, gates.split(1, 1), strict=True)):
+            every = torch.full_like(state.rows, choice)
+            given = walk.inputs[:, steps - 1], h, every, *self._weights()
+            mixed = mixed + gate * (gated_cell_ref(*given, widths=self._parts) if width else h)
+        on = State(walk, 0, state.rows, mixed)
         return self._end(on) if steps == self.max_steps else on
 
     def _tick(self, state: State, action: Tensor) -> None:
-        """Advance the time since each row's last update."""
-        since, copies = state.walk.own["since"], (1 - action).unsqueeze(1)
+        """Advance the time since the last update of each band."""
+        since, copies = state.walk.own["since"], action.unsqueeze(1) <= self._bands
         if state.together:
             since += 1 / self.max_steps
             since *= copies
@@ -202,9 +228,10 @@ class SkipRNN(Recurrent):
     def observe(self, state: State) -> Tensor:
         """Return the state, the time, the share of the sequence since the last update, and maybe the step's input.
 
-        An LSTM shows both states. The input is shown with "state+input". The time is told by hat functions on evenly
-        spaced knots, at most one a step. A linear policy can then tell any part of the sequence from all other parts,
-        and telling the time costs one look into a table.
+        With more shares than two, the time since the last update is told of each choice's units anew: of those that it
+        updates and the choice below does not. An LSTM shows both states. The input is shown with "state+input". The
+        time is told by hat functions on evenly spaced knots, at most one a step. A linear policy can then tell any part
+        of the sequence from all other parts, and telling the time costs one look into a table.
         """
         steps = state.visit
         time = self._time[steps].expand(state.count, -1) if isinstance(steps, int) else self._time[steps]
@@ -241,14 +268,18 @@ class SkipRNN(Recurrent):
         return self.fc(self.rnn(inputs)[0][:, -1])
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Return `Backbone.ideal`: the cell runs on the first rows of the batch, as many as update at each step."""
-        counts = (route == 1).sum(0).tolist()
+        """Return `Backbone.ideal`: the cell runs on neighbouring rows, as many as update each share at each step."""
+        parts = []
+        for column in route.unbind(1):
+            ends = [0, *accumulate((column == choice).sum().item() for choice in range(self.num_choices))]
+            parts.append([(*ends_of, width) for ends_of, width in zip(pairwise(ends), self.widths, strict=True)])
 
         def run() -> Tensor:
             h = inputs.new_zeros(inputs.shape[0], self.state_width)
-            for step, count in enumerate(counts):
-                if count:
-                    recurrent_cell(inputs[:count, step], h[:count], *self._weights(), out=h[:count])
+            for step, part in enumerate(parts):
+                for start, end, width in part:
+                    if width and start < end:
+                        leading_units(inputs[start:end, step], h[start:end], *self._weights(), width)
             return self.fc(h[:, : self.hidden])
 
         return run

@@ -19,7 +19,7 @@ from dynrl.data.many import digit_tasks, many_tasks
 from dynrl.data.own import is_own, own_dataset
 from dynrl.data.photos import noisy_photos, windows
 from dynrl.data.scenes import digit_scenes, digit_scenes_large, fashion_scenes
-from dynrl.data.sequences import adding, prefix, sequential_digits, sequential_fashion_mnist
+from dynrl.data.sequences import adding, clips, prefix, sequential_digits, sequential_fashion_mnist
 from dynrl.data.texts import find, find_small, needle
 from dynrl.data.traces import trace, trace_long, trace_small
 from dynrl.schema import check_known
@@ -44,6 +44,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "fashion-scenes": fashion_scenes,
     "adding": adding,
     "prefix": prefix,
+    "clips": clips,
     "hops": hops,
     "noisy-photos": noisy_photos,
     "windows": windows,

@@ -1,15 +1,15 @@
-"""Rules of thumb for where to look are orders of windows that need no policy; a row stops where it is sure enough."""
+"""Rules of thumb for where to look are orders of parts that need no policy; a row stops where it is sure enough."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynrl.backbones import Backbone, Glimpses, State
+from dynrl.backbones import Backbone, Looks, State
 from dynrl.data import Split
 from dynrl.evaluation.routes import Found, affordable
 from dynrl.ops.exit_scores import exit_scores
@@ -18,36 +18,29 @@ from dynrl.policies import Policy, RoutePolicy
 LEVELS = 64  # how many thresholds are tried
 FITTED = 1024  # how many rows of a split a rule is fitted on
 
-# What each order goes by: a function of the backbone and images [n, ...] to a number for each place, [n, places].
-ORDERS: Mapping[str, Callable[[Glimpses, Tensor], Tensor]] = {
-    "random places": lambda backbone, inputs: torch.rand(len(inputs), len(backbone.shares)).to(inputs.device),
-    "brightest first": Glimpses.brightness,
-    "likeliest first": Glimpses.likelihood,
-}
-
 
 class Looking(RoutePolicy):
     """This policy looks where most is left of what an order goes by, until the highest probability is high enough.
 
-    What lies in a window that a row has looked through counts no more.
+    What lies in a part that a row has looked at counts no more.
 
     Args:
         backbone: the backbone that the policy is for.
-        order: a name in `ORDERS`.
-        scale: the scale of the windows.
+        order: a name in the backbone's `orders`.
+        scale: the scale of the parts.
         threshold: the probability at which a row stops.
     """
 
-    def __init__(self, backbone: Glimpses, order: str, scale: int, threshold: float) -> None:
+    def __init__(self, backbone: Looks, order: str, scale: int, threshold: float) -> None:
         super().__init__()
         self.order, self.scale, self.threshold = order, scale, threshold
         self._of = (backbone,)  # in a tuple, since the backbone is no part of the policy
 
     def route(self, inputs: Tensor) -> Tensor:
-        """Return the windows through which rows look if they are never sure, then stops: [B, columns]."""
+        """Return the parts at which rows look if they are never sure, then stops: [B, columns]."""
         (backbone,) = self._of
         may = (backbone.scale == self.scale).expand(len(inputs), -1)
-        left, shares = ORDERS[self.order](backbone, inputs), backbone.shares
+        left, shares = backbone.orders[self.order](backbone, inputs), backbone.shares
         route = torch.zeros(len(inputs), backbone.columns, dtype=torch.int64, device=inputs.device)
         for look in range(min(backbone.columns, int(may[0].sum()))):
             there = (left @ shares).masked_fill(~may, -torch.inf)
@@ -70,13 +63,14 @@ class Looking(RoutePolicy):
 
 def looking(backbone: Backbone) -> dict[str, Callable[[Backbone, Split], Callable[[float], Policy | None]]]:
     """Return a rule for each order."""
-    return {name: partial(fit_order, order=name) for name in ORDERS}
+    assert isinstance(backbone, Looks), "the rule is that of its families"
+    return {name: partial(fit_order, order=name) for name in backbone.orders}
 
 
 @torch.inference_mode()
 def fit_order(backbone: Backbone, split: Split, order: str) -> Callable[[float], Policy | None]:
     """Find out what each scale and threshold costs and reaches, by one walk a scale; see `dynrl.evaluation.rules`."""
-    assert isinstance(backbone, Glimpses), "the rule is that of its family"
+    assert isinstance(backbone, Looks), "the rule is that of its families"
     split, found = split.head(FITTED), list[Found]()
     look, start = float(backbone.costs[0, 1]), float(backbone.start_macs)
     for scale in backbone.scale.unique().tolist():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,27 +32,35 @@ def gated_cell_ref(
     b_ih: Tensor,
     b_hh: Tensor,
     x_rows: Tensor | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Tensor:
     """Compute the definition of `gated_cell`: it computes every row and then selects, so it saves nothing.
 
     Args:
         x: [m, I], inputs; m = n without `x_rows`.
         h: [n, H], hidden states; for an LSTM [n, 2H], the hidden state and behind it the cell's.
-        update: [n] bool (or 0/1), the rows that update.
+        update: [n] bool (or 0/1), the rows that update; with `widths` [n] integers, how much each row updates.
         w_ih: [3H, I], for the reset, update and new gates of a `torch.nn.GRUCell`; or [4H, I] of a
             `torch.nn.LSTMCell`. This size tells the two apart.
         w_hh: [3H, H] or [4H, H].
         b_ih: [3H] or [4H].
         b_hh: [3H] or [4H].
         x_rows: [n], or None. Row i's input is x[x_rows[i]], such as its step of a sequence.
+        widths: rising numbers of units, or None: (0, H). Row i updates its first widths[update[i]] units, and of its
+            state only these are read: the cell runs as if it had no others.
 
     Returns:
         [n, H] or [n, 2H]: the cell's new state where `update`, else `h`.
 
     Source: Cho et al. 2014 (EMNLP), Hochreiter & Schmidhuber 1997 (Neural Computation 9), in torch's forms; the copied
-    state of Skip RNN (Campos et al. 2018, ICLR, eq. 6).
+    state of Skip RNN (Campos et al. 2018, ICLR, eq. 6); the part of the state of variable computation in recurrent
+    networks (Jernite et al. 2017, ICLR, section 3), without the soft edge.
     """
     x = x if x_rows is None else x[x_rows]
+    if widths is not None:
+        inside = _inside(tuple(widths), w_hh.shape[1], h.shape[1], h.device)[update]
+        new = gated_cell_ref(x, torch.where(inside, h, 0), torch.ones_like(update), w_ih, w_hh, b_ih, b_hh)
+        return torch.where(inside, new, h)
     if _is_lstm(w_hh):
         new = torch.cat(torch.lstm_cell(x, h.chunk(2, 1), w_ih, w_hh, b_ih, b_hh), 1)
     else:
@@ -67,23 +77,38 @@ def gated_cell(
     b_ih: Tensor,
     b_hh: Tensor,
     x_rows: Tensor | None = None,
+    widths: Sequence[int] | None = None,
 ) -> Tensor:
     """Do `gated_cell_ref`, computing only the rows that update. Differentiable.
 
-    If no gradient is recorded, `h` itself is overwritten and returned.
+    If no gradient is recorded, `h` itself is overwritten and returned, and of rows that update some units only these
+    are computed.
 
     The MACs are `gated_cell_macs` for the rows that update.
     """
     args = (x, h, update, w_ih, w_hh, b_ih, b_hh, x_rows)
     match path(h):
         case Path.REF:
-            return gated_cell_ref(*args)
+            return gated_cell_ref(*args, widths)
         case Path.TRACED if not torch.is_grad_enabled():
-            return torch.ops.dynrl.gated_cell(*args)
+            return torch.ops.dynrl.gated_cell(*args, widths)
+        case _ if widths is not None and torch.is_grad_enabled():
+            inside = _inside(tuple(widths), w_hh.shape[1], h.shape[1], h.device)[update]
+            # The first unit is inside if any is.
+            new = gated_cell(x, torch.where(inside, h, 0), inside[:, 0], w_ih, w_hh, b_ih, b_hh, x_rows)
+            return torch.where(inside, new, h)
         case Path.TRITON:
-            return _on_triton(*args)
+            return _on_triton(*args) if widths is None else _parts_on_triton(*args, widths)
         case _:
-            return _on_host(*args)
+            return _on_host(*args) if widths is None else _parts_on_host(*args, widths)
+
+
+@cache  # without a bound: a CUDA graph keeps reading the tensors that it read when it was recorded
+@torch.inference_mode(False)  # otherwise training could not use tensors made in inference
+def _inside(widths: tuple[int, ...], hidden: int, numbers: int, device: torch.device) -> Tensor:
+    """Return which numbers of a state each choice updates, [choices, numbers] bool, where units repeat by `hidden`."""
+    units = torch.arange(numbers, device=device) % hidden
+    return units < torch.tensor(widths, device=device).unsqueeze(1)
 
 
 def _on_host(
@@ -115,17 +140,43 @@ def _on_host(
     return h.index_copy(0, index, new) if into is None else put_rows(h, index, new)
 
 
+def _parts_on_host(
+    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
+    x_rows: Tensor | None, widths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    weights, n = (w_ih, w_hh, b_ih, b_hh), len(h)
+    choices = update.tolist()
+    alike = n > 0 and choices.count(choices[0]) == n
+    if not alike and not COSTS.worth_compacting(
+        COSTS.rows_time(n, w_ih.numel() + w_hh.numel()), len(widths) * COSTS.moving_vectors
+    ):
+        inside = _inside(tuple(widths), w_hh.shape[1], h.shape[1], h.device)[update]
+        new = recurrent_cell(x if x_rows is None else x[x_rows], torch.where(inside, h, 0), *weights)
+        return torch.where(inside, new, h, out=h)
+    for choice, width in enumerate(widths):
+        if not width or choice not in choices:
+            continue
+        if alike:
+            return leading_units(x if x_rows is None else x[x_rows], h, *weights, width)
+        index = (update == choice).nonzero().squeeze(1)
+        inputs = index if x_rows is None else x_rows.index_select(0, index)
+        put_rows(h, index, leading_units(x.index_select(0, inputs), h.index_select(0, index), *weights, width))
+    return h
+
+
 @torch.library.custom_op("dynrl::gated_cell", mutates_args=())
 def _traced(
-    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, x_rows: Tensor | None
-) -> Tensor:
-    return gated_cell(x, h.clone(), update, w_ih, w_hh, b_ih, b_hh, x_rows)
+    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
+    x_rows: Tensor | None, widths: Sequence[int] | None,
+) -> Tensor:  # fmt: skip
+    return gated_cell(x, h.clone(), update, w_ih, w_hh, b_ih, b_hh, x_rows, widths)
 
 
 @_traced.register_fake
 def _(
-    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, x_rows: Tensor | None
-) -> Tensor:
+    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
+    x_rows: Tensor | None, widths: Sequence[int] | None,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(h)
 
 
@@ -147,6 +198,32 @@ def recurrent_cell(
     """
     step = _lstm_cell if _is_lstm(w_hh) else _gru_cell
     return step(x, h, w_ih, w_hh, b_ih, b_hh, out)
+
+
+def leading_units(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, width: int) -> Tensor:
+    """Run the cell on the first `width` units of `h`, in place and without gradients, as if there were no others."""
+    size = w_hh.shape[1]
+    if width == size:
+        return recurrent_cell(x, h, w_ih, w_hh, b_ih, b_hh, out=h)
+    first = h[:, :width]
+    of_x, of_h = _product(x, w_ih, b_ih, size, width), _product(first, w_hh, b_hh, size, width)
+    if not _is_lstm(w_hh):
+        reset, keep = of_x[:2].add_(of_h[:2]).sigmoid_()
+        torch.lerp(of_x[2].addcmul_(reset, of_h[2]).tanh_(), first, keep, out=first)
+        return h
+    cell = h[:, size : size + width]
+    admit, forget, new, show = of_x.add_(of_h)
+    cell.mul_(forget.sigmoid_()).addcmul_(admit.sigmoid_(), new.tanh_())
+    torch.mul(show.sigmoid_(), cell.tanh(), out=first)
+    return h
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor, size: int, width: int) -> Tensor:
+    """Return x [n, k] times the first k columns and `width` rows of each gate's part of `weight`: [gates, n, width]."""
+    # The slices are multiplied where they lie, since copies of them would take longer than the products of few rows.
+    parts = weight.unflatten(0, (-1, size))[:, :width, : x.shape[1]]
+    shift = bias.unflatten(0, (-1, 1, size))[:, :, :width]
+    return torch.baddbmm(shift, x.expand(len(parts), -1, -1), parts.mT)
 
 
 def _is_lstm(w_hh: Tensor) -> bool:
@@ -226,6 +303,60 @@ def _lstm_on_triton(
     # NaN in a row that keeps its state must not reach the weights as 0 * NaN.
     new = _lstm_state(gates, torch.where(ran, state[:, size:], 0.0))
     return torch.empty_like(h).index_copy(0, order, torch.where(ran, new, state))
+
+
+def _parts_on_triton(
+    x: Tensor, h: Tensor, update: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor,
+    x_rows: Tensor | None, widths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    from dynrl.ops.kernels.gru import gru_rows, scatter_rows
+
+    x, before, h = x.contiguous(), h, h.contiguous()
+    rows_by_choice = partition(update.long(), len(widths))
+    order, offsets = rows_by_choice.order, rows_by_choice.offsets
+    inputs = order if x_rows is None else x_rows.index_select(0, order)
+    if _is_lstm(w_hh):
+        return before.copy_(
+            _lstm_parts_on_triton(x, h, update, order, offsets, inputs, w_ih, w_hh, b_ih + b_hh, widths)
+        )
+    new = torch.empty_like(h, memory_format=torch.contiguous_format)
+    for choice, width in enumerate(widths):
+        if width:
+            some = offsets[choice : choice + 2]
+            gru_rows(x, h, w_ih, w_hh, b_ih, b_hh, new, some, x_rows=inputs, h_rows=order, width=width)
+            scatter_rows(new[:, :width], h[:, :width], order, some)
+    return h if h is before else before.copy_(h)
+
+
+def _lstm_parts_on_triton(
+    x: Tensor, h: Tensor, update: Tensor, order: Tensor, offsets: Tensor, inputs: Tensor,
+    w_ih: Tensor, w_hh: Tensor, bias: Tensor, widths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Run the first units of an LSTM, each gate's products for all widths at once: [n, 2H]."""
+    from dynrl.ops.kernels.linear import linear_rows
+
+    size, inside = w_hh.shape[1], _inside(tuple(widths), w_hh.shape[1], h.shape[1], h.device)
+    counts, starts = _counts(tuple(widths), h.device)
+    gates = h.new_zeros(2, len(h), 4 * size)
+    for gate in range(4):
+        part = slice(gate * size, (gate + 1) * size)
+        linear_rows(x, w_ih[part], gates[0, :, part], offsets, starts, in_rows=inputs, out_widths=counts)
+        linear_rows(
+            h[:, :size], w_hh[part], gates[1, :, part], offsets, starts, in_rows=order, in_widths=counts,
+            out_widths=counts,
+        )  # fmt: skip
+    state, ran = h[order], inside[update[order]]
+    new = _lstm_state(gates.sum(0) + bias, torch.where(ran[:, size:], state[:, size:], 0.0))
+    return torch.empty_like(h).index_copy(0, order, torch.where(ran, new, state))
+
+
+@cache  # as `_inside`
+@torch.inference_mode(False)
+def _counts(widths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the units of each choice, and where the matrices of each choice start, for kernels."""
+    return torch.tensor(widths, dtype=torch.int32, device=device), torch.zeros(
+        len(widths), dtype=torch.int64, device=device
+    )
 
 
 class _Cell(torch.autograd.Function):

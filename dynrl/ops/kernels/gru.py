@@ -26,8 +26,8 @@ GRU_TILES = [
 
 
 def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    size_k = max(args["size_in"], args["size_hidden"])
-    fitting = fitting_configs(configs, args["x_ptr"], kwargs["PRECISION"], args["size_hidden"], size_k)
+    size_k = max(args["size_in"], args["width"])
+    fitting = fitting_configs(configs, args["x_ptr"], kwargs["PRECISION"], args["width"], size_k)
     if args["x_ptr"].dtype == torch.float32 and kwargs["PRECISION"] == "ieee":
         # Each step multiplies with three matrices, so the registers are full at smaller tiles than with one matrix.
         return [c for c in fitting if c.kwargs["BLOCK_M"] * c.kwargs["BLOCK_N"] <= 1024]
@@ -36,19 +36,19 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
 
 @triton.jit
 def _gates(
-    x_ptr, w_ptr, row, row_mask, n, size, size_hidden, stride_x, acc_r, acc_z, acc_n,
+    x_ptr, w_ptr, row, row_mask, n, size, width, stride_w, size_hidden, stride_x, acc_r, acc_z, acc_n,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add x[row] times the three matrices stacked in w [3 * size_hidden, size] to the three sums [BM, BN]."""
+    """Add x[row, :size] times the first `width` columns of each of the three matrices in w to the sums [BM, BN]."""
     x_rows = x_ptr + row.to(tl.int64) * stride_x
     for first in range(0, size, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows[:, None] + k[None, :], mask=row_mask[:, None] & (k < size)[None, :], other=0.0)  # [BM, BK]
-        w = w_ptr + n[None, :] * size + k[:, None]
-        mask = (n < size_hidden)[None, :] & (k < size)[:, None]
+        w = w_ptr + n[None, :] * stride_w + k[:, None]
+        mask = (n < width)[None, :] & (k < size)[:, None]
         w_r = tl.load(w, mask=mask, other=0.0)  # [BK, BN]
-        w_z = tl.load(w + size_hidden * size, mask=mask, other=0.0)
-        w_n = tl.load(w + 2 * size_hidden * size, mask=mask, other=0.0)
+        w_z = tl.load(w + size_hidden * stride_w, mask=mask, other=0.0)
+        w_n = tl.load(w + 2 * size_hidden * stride_w, mask=mask, other=0.0)
         acc_r = dot(x, w_r, acc_r, PRECISION)
         acc_z = dot(x, w_z, acc_z, PRECISION)
         acc_n = dot(x, w_n, acc_n, PRECISION)
@@ -57,7 +57,7 @@ def _gates(
 
 @triton.autotune(
     tile_configs(GRU_TILES),
-    key=["size_in", "size_hidden", "size_class", "PRECISION"],
+    key=["size_in", "width", "size_class", "PRECISION"],
     prune_configs_by={"early_config_prune": _prune},
     do_bench=device_time,
 )
@@ -65,11 +65,11 @@ def _gates(
 def _gru_rows_kernel(
     x_ptr, h_ptr, w_ih_ptr, w_hh_ptr, b_ih_ptr, b_hh_ptr, out_ptr, offsets_ptr, x_rows_ptr, h_rows_ptr, out_rows_ptr,
     saved_ptr,
-    size_in, size_hidden, stride_x, stride_h, stride_out,
+    size_in, size_hidden, width, stride_x, stride_h, stride_out,
     size_class,  # read by the autotuner only
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    blocks_n = tl.cdiv(size_hidden, BLOCK_N)
+    blocks_n = tl.cdiv(width, BLOCK_N)
     item = tl.load(offsets_ptr) + tl.program_id(0) // blocks_n * BLOCK_M
     end = tl.load(offsets_ptr + 1)
     if item >= end:
@@ -77,7 +77,7 @@ def _gru_rows_kernel(
     item += tl.arange(0, BLOCK_M)
     row_mask = item < end
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = n < size_hidden
+    n_mask = n < width
     x_row = item
     h_row = item
     out_row = item
@@ -91,11 +91,13 @@ def _gru_rows_kernel(
     # The two halves of the third gate stay apart, since r multiplies only the half from h.
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sum_r, sum_z, from_x = _gates(
-        x_ptr, w_ih_ptr, x_row, row_mask, n, size_in, size_hidden, stride_x, zeros, zeros, zeros, PRECISION, BLOCK_K
-    )
+        x_ptr, w_ih_ptr, x_row, row_mask, n, size_in, width, size_in, size_hidden, stride_x, zeros, zeros, zeros,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
     sum_r, sum_z, from_h = _gates(
-        h_ptr, w_hh_ptr, h_row, row_mask, n, size_hidden, size_hidden, stride_h, sum_r, sum_z, zeros, PRECISION, BLOCK_K
-    )
+        h_ptr, w_hh_ptr, h_row, row_mask, n, width, width, size_hidden, size_hidden, stride_h, sum_r, sum_z, zeros,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
 
     b_ih = b_ih_ptr + n
     b_hh = b_hh_ptr + n
@@ -137,10 +139,12 @@ def gru_rows(
     h_rows: Tensor | None = None,
     out_rows: Tensor | None = None,
     saved: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Run one step of torch.nn.GRUCell (gates in the order r, z, n) for items offsets[0] to offsets[1] - 1.
 
     Item j reads row x_rows[j] of `x` and h_rows[j] of `h` and writes row out_rows[j] of `out`; no other row is touched.
+    With `width`, only the first units are read and written, as if the cell had no others.
 
     Args:
         x: [N, I] float32, float16 or bfloat16; last stride 1, any row stride.
@@ -157,6 +161,7 @@ def gru_rows(
         out_rows: [capacity] int32 or int64, distinct among the items, or None: row j.
         saved: [capacity, 4, H] contiguous, any float dtype, or None; takes r, z, n and (W_hn h + b_hn) of item j in
             row j for a backward pass.
+        width: 1 ... H, or None: H.
 
     Returns:
         `out`.
@@ -167,16 +172,17 @@ def gru_rows(
     assert all(t.is_contiguous() for t in (w_ih, w_hh, b_ih, b_hh)) and (saved is None or saved.is_contiguous())
     assert x.stride(1) == h.stride(1) == out.stride(1) == 1
     assert 3 * size_hidden * max(size_in, size_hidden) < 2**31
+    width = width or size_hidden
     capacity = len(next((r for r in (x_rows, h_rows, out_rows) if r is not None), x))
     if capacity == 0:
         return out
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(capacity, meta["BLOCK_M"]) * triton.cdiv(size_hidden, meta["BLOCK_N"]),)
+        return (triton.cdiv(capacity, meta["BLOCK_M"]) * triton.cdiv(width, meta["BLOCK_N"]),)
 
     _gru_rows_kernel[grid](
         x, h, w_ih, w_hh, b_ih, b_hh, out, offsets, x_rows, h_rows, out_rows, saved,
-        size_in, size_hidden, x.stride(0), h.stride(0), out.stride(0), size_class(capacity),
+        size_in, size_hidden, width, x.stride(0), h.stride(0), out.stride(0), size_class(capacity),
         PRECISION=dot_precision(x),
     )  # fmt: skip
     return out
