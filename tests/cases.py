@@ -15,6 +15,7 @@ from dynrl.backbones import (
     JumpRNN,
     MultiPathResNet,
     MultiScaleNet,
+    NeuralTree,
     RecallNet,
     Resolutions,
     SkipLSTM,
@@ -46,6 +47,7 @@ SET = {  # networks of ours whose settings change how they are walked
     "skip of paths": lambda: MultiPathResNet((1, 8, 8), 4, (1, 1), (6, 12), paths=3, auxiliary=True),
     "exits at scales": lambda: MultiScaleNet((1, 8, 8), 4, (1, 1, 2), width=4, growth=3),
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
+    "branch in a tree": lambda: NeuralTree((1, 8, 8), 4, layers=(1, 1, 1), widths=(4, 6, 8)),
     "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),
     "unroll with recall": lambda: RecallNet((6, 2), 10, width=5, steps=4),
     "model at two sizes": lambda: Resolutions(

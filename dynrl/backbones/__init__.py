@@ -22,6 +22,7 @@ from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.routing import RoutingNet
 from dynrl.backbones.skip import SkipResNet
+from dynrl.backbones.tree import NeuralTree
 from dynrl.backbones.unroll import RecallNet, Restorer, Unrolled
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 from dynrl.files import filled, load_tensors, reading
@@ -35,13 +36,13 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
         SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM, Members,
-        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, TokenViT, RoutingNet,
+        Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, TokenViT, RoutingNet, NeuralTree,
     )
 }  # fmt: skip
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
-    "Members", "Models", "MultiPathResNet", "MultiScaleNet", "Point", "RecallNet", "Resolutions", "Restorer",
+    "Members", "Models", "MultiPathResNet", "MultiScaleNet", "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer",
     "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule",
     "TokenViT", "Unrolled", "Walk",
     "choice_rates", "load_backbone", "merge",
