@@ -42,9 +42,9 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Glimpses", "JumpRNN",
-    "Members", "Models", "MultiPathResNet", "MultiScaleNet", "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer",
-    "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule",
-    "TokenViT", "Unrolled", "Walk",
+    "Members", "Models", "MultiPathResNet", "MultiScaleNet", "NeuralTree", "Point", "RecallNet", "Resolutions",
+    "Restorer", "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State",
+    "TokenModule", "TokenViT", "Unrolled", "Walk",
     "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,12 @@ def _grow(depth: int) -> list[_Node]:
     return nodes
 
 
+def _stage(level: int, layers: tuple[int, ...], widths: tuple[int, ...]) -> nn.Sequential:
+    """Make the blocks of a level's stage."""
+    first = BasicBlock(widths[max(0, level - 1)], widths[level], 2 if level else 1)
+    return nn.Sequential(first, *(BasicBlock(widths[level], widths[level]) for _ in range(layers[level] - 1)))
+
+
 class NeuralTree(Backbone):
     """A tree of residual stages: at each node, a row goes to one child, or to both, whose answers are mixed.
 
@@ -66,8 +72,8 @@ class NeuralTree(Backbone):
     the other child, and 1 both: then their answers count by the router's probabilities. A row first finishes the left
     side of a node and then takes the right one.
 
-    The full route takes both children everywhere. It is the soft tree, whose answer is the mixture of all leaves'. Every
-    row pays for one way to a leaf before its first decision, and for one more where it takes both children.
+    The full route takes both children everywhere. It is the soft tree, whose answer is the mixture of all leaves'.
+    Every row pays for one way to a leaf before its first decision, and for one more where it takes both children.
 
     Pretraining begins with the soft tree. Then rows part more and more: where one child is drawn, it is drawn by the
     router, which learns by straight-through gates. In each batch, routers lean a little towards the child that fewer
@@ -79,7 +85,8 @@ class NeuralTree(Backbone):
         layers: the number of basic blocks of each level's stages, 2 to 8 levels; every level but the first halves
             height and width.
         widths: the number of channels of each level's stages.
-        stem_stride: the stride of the first convolution.
+        stem: "cifar" (3x3) or "imagenet" (7x7 of stride 2, then max pooling of stride 2).
+        stem_stride: the stride of the "cifar" stem.
 
     Raises:
         ValueError: there are not 2 to 8 levels, or not as many widths, or inputs are no images.
@@ -103,6 +110,7 @@ class NeuralTree(Backbone):
         classes: int = 10,
         layers: tuple[int, ...] = (1, 1, 1, 1),
         widths: tuple[int, ...] = (16, 32, 64, 128),
+        stem: Literal["cifar", "imagenet"] = "cifar",
         stem_stride: int = 1,
     ) -> None:
         super().__init__()
@@ -119,25 +127,18 @@ class NeuralTree(Backbone):
         self.input_shape = tuple(input_shape)
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "layers": list(layers), "widths": list(widths),
-            "stem_stride": stem_stride,
+            "stem": stem, "stem_stride": stem_stride,
         }  # fmt: skip
-        self.stem = Normed(input_shape[0], widths[0], 3, stem_stride)
+        kernel, stride = (3, stem_stride) if stem == "cifar" else (7, 2)
+        pool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        self.stem = nn.Sequential(Normed(input_shape[0], widths[0], kernel, stride), pool)
         self._nodes = _grow(len(layers) - 1)
         levels = {node.module: node.level for node in self._nodes}
         stages = [levels.get(module, len(layers) - 1) for module in range(2 * len(self._nodes) + 1)]
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    BasicBlock(widths[level - 1 if level and not i else level], widths[level], 2 if level and not i else 1)
-                    for i in range(layers[level])
-                )
-            )
-            for level in stages
-        )  # fmt: skip
+        self.stages = nn.ModuleList(_stage(level, layers, widths) for level in stages)
         self.routers = nn.ModuleList(nn.Linear(widths[node.level], 1, bias=False) for node in self._nodes)
-        self.heads = nn.ModuleDict(
-            {str(module): nn.Linear(widths[-1], classes) for module, level in enumerate(stages) if level + 1 == len(layers)}
-        )  # fmt: skip
+        leaves = [module for module, level in enumerate(stages) if level + 1 == len(layers)]
+        self.heads = nn.ModuleDict({str(module): nn.Linear(widths[-1], classes) for module in leaves})
         self.register_buffer("lean", torch.zeros(len(self._nodes)))  # no weight: only pretraining moves it
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -205,7 +206,7 @@ class NeuralTree(Backbone):
         walk.put_output(rows, before + weight.to(said.dtype).unsqueeze(1) * said)
 
     def _turn(self, state: State) -> list[State]:
-        """Return where rows go behind a leaf: to the right of the nearest node whose right side waits, or to the end."""
+        """Return where rows go behind a leaf: to the right of the nearest node where that waits, or to the end."""
         walk, rows, reached = state.walk, state.rows, list[State]()
         for above, point in self._nodes[state.point].turns:
             waits = State(walk, END, rows).get(walk.route[:, above]) == BOTH
@@ -235,10 +236,8 @@ class NeuralTree(Backbone):
                 self._say(walk, module, state.rows, done, weights)
                 continue
             here = present & ((likeliest == BOTH) | ((likeliest == OWN) == preferred))
-            for name, value in zip(
-                self._held(point), (*self._arrive(point, done, weights), came * (alone + both), here)
-            ):
-                walk.own[name] = value
+            arrived = (*self._arrive(point, done, weights), came * (alone + both), here)
+            walk.own |= dict(zip(self._held(point), arrived, strict=True))
         following = state.point + 1
         if following == len(self.points):
             return State(walk, END, state.rows)
@@ -249,7 +248,7 @@ class NeuralTree(Backbone):
         return [f"{part} at {point}" for part in ("map", "told", "weight", "present")]
 
     def observe(self, state: State) -> Tensor:
-        """Return the router's probability of its own child and of the right one, the path's weight, and channels' means.
+        """Return the router's probability of its own child and of the right one, the path's weight, channels' means.
 
         The weight is 1 for rows that took one child everywhere above, and less for parts of a mixture.
         """
@@ -318,8 +317,9 @@ class NeuralTree(Backbone):
     def for_inference(self) -> Self:
         """Return a frozen copy with batch norm, ReLU and residual folded into the convolutions, in channels_last."""
         twin = folded(super().for_inference())
-        for stage in twin.stages:
-            for i, block in enumerate(stage):  # type: ignore[arg-type]
+        stages: Any = twin.stages
+        for stage in stages:
+            for i, block in enumerate(stage):
                 if isinstance(block, Block):  # a copy of a copy is folded already
-                    stage[i] = block.folded()  # type: ignore[operator, index]
+                    stage[i] = block.folded()
         return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
