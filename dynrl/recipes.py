@@ -133,6 +133,7 @@ def _tree(epochs: int, tuned: int, **settings: Any) -> Defaults:
             epochs=epochs, batch_size=100, learning_rate=5e-3, weight_decay=0.01, rates=(0.6, 0.3, 0.0),
             full_share=0.25, optimizer="adam",
         ),
+        learning=Learning(steps=200_000, price_range=(0.002, 2.0)),
         finetuning=Finetuning(
             epochs=tuned, steps=60_000, batch_size=100, optimizer="adam", learning_rate=1e-3, weight_decay=0.01,
         ),
