@@ -124,6 +124,22 @@ def _routing(channels: int, kernels: tuple[int, ...], epochs: int, tuned: int) -
     )  # fmt: skip
 
 
+def _tree(epochs: int, tuned: int, **settings: Any) -> Defaults:
+    """Return the defaults of a tree of modules, tuned for some epochs a round."""
+    return Defaults(
+        family="neural_tree",
+        backbone={"layers": (1, 1, 1, 1), "widths": (8, 16, 32, 64), **settings},
+        pretraining=Recipe(
+            epochs=epochs, batch_size=100, learning_rate=5e-3, weight_decay=0.01, rates=(0.6, 0.3, 0.0),
+            full_share=0.25, optimizer="adam",
+        ),
+        learning=Learning(steps=200_000, price_range=(0.002, 2.0)),
+        finetuning=Finetuning(
+            epochs=tuned, steps=60_000, batch_size=100, optimizer="adam", learning_rate=1e-3, weight_decay=0.01,
+        ),
+    )  # fmt: skip
+
+
 def _glimpses(
     side: int,
     hidden: int,
@@ -472,6 +488,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,
         ),
     ),
+    ("branch", "digits"): _tree(epochs=20, tuned=4),
+    ("branch", "fashion-mnist"): _tree(epochs=6, tuned=2, stem_stride=2),
     ("branch", "digit-tasks"): _routing(32, (0, 1, 3, 3), epochs=10, tuned=3),
     ("branch", "many-tasks"): _routing(16, (0, 1, 3, 3, 3), epochs=8, tuned=3),
 }  # fmt: skip

@@ -11,9 +11,15 @@ PHOTO = 4  # the most channels of images that tell no task
 class BranchVectorEnv(RoutingVectorEnv):
     """At each layer of a network of modules, which module does this input take, or does it pass the layer by?
 
+    In a tree of modules, which child of a node does it take, or are the answers of both mixed?
+
     ## Features
     Of a `RoutingNet`: the probabilities that the network's own table gives the modules of the layer for the input's
     task, the task (one-hot), and the mean of each channel of the features before the layer.
+
+    Of a `NeuralTree`: the probability that the node's own router gives the child that it prefers, that of the right
+    child, the weight of the row's present path in its mixture (1 if it took one child at each node above), and the mean
+    of each channel at the node.
 
     ## Action
     `Discrete(n)`: action m runs module m of the layer. Modules are whole parts of a network: they may be of different
@@ -21,17 +27,22 @@ class BranchVectorEnv(RoutingVectorEnv):
     first one may be none: the features pass at no cost. All rows that chose a module are computed together, and rows
     meet again behind the layer.
 
+    In a `NeuralTree`, action 0 takes the child that the node's own router prefers, 1 takes both, and 2 the other child.
+    After 1, the row first walks on the left side of the node and then on the right one, and the router's probabilities
+    weigh their answers.
+
     ## Episode
-    One input. The episode ends after the last layer, so it has as many steps as the network has layers.
+    One input. The episode ends after the last layer, so it has as many steps as the network has layers. In a tree, it
+    ends when all that the row has taken is walked: there are as many steps as inner nodes at most.
 
     ## Data
     The default is `digit-tasks`: five tasks on small images of digits. `many-tasks` has seven on clothes and digits. In
-    both, each input tells its task.
+    both, each input tells its task. Trees have defaults on `digits` and `fashion-mnist`.
 
     ## Source
     Routing Networks: Adaptive Selection of Non-linear Functions for Multi-Task Learning, Rosenbaum et al., ICLR 2018;
     Dynamic Deep Neural Networks: Optimizing Accuracy-Efficiency Trade-offs by Selective Execution, Liu & Deng, AAAI
-    2018 (modules of unequal cost, chosen by Q-learning).
+    2018 (modules of unequal cost, chosen by Q-learning); Adaptive Neural Trees, Tanno et al., ICML 2019 (trees).
 
     ## Version history
     v0: the first version.

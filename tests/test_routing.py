@@ -70,8 +70,10 @@ def test_each_row_gets_its_modules_and_its_tasks_own_parts(own, fast):
 def test_modules_cost_by_their_kernels_and_passing_is_free():
     backbone, (inputs, _) = network(), told(5)
     places, head = 9, 4 * CHANNELS
-    modules = [0, *(places * CHANNELS**2 * (kernel**2 + 1) for kernel in KERNELS[1:])]
-    assert backbone.costs.tolist() == [modules, [macs + head for macs in modules]]
+    macs = {kernel: places * CHANNELS**2 * (kernel**2 + 1) for kernel in (1, 3, 5)}
+    assert network(kernels=(1, 3, 5)).costs[0].tolist() == list(macs.values())
+    modules = [0, *(macs[kernel] for kernel in KERNELS[1:])]
+    assert backbone.costs.tolist() == [modules, [each + head for each in modules]]
     state = backbone.begin(inputs)
     before = state.features.clone()
     (after,) = backbone.advance(state, torch.zeros(5, dtype=torch.int64))

@@ -26,6 +26,7 @@ from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.routing import RoutingNet
 from dynrl.backbones.skip import SkipResNet
+from dynrl.backbones.tree import NeuralTree
 from dynrl.backbones.unroll import RecallNet, Restorer, Unrolled
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 from dynrl.files import filled, load_tensors, reading
@@ -40,16 +41,16 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     for family in (
         SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM,
         MultiScaleRNN, Members, Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, Frames, TokenViT,
-        CellResNet,
-        RoutingNet,
+        CellResNet, RoutingNet, NeuralTree,
     )
 }  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Frames", "Glimpses",
-    "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN", "Point", "RecallNet",
-    "Resolutions", "Restorer", "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet",
-    "State", "TokenModule", "TokenViT", "Unrolled", "Walk", "choice_rates", "load_backbone", "merge",
+    "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Frames",
+    "Glimpses", "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN",
+    "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer", "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule",
+    "SkipResNet", "SlimmableResNet", "State", "TokenModule", "TokenViT", "Unrolled", "Walk", "choice_rates",
+    "load_backbone", "merge",
 ]  # fmt: skip
 
 

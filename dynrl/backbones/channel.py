@@ -38,6 +38,8 @@ class SlimmableBlock(Block):
     expansion = 1
 
     def __init__(self, block: Block, shares: tuple[float, ...]) -> None:
+        if block.kinds.changed:
+            raise ValueError(f"expected plain blocks, whose weights have slices of several widths; got {block.kinds}")
         layers = block.layers()
         inner, outer = layers[0][0].out_channels, layers[-1][0].out_channels
         super().__init__(outer, outer, stride=1)
@@ -88,7 +90,7 @@ class SlimmableBlock(Block):
         done = torch.cat([self.sliced(rows, c) for c, rows in enumerate(groups) if len(rows)])
         return take_rows(done, parts.order.argsort())
 
-    def folded(self) -> SlicedBlock:  # type: ignore[override]
+    def folded(self) -> SlicedBlock:
         """Return a frozen copy for inference."""
         convolutions, norms = zip(*self.layers(), strict=True)
         return SlicedBlock(convolutions, norms, self.widths)

@@ -10,17 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone
+from dynrl.backbones.layers import ACTIVATIONS, ATTENTIONS, KERNELS, PLAIN, Kinds, convolution
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Make a convolution without bias, padded so that the map keeps its size at stride 1."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class Normed(nn.Module):
@@ -49,30 +45,46 @@ def folded(network: M) -> M:
 
 
 class Block(nn.Module):
-    """A block has a branch of convolutions and a shortcut, which is an identity or a projection."""
+    """A block has a branch of convolutions and a shortcut, which is an identity or a projection.
+
+    Attributes:
+        kinds: the kinds of layers in the branch.
+    """
 
     expansion: ClassVar[int]
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    def __init__(self, width_in: int, width: int, stride: int, kinds: Kinds = PLAIN) -> None:
         super().__init__()
+        self.kinds = kinds
         width_out = width * self.expansion
         self.downsample: nn.Sequential | None = None
         if stride != 1 or width_in != width_out:
             self.downsample = nn.Sequential(convolution(width_in, width_out, 1, stride), nn.BatchNorm2d(width_out))
+
+    def _set_branch(self, *shapes: tuple[int, int, int, int]) -> None:
+        """Make the branch of convolutions, each of (inputs, outputs, kernel, stride)."""
+        for i, shape in enumerate(shapes, start=1):
+            self.add_module(f"conv{i}", KERNELS[self.kinds.kernels](*shape))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(shape[1]))
+        self.activations = nn.ModuleList(ACTIVATIONS[self.kinds.activation](outputs) for _, outputs, *_ in shapes[:-1])
+        self.attention = ATTENTIONS[self.kinds.attention](shapes[-1][1])
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.Module]]:
         """Return the branch's convolutions, each with its batch norm."""
         return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in (1, 2, 3) if hasattr(self, f"conv{i}")]
 
     def branch(self, x: Tensor) -> Tensor:
-        """Run the branch: convolutions with batch norm, and ReLU after all but the last."""
+        """Run the branch: convolutions with batch norm, an activation after all but the last, and attention."""
         *first, (last, last_norm) = self.layers()
-        for inner, inner_norm in first:
-            x = F.relu(inner_norm(inner(x)), inplace=True)
-        return last_norm(last(x))
+        for (inner, inner_norm), activation in zip(first, self.activations, strict=True):
+            x = activation(inner_norm(inner(x)))
+        weighed: Tensor = self.attention(last_norm(last(x)))
+        return weighed
 
-    def folded(self) -> ResidualBlock:
-        """Return a frozen copy for inference."""
+    def folded(self) -> nn.Module:
+        """Return a frozen copy for inference; a block that is not plain is returned as it is."""
+        if self.kinds != PLAIN:
+            return self
         projection = None
         if self.downsample is not None:
             projection = FoldedConv2d.of(*self.downsample.children())  # type: ignore[arg-type]
@@ -100,10 +112,9 @@ class BasicBlock(Block):
 
     expansion = 1
 
-    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
-        super().__init__(width_in, width, stride)
-        self.conv1, self.bn1 = convolution(width_in, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = convolution(width, width, 3), nn.BatchNorm2d(width)
+    def __init__(self, width_in: int, width: int, stride: int = 1, kinds: Kinds = PLAIN) -> None:
+        super().__init__(width_in, width, stride, kinds)
+        self._set_branch((width_in, width, 3, stride), (width, width, 3, 1))
 
 
 class Bottleneck(Block):
@@ -111,11 +122,9 @@ class Bottleneck(Block):
 
     expansion = 4
 
-    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
-        super().__init__(width_in, width, stride)
-        self.conv1, self.bn1 = convolution(width_in, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = convolution(width, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = convolution(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+    def __init__(self, width_in: int, width: int, stride: int = 1, kinds: Kinds = PLAIN) -> None:
+        super().__init__(width_in, width, stride, kinds)
+        self._set_branch((width_in, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1))
 
 
 BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -134,6 +143,10 @@ class ResNet(Backbone):
         widths: the number of channels of each stage, before a bottleneck's expansion by 4.
         stem: "cifar" (3x3) or "imagenet" (7x7 of stride 2, then max pooling of stride 2).
         stem_stride: the stride of the "cifar" stem.
+        attention: what weighs the channels of a block's result: "none", or "squeeze" (`SqueezeExcitation`).
+        activation: what is between a block's convolutions: "relu", or "dynamic" (`DynamicReLU`).
+        kernels: a block's convolutions: "fixed"; or for each row its own, "mixed" (`MixedConv2d`) or "predicted"
+            (`PredictedConv2d`).
 
     Example: the shape of torchvision's ResNet-50 is `(3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3),
     (64, 128, 256, 512), stem="imagenet"`.
@@ -150,8 +163,12 @@ class ResNet(Backbone):
         widths: tuple[int, ...] = (16, 32, 64),
         stem: str = "cifar",
         stem_stride: int = 1,
+        attention: str = "none",
+        activation: str = "relu",
+        kernels: str = "fixed",
     ) -> None:
         super().__init__()
+        kinds = Kinds(attention, activation, kernels)
         if block not in BLOCKS:
             raise ValueError(f"unknown block {block!r}; expected one of {sorted(BLOCKS)}")
         if stem not in ("cifar", "imagenet"):
@@ -166,8 +183,12 @@ class ResNet(Backbone):
         self.input_shape = tuple(input_shape)
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "block": block, "layers": list(layers),
-            "widths": list(widths), "stem": stem, "stem_stride": stem_stride,
+            "widths": list(widths), "stem": stem, "stem_stride": stem_stride, **kinds.changed,
         }  # fmt: skip
+        if kinds != PLAIN:  # kernels of dynrl do not run such blocks
+            self.captures = False  # type: ignore[misc]
+        if kinds.kernels != PLAIN.kernels:  # the number of rows is that of a convolution's groups
+            self.exports = False  # type: ignore[misc]
         kernel, stride = (3, stem_stride) if stem == "cifar" else (7, 2)
         self.conv1 = convolution(input_shape[0], widths[0], kernel, stride)
         self.bn1 = nn.BatchNorm2d(widths[0])
@@ -176,7 +197,7 @@ class ResNet(Backbone):
         for stage, (depth, planes) in enumerate(zip(layers, widths, strict=True), start=1):
             blocks = nn.Sequential()
             for i in range(depth):
-                blocks.append(make(width, planes, stride=2 if stage > 1 and i == 0 else 1))
+                blocks.append(make(width, planes, 2 if stage > 1 and i == 0 else 1, kinds))
                 width = planes * make.expansion
             self.add_module(f"layer{stage}", blocks)
         self.fc = nn.Linear(width, classes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from dynrl.inputs import Inputs
-from dynrl.ops.move import each
+from dynrl.ops.move import as_rows, each
 from dynrl.ops.record import record
 
 END = -1  # the point at which finished rows stand
@@ -173,6 +173,21 @@ class Walk:
                 self._visits[rows, point] += 1
         if self._charged is not None:
             state.add(self._charged, self.table.choices[point].index_select(0, action))
+
+    def keep(self, name: str, rows: Tensor, value: Tensor) -> None:
+        """Set `own[name]` of `rows` to `value` [n, ...], in its memory format; differentiable."""
+        if rows is self.all_rows:
+            self.own[name] = value
+            return
+        given, whole = as_rows(value), self.own.get(name)
+        moved = given is not value
+        if whole is None:
+            flat = given.new_zeros(self.all_rows.shape[0], *given.shape[1:])
+        else:
+            flat, moved = as_rows(whole), as_rows(whole) is not whole
+            given = value.permute(0, 2, 3, 1) if moved else value
+        flat = flat.index_copy(0, rows, given.to(flat.dtype))
+        self.own[name] = flat.permute(0, 3, 1, 2) if moved else flat
 
     def put_output(self, rows: Tensor, value: Tensor) -> None:
         """Set the output of `rows` to `value` [n, ...]; differentiable."""

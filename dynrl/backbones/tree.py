@@ -1,0 +1,325 @@
+"""In a tree of modules, each node's own router says which of two children comes next, or in which shares both do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrl.backbones.base import Answer, Backbone
+from dynrl.backbones.gated import GatedWalk, straight_through
+from dynrl.backbones.resnet import BasicBlock, Block, Normed, folded
+from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.cost import count_macs
+from dynrl.ops.move import keep_rows, take_rows
+from dynrl.ops.pooled import summary
+from dynrl.routes import draw_routes
+from dynrl.schema import MOST_ROWS, check_count, check_counts
+
+OWN, BOTH, OTHER = range(3)  # the child that the node's router prefers; both children; the other child
+TOLD = 3  # what is observed of routers: how sure one is, where it points, and how much the path weighs
+EVEN = 0.1  # how much a router leans away, in a batch, from a child that all rows come to
+DEEPEST = 8  # levels: 128 leaves
+
+Features = tuple[
+    Tensor, Tensor
+]  # a node's map, and [n, 2]: its router's log-odds of the right child, the path's weight
+
+
+class _Node(NamedTuple):
+    """A node with two children, by the numbers of modules and of points; leaves are no points."""
+
+    level: int
+    module: int
+    children: tuple[int, int]  # the modules of the left and the right child
+    points: tuple[int, int]  # the points of these children; END for leaves
+    turns: tuple[tuple[int, int], ...]  # nodes above, from the nearest, on whose left this one is: (point, right child)
+
+
+def _grow(depth: int) -> list[_Node]:
+    """Return the nodes of a full tree, a point each, in the order in which a row that takes all of them meets them."""
+    nodes = list[_Node]()
+
+    def grow(level: int, module: int, turns: tuple[tuple[int, int], ...]) -> None:
+        half = 2 ** (depth - level)  # the modules of one child's side, and one more
+        point, right = len(nodes), len(nodes) + half // 2
+        last = level + 1 == depth
+        points = (END, END) if last else (point + 1, right)
+        nodes.append(_Node(level, module, (module + 1, module + half), points, turns))
+        if not last:
+            grow(level + 1, module + 1, ((point, right), *turns))
+            grow(level + 1, module + half, turns)
+
+    grow(0, 0, ())
+    return nodes
+
+
+def _stage(level: int, layers: tuple[int, ...], widths: tuple[int, ...]) -> nn.Sequential:
+    """Make the blocks of a level's stage."""
+    first = BasicBlock(widths[max(0, level - 1)], widths[level], 2 if level else 1)
+    return nn.Sequential(first, *(BasicBlock(widths[level], widths[level]) for _ in range(layers[level] - 1)))
+
+
+class NeuralTree(Backbone):
+    """A tree of residual stages: at each node, a row goes to one child, or to both, whose answers are mixed.
+
+    The root holds the first stage of a residual network, and each level below holds the next stage, twice as often. So
+    each way from the root to a leaf is a residual network of its own, which shares its first stages with others. Each
+    node has a router, a linear layer on the mean of each channel. Action 0 takes the child that the router prefers, 2
+    the other child, and 1 both: then their answers count by the router's probabilities. A row first finishes the left
+    side of a node and then takes the right one.
+
+    The full route takes both children everywhere. It is the soft tree, whose answer is the mixture of all leaves'.
+    Every row pays for one way to a leaf before its first decision, and for one more where it takes both children.
+
+    Pretraining begins with the soft tree. Then rows part more and more: where one child is drawn, it is drawn by the
+    router, which learns by straight-through gates. In each batch, routers lean a little towards the child that fewer
+    rows come to, or a few leaves would learn everything.
+
+    Args:
+        input_shape: (channels, height, width) of one image.
+        classes: the number of outputs.
+        layers: the number of basic blocks of each level's stages, 2 to 8 levels; every level but the first halves
+            height and width.
+        widths: the number of channels of each level's stages.
+        stem: "cifar" (3x3) or "imagenet" (7x7 of stride 2, then max pooling of stride 2).
+        stem_stride: the stride of the "cifar" stem.
+
+    Raises:
+        ValueError: there are not 2 to 8 levels, or not as many widths, or inputs are no images.
+
+    Sources: Deep Neural Decision Forests (Kontschieder et al. 2015, ICCV), of which this is one tree, trained by
+    gradient alone, whose leaves give answers to any task; Adaptive Neural Trees (Tanno et al. 2019, ICML), where nodes
+    transform features and a single path is as good as the mixture. Even use of the children is the aim of the penalty
+    of Frosst & Hinton (2017); here it is reached by a lean that has no gradient (Wang et al. 2024).
+    """
+
+    family = "neural_tree"
+    decision = "branch"
+    scores: ClassVar = {"router": (0, True)}
+    rule = "threshold"
+    budgets: ClassVar = (0.3, 0.4, 0.5, 0.6, 0.8)
+    lean: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int = 10,
+        layers: tuple[int, ...] = (1, 1, 1, 1),
+        widths: tuple[int, ...] = (16, 32, 64, 128),
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        check_counts("input_shape", input_shape)
+        check_counts("layers", layers)
+        check_counts("widths", widths)
+        check_count("classes", classes, 1, MOST_ROWS)
+        check_count("stem_stride", stem_stride, 1, MOST_ROWS)
+        if len(input_shape) != 3 or not 2 <= len(layers) == len(widths) <= DEEPEST:
+            raise ValueError(
+                f"expected images (channels, height, width) and a width for each of 2 to {DEEPEST} levels, got inputs "
+                f"of {tuple(input_shape)}, {len(layers)} levels and {len(widths)} widths"
+            )
+        self.input_shape = tuple(input_shape)
+        self.config = {
+            "input_shape": list(input_shape), "classes": classes, "layers": list(layers), "widths": list(widths),
+            "stem": stem, "stem_stride": stem_stride,
+        }  # fmt: skip
+        kernel, stride = (3, stem_stride) if stem == "cifar" else (7, 2)
+        pool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        self.stem = nn.Sequential(Normed(input_shape[0], widths[0], kernel, stride), pool)
+        self._nodes = _grow(len(layers) - 1)
+        levels = {node.module: node.level for node in self._nodes}
+        stages = [levels.get(module, len(layers) - 1) for module in range(2 * len(self._nodes) + 1)]
+        self.stages = nn.ModuleList(_stage(level, layers, widths) for level in stages)
+        self.routers = nn.ModuleList(nn.Linear(widths[node.level], 1, bias=False) for node in self._nodes)
+        leaves = [module for module, level in enumerate(stages) if level + 1 == len(layers)]
+        self.heads = nn.ModuleDict({str(module): nn.Linear(widths[-1], classes) for module in leaves})
+        self.register_buffer("lean", torch.zeros(len(self._nodes)))  # no weight: only pretraining moves it
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        start, size = count_macs(self.stem, self.input_shape)
+        costs = list[int]()  # of each level: one stage with what is behind it
+        for level in range(len(layers)):
+            macs, size = count_macs(self.stages[stages.index(level)], size)
+            costs.append(macs + (widths[level] if level + 1 < len(layers) else classes * widths[-1]))
+        behind = [sum(costs[level + 1 :]) for level in range(len(layers))]
+        self._pose(
+            [Point(f"node{point}", 3) for point in range(len(self._nodes))],
+            costs=[[0, behind[node.level], 0] for node in self._nodes],
+            start_macs=start + sum(costs),
+            full_route=(BOTH,) * len(self._nodes),
+            feature_width=TOLD + max(widths[:-1]),
+        )
+
+    def _stage(self, module: int, x: Tensor) -> Tensor:
+        done: Tensor = self.stages[module](x)
+        return done
+
+    def _arrive(self, point: int, x: Tensor, weight: Tensor) -> Features:
+        """Return the features of rows at a node, of its map [n, C, H, W] and of the weight [n] of their path."""
+        odds = self.routers[point](summary(x).to(x.dtype)).float() + self.lean[point]
+        return x, torch.cat([odds, weight.float().unsqueeze(1)], 1)
+
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        x = self._stage(0, self.stem(inputs))
+        walk.put_output(rows, x.new_zeros(len(x), self.config["classes"]))
+        return State(walk, 0, rows, self._arrive(0, x, x.new_ones(len(x))))
+
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        (x, told), walk, node = state.features, state.walk, self._nodes[state.point]
+        odds, weight = told.unbind(1)
+        both = action == BOTH
+        reached = list[State]()
+        for side, (module, point) in enumerate(zip(node.children, node.points, strict=True)):
+            # The own child is the right one where the log-odds are above 0; the other one is where they are not.
+            chosen = both | ((action == OWN) == ((odds > 0) == bool(side)))
+            share = torch.where(both, torch.sigmoid(odds if side else -odds), 1)
+            kept = keep_rows(chosen, state.rows, x, weight * share, both)
+            if kept is None:
+                continue
+            rows, came, weights, again = kept
+            done = self._stage(module, came)
+            if point == END:
+                self._say(walk, module, rows, done, weights)
+                continue
+            features = self._arrive(point, done, weights)
+            if side:  # rows that are on the left now come here later
+                later, now = keep_rows(again, rows, features), keep_rows(~again, rows, features)
+                if later is not None:
+                    for name, value in zip(self._held(point), later[1], strict=False):
+                        walk.keep(name, later[0], value)
+                reached += [State(walk, point, *now)] if now is not None else []
+            else:
+                reached.append(State(walk, point, rows, features))
+        return reached or self._turn(state)
+
+    def _say(self, walk: Walk, module: int, rows: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Add a leaf's answer to the outputs of `rows`."""
+        said = self.heads[str(module)](x.mean((2, 3)))
+        before = self.output(State(walk, END, rows))
+        walk.put_output(rows, before + weight.to(said.dtype).unsqueeze(1) * said)
+
+    def _turn(self, state: State) -> list[State]:
+        """Return where rows go behind a leaf: to the right of the nearest node where that waits, or to the end."""
+        walk, rows, reached = state.walk, state.rows, list[State]()
+        for above, point in self._nodes[state.point].turns:
+            waits = State(walk, END, rows).get(walk.route[:, above]) == BOTH
+            turning, rest = keep_rows(waits, rows), keep_rows(~waits, rows)
+            if turning is not None:
+                held: Any = tuple(walk.own[name] for name in self._held(point)[:2])
+                if turning[0] is not walk.all_rows:
+                    held = tuple(take_rows(whole, turning[0]) for whole in held)
+                reached.append(State(walk, point, turning[0], held))
+            if rest is None:
+                return reached
+            (rows,) = rest
+        return [*reached, State(walk, END, rows)]
+
+    def _gated_run(self, state: State, gates: Tensor) -> State:
+        (x, told), walk, node = state.features, state.walk, self._nodes[state.point]
+        assert isinstance(walk, GatedWalk)
+        odds, weight = told.unbind(1)
+        own, both, other = gates.unbind(1)
+        came, likeliest, present = walk.weight, gates.argmax(1), walk.present
+        for side, (module, point) in enumerate(zip(node.children, node.points, strict=True)):
+            preferred = (odds > 0) == bool(side)
+            alone = torch.where(preferred, own, other)
+            done = self._stage(module, x)
+            weights = weight * (alone + both * torch.sigmoid(odds if side else -odds))
+            if point == END:
+                self._say(walk, module, state.rows, done, weights)
+                continue
+            here = present & ((likeliest == BOTH) | ((likeliest == OWN) == preferred))
+            arrived = (*self._arrive(point, done, weights), came * (alone + both), here)
+            walk.own |= dict(zip(self._held(point), arrived, strict=True))
+        following = state.point + 1
+        if following == len(self.points):
+            return State(walk, END, state.rows)
+        x, told, walk.weight, walk.present = (walk.own[name] for name in self._held(following))
+        return State(walk, following, state.rows, (x, told))
+
+    def _held(self, point: int) -> list[str]:
+        return [f"{part} at {point}" for part in ("map", "told", "weight", "present")]
+
+    def observe(self, state: State) -> Tensor:
+        """Return the router's probability of its own child and of the right one, the path's weight, channels' means.
+
+        The weight is 1 for rows that took one child everywhere above, and less for parts of a mixture.
+        """
+        x, told = state.features
+        odds, weight = told.split(1, 1)
+        return torch.cat([torch.sigmoid(odds.abs()), torch.sigmoid(odds), weight, summary(x)], 1)
+
+    def leads_to(self, column: int, choice: int) -> int:
+        """Return `Backbone.leads_to`; all ways from here to an end cost the same, so the left one stands for them."""
+        return self._nodes[column].points[0]
+
+    def training_outputs(
+        self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield the soft tree's answers; with a rate, those of a tree in which rows take one child now and then.
+
+        Which child that is, gates draw by the router's probabilities.
+        """
+        size = len(inputs)
+        route = self.dense_actions(size) if rate is None else draw_routes(self.thrift, rate, generator)
+        route, met = route.to(inputs.device), list[Tensor]()
+
+        def choose(state: State) -> Tensor:
+            odds, weight = state.features[1].unbind(1)
+            met.append((weight * torch.sigmoid(odds)).sum() / weight.sum().clamp_min(1e-9))
+            if rate is None:
+                return F.one_hot(state.along(route), 3).to(odds)
+            # Noise is drawn on the CPU, as the generator is there.
+            drawn = straight_through(torch.stack([odds.abs(), torch.zeros_like(odds)], 1).cpu(), generator).to(odds)
+            one = torch.stack([drawn[:, 0], torch.zeros_like(odds), drawn[:, 1]], 1)
+            both = (state.along(route) == BOTH).unsqueeze(1)
+            return torch.where(both, F.one_hot(state.along(route), 3).to(odds), one)
+
+        walk = self.gated(inputs, choose)
+        assert walk.outputs is not None
+        yield [Answer(walk.outputs, walk.all_rows)]
+        if self.training:
+            self.lean -= EVEN * (2 * torch.stack(met).detach() - 1)
+
+    def constant_routes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the path that each node's own router prefers."""
+        return [("own routers", (OWN,) * self.columns)]
+
+    def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
+        """Return `Backbone.ideal`: each stage runs on the first rows of the batch, as many as come to it.
+
+        A route does not tell left from right; leaves get equal parts of the rows that take one of two.
+        """
+        came, twice = (route >= 0).sum(0).tolist(), (route == BOTH).sum(0).tolist()
+
+        def run() -> Tensor:
+            def go(point: int, x: Tensor) -> Tensor:
+                node, half = self._nodes[point], (came[point] - twice[point] + 1) // 2
+                counts = [half + twice[point], came[point] - half]
+                for count, module, below in zip(counts, node.children, node.points, strict=True):
+                    count = count if below == END else came[below]
+                    if count:
+                        done = self._stage(module, x[:count])
+                        said = self.heads[str(module)](done.mean((2, 3))) if below == END else go(below, done)
+                return said
+
+            return go(0, self._stage(0, self.stem(inputs)))
+
+        return run
+
+    def for_inference(self) -> Self:
+        """Return a frozen copy with batch norm, ReLU and residual folded into the convolutions, in channels_last."""
+        twin = folded(super().for_inference())
+        stages: Any = twin.stages
+        for stage in stages:
+            for i, block in enumerate(stage):
+                if isinstance(block, Block):  # a copy of a copy is folded already
+                    stage[i] = block.folded()
+        return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
