@@ -375,7 +375,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
                 _resnet((1, 1), (16, 32), 4), _resnet((1, 1, 1), (16, 32, 64), 2), _resnet((2, 2, 2), (48, 96, 192), 2)
             ),
         },
-        pretraining=Recipe(epochs=5, batch_size=128, plain_epochs=4),
+        pretraining=Recipe(epochs=12, batch_size=128),
         learning=Learning(steps=400_000),
     ),
     ("model", "varied-fashion-mnist"): Defaults(
