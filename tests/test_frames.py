@@ -36,6 +36,8 @@ def test_the_answer_is_made_of_the_frames_looked_at_and_what_is_known_of_all():
             h = backbone.core((backbone.encoder(clip[frame]) + backbone.place.weight[frame]).relu().unsqueeze(0), h)
         torch.testing.assert_close(walk.outputs[row], backbone.fc(h)[0], atol=1e-5, rtol=1e-5)
         assert walk.macs[row] == backbone.start_macs + len(looks) * int(backbone.costs[0, 1])
+    for twin in backbone.dense_twins(inputs).values():
+        torch.testing.assert_close(twin(), backbone(inputs), atol=1e-5, rtol=1e-5)
     assert int(backbone.costs[0, 1]) == 7 * (NUMBERS + 8) + 3 * 8 * 16 + 8 * 3
     hidden = inputs.clone()
     unseen = torch.ones(ROWS, FRAMES + 1, dtype=torch.bool).scatter(1, route, False)[:, 1:]

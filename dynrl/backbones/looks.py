@@ -178,6 +178,10 @@ class Looks(Backbone):
         """Return `Backbone.constant_routes`: no look at all, and the full route."""
         return [("no look", (STOP,) * self.columns), ("full route", self.full_route)]
 
+    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Any]]:
+        """Return `Backbone.dense_twins`: the codes of all looks of the full route in one pass."""
+        return {"all looks at once": lambda: next(self.training_outputs(inputs, None))[0].output}
+
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each look is of the first rows of the batch, as many as take it."""
         counts = (route > STOP).sum(0).tolist()
