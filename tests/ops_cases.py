@@ -503,7 +503,7 @@ def updated(args: Args) -> Tensor:
     return torch.tensor(args.get("widths", (0, 1)), device=args["h"].device)[args["update"].long()] > 0
 
 
-def cell_case(name: str, make: Callable[[Setting], Args]) -> Case:
+def cell_case(name: str, make: Callable[[Setting], Args], **more: Any) -> Case:
     def hide(args: Args) -> None:
         left = ~updated(args)
         args["h"][left] = NAN
@@ -520,7 +520,7 @@ def cell_case(name: str, make: Callable[[Setting], Args]) -> Case:
     return Case(
         "gated_cell", name, gated_cell, gated_cell_ref, make, kept=updated, passes="h",
         overwrites="h", hide=hide, grads=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
-        also={"compacted": COMPACT}, macs=macs,
+        also={"compacted": COMPACT}, macs=macs, **more,
     )  # fmt: skip
 
 
@@ -721,6 +721,8 @@ CASES = [
     cell_case("of a sequence", sequence_cell),
     cell_case("lstm", partial(cell, kind=nn.LSTMCell)),
     cell_case("lstm of a sequence", partial(sequence_cell, kind=nn.LSTMCell)),
-    cell_case("in parts", partial_cell),
-    cell_case("lstm in parts", partial(partial_cell, kind=nn.LSTMCell, widths=(3, 9))),
+    cell_case("in parts", partial_cell, layouts=("contiguous", "sliced")),
+    cell_case(
+        "lstm in parts", partial(partial_cell, kind=nn.LSTMCell, widths=(3, 9)), layouts=("contiguous", "sliced")
+    ),
 ]
