@@ -465,6 +465,9 @@ def test_ops_pay_for_each_row_at_its_choice_only(take: Callable[[Case, str], str
     assert counted(lambda: sliced_linear(**sliced)) == expected
     updates, hidden = int(gated["update"].sum()), gated["h"].shape[1]
     assert counted(lambda: gated_cell(**gated)) == gated_cell_macs(updates, gated["x"].shape[1], hidden)
+    parts = next(case for case in CASES if str(case) == "gated_cell in parts").args(Setting())
+    expected = sum(gated_cell_macs(1, 6, parts["widths"][choice]) for choice in parts["update"].tolist())
+    assert counted(lambda: gated_cell(**parts)) == expected
 
 
 # No wait for the device
