@@ -137,6 +137,7 @@ def test_padding_is_as_if_it_were_not_there():
     assert full.macs[0] == backbone.dense_macs
     route = torch.tensor([[1, 2], [2, 3], [3, 1], [2, 2], [1, 3], [2, 0]])
     walk = backbone.run_route(Named(inputs), route)
+    assert backbone.ideal(Named(inputs), route)().shape == walk.outputs.shape
     gated = backbone.gated(Named(inputs), lambda state: nn.functional.one_hot(state.along(route), 4).float())
     torch.testing.assert_close(gated.outputs, walk.outputs)
     assert gated.macs.tolist() == gated.expected_macs.tolist() == walk.macs.tolist()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -255,16 +255,18 @@ class Positions(Backbone):
 
     def ideal(self, inputs: Any, route: Tensor) -> Callable[[], Any]:
         """Return `Backbone.ideal`: each block runs on the first tokens of neighbouring rows, as many as chose so."""
-        walk, parts = Walk(inputs, self.points, self.mac_table), []
+        walk, parts, real = Walk(inputs, self.points, self.mac_table), [], self._real(inputs)
+        counts = torch.tensor(self._counts, device=route.device).expand(len(route), -1)
+        counts = counts if real is None else self._counts_of(real)
         for column in route.unbind(1):
-            ends = [0, *accumulate(int((column == choice).sum()) for choice in range(self.num_choices))]
-            parts.append(
-                [
-                    (walk.all_rows[start:end], torch.arange(count, device=column.device).expand(end - start, -1))
-                    for count, (start, end) in zip(self._counts, pairwise(ends), strict=True)
-                    if count and start < end
-                ]
-            )
+            part, start = [], 0
+            for choice in range(self.num_choices):
+                mine = counts[column == choice, choice]
+                rows, most = walk.all_rows[start : start + len(mine)], int(mine.max()) if len(mine) else 0
+                if most:
+                    part.append((rows, torch.arange(most, device=mine.device).expand(len(mine), -1)))
+                start += len(mine)
+            parts.append(part)
 
         def run() -> Any:
             x, held = self._lead(inputs)
