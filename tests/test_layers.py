@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynrl.backbones import ExitResNet, SkipResNet, SlimmableResNet, load_backbone
+from dynrl.backbones import CellResNet, ExitResNet, SkipResNet, SlimmableResNet, load_backbone
 from dynrl.backbones.layers import DynamicReLU, MixedConv2d, PredictedConv2d, SqueezeExcitation
 from dynrl.cost import count_macs
 from tests.cases import trained
@@ -111,9 +111,10 @@ def test_a_file_brings_such_a_network_back_and_that_of_a_plain_one_says_nothing_
 
 
 @pytest.mark.parametrize("name", ["attention", "activation", "kernels"])
-def test_unknown_layers_and_layers_without_slices_are_refused(name):
+def test_unknown_layers_are_refused_and_all_others_where_blocks_run_in_parts(name):
     with pytest.raises(ValueError, match=f"unknown {name} 'other'"):
         SkipResNet(**SHAPE, **{name: "other"})
     kind = {"attention": "squeeze", "activation": "dynamic", "kernels": "mixed"}[name]
-    with pytest.raises(ValueError, match="expected plain blocks"):
-        SlimmableResNet(**SHAPE, **{name: kind})
+    for family in (SlimmableResNet, CellResNet):
+        with pytest.raises(ValueError, match="expected plain blocks"):
+            family(**SHAPE, **{name: kind})

@@ -93,6 +93,7 @@ class CellResNet(Positions, ResNet):
     ) -> None:
         super().__init__(input_shape, **network)
         check_count("grid", grid, 1, MOST_ROWS)
+        self._blocks[0].check_plain()
         self.config = {**self.config, "grid": grid, "shares": list(shares)}
         self._grid, cells = grid, grid * grid
         shapes, block_macs, fixed_macs = self._identities()

@@ -38,8 +38,7 @@ class SlimmableBlock(Block):
     expansion = 1
 
     def __init__(self, block: Block, shares: tuple[float, ...]) -> None:
-        if block.kinds.changed:
-            raise ValueError(f"expected plain blocks, whose weights have slices of several widths; got {block.kinds}")
+        block.check_plain()
         layers = block.layers()
         inner, outer = layers[0][0].out_channels, layers[-1][0].out_channels
         super().__init__(outer, outer, stride=1)

@@ -183,8 +183,8 @@ class Models(Backbone):
         return [self._heard(asking) for asking in super().advance(state, action)]
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        look, kept = _look(inputs), walk.own.get("look")
-        walk.own["look"] = look if kept is None else kept.index_copy(0, rows, look)
+        look = _look(inputs)
+        walk.keep("look", rows, look)
         return State(walk, 0, rows, look.new_zeros(rows.shape[0], TOLD))
 
     def _chosen(self, point: int, choice: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone, Parts
 from dynrl.backbones.gated import GatedWalk
-from dynrl.backbones.resnet import convolution
+from dynrl.backbones.layers import convolution
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d

@@ -73,6 +73,11 @@ class Block(nn.Module):
         """Return the branch's convolutions, each with its batch norm."""
         return [(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")) for i in (1, 2, 3) if hasattr(self, f"conv{i}")]
 
+    def check_plain(self) -> None:
+        """Refuse, with a ValueError, a block that is not plain, for families that run blocks in parts."""
+        if self.kinds.changed:
+            raise ValueError(f"expected plain blocks, which run in parts, too; got {self.kinds.changed}")
+
     def branch(self, x: Tensor) -> Tensor:
         """Run the branch: convolutions with batch norm, an activation after all but the last, and attention."""
         *first, (last, last_norm) = self.layers()

@@ -163,8 +163,8 @@ class RoutingNet(Backbone):
         return state.get(state.walk.own["task"])
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        task, kept = self.task(inputs), walk.own.get("task")
-        walk.own["task"] = task if kept is None else kept.index_copy(0, rows, task)
+        task = self.task(inputs)
+        walk.keep("task", rows, task)
         x = self._lead(self._images(inputs), task)
         return State(walk, 0, rows, x + self.told[task].unsqueeze(2).unsqueeze(3))
 
