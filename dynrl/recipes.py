@@ -140,23 +140,14 @@ def _tree(epochs: int, tuned: int, **settings: Any) -> Defaults:
     )  # fmt: skip
 
 
-def _glimpses(
-    side: int,
-    hidden: int,
-    epochs: int,
-    tuned: int,
-    scales: tuple[int, ...] = (1, 2),
-    width: int = 16,
-    rate: float = 0.3,
-    learning_rate: float = 3e-3,
-) -> Defaults:
+def _glimpses(side: int, hidden: int, epochs: int, tuned: int) -> Defaults:
     """Return the defaults of a network that looks through windows, tuned for some epochs a round."""
     return Defaults(
         family="glimpses",
-        backbone={"side": side, "scales": scales, "looks": 6, "width": width, "hidden": hidden},
+        backbone={"side": side, "scales": (1, 2), "looks": 6, "width": 16, "hidden": hidden},
         pretraining=Recipe(
-            epochs=epochs, batch_size=64, learning_rate=learning_rate, weight_decay=0.01, label_smoothing=0.0,
-            rates=(rate,), full_share=0.1, optimizer="adam", plain_epochs=0,
+            epochs=epochs, batch_size=64, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.0,
+            rates=(0.3,), full_share=0.1, optimizer="adam", plain_epochs=0,
         ),
         learning=Learning(steps=800_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, 4.0)),
         finetuning=Finetuning(
@@ -470,10 +461,6 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         ),
     ),
     ("look", "digit-scenes"): _glimpses(12, 48, epochs=24, tuned=2),
-    # A window holds a whole digit. A look at a coarser scale would see less of it than the peripheral view tells.
-    ("look", "digit-scenes-large"): _glimpses(
-        24, 128, epochs=30, tuned=4, scales=(1,), width=24, rate=0.5, learning_rate=1.5e-3
-    ),
     ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
     ("look", "clips"): Defaults(
         family="frames",
