@@ -101,7 +101,7 @@ def test_a_policys_settings_are_checked(changes, reason, run):
 def test_a_backbones_settings_are_checked(changes, reason, run):
     file = run / "backbone.safetensors"
     config = load_tensors(file, "backbone")[1]["config"]
-    rewrite(file, "backbone", {"config": config | changes})
+    rewrite(file, "backbone", {"config": config | changes, "notes": {}})
     with pytest.raises(ValueError, match=rf"^{file}: .*{reason}"):
         load_backbone(file)
 

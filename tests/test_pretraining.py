@@ -241,7 +241,7 @@ def test_settings_of_the_network_are_changed_by_name():
     assert row.changed([]) == row
     for bad, message in (
         ("hidden", "NAME=VALUE"),
-        ("nosuch=1", r"a name in \['hidden', 'knots', 'sees'\]"),
+        ("nosuch=1", r"a name in \['hidden', 'knots', 'sees', 'shares'\]"),
         ("hidden=x", "type of 110"),
     ):
         with pytest.raises(ValueError, match=message):
