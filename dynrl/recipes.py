@@ -146,8 +146,8 @@ def _glimpses(side: int, hidden: int, epochs: int, tuned: int) -> Defaults:
         family="glimpses",
         backbone={"side": side, "scales": (1, 2), "looks": 6, "width": 16, "hidden": hidden},
         pretraining=Recipe(
-            epochs=epochs, batch_size=64, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.0,
-            rates=(0.3,), full_share=0.1, optimizer="adam", plain_epochs=0,
+            epochs=epochs, batch_size=64, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.3,),
+            full_share=0.1, optimizer="adam", plain_epochs=0,
         ),
         learning=Learning(steps=800_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, 4.0)),
         finetuning=Finetuning(

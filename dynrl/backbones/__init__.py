@@ -21,13 +21,13 @@ from dynrl.backbones.models import Members, Models, Resolutions
 from dynrl.backbones.module import ExitModule, SkipModule, TokenModule
 from dynrl.backbones.multipath import MultiPathResNet
 from dynrl.backbones.multiscale import MultiScaleNet
-from dynrl.backbones.positions import TokenViT
 from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.routing import RoutingNet
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.tree import NeuralTree
 from dynrl.backbones.unroll import RecallNet, Restorer, Unrolled
+from dynrl.backbones.vit import TokenViT
 from dynrl.backbones.walk import END, CostTable, Point, State, Walk, choice_rates, merge
 from dynrl.files import filled, load_tensors, reading
 from dynrl.ops.backend import float32

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.cells import Folded
-from dynrl.backbones.positions import Encoder
+from dynrl.backbones.vit import Encoder
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_ref, recurrent_cell
