@@ -29,10 +29,18 @@ class Router(LearnedPolicy):
         self.hidden = nn.Linear(sight.price + 1, hidden) if hidden else None
         self.head = nn.Linear(hidden or sight.price + 1, sight.choices)
         self._favour(self.head)
+        self.trust = nn.Linear(1, 1, bias=False) if sight.suggested else None
+        if self.trust is not None:
+            nn.init.ones_(self.trust.weight)
+            nn.init.zeros_(self.head.bias)  # nothing is favoured but what the backbone suggests
 
     def _scores(self, observation: Tensor) -> Tensor:
-        seen = self.trunk(observation)
-        return self.head(seen if self.hidden is None else torch.relu_(self.hidden(seen)))
+        seen, features = self.trunk(observation), self.sight.features
+        scores: Tensor = self.head(seen if self.hidden is None else torch.relu_(self.hidden(seen)))
+        if self.trust is None:
+            return scores
+        suggested = self.trust(observation[:, features - self.sight.suggested : features].unsqueeze(2)).squeeze(2)
+        return scores + nn.functional.pad(suggested, (self.sight.choices - self.sight.suggested, 0))
 
     @torch.inference_mode(False)  # tables made in inference mode could not be part of an exported program
     @torch.no_grad()
@@ -43,6 +51,8 @@ class Router(LearnedPolicy):
             backbone: the backbone that will be walked; it stays on its device.
             price: the price of the dense network's compute, which is part of the tables.
         """
+        if self.trust is not None:
+            return super().chooser(backbone, price)
         first = self.head if self.hidden is None else self.hidden
         weight = first.weight[:, : self.sight.price]
         bias = first.bias + self.told(price) * first.weight[:, self.sight.price]

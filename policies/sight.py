@@ -126,17 +126,21 @@ class StepSight(Sight):
     | 1 | the MACs spent so far, as a share of the dense network's |
     | 1 | the price of compute |
     | `choices` | the mask: 1 for each open choice |
+
+    The last `suggested` features are a backbone's own scores of as many choices, the last ones (see
+    `Backbone.suggested`).
     """
 
     name = "step"
     features: int
     points: int
     most_choices: int
+    suggested: int = 0
 
     @classmethod
     def of(cls, backbone: Any) -> Self:
         """Return the sight of `backbone`."""
-        return cls(backbone.feature_width, len(backbone.points), backbone.num_choices)
+        return cls(backbone.feature_width, len(backbone.points), backbone.num_choices, backbone.suggested)
 
     @property
     def last(self) -> int:

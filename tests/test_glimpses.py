@@ -13,6 +13,7 @@ from dynrl.evaluation.looking import Looking, fit_order
 from dynrl.evaluation.scores import score
 from dynrl.ops.backend import ops_mode
 from dynrl.ops.crops import crops
+from dynrl.policies import Router, StepSight
 from dynrl.training import plan
 
 SIDE, LOOKS, EDGE = 8, 5, 26  # the edge is no multiple of anything
@@ -84,6 +85,18 @@ def test_crops_are_means_of_the_pixels_in_their_windows(scales, mode):
             torch.testing.assert_close(taken[i, :, y, x], wanted)
     taken.sum().backward()
     assert float(pictures.grad.sum()) == pytest.approx(taken.numel(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_an_untrained_policy_draws_windows_by_what_the_backbone_suggests():
+    backbone, inputs = network(), images()
+    state, router = backbone.begin(inputs), Router(StepSight.of(backbone), (0.1, 1.0))
+    router.head.weight.zero_()
+    attention = torch.bmm(backbone.likelihood(inputs).unsqueeze(1), backbone.shares.expand(len(inputs), -1, -1))
+    router.trust.weight.fill_(2)  # so it weighs them by the square
+    chances = router.scores(router.sight.see(backbone, state, 0.3)).softmax(1)
+    wanted = torch.cat([torch.ones(len(inputs), 1), attention[:, 0].clamp_min(0.01) ** 2], 1)
+    torch.testing.assert_close(chances, wanted / wanted.sum(1, keepdim=True))
 
 
 @torch.no_grad()

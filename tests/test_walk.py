@@ -256,6 +256,8 @@ def test_observe_changes_nothing(name):
     first = backbone.observe(state)
     assert first.dtype is torch.float32
     assert first.shape[1] <= backbone.feature_width
+    if backbone.suggested:  # they are the last features, and the last choices
+        assert first.shape[1] == backbone.feature_width and backbone.suggested <= backbone.num_choices
     first.zero_()
     each(torch.testing.assert_close, state.features, features)
 

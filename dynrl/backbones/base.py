@@ -90,6 +90,9 @@ class Backbone(nn.Module):
     points: tuple[Point, ...]
     full_route: tuple[int, ...]  # the dense network's choice in each column; -1 in columns that it never visits
     feature_width: int  # the most numbers that `observe` shows at any point
+    suggested: int = (
+        0  # how many features, the last ones, say how much there is for each of the last choices (`observe`)
+    )
     num_choices: int  # the most choices that any point has
     max_steps: int  # the number of decisions of the longest walk
     costs: Tensor  # [points, num_choices] int64 MACs, -1 where there is no such choice
@@ -118,6 +121,10 @@ class Backbone(nn.Module):
         """Return a cheap summary of each row at this point, [n, f] float32 with f <= feature_width; change nothing.
 
         It is asked for at END, too: an environment shows an ended row until its reset.
+
+        A backbone may have an opinion of many choices. Then the last `suggested` features are its log-odds of as many
+        choices, the last ones, and an untrained policy draws by them. Without it, a policy of a hundred choices would
+        have to find the few good ones of each input by chance.
         """
         raise NotImplementedError
 

@@ -96,7 +96,7 @@ class Glimpses(Looks):
             nn.Linear(2 * width * (side // 4) ** 2, hidden),
         )  # fmt: skip
         self._set_windows(scales)
-        windows = len(self.scale)
+        windows = self.suggested = len(self.scale)
         lead, shape = count_macs(self.periphery, (channels, *(edge // self._cell for edge in input_shape[1:])))
         places = shape[1] * shape[2]
         lead += count_macs(self.attention, shape)[0] + places * (width + windows) + width * hidden

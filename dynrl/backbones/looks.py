@@ -89,6 +89,7 @@ class Looks(Backbone):
         check_count("looks", looks, 1, parts + 1)
         self.hidden = hidden
         self.place = nn.Embedding(parts, hidden)
+        nn.init.normal_(self.place.weight, std=0.1)  # at 1, what is seen would drown in where it is
         self.core = nn.GRUCell(hidden, hidden)
         self.fc = nn.Linear(hidden, classes)
         answer = hidden * classes

@@ -123,6 +123,12 @@ def digit_scenes() -> Dataset:
     return _scenes("digit-scenes", scene, digit_images(), (10_000, 1_000, 2_000))
 
 
+def digit_scenes_large() -> Dataset:
+    """Digits of random size among up to 16 pieces of other digits, 128x128; 10,000 / 1,000 / 2,000 rows."""
+    scene = Scene(side=128, sizes=(12, 20), pieces=16, piece=8)
+    return _scenes("digit-scenes-large", scene, digit_images(), (10_000, 1_000, 2_000))
+
+
 def fashion_scenes() -> Dataset:
     """Clothes of random size among up to 8 pieces of other clothes, 64x64; 20,000 / 2,000 / 5,000 rows."""
     scene = Scene(side=64, sizes=(16, 28), pieces=8, piece=10)
