@@ -12,7 +12,8 @@ class LookVectorEnv(RoutingVectorEnv):
     ## Features
     How sure the present answer is (the highest probability, its lead, the entropy) and the hidden state. Of `Glimpses`:
     how much of the peripheral view's attention is left in each window, as a logarithm. Of places looked at, a fifth is
-    left. A policy that has learned nothing draws windows by it. Of `Frames`: the numbers of all other frames that are known without a look (the backbone's `peek`).
+    left. A policy that has learned nothing draws windows by it. Of `Frames`: the numbers of all other frames that are
+    known without a look (the backbone's `peek`).
 
     ## Action
     `Discrete(n)`: 0 stops with the answer so far. Each other action looks through one window: first come the windows
@@ -30,7 +31,8 @@ class LookVectorEnv(RoutingVectorEnv):
 
     ## Data
     The default is `digit-scenes`: a digit of random size among random amounts of clutter. `digit-scenes-large` are 128
-    pixels wide, so that a look shows a thirtieth of them; `fashion-scenes` show clothes. `clips` are sequences of frames, of which a few count.
+    pixels wide, so that a look shows a thirtieth of them; `fashion-scenes` show clothes. `clips` are sequences of
+    frames, of which a few count.
 
     ## Source
     Recurrent Models of Visual Attention, Mnih et al., NeurIPS 2014 (RAM): where to look by REINFORCE, a fixed number of

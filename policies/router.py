@@ -51,13 +51,11 @@ class Router(LearnedPolicy):
             backbone: the backbone that will be walked; it stays on its device.
             price: the price of the dense network's compute, which is part of the tables.
         """
-        if self.trust is not None:
-            return super().chooser(backbone, price)
         first = self.head if self.hidden is None else self.hidden
         weight = first.weight[:, : self.sight.price]
         bias = first.bias + self.told(price) * first.weight[:, self.sight.price]
         folded = Folded(backbone, self, weight, bias)
-        if self.hidden is None or backbone.may_close:
+        if self.hidden is None or backbone.may_close or self.trust is not None:
             return folded
         fused = Fused(backbone, self, weight, bias)
         return lambda state: fused(state) if is_fused(state.walk.macs) else folded(state)
@@ -79,7 +77,7 @@ class Folded:
     def __init__(self, backbone: Any, router: Router, weight: Tensor, bias: Tensor) -> None:
         sight, head = router.sight, None if router.hidden is None else router.head
         self.backbone, self.masked = backbone, backbone.may_close
-        self.differs = sight.choices == 2 and not self.masked
+        self.differs = sight.choices == 2 and not self.masked and not sight.suggested
 
         def scoring(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             # If there are two choices that never close, their difference decides: one column instead of two.
@@ -94,7 +92,9 @@ class Folded:
             weight, bias = scoring(weight, bias)
         features, points, last, spent = weight.split((sight.features, sight.points, 1 + sight.choices, 1), 1)
         # It is kept as a transposed view: a product with a contiguous [features, 2] takes several times as long.
-        self.project = backbone.projector(features.contiguous().t())
+        self.features = features.contiguous().t()
+        self.project = backbone.projector(self.features)
+        self.suggested, self.trust = sight.suggested, 0.0 if router.trust is None else float(router.trust.weight)
         self.spent = spent.t() / backbone.dense_macs
         self.start = last.t() + (points.t() + bias).unsqueeze(1)  # [points, last choices, units]
         self.head: Tensor | None = None
@@ -106,11 +106,17 @@ class Folded:
 
     def __call__(self, state: Any) -> Tensor:
         """Return the choices [n] int64, which are those of `Router.act` except for rounding."""
-        walk = state.walk
-        scores = self.project(state, self.start[state.point].index_select(0, state.get(walk.last)))
+        walk, start = state.walk, self.start[state.point].index_select(0, state.get(state.walk.last))
+        if self.suggested:  # what is suggested counts once more, at the end
+            seen = self.backbone.observe(state)
+            scores, suggested = torch.addmm(start, seen, self.features), seen[:, -self.suggested :]
+        else:
+            scores = self.project(state, start)
         scores.addcmul_(state.get(walk.macs).unsqueeze(1), self.spent)
         if self.head is not None:
             scores = torch.addmm(self.head_bias[state.point], scores.relu_(), self.head)
+        if self.suggested:
+            scores[:, -self.suggested :].add_(suggested, alpha=self.trust)
         if self.masked:
             mask = self.backbone.open_choices(state)
             if mask is not None:
