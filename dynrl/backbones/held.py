@@ -115,7 +115,7 @@ class Held:
         opened = name in self._opened
         if not opened and name not in self.parts and not self.leaving:
             return module
-        made[id(module)] = twin = _shallow(module)
+        made[id(module)] = twin = shallow(module)
         if opened:
             inside = f"{name}." if name else ""
             twin.__dict__["_modules"] = {
@@ -270,7 +270,7 @@ class Held:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def shallow(module: nn.Module) -> nn.Module:
     """Return a module of the same class and attributes, with the very parameters and submodules."""
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__, _compiled_call_impl=None)

@@ -114,8 +114,8 @@ def drawn_parts(
     missing = [part for part in SHARES if part not in drawn]
     for i, part in enumerate(missing):
         drawn["train"], drawn[part] = _drawn(drawn["train"], part, name_of, len(missing) - i, classes, what)
-    for part, mine in drawn.items():
-        drawn[part] = [mine[position] for position in np.random.default_rng(0).permutation(len(mine))]
+    for part, things in drawn.items():
+        drawn[part] = [things[position] for position in np.random.default_rng(0).permutation(len(things))]
     return classes, drawn
 
 
