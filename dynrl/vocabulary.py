@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def words_of(text: str) -> list[str]:
     return _WORDS.findall(unicodedata.normalize("NFC", text))
 
 
+@lru_cache(maxsize=2**17)
 def _key(word: str) -> str:
     """Return what a word is looked up by: small letters, and of marks that end a sentence, the first."""
     return word[0] if word[0] in SENTENCE else word.casefold().replace(_APOSTROPHE, "'")

@@ -42,6 +42,7 @@ def said(module, inputs):
 @torch.no_grad()
 def test_each_row_gets_what_the_network_says_with_as_many_experts(way, settings):
     module, backbone = network(way, (0, 1, 2, OWN), **settings)
+    module.blocks[1].mlp.register_forward_hook(lambda layer, given, made: 2 * made)
     inputs = torch.randn(ROWS, *backbone.input_shape)
     own = backbone(inputs.clone())
     assert torch.equal(own, said(module, inputs)) and float(own.std()) > 0.01

@@ -123,10 +123,7 @@ class Held:
                 for at, child in module._modules.items()
             }
             return twin
-        twin.__dict__["forward"] = partial(gate, name, module)
-        for hooks in _HOOKS:  # the module itself, which the gate runs, has them
-            twin.__dict__[hooks] = OrderedDict()
-        return twin
+        return calling(twin, partial(gate, name, module))
 
     # which tensors have a row for each input ---------------------------------------------------------------
 
@@ -274,6 +271,14 @@ def shallow(module: nn.Module) -> nn.Module:
     """Return a module of the same class and attributes, with the very parameters and submodules."""
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__, _compiled_call_impl=None)
+    return twin
+
+
+def calling(twin: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Let a shallow twin call `forward`, which runs the module itself and so its hooks; return the twin."""
+    twin.__dict__["forward"] = forward
+    for hooks in _HOOKS:
+        twin.__dict__[hooks] = OrderedDict()
     return twin
 
 

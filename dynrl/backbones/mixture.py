@@ -6,13 +6,13 @@ weights and have another number, so they choose and weigh experts by the layer's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from dynrl.backbones.held import shallow
+from dynrl.backbones.held import calling, shallow
 from dynrl.ops.partition import partition
 
 Run = Callable[[int, Tensor], Tensor]  # from (choice, rows) to what the layer makes of rows at that choice
@@ -51,26 +51,27 @@ def _at_count(layer: nn.Module, attribute: str, count: int) -> nn.Module:
     return twin
 
 
-def mixed(block: nn.Module, name: str, attribute: str, counts: tuple[int, ...], mix: Mix) -> nn.Module:
-    """Return a twin of a block whose layer `name` gives what `mix` makes of it; an empty name is the block itself."""
-    layer = block.get_submodule(name)
+def kinds_of(layer: nn.Module, attribute: str, counts: Sequence[int]) -> list[nn.Module]:
+    """Return a layer at each of `counts`: its twins, and at its own number the layer itself."""
     own = own_count(layer, attribute)
-    kinds = [layer if count == own else _at_count(layer, attribute, count) for count in counts]
-    return _replaced(block, name, partial(_forward, kinds, mix))
+    return [layer if count == own else _at_count(layer, attribute, count) for count in counts]
 
 
-def _replaced(module: nn.Module, name: str, forward: Callable[..., object]) -> nn.Module:
-    twin = shallow(module)
+def mixed(block: nn.Module, name: str, kinds: Sequence[nn.Module], mix: Mix) -> nn.Module:
+    """Return a twin of a block in which `mix` says what the layer `name` gives; an empty name is the block itself.
+
+    `kinds` is the layer at each choice.
+    """
+    twin = shallow(block)
     if not name:
-        twin.__dict__["forward"] = forward
-        return twin
+        return calling(twin, partial(_forward, kinds, mix))
     first, _, rest = name.partition(".")
-    inner = _replaced(module.get_submodule(first), rest, forward)
-    twin.__dict__["_modules"] = {**module._modules, first: inner}
+    inner = mixed(block.get_submodule(first), rest, kinds, mix)
+    twin.__dict__["_modules"] = {**block._modules, first: inner}
     return twin
 
 
-def _forward(kinds: list[nn.Module], mix: Mix, x: Tensor, *more: object, **options: object) -> object:
+def _forward(kinds: Sequence[nn.Module], mix: Mix, x: Tensor, *more: object, **options: object) -> object:
     """Do what the layer does; of several values that it returns, those behind the first become None."""
     if any(isinstance(given, Tensor) for given in (*more, *options.values())):
         raise ValueError("expected a layer of experts that is given no tensor but its features")

@@ -25,7 +25,7 @@ from dynrl.backbones.exit import GO_ON, STOP, Exits
 from dynrl.backbones.forward import Stand
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.held import Held
-from dynrl.backbones.mixture import Mix, Run, by_choice, by_gates, mixed, own_count, side_by_side
+from dynrl.backbones.mixture import Mix, Run, by_choice, by_gates, kinds_of, mixed, own_count, side_by_side
 from dynrl.backbones.positions import SHARES, Positions
 from dynrl.backbones.skip import Skipping
 from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
@@ -465,6 +465,7 @@ class ExpertModule(_OfModule):
     """
 
     family, decision = "expert_module", "expert"
+    _kinds: list[list[nn.Module]] | None
 
     def __init__(
         self,
@@ -549,9 +550,17 @@ class ExpertModule(_OfModule):
             )
         return found
 
+    def _recut(self) -> None:
+        super()._recut()
+        self._kinds = None  # twins do not know that modules were moved, replaced or put into another mode
+
     def _mixed(self, point: int, mix: Mix) -> nn.Module:
-        block = self.module.get_submodule(self._names[point])
-        return mixed(block, self.config["layer"], self.config["attribute"], self._counts, mix)
+        blocks, layer = [self.module.get_submodule(name) for name in self._names], self.config["layer"]
+        kinds = self._kinds
+        if kinds is None:
+            layers = [block.get_submodule(layer) for block in blocks]
+            self._kinds = kinds = [kinds_of(each, self.config["attribute"], self._counts) for each in layers]
+        return mixed(blocks[point], layer, kinds[point], mix)
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Any) -> State:
         return _arrived(walk, rows, self._cut.enter(inputs))
