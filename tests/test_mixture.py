@@ -68,7 +68,10 @@ def test_macs_are_those_of_the_experts_that_run(shared):
 
 def test_the_numbers_are_powers_of_two_up_to_the_layers_own():
     assert network()[1].config["counts"] == [1, 2, 3]
-    assert network(top_k=4)[1].config["counts"] == [1, 2, 4]
+    module, backbone = network(top_k=4)
+    assert backbone.config["counts"] == [1, 2, 4]
+    again = ExpertModule(module, **backbone.config)  # as files are loaded
+    assert again.config == backbone.config and torch.equal(again.costs, backbone.costs)
 
 
 class Flat(nn.Module):
