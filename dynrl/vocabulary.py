@@ -15,7 +15,7 @@ from torch import Tensor
 
 PADDING, UNKNOWN = 0, 1  # the ids of what stands behind the end of a text, and of a word that is not in the vocabulary
 FIRST = 2  # the id of the first word
-RARE = 2  # a word that fewer training texts' places have is unknown: nothing can be learned of it
+KNOWN = 2  # how often training texts have a word that is known: of others, nothing could be learned
 MOST_WORDS, MOST_LENGTH = 20_000, 400
 # Marks that end a clause, and those that end a sentence; behind the ASCII ones, dashes, the ellipsis, and CJK marks.
 CLAUSE, SENTENCE = ",;:\u2013\u2014\uff0c\u3001\uff1b\uff1a", ".!?\u2026\u3002\uff01\uff1f"
@@ -76,7 +76,7 @@ class Vocabulary:
             found = words_of(text)
             counts.update(map(_key, found))
             longest = max(longest, len(found))
-        common = sorted((word for word, count in counts.items() if count >= RARE), key=lambda w: (-counts[w], w))
+        common = sorted((word for word, count in counts.items() if count >= KNOWN), key=lambda w: (-counts[w], w))
         return cls(tuple(common[:MOST_WORDS]), min(longest, MOST_LENGTH) if length is None else length)
 
     @property

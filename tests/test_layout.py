@@ -48,7 +48,7 @@ ALLOWED = {
     },
     "dynrl.backbones": {
         "dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs", "dynrl.provenance", "dynrl.routes",
-        "dynrl.schema",
+        "dynrl.schema", "dynrl.vocabulary",
     },
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes", "dynrl.schema"},
     "dynrl.envs": {

@@ -16,8 +16,7 @@ from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, recurrent_cell
 from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
-
-PADDING = 0  # the id of what stands behind the end of a text
+from dynrl.vocabulary import PADDING
 
 
 class Texts(Recurrent):

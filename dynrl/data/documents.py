@@ -40,6 +40,8 @@ def text_folder(name: str) -> Dataset:
             text in UTF-8 or has no word.
     """
     root, length = split_name(name)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder; name one that has a text file ({SUFFIX}) for each class")
     if length == 1:
         raise ValueError(f"expected texts of 2 words or more behind the @ of {name!r}")
     classes, found = drawn_parts(root, f"text file ({SUFFIX})", _classes, str.encode, "texts")
