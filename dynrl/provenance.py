@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dynrl.inputs import Form, Named, placed
+from dynrl.vocabulary import Vocabulary
 
 Numbers = float | tuple[float, ...]  # one for all numbers of an input, or one for each of its channels
 
@@ -119,6 +120,7 @@ class Provenance:
             count in 255ths.
         mean, deviation: the network's inputs are raw inputs less `mean`, divided by `deviation`: one number each, or
             one for each channel of an image.
+        vocabulary: what makes token ids of raw inputs, if they are texts.
     """
 
     data: str
@@ -128,9 +130,12 @@ class Provenance:
     dtype: str | dict[str, str]
     mean: Numbers
     deviation: Numbers
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists
+        if isinstance(self.vocabulary, Mapping):
+            object.__setattr__(self, "vocabulary", Vocabulary(**self.vocabulary))
         named, shape = isinstance(self.input_shape, Mapping), self.input_shape
         given = {name: tuple(part) for name, part in shape.items()} if named else tuple(shape)
         object.__setattr__(self, "input_shape", given)
@@ -161,20 +166,25 @@ class Provenance:
     def preprocess(self, raw: Any) -> Any:
         """Return raw inputs [n, *input_shape] as the network takes them: float32, standardised; integers stay.
 
-        Several tensors by name are not standardised, and integers among them keep their type.
+        Several tensors by name are not standardised, and integers among them keep their type. Texts become token ids.
 
         Args:
-            raw: inputs of the type `dtype`. Pixels may also be floating-point numbers from 0 to 1.
+            raw: inputs of the type `dtype`. Pixels may also be floating-point numbers from 0 to 1. Where there is a
+                vocabulary, a list of texts will do.
 
         Raises:
             ValueError: the inputs have another shape or type, or pixels are far outside 0 to 1.
         """
+        if self.vocabulary is not None and not isinstance(raw, torch.Tensor):
+            return self.vocabulary.encode(raw)
         if isinstance(self.dtype, dict):
             if isinstance(raw, Named):
                 raw = placed(raw, raw.device, torch.float32)
             kept = {name: None if getattr(torch, kind).is_floating_point else kind for name, kind in self.dtype.items()}
             Form(self.input_shape, kept).check(raw, torch.float32)
             return raw
+        if not isinstance(raw, torch.Tensor):
+            raise ValueError(f"expected raw inputs as a tensor, as {self.data} has them, got {type(raw).__name__}")
         if tuple(raw.shape[1:]) != self.input_shape:
             shape = ", ".join(map(str, self.input_shape))
             raise ValueError(f"expected raw inputs of shape [batch, {shape}], got {tuple(raw.shape)}")

@@ -80,6 +80,7 @@ class Defaults:
             ValueError: a setting is out of range or of the wrong type, or the network would be too large.
         """
         family, form = FAMILIES[self.family], dataset.form.config | {"input_shape": dataset.input_shape}
+        form |= dataset.vocabulary.settings if dataset.vocabulary is not None else {}
         known = accepted(family)
         form = {name: value for name, value in form.items() if known is None or name in known}
         config = {**form, "classes": dataset.classes, **self.backbone}
@@ -94,7 +95,7 @@ class Defaults:
 
 
 MOST_WEIGHTS, MOST_NUMBERS = 10_000, 500_000_000  # of a network that is made from settings
-_FASHION_IMAGES = 55_000  # the training images of fashion-mnist
+_FASHION_IMAGES, _NEEDLE_TEXTS = 55_000, 20_000  # the training inputs of fashion-mnist and of needle
 _BATCHES = 4_000  # the batches of pretraining if no row says how long
 _MOST_EPOCHS = 100  # of pretraining if no row says how long: with more, few inputs would only be learned by heart
 FAMILY = "family"  # the name by which settings of a network choose its family
@@ -496,7 +497,8 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
     """Return the defaults for a decision on a data set.
 
     Images without a row of their own (CIFAR, a folder, `DATASETS["mine"]`) take the row of fashion-mnist, with as many
-    training batches, but at most 100 epochs. From 96 pixels on, they take an ImageNet stem.
+    training batches, but at most 100 epochs. From 96 pixels on, they take an ImageNet stem. Texts of a vocabulary take
+    the row of needle, likewise.
 
     Args:
         decision: the decision's name.
@@ -514,6 +516,9 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
     images, row = isinstance(shape, tuple) and len(shape) == 3, DEFAULTS.get((decision, "fashion-mnist"))
     if row is not None and images:
         return _for_images(row, dataset)
+    row = DEFAULTS.get((decision, "needle"))
+    if row is not None and dataset.vocabulary is not None:
+        return _for_texts(row, dataset)
     if own_backbone:
         inputs = len(dataset.for_backbone.train)
         size = min(128, inputs)
@@ -529,14 +534,27 @@ def defaults(decision: str, data: str | Dataset, own_backbone: bool = False) -> 
 
 def _for_images(row: Defaults, dataset: Dataset) -> Defaults:
     """Adapt fashion-mnist's row to other images, with as many training batches, up to `_MOST_EPOCHS`."""
-    longest = _MOST_EPOCHS / row.pretraining.epochs
-    backbone, longer = dict(row.backbone), min(longest, _FASHION_IMAGES / len(dataset.train))
+    backbone = dict(row.backbone)
     if backbone.pop("stem_stride", None):
         backbone |= {"stem": "imagenet"} if dataset.input_shape[1] >= 96 else {"stem_stride": 2}
+    return _as_long(row, backbone, dataset, _FASHION_IMAGES)
+
+
+def _for_texts(row: Defaults, dataset: Dataset) -> Defaults:
+    """Adapt needle's row to other texts, whose vocabulary says how many words there are and which ones end a part."""
+    assert dataset.vocabulary is not None, "only texts come here"
+    told = dataset.vocabulary.settings
+    backbone = {name: value for name, value in row.backbone.items() if name not in told}
+    return _as_long(row, backbone, dataset, _NEEDLE_TEXTS)
+
+
+def _as_long(row: Defaults, backbone: dict[str, Any], dataset: Dataset, inputs: int) -> Defaults:
+    """Return a row for other data and as many training batches, up to `_MOST_EPOCHS`; it was for so many `inputs`."""
+    longest = _MOST_EPOCHS / row.pretraining.epochs
+    longer = min(longest, inputs / len(dataset.train))
     size = min(row.pretraining.batch_size, len(dataset.for_backbone.train))
-    return replace(
-        row,
-        backbone=backbone,
-        pretraining=replace(row.pretraining, epochs=math.ceil(longer * row.pretraining.epochs), batch_size=size),
-        finetuning=replace(row.finetuning, epochs=longer * row.finetuning.epochs, batch_size=size),
-    )
+    pretraining = replace(row.pretraining, epochs=math.ceil(longer * row.pretraining.epochs), batch_size=size)
+    if row.pretraining.plain_epochs:
+        pretraining = replace(pretraining, plain_epochs=math.ceil(longer * row.pretraining.plain_epochs))
+    finetuning = replace(row.finetuning, epochs=longer * row.finetuning.epochs, batch_size=size)
+    return replace(row, backbone=backbone, pretraining=pretraining, finetuning=finetuning)

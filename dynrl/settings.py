@@ -19,8 +19,9 @@ class Problem:
 
     Attributes:
         decision: The decision to learn; `dynrl list` shows all of them.
-        data: The name of a data set; or a folder that has a folder of images for each class; or FOLDER@SIZE, which
-            crops the images to squares and resizes them to SIZE pixels.
+        data: The name of a data set; or a folder that has a folder of images, or a text file with a document a line,
+            for each class; or FOLDER@SIZE, which crops the images to squares and resizes them to SIZE pixels, or reads
+            SIZE words of each text.
         network: Settings, each NAME=VALUE, in which the backbone that is pretrained here differs from the data set's
             defaults: arguments of its family, and family=NAME for another one.
         epochs: The epochs of the plain network and of the backbone that are pretrained here; by default, as many as

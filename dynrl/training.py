@@ -81,8 +81,8 @@ def train(
     Args:
         decision: a decision's name, or a backbone of your own (a module in `SkipModule`, for example), which is not
             changed.
-        data: a data set's name, a folder of images, a `dynrl.data.Dataset`, any torch `Dataset` of (input, target)
-            pairs, or a pair of tensors (see `dynrl.data.own_dataset`); None takes the decision's own data set.
+        data: a data set's name, a folder of images or texts, a `dynrl.data.Dataset`, any torch `Dataset` of (input,
+            target) pairs, or a pair of tensors (see `dynrl.data.own_dataset`); None takes the decision's own data set.
         out: the run folder to make; None makes runs/DECISION-DATA-TIME.
         backbone: a folder of `dynrl pretrain` or of another run, whose backbone is copied; for the choice of a model,
             several folders, of any decisions, whose networks are the models.
@@ -309,7 +309,7 @@ def _checked(planned: Plan) -> Plan:
 
 
 def folder_name(data: str) -> str:
-    """Return what a data set is called in names of folders: for a folder of images, the last part of its path."""
+    """Return what a data set is called in names of folders: for a folder, the last part of its path."""
     return Path(data).name
 
 

@@ -39,7 +39,8 @@ DECISIONS: dict[str, Decision] = {
         ),
         Decision(
             "expert", "dynrl/Expert-v0", "dynrl.envs.expert:ExpertVectorEnv",
-            "choose one of a layer's unequal experts", "mixtures of experts (Shazeer et al. 2017)",
+            "choose one of a layer's unequal experts, or how many a token takes",
+            "mixtures of experts (Shazeer et al. 2017)",
         ),
         Decision(
             "channel", "dynrl/Channel-v0", "dynrl.envs.channel:ChannelVectorEnv", "how wide each residual block is",

@@ -7,24 +7,27 @@ from dynrl.envs.core import RoutingVectorEnv
 
 
 class ExpertVectorEnv(RoutingVectorEnv):
-    """At each layer of a network of experts, which expert transforms this image's features?
+    """At each layer of a network of experts, which expert, or how many, does an input take?
 
     ## Features
-    The mean of each channel of the features before the experts.
+    The mean of each channel of the features before the experts; of an `ExpertModule`, before their block.
 
     ## Action
     `Discrete(E)`: action e runs the layer's expert e, which is two matrix products around a hidden layer. Experts are
     ordered from narrow to wide. Some may have the same width. The first may have no hidden units: it passes the
-    features through at no cost.
+    features through at no cost. Of an `ExpertModule`, a network of your own with mixtures of experts, action c lets
+    each token of the input take as many experts as the backbone's `counts` say, from few to all that the layer takes by
+    itself. Which ones, and their weights, is up to the layer's own router.
 
     ## Episode
-    One image. The episode ends after the last layer, so it has as many steps as the network has layers.
+    One input. The episode ends after the last layer, so it has as many steps as the network has layers.
 
     ## Source
     Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, Shazeer et al., ICLR 2017; one
     choice a layer as in Switch Transformers, Fedus et al., JMLR 2022; experts of unequal width as in HMoE, Wang et
     al., EMNLP 2025. Their gates are trained by backpropagation; here the choice is an action. The price in the
-    observation follows Odena et al. 2017.
+    observation follows Odena et al. 2017. How many experts a token takes is decided by the router's confidence in
+    Harder Tasks Need More Experts, Huang et al., ACL 2024; here, for all tokens of an input, by a policy.
 
     ## Version history
     v0: the first version.

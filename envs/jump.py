@@ -27,8 +27,8 @@ class JumpVectorEnv(RoutingVectorEnv):
     to read on depends on what was read, and a look at the whole text would be the reading that is to be saved.
 
     ## Data
-    The default is `find-small`. `needle` has sentences; its recipe jumps to their ends. Texts are token ids, followed
-    by zeros.
+    The default is `find-small`. `needle` has sentences; its recipe jumps to their ends, and so does that of a
+    folder of your own texts. Texts are token ids, followed by zeros.
 
     ## Source
     Learning to Skim Text, Yu et al., ACL 2017 (LSTM-Jump): jumps of so many words, by REINFORCE. Neural Speed Reading

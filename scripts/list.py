@@ -26,7 +26,8 @@ def main(args: Args) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(
-        f"\ndata sets: {', '.join(DATASETS)}; for decisions on images also FOLDER or FOLDER@SIZE, with a folder a class"
+        f"\ndata sets: {', '.join(DATASETS)}; for decisions on images and texts also FOLDER or FOLDER@SIZE, with a "
+        "folder or a text file a class"
     )
     print(f"models that come with dynrl, for dynrl.load: {', '.join(shipped())}")
 

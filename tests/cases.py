@@ -13,6 +13,7 @@ from dynrl.backbones import (
     Backbone,
     CellResNet,
     ExitModule,
+    ExpertModule,
     Frames,
     JumpRNN,
     MultiPathResNet,
@@ -32,7 +33,7 @@ from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.tasks import Regression
-from tests.toys import Branching, Convolutional, Exiting, Looping, Reader, Roundabout, Transformer
+from tests.toys import Branching, Convolutional, Exiting, Looping, Reader, Roundabout, Transformer, sparse
 
 REGISTERED = sorted(DECISIONS)
 TOYS = {"exiting": Exiting, "looping": Looping, "branching": Branching, "roundabout": Roundabout}
@@ -45,6 +46,9 @@ OWN = {  # modules of a user's
     "exits in a network": lambda: ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
     "skip in place": lambda: SkipModule(Reader(), (5, 8), [f"blocks.{i}" for i in range(3)]),
     "tokens in place": lambda: TokenModule(Reader(), (5, 8), ["blocks.0", "blocks.2"]),
+    "experts in a transformer": lambda: ExpertModule(
+        sparse(Transformer(), shared=True), (1, 8, 8), ["blocks.0", "blocks.2"], "mlp", counts=(0, 1, 3)
+    ),
     "exits in place": lambda: ExitModule(Reader(depth=4), (5, 8), ["blocks.0", "blocks.2"]),
 }
 SET = {  # networks of ours whose settings change how they are walked

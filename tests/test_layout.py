@@ -32,7 +32,8 @@ ALLOWED = {
     "dynrl.files": set(),
     "dynrl.schema": set(),
     "dynrl.tasks": set(),
-    "dynrl.provenance": {"dynrl.inputs"},
+    "dynrl.provenance": {"dynrl.inputs", "dynrl.vocabulary"},
+    "dynrl.vocabulary": set(),
     "dynrl.cost": set(),
     "dynrl.machine": set(),
     "dynrl.progress": set(),
@@ -42,11 +43,12 @@ ALLOWED = {
     "dynrl.settings": {"dynrl.files", "dynrl.schema"},
     "dynrl.ops": {"dynrl.ops"},
     "dynrl.data": {
-        "dynrl.data", "dynrl.files", "dynrl.inputs", "dynrl.progress", "dynrl.provenance", "dynrl.schema", "dynrl.tasks"
+        "dynrl.data", "dynrl.files", "dynrl.inputs", "dynrl.progress", "dynrl.provenance", "dynrl.schema",
+        "dynrl.tasks", "dynrl.vocabulary",
     },
     "dynrl.backbones": {
         "dynrl.backbones", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs", "dynrl.provenance", "dynrl.routes",
-        "dynrl.schema",
+        "dynrl.schema", "dynrl.vocabulary",
     },
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes", "dynrl.schema"},
     "dynrl.envs": {

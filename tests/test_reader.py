@@ -67,6 +67,14 @@ def test_rows_read_the_tokens_that_their_choices_lead_to():
 
 
 @torch.no_grad()
+def test_reports_are_told_which_tokens_are_read():
+    backbone, inputs = network(), texts()
+    route = torch.randint(0, backbone.num_choices, (len(inputs), backbone.columns))
+    for row, parts in enumerate(backbone.regions(inputs, route)):
+        assert parts == [[[0, place, 1, 1]] for place in places(inputs[row], route[row])]
+
+
+@torch.no_grad()
 def test_it_says_what_it_would_answer_if_it_stopped_now():
     backbone, inputs = network(), texts(LENGTH)[-1:].expand(5, -1)
     state = backbone.begin(inputs)

@@ -6,6 +6,8 @@ And networks as users have them, which know nothing of dynrl.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -354,3 +356,35 @@ class Convolutional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.stage2(self.stage1(x)).mean((2, 3)))
+
+
+class Mixture(nn.Module):
+    """A mixture of experts as users write them: each token takes those `top_k` that the router gives most."""
+
+    def __init__(self, width: int, experts: int = 4, top_k: int = 3, shared: bool = False, normed: bool = True) -> None:
+        super().__init__()
+        self.top_k, self.normed = top_k, normed
+        self.router = nn.Linear(width, experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width + 2), nn.ReLU(), nn.Linear(width + 2, width)) for _ in range(experts)
+        )
+        self.shared = nn.Linear(width, width) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.router(tokens).softmax(1).topk(self.top_k)
+        if self.normed:
+            weights = weights / weights.sum(1, keepdim=True)
+        out = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)
+        for i, expert in enumerate(self.experts):
+            at, rank = (chosen == i).nonzero(as_tuple=True)
+            if len(at):
+                out = out.index_add(0, at, (weights[at, rank, None] * expert(tokens[at])).to(out.dtype))
+        return out.view(x.shape)
+
+
+def sparse(module: nn.Module, width: int = 8, **settings: Any) -> nn.Module:
+    """Return the module with a mixture of experts in place of the MLP of each of its blocks."""
+    for block in module.blocks:  # type: ignore[union-attr]
+        block.mlp = Mixture(width, **settings)
+    return module

@@ -33,6 +33,7 @@ from dynrl.backbones import (
     CellResNet,
     ExitModule,
     ExitResNet,
+    ExpertModule,
     Models,
     SkipModule,
     SkipResNet,
@@ -561,6 +562,56 @@ def test_bert_on_some_tokens_is_blind_to_padding():
                 expected = short.run_route(as_inputs(alone), route[row : row + 1])
                 walk = whole.run_route(as_inputs(inputs), route)
             torch.testing.assert_close(walk.outputs[row : row + 1], expected.outputs, rtol=1e-4, atol=1e-5)
+
+
+MOE = LLAMA | {"num_experts_per_tok": 3}
+# Mixtures of experts: fused weights, weights that do not sum to 1, a shared expert, routers that return more, groups.
+MIXTURES: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": lambda: hf.MixtralForSequenceClassification(
+        hf.MixtralConfig(**MOE, num_local_experts=4, pad_token_id=0, num_labels=3)
+    ),
+    "olmoe": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**MOE, num_experts=4, norm_topk_prob=False)),
+    "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(
+        hf.Qwen2MoeConfig(**MOE, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40)
+    ),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**MOE, num_local_experts=4, head_dim=16)),
+    "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **MOE | {"num_key_value_heads": 2}, n_routed_experts=8, n_group=2, topk_group=1, moe_intermediate_size=24,
+            first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_texts_take_fewer_experts_and_at_its_own_number_it_is_the_network(name):
+    torch.manual_seed(0)
+    module, inputs = trained(MIXTURES[name]()), as_inputs(texts())
+    for part in module.modules():  # routers as training leaves them, which tell experts apart
+        if vars(part).get("top_k") and hasattr(part, "weight"):
+            nn.init.normal_(part.weight)
+    backbone = ExpertModule(module, inputs, numbered("model.layers", 0, 1, 2), "mlp")
+    assert backbone.config["counts"] == [1, 2, 3]
+    expected = said(module, inputs)
+    assert torch.equal(backbone(inputs), expected)
+    model = dynrl.plug(backbone, StaticPolicy(backbone.full_route))
+    assert torch.equal(model(inputs), expected) and float(model.last_route.macs_fraction[0]) == 1
+    less, more, most = backbone.costs[0].tolist()
+    assert more - less == most - more > TOKENS * 3 * 32 * 24 - 1
+    route = torch.tensor([[0, 1, 2], [2, 2, 0], [1, 0, 0], [0, 2, 1]])
+    walk = backbone.run_route(inputs, route)
+    parts = [
+        [part for part in layer.modules() if type(vars(part).get("top_k")) is int] for layer in module.model.layers
+    ]
+    for row in range(ROWS):
+        for mine, choice in zip(parts, route[row].tolist(), strict=True):
+            for part in mine:
+                part.top_k = choice + 1
+        torch.testing.assert_close(
+            walk.outputs[row : row + 1], said(module, inputs[row : row + 1]), rtol=1e-4, atol=1e-5
+        )
 
 
 # Half of the tokens run each of the twelve blocks.

@@ -18,7 +18,7 @@ from dynrl.backbones.glimpses import Glimpses
 from dynrl.backbones.hierarchical import MultiScaleRNN
 from dynrl.backbones.looks import Looks
 from dynrl.backbones.models import Members, Models, Resolutions
-from dynrl.backbones.module import ExitModule, SkipModule, TokenModule
+from dynrl.backbones.module import ExitModule, ExpertModule, SkipModule, TokenModule
 from dynrl.backbones.multipath import MultiPathResNet
 from dynrl.backbones.multiscale import MultiScaleNet
 from dynrl.backbones.reader import JumpRNN
@@ -46,8 +46,8 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
 }  # fmt: skip
 
 __all__ = [
-    "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertNet", "Frames",
-    "Glimpses", "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN",
+    "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertModule", "ExpertNet",
+    "Frames", "Glimpses", "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN",
     "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer", "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule",
     "SkipResNet", "SlimmableResNet", "State", "TokenModule", "TokenViT", "Unrolled", "Walk", "choice_rates",
     "load_backbone", "merge",

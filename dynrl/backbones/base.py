@@ -26,7 +26,7 @@ from dynrl.routes import draw_routes
 
 OUT_OF_REACH = 2**62  # more MACs than any walk costs
 
-Parts = list[list[int]]  # parts of an image, each [top, left, height, width] in pixels
+Parts = list[list[int]]  # parts of an image, each [top, left, height, width] in pixels; or of a text, in words
 
 
 def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
@@ -209,10 +209,10 @@ class Backbone(nn.Module):
         return {}
 
     def regions(self, inputs: Tensor, route: Tensor) -> list[list[Parts]]:
-        """Return the parts of its image that each row ran or looked at along `route` [B, columns], for reports to draw.
+        """Return the parts of its input that each row ran or looked at along `route` [B, columns], for reports to draw.
 
-        Each row has a list for each of its decisions, in turn. A part is [top, left, height, width] in pixels. Here
-        there is none: most networks see all of their image.
+        Each row has a list for each of its decisions, in turn. A part is [top, left, height, width] in pixels; of a
+        text, a line of words. Here there is none: most networks see all of their input.
         """
         return [[] for _ in inputs]
 

@@ -156,11 +156,13 @@ class Stand:
         """The size of the part's weights, by which rows are computed in pieces."""
         return self._forward.held.weight_bytes[self.k]
 
-    def __call__(self, x: Tensor, rows: Rows | None = None, places: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, rows: Rows | None = None, places: Tensor | None = None, by: nn.Module | None = None
+    ) -> Tensor:
         """Run the part on `x`, the features of `rows` among those left; None where no tensor beside `x` has rows.
 
         If only the tokens at `places` [m, k] of these rows are in `x`, tensors beside it are cut down to them, too: in
-        each dimension but the first that is as long as the features have tokens.
+        each dimension but the first that is as long as the features have tokens. `by` is what runs in the part's place.
         """
         held, left, leaves = self._forward.held, self._forward.left, list(self._leaves)
         leaves[0] = _joined(x, self._each)
@@ -174,7 +176,7 @@ class Stand:
         args, kwargs = tree_unflatten(leaves, self._spec)
         own = self._grad != self._forward.grad  # inside of a mode of the forward's own
         with torch.set_grad_enabled(self._grad) if own else nullcontext():
-            value = held.parts[held.names[self.k]](*args, **kwargs)
+            value = (held.parts[held.names[self.k]] if by is None else by)(*args, **kwargs)
         if not held.knows(self.k, leaves):
             held.learn(self.k, leaves, value)
         y = value if isinstance(value, Tensor) else value[0]

@@ -115,7 +115,7 @@ class Held:
         opened = name in self._opened
         if not opened and name not in self.parts and not self.leaving:
             return module
-        made[id(module)] = twin = _shallow(module)
+        made[id(module)] = twin = shallow(module)
         if opened:
             inside = f"{name}." if name else ""
             twin.__dict__["_modules"] = {
@@ -123,10 +123,7 @@ class Held:
                 for at, child in module._modules.items()
             }
             return twin
-        twin.__dict__["forward"] = partial(gate, name, module)
-        for hooks in _HOOKS:  # the module itself, which the gate runs, has them
-            twin.__dict__[hooks] = OrderedDict()
-        return twin
+        return calling(twin, partial(gate, name, module))
 
     # which tensors have a row for each input ---------------------------------------------------------------
 
@@ -270,10 +267,18 @@ class Held:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def shallow(module: nn.Module) -> nn.Module:
     """Return a module of the same class and attributes, with the very parameters and submodules."""
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__, _compiled_call_impl=None)
+    return twin
+
+
+def calling(twin: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Let a shallow twin call `forward`, which runs the module itself and so its hooks; return the twin."""
+    twin.__dict__["forward"] = forward
+    for hooks in _HOOKS:
+        twin.__dict__[hooks] = OrderedDict()
     return twin
 
 

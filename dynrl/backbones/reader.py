@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Answer
+from dynrl.backbones.base import Answer, Parts
 from dynrl.backbones.recurrent import Recurrent
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, recurrent_cell
 from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
-
-PADDING = 0  # the id of what stands behind the end of a text
+from dynrl.vocabulary import PADDING
 
 
 class Texts(Recurrent):
@@ -261,6 +260,24 @@ class JumpRNN(Texts):
         names = ["first word", *(f"jumps of {far}" for far in jumps), *(f"ends {kind}" for kind in kinds)]
         names += ["follow"] * self.follow
         return [(name, (choice,) * self.columns) for choice, name in enumerate(names)]
+
+    def regions(self, inputs: Tensor, route: Tensor) -> list[list[Parts]]:
+        """Return `Backbone.regions`: the tokens that are read, of a text as an image of one line.
+
+        The first token, which is read before the first decision, comes first.
+        """
+        found = [[[[0, 0, 1, 1]]] for _ in range(len(inputs))]
+
+        def watch(state: State) -> Tensor:
+            action = state.along(route)
+            goals, lengths = self._goal(state, action), state.get(state.walk.own["length"])
+            for row, goal, length in zip(state.rows.tolist(), goals.tolist(), lengths.tolist(), strict=True):
+                if goal < length:
+                    found[row].append([[0, goal, 1, 1]])
+            return action
+
+        self.run(inputs, watch)
+        return found
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: the cell runs on the first rows of the batch, as many as read at each step."""

@@ -36,9 +36,9 @@ class Part:
         self.module, self._more, self._options = module, node.args[1:], dict(node.kwargs)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Run the part on rows."""
-        return self.module(x, *self._more, **self._options)
+    def __call__(self, x: Tensor, by: nn.Module | None = None) -> Tensor:
+        """Run the part on rows, or what runs in its place."""
+        return (self.module if by is None else by)(x, *self._more, **self._options)
 
 
 def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], list[Part]]:
@@ -193,9 +193,11 @@ class TracedStand:
     def __init__(self, traced: Traced, k: int, x: Tensor) -> None:
         self._traced, self.k, self.x = traced, k, x
 
-    def __call__(self, x: Tensor, rows: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, rows: Tensor | None = None, places: Tensor | None = None, by: nn.Module | None = None
+    ) -> Tensor:
         """Run the part on `x`, which is all that it is given, whatever rows and places these are."""
-        return self._traced.parts[self.k](x)
+        return self._traced.parts[self.k](x, by)
 
     def part(self, rows: slice | None = None) -> Tensor:
         """Run the part on all rows, or on some of them."""

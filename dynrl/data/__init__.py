@@ -12,6 +12,7 @@ from typing import Any
 
 from dynrl.data.base import Augmentation, Dataset, Split, standardised
 from dynrl.data.cifar import cifar_10, cifar_100
+from dynrl.data.documents import holds_texts, text_folder
 from dynrl.data.folder import image_folder, split_name
 from dynrl.data.hops import hops
 from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist, varied_fashion_mnist
@@ -26,7 +27,7 @@ from dynrl.schema import check_known
 
 __all__ = [
     "DATASETS", "Augmentation", "Dataset", "Split", "as_dataset", "check_dataset", "image_folder", "load_dataset",
-    "own_dataset", "standardised",
+    "own_dataset", "standardised", "text_folder",
 ]  # fmt: skip
 
 # A plugin adds its own: DATASETS["mine"] = a function that makes a `Dataset` (`standardised` helps).
@@ -59,8 +60,11 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
 }
 
 
+FOLDERS = "a folder of images or a text file (.txt) for each class"
+
+
 def check_dataset(name: str) -> str:
-    """Return the name of a data set, or the absolute path of a folder of images; refuse other names."""
+    """Return the name of a data set, or the absolute path of a folder of images or texts; refuse other names."""
     if name in DATASETS:
         return name
     folder, size = split_name(name)
@@ -68,29 +72,34 @@ def check_dataset(name: str) -> str:
         raise ValueError(f"{name!r} was given as tensors or as a Dataset; hand it over again, by data=...")
     if not folder.is_dir():
         if len(folder.parts) > 1:
-            raise ValueError(f"{folder} is no folder; name one that has a folder of images for each class")
-        check_known("data set", name, [each for each in DATASETS if not is_own(each)], ", or a folder of images")
+            raise ValueError(f"{folder} is no folder; name one that has {FOLDERS}")
+        known = [each for each in DATASETS if not is_own(each)]
+        check_known("data set", name, known, f", or a folder that has {FOLDERS}")
     return f"{folder.resolve()}" + ("" if size is None else f"@{size}")
 
 
 @lru_cache(maxsize=2)
 def load_dataset(name: str) -> Dataset:
-    """Return the data set `name`, or the images below the folder `name`; each is loaded once a process.
+    """Return the data set `name`, or the images or texts below the folder `name`; each is loaded once a process.
 
     The tensors are shared, so do not write into them.
     """
     name = check_dataset(name)
-    loaded = DATASETS[name]() if name in DATASETS else image_folder(name)
+    loaded = DATASETS[name]() if name in DATASETS else _folder(name)
     if not isinstance(loaded, Dataset):
         raise ValueError(f"expected the loader of {name!r} to return a dynrl.data.Dataset, got {type(loaded).__name__}")
     return loaded
+
+
+def _folder(name: str) -> Dataset:
+    return text_folder(name) if holds_texts(split_name(name)[0]) else image_folder(name)
 
 
 def as_dataset(data: Any, seed: int = 0) -> Dataset:
     """Return a data set for anything that can stand for one; from now on, this process knows it by its name.
 
     Args:
-        data: a name, a folder of images, a `Dataset`, or what `own_dataset` takes.
+        data: a name, a folder of images or texts, a `Dataset`, or what `own_dataset` takes.
         seed: the seed of the splits that `own_dataset` draws.
 
     Raises:

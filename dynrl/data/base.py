@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from dynrl.data.stored import PIECE, Stored, statistics
 from dynrl.inputs import Form, parts, placed
 from dynrl.provenance import Numbers, Provenance, Standard, along, strays
 from dynrl.tasks import CLASSIFICATION, Classification, Task
+from dynrl.vocabulary import Vocabulary, words_of
 
 KEPT = 0.1  # the share of the training split that is kept from backbones, for policies to learn on
 UNSEEN = 999_999  # the seed of inputs drawn for policies, which no epoch has (`Dataset.in_epoch`)
@@ -32,12 +34,14 @@ class Split:
         targets: the targets in the form of the `task`, for example classes [n] int64.
         task: what outputs and targets mean.
         difficulty: numbers [n] by name that say what makes an input hard, if that is known. Only reports see them.
+        texts: the texts that the inputs are the token ids of, if these are known.
     """
 
     inputs: Any
     targets: Tensor
     task: Task = CLASSIFICATION
     difficulty: dict[str, Tensor] = field(default_factory=dict)
+    texts: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -53,7 +57,17 @@ class Split:
     def _rows(self, rows: slice) -> Split:
         difficulty = {name: numbers[rows] for name, numbers in self.difficulty.items()}
         inputs = self.inputs.part(rows) if isinstance(self.inputs, Stored) else self.inputs[rows]
-        return Split(inputs, self.targets[rows], self.task, difficulty)
+        return Split(inputs, self.targets[rows], self.task, difficulty, self.texts[rows])
+
+    def words(self, row: int) -> list[str]:
+        """Return the words that a network can read of the text at `row`, or their token ids if no word is known.
+
+        Inputs that are no texts have none.
+        """
+        if self.texts:
+            return words_of(self.texts[row])[: self.inputs.shape[1]]
+        texts = isinstance(self.inputs, Tensor) and self.inputs.dtype is torch.int64 and self.inputs.dim() == 2
+        return [str(token) for token in self.inputs[row].tolist() if token] if texts else []
 
     def beginning_with(self, inputs: Tensor) -> Split:
         """Return the split with `inputs` [k, ...] in place of its first ones; targets stay."""
@@ -66,7 +80,7 @@ class Split:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on `device`, with inputs of the type `dtype`; targets keep their type."""
-        return Split(placed(self.inputs, device, dtype), self.targets.to(device), self.task, self.difficulty)
+        return replace(self, inputs=placed(self.inputs, device, dtype), targets=self.targets.to(device))
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,7 @@ class Dataset:
         names: the names of the classes, in the order of the outputs; by default, their numbers.
         dtype: the type of raw inputs, by its name in torch; a dict of these if inputs are several tensors. If it is
             "uint8", they are pixels, which count in 255ths.
+        vocabulary: what made the token ids, if the inputs are texts whose words are known.
     """
 
     name: str
@@ -137,6 +152,7 @@ class Dataset:
     anew: Callable[[int], Split] | None = None
     names: tuple[str, ...] = ()
     dtype: str | dict[str, str] = "float32"
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         wanted = self.classes if isinstance(self.task, Classification) else 0
@@ -149,10 +165,14 @@ class Dataset:
     def fingerprint(self) -> str:
         """A digest of the raw inputs of all splits; it does not depend on where they lie or how they are standardised.
 
-        Inputs count in 255ths: standardisation and its rounding leave no trace there in pixels.
+        Inputs count in 255ths: standardisation and its rounding leave no trace there in pixels. Texts count as they are
+        written.
         """
+        splits = self.train, self.validation, self.test
+        if self.vocabulary is not None:
+            return hashlib.sha256(json.dumps([split.texts for split in splits]).encode()).hexdigest()
         digest = hashlib.sha256(f"{self.input_shape}".encode())
-        for split in (self.train, self.validation, self.test):
+        for split in splits:
             for x in (x for rows in split.inputs.split(PIECE) for x in parts(rows).values()):
                 raw = self.raw(x.double()).mul_(255).round_()
                 digest.update(raw.to(torch.int32).contiguous().numpy().tobytes())
@@ -166,15 +186,16 @@ class Dataset:
     def provenance(self) -> Provenance:
         """What a network that is trained on this data set keeps of it."""
         return Provenance(
-            self.name, self.fingerprint, self.names, self.input_shape, self.dtype, self.mean, self.deviation
-        )
+            self.name, self.fingerprint, self.names, self.input_shape, self.dtype, self.mean, self.deviation,
+            self.vocabulary,
+        )  # fmt: skip
 
     def seen_by(self, known: Provenance | Standard | None) -> Dataset:
         """Return the same data as a network sees them of which `known` is known; None stands for an untrained one.
 
         Inputs are standardised by the network's own mean and deviation, since data that came later would change them,
-        and labels are the network's outputs of the same names. Of weights that were trained elsewhere, only the
-        standard is known.
+        texts are read by its own vocabulary, and labels are the network's outputs of the same names. Of weights that
+        were trained elsewhere, only the standard is known.
 
         Raises:
             ValueError: the inputs have another shape or raw type, there are classes that the network does not know, or
@@ -260,6 +281,8 @@ def standardised(
 
 @lru_cache(maxsize=2)  # environments of one process share the tensors
 def _seen_by(data: Dataset, known: Provenance) -> Dataset:
+    if known.vocabulary != data.vocabulary:
+        data = _read_by(data, known)
     for what, mine, wanted in (
         ("inputs of shape", data.input_shape, known.input_shape), ("raw inputs of type", data.dtype, known.dtype)
     ):  # fmt: skip
@@ -289,6 +312,16 @@ def _seen_by(data: Dataset, known: Provenance) -> Dataset:
         data, classes=count, train=train, validation=validation, test=test, mean=known.mean, deviation=known.deviation,
         anew=None if draw is None else lambda seed: seen(draw(seed)), names=known.classes,
     )  # fmt: skip
+
+
+def _read_by(data: Dataset, known: Provenance) -> Dataset:
+    """Return texts as the token ids that a network knows them by."""
+    if known.vocabulary is None or data.vocabulary is None:
+        had, has = ("texts" if each.vocabulary else "inputs that are no texts" for each in (known, data))
+        raise ValueError(f"expected {had}, as the network was trained on, got {has} in {data.name}")
+    read = known.vocabulary.encode
+    train, validation, test = (replace(s, inputs=read(s.texts)) for s in (data.train, data.validation, data.test))
+    return replace(data, train=train, validation=validation, test=test, vocabulary=known.vocabulary)
 
 
 def scaled(inputs: Any, mean: Numbers, deviation: Numbers) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ OTHERS = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".tga", ".svg", ".
 # The shares of each class that are drawn if the folder has no such parts. The test part is drawn first, so that no
 # other draw changes it.
 SHARES = {"test": 0.1, "validation": 0.1}
+PARTS = ("train", "validation", "test")
+T = TypeVar("T")
 
 
 def image_folder(name: str) -> Dataset:
@@ -49,29 +51,16 @@ def image_folder(name: str) -> Dataset:
     root, size = split_name(name)
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; name one that has a folder of images for each class")
-    whole = not (root / "train").is_dir()
-    found = {part: _classes(root if whole else root / part) for part in (["train"] if whole else _parts(root))}
-    classes = list(found["train"])
-    if len(classes) < 2:
-        raise ValueError(f"expected a folder for each of two classes or more in {root}, found {classes}")
-    for part, images in found.items():
-        if list(images) != classes:
-            raise ValueError(
-                f"{root / part} has the classes {list(images)}, {root / 'train'} has {classes}; give all parts the "
-                "same classes"
-            )
-    files = {part: [(file, i) for i, c in enumerate(classes) for file in found[part][c]] for part in found}
-    missing = [part for part in SHARES if part not in files]
-    for i, part in enumerate(missing):
-        below = root if whole else root / "train"
-        files["train"], files[part] = _drawn(files["train"], below, part, leave=len(missing) - i)
+    below = below_of(root)
+    classes, files = drawn_parts(
+        root, "folder", _classes, lambda file: os.fsencode(file.relative_to(below).as_posix()), "images"
+    )
     shape = _shape([file for part in files.values() for file, _ in part], size)
     on_disk = too_large(sum(map(len, files.values())), shape)
     parts = []
-    for part in ("train", "validation", "test"):
-        order = np.random.default_rng(0).permutation(len(files[part]))
-        decoded = _Images([files[part][position][0] for position in order], shape, size)
-        parts.append((decoded.all(on_disk), torch.tensor([files[part][position][1] for position in order])))
+    for part in PARTS:
+        decoded = _Images([file for file, _ in files[part]], shape, size)
+        parts.append((decoded.all(on_disk), torch.tensor([label for _, label in files[part]])))
     augmentation = Augmentation(flip=True, shift=max(1, shape[-1] // 16))
     return standardised(name, len(classes), augmentation, parts, tuple(classes))
 
@@ -82,12 +71,52 @@ def split_name(name: str) -> tuple[Path, int | None]:
     if not at or not size.isdecimal():
         return Path(name), None
     if not 1 <= int(size) <= 4096:
-        raise ValueError(f"expected a size of 1 to 4096 pixels behind the @ of {name!r}")
+        raise ValueError(f"expected a size of 1 to 4096 pixels, or words of a text, behind the @ of {name!r}")
     return Path(path), int(size)
 
 
-def _parts(root: Path) -> Iterator[str]:
-    return (part for part in ("train", *SHARES) if (root / part).is_dir())
+def below_of(root: Path) -> Path:
+    """Return the folder that has the classes of the training part: `train` below `root`, if it is there, or `root`."""
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def drawn_parts(
+    root: Path,
+    holder: str,
+    classes_of: Callable[[Path], dict[str, list[T]]],
+    name_of: Callable[[T], bytes],
+    what: str,
+) -> tuple[list[str], dict[str, list[tuple[T, int]]]]:
+    """Read the classes below a folder, and draw the parts that it does not have.
+
+    Args:
+        root: the folder.
+        holder, what: what holds a class, and what it holds, in words.
+        classes_of: a function from a folder to what each class there has, by the class's name.
+        name_of: what a thing is drawn by, so that it keeps its part whatever else there is.
+
+    Returns:
+        the classes; and for each part what it has, in random order, with the numbers of its classes.
+    """
+    below = below_of(root)
+    given = [part for part in SHARES if below != root and (root / part).is_dir()]
+    found = {"train": classes_of(below)} | {part: classes_of(root / part) for part in given}
+    classes = list(found["train"])
+    if len(classes) < 2:
+        raise ValueError(f"expected a {holder} for each of two classes or more in {root}, found {classes}")
+    for part, mine in found.items():
+        if list(mine) != classes:
+            raise ValueError(
+                f"{root / part} has the classes {list(mine)}, {root / 'train'} has {classes}; give all parts the "
+                "same classes"
+            )
+    drawn = {part: [(thing, i) for i, c in enumerate(classes) for thing in found[part][c]] for part in found}
+    missing = [part for part in SHARES if part not in drawn]
+    for i, part in enumerate(missing):
+        drawn["train"], drawn[part] = _drawn(drawn["train"], part, name_of, len(missing) - i, classes, what)
+    for part, things in drawn.items():
+        drawn[part] = [things[position] for position in np.random.default_rng(0).permutation(len(things))]
+    return classes, drawn
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
@@ -116,31 +145,33 @@ def _hidden(path: Path, root: Path) -> bool:
     return any(name.startswith((".", "@")) for name in path.relative_to(root).parts)
 
 
-def _drawn(files: list[tuple[Path, int]], root: Path, part: str, leave: int) -> tuple[list[Any], list[Any]]:
-    """Draw files for `part`, and return those left and those drawn.
+def _drawn(
+    things: list[tuple[T, int]], part: str, name_of: Callable[[T], bytes], leave: int, classes: list[str], what: str
+) -> tuple[list[tuple[T, int]], list[tuple[T, int]]]:
+    """Draw things for `part`, and return those left and those drawn.
 
-    At least one file of each class is drawn, and at least `leave` are left.
+    At least one thing of each class is drawn, and at least `leave` are left.
     """
 
-    def place(file: Path) -> float:  # from 0 to 1, by the file's own name alone
-        name = os.fsencode(f"{part}/{file.relative_to(root).as_posix()}")
+    def place(thing: T) -> float:  # from 0 to 1, by the thing's own name alone
+        name = f"{part}/".encode() + name_of(thing)
         return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
-    by_class: dict[int, list[tuple[float, Path]]] = {}
-    for file, label in files:
-        by_class.setdefault(label, []).append((place(file), file))
+    by_class: dict[int, list[tuple[float, T]]] = {}
+    for thing, label in things:
+        by_class.setdefault(label, []).append((place(thing), thing))
     kept, drawn = [], []
     for label, mine in sorted(by_class.items()):
         mine.sort()
         if len(mine) < 1 + leave:
             raise ValueError(
-                f"{mine[0][1].parent} holds too few images to draw some for validation and test; expected at least "
-                f"{1 + leave}, got {len(mine)}"
+                f"the class {classes[label]!r} has too few {what} to draw some for validation and test; expected at "
+                f"least {1 + leave}, got {len(mine)}"
             )
         below = sum(at < SHARES[part] for at, _ in mine)
         count = min(max(1, below), len(mine) - leave)
-        drawn += [(file, label) for _, file in mine[:count]]
-        kept += [(file, label) for _, file in mine[count:]]
+        drawn += [(thing, label) for _, thing in mine[:count]]
+        kept += [(thing, label) for _, thing in mine[count:]]
     return kept, drawn
 
 

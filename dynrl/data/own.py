@@ -126,8 +126,9 @@ def _pairs(data: Any) -> tuple[Inputs | Stored, Tensor]:
         if isinstance(data, tuple | list):
             what += f" of {len(data)}, the first of them {', '.join(type(each).__name__ for each in data[:2])}"
         raise ValueError(
-            "expected a data set's name, a folder of images, a dynrl.data.Dataset, a torch Dataset of (input, target) "
-            f"pairs with a length, or a pair of tensors; got {what}. torch.as_tensor makes tensors of arrays and lists"
+            "expected a data set's name, a folder of images or texts, a dynrl.data.Dataset, a torch Dataset of pairs "
+            f"(input, target) with a length, or a pair of tensors; got {what}. torch.as_tensor makes tensors of arrays "
+            "and lists"
         )
     first = _pair(data, data[0]) if len(data) else ((), ())
     if not isinstance(first[0], Mapping) and too_large(len(data), _tensor(first[0]).shape):

@@ -204,7 +204,8 @@ class RoutedModel(nn.Module):
         """Return raw inputs [B, *input_shape] as the model takes them, standardised as its training data were.
 
         Args:
-            raw: inputs as the data set has them; images are uint8, or floating-point numbers from 0 to 1.
+            raw: inputs as the data set has them; images are uint8, or floating-point numbers from 0 to 1; a list of
+                texts, if the model was trained on texts.
 
         Raises:
             ValueError: the inputs have another shape or type, or it is not known what the backbone was trained on.
@@ -215,7 +216,9 @@ class RoutedModel(nn.Module):
                 "dynrl.provenance.Provenance before you plug a policy in"
             )
         weights = next(self.backbone.parameters())
-        raw = placed(as_inputs(raw), weights.device)
+        raw = as_inputs(raw)
+        if isinstance(raw, Inputs):
+            raw = placed(raw, weights.device)
         return placed(self.backbone.trained_on.preprocess(raw), weights.device, weights.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedModel:

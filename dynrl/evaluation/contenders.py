@@ -46,7 +46,7 @@ class Ground:
     ) -> None:
         self.place: tuple[torch.device, torch.dtype] = (torch.device(device), dtype)
         dataset = dataset.seen_by(backbone.known)
-        self.dataset, self._seen = dataset, (dataset.mean, dataset.deviation, dataset.names)
+        self.dataset, self._seen = dataset, (dataset.mean, dataset.deviation, dataset.names, dataset.vocabulary)
         self.network: Backbone = self.put(backbone)
         self.test, self.validation = (split.to(*self.place) for split in (dataset.test, dataset.validation))
         self.searched = self.validation.head(VALIDATED)
@@ -59,7 +59,8 @@ class Ground:
             ValueError: the network was trained on inputs that were standardised otherwise, or on other classes.
         """
         known = network.trained_on
-        if known is not None and (theirs := (known.mean, known.deviation, known.classes)) != self._seen:
+        theirs = None if known is None else (known.mean, known.deviation, known.classes, known.vocabulary)
+        if theirs not in (None, self._seen):
             raise ValueError(
                 f"expected networks that see the data alike, got one with mean, deviation and classes {theirs} beside "
                 f"{self._seen}; train it again on the same data"

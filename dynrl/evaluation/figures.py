@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynrl.data import Split
 from dynrl.evaluation.difficulty import bin_name
-from dynrl.evaluation.report import correlation_text, seeds_text
+from dynrl.evaluation.report import correlation_text, seeds_text, words_read
 from dynrl.files import write_aside
 from dynrl.tasks import TASKS, Classification, Task
 
@@ -204,6 +204,39 @@ def draw_regions(usage: dict[str, Any], test: Split, path: Path) -> None:
         for axis, shown in zip(axes, seen, strict=False):
             axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1)
     _save(figure, path)
+
+
+def draw_words(usage: dict[str, Any], path: Path) -> None:
+    """Draw texts on which least and most is spent: what was read in black, all other words in pale grey."""
+    half = len(usage["cheapest"]) // 2  # fewer than the images of `draw_report`
+    rows = list(zip(usage["words"], usage["regions"], strict=True))
+    texts = [_lines(words, words_read(words, regions)) for words, regions in rows[:half] + rows[2 * half : 3 * half]]
+    figure = _new_figure(figsize=(11, 0.6 + 0.19 * sum(len(lines) + 1 for lines in texts)))
+    figure.suptitle(f"{usage['policy']}: what is read of texts (black)", fontsize="medium")
+    axis, at = figure.subplots(), 0
+    for lines in texts:
+        for read, rest in lines:
+            for shown, colour in ((rest, "silver"), (read, "black")):  # letters are equally wide, so both fit together
+                axis.text(0, -at, shown, color=colour, family="monospace", fontsize=8, parse_math=False)
+            at += 1
+        at += 1
+    axis.set(xlim=(0, 1), ylim=(-at, 1))
+    axis.set_axis_off()
+    _save(figure, path)
+
+
+def _lines(words: list[str], read: list[bool], wide: int = 120, most: int = 12) -> list[tuple[str, str]]:
+    """Break words into at most `most` lines; return of each the words that were read and the others, each in place."""
+    lines, here = list[tuple[str, str]](), ("", "")
+    for word, was in zip(words, read, strict=True):
+        shown = word[:wide]
+        if len(here[0]) + len(shown) > wide:
+            lines.append(here)
+            here = "", ""
+        blank = " " * len(shown)
+        here = here[0] + (shown if was else blank) + " ", here[1] + (blank if was else shown) + " "
+    lines.append(here)
+    return lines if len(lines) <= most else [*lines[: most - 1], (" " * 3, "...")]
 
 
 def _picture(test: Split, row: int) -> Tensor:

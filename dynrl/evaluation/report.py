@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,13 +91,16 @@ def evaluate(
             pictures = _pictures(learned[0], ground, measured["usage"])
     report = merge_reports(found)
     if out is not None:
-        from dynrl.evaluation.figures import draw_regions, draw_report
+        from dynrl.evaluation.figures import draw_regions, draw_report, draw_words
 
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "report.json", report)
         draw_report(report, dataset.test, Path(out) / "report.png", pictures)
         if report["usage"] is not None and any(report["usage"]["regions"]):
-            draw_regions(report["usage"], dataset.test, Path(out) / "regions.png")
+            if any(report["usage"]["words"]):
+                draw_words(report["usage"], Path(out) / "words.png")
+            else:
+                draw_regions(report["usage"], dataset.test, Path(out) / "regions.png")
     return report
 
 
@@ -317,6 +322,7 @@ def report_text(report: dict[str, Any]) -> str:
         lines.append(
             f"{usage['policy']}: {usage['distinct_routes']} routes, the commonest {usage['commonest']:.0%}{between}"
         )
+        lines += _words_lines(usage)
         lines += _difficulty_lines(usage, task)
     for name in report["seeds"]:
         missed = sorted(set(report["budgets"]) - {p["budget"] for p in report["points"] if p["policy"] == name})
@@ -330,6 +336,25 @@ def report_text(report: dict[str, Any]) -> str:
     if "budgeted" in report:
         lines.append(budgeted_text(report))
     return "\n".join(lines)
+
+
+def words_read(words: Sequence[str], regions: Sequence[Any]) -> list[bool]:
+    """Tell which words of a text were read, by its row of `usage["regions"]`."""
+    places = {left for parts in regions for _, left, _, _ in parts}
+    return [place in places for place in range(len(words))]
+
+
+def _words_lines(usage: dict[str, Any]) -> list[str]:
+    """Return what was read of some texts, least first: the words read, and … for all between them that were not."""
+    lines, half = [], len(usage["cheapest"])
+    for words, regions in list(zip(usage["words"], usage["regions"], strict=True))[:: max(1, half // 2)]:
+        read = words_read(words, regions)
+        runs = groupby(zip(words, read, strict=True), key=itemgetter(1))
+        shown = " ".join(" ".join(word for word, _ in run) if was else "…" for was, run in runs)
+        if regions:
+            shown = shown if len(shown) <= 200 else f"{shown[:200]} …"
+            lines.append(f"{usage['policy']} read {sum(read)} of {len(words)} words: {shown}")
+    return lines
 
 
 def _difficulty_lines(usage: dict[str, Any], task: type[Task]) -> list[str]:

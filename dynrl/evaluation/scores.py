@@ -106,6 +106,7 @@ class Usage:
             the dearest (`Backbone.thrift`); an input that never comes there counts as 0.
         cheapest, dearest: the rows of the split on which least and most was spent, the extreme first.
         regions: what `Backbone.regions` says of each row of `cheapest`, then of `dearest`.
+        words: the words of these rows, where inputs are texts (`Split.words`).
         distinct_routes: how many different routes the inputs take.
         commonest: share of the inputs that take the commonest route.
         difficulty: what `by_difficulty` says.
@@ -117,6 +118,7 @@ class Usage:
     cheapest: list[int]
     dearest: list[int]
     regions: list[list[Parts]]
+    words: list[list[str]]
     distinct_routes: int
     commonest: float
     difficulty: dict[str, dict[str, Any]]
@@ -150,7 +152,8 @@ class Usage:
         drawn = torch.tensor([*ends[0], *ends[1]])
         with torch.inference_mode():
             regions = model.backbone.regions(split.inputs[drawn], actions[drawn].to(split.targets.device))
-        return cls(groups, columns, by_column, *ends, regions, len(counts), commonest, hard)
+        words = [split.words(row) for row in drawn.tolist()]
+        return cls(groups, columns, by_column, *ends, regions, words, len(counts), commonest, hard)
 
 
 @torch.inference_mode()
