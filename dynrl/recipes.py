@@ -490,6 +490,19 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("branch", "fashion-mnist"): _tree(epochs=6, tuned=2, stem_stride=2),
     ("branch", "digit-tasks"): _routing(32, (0, 1, 3, 3), epochs=10, tuned=3),
     ("branch", "many-tasks"): _routing(16, (0, 1, 3, 3, 3), epochs=8, tuned=3),
+    ("branch", "digit-views"): Defaults(
+        family="scale_grid",
+        backbone={"layers": 4, "widths": (12, 16, 16)},
+        pretraining=Recipe(
+            epochs=8, batch_size=64, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.6, 0.3, 0.1),
+            full_share=0.2, optimizer="adam", plain_epochs=6,
+        ),
+        learning=Learning(steps=200_000, hidden=32, reward="log_likelihood", price_range=(0.01, 3.0)),
+        finetuning=Finetuning(
+            epochs=2, steps=50_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
+            label_smoothing=0.0, distillation=0.0,
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -24,7 +24,9 @@ class Task:
         perfect: the metric of perfect outputs, which none is better than.
         rises: whether a higher metric is better.
         figures: the names of further figures, which people also want to know (`rates`).
-        pictures: whether targets are images that are turned with the inputs, [n, channels, height, width] both.
+        pictures: whether targets have the images' height and width, so that they are changed with the images and shown:
+            [n, channels, height, width], or [n, height, width] int64 if pixels have classes.
+        by_class: whether each input is of one class, so that reports tell of each class.
     """
 
     metric: ClassVar[str]
@@ -36,6 +38,7 @@ class Task:
     rises: ClassVar[bool] = True
     figures: ClassVar[tuple[str, ...]] = ()
     pictures: ClassVar[bool] = False
+    by_class: ClassVar[bool] = False
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return the mean loss that a backbone is trained by; `smoothing` is of labels, if there are labels."""
@@ -76,6 +79,7 @@ class Classification(Task):
     """In classification, outputs are logits [n, classes], and targets are classes [n] int64."""
 
     metric, heading, factor, digits, axis, perfect = "accuracy", "accuracy %", 100.0, ".2f", "linear", 1.0
+    by_class = True
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return the cross-entropy, with label smoothing (Szegedy et al. 2016, section 7)."""
@@ -143,6 +147,49 @@ class Detection(Classification):
         right, found = (metric == 1).double(), target == 1
         each = right[found], 1 - right[~found]
         return {name: float(rows.mean()) for name, rows in zip(self.figures, each, strict=True) if len(rows)}
+
+
+@dataclass(frozen=True)
+class Segmentation(Classification):
+    """In segmentation, each pixel has a class: outputs are [n, classes, height, width], targets [n, height, width] int64.
+
+    Likelihoods and divergences are means over an image's pixels, so that prices mean the same for images of any size.
+
+    The metric of an image is the mean, over the classes that its target shows, of intersection over union: of the
+    pixels that have the class in the target or in the answer, the share that has it in both. So each image has a
+    metric, as rewards and intervals need, and small things count like large ones. A mean over a split's pixels together,
+    which is usual, lets large things outweigh small ones.
+
+    Source: Revisiting Evaluation Metrics for Semantic Segmentation (Wang et al. 2023, NeurIPS Datasets and Benchmarks),
+    where this is mIoU^I.
+    """
+
+    metric, heading = "miou", "mIoU %"
+    pictures, by_class = True, False
+
+    def log_likelihood(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean logarithm of the probabilities of the pixels' targets, [n]."""
+        return super().log_likelihood(output, target).flatten(1).mean(1)
+
+    def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
+        """Return the mean Kullback-Leibler divergence [n] from the dense network's distributions to these ones."""
+        return super().divergence(output, dense).flatten(1).mean(1)
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean intersection over union of the classes that each target shows, [n]."""
+        classes = output.shape[1]
+        said, wanted = output.argmax(1).flatten(1), target.flatten(1)
+        pair, one = wanted * classes + said, torch.ones_like(said, dtype=torch.float32)
+        pairs = torch.zeros(len(said), classes * classes, device=output.device).scatter_add(1, pair, one)
+        pairs = pairs.unflatten(1, (classes, classes))  # the pixels of each class, by the class that was said
+        there, both = pairs.sum(2), pairs.diagonal(dim1=1, dim2=2)
+        shares = both / (there + pairs.sum(1) - both).clamp_min(1)
+        return shares.sum(1) / (there > 0).sum(1)
+
+    def blind(self, target: Tensor) -> Tensor:
+        """Return how often each class is a pixel's target, for all rows: [n, classes, height, width]."""
+        counts = F.one_hot(target).float().mean(0)
+        return counts.permute(2, 0, 1).expand(len(target), -1, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -236,5 +283,5 @@ def _mse(output: Tensor, target: Tensor) -> Tensor:
 
 CLASSIFICATION = Classification()
 TASKS: dict[str, type[Task]] = {  # by their metrics
-    task.metric: task for task in (Classification, Detection, Regression, Restoration)
+    task.metric: task for task in (Classification, Detection, Segmentation, Regression, Restoration)
 }

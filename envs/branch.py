@@ -11,7 +11,8 @@ PHOTO = 4  # the most channels of images that tell no task
 class BranchVectorEnv(RoutingVectorEnv):
     """At each layer of a network of modules, which module does this input take, or does it pass the layer by?
 
-    In a tree of modules, which child of a node does it take, or are the answers of both mixed?
+    In a tree of modules, which child of a node does it take, or are the answers of both mixed? In a grid of scales, does
+    its map go to a coarser or a finer scale, or stay?
 
     ## Features
     Of a `RoutingNet`: the probabilities that the network's own table gives the modules of the layer for the input's
@@ -20,6 +21,8 @@ class BranchVectorEnv(RoutingVectorEnv):
     Of a `NeuralTree`: the probability that the node's own router gives the child that it prefers, that of the right
     child, the weight of the row's present path in its mixture (1 if it took one child at each node above), and the mean
     of each channel at the node.
+
+    Of a `ScaleGrid`: the mean of each channel of the map, at the scale where the row is.
 
     ## Action
     `Discrete(n)`: action m runs module m of the layer. Modules are whole parts of a network: they may be of different
@@ -31,18 +34,23 @@ class BranchVectorEnv(RoutingVectorEnv):
     After 1, the row first walks on the left side of the node and then on the right one, and the router's probabilities
     weigh their answers.
 
+    In a `ScaleGrid`, action 0 brings the map to the next coarser scale, 1 keeps it at its scale, and 2 brings it to the
+    next finer one. Beyond the finest and the coarsest, choices are closed.
+
     ## Episode
     One input. The episode ends after the last layer, so it has as many steps as the network has layers. In a tree, it
     ends when all that the row has taken is walked: there are as many steps as inner nodes at most.
 
     ## Data
     The default is `digit-tasks`: five tasks on small images of digits. `many-tasks` has seven on clothes and digits. In
-    both, each input tells its task. Trees have defaults on `digits` and `fashion-mnist`.
+    both, each input tells its task. Trees have defaults on `digits` and `fashion-mnist`, grids on `digit-views`: digits
+    seen from near or far, whose pixels have classes.
 
     ## Source
     Routing Networks: Adaptive Selection of Non-linear Functions for Multi-Task Learning, Rosenbaum et al., ICLR 2018;
     Dynamic Deep Neural Networks: Optimizing Accuracy-Efficiency Trade-offs by Selective Execution, Liu & Deng, AAAI
-    2018 (modules of unequal cost, chosen by Q-learning); Adaptive Neural Trees, Tanno et al., ICML 2019 (trees).
+    2018 (modules of unequal cost, chosen by Q-learning); Adaptive Neural Trees, Tanno et al., ICML 2019 (trees); Learning
+    Dynamic Routing for Semantic Segmentation, Li et al., CVPR 2020 (grids of scales).
 
     ## Version history
     v0: the first version.

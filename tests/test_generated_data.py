@@ -12,7 +12,7 @@ from dynrl.data.hops import hops
 from dynrl.data.images import digit_images
 from dynrl.data.photos import GARMENTS, WINDOW, _windows
 from dynrl.data.scenes import Scene as Scenery
-from dynrl.data.scenes import draw_scenes
+from dynrl.data.scenes import View, draw_scenes, draw_views
 from dynrl.data.sequences import prefix
 from dynrl.data.traces import COLOURS, Scene, trace_images
 
@@ -124,6 +124,23 @@ def test_a_scene_holds_one_whole_thing_and_pieces_of_others():
     assert torch.equal(difficulty["size"].unique(), torch.arange(8.0, 13))
     assert torch.equal(difficulty["clutter"].unique(), torch.arange(4.0))
     assert torch.equal(draw_scenes(things, scene, torch.arange(400) % 5, seed=0)[0], images)
+
+
+def test_a_view_shows_whole_things_of_one_size_whose_pixels_have_their_classes():
+    view = View(side=24, sizes=(4, 16), share=0.4, most=5, texture=0.2, patch=4)
+    things, classes = torch.ones(3, 1, 8, 8), torch.tensor([0, 4, 7])
+    images, labels, hard = draw_views(things, classes, view, 300, seed=0)
+    assert images.shape == (300, 1, 24, 24) and labels.shape == (300, 24, 24)
+    for image, label, (size, number, texture) in zip(images[:, 0], labels, hard.tolist(), strict=True):
+        assert number == min(5, max(1, int(0.4 * 24**2 / size**2)))
+        shown = label > 0
+        assert set(label.unique().tolist()) <= {0, 1, 5, 8} and shown.sum() == number * size**2, "none hides another"
+        assert image[shown].min() >= 0.3 and image[~shown].max() <= max(texture, 0.3) + 1e-6
+        squares = F.avg_pool2d(shown[None, None].float(), int(size), 1)[0, 0]
+        assert (squares == 1).sum() >= number, "each is whole"
+    assert hard[:, 0].min() == 4 and hard[:, 0].max() == 16 and hard[:, 0].median() < 9
+    assert all(torch.equal(a, b) for a, b in zip(draw_views(things, classes, view, 300, seed=0), (images, labels, hard)))
+    assert not torch.equal(draw_views(things, classes, view, 300, seed=1)[1], labels)
 
 
 def test_scenes_show_each_thing_under_its_own_class():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from dynrl.tasks import CLASSIFICATION, PERFECT, TASKS, Classification, Detection, Regression, Restoration
+from dynrl.tasks import CLASSIFICATION, PERFECT, TASKS, Classification, Detection, Regression, Restoration, Segmentation
 
 
 def cases():
@@ -25,6 +25,12 @@ def cases():
         Detection(2 / 7), logits[:, :2], rare, other[:, :2],
         Categorical(logits=logits[:, :2]).log_prob(rare) * torch.tensor([0.7, 1.75, 0.7, 0.7, 1.75, 0.7, 0.7]),
         kl_divergence(Categorical(logits=other[:, :2]), Categorical(logits=logits[:, :2])),
+    )  # fmt: skip
+    maps, wanted, others = torch.randn(7, 3, 4, 5), torch.randint(0, 3, (7, 4, 5)), torch.randn(7, 3, 4, 5)
+    said, other_said = (Categorical(logits=logits.permute(0, 2, 3, 1)) for logits in (maps, others))
+    yield (
+        Segmentation(), maps, wanted, others,
+        said.log_prob(wanted).mean((1, 2)), kl_divergence(other_said, said).mean((1, 2)),
     )  # fmt: skip
     # A Gaussian whose half precision is 1 / variance: its likelihood up to the constant is what the task pays.
     task, outputs, numbers, other = Regression(0.3), torch.randn(7, 1), torch.randn(7, 1), torch.randn(7, 1)
@@ -57,7 +63,7 @@ def test_the_metric_is_right_for_right_answers(case):
     task, output, target, *_ = case
     perfect = target
     if isinstance(task, Classification):
-        perfect = torch.nn.functional.one_hot(target, output.shape[1]).float()
+        perfect = torch.nn.functional.one_hot(target, output.shape[1]).movedim(-1, 1).float()
     assert (task.error(task.score(perfect, target)) == 0).all()
     metric, error = task.score(output, target), task.error(task.score(output, target))
     assert metric.shape == error.shape == (7,)
@@ -84,7 +90,7 @@ def test_answering_the_mean_costs_one():
 
 
 def test_smoothing_is_for_labels_only():
-    (_, logits, classes, *_), _, (task, outputs, numbers, *_), _ = cases()
+    (_, logits, classes, *_), _, _, (task, outputs, numbers, *_), _ = cases()
     assert CLASSIFICATION.loss(logits, classes, 0.1) != CLASSIFICATION.loss(logits, classes)
     assert task.loss(outputs, numbers, 0.1) == task.loss(outputs, numbers)
 
@@ -106,6 +112,24 @@ def test_detection_weighs_both_classes_alike():
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="share of class 1"):
             Detection(share)
+
+
+def test_each_image_has_the_mean_of_its_own_classes_intersections_over_unions():
+    """By sets of pixels; a class that is said and is not there takes pixels from those that are, and is none itself."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(20, 4, 6, 5), torch.randint(0, 4, (20, 6, 5))
+    target[:5] = target[:5].clamp_max(1)
+    target[0] = 2
+    said = logits.argmax(1)
+    for image, wanted, metric in zip(said, target, Segmentation().score(logits, target), strict=True):
+        shares = []
+        for k in set(wanted.flatten().tolist()):
+            mine, theirs = (set((to == k).flatten().nonzero().flatten().tolist()) for to in (image, wanted))
+            shares.append(len(mine & theirs) / len(mine | theirs))
+        assert float(metric) == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+    blind = Segmentation().blind(target)
+    assert blind.shape == logits.shape
+    torch.testing.assert_close(blind[3, 2, 1, 4], (target[:, 1, 4] == 2).float().mean())
 
 
 def test_targets_of_another_shape_are_refused():

@@ -10,7 +10,7 @@ import dynrl
 from dynrl.backbones import END, RecallNet, Restorer, Unrolled
 from dynrl.backbones.unroll import noise_level
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.evaluation.scores import restored
+from dynrl.evaluation.scores import pictures
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy, ThresholdPolicy
 from dynrl.pretraining import Recipe, loss_of_best
@@ -267,11 +267,11 @@ def test_a_report_shows_what_was_restored(tmp_path):
     report = dynrl.evaluate(run, out=tmp_path / "report", batch_size=8, budgets=(0.7,))
     assert report["metric"] == "psnr" and report["usage"]["difficulty"]["noise"]["bins"]
     assert report["dense"]["psnr"] > 0 and (tmp_path / "report" / "report.png").stat().st_size > 10_000
-    shown = restored(run.model, data.test, [3, 1])
-    assert list(shown) == ["as it came", "at its stop", "all steps", "target"]
-    assert torch.equal(shown["as it came"], data.test.inputs[[3, 1]])
-    assert torch.equal(shown["at its stop"], run.model(data.test.inputs[[3, 1]]))
-    torch.testing.assert_close(shown["all steps"], run.model.backbone(data.test.inputs[[3, 1]]))
+    shown = pictures(run.model, data.test, [3, 1])
+    assert list(shown) == ["input", "routed", "full route", "target"]
+    assert torch.equal(shown["input"], data.test.inputs[[3, 1]])
+    assert torch.equal(shown["routed"], run.model(data.test.inputs[[3, 1]]))
+    torch.testing.assert_close(shown["full route"], run.model.backbone(data.test.inputs[[3, 1]]))
 
 
 def test_targets_turn_with_their_images():

@@ -15,6 +15,7 @@ from dynrl.backbones.exit import ExitResNet
 from dynrl.backbones.expert import ExpertNet
 from dynrl.backbones.frames import Frames
 from dynrl.backbones.glimpses import Glimpses
+from dynrl.backbones.grid import ScaleGrid
 from dynrl.backbones.hierarchical import MultiScaleRNN
 from dynrl.backbones.looks import Looks
 from dynrl.backbones.models import Members, Models, Resolutions
@@ -41,16 +42,16 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     for family in (
         SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM,
         MultiScaleRNN, Members, Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, Frames, TokenViT,
-        CellResNet, RoutingNet, NeuralTree,
+        CellResNet, RoutingNet, NeuralTree, ScaleGrid,
     )
 }  # fmt: skip
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertModule", "ExpertNet",
     "Frames", "Glimpses", "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN",
-    "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer", "RoutingNet", "SkipGRU", "SkipLSTM", "SkipModule",
-    "SkipResNet", "SlimmableResNet", "State", "TokenModule", "TokenViT", "Unrolled", "Walk", "choice_rates",
-    "load_backbone", "merge",
+    "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer", "RoutingNet", "ScaleGrid", "SkipGRU", "SkipLSTM",
+    "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule", "TokenViT", "Unrolled", "Walk",
+    "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Answer, Backbone
+from dynrl.backbones.base import Answer
 from dynrl.backbones.gated import GatedWalk, straight_through
-from dynrl.backbones.resnet import BasicBlock, Block, Normed, folded
+from dynrl.backbones.resnet import BasicBlock, Normed
 from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.ways import Ways
 from dynrl.cost import count_macs
 from dynrl.ops.move import keep_rows, take_rows
 from dynrl.ops.pooled import summary
@@ -63,7 +64,7 @@ def _stage(level: int, layers: tuple[int, ...], widths: tuple[int, ...]) -> nn.S
     return nn.Sequential(first, *(BasicBlock(widths[level], widths[level]) for _ in range(layers[level] - 1)))
 
 
-class NeuralTree(Backbone):
+class NeuralTree(Ways):
     """A tree of residual stages: at each node, a row goes to one child, or to both, whose answers are mixed.
 
     The root holds the first stage of a residual network, and each level below holds the next stage, twice as often. So
@@ -98,7 +99,6 @@ class NeuralTree(Backbone):
     """
 
     family = "neural_tree"
-    decision = "branch"
     scores: ClassVar = {"router": (0, True)}
     rule = "threshold"
     budgets: ClassVar = (0.3, 0.4, 0.5, 0.6, 0.8)
@@ -192,7 +192,7 @@ class NeuralTree(Backbone):
             if side:  # rows that are on the left now come here later
                 later, now = keep_rows(again, rows, features), keep_rows(~again, rows, features)
                 if later is not None:
-                    for name, value in zip(self._held(point), later[1], strict=False):
+                    for name, value in zip(self._waiting(point, 2), later[1], strict=False):
                         walk.keep(name, later[0], value)
                 reached += [State(walk, point, *now)] if now is not None else []
             else:
@@ -212,7 +212,7 @@ class NeuralTree(Backbone):
             waits = State(walk, END, rows).get(walk.route[:, above]) == BOTH
             turning, rest = keep_rows(waits, rows), keep_rows(~waits, rows)
             if turning is not None:
-                held: Any = tuple(walk.own[name] for name in self._held(point)[:2])
+                held: Any = tuple(walk.own[name] for name in self._waiting(point, 2)[:2])
                 if turning[0] is not walk.all_rows:
                     held = tuple(take_rows(whole, turning[0]) for whole in held)
                 reached.append(State(walk, point, turning[0], held))
@@ -236,16 +236,11 @@ class NeuralTree(Backbone):
                 self._say(walk, module, state.rows, done, weights)
                 continue
             here = present & ((likeliest == BOTH) | ((likeliest == OWN) == preferred))
-            arrived = (*self._arrive(point, done, weights), came * (alone + both), here)
-            walk.own |= dict(zip(self._held(point), arrived, strict=True))
+            self._come(walk, point, self._arrive(point, done, weights), came * (alone + both), here)
         following = state.point + 1
         if following == len(self.points):
             return State(walk, END, state.rows)
-        x, told, walk.weight, walk.present = (walk.own[name] for name in self._held(following))
-        return State(walk, following, state.rows, (x, told))
-
-    def _held(self, point: int) -> list[str]:
-        return [f"{part} at {point}" for part in ("map", "told", "weight", "present")]
+        return State(walk, following, state.rows, self._at(walk, following, 2))
 
     def observe(self, state: State) -> Tensor:
         """Return the router's probability of its own child and of the right one, the path's weight, channels' means.
@@ -313,13 +308,3 @@ class NeuralTree(Backbone):
             return go(0, self._stage(0, self.stem(inputs)))
 
         return run
-
-    def for_inference(self) -> Self:
-        """Return a frozen copy with batch norm, ReLU and residual folded into the convolutions, in channels_last."""
-        twin = folded(super().for_inference())
-        stages: Any = twin.stages
-        for stage in stages:
-            for i, block in enumerate(stage):
-                if isinstance(block, Block):  # a copy of a copy is folded already
-                    stage[i] = block.folded()
-        return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -94,8 +94,10 @@ class Augmentation:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return a changed copy of `images` [n, channels, height, width]; without changes, return them as they are."""
-        if self == Augmentation():
-            return images
+        return images if self == Augmentation() else _moved(images, self._places(images, generator))
+
+    def _places(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw where each pixel of changed copies of `images` is taken from: [n, height, width, 2]."""
         count, size = len(images), images.shape[-1]
 
         def uniform() -> Tensor:
@@ -107,19 +109,26 @@ class Augmentation:
         dx, dy = ((uniform() * (self.shift + 0.5)).round().clamp(-self.shift, self.shift) * 2 / size for _ in "xy")
         cos, sin = scale * angle.cos(), scale * angle.sin()
         matrix = torch.stack([cos * mirror, -sin, dx, sin * mirror, cos, dy], 1).view(count, 2, 3)
-        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        return F.affine_grid(matrix, list(images.shape), align_corners=False)
 
     def rows(self, split: Split, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return changed copies of the inputs at `rows` [n] of a split, and their targets.
 
-        Targets that are images are changed like their inputs.
+        Targets that are pictures are changed like their inputs.
         """
         inputs, targets = split.inputs[rows], split.targets[rows]
-        if not split.task.pictures:
+        if not split.task.pictures or self == Augmentation():
             return self(inputs, generator), targets
-        both = self(torch.cat([inputs, targets], 1), generator)
-        return both[:, : inputs.shape[1]], both[:, inputs.shape[1] :]
+        places = self._places(inputs, generator)
+        if targets.is_floating_point():
+            return _moved(inputs, places), _moved(targets, places)
+        # There is nothing between two classes, so the nearest pixel's is taken.
+        return _moved(inputs, places), _moved(targets.unsqueeze(1).float(), places, "nearest").squeeze(1).long()
+
+
+def _moved(images: Tensor, places: Tensor, between: str = "bilinear") -> Tensor:
+    """Take each pixel of images [n, channels, height, width] from its place [n, height, width, 2]."""
+    return F.grid_sample(images, places, between, padding_mode="border", align_corners=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""In a scene, one thing of random size lies at a random place among random amounts of clutter."""
+"""In a scene, one thing of random size lies among random amounts of clutter, or things are seen from near or far."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from dynrl.data.base import Augmentation, Dataset, Parts, Split, scaled
 from dynrl.data.images import digit_images, fashion_images
 from dynrl.data.stored import statistics
+from dynrl.tasks import Segmentation
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ def draw_scenes(things: Tensor, scene: Scene, rows: Tensor, seed: int) -> tuple[
         """Paste squares on the canvases `at` [k], at `place` [2, k]; each shows a thing of that size and corner."""
         light = torch.from_numpy(rng.uniform(DIM, 1, (len(at), 1, 1))).float()
         pixels = resized(shown, square, size, corner)[:, 0] * light
-        every = torch.arange(square)
-        top, left = torch.from_numpy(place).unsqueeze(2)
-        where = at.view(-1, 1, 1), (top + every).unsqueeze(2), (left + every).unsqueeze(1)
+        where = _squares(at, place, square)
         canvas[where] = canvas[where].maximum(pixels)
 
     sizes, pieces = rng.integers(least, most + 1, count), rng.integers(0, scene.pieces + 1, count)
@@ -73,6 +72,13 @@ def draw_scenes(things: Tensor, scene: Scene, rows: Tensor, seed: int) -> tuple[
         paste(torch.from_numpy(mine), things[torch.from_numpy(others)], big, cut, scene.piece, place)
     images = canvas[:, : scene.side, : scene.side].unsqueeze(1).clone()
     return images, {"size": torch.from_numpy(sizes).float(), "clutter": torch.from_numpy(pieces).float()}
+
+
+def _squares(at: Tensor, place: np.ndarray, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the index of squares of that side on the canvases `at` [k], whose corners are at `place` [2, k]."""
+    every = torch.arange(side)
+    top, left = torch.from_numpy(place).unsqueeze(2)
+    return at.view(-1, 1, 1), (top + every).unsqueeze(2), (left + every).unsqueeze(1)
 
 
 def resized(things: Tensor, square: int, size: np.ndarray, corner: np.ndarray) -> Tensor:
@@ -92,6 +98,75 @@ def resized(things: Tensor, square: int, size: np.ndarray, corner: np.ndarray) -
     matrix[:, :, 2] = torch.from_numpy((square + 2 * corner[::-1] - size) / size).t().float()
     grid = F.affine_grid(matrix, [len(things), 1, square, square], align_corners=False)
     return F.grid_sample(things, grid, align_corners=False)
+
+
+@dataclass(frozen=True)
+class View:
+    """A view says from where things are seen: all things of an image are of one size.
+
+    Attributes:
+        side: the image's width and height in pixels.
+        sizes: the least and the most pixels of a thing's width and height.
+        share: things are as many as make up this share of the image, at least one.
+        most: the most things of an image.
+        texture: the brightest that the background may be.
+        patch: the width and height of a patch of the background in pixels.
+    """
+
+    side: int
+    sizes: tuple[int, int]
+    share: float
+    most: int
+    texture: float
+    patch: int
+
+
+EDGE = 0.3  # pixels of a thing that are dimmer count as background
+
+
+def draw_views(things: Tensor, classes: Tensor, view: View, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw images of things from near or from far, on a background of patches.
+
+    Sizes are uniform in their logarithm. Things do not overlap; where the background is brighter, it shows.
+
+    Args:
+        things: [m, 1, height, width], in 0 to 1.
+        classes: [m] int64.
+        view: what each image holds.
+        count: the number of images.
+        seed: the seed of all draws.
+
+    Returns:
+        the images [count, 1, side, side]; the class of each pixel [count, side, side] int64, 0 for the background, else
+        1 more than that of the thing; and what makes images hard, [count, 3]: the things' size, their number, and how
+        bright the background may be.
+    """
+    rng, side, most = np.random.default_rng(seed), view.side, view.sizes[1]
+    sizes = np.exp(rng.uniform(*np.log([view.sizes[0], most + 1]), count)).astype(np.int64)
+    numbers = (view.share * side**2 / sizes**2).astype(np.int64).clip(1, view.most)
+    texture = torch.from_numpy(rng.uniform(0, view.texture, count)).float()
+    patches = torch.from_numpy(rng.random((count, 1, -(-side // view.patch), -(-side // view.patch)))).float()
+    # Places are cells as large as the things, so that none hides another; each image draws the order of its cells.
+    across = side // sizes
+    order = rng.random((count, int(across.max()) ** 2))
+    order = np.where(np.arange(order.shape[1]) < across[:, None] ** 2, order, 2).argsort(1)
+    corners = rng.integers(0, side - sizes * across + 1, (2, count))
+    canvas, labels = torch.zeros(2, count, side + most, side + most)
+    canvas[:, :side, :side] = (F.interpolate(patches, size=side, mode="bilinear") * texture.view(-1, 1, 1, 1))[:, 0]
+    for number in range(view.most):
+        mine = np.flatnonzero(numbers > number)
+        shown = torch.from_numpy(rng.integers(len(things), size=len(mine)))
+        big = sizes[mine]  # the more things, the smaller: squares need not hold the largest
+        square, cell = int(big.max(initial=1)), order[mine, number]
+        places = corners[:, mine] + big * np.stack([cell // across[mine], cell % across[mine]])
+        where = _squares(torch.from_numpy(mine), places, square)
+        light = torch.from_numpy(rng.uniform(DIM, 1, (len(mine), 1, 1))).float()
+        pixels = resized(things[shown], square, big, np.zeros((2, len(mine))))[:, 0] * light
+        front = (pixels > EDGE) & (pixels >= canvas[where])
+        canvas[where] = canvas[where].maximum(pixels)
+        labels[where] = torch.where(front, classes[shown].view(-1, 1, 1) + 1.0, labels[where])
+    hard = torch.stack([torch.from_numpy(sizes).float(), torch.from_numpy(numbers).float(), texture], 1)
+    return canvas[:, :side, :side].unsqueeze(1).clone(), labels[:, :side, :side].long(), hard
 
 
 def _scenes(name: str, scene: Scene, things: Parts, sizes: tuple[int, int, int]) -> Dataset:
@@ -133,3 +208,26 @@ def fashion_scenes() -> Dataset:
     """Clothes of random size among up to 8 pieces of other clothes, 64x64; 20,000 / 2,000 / 5,000 rows."""
     scene = Scene(side=64, sizes=(16, 28), pieces=8, piece=10)
     return _scenes("fashion-scenes", scene, fashion_images(), (20_000, 2_000, 5_000))
+
+
+def digit_views() -> Dataset:
+    """Digits seen from near or far, 40x40, whose pixels have classes; 8,000 / 1,000 / 2,000 rows.
+
+    An image shows one large digit, up to six small ones, or something in between. Training images are drawn anew in
+    each epoch.
+    """
+    view, things = View(side=40, sizes=(8, 32), share=0.3, most=6, texture=0.5, patch=5), digit_images()
+    sizes = 8_000, 1_000, 2_000
+    made = [draw_views(*things[part], view, sizes[part], part) for part in range(3)]
+    mean, deviation = statistics(made[0][0])
+
+    def split(images: Tensor, labels: Tensor, hard: Tensor) -> Split:
+        difficulty = dict(zip(("size", "things", "texture"), hard.unbind(1), strict=True))
+        return Split(scaled(images, mean, deviation), labels, Segmentation(), difficulty)
+
+    train, validation, test = (split(*part) for part in made)
+    return Dataset(
+        "digit-views", 11, train, validation, test, Augmentation(), mean, deviation,
+        anew=lambda seed: split(*draw_views(*things[0], view, sizes[0], 1000 + seed)),
+        names=("background", *map(str, range(10))), dtype="uint8",
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from dynrl.data import Split
 from dynrl.evaluation.difficulty import bin_name
 from dynrl.evaluation.report import correlation_text, seeds_text, words_read
 from dynrl.files import write_aside
-from dynrl.tasks import TASKS, Classification, Task
+from dynrl.tasks import TASKS, Task
 
 RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # other rivals: "x-."
 MARKERS = {"ppo": "o", "gate": "v"}  # markers by agent where the backbone is frozen; other agents: "p"
@@ -63,7 +63,7 @@ def show_in_tensorboard(picture: Path, run: Path) -> None:
 def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[str, Any] | None = None) -> None:
     """Draw the metric against MACs and against measured time, and where one policy spends, and on which inputs.
 
-    `pictures` is what `restored` returns, if inputs are images that are restored.
+    `pictures` is what `dynrl.evaluation.scores.pictures` returns, if answers are pictures.
     """
     hard = {} if report["usage"] is None else report["usage"]["difficulty"]
     count = 2 + bool(hard) + bool(pictures) + ("budgeted" in report)
@@ -162,21 +162,26 @@ def _draw_usage(usage: dict[str, Any], classes: list[str], test: Split, figure: 
             axis.set_axis_off()
         for row, axis in zip(mine, grid, strict=False):
             axis.imshow(_picture(test, row).numpy(), cmap="gray")
-            if isinstance(test.task, Classification):
+            if test.task.by_class:
                 axis.set_title(_short(classes[int(test.targets[row])]), fontsize="small")
 
 
 def _draw_pictures(pictures: dict[str, Any], task: Task, figure: Any) -> None:
-    """Draw a row for each stage of some images, from what came in to the target, with the metric above each."""
-    target = [*pictures.values()][-1]
+    """Draw a row for each kind of `pictures`, with the metric above each that can be compared with its target."""
+    target, answers = pictures["target"], pictures["full route"]
     grid = figure.subplots(len(pictures), len(target), squeeze=False)
     for (name, images), row in zip(pictures.items(), grid, strict=True):
-        told = task.score(images, target).tolist()
+        told = [""] * len(images)
+        if images is not target and images.shape == answers.shape:
+            told = [task.show(metric) for metric in task.score(images, target).tolist()]
+            images = images if target.is_floating_point() else images.argmax(1)
         for image, metric, axis in zip(images, told, row, strict=True):
-            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+            if image.dim() == 3:
+                axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+            else:
+                axis.imshow(image.numpy(), cmap="nipy_spectral", vmin=0, vmax=answers.shape[1] - 1)
             axis.set(xticks=[], yticks=[])
-            if images is not target:
-                axis.set_title(task.show(metric), fontsize="x-small", pad=2)
+            axis.set_title(metric, fontsize="x-small", pad=2)
         row[0].set_ylabel(name, fontsize="small")
     half = len(target) // 2
     figure.suptitle(f"{task.heading}; least is spent on the left {half}, most on the right {half}", fontsize="medium")

@@ -18,7 +18,7 @@ from dynrl.evaluation.budgeted import budgeted, budgeted_text, check_leaving
 from dynrl.evaluation.contenders import Contender, Dense, Ground, Learned, Reached, by_chance, mean_metric, rivals
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
-from dynrl.evaluation.scores import Score, Usage, restored
+from dynrl.evaluation.scores import Score, Usage, pictures
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import check_folder, write_json
 from dynrl.machine import commit, hardware
@@ -27,7 +27,7 @@ from dynrl.runs import RunFolder, by_backbone, by_kind
 from dynrl.tasks import TASKS, Task
 
 ROUNDS = 11  # how often each side is timed
-SHOWN = 4  # how many of the inputs that least is spent on are shown as restored, and as many of the others
+SHOWN = 4  # how many of the inputs that least is spent on are shown with their answers, and as many of the others
 Run = str | Path | RunFolder
 
 
@@ -77,7 +77,7 @@ def evaluate(
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
     }  # fmt: skip
-    found, pictures = [], None
+    found, shown = [], None
     for mine in groups:
         kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, getattr(torch, dtype))
         exits = check_leaving(ground) if protocol == "budgeted" else None
@@ -87,15 +87,15 @@ def evaluate(
         if exits is not None:
             measured["budgeted"] = budgeted(ground, learned, exits, show)
         found.append(common | {"seeds": seeds} | measured)
-        if dataset.task.pictures and pictures is None and learned:
-            pictures = _pictures(learned[0], ground, measured["usage"])
+        if dataset.task.pictures and shown is None and learned:
+            shown = _pictures(learned[0], ground, measured["usage"])
     report = merge_reports(found)
     if out is not None:
         from dynrl.evaluation.figures import draw_regions, draw_report, draw_words
 
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "report.json", report)
-        draw_report(report, dataset.test, Path(out) / "report.png", pictures)
+        draw_report(report, dataset.test, Path(out) / "report.png", shown)
         if report["usage"] is not None and any(report["usage"]["regions"]):
             if any(report["usage"]["words"]):
                 draw_words(report["usage"], Path(out) / "words.png")
@@ -258,11 +258,12 @@ def _usage(contender: Learned, ground: Ground) -> dict[str, Any]:
 
 
 def _pictures(contender: Learned, ground: Ground, usage: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return what the first seed makes of some inputs that it spends least and most on, as `usage` tells."""
+    """Return raw images that the first seed spends least and most on, as `usage` tells, and what it makes of them."""
     model = contender.models[0]
     if usage["price"] is not None:
         model.set_price(usage["price"])
-    return restored(model, ground.test, usage["cheapest"][:SHOWN] + usage["dearest"][:SHOWN])
+    shown = pictures(model, ground.test, usage["cheapest"][:SHOWN] + usage["dearest"][:SHOWN])
+    return shown | {"input": ground.dataset.raw(shown["input"])}
 
 
 def _dense_figures(dense: Dense, times: dict[str, float], points: _Points) -> dict[str, Any]:

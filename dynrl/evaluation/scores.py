@@ -14,7 +14,6 @@ from dynrl.backbones.base import Parts
 from dynrl.data import Split
 from dynrl.deploy import Route, RoutedModel
 from dynrl.evaluation.difficulty import by_difficulty
-from dynrl.tasks import Classification
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Usage:
         columns = [f"{p.name} {visit + 1}" if visit else p.name for p in points for visit in range(p.visits)]
         groups: list[dict[str, Any]] = []
         by_column = []
-        for name in classes.unique().tolist() if isinstance(split.task, Classification) else [None]:
+        for name in classes.unique().tolist() if split.task.by_class else [None]:
             mine = torch.ones(len(macs), dtype=torch.bool) if name is None else classes == name
             rates = split.task.rates(metric[mine], classes[mine])
             reached = rates or {split.task.metric: float(metric[mine].mean())}
@@ -157,14 +156,15 @@ class Usage:
 
 
 @torch.inference_mode()
-def restored(model: RoutedModel, split: Split, rows: list[int]) -> dict[str, Tensor]:
+def pictures(model: RoutedModel, split: Split, rows: list[int]) -> dict[str, Tensor]:
     """Return the images at `rows` of a split of pictures by name, [rows, channels, height, width] each.
 
-    They are as they came in, as the model leaves them at its present price, after all steps, and as they should be.
+    They are as they came in, as the model answers at its present price, the answers of the full route, and the targets,
+    which are [rows, height, width] if pixels have classes.
     """
-    given, clean = split.inputs[rows], split.targets[rows]
-    images = {"as it came": given, "at its stop": model(given), "all steps": model.backbone(given), "target": clean}
-    return {name: image.float().cpu() for name, image in images.items()}
+    given, wanted = split.inputs[rows], split.targets[rows]
+    images = {"input": given, "routed": model(given), "full route": model.backbone(given), "target": wanted}
+    return {name: image.float().cpu() if image.is_floating_point() else image.cpu() for name, image in images.items()}
 
 
 def _dearness(backbone: Backbone, actions: Tensor) -> Tensor:
