@@ -19,7 +19,7 @@ SHOWN_CLASSES = 20  # nobody reads a thousand curves, and writing them takes lon
 
 
 def ended_episodes(env: RoutingVectorEnv, info: Info, returns: Tensor) -> dict[str, Tensor]:
-    """Return what is logged of the episodes that ended with a step: [n] each, but routes [n, columns].
+    """Return what is logged of the episodes that ended with a step: [n] each, but routes [n, columns], and targets.
 
     Args:
         env: the environment that stepped.
@@ -36,7 +36,7 @@ def episode_scalars(over: Mapping[str, Tensor], points: Sequence[Point]) -> dict
     target, not_means = over["target"], ("route", "return", "length", "target")
     scalars = {name: float(values.mean()) for name, values in over.items() if name not in not_means}
     scalars |= {"reward": float(over["return"].mean()), "routes/distinct": float(len(over["route"].unique(dim=0)))}
-    if not target.is_floating_point():  # the targets of a regression have no classes
+    if target.dim() == 1 and not target.is_floating_point():  # each input has one class
         few = target < SHOWN_CLASSES
         spent, met = (torch.bincount(target[few], weights) for weights in (over["macs_fraction"][few], None))
         for label, mean in enumerate((spent / met).tolist()):

@@ -492,12 +492,12 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("branch", "many-tasks"): _routing(16, (0, 1, 3, 3, 3), epochs=8, tuned=3),
     ("branch", "digit-views"): Defaults(
         family="scale_grid",
-        backbone={"layers": 4, "widths": (12, 16, 16)},
+        backbone={"layers": 4, "scales": 3, "width": 12},
         pretraining=Recipe(
-            epochs=8, batch_size=64, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.6, 0.3, 0.1),
-            full_share=0.2, optimizer="adam", plain_epochs=6,
+            epochs=8, batch_size=64, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.5, 0.2, 0.0),
+            full_share=0.1, optimizer="adam", plain_epochs=5,
         ),
-        learning=Learning(steps=200_000, hidden=32, reward="log_likelihood", price_range=(0.01, 3.0)),
+        learning=Learning(steps=200_000, hidden=32, reward="log_likelihood", price_range=(0.003, 0.6)),
         finetuning=Finetuning(
             epochs=2, steps=50_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
             label_smoothing=0.0, distillation=0.0,

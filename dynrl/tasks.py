@@ -151,14 +151,16 @@ class Detection(Classification):
 
 @dataclass(frozen=True)
 class Segmentation(Classification):
-    """In segmentation, each pixel has a class: outputs are [n, classes, height, width], targets [n, height, width] int64.
+    """In segmentation, each pixel has a class.
+
+    Outputs are [n, classes, height, width], and targets [n, height, width] int64.
 
     Likelihoods and divergences are means over an image's pixels, so that prices mean the same for images of any size.
 
     The metric of an image is the mean, over the classes that its target shows, of intersection over union: of the
     pixels that have the class in the target or in the answer, the share that has it in both. So each image has a
-    metric, as rewards and intervals need, and small things count like large ones. A mean over a split's pixels together,
-    which is usual, lets large things outweigh small ones.
+    metric, as intervals need, and small things count like large ones. The usual metric pools the pixels of a split,
+    where large things outweigh small ones.
 
     Source: Revisiting Evaluation Metrics for Semantic Segmentation (Wang et al. 2023, NeurIPS Datasets and Benchmarks),
     where this is mIoU^I.

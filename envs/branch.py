@@ -11,8 +11,8 @@ PHOTO = 4  # the most channels of images that tell no task
 class BranchVectorEnv(RoutingVectorEnv):
     """At each layer of a network of modules, which module does this input take, or does it pass the layer by?
 
-    In a tree of modules, which child of a node does it take, or are the answers of both mixed? In a grid of scales, does
-    its map go to a coarser or a finer scale, or stay?
+    In a tree of modules, which child of a node does it take, or are the answers of both mixed? In a grid of scales,
+    does its map go to a coarser or a finer scale, or stay?
 
     ## Features
     Of a `RoutingNet`: the probabilities that the network's own table gives the modules of the layer for the input's
@@ -49,8 +49,8 @@ class BranchVectorEnv(RoutingVectorEnv):
     ## Source
     Routing Networks: Adaptive Selection of Non-linear Functions for Multi-Task Learning, Rosenbaum et al., ICLR 2018;
     Dynamic Deep Neural Networks: Optimizing Accuracy-Efficiency Trade-offs by Selective Execution, Liu & Deng, AAAI
-    2018 (modules of unequal cost, chosen by Q-learning); Adaptive Neural Trees, Tanno et al., ICML 2019 (trees); Learning
-    Dynamic Routing for Semantic Segmentation, Li et al., CVPR 2020 (grids of scales).
+    2018 (modules of unequal cost, chosen by Q-learning); Adaptive Neural Trees, Tanno et al., ICML 2019 (trees);
+    Learning Dynamic Routing for Semantic Segmentation, Li et al., CVPR 2020 (grids of scales).
 
     ## Version history
     v0: the first version.

@@ -59,7 +59,7 @@ SET = {  # networks of ours whose settings change how they are walked
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "positions of cells": lambda: CellResNet((1, 8, 8), 2, layers=(2, 2), widths=(4, 8)),
     "branch in a tree": lambda: NeuralTree((1, 8, 8), 4, layers=(1, 1, 1), widths=(4, 6, 8)),
-    "branch in a grid of scales": lambda: ScaleGrid((1, 8, 8), 4, layers=3, widths=(4, 6), stem_stride=1),
+    "branch in a grid of scales": lambda: ScaleGrid((1, 8, 8), 4, layers=3, scales=2, width=4, stem_stride=1),
     "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),
     "hidden update of parts": lambda: SkipGRU((6, 3), 4, hidden=12, shares=(0.0, 0.25, 0.5, 1.0)),
     "hidden update of an upper layer": lambda: MultiScaleRNN((6,), 4, tokens=9, width=4, lower=5, hidden=6),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import dynrl
 from dynrl.backbones import END, ScaleGrid
-from dynrl.data import Split
-from dynrl.data.base import Augmentation
+from dynrl.data import Augmentation, Dataset, Split
 from dynrl.evaluation.routes import random_rate
+from dynrl.evaluation.scores import pictures
 from dynrl.routes import draw_routes
 from dynrl.tasks import Segmentation
 from tests.cases import trained
 
-SHAPE = dict(input_shape=(2, 18, 14), classes=3, layers=4, widths=(4, 6, 8), stem_stride=2)  # maps 9x7, 5x4, 3x2
+SHAPE = dict(input_shape=(2, 18, 14), classes=3, layers=4, scales=3, width=5, stem_stride=2)  # maps 9x7, 5x4, 3x2
 DOWN, KEEP, UP = range(3)
 ROWS = 40
 
@@ -38,12 +41,11 @@ def one_by_one(grid, x, route):
         choice = min(max(route[at], KEEP if scale == 2 else DOWN), KEEP if scale == 0 else UP)
         met.append(scale)
         scale += 1 - choice
-        cell = grid.cells[at][choice]
         if choice == UP:
-            size = {0: (9, 7), 1: (5, 4)}[scale]
-            x = cell.block(F.interpolate(cell.narrow(x), size=size))
-        else:
-            x = cell(x)
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : (9, 5)[scale], : (7, 4)[scale]]
+        elif choice == DOWN:
+            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        x = grid.cells[at][choice].block(x)
     met.append(scale)
     return (F.interpolate(grid.heads[scale](x), size=(18, 14), mode="bilinear") + grid.edges(image))[0], met
 
@@ -63,7 +65,7 @@ def test_a_row_goes_where_its_choices_lead_and_answers_for_each_pixel(fast):
             assert [grid.points[at].name for at in (ran >= 0).nonzero().flatten()] == [
                 f"layer{layer + 1}.scale{scale}" for layer, scale in enumerate(met[:-1])
             ]
-            assert [1 - c for c in ran[ran >= 0].tolist()] == [b - a for a, b in zip(met, met[1:], strict=False)]
+            assert [1 - c for c in ran[ran >= 0].tolist()] == [b - a for a, b in pairwise(met)]
             scales.update(met)
     assert scales == {0, 1, 2} and walk.outputs.shape == (ROWS, 3, 18, 14)
 
@@ -72,7 +74,7 @@ def test_a_row_goes_where_its_choices_lead_and_answers_for_each_pixel(fast):
 def test_maps_that_meet_are_weighted_means_and_answers_of_all_ways_add_up():
     """By hand, over two layers and two scales: all shares that come to one cell are one map."""
     torch.manual_seed(0)
-    grid = trained(ScaleGrid((1, 8, 8), 2, layers=2, widths=(3, 4), stem_stride=1))
+    grid = trained(ScaleGrid((1, 8, 8), 2, layers=2, scales=2, width=3, stem_stride=1))
     inputs, gates = torch.randn(5, 1, 8, 8), torch.rand(5, 3, 3)
     first, fine, coarse = gates.unbind(1)
     (down, keep), wide = first.softmax(1)[:, :2].unbind(1), (-1, 1, 1, 1)
@@ -88,7 +90,7 @@ def test_maps_that_meet_are_weighted_means_and_answers_of_all_ways_add_up():
             parts.append(weight.view(wide) * grid._answer(scale + 1 - choice, grid.cells[point][choice](came), inputs))
     walk = grid.gated(inputs, lambda state: state.along(gates.softmax(2)))
     torch.testing.assert_close(walk.outputs, sum(parts))
-    met = trained(ScaleGrid((1, 8, 8), 2, layers=3, widths=(3, 4), stem_stride=1))
+    met = trained(ScaleGrid((1, 8, 8), 2, layers=3, scales=2, width=3, stem_stride=1))
     even, seen = torch.tensor([0.5, 0.5, 0.0]).expand(5, 3), {}
 
     def choose(state):
@@ -120,16 +122,79 @@ def test_a_finer_scale_is_dearer_and_the_full_route_stays_at_the_finest():
     assert {grid.leads_to(column, choice) for column in range(grid.columns) for choice in range(3)} >= {END}
 
 
+@torch.no_grad()
+def test_the_ideal_runs_as_many_rows_in_each_cell_as_the_route():
+    grid, inputs = make(), inputs_of()
+    ran = []
+    for point, cells in enumerate(grid.cells):
+        for choice, cell in enumerate(cells):
+            cell.register_forward_hook(lambda _, given, __, key=(point, choice): ran.append((key, len(given[0]))))
+    for route in (grid.dense_actions(ROWS), torch.randint(3, (ROWS, grid.columns))):
+        grid.run_route(inputs.clone(), route)
+        walked = sorted(ran)
+        ran.clear()
+        grid.ideal(inputs, route)()
+        assert sorted(ran) == walked
+        ran.clear()
+
+
+@torch.no_grad()
+def test_a_coarser_scale_begins_as_what_the_finest_knows():
+    """A constant image looks alike at every scale, so all routes through copied cells say the same away from edges."""
+    grid = trained(ScaleGrid((1, 64, 64), 3, layers=3, scales=3, width=4, stem_stride=1))
+    image, routes = torch.full((40, 1, 64, 64), 0.7), draw_routes(grid.thrift, torch.rand(40))
+    before = grid(image)
+    grid.open_up()
+    assert torch.equal(grid(image), before), "the full route stays as it was"
+    middle = grid(image, routes)[:, :, 31:33, 31:33]
+    torch.testing.assert_close(middle, before[:, :, 31:33, 31:33])
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"widths": (4,)}, "2 to 8 scales"), ({"layers": 0}, "layers of at least 1"),
-        ({"widths": (4, 6, 8, 8)}, "2x2 cells at the coarsest"), ({"input_shape": (18, 14)}, "expected images"),
+        ({"scales": 1}, "scales of at least 2"), ({"layers": 0}, "layers of at least 1"),
+        ({"scales": 4}, "2x2 cells at the coarsest"), ({"input_shape": (18, 14)}, "expected images"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         ScaleGrid(**{**SHAPE, **settings})
+
+
+def two_kinds(grid: ScaleGrid) -> Dataset:
+    """Bright images whose pixels' classes are what the finest scale says, and dark ones with those of the coarsest."""
+    bright = torch.arange(120) % 2
+    images = torch.randn(120, 1, 8, 8, generator=torch.Generator().manual_seed(2)) + 4 * bright.view(-1, 1, 1, 1) - 2
+    routes = dict(grid.constant_routes())
+    taken = torch.tensor([routes["scale 1"], routes["scale 0"]])[bright]
+    with torch.no_grad():
+        classes = grid(images, taken).argmax(1)
+    split = Split(images, classes, Segmentation(), {"bright": bright.float()})
+    return Dataset("two kinds of maps", 4, split, split, split, Augmentation())
+
+
+def test_two_kinds_of_images_get_two_scales_and_a_report_shows_their_maps(tmp_path):
+    torch.manual_seed(3)
+    grid = trained(ScaleGrid((1, 8, 8), 4, layers=2, scales=2, width=4, stem_stride=1))
+    for head in grid.heads:
+        torch.nn.init.normal_(head.weight, std=20.0)
+    data = two_kinds(grid)
+    run = dynrl.train(
+        grid, data, out=tmp_path / "run", pretrain=False, reward="log_likelihood", steps=8_000, price_range=(1e-3, 1e-2),
+        hidden=16, num_envs=60,
+    )  # fmt: skip
+    model = run.model
+    model.set_price(1e-3)
+    answers = model(data.test.inputs)
+    assert float(data.task.score(answers, data.test.targets).mean()) > 0.95
+    fine = model.last_route.macs_fraction - model.last_route.router_fraction > 0.99
+    assert torch.equal(fine, data.test.difficulty["bright"] == 1)
+    report = dynrl.evaluate(run, out=tmp_path / "report", batch_size=8, budgets=(0.6,))
+    assert report["metric"] == "miou" and report["usage"]["groups"][0]["class"] is None
+    assert (tmp_path / "report" / "report.png").stat().st_size > 10_000
+    shown = pictures(model, data.test, [3, 1])
+    assert torch.equal(shown["target"], data.test.targets[[3, 1]]) and shown["routed"].shape == (2, 4, 8, 8)
 
 
 def test_maps_of_classes_are_changed_like_their_images():

@@ -10,7 +10,6 @@ from torch import Tensor
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import Block, folded
-from dynrl.backbones.walk import END, State
 
 LEAST = 1e-9  # a smaller share of a row counts as this much where shares are divided
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,14 +143,14 @@ def draw_views(things: Tensor, classes: Tensor, view: View, count: int, seed: in
         bright the background may be.
     """
     rng, side, most = np.random.default_rng(seed), view.side, view.sizes[1]
-    sizes = np.exp(rng.uniform(*np.log([view.sizes[0], most + 1]), count)).astype(np.int64)
+    sizes = np.exp(rng.uniform(math.log(view.sizes[0]), math.log(most + 1), count)).astype(np.int64)
     numbers = (view.share * side**2 / sizes**2).astype(np.int64).clip(1, view.most)
     texture = torch.from_numpy(rng.uniform(0, view.texture, count)).float()
     patches = torch.from_numpy(rng.random((count, 1, -(-side // view.patch), -(-side // view.patch)))).float()
     # Places are cells as large as the things, so that none hides another; each image draws the order of its cells.
     across = side // sizes
-    order = rng.random((count, int(across.max()) ** 2))
-    order = np.where(np.arange(order.shape[1]) < across[:, None] ** 2, order, 2).argsort(1)
+    luck = rng.random((count, int(across.max()) ** 2))
+    order = np.where(np.arange(luck.shape[1]) < across[:, None] ** 2, luck, 2.0).argsort(1)
     corners = rng.integers(0, side - sizes * across + 1, (2, count))
     canvas, labels = torch.zeros(2, count, side + most, side + most)
     canvas[:, :side, :side] = (F.interpolate(patches, size=side, mode="bilinear") * texture.view(-1, 1, 1, 1))[:, 0]
