@@ -139,9 +139,8 @@ def test_a_view_shows_whole_things_of_one_size_whose_pixels_have_their_classes()
         squares = F.avg_pool2d(shown[None, None].float(), int(size), 1)[0, 0]
         assert (squares == 1).sum() >= number, "each is whole"
     assert hard[:, 0].min() == 4 and hard[:, 0].max() == 16 and hard[:, 0].median() < 10
-    assert all(
-        torch.equal(a, b) for a, b in zip(draw_views(things, classes, view, 300, seed=0), (images, labels, hard))
-    )
+    again = draw_views(things, classes, view, 300, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(again, (images, labels, hard), strict=True))
     assert not torch.equal(draw_views(things, classes, view, 300, seed=1)[1], labels)
 
 

@@ -69,7 +69,7 @@ class ScaleGrid(Ways):
         ValueError: there are not 2 to 8 scales, no layer, or the coarsest map would have fewer than 2x2 cells.
 
     Source: Learning Dynamic Routing for Semantic Segmentation (Li et al. 2020, CVPR), where a row takes all ways whose
-    gates are not 0, and gates are trained by gradient. Here a row takes one way; the walk under gates takes all of them.
+    gates are not 0, and gates are trained by gradient. Here a row takes one way, and the walk under gates takes all.
     """
 
     family = "scale_grid"
