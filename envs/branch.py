@@ -22,7 +22,8 @@ class BranchVectorEnv(RoutingVectorEnv):
     child, the weight of the row's present path in its mixture (1 if it took one child at each node above), and the mean
     of each channel at the node.
 
-    Of a `ScaleGrid`: the mean of each channel of the map, at the scale where the row is.
+    Of a `ScaleGrid`: the mean of each channel of the map, at the scale where the row is, and how much detail of each
+    channel the next coarser scale would lose.
 
     ## Action
     `Discrete(n)`: action m runs module m of the layer. Modules are whole parts of a network: they may be of different

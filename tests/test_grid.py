@@ -123,6 +123,20 @@ def test_a_finer_scale_is_dearer_and_the_full_route_stays_at_the_finest():
 
 
 @torch.no_grad()
+def test_policies_see_how_much_detail_a_coarser_scale_would_lose():
+    """A map that is made of 2x2 squares loses nothing; one of single cells loses all that is not its mean."""
+    grid = make()
+    coarse = torch.rand(3, 5, 5, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :9, :7]
+    fine = ((torch.arange(9).view(-1, 1) + torch.arange(7)) % 2).float().expand(3, 5, 9, 7)
+    for x, lost in ((coarse, 0.0), (fine[:, :, :8, :6], 0.5)):
+        state = grid.begin(inputs_of(3))
+        state.features = x
+        means, detail = grid.observe(state).split(5, 1)
+        torch.testing.assert_close(means, x.mean((2, 3)))
+        torch.testing.assert_close(detail, torch.full((3, 5), lost), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
 def test_the_ideal_runs_as_many_rows_in_each_cell_as_the_route():
     grid, inputs = make(), inputs_of()
     ran = []

@@ -25,7 +25,7 @@ from dynrl.progress import talking
 from dynrl.provenance import Provenance
 from dynrl.runs import RunFolder
 from dynrl.settings import Settings
-from dynrl.tasks import CLASSIFICATION, Regression
+from dynrl.tasks import CLASSIFICATION, Regression, Segmentation
 from dynrl.training import learn, make_run, plan, plan_again, pretrain_into, resume, train
 
 RECIPE = Recipe(12, 32, 5e-3, optimizer="adam")
@@ -101,6 +101,16 @@ def test_numbers_make_a_regression():
     data = own_dataset((inputs, inputs.sum(1)))
     assert data.task == Regression.of(data.train.targets) and data.classes == 1 and data.train.targets.shape == (40, 1)
     assert own_dataset((inputs.double(), inputs[:, :2].double())).classes == 2
+
+
+def test_classes_of_pixels_make_a_segmentation():
+    images = torch.randn(20, 2, 6, 5)
+    classes = (images[:, 0] > 0).long()
+    data = own_dataset((images, classes))
+    assert data.task == Segmentation() and data.classes == 2 and data.train.targets.shape == (16, 6, 5)
+    assert torch.equal(data.raw(data.test.inputs)[:, 0] > 0, data.test.targets == 1)
+    with pytest.raises(ValueError, match="for each pixel of images"):
+        own_dataset((images, classes[:, :5]))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dynrl.data.stored import Stored, read_all, statistics, store, too_large
 from dynrl.files import fingerprint
 from dynrl.inputs import Inputs, Named, as_inputs, parts, placed
 from dynrl.provenance import Numbers
-from dynrl.tasks import CLASSIFICATION, Regression, Task
+from dynrl.tasks import CLASSIFICATION, Regression, Segmentation, Task
 
 UNCLEAN = "the inputs or targets hold NaN or infinity; clean them first"
 SHARE = 0.1  # the share of the pairs for validation, and the same share for the test
@@ -29,7 +29,8 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     each channel of an image by its own.
     Inputs of several tensors by name are left as they are: integers such as token ids keep their type.
     Integer targets [n] are classes, whose names are the `classes` of a torch `Dataset` that has some; floating-point
-    targets [n] or [n, outputs] make a regression.
+    targets [n] or [n, outputs] make a regression. Integer targets [n, height, width] beside images of that size are the
+    classes of their pixels.
 
     Args:
         data: a pair of tensors (inputs [n, ...], targets [n, ...]), or a torch `Dataset` of pairs. Inputs may also be
@@ -52,6 +53,9 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
             f"expected at least 10 inputs [n, ...] and as many targets, got {list(inputs.shape)} and "
             f"{list(targets.shape)}"
         )
+    maps = (
+        targets.dim() == 3 and tuple(inputs.shape[2:]) == tuple(targets.shape[1:]) and not targets.is_floating_point()
+    )
     inputs, dtype, content = _ready(inputs)
     name = "own-" + fingerprint({**content, "targets": targets}, seed)[:12]
     if targets.is_floating_point():
@@ -61,9 +65,10 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
                 f"expected classes as integers [n], got targets {list(targets.shape)} of zeros with a 1 in each row; "
                 "give targets.argmax(1)"
             )
-    elif targets.dim() != 1 or targets.dtype == torch.bool or int(targets.min()) < 0:
+    elif not (targets.dim() == 1 or maps) or targets.dtype == torch.bool or int(targets.min()) < 0:
         raise ValueError(
-            "expected integer classes [n] from 0 on, or floating-point numbers; got targets "
+            "expected integer classes [n] from 0 on (or [n, height, width], for each pixel of images [n, channels, "
+            "height, width]), or floating-point numbers; got targets "
             f"{targets.dtype} {list(targets.shape)}, the least of them {targets.min()}"
         )
     else:
@@ -79,7 +84,7 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         mean, deviation = statistics(_rows(inputs, drawn[0]))
         inputs = scaled(inputs, mean, deviation)
     numbers = targets.is_floating_point()
-    task: Task = Regression.of(targets[drawn[0]]) if numbers else CLASSIFICATION
+    task: Task = Regression.of(targets[drawn[0]]) if numbers else Segmentation() if maps else CLASSIFICATION
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
     if classes < 2 and not numbers:
         raise ValueError(
