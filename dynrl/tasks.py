@@ -26,6 +26,7 @@ class Task:
         figures: the names of further figures, which people also want to know (`rates`).
         pictures: whether targets have the images' height and width, so that they are changed with the images and shown:
             [n, channels, height, width], or [n, height, width] int64 if pixels have classes.
+        share_right: whether the metric of an input is the share of it that is answered right, from 0 to 1.
         by_class: whether each input is of one class, so that reports tell of each class.
     """
 
@@ -38,6 +39,7 @@ class Task:
     rises: ClassVar[bool] = True
     figures: ClassVar[tuple[str, ...]] = ()
     pictures: ClassVar[bool] = False
+    share_right: ClassVar[bool] = False
     by_class: ClassVar[bool] = False
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -79,7 +81,7 @@ class Classification(Task):
     """In classification, outputs are logits [n, classes], and targets are classes [n] int64."""
 
     metric, heading, factor, digits, axis, perfect = "accuracy", "accuracy %", 100.0, ".2f", "linear", 1.0
-    by_class = True
+    share_right = by_class = True
 
     def loss(self, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
         """Return the cross-entropy, with label smoothing (Szegedy et al. 2016, section 7)."""
@@ -120,6 +122,7 @@ class Detection(Classification):
     share: float = field(compare=False)
 
     metric, heading = "balanced_accuracy", "balanced accuracy %"
+    share_right = False
     figures = ("recall", "false_alarms")
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dynrl.schema import check_known
-from dynrl.tasks import CLASSIFICATION, Task
+from dynrl.tasks import Task
 
 Dense = Callable[[], Tensor]  # it returns the dense network's outputs [n, ...] for the same inputs
 
@@ -30,7 +30,7 @@ def log_likelihood(task: Task, output: Tensor, target: Tensor, dense: Dense) -> 
 
 
 def correct(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
-    """Return 1 where the likeliest class is the target, else 0: [n]."""
+    """Return 1 where the likeliest class is the target, else 0; the intersection over union of pixels' classes: [n]."""
     return task.score(output, target)
 
 
@@ -42,7 +42,7 @@ class Reward:
         name: the name in `REWARDS`.
         about: one line for help texts and pages.
         accuracy: a function from (task, output [n, ...], target [n, ...], dense) to the accuracy term [n].
-        for_classes: whether the reward makes sense for classes only.
+        for_classes: whether the reward makes sense only for classes, of inputs or of pixels (`Task.share_right`).
         has_gradient: whether gates can be trained by this reward.
         per_step: whether the term is paid along the walk. Each output then pays what the term has gained since the last
             one, and the first output pays the term itself. The sum is the term at the end.
@@ -101,7 +101,10 @@ REWARDS: dict[str, Reward] = {
             "gain", "log-likelihood of the target, paid as it grows from output to output of a walk, in nats",
             log_likelihood, per_step=True,
         ),
-        Reward("correct", "1 for a right answer, 0 for a wrong one", correct, for_classes=True, has_gradient=False),
+        Reward(
+            "correct", "1 for a right answer, 0 for a wrong one; mIoU of pixels' classes", correct, for_classes=True,
+            has_gradient=False,
+        ),
         BlockDrop(
             "blockdrop", "a right answer earns price x (1 - (share of MACs)^2), a wrong one costs 1 (BlockDrop)",
             correct, for_classes=True, has_gradient=False, whole_route=True,
@@ -124,7 +127,7 @@ def check_reward(name: str, task: Task, whole_route: bool) -> Reward:
     """
     check_known("reward", name, REWARDS)
     reward = REWARDS[name]
-    if reward.for_classes and task != CLASSIFICATION:
+    if reward.for_classes and not task.share_right:
         others = [other for other, row in REWARDS.items() if not row.for_classes]
         raise ValueError(
             f"the reward {name!r} is for classes, this task's metric is {task.metric}; choose from {', '.join(others)}"

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 import dynrl
 from dynrl.backbones import END, ScaleGrid
 from dynrl.data import Augmentation, Dataset, Split
+from dynrl.deploy import RoutedModel
 from dynrl.evaluation.routes import random_rate
 from dynrl.evaluation.scores import pictures
 from dynrl.routes import draw_routes
 from dynrl.tasks import Segmentation
-from tests.cases import trained
+from tests.cases import make_policy, trained
+from tests.exported import as_exported
 
 SHAPE = dict(input_shape=(2, 18, 14), classes=3, layers=4, scales=3, width=5, stem_stride=2)  # maps 9x7, 5x4, 3x2
 DOWN, KEEP, UP = range(3)
@@ -150,6 +152,26 @@ def test_the_ideal_runs_as_many_rows_in_each_cell_as_the_route():
         grid.ideal(inputs, route)()
         assert sorted(ran) == walked
         ran.clear()
+
+
+@torch.no_grad()
+def test_an_exported_grid_runs_where_rows_part_and_where_no_row_goes(tmp_path):
+    torch.manual_seed(0)
+    grid = trained(ScaleGrid((1, 8, 8), 3, layers=2, scales=2, width=4, stem_stride=1))
+    inputs = 3 * torch.rand(40, 1, 1, 1) * torch.randn(40, 1, 8, 8)
+    torch.manual_seed(5)
+    policy = make_policy(grid, hidden=0)
+    torch.nn.init.normal_(policy.head.weight, std=5.0)
+    policy.head.bias.zero_()
+    model = RoutedModel(grid, policy)
+    expected, program = model(inputs), as_exported(model, tmp_path / "model.onnx")
+    routes = model.last_route.actions
+    ways = routes.unique(dim=0)
+    assert len(ways) > 2
+    for chosen in (torch.ones(40, dtype=torch.bool), *((routes == way).all(1) for way in ways)):
+        for count in (1, 2, 40):
+            got = program(inputs[chosen][:count])
+            torch.testing.assert_close(got, expected[chosen][:count], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

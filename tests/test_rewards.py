@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynrl.envs.rewards import REWARDS, Reward, check_reward
-from dynrl.tasks import CLASSIFICATION, Regression
+from dynrl.tasks import CLASSIFICATION, Detection, Regression, Segmentation
 
 LOGITS, DENSE = [[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], [[3.0, 0.0, 0.0], [0.0, 2.0, 1.0]]
 TARGETS, PRICES, SHARES = [0, 2], [0.5, 2.0], [0.25, 0.75]
@@ -97,6 +97,17 @@ def test_what_makes_no_sense_is_refused():
                 check_reward(name, CLASSIFICATION, False)
         assert check_reward(name, CLASSIFICATION, True) is reward
     assert [name for name, reward in REWARDS.items() if reward.per_step] == ["gain"]
+    with pytest.raises(ValueError, match="this task's metric is balanced_accuracy"):
+        check_reward("correct", Detection(0.1), False)
+
+
+def test_pixels_right_answers_are_paid_by_their_intersection_over_union():
+    task = Segmentation()
+    output, target = torch.randn(5, 3, 4, 4), torch.randint(0, 3, (5, 4, 4))
+    price, share = torch.full((5,), 0.5), torch.full((5,), 0.4)
+    earned, cost = check_reward("correct", task, False).terms(task, output, target, lambda: output, price, share)
+    torch.testing.assert_close(earned, task.score(output, target))
+    torch.testing.assert_close(cost, torch.full((5,), -0.2))
 
 
 def test_a_reward_of_ones_own_is_one_row(monkeypatch):
