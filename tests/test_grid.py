@@ -217,11 +217,11 @@ def test_two_kinds_of_images_get_two_scales_and_a_report_shows_their_maps(tmp_pa
         torch.nn.init.normal_(head.weight, std=20.0)
     data = two_kinds(grid)
     run = dynrl.train(
-        grid, data, out=tmp_path / "run", pretrain=False, reward="log_likelihood", steps=8_000, price_range=(1e-3, 1e-2),
+        grid, data, out=tmp_path / "run", pretrain=False, reward="correct", steps=8_000, price_range=(0.01, 0.05),
         hidden=16, num_envs=60,
     )  # fmt: skip
     model = run.model
-    model.set_price(1e-3)
+    model.set_price(0.01)
     answers = model(data.test.inputs)
     assert float(data.task.score(answers, data.test.targets).mean()) > 0.95
     fine = model.last_route.macs_fraction - model.last_route.router_fraction > 0.99

@@ -39,6 +39,7 @@ from dynrl.files import read_json
 from dynrl.policies import RandomPolicy, Router, StaticPolicy, StepSight, load_policy, save_policy
 from dynrl.policies.router import Folded, Fused
 from dynrl.runs import RunFolder
+from dynrl.tasks import CLASSIFICATION, Segmentation
 from tests.cases import BACKBONES, REGISTERED, make_backbone, make_policy, numbers_split, vector_env
 from tests.toys import Branching, Exiting, Looping, Roundabout
 
@@ -443,7 +444,10 @@ def test_static_search_and_oracle(small_backbone):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_routes_that_are_measured_are_plugged_ones(name):
     backbone = make_backbone(name)
-    split = Split(backbone.random_inputs(12), torch.arange(12) % 2)
+    inputs, targets = backbone.random_inputs(12), torch.arange(12) % 2
+    places = backbone(inputs.clone()).shape[2:]
+    task = Segmentation() if places else CLASSIFICATION
+    split = Split(inputs, targets.view(12, *[1] * len(places)).expand(12, *places), task)
     uniform = [(c,) * backbone.columns for c in range(backbone.num_choices)]
     found = measured_routes(backbone, split, uniform)
     assert sorted(route for route, _, _ in found) == uniform
