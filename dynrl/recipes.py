@@ -497,7 +497,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             epochs=8, batch_size=64, learning_rate=5e-3, weight_decay=0.01, label_smoothing=0.0, rates=(0.5, 0.2, 0.0),
             full_share=0.1, optimizer="adam", plain_epochs=5,
         ),
-        learning=Learning(steps=150_000, hidden=32, reward="correct", price_range=(0.01, 1.0)),
+        learning=Learning(steps=150_000, hidden=64, reward="correct", price_range=(0.01, 1.0)),
         finetuning=Finetuning(
             epochs=2, steps=50_000, batch_size=64, optimizer="adam", learning_rate=2e-3, weight_decay=0.01,
             label_smoothing=0.0, distillation=0.0,

@@ -23,7 +23,7 @@ class BranchVectorEnv(RoutingVectorEnv):
     of each channel at the node.
 
     Of a `ScaleGrid`: the mean of each channel of the map, at the scale where the row is, and how much detail of each
-    channel the next coarser scale would lose.
+    channel each coarser scale in turn would lose.
 
     ## Action
     `Discrete(n)`: action m runs module m of the layer. Modules are whole parts of a network: they may be of different

@@ -133,8 +133,12 @@ def test_policies_see_how_much_detail_a_coarser_scale_would_lose():
     for x, lost in ((coarse, 0.0), (fine[:, :, :8, :6], 0.5)):
         state = grid.begin(inputs_of(3))
         state.features = x
-        means, detail = grid.observe(state).split(5, 1)
+        means, detail, beyond = grid.observe(state).split(5, 1)
         torch.testing.assert_close(means, x.mean((2, 3)))
+        seen = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        back = F.avg_pool2d(seen, 2, ceil_mode=True, count_include_pad=False)
+        back = back.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : seen.shape[2], : seen.shape[3]]
+        torch.testing.assert_close(beyond, (seen - back).abs().mean((2, 3)))
         torch.testing.assert_close(detail, torch.full((3, 5), lost), atol=1e-6, rtol=0)
 
 

@@ -117,7 +117,7 @@ class ScaleGrid(Ways):
         self._pose(
             [Point(f"layer{layer + 1}.scale{scale}", len(CHOICES)) for layer, scale in self._stands],
             costs=self._count(), start_macs=start,
-            full_route=[-1 if scale else KEEP for _, scale in self._stands], feature_width=2 * width,
+            full_route=[-1 if scale else KEEP for _, scale in self._stands], feature_width=scales * width,
             # A finer scale is dearer in later layers, too.
             thrift=[[choice if is_open[choice] else -1 for choice in CHOICES] for is_open in opened],
             max_steps=layers,
@@ -223,13 +223,17 @@ class ScaleGrid(Ways):
             head.load_state_dict(self.heads[0].state_dict())
 
     def observe(self, state: State) -> Tensor:
-        """Return the mean of each channel of the map, and how much detail of each the next coarser scale would lose.
+        """Return the mean of each channel of the map, and how much detail each coarser scale in turn would lose.
 
-        The detail is the mean difference of a cell from the mean of its 2x2 cells: there is much of it in small things.
+        The detail is the mean difference of a cell from the mean of its 2x2 cells, the levels of a Laplacian pyramid
+        (Burt & Adelson 1983, IEEE Transactions on Communications 31): the larger a thing, the coarser its levels.
         """
-        x = state.features
-        coarse = F.interpolate(F.avg_pool2d(x, 2, ceil_mode=True), size=x.shape[2:])
-        return torch.cat([summary(x), (x - coarse).abs().mean((2, 3)).float()], 1)
+        x, told = state.features, [summary(state.features)]
+        for _ in self._sizes[1:]:
+            coarser = F.avg_pool2d(x, 2, ceil_mode=True)
+            told.append((x - F.interpolate(coarser, size=x.shape[2:])).abs().mean((2, 3)).float())
+            x = coarser
+        return torch.cat(told, 1)
 
     def constant_routes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return the routes that go straight to one scale and stay there."""
