@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,7 +127,7 @@ EDGE = 0.3  # pixels of a thing that are dimmer count as background
 def draw_views(things: Tensor, classes: Tensor, view: View, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw images of things from near or from far, on a background of patches.
 
-    Sizes are uniform in their logarithm. Things do not overlap; where the background is brighter, it shows.
+    Things do not overlap; where the background is brighter, it shows.
 
     Args:
         things: [m, 1, height, width], in 0 to 1.
@@ -143,7 +142,7 @@ def draw_views(things: Tensor, classes: Tensor, view: View, count: int, seed: in
         bright the background may be.
     """
     rng, side, most = np.random.default_rng(seed), view.side, view.sizes[1]
-    sizes = np.exp(rng.uniform(math.log(view.sizes[0]), math.log(most + 1), count)).astype(np.int64)
+    sizes = rng.integers(view.sizes[0], most + 1, count)
     numbers = (view.share * side**2 / sizes**2).astype(np.int64).clip(1, view.most)
     texture = torch.from_numpy(rng.uniform(0, view.texture, count)).float()
     patches = torch.from_numpy(rng.random((count, 1, -(-side // view.patch), -(-side // view.patch)))).float()
