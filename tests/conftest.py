@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+
+import dynrl.data
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # which plugins were given is the developer's own business
@@ -20,6 +23,8 @@ if hasattr(os, "sched_getaffinity"):
     THREADS = min(THREADS, len(cores))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
+# Cases go through the decisions again and again. Of two data sets at a time, each would be made anew for each case.
+dynrl.data.load_dataset = lru_cache(maxsize=8)(dynrl.data.load_dataset.__wrapped__)
 
 pytest_plugins = ["tests.kernel_counts"]
 
