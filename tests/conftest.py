@@ -37,6 +37,15 @@ def _few_threads_and_a_seed():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _times_are_taken_once():
+    """No test asserts a time, and the rounds of timing are most of a report."""
+    from dynrl import training
+    from dynrl.evaluation import report
+
+    report.ROUNDS = training.TIMED_ROUNDS = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_tile_a_kernel_on_cuda():
     """Tuning compiles a dozen tiles for each shape: minutes. `tests/aot.py` compiles the others, `bench ops` runs them."""
     if torch.cuda.is_available():

@@ -100,9 +100,10 @@ def test_blocks_that_say_so_run(tmp_path):
 
 
 def test_examples_run(tmp_path):
-    """One after the other in one process; each leaves a run that any program may load."""
+    """One after the other in one process, which has started ray for all; each leaves a run that any program may load."""
     paths = [str(path) for path in EXAMPLES]
-    run(tmp_path, "-c", f"import runpy\nfor path in {paths}: runpy.run_path(path, run_name='__main__')")
+    start = "import runpy, dynrl.agents.rllib\ndynrl.agents.rllib.start_ray(2)\n"
+    run(tmp_path, "-c", f"{start}for path in {paths}: runpy.run_path(path, run_name='__main__')")
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) < 40
         assert (tmp_path / "runs" / path.stem.replace("_", "-") / "policy.safetensors").is_file()

@@ -160,6 +160,8 @@ def test_ctrl_c_and_sigterm_end_alike(number, agent, tmp_path):
         agent,
         "--steps",
         "10000000",
+        "--num-envs",  # few, so that the first checkpoint comes soon
+        "8",
         "--out",
         str(tmp_path / "run"),
     ]
