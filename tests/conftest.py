@@ -57,6 +57,23 @@ def _one_tile_a_kernel_on_cuda():
                     kernel.configs = kernel.configs[:1]
 
 
+@pytest.fixture
+def registries():
+    """What a test adds to the registries is gone after it."""
+    from dynrl.agents.base import AGENTS
+    from dynrl.backbones import FAMILIES
+    from dynrl.envs.rewards import REWARDS
+    from dynrl.policies import POLICIES
+
+    kept = [(registry, dict(registry)) for registry in (AGENTS, FAMILIES, REWARDS, POLICIES, dynrl.data.DATASETS)]
+    yield
+    if kept[-1][1] != dynrl.data.DATASETS:
+        dynrl.data.load_dataset.cache_clear()
+    for registry, was in kept:
+        registry.clear()
+        registry.update(was)
+
+
 @pytest.fixture(scope="session")
 def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A digits backbone of 3 gates, trained for a few seconds: every route is better than chance."""
