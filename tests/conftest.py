@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,20 +77,49 @@ def registries():
 
 
 @pytest.fixture(scope="session")
-def small_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)`: the folder that `make(folder)` fills, made by whichever of pytest's processes asks first."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            for _ in range(3000):
+                if done.exists():
+                    assert done.read_text() == "made", f"{name} could not be made, see the other process"
+                    return folder
+                time.sleep(0.2)
+            raise
+        state = "failed"
+        try:
+            make(folder)
+            state = "made"
+        finally:
+            done.write_text(state)
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def small_backbone(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A digits backbone of 3 gates, trained for a few seconds: every route is better than chance."""
     from dynrl.backbones import SkipResNet
     from dynrl.data import load_dataset
     from dynrl.pretraining import Recipe, pretrain
 
-    torch.manual_seed(0)
-    backbone = SkipResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
-    digits = load_dataset("digits")
-    pretrain(backbone, digits, Recipe(epochs=6, batch_size=64), seed=0)
-    backbone.trained_on = digits.provenance
-    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    backbone.save(path)
-    return path
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        backbone = SkipResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2)
+        digits = load_dataset("digits")
+        pretrain(backbone, digits, Recipe(epochs=6, batch_size=64), seed=0)
+        backbone.trained_on = digits.provenance
+        backbone.save(folder / "backbone.safetensors")
+
+    return once("small-backbone", make) / "backbone.safetensors"
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,7 @@ def test_what_is_trained_is_what_is_plugged(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [*((name, "model.pt2") for name in IMAGES if EXAMPLES[name].exports), ("skip", "model.onnx")],
+    [*((name, "model.pt2") for name in IMAGES if EXAMPLES[name].exports), ("exit", "model.onnx")],
 )
 def test_it_is_exported(name, file, tmp_path):
     backbone = make_backbone(name)
@@ -267,7 +267,7 @@ def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
 
 def test_gates_learn_upfront_too(small_backbone, tmp_path):
     """A high price takes the cheapest route, a low one keeps what accuracy needs."""
-    learning = Learning("gate", "upfront", steps=40_000, num_envs=16, price_range=(1e-3, 30.0))
+    learning = Learning("gate", "upfront", steps=40_000, num_envs=32, price_range=(1e-3, 30.0))
     settings = Settings(Problem("skip", "digits"), learning)
     policy, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished
