@@ -132,3 +132,9 @@ def ray_local():
     start_ray(num_cpus=4)  # on paper: a runner, two learners, this process
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process seems to have no ray, whichever tests came before: a cluster is looked for where one is named."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)

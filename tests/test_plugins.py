@@ -162,10 +162,10 @@ def test_a_plugin_may_ask_for_all_of_dynrl(tmp_path):
         assert done.stdout.startswith("plug\n")
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_workers_of_a_cluster_are_told_of_plugins(clean, monkeypatch):
     """They are started by the cluster, not by the command, and inherit nothing from it."""
     given = []
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda address, **more: given.append(more.get("runtime_env")))
     start_ray(0, "auto")
     (clean / "told.py").write_text("")

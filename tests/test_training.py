@@ -405,6 +405,7 @@ def backbone_of(folder):
     return folder / "given"
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("lies", ["127.0.0.1:1", "auto"])
 def test_a_run_that_did_not_begin_leaves_no_folder(lies, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

@@ -59,6 +59,7 @@ def refused(words, capsys):
     return lines[0]
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("words", LINES, ids=lambda words: " ".join(words)[:60])
 def test_odd_values_end_in_one_line_and_leave_nothing(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
