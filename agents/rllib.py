@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Ray reads these variables once, when it is imported. They turn off telemetry and warnings about missing accelerators.
+# Ray reads these variables once, when it is imported. They turn off telemetry, warnings about missing accelerators, and
+# workers that are started ahead: most trainings ask for none.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray

@@ -119,4 +119,5 @@ def make_policy(
     return PolicySpec(kind, spec.config | ({} if start is None else {"start": start})).build()
 
 
-GATED = [name for name in BACKBONES if make_backbone(name).gates]  # those on which gates can be trained
+EXAMPLES = {name: make_backbone(name) for name in BACKBONES}  # to be asked what they can; a test makes its own
+GATED = [name for name in BACKBONES if EXAMPLES[name].gates]  # those on which gates can be trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -99,13 +100,14 @@ def test_blocks_that_say_so_run(tmp_path):
     run(tmp_path, "-c", "\n".join(f"import block_{i}" for i in range(len(blocks))))
 
 
-def test_examples_run(tmp_path):
-    """One after the other in one process; each leaves a run that any program may load."""
-    paths = [str(path) for path in EXAMPLES]
-    run(tmp_path, "-c", f"import runpy\nfor path in {paths}: runpy.run_path(path, run_name='__main__')")
-    for path in EXAMPLES:
-        assert len(path.read_text().splitlines()) < 40
-        assert (tmp_path / "runs" / path.stem.replace("_", "-") / "policy.safetensors").is_file()
+@pytest.mark.usefixtures("ray_local", "registries")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path, tmp_path, monkeypatch):
+    """In this process, since a start takes as long as an example; each leaves a run that any program may load."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert len(path.read_text().splitlines()) < 40
+    assert (tmp_path / "runs" / path.stem.replace("_", "-") / "policy.safetensors").is_file()
 
 
 CHECKS = """

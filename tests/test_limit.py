@@ -12,7 +12,7 @@ from dynrl.backbones import END, Backbone, ExitResNet, Point
 from dynrl.backbones.base import OUT_OF_REACH
 from dynrl.deploy import RoutedModel
 from dynrl.policies import RandomPolicy, StaticPolicy, ThresholdPolicy
-from tests.cases import BACKBONES, OWN, TOYS, make_backbone, make_policy
+from tests.cases import BACKBONES, EXAMPLES, OWN, TOYS, make_backbone, make_policy
 from tests.test_traced import as_exported
 from tests.toys import Roundabout
 
@@ -45,7 +45,7 @@ KINDS = {
 
 
 def fits(name, kind):
-    backbone = make_backbone(name)
+    backbone = EXAMPLES[name]
     return {"upfront": len(backbone.input_shape) == 3, "threshold": bool(backbone.scores)}.get(kind, True)
 
 

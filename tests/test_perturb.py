@@ -13,7 +13,7 @@ from dynrl.data import load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.perturb import SMALL, Ball, check_attackable, spending, uncertainty
 from dynrl.tasks import CLASSIFICATION
-from tests.cases import GATED, answered_by, make_backbone, make_policy
+from tests.cases import EXAMPLES, GATED, answered_by, make_backbone, make_policy
 from tests.test_limit import learned
 from tests.toys import Exiting
 
@@ -54,7 +54,7 @@ def test_a_climb_finds_the_top_of_the_ball_and_keeps_the_best():
     assert torch.equal(stays, inputs), "the climb may pass worse points, but does not return them"
 
 
-@pytest.mark.parametrize("name", [name for name in GATED if make_backbone(name).input_dtype is None])
+@pytest.mark.parametrize("name", [name for name in GATED if EXAMPLES[name].input_dtype is None])
 def test_what_is_climbed_is_what_is_deployed(name):
     backbone = make_backbone(name).requires_grad_(False)
     policy = learned(backbone, "sequential").eval()

@@ -17,6 +17,7 @@ from dynrl.agents.rllib import start_ray
 from dynrl.data import DATASETS, load_dataset
 from dynrl.files import load_tensors, read_json
 from dynrl.plugins import VARIABLE, load_plugins
+from dynrl.policies import POLICIES
 from dynrl.runs import RunFolder
 from dynrl.scripts.cli import main
 from dynrl.training import make_run, plan
@@ -24,7 +25,9 @@ from dynrl.training import make_run, plan
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 QUICKLY = """
 from dataclasses import replace
+from dynrl.evaluation import report
 from dynrl.recipes import DEFAULTS
+report.ROUNDS = 1  # of timing
 row = DEFAULTS["repeat", "digits"]
 DEFAULTS["repeat", "digits"] = replace(
     row, backbone={"width": 8, "most": 3}, pretraining=replace(row.pretraining, epochs=2),
@@ -159,10 +162,10 @@ def test_a_plugin_may_ask_for_all_of_dynrl(tmp_path):
         assert done.stdout.startswith("plug\n")
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_workers_of_a_cluster_are_told_of_plugins(clean, monkeypatch):
     """They are started by the cluster, not by the command, and inherit nothing from it."""
     given = []
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda address, **more: given.append(more.get("runtime_env")))
     start_ray(0, "auto")
     (clean / "told.py").write_text("")
@@ -193,48 +196,67 @@ def printed(name, most):
 
 
 def test_a_decision_works_as_printed(tmp_path, run):
-    """Trained, evaluated, listed and plugged; found by other processes through the environment."""
+    """Trained, evaluated and plugged; found by other processes through the environment."""
     (tmp_path / "repeat.py").write_text(printed("repeat.py", 80))
     (tmp_path / "quickly.py").write_text(QUICKLY)
     (tmp_path / "checks.py").write_text(CHECKS)
     plugins = ["-m", "dynrl.scripts.cli", "--plugin", "repeat.py", "--plugin", "quickly.py"]
-    assert "dynrl/Repeat-v0" in run(*plugins, "list")
     assert "learned" in run(*plugins, "train", "repeat", "--out", "run")
     run("checks.py", **{VARIABLE: str(tmp_path / "repeat.py")})
 
 
-def test_an_agent_and_a_reward_work_as_printed(small_backbone, tmp_path, run, monkeypatch):
-    """Trained, reported, plugged, and gone on with; it obeys a high price."""
-    (tmp_path / "evolution.py").write_text(printed("evolution.py", 55))
-    (tmp_path / "brier.py").write_text(printed("brier.py", 12))
+@pytest.fixture
+def train(registries, small_backbone, tmp_path, monkeypatch):
+    """Write plugins as the page prints them, and train by them in this process, which forgets them afterwards.
+
+    On a backbone that is given, at a high price.
+    """
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "given").mkdir()
     shutil.copyfile(small_backbone, tmp_path / "given" / "backbone.safetensors")
-    command = ["-m", "dynrl.scripts.cli", "--plugin", "evolution.py", "--plugin", "brier.py", "train", "skip"]
-    words = ["--agent", "evolution", "--reward", "brier", "--backbone", "given", "--out", "run"]
-    words += ["--price-range", "20", "20", "--steps", "12000", "--threads", "2"]
-    shown = run(*command, *words)
-    assert "evolution" in shown and "macs_fraction" not in shown
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # where no plugin was given before: this process stays as it is
+
+    def train(most, *words):
+        for name, lines in most.items():
+            (tmp_path / f"{name}.py").write_text(printed(f"{name}.py", lines))
+            given.extend(["--plugin", f"{name}.py"])
+            imported.append(name)
+        main([*given, "train", "skip", *words, "--threads", "1"])
+
+    given, imported = [], []
+    yield train
+    for name in imported:
+        sys.modules.pop(name, None)
+
+
+AT_A_HIGH_PRICE = ("--backbone", "given", "--out", "run", "--price-range", "20", "20")
+
+
+def test_an_agent_and_a_reward_work_as_printed(train, tmp_path, capsys):
+    """Trained, reported, plugged, and gone on with; it obeys a high price."""
+    words = (*AT_A_HIGH_PRICE, "--agent", "evolution", "--reward", "brier", "--steps", "12000", "--no-evaluate")
+    train({"evolution": 55, "brier": 12}, *words)
     model = dynrl.load(tmp_path / "run")
     model(torch.randn(3, *model.input_shape))
     assert model.curve[0][1] < 0.5
     saved = load_tensors(tmp_path / "run" / "checkpoints" / "evolution.safetensors", "checkpoint")[1]
-    run(*command, "--resume", "run", "--threads", "2")
+    capsys.readouterr()
+    train({}, "--resume", "run")
+    shown = capsys.readouterr().out
+    assert "evolution" in shown and "macs_fraction" not in shown
     again = load_tensors(tmp_path / "run" / "checkpoints" / "evolution.safetensors", "checkpoint")[1]
     assert again["done"] == saved["done"] >= 12_000
 
 
-def test_a_policy_works_as_printed(small_backbone, tmp_path, run, monkeypatch):
+@pytest.mark.usefixtures("ray_local")
+def test_a_policy_works_as_printed(train, tmp_path, run, monkeypatch, capsys):
     """Trained, reported and plugged; it obeys a high price, and its file is nothing without its plugin."""
-    (tmp_path / "per_point.py").write_text(printed("per_point.py", 30))
-    (tmp_path / "given").mkdir()
-    shutil.copyfile(small_backbone, tmp_path / "given" / "backbone.safetensors")
-    words = ["--policy", "per-point", "--backbone", "given", "--out", "run", "--price-range", "20", "20"]
-    words += ["--steps", "8000", "--threads", "2"]
-    assert "learned" in run("-m", "dynrl.scripts.cli", "--plugin", "per_point.py", "train", "skip", *words)
+    train({"per_point": 30}, *AT_A_HIGH_PRICE, "--policy", "per-point", "--steps", "8000")
+    assert "learned" in capsys.readouterr().out
     checks = "import dynrl, torch; m = dynrl.load('run'); m(torch.randn(3, *m.input_shape))\n"
     checks += "assert type(m.policy).__name__ == 'PerPoint' and m.curve[0][1] < 0.5, m.curve"
     run("-c", checks, **{VARIABLE: str(tmp_path / "per_point.py")})
+    del POLICIES["per-point"]
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # where no plugin was given before
     with pytest.warns(UserWarning, match="was not given on this machine"), pytest.raises(ValueError, match="per-point"):
         dynrl.load(tmp_path / "run")

@@ -206,8 +206,12 @@ def test_defaults_build_what_they_say(decision, data):
     first, second, other = (row.build(dataset, seed) for seed in (0, 0, 1))
     assert first.decision == decision
     assert first.fingerprint() == second.fingerprint() != other.fingerprint()
-    with pytest.raises(ValueError, match="no defaults for"):
-        defaults("nosuch", data)
+
+
+def test_a_decision_without_defaults_is_named():
+    for data in ("digits", "adding"):  # images, whose defaults may come from others, and what is none
+        with pytest.raises(ValueError, match="no defaults for 'nosuch'"):
+            defaults("nosuch", data)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 import dynrl
 from dynrl.backbones import FAMILIES, SkipModule, SkipResNet, load_backbone
-from dynrl.data import DATASETS, Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
+from dynrl.data import Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
 from dynrl.data.own import SHARE
 from dynrl.files import load_tensors, read_json
 from dynrl.finetuning import Finetuning
@@ -27,6 +27,8 @@ from dynrl.runs import RunFolder
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Regression, Segmentation
 from dynrl.training import learn, make_run, plan, plan_again, pretrain_into, resume, train
+
+pytestmark = pytest.mark.usefixtures("registries")
 
 RECIPE = Recipe(12, 32, 5e-3, optimizer="adam")
 SHORT = {"agent": "gate", "steps": 600, "num_envs": 16, "price_range": (0.1, 2.0)}
@@ -394,15 +396,6 @@ def test_networks_of_several_folders_are_the_models_of_a_run(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.fixture(autouse=True)
-def _registries_as_they_were():
-    kept = dict(FAMILIES), dict(DATASETS)
-    yield
-    for registry, was in zip((FAMILIES, DATASETS), kept, strict=True):
-        registry.clear()
-        registry.update(was)
-
-
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     run = train("skip", "digits", out=tmp_path / "run", backbone=backbone_of(tmp_path), **SHORT)
     steps = run.settings["steps"]
@@ -422,6 +415,7 @@ def backbone_of(folder):
     return folder / "given"
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("lies", ["127.0.0.1:1", "auto"])
 def test_a_run_that_did_not_begin_leaves_no_folder(lies, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

@@ -262,7 +262,7 @@ def test_a_report_shows_what_was_restored(tmp_path):
     backbone = Restorer((1, 12, 12), width=2, steps=3)
     run = dynrl.train(
         backbone, data, out=tmp_path / "run", pretrain=Recipe(epochs=1, batch_size=20, optimizer="adam", learning_rate=0.01),
-        reward="gain", steps=300, price_range=(0.1, 1.0), hidden=0,
+        agent="sb3-ppo", reward="gain", steps=300, price_range=(0.1, 1.0), hidden=0,
     )  # fmt: skip
     report = dynrl.evaluate(run, out=tmp_path / "report", batch_size=8, budgets=(0.7,))
     assert report["metric"] == "psnr" and report["usage"]["difficulty"]["noise"]["bins"]

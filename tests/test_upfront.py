@@ -28,12 +28,12 @@ from dynrl.policies import PolicySpec, RouteSight, UpfrontRouter, load_policy, s
 from dynrl.policies.sight import VIEW
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Problem, Settings
-from tests.cases import REGISTERED, answered_by, make_backbone, make_policy, vector_env
+from tests.cases import EXAMPLES, REGISTERED, answered_by, make_backbone, make_policy, vector_env
 from tests.test_agents import assert_two_routes, connector, two_kinds
 from tests.test_traced import as_exported
 
 PRICES = (0.01, 1.0)
-IMAGES = [name for name in REGISTERED if len(make_backbone(name).input_shape) == 3]
+IMAGES = [name for name in REGISTERED if len(EXAMPLES[name].input_shape) == 3]
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_what_is_trained_is_what_is_plugged(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [*((name, "model.pt2") for name in IMAGES if make_backbone(name).exports), ("skip", "model.onnx")],
+    [*((name, "model.pt2") for name in IMAGES if EXAMPLES[name].exports), ("exit", "model.onnx")],
 )
 def test_it_is_exported(name, file, tmp_path):
     backbone = make_backbone(name)
@@ -267,7 +267,7 @@ def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
 
 def test_gates_learn_upfront_too(small_backbone, tmp_path):
     """A high price takes the cheapest route, a low one keeps what accuracy needs."""
-    learning = Learning("gate", "upfront", steps=40_000, num_envs=16, price_range=(1e-3, 30.0))
+    learning = Learning("gate", "upfront", steps=40_000, num_envs=32, price_range=(1e-3, 30.0))
     settings = Settings(Problem("skip", "digits"), learning)
     policy, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished

@@ -13,7 +13,7 @@ from dynrl.evaluation import RULES, rules_of, score
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
-from tests.cases import make_backbone
+from tests.cases import EXAMPLES, make_backbone
 from tests.toys import Branching, Exiting, Looping
 
 COSTS = torch.tensor([3.0, 4.0, 7.0, 20.0])
@@ -95,7 +95,7 @@ def random_split(backbone, size=180):
 
 
 # Other rules have tests of their own: a cascade spends at most its budget.
-RULED = [(d, name) for d in DECISIONS if (b := make_backbone(d)).rule == "threshold" for name in rules_of(b)]
+RULED = [(d, name) for d in DECISIONS if (b := EXAMPLES[d]).rule == "threshold" for name in rules_of(b)]
 
 
 def test_exits_are_known_for_thresholds_on_three_scores():

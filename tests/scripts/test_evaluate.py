@@ -20,7 +20,7 @@ from dynrl.pretraining import metric_at_rate
 from dynrl.runs import RunFolder, RunKind, by_kind
 from dynrl.scripts.cli import main
 from dynrl.scripts.evaluate import report_runs
-from tests.scripts.calls import call, twin
+from tests.scripts.calls import twin
 
 
 def test_report(run):
@@ -63,15 +63,15 @@ def test_report(run):
     assert shown.Tags()["images"] == ["report"]
 
 
-def test_several_runs_make_one_report(run, tmp_path):
+def test_several_runs_make_one_report(run, tmp_path, capsys):
     before = (run / "report.json").read_text()
     report = report_runs([run, twin(run, tmp_path / "again", seed=1)], tmp_path / "out", batch_size=32)
     assert report["seeds"] == {"learned": [0, 1]}
     assert (run / "report.json").read_text() == before
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    done = call("evaluate", run, run, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--out" in done.stderr
+    with pytest.raises(SystemExit) as refused:
+        main(["evaluate", str(run), str(run)])
+    assert refused.value.code == 2 and "--out" in capsys.readouterr().err
 
 
 def test_runs_on_several_backbones_make_one_report_of_means(run, tmp_path):
@@ -83,7 +83,7 @@ def test_runs_on_several_backbones_make_one_report_of_means(run, tmp_path):
     router, metadata = load_policy(other / "policy.safetensors")
     save_policy(other / "policy.safetensors", router, metadata | {"backbone": backbone.fingerprint()})
     both = report_runs([run, other], tmp_path / "both", batch_size=32)
-    alone = [report_runs([one], tmp_path / one.name, batch_size=32) for one in (run, other)]
+    alone = [read_json(run / "report.json"), report_runs([other], tmp_path / "alone", batch_size=32)]
     assert both["backbones"] == 2 and both["seeds"] == {"learned": [0, 1]}
 
     def learned(report):
@@ -161,7 +161,7 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     assert "| learned tuned | " in "\n".join(report_table(report))
     (row,) = by_decision_table({"out": report}, [0.5])[2:]
     best = max(p["accuracy"] for p in report["points"] if p["budget"] == 0.5 and p["policy"].startswith("learned"))
-    assert row.startswith(f"| [skip, digits](results/out) | {100 * dense['plain_accuracy']:.2f} | **{100 * best:.2f}**")
+    assert row.startswith(f"| [skip, digits](results/out) | {100 * dense['accuracy']:.2f} | **{100 * best:.2f}**")
     kinds = {p["policy"]: p["kind"] for p in report["points"]}
     assert kinds["learned tuned"] == RunKind(tuned=True).to_dict() and kinds["gate"]["agent"] == "gate"
     assert kinds["random"] is None
