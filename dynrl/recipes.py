@@ -489,6 +489,22 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ("branch", "digits"): _tree(epochs=20, tuned=4),
     ("branch", "fashion-mnist"): _tree(epochs=6, tuned=2, stem_stride=2),
     ("branch", "digit-tasks"): _routing(32, (0, 1, 3, 3), epochs=10, tuned=3),
+    # The one network answers other questions than it was trained on badly: nothing is distilled from it.
+    ("branch", "shapes"): Defaults(
+        family="neural_modules",
+        backbone={"properties": 6, "moves": 4, "cell": 10, "channels": 32, "width": 64, "depth": 2, "steps": 10},
+        pretraining=Recipe(
+            epochs=5, batch_size=100, learning_rate=3e-3, weight_decay=0.01, label_smoothing=0.1, rates=(0.0,),
+            full_share=0.1, optimizer="adam", plain_epochs=12,
+        ),
+        learning=Learning(
+            steps=1_500_000, hidden=0, reward="probability", price_range=(0.1, 2.0), learning_rate=1e-2
+        ),
+        finetuning=Finetuning(
+            epochs=1, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.01, label_smoothing=0.0,
+            full_share=0.1, sampled=True, distillation=0.0,
+        ),
+    ),
     ("branch", "many-tasks"): _routing(16, (0, 1, 3, 3, 3), epochs=8, tuned=3),
     ("branch", "digit-views"): Defaults(
         family="scale_grid",

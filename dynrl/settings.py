@@ -59,8 +59,8 @@ class Learning:
         num_envs: The number of inputs that one runner routes at the same time; for gates, the size of a batch.
         price_range: The lowest and highest price of the dense network's compute, in units of the reward's accuracy
             term. Left out, the range in which a policy goes from spending all to its least is measured on the backbone.
-        reward: The accuracy term that the price is weighed against: distillation, log_likelihood, gain, correct,
-            blockdrop, or one that a plugin adds.
+        reward: The accuracy term that the price is weighed against: distillation, log_likelihood, gain,
+            probability, correct, blockdrop, or one that a plugin adds.
         baseline: What PPO compares a reward with: value is a learned estimate; group is the mean over eight routes of
             the same input, including the likeliest one; greedy is the reward of the likeliest route alone
             (self-critical training, for policies that decide a whole walk at once).

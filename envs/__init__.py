@@ -77,7 +77,8 @@ DECISIONS: dict[str, Decision] = {
         ),
         Decision(
             "branch", "dynrl/Branch-v0", "dynrl.envs.branch:BranchVectorEnv",
-            "which module of each layer comes next, or none", "routing networks (Rosenbaum et al. 2018)",
+            "which module comes next, or none",
+            "routing networks (Rosenbaum et al. 2018), module networks (Hu et al. 2017)",
             data="digit-tasks",
         ),
     )

@@ -1,4 +1,4 @@
-"""`dynrl/Branch-v0` is the environment of the decision which module of each layer comes next."""
+"""`dynrl/Branch-v0` is the environment of the decision which module comes next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class BranchVectorEnv(RoutingVectorEnv):
     """At each layer of a network of modules, which module does this input take, or does it pass the layer by?
 
     In a tree of modules, which child of a node does it take, or are the answers of both mixed? In a grid of scales,
-    does its map go to a coarser or a finer scale, or stay?
+    does its map go to a coarser or a finer scale, or stay? In a stack machine, which module does a question about an
+    image need next?
 
     ## Features
     Of a `RoutingNet`: the probabilities that the network's own table gives the modules of the layer for the input's
@@ -24,6 +25,10 @@ class BranchVectorEnv(RoutingVectorEnv):
 
     Of a `ScaleGrid`: the mean of each channel of the map, at the scale where the row is, and how much detail of each
     channel each coarser scale in turn would lose.
+
+    Of `NeuralModules`: the question; the greatest and the mean number of each map on the stack, the top one first; and
+    for each move and each find, log-odds that say whether the question asks for it more often than it has run. How many
+    maps there are is the point.
 
     ## Action
     `Discrete(n)`: action m runs module m of the layer. Modules are whole parts of a network: they may be of different
@@ -38,20 +43,26 @@ class BranchVectorEnv(RoutingVectorEnv):
     In a `ScaleGrid`, action 0 brings the map to the next coarser scale, 1 keeps it at its scale, and 2 brings it to the
     next finer one. Beyond the finest and the coarsest, choices are closed.
 
+    In `NeuralModules`, action 0 joins the two top maps (And), 1 answers by the last one, and 2, only at the empty
+    stack, asks one network instead. The next actions move the top map, each to one side. Then follow those that find a
+    property in the image, each of which pushes a map. What the stack does not allow is closed.
+
     ## Episode
     One input. The episode ends after the last layer, so it has as many steps as the network has layers. In a tree, it
-    ends when all that the row has taken is walked: there are as many steps as inner nodes at most.
+    ends when all that the row has taken is walked: there are as many steps as inner nodes at most. In `NeuralModules`,
+    it ends with an answer, after at most as many modules as the backbone allows.
 
     ## Data
     The default is `digit-tasks`: five tasks on small images of digits. `many-tasks` has seven on clothes and digits. In
     both, each input tells its task. Trees have defaults on `digits` and `fashion-mnist`, grids on `digit-views`: digits
-    seen from near or far, whose pixels have classes.
+    seen from near or far, whose pixels have classes. `NeuralModules` have defaults on `shapes`.
 
     ## Source
     Routing Networks: Adaptive Selection of Non-linear Functions for Multi-Task Learning, Rosenbaum et al., ICLR 2018;
     Dynamic Deep Neural Networks: Optimizing Accuracy-Efficiency Trade-offs by Selective Execution, Liu & Deng, AAAI
     2018 (modules of unequal cost, chosen by Q-learning); Adaptive Neural Trees, Tanno et al., ICML 2019 (trees);
-    Learning Dynamic Routing for Semantic Segmentation, Li et al., CVPR 2020 (grids of scales).
+    Learning Dynamic Routing for Semantic Segmentation, Li et al., CVPR 2020 (grids of scales);
+    Learning to Reason: End-to-End Module Networks for Visual Question Answering, Hu et al., ICCV 2017 (stacks).
 
     ## Version history
     v0: the first version.

@@ -29,6 +29,11 @@ def log_likelihood(task: Task, output: Tensor, target: Tensor, dense: Dense) -> 
     return task.log_likelihood(output, target)
 
 
+def probability(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
+    """Return the probability of the target: [n]. Unlike its logarithm, it does not reward answers that say nothing."""
+    return task.log_likelihood(output, target).exp()
+
+
 def correct(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
     """Return 1 where the likeliest class is the target, else 0; the intersection over union of pixels' classes: [n]."""
     return task.score(output, target)
@@ -100,6 +105,10 @@ REWARDS: dict[str, Reward] = {
         Reward(
             "gain", "log-likelihood of the target, paid as it grows from output to output of a walk, in nats",
             log_likelihood, per_step=True,
+        ),
+        Reward(
+            "probability", "probability of the target, paid as it grows from output to output of a walk (GFNet)",
+            probability, for_classes=True, per_step=True,
         ),
         Reward(
             "correct", "1 for a right answer, 0 for a wrong one; mIoU of pixels' classes", correct, for_classes=True,

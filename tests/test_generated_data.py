@@ -99,8 +99,12 @@ def test_a_share_of_windows_shows_a_garment_and_all_else_is_photograph():
 
 
 @pytest.mark.parametrize(
-    ("name", "hard"), [("trace-small", "length"), ("prefix", "length"), ("hops", "hops"), ("digit-scenes", "clutter")]
-)
+    ("name", "hard"),
+    [
+        ("trace-small", "length"), ("prefix", "length"), ("hops", "hops"), ("digit-scenes", "clutter"),
+        ("shapes", "modules"),
+    ],
+)  # fmt: skip
 def test_what_makes_an_input_hard_goes_along(name, hard):
     data = load_dataset(name)
     head = data.test.head(7).to(torch.device("cpu"), torch.bfloat16)

@@ -26,6 +26,7 @@ def expected(name, i):
     price, share = PRICES[i], SHARES[i]
     accuracy = {
         "distillation": likely - away, "log_likelihood": likely, "gain": likely, "correct": right,
+        "probability": math.exp(likely),
         "blockdrop": right - 1 + price * right,
     }[name]  # fmt: skip
     return accuracy, -price * right * share**2 if name == "blockdrop" else -price * share
@@ -96,7 +97,7 @@ def test_what_makes_no_sense_is_refused():
             with pytest.raises(ValueError, match="decides upfront"):
                 check_reward(name, CLASSIFICATION, False)
         assert check_reward(name, CLASSIFICATION, True) is reward
-    assert [name for name, reward in REWARDS.items() if reward.per_step] == ["gain"]
+    assert [name for name, reward in REWARDS.items() if reward.per_step] == ["gain", "probability"]
     with pytest.raises(ValueError, match="this task's metric is balanced_accuracy"):
         check_reward("correct", Detection(0.1), False)
 

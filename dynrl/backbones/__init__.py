@@ -22,6 +22,7 @@ from dynrl.backbones.models import Members, Models, Resolutions
 from dynrl.backbones.module import ExitModule, ExpertModule, SkipModule, TokenModule
 from dynrl.backbones.multipath import MultiPathResNet
 from dynrl.backbones.multiscale import MultiScaleNet
+from dynrl.backbones.neural_modules import NeuralModules
 from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.routing import RoutingNet
@@ -42,14 +43,15 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     for family in (
         SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM,
         MultiScaleRNN, Members, Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, Frames, TokenViT,
-        CellResNet, RoutingNet, NeuralTree, ScaleGrid,
+        CellResNet, RoutingNet, NeuralTree, ScaleGrid, NeuralModules,
     )
 }  # fmt: skip
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertModule", "ExpertNet",
     "Frames", "Glimpses", "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN",
-    "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer", "RoutingNet", "ScaleGrid", "SkipGRU", "SkipLSTM",
+    "NeuralModules", "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer", "RoutingNet", "ScaleGrid",
+    "SkipGRU", "SkipLSTM",
     "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule", "TokenViT", "Unrolled", "Walk",
     "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip

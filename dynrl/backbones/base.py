@@ -366,7 +366,10 @@ class Backbone(nn.Module):
             ValueError: the family charges more than its table holds, and does not say how much.
         """
         costs = [
-            [cost + look + self.surcharge(column, choice) for choice, cost in enumerate(row) if cost >= 0]
+            [
+                cost + look + self.surcharge(column, choice) if cost >= 0 else OUT_OF_REACH
+                for choice, cost in enumerate(row)
+            ]
             for column, row in enumerate(self.column_costs.tolist())
         ]
         full = sum(costs[column][choice] - look for column, choice in enumerate(self.full_route) if choice >= 0)
@@ -382,9 +385,11 @@ class Backbone(nn.Module):
             least = [list(row) for row in found]
             for column in reversed(range(self.columns)):
                 for choice, cost in enumerate(costs[column]):
+                    if cost == OUT_OF_REACH:
+                        continue
                     after = self.leads_to(column, choice)
                     found[column][choice] = min(OUT_OF_REACH, cost + (0 if after == END else min(found[after])))
-        return torch.tensor([row + [OUT_OF_REACH] * (self.num_choices - len(row)) for row in least])
+        return torch.tensor(least)
 
     @property
     def mac_table(self) -> CostTable:

@@ -16,6 +16,7 @@ from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual
+from dynrl.ops.partition import run_by_choice
 from dynrl.ops.pooled import summary
 from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
@@ -176,10 +177,7 @@ class RoutingNet(Backbone):
         if self.networks == 1:
             x: Tensor = self.stems[0](images)
             return x
-        parts = [(task == k).nonzero().squeeze(1) for k in range(self.networks)]
-        whole = zip(self.stems, parts, strict=True)
-        done = torch.cat([stem(images[part]) for stem, part in whole if len(part) or not len(images)])
-        return torch.empty_like(done).index_copy(0, torch.cat(parts), done)
+        return run_by_choice(self.stems, task, images)
 
     def _module(self, point: int, module: int) -> nn.Module:
         found: nn.Module = self.layers[point][module]

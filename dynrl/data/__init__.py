@@ -21,6 +21,7 @@ from dynrl.data.own import is_own, own_dataset
 from dynrl.data.photos import noisy_photos, windows
 from dynrl.data.scenes import digit_scenes, digit_scenes_large, digit_views, fashion_scenes
 from dynrl.data.sequences import adding, clips, prefix, sequential_digits, sequential_fashion_mnist
+from dynrl.data.shapes import shapes
 from dynrl.data.texts import find, find_small, needle
 from dynrl.data.traces import trace, trace_long, trace_small
 from dynrl.schema import check_known
@@ -48,6 +49,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "prefix": prefix,
     "clips": clips,
     "hops": hops,
+    "shapes": shapes,
     "noisy-photos": noisy_photos,
     "windows": windows,
     "sequential-digits": sequential_digits,

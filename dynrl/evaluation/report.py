@@ -202,6 +202,7 @@ class _Points:
                 **{name: _mean([of[name] for of in rates]) for name in rates[0]},
                 "macs_fraction": macs, "mac_speedup": 1 / macs,
                 "router_fraction": sum(score.router_fraction for score in scores) / len(scores),
+                "decisions": sum(score.decisions for score in scores) / len(scores),
                 "distinct_routes": max(score.distinct_routes for score in scores),
                 "choice_rates": {tag: sum(s.rates[tag] for s in scores) / len(scores) for tag in scores[0].rates},
                 "spearman": {name: _mean([of[name] for of in hard]) for name in hard[0]},

@@ -17,6 +17,7 @@ from dynrl.data import Split
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation.by_task import tables
 from dynrl.evaluation.cascades import cascades
+from dynrl.evaluation.layouts import layouts
 from dynrl.evaluation.looking import looking
 from dynrl.evaluation.routes import cheapest_choices
 from dynrl.evaluation.scores import score
@@ -42,6 +43,7 @@ RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {
     "cascade": cascades,
     "looks": looking,
     "table": tables,
+    "layouts": layouts,
 }
 
 

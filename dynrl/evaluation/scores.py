@@ -24,6 +24,7 @@ class Score:
         metric: the task's metric.
         macs_fraction: MACs as a share of the dense network's, the router's included.
         router_fraction: the router's part of `macs_fraction`.
+        decisions: how many decisions a row took.
         distinct_routes: how many different routes the rows took.
         rates: how often each choice was taken (see `choice_rates`).
     """
@@ -31,14 +32,16 @@ class Score:
     metric: float
     macs_fraction: float
     router_fraction: float
+    decisions: float
     distinct_routes: int
     rates: dict[str, float]
 
     @classmethod
     def of(cls, backbone: Backbone, metric: Tensor, macs: Tensor, router: Tensor, routes: Tensor) -> Score:
         """Average what each row reached and spent, each [n], and count the choices of `routes` [n, columns]."""
-        rates = choice_rates(backbone.points, routes)
-        return cls(float(metric.mean()), float(macs.mean()), float(router.mean()), len(routes.unique(dim=0)), rates)
+        rates, decisions = choice_rates(backbone.points, routes), float((routes >= 0).sum(1).double().mean())
+        reached, spent, looking = (float(each.mean()) for each in (metric, macs, router))
+        return cls(reached, spent, looking, decisions, len(routes.unique(dim=0)), rates)
 
 
 def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:

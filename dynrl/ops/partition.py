@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynrl.ops.backend import Path, path
+from dynrl.ops.move import take_rows
 
 
 class Partition:
@@ -81,3 +83,19 @@ def partition(choice: Tensor, num_choices: int) -> Partition:
         case Path.HOST:
             values, order = torch.sort(choice, stable=True)
             return Partition(order, num_choices, sorted_choice=values, offsets=None)
+
+
+def run_by_choice(modules: Sequence[Callable[[Tensor], Tensor]], choice: Tensor, x: Tensor) -> Tensor:
+    """Return what each row's own module makes of it, the rows in their order. Differentiable.
+
+    Args:
+        modules: functions from rows [k, ...] to [k, ...], all of one form.
+        choice: [n] int64, the number of each row's module.
+        x: [n, ...], the rows.
+    """
+    part = partition(choice, len(modules))
+    runs = zip(modules, pairwise(part.ends), strict=True)
+    done = torch.cat(
+        [module(take_rows(x, part.order[start:end])) for module, (start, end) in runs if end > start or not len(x)]
+    )
+    return torch.empty_like(done).index_copy(0, part.order, done)
