@@ -90,7 +90,7 @@ def _holds(cells: np.ndarray, thing: np.ndarray) -> np.ndarray:
 def answers(cells: np.ndarray, asked: Questions) -> np.ndarray:
     """Return the answers to questions on `cells` [n, SIDE, SIDE, 2], (colour, form) or -1 twice: bool [n]."""
     thing, other = _holds(cells, asked.thing), _holds(cells, asked.other)
-    right = thing.any((1, 2))
+    right = np.asarray(thing.any((1, 2)))
     for move, (down, on) in enumerate(MOVES):
         beside = np.zeros_like(other)  # where a neighbour on that side of an `other` lies
         for row in range(SIDE):
