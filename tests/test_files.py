@@ -77,7 +77,7 @@ def test_a_policys_notes_are_checked(changes, reason, run):
         ({"hidden": 10_000_000}, "more than .* numbers"), ({"hidden": 32}, "tensor 'hidden.weight': expected torch.float32"),
         ({"hidden": 64.0}, "hidden: expected int, got 64.0"), ({"hidden": True}, "hidden: expected int"), ({"start": [9]}, "expected a start"),
         ({"price_range": [1e-320, 2.0]}, "within 1e-12"), ({"price_range": [2.0, 1.0]}, "low <= high"), ({"new": 1}, "new: unknown"),
-        ({"sight": {"features": 31, "points": 10, "most_choices": 2}}, "the policy is for StepSight"), ({"sight": None}, "expected an object"),
+        ({"sight": {"features": 31, "points": 10, "most_choices": 2, "suggested": 0}}, "the policy is for StepSight"), ({"sight": None}, "expected an object"),
     ],
 )  # fmt: skip
 def test_a_policys_settings_are_checked(changes, reason, run):

@@ -208,7 +208,8 @@ def test_every_data_set_fits_its_task(name):
         assert split.head(3).task == made.task
         assert torch.equal(split.inputs, again.split(part).inputs)
         assert torch.equal(split.targets, again.split(part).targets)
-        outputs = torch.zeros_like(split.targets) if made.task.pictures else torch.zeros(len(split), made.classes)
+        classes = () if split.targets.is_floating_point() else (made.classes,)
+        outputs = torch.zeros(len(split), *classes, *split.targets.shape[1:])
         assert made.task.loss(outputs, split.targets, 0.1).isfinite()
         assert made.task.score(outputs, split.targets).shape == (len(split),)
     batch = made.train.inputs[:8]

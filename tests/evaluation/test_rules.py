@@ -158,7 +158,8 @@ def test_a_rule_of_ones_own_is_one_row(monkeypatch):
     assert rules_of(backbone) == {}
     monkeypatch.setattr(Exiting, "rule", "mine")
     with pytest.raises(
-        ValueError, match=r"asks for the rule 'mine'; expected one of \['cascade', 'looks', 'table', 'threshold'\]"
+        ValueError,
+        match=r"asks for the rule 'mine'; expected one of \['cascade', 'layouts', 'looks', 'table', 'threshold'\]",
     ):
         rules_of(backbone)
     monkeypatch.setitem(RULES, "mine", lambda backbone: {"mine": lambda network, split: lambda budget: None})
