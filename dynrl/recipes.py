@@ -149,15 +149,15 @@ def _glimpses(
     scales: tuple[int, ...] = (1, 2),
     width: int = 16,
     rate: float = 0.3,
-    lr: float = 3e-3,
+    learning_rate: float = 3e-3,
 ) -> Defaults:
     """Return the defaults of a network that looks through windows, tuned for some epochs a round."""
     return Defaults(
         family="glimpses",
         backbone={"side": side, "scales": scales, "looks": 6, "width": width, "hidden": hidden},
         pretraining=Recipe(
-            epochs=epochs, batch_size=64, learning_rate=lr, weight_decay=0.01, label_smoothing=0.0, rates=(rate,),
-            full_share=0.1, optimizer="adam", plain_epochs=0,
+            epochs=epochs, batch_size=64, learning_rate=learning_rate, weight_decay=0.01, label_smoothing=0.0,
+            rates=(rate,), full_share=0.1, optimizer="adam", plain_epochs=0,
         ),
         learning=Learning(steps=400_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, 4.0)),
         finetuning=Finetuning(
@@ -471,7 +471,9 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         ),
     ),
     ("look", "digit-scenes"): _glimpses(12, 48, epochs=24, tuned=2),
-    ("look", "digit-scenes-large"): _glimpses(24, 128, epochs=40, tuned=3, scales=(1,), width=24, rate=0.5, lr=2e-3),
+    ("look", "digit-scenes-large"): _glimpses(
+        24, 128, epochs=40, tuned=3, scales=(1,), width=24, rate=0.5, learning_rate=2e-3,
+    ),
     ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
     ("look", "clips"): Defaults(
         family="frames",

@@ -16,6 +16,9 @@ from dynrl.policies.sight import StepSight
 class Router(LearnedPolicy):
     """A router has two linear layers, or one. Agents train the same module that is deployed.
 
+    Where a backbone suggests choices (`StepSight.suggested`), its log-odds are added to the scores, times one learned
+    weight, which is 1 at first. No other choices are favoured then.
+
     The arguments are those of `LearnedPolicy`.
     """
 
@@ -32,7 +35,7 @@ class Router(LearnedPolicy):
         self.trust = nn.Linear(1, 1, bias=False) if sight.suggested else None
         if self.trust is not None:
             nn.init.ones_(self.trust.weight)
-            nn.init.zeros_(self.head.bias)  # nothing is favoured but what the backbone suggests
+            nn.init.zeros_(self.head.bias)
 
     def _scores(self, observation: Tensor) -> Tensor:
         seen, features = self.trunk(observation), self.sight.features
