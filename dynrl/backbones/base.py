@@ -90,9 +90,7 @@ class Backbone(nn.Module):
     points: tuple[Point, ...]
     full_route: tuple[int, ...]  # the dense network's choice in each column; -1 in columns that it never visits
     feature_width: int  # the most numbers that `observe` shows at any point
-    suggested: int = (
-        0  # how many features, the last ones, say how much there is for each of the last choices (`observe`)
-    )
+    suggested: int = 0  # how many of the features, the last ones, are log-odds of as many choices (see `observe`)
     num_choices: int  # the most choices that any point has
     max_steps: int  # the number of decisions of the longest walk
     costs: Tensor  # [points, num_choices] int64 MACs, -1 where there is no such choice
