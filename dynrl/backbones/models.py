@@ -164,9 +164,11 @@ class Models(Backbone):
         answer: Tensor = run(self._resized(k, inputs))
         return answer
 
-    def _after(self, k: int, walk: Walk, rows: Tensor, told: Tensor) -> State:
-        """Return the state of `rows` behind model k, where `told` is what a policy is told of the answers so far."""
-        return State(walk, k + 1, rows, told) if k + 1 < len(self.members) else State(walk, END, rows)
+    def _after(self, k: int, walk: Walk, rows: Tensor, answer: Tensor, before: Tensor, likely: Tensor) -> State:
+        """Return the state of `rows` behind model k, whose answer is [n, classes]; for the others see `_tell`."""
+        if k + 1 == len(self.members):
+            return State(walk, END, rows)
+        return State(walk, k + 1, rows, _tell(answer, before, likely))
 
     def run(self, inputs: Any, choose: Callable[[State], Tensor]) -> Walk:
         """Do `Backbone.run`; a model waits for all rows that ask it, wherever they come from, and runs once."""
@@ -223,7 +225,7 @@ class Models(Backbone):
             return asking
         answer = self._answer(k, walk.inputs if rows is walk.all_rows else take_rows(walk.inputs, rows))
         walk.put_output(rows, answer)
-        return self._after(k, walk, rows, _tell(answer, *asking.features))
+        return self._after(k, walk, rows, answer, *asking.features)
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         walk, point = state.walk, state.point
@@ -236,10 +238,9 @@ class Models(Backbone):
         answer = self._answer(point, walk.inputs)  # of the next model, which some may come to from any point before
         weight = walk.own["weight"][:, point]
         before = walk.own["before"][:, point] / weight.clamp_min(1e-9).unsqueeze(1)
-        told = _tell(answer, before[:, :SCORES], before[:, SCORES:])
         walk.put_output(state.rows, answer)
         walk.weight, walk.present = weight, walk.own["present"][:, point]
-        return self._after(point, walk, state.rows, told)
+        return self._after(point, walk, state.rows, answer, before[:, :SCORES], before[:, SCORES:])
 
     def _nobody_comes(self, walk: GatedWalk) -> None:
         """Prepare what a gated walk keeps for each model: the shares of rows that come to it, and what they bring.
