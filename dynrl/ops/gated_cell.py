@@ -153,15 +153,19 @@ def _parts_on_host(
         inside = _inside(tuple(widths), w_hh.shape[1], h.shape[1], h.device)[update]
         new = recurrent_cell(x if x_rows is None else x[x_rows], torch.where(inside, h, 0), *weights)
         return torch.where(inside, new, h, out=h)
+    if alike:
+        width = widths[choices[0]]
+        return leading_units(x if x_rows is None else x[x_rows], h, *weights, width) if width else h
+    copied = choices.count(0) if widths[0] == 0 else 0
+    order = update.argsort()[copied:]  # rows of a width lie side by side, so that they move once
+    inputs = order if x_rows is None else x_rows.index_select(0, order)
+    some_x, some_h, start = x.index_select(0, inputs), h.index_select(0, order), 0
     for choice, width in enumerate(widths):
-        if not width or choice not in choices:
-            continue
-        if alike:
-            return leading_units(x if x_rows is None else x[x_rows], h, *weights, width)
-        index = (update == choice).nonzero().squeeze(1)
-        inputs = index if x_rows is None else x_rows.index_select(0, index)
-        put_rows(h, index, leading_units(x.index_select(0, inputs), h.index_select(0, index), *weights, width))
-    return h
+        end = start + (choices.count(choice) if width else 0)
+        if end > start:
+            leading_units(some_x[start:end], some_h[start:end], *weights, width)
+        start = end
+    return put_rows(h, order, some_h)
 
 
 @torch.library.custom_op("dynrl::gated_cell", mutates_args=())
@@ -206,24 +210,37 @@ def leading_units(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     if width == size:
         return recurrent_cell(x, h, w_ih, w_hh, b_ih, b_hh, out=h)
     first = h[:, :width]
-    of_x, of_h = _product(x, w_ih, b_ih, size, width), _product(first, w_hh, b_hh, size, width)
     if not _is_lstm(w_hh):
+        of_x, of_h = _product(x, w_ih, _shift(b_ih, size, width)), _product(first, w_hh, _shift(b_hh, size, width))
         reset, keep = of_x[:2].add_(of_h[:2]).sigmoid_()
         torch.lerp(of_x[2].addcmul_(reset, of_h[2]).tanh_(), first, keep, out=first)
         return h
     cell = h[:, size : size + width]
-    admit, forget, new, show = of_x.add_(of_h)
-    cell.mul_(forget.sigmoid_()).addcmul_(admit.sigmoid_(), new.tanh_())
-    torch.mul(show.sigmoid_(), cell.tanh(), out=first)
+    gates = _product(first, w_hh, _product(x, w_ih, _shift(b_ih + b_hh, size, width)))
+    admit, forget = gates[:2].sigmoid_()
+    cell.mul_(forget).addcmul_(admit, gates[2].tanh_())
+    torch.mul(gates[3].sigmoid_(), cell.tanh(), out=first)
     return h
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor, size: int, width: int) -> Tensor:
-    """Return x [n, k] times the first k columns and `width` rows of each gate's part of `weight`: [gates, n, width]."""
-    # The slices are multiplied where they lie, since copies of them would take longer than the products of few rows.
-    parts = weight.unflatten(0, (-1, size))[:, :width, : x.shape[1]]
-    shift = bias.unflatten(0, (-1, 1, size))[:, :, :width]
-    return torch.baddbmm(shift, x.expand(len(parts), -1, -1), parts.mT)
+# The slices are multiplied where they lie, since copies of them would take longer than the products of few rows. They are
+# one view each: slicing step by step takes as long as a small product.
+def _shift(bias: Tensor, size: int, width: int) -> Tensor:
+    """Return the first `width` of each gate's `size` biases: [gates, 1, width]."""
+    step = bias.stride(0)
+    return bias.as_strided((bias.shape[0] // size, 1, width), (size * step, 0, step))
+
+
+def _product(x: Tensor, weight: Tensor, start: Tensor) -> Tensor:
+    """Add x [n, k] times the first k columns and `width` rows of each gate's part of `weight` to `start`.
+
+    The start is [gates, 1 or n, width]; one of n rows is overwritten, and all gates' sums [gates, n, width] are returned.
+    """
+    gates, rows, width = start.shape
+    row, column = weight.stride()
+    parts = weight.as_strided((gates, x.shape[1], width), (weight.shape[0] // gates * row, column, row))
+    given = x.expand(gates, -1, -1)
+    return torch.baddbmm(start, given, parts) if rows == 1 else start.baddbmm_(given, parts)
 
 
 def _is_lstm(w_hh: Tensor) -> bool:

@@ -53,6 +53,9 @@ NETWORKS = {
         (64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 256, "shares": (0.0, 0.25, 0.5, 1.0)}, "skip_gru", 0
     ),
     "gru512 50 steps": Network((64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 512}, "skip_gru", 0),
+    "gru512 in parts 50 steps": Network(
+        (64, 256), {"input_shape": (50, 2), "classes": 1, "hidden": 512, "shares": (0.0, 0.25, 0.5, 1.0)}, "skip_gru", 0
+    ),
 }  # fmt: skip
 
 
