@@ -147,19 +147,19 @@ def _glimpses(
     epochs: int,
     tuned: int,
     scales: tuple[int, ...] = (1, 2),
-    width: int = 16,
     rate: float = 0.3,
     learning_rate: float = 3e-3,
+    dearest: float = 4.0,
 ) -> Defaults:
     """Return the defaults of a network that looks through windows, tuned for some epochs a round."""
     return Defaults(
         family="glimpses",
-        backbone={"side": side, "scales": scales, "looks": 6, "width": width, "hidden": hidden},
+        backbone={"side": side, "scales": scales, "looks": 6, "width": 16, "hidden": hidden},
         pretraining=Recipe(
             epochs=epochs, batch_size=64, learning_rate=learning_rate, weight_decay=0.01, label_smoothing=0.0,
             rates=(rate,), full_share=0.1, optimizer="adam", plain_epochs=0,
         ),
-        learning=Learning(steps=400_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, 4.0)),
+        learning=Learning(steps=400_000, hidden=64, num_envs=128, reward="gain", price_range=(0.005, dearest)),
         finetuning=Finetuning(
             rounds=3, epochs=tuned, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.01,
             label_smoothing=0.0, full_share=0.1, sampled=True, distillation=0.0,
@@ -472,7 +472,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("look", "digit-scenes"): _glimpses(12, 48, epochs=24, tuned=2),
     ("look", "digit-scenes-large"): _glimpses(
-        24, 128, epochs=40, tuned=3, scales=(1,), width=24, rate=0.5, learning_rate=2e-3,
+        24, 128, epochs=40, tuned=3, scales=(1,), rate=0.5, learning_rate=2e-3, dearest=16.0,
     ),
     ("look", "fashion-scenes"): _glimpses(16, 96, epochs=10, tuned=1),
     ("look", "clips"): Defaults(

@@ -30,8 +30,9 @@ class Glimpses(Looks):
     say what may be there, and how much attention each place deserves. The attention's mean is the first state, off
     which a first answer is read.
 
-    A look takes a window, at full resolution or at a coarser scale, all of `side` x `side` pixels. Two convolutions
-    and a linear layer encode it; the window's place is added. Windows of one scale overlap by half.
+    A look takes a window, at full resolution or at a coarser scale, all of `side` x `side` pixels. Three convolutions
+    encode it. Of their maps only the highest values count, wherever in the window they are. A linear layer follows,
+    and the window's place is added. Windows of one scale overlap by half.
 
     The full route looks at everything: first through the coarsest windows side by side, then through those between
     them, and so on with finer ones, up to `looks` windows.
@@ -42,7 +43,7 @@ class Glimpses(Looks):
         side: the width and height of what a look sees, in pixels; a multiple of 4.
         scales: how many pixels of the image are one pixel of a look, each way, rising; each window fits in the image.
         looks: the most looks of a walk.
-        width: the channels of the first convolution of a look; the second one has twice as many.
+        width: the channels of the first convolution of a look; each of the other two has twice as many as the one before.
         hidden: the number of hidden units.
 
     Sources: Recurrent Models of Visual Attention (Mnih et al. 2014, NeurIPS): windows at scales, a recurrent state,
@@ -93,8 +94,9 @@ class Glimpses(Looks):
         self.attention, self.lead = nn.Conv2d(width, 1, 1), nn.Linear(width, hidden)
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(),
-            nn.Linear(2 * width * (side // 4) ** 2, hidden),
+            nn.Conv2d(width, 2 * width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.AdaptiveMaxPool2d(1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(4 * width, hidden),
         )  # fmt: skip
         self._set_windows(scales)
         windows = self.suggested = len(self.scale)
