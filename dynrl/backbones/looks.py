@@ -44,7 +44,7 @@ class Looks(Backbone):
     speaks = True
     gates = False  # the mean of two parts is none
     scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}
-    budgets = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+    budgets = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.7)
     orders: ClassVar[Mapping[str, Callable[[Any, Tensor], Tensor]]]
     shares: Tensor
     scale: Tensor
