@@ -29,7 +29,7 @@ OWN, BOTH, OTHER = range(3)  # the child that the node's router prefers; both ch
 STOP, GO_ON = 0, 1  # between two trees: the vote so far is the answer; the next tree votes, too
 TOLD = 3  # what is observed of routers: how sure one is, where it points, and how much the path weighs
 EVEN = 0.1  # how much a router leans away, in a batch, from a child that all rows come to
-DEEPEST, LARGEST = 8, 64  # levels of a tree: 128 leaves; trees of a forest
+DEEPEST, LARGEST = 8, 16  # levels of a tree: 128 leaves; one more than the trees of a forest
 
 # A node's map, and [n, 2]: its router's log-odds of the right child, and the path's weight.
 Features = tuple[Tensor, Tensor]
@@ -104,7 +104,7 @@ class NeuralTree(Ways):
         widths: the number of channels of each level's stages.
         stem: "cifar" (3x3) or "imagenet" (7x7 of stride 2, then max pooling of stride 2).
         stem_stride: the stride of the "cifar" stem.
-        forest: the number of trees, up to 63.
+        forest: the number of trees, up to 15.
 
     Raises:
         ValueError: there are not 2 to 8 levels, or not as many widths, or inputs are no images; or a forest has less
@@ -191,7 +191,7 @@ class NeuralTree(Ways):
             feature_width=max(TOLD + max(widths[:-1]), SCORES + widths[0]),
         )
         if forest > 1:  # one tree's part of all trees' MACs is less
-            self.budgets = tuple(round(share / forest, 2) for share in self.budgets)  # type: ignore[misc]
+            self.budgets = (*(round(share / forest, 3) for share in self.budgets), 0.5)  # type: ignore[misc]
 
     def _stage(self, module: int, x: Tensor) -> Tensor:
         done: Tensor = self.stages[module](x)
