@@ -37,7 +37,7 @@ def mixture(tree, x, route, which=0):
         if size == 1:
             return tree.heads[str(module)](x.mean((2, 3)))
         router = 3 * which + point
-        right = torch.sigmoid(tree.routers[router](x.mean((2, 3))) + tree.lean[router]).item()
+        right = torch.sigmoid(4 * (tree.routers[router](x.mean((2, 3))) + tree.lean[router])).item()
         halves = (module + 1, point + 1), (module + 1 + (size // 2), point + 1 + (size // 4))
         both = [lambda at=at: answer(*at, size // 2, x) for at in halves]
         if route[point] == BOTH:

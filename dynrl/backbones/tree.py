@@ -28,6 +28,7 @@ from dynrl.schema import MOST_ROWS, check_count, check_counts
 OWN, BOTH, OTHER = range(3)  # the child that the node's router prefers; both children; the other child
 STOP, GO_ON = 0, 1  # between two trees: the vote so far is the answer; the next tree votes, too
 TOLD = 3  # what is observed of routers: how sure one is, where it points, and how much the path weighs
+SHARP = 4.0  # how much more a router's log-odds are than its layer says: unsure ones part rows by chance, for too long
 EVEN = 0.1  # how much a router leans away, in a batch, from a child that all rows come to
 DEEPEST, LARGEST = 8, 16  # levels of a tree: 128 leaves; one more than the trees of a forest
 
@@ -200,7 +201,7 @@ class NeuralTree(Ways):
     def _arrive(self, point: int, x: Tensor, weight: Tensor) -> Features:
         """Return the features of rows at a node, of its map [n, C, H, W] and of the weight [n] of their path."""
         router = point - self._nodes[point].tree  # there is none between trees
-        odds = self.routers[router](summary(x).to(x.dtype)).float() + self.lean[router]
+        odds = SHARP * (self.routers[router](summary(x).to(x.dtype)).float() + self.lean[router])
         return x, torch.cat([odds, weight.float().unsqueeze(1)], 1)
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
