@@ -11,9 +11,9 @@ PHOTO = 4  # the most channels of images that tell no task
 class BranchVectorEnv(RoutingVectorEnv):
     """At each layer of a network of modules, which module does this input take, or does it pass the layer by?
 
-    In a tree of modules, which child of a node does it take, or are the answers of both mixed? In a grid of scales,
-    does its map go to a coarser or a finer scale, or stay? In a stack machine, which module does a question about an
-    image need next?
+    In a tree of modules, which child of a node does it take, or are the answers of both mixed? In a forest, is the vote
+    of some trees enough? In a grid of scales, does its map go to a coarser or a finer scale, or stay? In a stack
+    machine, which module does a question about an image need next?
 
     ## Features
     Of a `RoutingNet`: the probabilities that the network's own table gives the modules of the layer for the input's
@@ -21,7 +21,8 @@ class BranchVectorEnv(RoutingVectorEnv):
 
     Of a `NeuralTree`: the probability that the node's own router gives the child that it prefers, that of the right
     child, the weight of the row's present path in its mixture (1 if it took one child at each node above), and the mean
-    of each channel at the node.
+    of each channel at the node. Between the trees of a forest: the vote's highest class probability, its lead over the
+    second one and the entropy divided by its maximum, and the mean of each channel behind the stem.
 
     Of a `ScaleGrid`: the mean of each channel of the map, at the scale where the row is, and how much detail of each
     channel each coarser scale in turn would lose.
@@ -38,7 +39,8 @@ class BranchVectorEnv(RoutingVectorEnv):
 
     In a `NeuralTree`, action 0 takes the child that the node's own router prefers, 1 takes both, and 2 the other child.
     After 1, the row first walks on the left side of the node and then on the right one, and the router's probabilities
-    weigh their answers.
+    weigh their answers. Behind each tree of a forest but the last, action 0 stops: the answer is the mean of those of
+    the trees so far. Action 1 goes on through the next tree.
 
     In a `ScaleGrid`, action 0 brings the map to the next coarser scale, 1 keeps it at its scale, and 2 brings it to the
     next finer one. Beyond the finest and the coarsest, choices are closed.
@@ -49,8 +51,8 @@ class BranchVectorEnv(RoutingVectorEnv):
 
     ## Episode
     One input. The episode ends after the last layer, so it has as many steps as the network has layers. In a tree, it
-    ends when all that the row has taken is walked: there are as many steps as inner nodes at most. In `NeuralModules`,
-    it ends with an answer, after at most as many modules as the backbone allows.
+    ends when all that the row has taken is walked: there are as many steps as inner nodes at most. In a forest, it ends
+    behind a tree. In `NeuralModules`, it ends with an answer, after at most as many modules as the backbone allows.
 
     ## Data
     The default is `digit-tasks`: five tasks on small images of digits. `many-tasks` has seven on clothes and digits. In

@@ -60,6 +60,7 @@ SET = {  # networks of ours whose settings change how they are walked
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "positions of cells": lambda: CellResNet((1, 8, 8), 2, layers=(2, 2), widths=(4, 8)),
     "branch in a tree": lambda: NeuralTree((1, 8, 8), 4, layers=(1, 1, 1), widths=(4, 6, 8)),
+    "branch in a forest": lambda: NeuralTree((1, 8, 8), 4, layers=(1, 1), widths=(4, 6), forest=3),
     "branch in a grid of scales": lambda: ScaleGrid((1, 8, 8), 4, layers=3, scales=2, width=4, stem_stride=1),
     "branch of a layout": lambda: NeuralModules((2, 6, 6), 3, 2, 2, cell=2, channels=4, width=5, depth=3, steps=7),
     "jumps over sentences": lambda: JumpRNN((12,), 4, 9, 4, 6, (1, 2, 5), ((1, 2), (2,)), follow=True),

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynrl.backbones import CellResNet, ExitResNet, SkipResNet, SlimmableResNet, load_backbone
-from dynrl.backbones.layers import DynamicReLU, MixedConv2d, PredictedConv2d, SqueezeExcitation
+from dynrl.backbones.layers import DynamicReLU, GivenConv2d, MixedConv2d, PredictedConv2d, SqueezeExcitation
 from dynrl.cost import count_macs
 from tests.cases import trained
 
 ROWS, SHAPE = 5, dict(input_shape=(2, 8, 8), classes=4, layers=(2, 1), widths=(6, 10))
 KINDS = [
     {"attention": "squeeze"}, {"activation": "dynamic"}, {"kernels": "mixed"},
-    {"kernels": "predicted", "attention": "squeeze", "activation": "dynamic", "block": "bottleneck"},
+    {"kernels": "predicted", "attention": "squeeze", "activation": "dynamic", "block": "bottleneck"}, {"factors": 1},
 ]  # fmt: skip
 
 
@@ -46,12 +46,21 @@ def predicted(layer, x):
     return F.conv2d(x, weight, stride=layer.stride, padding=weight.shape[-1] // 2)
 
 
+def given(layer, x):
+    """The weights are those of two linear layers; the factor is the same number in all places."""
+    factor = x[-3:, 2, 1]
+    hidden = F.relu(layer.first.weight @ factor + layer.first.bias)
+    weight = (layer.second.weight @ hidden + layer.second.bias).view(layer.out_channels, 6, layer.kernel, layer.kernel)
+    return F.conv2d(x[:6], weight, stride=layer.stride, padding=weight.shape[-1] // 2)
+
+
 LAYERS = {
     "squeeze": (lambda: SqueezeExcitation(9), squeezed),
     "dynamic": (lambda: DynamicReLU(9), dynamic),
     "mixed": (lambda: MixedConv2d(9, 7, 3, 2), mixed),
     "mixed 1x1": (lambda: MixedConv2d(9, 4, 1, kernels=3), mixed),
     "predicted": (lambda: PredictedConv2d(9, 7, 3, 2), predicted),
+    "given": (lambda: GivenConv2d(9, 7, 3, 2, factors=3), given),
 }
 
 
@@ -60,6 +69,7 @@ LAYERS = {
 def test_each_row_gets_what_the_formula_says_and_its_macs_are_counted(name):
     make, formula = LAYERS[name]
     layer, x = make(), torch.randn(ROWS, 9, 6, 5)
+    x[:, 6:] = x[:, 6:, :1, :1]  # the last channels may be a factor, one number each
     expected = torch.stack([formula(layer, row) for row in x])
     for given in (x, x.to(memory_format=torch.channels_last)):
         torch.testing.assert_close(layer(given), expected, atol=1e-5, rtol=1e-5)
@@ -85,6 +95,28 @@ def test_rows_alone_together_by_gates_and_for_inference_are_one_and_all_weights_
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters())
 
 
+@pytest.mark.parametrize("family", [SkipResNet, ExitResNet, SlimmableResNet, CellResNet])
+@torch.no_grad()
+def test_any_residual_network_takes_a_factor_and_hears_of_it_by_its_first_weights_only(family, tmp_path):
+    torch.manual_seed(0)
+    own = {"exits": (0,)} if family is ExitResNet else {}
+    backbone = trained(family(**(SHAPE | {"input_shape": (5, 8, 8)}), **own, factors=3))
+    inputs, route = torch.randn(ROWS, 5, 8, 8), torch.randint(0, backbone.num_choices, (ROWS, backbone.columns))
+    with FlopCounterMode(display=False) as counter:
+        walk = backbone.run_route(inputs, route)
+    assert counter.get_total_flops() == 2 * int(walk.macs.sum())
+    backbone.save(tmp_path / "backbone.safetensors")
+    again, _ = load_backbone(tmp_path / "backbone.safetensors")
+    inputs[:, 2:] = inputs[:, 2:, :1, :1]  # as a factor is meant to be: elsewhere, its channels are not looked at
+    for network in (again, backbone.for_inference()):
+        torch.testing.assert_close(network(inputs, route), walk.outputs, atol=1e-4, rtol=1e-4)
+    inputs[0, 2:] += 1
+    changed = (backbone(inputs, route) != walk.outputs).any(1)
+    assert changed[0] and not backbone.exports and not backbone.captures
+    with pytest.raises(ValueError, match="expected factors of at least 0 and below 2"):
+        family(**SHAPE, **own, factors=2)
+
+
 @torch.no_grad()
 def test_a_block_is_made_of_the_layers_of_its_settings():
     torch.manual_seed(0)
@@ -107,7 +139,7 @@ def test_a_file_brings_such_a_network_back_and_that_of_a_plain_one_says_nothing_
     torch.testing.assert_close(again(inputs), backbone(inputs))
     assert not backbone.captures and not backbone.exports
     plain = ExitResNet(**SHAPE, exits=(0,))
-    assert "kernels" not in plain.config and plain.exports
+    assert "kernels" not in plain.config and "factors" not in plain.config and plain.exports
 
 
 @pytest.mark.parametrize("name", ["attention", "activation", "kernels"])

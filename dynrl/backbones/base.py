@@ -169,6 +169,14 @@ class Backbone(nn.Module):
         """
         return column + 1 if column + 1 < self.columns else END
 
+    def waiting(self, state: State) -> Tensor | None:
+        """Return how many decisions wait behind each choice on ways that `leads_to` does not tell of; None if none do.
+
+        Only a family in which a row walks several ways one after the other has some. They are [n, choices of the point]
+        int64.
+        """
+        return None
+
     def surcharge(self, column: int, choice: int) -> int:
         """Return the most MACs that `choice` in `column` is charged beyond the table (`walk.charge`)."""
         return 0

@@ -1,6 +1,7 @@
-"""Layers whose numbers depend on each row's own maps: all cost the same, so nothing is decided, but each row differs.
+"""Layers whose numbers depend on each row: all cost the same, so nothing is decided, but each row differs.
 
-All of them look at the mean of each channel of a map [n, C, H, W]. A row's result depends on that row only.
+All of them look at the mean of each channel of a map [n, C, H, W], but `GivenConv2d` at a factor that comes with it. A
+row's result depends on that row only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dynrl.cost import FORMULAS
 from dynrl.schema import check_known
 
+PREDICTING = 32  # units between the two linear layers that predict weights from a given factor
 LEAST = 4  # units between two linear layers: with one or two, all of them may never be above 0
 
 
@@ -86,12 +88,17 @@ class _RowConv2d(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [n, C, H, W] to [n, K, P, Q]: one convolution whose groups are the rows."""
-        rows, channels = x.shape[:2]
-        weight = self.mixed(x.mean((2, 3))).view(rows * self.out_channels, channels, self.kernel, self.kernel)
-        # The rows' channels lie one behind the other, as if they were those of one image.
-        y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight, None, self.stride, self.kernel // 2, groups=rows)
-        return y.view(rows, self.out_channels, *y.shape[2:])
+        """Map [n, C, H, W] to [n, K, P, Q]."""
+        return _by_rows(x, self.mixed(x.mean((2, 3))), self.out_channels, self.kernel, self.stride)
+
+
+def _by_rows(x: Tensor, weight: Tensor, outputs: int, kernel: int, stride: int) -> Tensor:
+    """Convolve each row of `x` by its own `weight` [n, K * C * R * R]: one convolution whose groups are the rows."""
+    rows, channels = x.shape[:2]
+    # The rows' channels lie one behind the other, as if they were those of one image.
+    image, weight = x.reshape(1, -1, *x.shape[2:]), weight.view(rows * outputs, channels, kernel, kernel)
+    y = F.conv2d(image, weight, None, stride, kernel // 2, groups=rows)
+    return y.view(rows, outputs, *y.shape[2:])
 
 
 class MixedConv2d(_RowConv2d):
@@ -135,13 +142,52 @@ class PredictedConv2d(_RowConv2d):
         return F.conv1d(numbers, self.weight.t().unsqueeze(2), groups=self.out_channels).squeeze(2)
 
 
+class GivenConv2d(nn.Module):
+    """A convolution whose weights two linear layers predict for each row from a factor that comes with the input.
+
+    The factor (a scale, a task, a style) is in the last channels of the input. Each of them holds one number in all
+    places. Convolved are the channels before them. Untrained, the weights differ little from factor to factor.
+
+    Args:
+        inputs, outputs, kernel, stride: the shape of the convolution; `inputs` counts the factor's channels, too.
+        factors: the number of the factor's channels.
+
+    Sources: Meta-SR (Hu et al. 2019, CVPR, section 3.2: two linear layers with ReLU between them predict the weights
+    from the scale); TAFE-Net (Wang et al. 2019, CVPR), where a task's embedding is the factor.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, factors: int) -> None:
+        super().__init__()
+        self.out_channels, self.kernel, self.stride, self.factors = outputs, kernel, stride, factors
+        first = convolution(inputs - factors, outputs, kernel).weight
+        nn.init.kaiming_normal_(first, mode="fan_out", nonlinearity="relu")
+        self.first, self.second = nn.Linear(factors, PREDICTING), nn.Linear(PREDICTING, first.numel())
+        with torch.no_grad():
+            self.second.bias.copy_(first.flatten())
+            self.second.weight.mul_(first.std())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, C + factors, H, W] to [n, K, P, Q]."""
+        channels = x.shape[1] - self.factors
+        weight = self.second(F.relu(self.first(x[:, channels:, 0, 0])))
+        return _by_rows(x[:, :channels], weight, self.out_channels, self.kernel, self.stride)
+
+
+def _given_convolution(layer: nn.Module, output: Tensor) -> int:
+    """Count the MACs of a row's convolution; the linear layers count their own."""
+    assert isinstance(layer, GivenConv2d)
+    return output[0].numel() * layer.second.out_features // layer.out_channels
+
+
 def _row_convolution(layer: nn.Module, output: Tensor) -> int:
     """Count the MACs of a row's convolution and of mixing its weights."""
     assert isinstance(layer, _RowConv2d)
     return output[0].numel() * layer.weight[0].numel() // layer.out_channels + layer.weight.numel()
 
 
-FORMULAS |= {MixedConv2d: _row_convolution, PredictedConv2d: _row_convolution}
+FORMULAS |= {
+    MixedConv2d: _row_convolution, PredictedConv2d: _row_convolution, GivenConv2d: _given_convolution,
+}  # fmt: skip
 
 # The layers that blocks of residual networks are made of, by their names in settings. A plugin may add rows.
 ATTENTIONS: dict[str, Callable[[int], nn.Module]] = {

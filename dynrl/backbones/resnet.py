@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone
-from dynrl.backbones.layers import ACTIVATIONS, ATTENTIONS, KERNELS, PLAIN, Kinds, convolution
+from dynrl.backbones.layers import ACTIVATIONS, ATTENTIONS, KERNELS, PLAIN, GivenConv2d, Kinds, convolution
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock
@@ -152,6 +152,9 @@ class ResNet(Backbone):
         activation: what is between a block's convolutions: "relu", or "dynamic" (`DynamicReLU`).
         kernels: a block's convolutions: "fixed"; or for each row its own, "mixed" (`MixedConv2d`) or "predicted"
             (`PredictedConv2d`).
+        factors: the number of the input's last channels that hold a factor (a scale, a task, a style), each the same
+            number in all places. The weights of the first convolution are predicted from it (`GivenConv2d`). 0 if all
+            channels are the image's.
 
     Example: the shape of torchvision's ResNet-50 is `(3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3),
     (64, 128, 256, 512), stem="imagenet"`.
@@ -171,6 +174,7 @@ class ResNet(Backbone):
         attention: str = "none",
         activation: str = "relu",
         kernels: str = "fixed",
+        factors: int = 0,
     ) -> None:
         super().__init__()
         kinds = Kinds(attention, activation, kernels)
@@ -183,19 +187,22 @@ class ResNet(Backbone):
         check_counts("layers", layers)
         check_counts("widths", widths)
         check_count("stem_stride", stem_stride, 1, MOST_ROWS)
+        check_count("factors", factors, 0, input_shape[0])
         if len(layers) != len(widths):
             raise ValueError(f"expected one width a stage, got {len(layers)} stages and {len(widths)} widths")
         self.input_shape = tuple(input_shape)
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "block": block, "layers": list(layers),
             "widths": list(widths), "stem": stem, "stem_stride": stem_stride, **kinds.changed,
+            **({"factors": factors} if factors else {}),
         }  # fmt: skip
-        if kinds != PLAIN:  # kernels of dynrl do not run such blocks
+        if kinds != PLAIN or factors:  # kernels of dynrl do not run such blocks
             self.captures = False  # type: ignore[misc]
-        if kinds.kernels != PLAIN.kernels:  # the number of rows is that of a convolution's groups
+        if kinds.kernels != PLAIN.kernels or factors:  # the number of rows is that of a convolution's groups
             self.exports = False  # type: ignore[misc]
         kernel, stride = (3, stem_stride) if stem == "cifar" else (7, 2)
-        self.conv1 = convolution(input_shape[0], widths[0], kernel, stride)
+        first = (input_shape[0], widths[0], kernel, stride)
+        self.conv1: nn.Module = GivenConv2d(*first, factors) if factors else convolution(*first)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         make, width = BLOCKS[block], widths[0]
@@ -319,8 +326,9 @@ class ResNet(Backbone):
         Its maps are in channels_last, which is the faster memory format here, for dense and routed walks.
         """
         twin = super().for_inference()
-        twin.conv1 = FoldedConv2d.of(twin.conv1, twin.bn1)
-        twin.bn1 = nn.Identity()  # type: ignore[assignment]
+        if isinstance(twin.conv1, nn.Conv2d):  # weights that are predicted cannot be folded
+            twin.conv1 = FoldedConv2d.of(twin.conv1, twin.bn1)
+            twin.bn1 = nn.Identity()  # type: ignore[assignment]
         for i, (name, block) in enumerate(zip(twin._names, twin._blocks, strict=True)):
             if isinstance(block, Block):  # other blocks are already folded
                 twin._blocks[i] = block.folded()

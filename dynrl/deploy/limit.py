@@ -58,7 +58,10 @@ class Limited:
         left = self._most - state.get(walk.macs)
         if self._look:
             left = left - self._look * state.get(walk.steps)
-        mask = self._least[state.column][..., :count] <= left.unsqueeze(1)
+        least, waiting = self._least[state.column][..., :count], self._backbone.waiting(state)
+        if self._look and waiting is not None:
+            least = least + self._look * waiting
+        mask = least <= left.unsqueeze(1)
         others = self._backbone.open_choices(state)
         if others is not None:
             mask = mask & others

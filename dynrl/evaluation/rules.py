@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynrl.backbones import Backbone, State
+from dynrl.backbones import Backbone, NeuralTree, State
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation.by_task import tables
@@ -37,9 +37,20 @@ def thresholds(backbone: Backbone) -> dict[str, Fit]:
     return {f"threshold {name}": partial(fit_score, name=name) for name in backbone.scores}
 
 
+def trees(backbone: Backbone) -> dict[str, Fit]:
+    """Return the threshold on routers, and of a forest one on the vote of paths that the trees' own routers prefer."""
+    assert isinstance(backbone, NeuralTree), "the rules are those of its family"
+    rules = thresholds(backbone)
+    if backbone.config["forest"] > 1:
+        (_, paths), *_ = backbone.constant_routes()
+        rules["threshold vote"] = partial(fit_score, name="router", unsure=paths)
+    return rules
+
+
 # Each entry maps a backbone to the rules to fit, by the names that reports show.
 RULES: dict[str, Callable[[Backbone], Mapping[str, Fit]]] = {
     "threshold": thresholds,
+    "trees": trees,
     "cascade": cascades,
     "looks": looking,
     "table": tables,
@@ -60,73 +71,81 @@ def rules_of(backbone: Backbone) -> Mapping[str, Fit]:
 
 
 @torch.inference_mode()
-def fit_score(backbone: Backbone, split: Split, name: str) -> PolicyFor:
-    """Fit thresholds on one of the family's scores: sure rows take the cheapest choice, others the full route's.
+def fit_score(backbone: Backbone, split: Split, name: str, unsure: tuple[int, ...] | None = None) -> PolicyFor:
+    """Fit thresholds on one of the family's scores: sure rows take the cheapest choice, others that of `unsure`.
 
-    If the cheapest choice ends the walk at every point (an exit's stop), the thresholds are those of `fit_thresholds`.
+    This is a route, by default the full one. If the cheapest choice ends the walk wherever it is another (an exit's
+    stop), the thresholds are those of `fit_thresholds`.
     In other families (a loop, for example), each point's threshold is the same quantile of its scores; the quantile is
     found by walking.
     """
     column, rising = backbone.scores[name]
-    seen = _scores_on_full_route(backbone, split, column)
-    exits = leaving(backbone, split.inputs)
+    route = torch.tensor(unsure or backbone.full_route).clamp_min(0)
+    seen = _scores_along(route, backbone, split, column)
+    exits = leaving(backbone, split.inputs, route)
 
     def policy(values: Tensor) -> ThresholdPolicy:  # one value a point
-        return ThresholdPolicy(backbone, name, values[backbone.column_point])
+        return ThresholdPolicy(backbone, name, values[backbone.column_point], route)
 
     if exits is not None:
-        whole, costs = torch.stack(seen, 1), exits.macs
+        whole, costs = torch.stack([seen[column] for column in exits.columns], 1), exits.macs
 
         def by_shares(budget: float) -> ThresholdPolicy | None:
             wanted = budget * backbone.dense_macs
             if not costs[0] <= wanted <= costs[-1]:
                 return None
-            return policy(fit_thresholds(whole, costs, wanted, rising))
+            values = torch.zeros(len(seen))  # where sure rows and others take the same choice, any will do
+            values[exits.columns] = fit_thresholds(whole, costs, wanted, rising)
+            return policy(values)
 
         return by_shares
     return partial(_by_quantile, backbone, split.head(FITTED), seen, rising, policy)
 
 
-def _scores_on_full_route(backbone: Backbone, split: Split, column: int) -> list[Tensor]:
-    """Return for each point the scores [visits] of all rows that stand there on the full route."""
+def _scores_along(route: Tensor, backbone: Backbone, split: Split, column: int) -> list[Tensor]:
+    """Return for each point the scores [visits] of all rows, in order, that stand there on `route` [columns]."""
     seen: list[list[Tensor]] = [[] for _ in backbone.points]
     for inputs in split.inputs.split(256):
-        route = backbone.dense_actions(len(inputs), inputs.device)
+        routes = route.to(inputs.device).expand(len(inputs), -1)
 
-        def go_on(state: State, route: Tensor = route) -> Tensor:
-            seen[state.point].append(backbone.observe(state)[:, column].float().cpu())
-            return state.along(route)
+        def go_on(state: State, routes: Tensor = routes) -> Tensor:
+            seen[state.point].append(backbone.observe(state)[state.rows.argsort(), column].float().cpu())
+            return state.along(routes)
 
         backbone.run(inputs, go_on)
     return [torch.cat(parts) if parts else torch.zeros(1) for parts in seen]
 
 
 class Leaving(NamedTuple):
-    """The ways to leave a network with exits in a row: at each point in turn, and last the full route.
+    """The ways to leave a network with exits in a row: at each of K - 1 exits in turn, and last the whole route.
 
     Attributes:
-        routes: [points + 1, columns] int64.
-        macs: [points + 1] int64, what each way costs, rising.
+        columns: the columns of the exits, which are their points, too: K - 1.
+        routes: [K, columns] int64.
+        macs: [K] int64, what each way costs, rising.
     """
 
+    columns: list[int]
     routes: Tensor
     macs: Tensor
 
 
 @torch.inference_mode()
-def leaving(backbone: Backbone, inputs: Inputs) -> Leaving | None:
-    """Return the ways to leave a network, if each point is met once and its cheapest choice ends the walk; else None.
+def leaving(backbone: Backbone, inputs: Inputs, whole: Tensor) -> Leaving | None:
+    """Return the ways to leave the route `whole` [columns] by the cheapest choice where this is another one.
 
-    `inputs` [n, ...] may be any of the network's.
+    If a point is met more than once, or such a choice does not end the walk, or is not met, there is None. `inputs`
+    [n, ...] may be any of the network's.
     """
-    columns = torch.arange(backbone.columns)
-    routes = backbone.dense_actions(1)[0].cpu().repeat(len(columns) + 1, 1)
-    routes[columns, columns] = cheapest_choices(backbone)
+    cheapest = cheapest_choices(backbone)
+    exits = (whole != cheapest).nonzero().squeeze(1)
+    routes = whole.repeat(len(exits) + 1, 1)
+    routes[torch.arange(len(exits)), exits] = cheapest[exits]
     walk = backbone.run_route(repeat_first(inputs, len(routes)), routes)
     ran = walk.route.cpu() >= 0
-    ended = ran[:-1] == (columns <= columns.unsqueeze(1))
-    once = len(columns) == len(backbone.points)
-    return Leaving(routes, walk.macs.cpu()) if once and bool(ended.all()) and bool(ran[-1].all()) else None
+    ended = ran[:-1] == ran[-1] & (torch.arange(backbone.columns) <= exits.unsqueeze(1))
+    once = backbone.columns == len(backbone.points)
+    return Leaving(exits.tolist(), routes, walk.macs.cpu()) if once and ended.all() and ran[-1, exits].all() else None
 
 
 @torch.inference_mode()

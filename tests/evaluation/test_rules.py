@@ -159,7 +159,7 @@ def test_a_rule_of_ones_own_is_one_row(monkeypatch):
     monkeypatch.setattr(Exiting, "rule", "mine")
     with pytest.raises(
         ValueError,
-        match=r"asks for the rule 'mine'; expected one of \['cascade', 'layouts', 'looks', 'table', 'threshold'\]",
+        match=r"asks for the rule 'mine'; expected one of \['cascade', 'layouts', 'looks', 'table', 'threshold', 'trees'\]",
     ):
         rules_of(backbone)
     monkeypatch.setitem(RULES, "mine", lambda backbone: {"mine": lambda network, split: lambda budget: None})
