@@ -43,7 +43,7 @@ class Glimpses(Looks):
         side: the width and height of what a look sees, in pixels; a multiple of 4.
         scales: how many pixels of the image are one pixel of a look, each way, rising; each window fits in the image.
         looks: the most looks of a walk.
-        width: the channels of the first convolution of a look; each of the other two has twice as many as the one before.
+        width: the channels of the first convolution of a look; each further one has twice as many.
         hidden: the number of hidden units.
 
     Sources: Recurrent Models of Visual Attention (Mnih et al. 2014, NeurIPS): windows at scales, a recurrent state,

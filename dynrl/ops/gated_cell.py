@@ -223,8 +223,8 @@ def leading_units(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     return h
 
 
-# The slices are multiplied where they lie, since copies of them would take longer than the products of few rows. They are
-# one view each: slicing step by step takes as long as a small product.
+# The slices are multiplied where they lie, since copies of them would take longer than the products of few rows. They
+# are one view each: slicing step by step takes as long as a small product.
 def _shift(bias: Tensor, size: int, width: int) -> Tensor:
     """Return the first `width` of each gate's `size` biases: [gates, 1, width]."""
     step = bias.stride(0)
@@ -234,7 +234,7 @@ def _shift(bias: Tensor, size: int, width: int) -> Tensor:
 def _product(x: Tensor, weight: Tensor, start: Tensor) -> Tensor:
     """Add x [n, k] times the first k columns and `width` rows of each gate's part of `weight` to `start`.
 
-    The start is [gates, 1 or n, width]; one of n rows is overwritten, and all gates' sums [gates, n, width] are returned.
+    The start is [gates, 1 or n, width]; one of n rows is overwritten. All gates' sums are returned: [gates, n, width].
     """
     gates, rows, width = start.shape
     row, column = weight.stride()
