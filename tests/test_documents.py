@@ -165,6 +165,7 @@ def test_a_report_shows_the_words_that_were_read(run, tmp_path):
     read = {place for ((_, place, _, _),) in usage["regions"][len(usage["cheapest"])]}
     words = usage["words"][len(usage["cheapest"])]
     assert f"read {len(read)} of {len(words)} words: {words[0]}" in report_text(report)
+    assert " words: " not in report_text(report | {"usage": usage | {"words": [[]] * len(rows)}}), "images have none"
 
 
 def test_texts_that_come_later_change_no_token(run, tmp_path):

@@ -353,7 +353,7 @@ def _words_lines(usage: dict[str, Any]) -> list[str]:
         read = words_read(words, regions)
         runs = groupby(zip(words, read, strict=True), key=itemgetter(1))
         shown = " ".join(" ".join(word for word, _ in run) if was else "…" for was, run in runs)
-        if regions:
+        if words and regions:
             shown = shown if len(shown) <= 200 else f"{shown[:200]} …"
             lines.append(f"{usage['policy']} read {sum(read)} of {len(words)} words: {shown}")
     return lines
