@@ -3,16 +3,17 @@
 All have random weights and small configurations, and need no network. Each goes in by two lines: a batch of examples or
 the shape of one, and the names of its blocks.
 
-Run as a program, it times eight of them: `python -m tests.vision OUT.json`.
+Run as a program, it times some: `python -m tests.vision OUT.json [NAME ...]`. Rows of other networks stay in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -66,14 +67,14 @@ def images(size: int) -> torch.Tensor:
     return torch.randn(ROWS, 3, size, size)
 
 
-def texts() -> dict[str, torch.Tensor]:
+def texts(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
     """Token ids, and the mask of what is padding."""
-    lengths = torch.tensor([TOKENS, 7, 3, 9]).unsqueeze(1)
-    ids = torch.randint(3, WORDS, (ROWS, TOKENS))
-    return {"input_ids": ids, "attention_mask": (torch.arange(TOKENS) < lengths).long()}
+    lengths = (torch.tensor([12, 7, 3, 9]) * tokens // 12).unsqueeze(1)
+    ids = torch.randint(3, WORDS, (ROWS, tokens))
+    return {"input_ids": ids, "attention_mask": (torch.arange(tokens) < lengths).long()}
 
 
-def numbered(name: str, *at: int) -> list[str]:
+def numbered(name: str, *at: int | str) -> list[str]:
     return [f"{name}.{i}" for i in at]
 
 
@@ -512,6 +513,26 @@ MEASURED: dict[str, Case] = {
         ),
         lambda: images(96), numbered("vit.layers", *range(12)), ["vit.layers.5"],
     ),
+    "timm resnet18d": Case(
+        lambda: timm.create_model("resnet18d"), lambda: images(96),
+        ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"], ["layer2"],
+    ),
+    "timm seresnet18": Case(
+        lambda: timm.create_model("seresnet18"), lambda: images(96),
+        ["layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1"], ["layer2"],
+    ),
+    "transformers resnet18": Case(
+        lambda: hf.ResNetForImageClassification(
+            hf.ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=1000)
+        ),
+        lambda: images(96),
+        numbered("resnet.encoder.stages", "0.layers.0", "0.layers.1", "1.layers.1", "2.layers.1", "3.layers.1"),
+        ["resnet.encoder.stages.1"],
+    ),
+    "transformers bert, 6 layers": Case(
+        lambda: hf.BertForSequenceClassification(hf.BertConfig(num_hidden_layers=6)), partial(texts, 64),
+        numbered("bert.encoder.layer", *range(6)), ["bert.encoder.layer.2"],
+    ),
 }  # fmt: skip
 
 
@@ -614,42 +635,17 @@ def test_texts_take_fewer_experts_and_at_its_own_number_it_is_the_network(name):
         )
 
 
-# Half of the tokens run each of the twelve blocks.
+# Half of the tokens run each of the twelve blocks; batch 32.
 TOKENS_OF: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "torchvision vit_b_16": (tv.vit_b_16, "encoder.layers.encoder_layer_{}"),
     "timm vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224"), "blocks.{}"),
 }
 
-
-def with_tokens(name: str) -> tuple[nn.Module, TokenModule]:
-    make, block = TOKENS_OF[name]
-    module = trained(make()).requires_grad_(False)
-    return module, TokenModule(module, (3, 224, 224), every({block: range(12)}))
-
-
-def measure_tokens(name: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Time half of the tokens at each block beside the network itself, and beside its blocks on as many tokens."""
-    torch.manual_seed(0)
-    (module, backbone), inputs = with_tokens(name), torch.randn(batch, 3, 224, 224)
-    backbone = backbone.for_inference()
-    route, full = torch.full((batch, backbone.columns), 2), backbone.dense_actions(batch)
-    sides = dense_sides(module, inputs)
-    with torch.inference_mode():
-        times = medians_in_turn(
-            sides | {
-                "all tokens": lambda: backbone.run_route(inputs, full),
-                "plugged": lambda: backbone.run_route(inputs, route), "ideal": backbone.ideal(inputs, route),
-            },
-            rounds,
-        )  # fmt: skip
-        share = float(backbone.run_route(inputs[:1], route[:1]).macs) / backbone.dense_macs
-    dense, plugged = min(times[side] for side in sides), times["plugged"]
-    allowed = min(dense / 1.5, times["ideal"] / 0.85)
-    return {
-        "network": name, "decision": backbone.decision, "way": backbone.way, "batch": batch, "ms": times,
-        "macs_fraction": share, "dense_ms": dense, "plugged_ms": plugged, "speedup": dense / plugged,
-        "allowed_ms": allowed, "holds": plugged <= allowed,
-    }  # fmt: skip
+# Half of the twelve blocks run, by chance; batch 32, by both ways to hold a network if torch.fx can trace it.
+BLOCKS_OF: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "torchvision vit_b_16": TOKENS_OF["torchvision vit_b_16"],
+    "transformers vit_b_16": (lambda: hf.ViTForImageClassification(hf.ViTConfig()), "vit.layers.{}"),
+}
 
 
 class Given(RoutePolicy):
@@ -661,16 +657,89 @@ class Given(RoutePolicy):
         return self.routes
 
 
-def dense_sides(module: nn.Module, inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Return ways to compute the network without dynrl: as it came, with batch norm folded, in both memory formats."""
-    folded = copy.deepcopy(module)
-    fold_norms(folded, [])
+def dense_sides(module: nn.Module, inputs: Any) -> dict[str, Callable[[], Any]]:
+    """Return ways to compute the network without dynrl: as it came and, if it has batch norms, with these folded.
+
+    A network with convolutions is computed in both memory formats.
+    """
+    kinds = {type(part) for part in module.modules()}
+    forms = {"": torch.contiguous_format}
+    if nn.Conv2d in kinds and isinstance(inputs, torch.Tensor):
+        forms[", channels_last"] = torch.channels_last
+    networks = {"as it came": module}
+    if any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds):
+        networks["folded"] = copy.deepcopy(module)
+        fold_norms(networks["folded"], [])
     sides = {}
-    for name, network in {"as it came": module, "folded": folded}.items():
-        for form, suffix in ((torch.contiguous_format, ""), (torch.channels_last, ", channels_last")):
+    for name, network in networks.items():
+        for suffix, form in forms.items():
             twin: Any = copy.deepcopy(network).to(memory_format=form)  # type: ignore[call-overload]
-            sides[f"dense, {name}{suffix}"] = partial(twin, inputs.contiguous(memory_format=form))
+            given = inputs.contiguous(memory_format=form) if isinstance(inputs, torch.Tensor) else inputs
+            sides[f"dense, {name}{suffix}"] = partial(call, twin, given)
     return sides
+
+
+def best(times: dict[str, float]) -> float:
+    """Return the time of the dense network at its best."""
+    return min(ms for side, ms in times.items() if side.startswith("dense"))
+
+
+def row_of(
+    name: str, backbone: Backbone, batch: int, times: dict[str, float], share: float, allowed: float
+) -> dict[str, Any]:
+    """Return a row of the results: what was plugged may take `allowed` milliseconds."""
+    dense, plugged = best(times), times["plugged"]
+    return {
+        "network": name, "decision": backbone.decision, "way": backbone.way, "batch": batch, "ms": times,
+        "macs_fraction": share, "dense_ms": dense, "plugged_ms": plugged, "speedup": dense / plugged,
+        "allowed_ms": allowed, "holds": plugged <= allowed, "date": f"{date.today()}", "commit": commit(),
+    }  # fmt: skip
+
+
+def measure_tokens(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Time half of the tokens at each block beside the network itself, and beside its blocks on as many tokens."""
+    torch.manual_seed(0)
+    make, block = TOKENS_OF[name]
+    module, inputs = trained(make()).requires_grad_(False), torch.randn(batch, 3, 224, 224)
+    backbone = TokenModule(module, inputs, every({block: range(12)})).for_inference()
+    route, full = torch.full((batch, backbone.columns), 2), backbone.dense_actions(batch)
+    with torch.inference_mode():
+        times = medians_in_turn(
+            dense_sides(module, inputs) | {
+                "all tokens": lambda: backbone.run_route(inputs, full),
+                "plugged": lambda: backbone.run_route(inputs, route), "ideal": backbone.ideal(inputs, route),
+            },
+            rounds,
+        )  # fmt: skip
+        share = float(backbone.run_route(inputs[:1], route[:1]).macs) / backbone.dense_macs
+    return row_of(name, backbone, batch, times, share, min(best(times) / 1.5, times["ideal"] / 0.85))
+
+
+def measure_ways(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Time half of the blocks, traced and in place where torch.fx can trace the network, and else in place.
+
+    A network whose input is given by its name is never traced.
+    """
+    torch.manual_seed(0)
+    make, block = BLOCKS_OF[name]
+    module, inputs = trained(make()).requires_grad_(False), torch.randn(batch, 3, 224, 224)
+    argument = next(iter(inspect.signature(module.forward).parameters))
+    sides, backbones = dense_sides(module, inputs), dict[str, Backbone]()
+    for given in (as_inputs({argument: inputs}), inputs):
+        backbone: Any = SkipModule(module, given, every({block: range(12)}))
+        routes, model = routes_of(backbone, batch), dynrl.plug(backbone, Given())
+        model.policy.routes = routes
+        backbones[backbone.way] = backbone
+        sides |= {backbone.way: partial(model, given), "ideal": model.backbone.ideal(given, routes)}
+    with torch.inference_mode():
+        times = medians_in_turn(sides, rounds)
+        macs = backbone.run_route(inputs, routes).macs.double().mean()
+    share, rows = float(macs) / backbone.dense_macs, []
+    for way, backbone in backbones.items():
+        most = math.inf if way == "traced" else 1.05 * times.get("traced", math.inf)
+        mine = times | {"plugged": times[way]}
+        rows.append(row_of(name, backbone, batch, mine, share, min(best(times) / 1.6, most)))
+    return rows
 
 
 def routes_of(backbone: Backbone, rows: int) -> torch.Tensor:
@@ -689,9 +758,10 @@ def measure(name: str, kind: type[Backbone], batch: int, rounds: int) -> dict[st
     torch.manual_seed(0)
     case = MEASURED[name]
     module = trained(case.make()).requires_grad_(False)
-    backbone = kind(module, case.inputs(), case.blocks if kind is SkipModule else case.layers)
+    examples = as_inputs(case.inputs())
+    backbone = kind(module, examples, case.blocks if kind is SkipModule else case.layers)
     model = dynrl.plug(backbone, Given())
-    inputs = torch.randn(max(batch, 4), *backbone.input_shape)
+    inputs = examples[torch.arange(max(batch, ROWS)) % ROWS]
     routes = routes_of(backbone, len(inputs))
     given = list(zip(inputs.split(batch), routes.split(batch), strict=True))
 
@@ -708,45 +778,61 @@ def measure(name: str, kind: type[Backbone], batch: int, rounds: int) -> dict[st
     with torch.inference_mode():
         times = {side: ms / len(given) for side, ms in medians_in_turn(every_side, rounds).items()}
         macs = sum(float(model.backbone.run_route(*pair).macs.double().sum()) for pair in given)
-    share, dense = macs / len(inputs) / backbone.dense_macs, min(times[side] for side in sides)
-    allowed = dense * share / 0.85 if batch > 1 else 1.03 * dense
-    return {
-        "network": name, "decision": backbone.decision, "way": backbone.way, "batch": batch, "ms": times,
-        "macs_fraction": share, "dense_ms": dense, "plugged_ms": times["plugged"], "speedup": dense / times["plugged"],
-        "allowed_ms": allowed, "holds": times["plugged"] <= allowed,
-    }  # fmt: skip
+    share = macs / len(inputs) / backbone.dense_macs
+    return row_of(name, backbone, batch, times, share, best(times) * (share / 0.85 if batch > 1 else 1.03))
+
+
+def rows_of(name: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Measure all that is to be known of the network `name`."""
+    for kind in (SkipModule, ExitModule) if name in MEASURED else ():
+        for batch in (64, 1):
+            yield measure(name, kind, batch, rounds if batch > 1 else 5 * rounds)
+    if name in TOKENS_OF:
+        yield measure_tokens(name, 32, rounds)
+    if name in BLOCKS_OF:
+        yield from measure_ways(name, 32, rounds)
+
+
+def keep(row: dict[str, Any], path: Path, about: dict[str, Any]) -> None:
+    """Put `row` into the file, in the place of one that measured the same."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    same = [[other[key] for key in ("network", "decision", "way", "batch")] for other in rows]
+    mine = [row[key] for key in ("network", "decision", "way", "batch")]
+    at = same.index(mine) if mine in same else len(rows)
+    rows[at : at + 1] = [row]
+    path.write_text(json.dumps({"hardware": about, "rows": rows}, indent=2) + "\n")
 
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['network']:30} {row['decision']:4} batch {row['batch']:2} MACs {row['macs_fraction']:.2f} dense "
-        f"{row['dense_ms']:8.2f} ideal {row['ms']['ideal']:8.2f} plugged {row['plugged_ms']:8.2f} allowed {row['allowed_ms']:8.2f} "
-        f"{'holds' if row['holds'] else 'FAILS'}",
+        f"{row['network']:30} {row['decision']:9} {row['way']:8} batch {row['batch']:2} MACs {row['macs_fraction']:.2f} "
+        f"dense {row['dense_ms']:8.2f} ideal {row['ms']['ideal']:8.2f} plugged {row['plugged_ms']:8.2f} "
+        f"allowed {row['allowed_ms']:8.2f} {'holds' if row['holds'] else 'FAILS'}",
         flush=True,
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure the networks that the command names."""
+    known = list(dict.fromkeys([*MEASURED, *TOKENS_OF, *BLOCKS_OF]))
     parser = argparse.ArgumentParser(description="Time plugged networks beside themselves, and write a JSON file.")
-    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("out", type=Path, help="the file to write; rows of other networks stay in it")
+    parser.add_argument("names", nargs="*", help=f"the networks to measure, by default all: {', '.join(known)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7, help="how often each side is timed; medians count")
-    parser.add_argument("--only", nargs="*", default=list(MEASURED), help="the networks to measure")
-    parser.add_argument("--batches", nargs="*", type=int, default=[64, 1])
-    parser.add_argument(
-        "--tokens", nargs="*", default=list(TOKENS_OF), help="the transformers to measure on some tokens"
-    )
     args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in known]:
+        parser.error(f"expected names among {known}, got {unknown}")
     torch.set_num_threads(args.threads)
-    rows = []
-    for name in args.only:
-        for kind in (SkipModule, ExitModule):
-            for batch in args.batches:
-                rows.append(measure(name, kind, batch, args.rounds if batch > 1 else 5 * args.rounds))
-                show(rows[-1])
-    for name in args.tokens:
-        rows.append(measure_tokens(name, 32, args.rounds))
-        show(rows[-1])
     versions = {"torchvision": torchvision.__version__, "timm": timm.__version__, "transformers": hf.__version__}
-    report = {"date": f"{date.today()}", "commit": commit(), "hardware": hardware() | versions, "rows": rows}
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    about = hardware() | versions
+    if args.out.exists() and (other := json.loads(args.out.read_text())["hardware"]) != about:
+        parser.error(f"{args.out} was measured on {other}, which is not {about}; name another file")
+    for name in args.names or known:
+        for row in rows_of(name, args.rounds):
+            keep(row, args.out, about)
+            show(row)
+
+
+if __name__ == "__main__":
+    main()
