@@ -116,7 +116,13 @@ def laid_out(inputs: Any) -> Any:
 
 
 def _described(inputs: Any) -> str:
-    return f"tensors by the names {sorted(inputs.keys())}" if isinstance(inputs, Named) else type(inputs).__name__
+    if isinstance(inputs, Named):
+        return f"tensors by the names {sorted(inputs.keys())}"
+    return f"{type(inputs).__name__}, which is no tensor; torch.as_tensor makes one of arrays"
+
+
+def _kinds(values: Any) -> str:
+    return ", ".join(dict.fromkeys(type(value).__name__ for value in values))
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,12 @@ class Form:
             given = {name: given[name] for name in given.keys()}  # noqa: SIM118 (`Named` is no dict)
             if not given or (dtype is not None and not isinstance(dtype, Mapping)):
                 raise ValueError(f"expected the inputs' shapes and types by name, got {given} and {dtype}")
-            if all(isinstance(part, Tensor) for part in given.values()):
+            shown = [isinstance(part, Tensor) for part in given.values()]
+            if all(shown):
                 Named(given)  # which refuses other than one row for each input
+            elif any(shown):
+                kinds = {name: type(part).__name__ for name, part in given.items()}
+                raise ValueError(f"expected examples of all tensors, or shapes of all, got {kinds}")
             parts = {name: cls.of(part, (dtype or {}).get(name)) for name, part in given.items()}
             return cls({n: part.shape for n, part in parts.items()}, {n: part.dtype for n, part in parts.items()})  # type: ignore[misc]
         if isinstance(given, Tensor):
@@ -158,7 +168,11 @@ class Form:
         try:
             shape = tuple(int(size) for size in given)
         except (TypeError, ValueError):
-            raise ValueError(f"expected the shape of one input, or a batch of examples, got {given!r}") from None
+            got = f"{type(given).__name__} of {_kinds(given)}" if isinstance(given, tuple | list) else repr(given)
+            raise ValueError(
+                f"expected the shape of one input, or a batch of examples (a tensor, or several by name as in "
+                f"{{'input_ids': ids, 'attention_mask': mask}}), got {got}"
+            ) from None
         if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f"expected a type by its name in torch, got {dtype!r}")
         return cls(shape, dtype)

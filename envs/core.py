@@ -69,6 +69,14 @@ def check_render(mode: str | None) -> str | None:
     return mode
 
 
+def check_autoreset(mode: AutoresetMode | str) -> AutoresetMode:
+    """Return the mode, or raise a ValueError that lists the modes."""
+    known = [each.value for each in AutoresetMode]
+    if mode not in (*AutoresetMode, *known):
+        raise ValueError(f"unknown autoreset_mode {mode!r}; expected one of {known}")
+    return AutoresetMode(mode)
+
+
 def draw(seeds: np.ndarray, episodes: np.ndarray, stream: int) -> np.ndarray:
     """Return a hash [n] uint64 of (seed, episode, stream), by two rounds of splitmix64 (Steele et al. 2014).
 
@@ -179,7 +187,7 @@ class RoutingVectorEnv(VectorEnv):
         if group < 1 or num_envs % group:
             raise ValueError(f"expected a group that divides the {num_envs} environments, got {group}")
         self.group = group
-        mode = AutoresetMode(autoreset_mode)
+        mode = check_autoreset(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": mode}
         self.autoreset_mode = mode  # where Gymnasium's own vector environments have it, and torchrl looks for it
         self.num_envs = num_envs
@@ -239,6 +247,11 @@ class RoutingVectorEnv(VectorEnv):
             opened = self.seeded_backbone(dataset.input_shape).for_inference()
         elif isinstance(backbone, Backbone):
             opened = backbone.for_inference()
+        elif not isinstance(backbone, str | Path):
+            raise ValueError(
+                f"expected a backbone, its file, or None for a small one, got a {type(backbone).__name__}; "
+                "dynrl.backbones makes one of a network"
+            )
         else:
             path = Path(backbone)
             opened = shared_backbone(str(path.resolve()), path.stat().st_mtime_ns if path.is_file() else 0)

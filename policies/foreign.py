@@ -46,7 +46,10 @@ class ForeignPolicy(Policy):
         try:
             sight, prices = (env.get_attr(name)[0] for name in ("sight", "price_range"))
         except AttributeError:
-            raise ValueError(f"expected an algorithm on dynrl.agents.sb3.RoutingVecEnv, got {env}") from None
+            raise ValueError(
+                "expected an algorithm that was trained on dynrl.agents.sb3.RoutingVecEnv, got one on "
+                f"{type(env.unwrapped).__name__} of {env.observation_space}; a policy can only decide what it has seen"
+            ) from None
         return cls(layers, sight, prices)
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:

@@ -420,8 +420,9 @@ def test_one_backbone_file_is_loaded_once(small_backbone):
         ({"price": 3.0}, "outside its range"),
         ({"price_range": (0.5, 0.1)}, "price range"),
         ({"price_range": (0.0, 0.1)}, "price range"),
-        ({"autoreset_mode": "nosuch"}, "nosuch"),
+        ({"autoreset_mode": "nosuch"}, r"unknown autoreset_mode 'nosuch'; expected one of \['NextStep', "),
         ({"backbone": "nosuch.safetensors"}, "no such file"),
+        ({"backbone": torch.nn.Linear(2, 2)}, "expected a backbone, its file, or None for a small one, got a Linear"),
         ({"backbone": TOYS["exiting"]}, "poses 'skip', not 'toy'"),
     ],
 )

@@ -77,6 +77,25 @@ def test_other_inputs_are_refused(change, message):
         model(tokens(2) | change)
 
 
+def test_inputs_come_in_one_way():
+    model = dynrl.plug(reader()[1], StaticPolicy((1, 1, 1)))
+    with pytest.raises(ValueError, match=r"all tensors by name, got a Tensor and \['mask'\] by name"):
+        model(tokens(2)["x"], mask=tokens(2)["mask"])
+    with pytest.raises(ValueError, match="all tensors by name, got nothing"):
+        model()
+    for given, got in (
+        (tuple(tokens().values()), "input_ids.*got tuple of Tensor"),
+        (
+            {"x": tokens()["x"], "mask": [5]},
+            "examples of all tensors, or shapes of all, got {'x': 'Tensor', 'mask': 'list'}",
+        ),
+    ):
+        with pytest.raises(ValueError, match=got):
+            SkipModule(Reader(ids=True), given, BLOCKS)
+    with pytest.raises(ValueError, match=r"expected a backbone, got Reader; .*SkipModule\(network, "):
+        dynrl.plug(Reader(), StaticPolicy((1, 1, 1)))
+
+
 def test_token_ids_are_refused_by_a_network_of_numbers():
     model = dynrl.plug(SkipModule(Reader(), (5, 8), BLOCKS), StaticPolicy((1, 1, 1)))
     with pytest.raises(ValueError, match=r"expected inputs of torch\.float32, got torch\.int64"):

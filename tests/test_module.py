@@ -309,6 +309,7 @@ class Odd(nn.Module):
         ("", ["inner.2"], r"got 'inner\.2', which it does not have; names are such as .*'inner\.0'"),
         ("", [], r"expected a list of different names of parts of .* got \[\]"),
         ("", "inner.0", "got 'inner.0'; names are"),
+        ("", [nn.Linear(4, 4)], "got a Linear, which is no name; names are"),
         ("", ["inner.0", "inner.0"], "got 'inner.0' twice"),
         ("", ["inner", "inner.0"], "got 'inner.0', which lies inside 'inner'"),
         ("", ["inner.1", "inner.0"], r"in the order in which Odd runs them: \['inner\.0', 'inner\.1'\]"),
@@ -322,14 +323,62 @@ def test_modules_that_cannot_be_cut_are_refused(how, names, message):
         SkipModule(Odd(how), (4,), names)
 
 
+class Mixing(nn.Module):
+    """This network's answers depend on all rows, or it takes batches of one only."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.inner, self.head = way, nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.head(x - x.mean(0) if self.way == "mean" else x.view(1, 4) if self.way == "one" else x[:1])
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda x: x, "expected a torch module, .* got a function"),
+        (Mixing, "got the class Mixing"),
+        (Mixing("mean"), "expected what Mixing returns for an input to depend on that input only"),
+        (Mixing("one"), r"Mixing fails on .*shape '\[1, 4\]' is invalid"),
+        (
+            Mixing("first"),
+            r"expected Mixing to return a row for each input, got \(1, 2\) for one input and \(1, 2\) for",
+        ),
+    ],
+)
+def test_what_is_no_network_of_rows_is_refused(module, message):
+    with pytest.raises(ValueError, match=message):
+        SkipModule(module, (4,), ["inner"])
+
+
 def test_a_shortcut_around_a_part_is_refused():
-    with pytest.raises(ValueError, match=r"such a part is no whole block; name the block that has its shortcut inside"):
+    with pytest.raises(
+        ValueError, match=r"what 'stage1\.0' made before .*; name the block that has its shortcut inside"
+    ):
         SkipModule(Convolutional(), SHAPE, ["stage1.1.norm"])
 
 
 def test_options_have_their_defaults():
     module, x = Odd("").eval(), torch.randn(3, 4)
     torch.testing.assert_close(SkipModule(module, (4,), ["inner.0"])(x), module(x))
+
+
+class Pairs(nn.Module):
+    """This network's block returns a pair, which torch.fx can trace."""
+
+    class Block(nn.Linear):
+        def forward(self, x, more=None):
+            return x + super().forward(x), more
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = self.Block(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x, _ = self.inner(x)
+        return self.head(x)
 
 
 class Two(Odd):
@@ -348,12 +397,14 @@ def test_what_the_module_cannot_take_is_told_with_its_own_words():
     ("module", "why"),
     [
         (Odd("decides"), "torch.fx cannot trace what holds 'inner.0' in Odd"), (Odd("pair"), "Odd.forward returns no tensor, but a tuple"),
-        (Reader(), "torch.fx cannot trace"), (Odd(""), ""),
+        (Reader(), "torch.fx cannot trace"), (Odd(""), ""), (Pairs(), "'inner' returns a tuple"),
     ],
 )  # fmt: skip
 @torch.no_grad()
 def test_which_way_was_taken_and_why_can_be_asked(module, why):
-    names, shape = (["inner.0", "inner.1"], (4,)) if isinstance(module, Odd) else (BLOCKS, (5, 8))
+    names, shape = {Odd: (["inner.0", "inner.1"], (4,)), Pairs: (["inner"], (4,)), Reader: (BLOCKS, (5, 8))}[
+        type(module)
+    ]
     backbone, x = SkipModule(module, shape, names), torch.randn(3, *shape)
     assert (backbone.way, backbone.exports) == (("in place", False) if why else ("traced", True))
     assert backbone.why.startswith(why)

@@ -188,7 +188,9 @@ def test_what_does_not_plug_is_refused():
     with pytest.raises(ValueError, match="expected a policy file, a policy of dynrl, or an algorithm of Stable-Base"):
         dynrl.plug(backbone, 3)
     algorithm = sb3.PPO("MlpPolicy", "CartPole-v1", device="cpu")
-    with pytest.raises(ValueError, match="expected an algorithm on dynrl.agents.sb3.RoutingVecEnv"):
+    with pytest.raises(
+        ValueError, match=r"trained on dynrl\.agents\.sb3\.RoutingVecEnv, got one on DummyVecEnv of Box"
+    ):
         dynrl.plug(backbone, algorithm)
     algorithm = sb3.PPO("MlpPolicy", VecNormalize(RoutingVecEnv(make())), device="cpu")
     with pytest.raises(ValueError, match="VecNormalize"):

@@ -170,16 +170,23 @@ class Asking(nn.Module):
         return self.head(self.block(x))
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, capfd):
     model = decided("skip")
-    for bad in (decided("channel"), RoutedModel(model.backbone, StaticPolicy(model.backbone.full_route))):
-        with pytest.raises(ValueError, match="cannot be exported: only learned"):
+    fixed = RoutedModel(model.backbone, StaticPolicy(model.backbone.full_route))
+    by_name = SkipModule(Asking(), {"x": (4,)}, ["block"], channels="last")
+    for bad, why in (
+        (decided("channel"), "its choices set sizes"),
+        (fixed, "its policy was not learned"),
+        (RoutedModel(by_name, make_policy(by_name)), "Asking is given tensors by name"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot be exported: {why}"):
             bad.export(tmp_path / "model.pt2")
     backbone = SkipModule(Asking(), (4,), ["block"], channels="last")
     with pytest.raises(
         ValueError, match=r"^torch cannot write this network as model.pt2, so nothing is written: [^\n]+$"
     ):
         RoutedModel(backbone, make_policy(backbone)).export(tmp_path / "model.pt2")
+    assert capfd.readouterr().err == ""  # torch would show all that it has traced
     with pytest.raises(ValueError, match=r"expected a file \*.pt2 .* or \*.onnx"):
         model.export(tmp_path / "model.pt")
     monkeypatch.setattr("dynrl.deploy.export.find_spec", lambda name: None)

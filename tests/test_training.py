@@ -88,6 +88,13 @@ def test_pairs_become_three_splits():
     assert not torch.equal(other.test.targets, data.test.targets) or other.name != data.name
 
 
+class Broken(Pairs):
+    def __getitem__(self, i):
+        if i == 7:
+            raise OSError("no image")
+        return super().__getitem__(i)
+
+
 def test_all_ways_to_hold_pairs_are_the_same_data():
     inputs, labels = small_images(40)
     names = {
@@ -128,6 +135,7 @@ def test_classes_of_pixels_make_a_segmentation():
         ((torch.randn(20, 4), torch.zeros(20).long()), "two classes or more"),
         ((torch.full((20, 4), torch.nan), torch.arange(20) % 2), "NaN or infinity"),
         (Pairs(torch.zeros(0, 4), torch.zeros(0)), "to hold pairs"),
+        (Broken(torch.zeros(20, 4), torch.zeros(20)), r"pair 7 of Broken cannot be read \(OSError: no image\); repair"),
     ],
 )  # fmt: skip
 def test_what_are_no_pairs_is_refused(data, reason):

@@ -70,6 +70,9 @@ class Backbone(nn.Module):
         exports: whether a routed model can be written as a torch.export or ONNX program.
         captures: whether a routed model can be captured as a CUDA graph.
         budgets: the shares of the dense MACs at which reports ask.
+
+    Attributes:
+        why: why a network of yours runs as it is, held at its parts, and is not exported; else empty.
     """
 
     family: ClassVar[str]
@@ -80,6 +83,7 @@ class Backbone(nn.Module):
     hindsight: ClassVar[bool] = False
     gates: ClassVar[bool] = True
     exports: ClassVar[bool] = False
+    why: str = ""
     captures: ClassVar[bool] = False
     budgets: ClassVar[tuple[float, ...]] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 

@@ -40,6 +40,7 @@ Standing = Stand | TracedStand
 Channels = Literal["first", "last"]
 TIMED_ROWS, ROUNDS = 8, 3  # memory formats are timed on so many rows, so often in turn
 CLEARLY = 0.75  # how much of the time of channels_last contiguous maps must take to be preferred: timings are noisy
+MIXED = 0.05  # rows that change by this share of the largest output when others stand beside them are not just rounded
 LEAST_MACS = 10**7  # below this, Python takes most of the time in either format
 
 
@@ -52,7 +53,6 @@ class _OfModule(Backbone):
     """
 
     way: Literal["traced", "in place"]
-    why: str
 
     def __init__(
         self,
@@ -66,6 +66,9 @@ class _OfModule(Backbone):
         **config: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            got = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+            raise ValueError(f"expected a torch module, such as a network that was built or loaded, got {got}")
         uncounted = [name for name, part in module.named_modules() if isinstance(part, nn.RNNBase)]
         if uncounted:
             raise ValueError(
@@ -86,6 +89,7 @@ class _OfModule(Backbone):
         self.eval()
         try:
             self._cut_up(leaving)
+            self._check_rows()
         except ValueError:
             raise
         except Exception as error:  # a user's forward may raise anything
@@ -106,13 +110,31 @@ class _OfModule(Backbone):
                 for name in self._names:
                     if not isinstance(stand.x, Tensor) or stand.x.shape[0] != 1:
                         raise Untraceable(f"{name!r} is not given one row for each input")
-                    stand = stand.follow(stand.part())
+                    y = stand.part()
+                    if not isinstance(y, Tensor):
+                        raise Untraceable(f"{name!r} returns a {type(y).__name__}")
+                    stand = stand.follow(y)
             if not isinstance(stand, Tensor):
                 raise Untraceable(f"{type(self.module).__name__} returns a {type(stand).__name__}")
         except Untraceable as error:
             self.way, self.why = "in place", str(error)
             self.exports = False  # type: ignore[misc]
             self._cut = Held(self.module, self._names, self._example, leaving)
+
+    @torch.no_grad()
+    def _check_rows(self) -> None:
+        """Refuse a module whose answer to an input depends on those beside it: blocks run on any of the rows."""
+        both, kind = self._example(2), type(self.module).__name__
+        alone, together = self._cut.output(both[:1]), self._cut.output(both)
+        if not alone.dim() or together.shape != (2 * alone.shape[0], *alone.shape[1:]):
+            shapes = f"{tuple(alone.shape)} for one input and {tuple(together.shape)} for two"
+            raise ValueError(f"expected {kind} to return a row for each input, got {shapes}")
+        alone = alone.float()
+        if float((together[: len(alone)].float() - alone).abs().max()) > MIXED * float(alone.abs().max()):
+            raise ValueError(
+                f"expected what {kind} returns for an input to depend on that input only, but it changes with the "
+                "inputs beside it (or by chance); a network that mixes the rows of a batch cannot be routed row by row"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -752,7 +774,9 @@ def _check_names(module: nn.Module, names: Any) -> None:
     if isinstance(names, str) or not names:
         names, wrong = [str(names)], f"{names!r}"
     for name in names:
-        if name not in known:
+        if not isinstance(name, str):
+            wrong = wrong or f"a {type(name).__name__}, which is no name"
+        elif name not in known:
             wrong = wrong or f"{name!r}, which it does not have"
         elif list(names).count(name) > 1:
             wrong = wrong or f"{name!r} twice"

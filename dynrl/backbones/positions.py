@@ -123,8 +123,8 @@ class Positions(Backbone):
         rising = all(less < more for less, more in pairwise((-1, *counts)))
         if len(shares) < 2 or not rising or counts[-1] != tokens:
             raise ValueError(
-                f"expected two shares or more, each of more of the {rest} tokens, the last of all; got {shares}: "
-                f"{counts} tokens"
+                f"expected two shares or more that rise to 1, each of more of the {rest} tokens, the last of all; got "
+                f"{shares}, which are {counts} tokens"
             )
         self._padded = padded
         if padded:

@@ -112,8 +112,8 @@ def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[s
         if node not in made:
             if node.op != "get_attr":
                 raise ValueError(
-                    f"{kind} needs {node.name!r}, made before one of {list(names)}, after it, too: such a part is no "
-                    "whole block; name the block that has its shortcut inside"
+                    f"{kind} needs what {str(node.target)!r} made before one of {list(names)} after it, too: such a "
+                    "part is no whole block; name the block that has its shortcut inside"
                 )
             made[node] = graph.node_copy(node)
         return made[node]

@@ -50,8 +50,8 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     flat = isinstance(inputs, Tensor) and inputs.dim() < 2
     if inputs.shape[0] != targets.shape[0] or len(inputs) < 10 or flat:
         raise ValueError(
-            f"expected at least 10 inputs [n, ...] and as many targets, got {list(inputs.shape)} and "
-            f"{list(targets.shape)}"
+            "expected at least 10 inputs [n, ...] and as many targets, since a tenth each is for validation and test, "
+            f"got {list(inputs.shape)} and {list(targets.shape)}"
         )
     maps = (
         targets.dim() == 3 and tuple(inputs.shape[2:]) == tuple(targets.shape[1:]) and not targets.is_floating_point()
@@ -135,10 +135,11 @@ def _pairs(data: Any) -> tuple[Inputs | Stored, Tensor]:
             f"(input, target) with a length, or a pair of tensors; got {what}. torch.as_tensor makes tensors of arrays "
             "and lists"
         )
-    first = _pair(data, data[0]) if len(data) else ((), ())
-    if not isinstance(first[0], Mapping) and too_large(len(data), _tensor(first[0]).shape):
-        return _stored_pairs(data, _tensor(first[0]))
-    pairs = [_pair(data, data[i]) for i in range(len(data))]  # by index: iterating over a torch Dataset may never end
+    given = _Pairs(data)
+    first = given[0] if len(given) else ((), ())
+    if not isinstance(first[0], Mapping) and too_large(len(given), _tensor(first[0]).shape):
+        return _stored_pairs(given, _tensor(first[0]))
+    pairs = [given[i] for i in range(len(given))]  # by index: iterating over a torch Dataset may never end
     if not pairs:
         raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target), got none")
     inputs, targets = [pair[0] for pair in pairs], _stacked(pair[1] for pair in pairs)
@@ -159,23 +160,38 @@ def _tensor(value: Any) -> Tensor:
         ) from None
 
 
-def _pair(data: Any, item: Any) -> Any:
-    if not isinstance(item, tuple | list) or len(item) != 2:
-        got = f"{type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
-        raise ValueError(
-            f"expected {type(data).__name__} to hold pairs (input, target), got a {got}; give a Dataset of such pairs "
-            "(an input may be a dict of tensors by name)"
-        )
-    return item
+class _Pairs(TorchDataset[Any]):
+    """The pairs of a user's data set; one that is no pair or cannot be read is told by its number."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, i: int) -> Any:
+        kind = type(self._data).__name__
+        try:
+            item = self._data[i]
+        except Exception as error:  # a user's data set may raise anything
+            raise ValueError(
+                f"pair {i} of {kind} cannot be read ({type(error).__name__}: {error}); repair it or leave it out"
+            ) from error
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            got = f"{type(item).__name__}" + (f" of {len(item)}" if isinstance(item, tuple | list) else "")
+            raise ValueError(
+                f"expected {kind} to hold pairs (input, target), got a {got} at {i}; give a Dataset of such pairs (an "
+                "input may be a dict of tensors by name)"
+            )
+        return item
 
 
-def _stored_pairs(data: Any, first: Tensor) -> tuple[Stored, Tensor]:
+def _stored_pairs(data: _Pairs, first: Tensor) -> tuple[Stored, Tensor]:
     """Read all pairs once; inputs go into a file, as pixels if they are uint8, else as float32."""
     raw, targets = torch.uint8 if first.dtype == torch.uint8 else torch.float32, list[Any]()
 
     def rows() -> Iterable[Any]:
-        for item in read_all(data):
-            given, target = _pair(data, item)
+        for given, target in read_all(data):
             row = _tensor(given)
             if row.shape != first.shape or row.dtype != first.dtype:
                 raise ValueError(

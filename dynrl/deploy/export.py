@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,9 +35,10 @@ def export(model: RoutedModel, path: str | Path) -> None:
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"expected a file *.pt2 (torch.export) or *.onnx (ONNX) to write, got {path}")
     if not model.backbone.exports or model.price_range is None:
+        why = "its policy was not learned" if model.price_range is None else model.backbone.why
         raise ValueError(
-            f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be exported: only learned "
-            "policies can, on families whose choices set no sizes (`exports`); use the plugged model in Python"
+            f"a {type(model.backbone).__name__} with a {type(model.policy).__name__} cannot be exported: "
+            f"{why or 'its choices set sizes, which programs cannot carry'}; use the plugged model in Python"
         )
     missing = [name for name in ("onnx", "onnxscript") if not find_spec(name)] if path.suffix == ".onnx" else []
     if missing:
@@ -48,7 +50,11 @@ def export(model: RoutedModel, path: str | Path) -> None:
         warnings.filterwarnings("ignore", "No complete tensor found")  # the router's transposed weights
         warnings.filterwarnings("ignore", ".*LeafSpec.*")  # torch warns about its own code when it copies the program
         try:
-            with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            with (
+                torch.no_grad(),
+                torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
+                redirect_stderr(io.StringIO()),  # torch prints all that it has traced before it fails
+            ):
                 program = torch.export.export(_Walking(model), (example,), dynamic_shapes=({0: batch},))
             content = _as_onnx(program, model.backbone.input_name) if path.suffix == ".onnx" else _as_pt2(program)
         except Exception as error:  # torch's tracers may raise anything on a user's network

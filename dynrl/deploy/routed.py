@@ -212,7 +212,8 @@ class RoutedModel(nn.Module):
         """
         if self.backbone.trained_on is None:
             raise ValueError(
-                "it is not known what this backbone was trained on; set its `trained_on` to a "
+                "it is not known what this backbone was trained on, so standardise inputs yourself; dynrl.train and "
+                "dynrl.pretraining.pretrain keep it, or set the backbone's `trained_on` to a "
                 "dynrl.provenance.Provenance before you plug a policy in"
             )
         weights = next(self.backbone.parameters())
@@ -283,6 +284,9 @@ class RoutedModel(nn.Module):
         Raises:
             ValueError: the inputs have another shape, are empty, or hold NaN or infinity.
         """
+        if (inputs is None) == (not named):
+            got = f"a {type(inputs).__name__} and {sorted(named)} by name" if named else "nothing"
+            raise ValueError(f"expected inputs: one tensor, a dict of tensors, or all tensors by name, got {got}")
         given = named if inputs is None else inputs
         return _uncompiled(self, given) if torch.compiler.is_compiling() else self._forward(given)
 
@@ -328,6 +332,11 @@ def plug(backbone: Backbone, policy: Any) -> RoutedModel:
         model.set_budget(0.5)
         logits = model(images)
     """
+    if not isinstance(backbone, Backbone):
+        raise ValueError(
+            f"expected a backbone, got {type(backbone).__name__}; dynrl.backbones makes one of a network, for example "
+            "SkipModule(network, input_shape, names of blocks)"
+        )
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(
