@@ -102,6 +102,39 @@ def test_token_ids_are_refused_by_a_network_of_numbers():
         model(torch.ones(2, 5, 8, dtype=torch.int64))
 
 
+class Bare(nn.Module):
+    """The first block is given the input or a weight itself, and all features are returned beside the answer."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 4)) if weight else None
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x):
+        seen = [x if self.weight is None else self.weight.expand(len(x), 4)]
+        for block in self.blocks:
+            seen.append(block(seen[-1]))
+        return seen[-1], seen
+
+
+@pytest.mark.parametrize("weight", [False, True])
+@torch.no_grad()
+def test_neither_inputs_nor_weights_are_overwritten(weight):
+    torch.manual_seed(0)
+    module, x = Bare(weight), torch.randn(6, 4)
+    backbone = SkipModule(module, {"x": x}, [f"blocks.{i}" for i in range(4)])
+    before, route = x.clone(), torch.randint(0, 2, (6, 4))
+    state = [tensor.clone() for tensor in module.state_dict().values()]
+    for _ in range(2):
+        y = before if module.weight is None else module.weight.expand(6, 4)
+        for block, run in zip(module.blocks, route.t().unsqueeze(2), strict=True):
+            y = torch.where(run == 1, block(y), y)
+        torch.testing.assert_close(backbone(Named({"x": x}), route), y)
+        route[:, 0] = 0  # what passes the first block by is still not ours
+    assert torch.equal(x, before)
+    assert all(map(torch.equal, module.state_dict().values(), state))
+
+
 @torch.no_grad()
 def test_copies_and_merged_states_enter_the_module_anew(monkeypatch):
     _, backbone = reader()

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from dynrl.inputs import Named
 from dynrl.ops.gated_residual import gated_residual
-from dynrl.ops.move import take_rows
+from dynrl.ops.move import put_rows, take_rows
 
 if TYPE_CHECKING:
     from dynrl.backbones.held import Held
@@ -57,11 +57,13 @@ class Forward:
 
     Attributes:
         left: [k] int64, the rows that have not left; None while these are all.
+        made: what was made for the last part, which the next one may overwrite if it is handed on as it is.
     """
 
     def __init__(self, held: Held, inputs: Any, start: int = 0) -> None:
         self.held, self.inputs, self.size = held, inputs, len(inputs)
         self.left: Tensor | None = None
+        self.made: Tensor | None = None
         self.next, self.grad = 0, torch.is_grad_enabled()
         self._start, self._counts = start, dict[str, int]()
 
@@ -145,6 +147,8 @@ class Stand:
         rows = held.rows_at((held.names[k], 0), "given", leaves, forward.size, forward.inputs)
         self._further = {i: each for i, each in rows.items() if i}  # the tensors beside the features that have rows
         self._each = rows.get(0, 1)
+        # Other features may be weights or the user's inputs. A forward that kept them for later is no chain of parts.
+        self._free = self._leaves[0] is forward.made and not torch.is_grad_enabled()
         x = _parted(self._leaves[0], self._each)
         self.x = x if forward.left is None else take_rows(x, forward.left)
 
@@ -188,14 +192,22 @@ class Stand:
 
     def through(self, run: Tensor) -> Tensor:
         """Run the part on the rows where `run` [n] is not 0, and pass the others through."""
+        made = self._through(run)
+        alias = made.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr()
+        self._forward.made = None if alias and not self._free else made
+        return made
+
+    def _through(self, run: Tensor) -> Tensor:
         index = run.nonzero().squeeze(1)
         if len(index) == 0:
             return self.x
         if len(index) == len(run):
             return self.part().to(self.x.dtype)
-        if not self._further:  # a copy, since the forward may still need its features
-            return gated_residual(self.x.clone(), run, self)
-        return self.x.index_copy(0, index, self(take_rows(self.x, index), index).to(self.x.dtype))
+        x = self.x if self._free else self.x.clone()
+        if not self._further:
+            return gated_residual(x, run, self)
+        rows = self(take_rows(x, index), index).to(x.dtype)
+        return x.index_copy(0, index, rows) if torch.is_grad_enabled() else put_rows(x, index, rows)
 
     def follow(self, y: Tensor, going: Tensor | None = None) -> Stand | Tensor:
         """Go on behind the part with its features `y`, to the next part or to the answer.

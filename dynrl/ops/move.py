@@ -140,7 +140,9 @@ def compute_groups(x: Tensor, order: Tensor, groups: Sequence[tuple[Block, int, 
             if start < size and end > 0:
                 given = rows[max(start, 0) : end]
                 done = block(given)
-                if done is not given:
+                if len(given) == len(rows) and done.dtype is x.dtype:
+                    held = (done.permute(0, 2, 3, 1) if last else done).contiguous()
+                elif done is not given:
                     given.copy_(done)
         put_rows(flat, part, held)
     return x
