@@ -47,8 +47,8 @@ class ForeignPolicy(Policy):
             sight, prices = (env.get_attr(name)[0] for name in ("sight", "price_range"))
         except AttributeError:
             raise ValueError(
-                "expected an algorithm that was trained on dynrl.agents.sb3.RoutingVecEnv, got one on "
-                f"{type(env.unwrapped).__name__} of {env.observation_space}; a policy can only decide what it has seen"
+                "expected an algorithm that was trained on dynrl.agents.sb3.RoutingVecEnv, got one that "
+                f"saw observations of shape {env.observation_space.shape} in a {type(env.unwrapped).__name__}"
             ) from None
         return cls(layers, sight, prices)
 

@@ -309,7 +309,7 @@ class Odd(nn.Module):
         ("", ["inner.2"], r"got 'inner\.2', which it does not have; names are such as .*'inner\.0'"),
         ("", [], r"expected a list of different names of parts of .* got \[\]"),
         ("", "inner.0", "got 'inner.0'; names are"),
-        ("", [nn.Linear(4, 4)], "got a Linear, which is no name; names are"),
+        ("", [nn.Linear(4, 4)], "got something of type Linear; names are"),
         ("", ["inner.0", "inner.0"], "got 'inner.0' twice"),
         ("", ["inner", "inner.0"], "got 'inner.0', which lies inside 'inner'"),
         ("", ["inner.1", "inner.0"], r"in the order in which Odd runs them: \['inner\.0', 'inner\.1'\]"),

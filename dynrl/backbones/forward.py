@@ -193,8 +193,9 @@ class Stand:
     def through(self, run: Tensor) -> Tensor:
         """Run the part on the rows where `run` [n] is not 0, and pass the others through."""
         made = self._through(run)
-        alias = made.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr()
-        self._forward.made = None if alias and not self._free else made
+        if not torch.is_grad_enabled():
+            alias = made.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr()
+            self._forward.made = None if alias and not self._free else made
         return made
 
     def _through(self, run: Tensor) -> Tensor:

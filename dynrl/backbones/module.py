@@ -775,7 +775,7 @@ def _check_names(module: nn.Module, names: Any) -> None:
         names, wrong = [str(names)], f"{names!r}"
     for name in names:
         if not isinstance(name, str):
-            wrong = wrong or f"a {type(name).__name__}, which is no name"
+            wrong = wrong or f"something of type {type(name).__name__}"
         elif name not in known:
             wrong = wrong or f"{name!r}, which it does not have"
         elif list(names).count(name) > 1:

@@ -35,7 +35,9 @@ def export(model: RoutedModel, path: str | Path) -> None:
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"expected a file *.pt2 (torch.export) or *.onnx (ONNX) to write, got {path}")
     if not model.backbone.exports or model.price_range is None:
-        why = "its policy was not learned" if model.price_range is None else model.backbone.why
+        why = model.backbone.why and f"{model.backbone.why}, so it runs as it is, which no program holds"
+        if model.price_range is None:
+            why = "its policy was not learned"
         raise ValueError(
             f"a {type(model.backbone).__name__} with a {type(model.policy).__name__} cannot be exported: "
             f"{why or 'its choices set sizes, which programs cannot carry'}; use the plugged model in Python"

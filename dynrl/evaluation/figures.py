@@ -87,7 +87,8 @@ def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[
         axis.grid(alpha=0.3)
     axes[0].set_yscale(task.axis)
     axes[0].set_ylabel(f"test {task.heading}")
-    axes[0].legend(fontsize="small")
+    # Beside the axes: inside, many names would lie on the points.
+    upper.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     title = f"{report['decision']} on {Path(report['data']).name}, policy seeds: {seeds_text(report)}"
     upper.suptitle(fill(title, 120), fontsize="medium")
     if report["usage"] is not None:
