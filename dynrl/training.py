@@ -189,7 +189,7 @@ def plan(decision: str | Backbone, data: Any = None, source: str | Path | None =
         backbone = recipe.build(dataset, problem.seed)
     else:
         backbone = copy.deepcopy(own).eval()
-        FAMILIES.setdefault(own.family, _rebuild(own))
+        _keep(own)
     return _checked(Plan(settings, dataset.seen_by(backbone.known), recipe, backbone))
 
 
@@ -215,7 +215,7 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
     dataset = run.dataset(data)
     problem = replace(settings.problem, data=dataset.name)
     if backbone is not None:
-        FAMILIES.setdefault(backbone.family, _rebuild(backbone))
+        _keep(backbone)
     with reading(run.config_file, "settings of dynrl train"):
         decision_row(problem.decision)
         recipe = _recipe(problem, own_backbone=True)
@@ -259,19 +259,30 @@ def _given(settings: Any, given: Mapping[str, Any]) -> Any:
     return parse(kind, asdict(settings) | lists)
 
 
-def _rebuild(backbone: Backbone) -> Any:
-    """Return an entry of `FAMILIES` for a backbone of your own; it makes copies, into which files load weights."""
-    kept = copy.deepcopy(backbone)
+_OWN = dict[str, list[Backbone]]()  # copies of backbones of your own, by the names of their families
+
+
+def _keep(backbone: Backbone) -> None:
+    """Have `FAMILIES` make copies of a backbone of your own, into which files load weights, if nothing there does.
+
+    A program may train several of one family. Their settings tell them apart, and the last one counts if these agree.
+    """
+    name = backbone.family
+    if name in FAMILIES and name not in _OWN:
+        return
+    others = [each for each in _OWN.get(name, ()) if each.config != backbone.config]
+    _OWN[name] = [*others, copy.deepcopy(backbone)]
 
     def build(**config: Any) -> Backbone:
-        if config != kept.config:
+        found = [each for each in _OWN[name] if each.config == config]
+        if not found:
             raise ValueError(
-                f"the family {kept.family!r} is known here with other settings: expected {kept.config}, got {config}; "
-                "give your backbone another `family`"
+                f"the family {name!r} is known here with other settings: expected {_OWN[name][-1].config}, got "
+                f"{config}; put a function that builds it into dynrl.backbones.FAMILIES"
             )
-        return copy.deepcopy(kept)
+        return copy.deepcopy(found[0])
 
-    return build
+    FAMILIES[name] = build
 
 
 def _checked(planned: Plan) -> Plan:

@@ -63,10 +63,10 @@ class Residual(nn.Module):
         return x + self.inner(x).relu()
 
 
-def own_backbone(classes=3):
+def own_backbone(classes=3, blocks=("2", "3")):
     torch.manual_seed(1)
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), Residual(), Residual(), nn.Linear(16, classes))
-    return SkipModule(module, (1, 8, 8), ["2", "3"])
+    return SkipModule(module, (1, 8, 8), list(blocks))
 
 
 # Data ---------------------------------------------------------------------------------------------------------
@@ -254,6 +254,19 @@ def test_a_trained_backbone_is_taken_as_it_is(tmp_path):
     assert load_backbone(run.backbone_file)[0].fingerprint() == backbone.fingerprint()
     assert not run.plain_file.exists()
     dynrl.plug(backbone, run.policy_file)(data[0])  # fits the user's own
+
+
+def test_a_program_may_train_several_of_one_family(tmp_path):
+    data, all_blocks, fewer = small_images(), own_backbone(), own_backbone(blocks=["3"])
+    runs = [
+        train(each, data, out=tmp_path / str(len(each.points)), pretrain=False, **SHORT) for each in (all_blocks, fewer)
+    ]
+    for each, run in zip((all_blocks, fewer), runs, strict=True):
+        assert load_backbone(run.backbone_file)[0].fingerprint() == each.fingerprint()
+        dynrl.load(run.path)
+    with pytest.raises(ValueError, match="'skip_module' is known here with other settings"):
+        own_backbone(blocks=["2"]).save(tmp_path / "third.safetensors")
+        load_backbone(tmp_path / "third.safetensors")
 
 
 def test_it_is_tuned_in_turn_with_its_policy(tmp_path):
