@@ -520,7 +520,9 @@ class RoutingVectorEnv(VectorEnv):
         if given.shape != shape or not np.issubdtype(given.dtype, np.integer):
             raise ValueError(f"expected integer actions of shape {shape}, got {given.dtype} of shape {given.shape}")
         if given.min() < 0 or (given.reshape(len(given), -1) >= self.sight.counts).any():
-            raise ValueError(f"expected actions from 0 and below {self.sight.counts}, got {given.min()}..{given.max()}")
+            most = [count - 1 for count in self.sight.counts]
+            wanted = f"0 to {most[0]}" if len(most) == 1 else f"0 and {most} at most"
+            raise ValueError(f"expected actions of {wanted}, got {given.min()} to {given.max()}")
         if self._seeds is None:
             raise ValueError("reset the environment before its first step")
         view, reward, terminated, tensors = self.step_tensors(torch.from_numpy(given.astype(np.int64)).to(self.device))

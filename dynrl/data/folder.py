@@ -103,7 +103,10 @@ def drawn_parts(
     found = {"train": classes_of(below)} | {part: classes_of(root / part) for part in given}
     classes = list(found["train"])
     if len(classes) < 2:
-        raise ValueError(f"expected a {holder} for each of two classes or more in {root}, found {classes}")
+        raise ValueError(
+            f"expected a {holder} for each of two classes or more in {root}, found {classes or 'none'}; put what is of a "
+            "class into one that bears its name"
+        )
     for part, mine in found.items():
         if list(mine) != classes:
             raise ValueError(
