@@ -104,8 +104,8 @@ def drawn_parts(
     classes = list(found["train"])
     if len(classes) < 2:
         raise ValueError(
-            f"expected a {holder} for each of two classes or more in {root}, found {classes or 'none'}; put what is of a "
-            "class into one that bears its name"
+            f"expected a {holder} for each of two classes or more in {root}, found {classes or 'none'}; put what is "
+            "of a class into one that bears its name"
         )
     for part, mine in found.items():
         if list(mine) != classes:
