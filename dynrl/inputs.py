@@ -215,8 +215,10 @@ class Form:
         if isinstance(self.shape, dict):
             assert isinstance(self.dtype, dict)
             if not isinstance(inputs, Named) or set(inputs.keys()) != set(self.shape):
-                got = sorted(inputs.keys()) if isinstance(inputs, Named) else type(inputs).__name__
-                raise ValueError(f"expected tensors by the names {sorted(self.shape)}, got {got}")
+                got = sorted(inputs.keys()) if isinstance(inputs, Named) else f"one {type(inputs).__name__}"
+                raise ValueError(
+                    f"expected tensors by the names {sorted(self.shape)}, got {got}; give all in a dict, or by name"
+                )
             for name, shape in self.shape.items():
                 Form(shape, self.dtype[name]).check(inputs[name], weights, repr(name))
             return
