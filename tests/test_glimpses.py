@@ -146,7 +146,7 @@ def test_reports_are_told_where_it_looked():
 def test_it_learns_after_every_look():
     backbone, inputs = network(), images(8)
     (answers,) = backbone.training_outputs(inputs, torch.linspace(0, 1, 8), torch.Generator().manual_seed(0))
-    assert len(answers) == LOOKS + 1 and all(len(answer.rows) == 8 for answer in answers)
+    assert len(answers) == LOOKS + 2 and all(len(answer.rows) == 8 for answer in answers)
     dense = backbone.run_route(inputs, backbone.dense_actions(8)).outputs
     torch.testing.assert_close(answers[-1].output[7], dense[7], atol=1e-5, rtol=1e-5)
     ((last,),) = backbone.training_outputs(inputs, None)

@@ -151,7 +151,6 @@ class Glimpses(Looks):
         """Return the first state [n, hidden], the attention that each place gets [n, places], and each window's."""
         seen, attention = self._attended(inputs)
         told = torch.bmm(seen, attention.unsqueeze(2)).squeeze(2)
-        attention = attention.detach()
         return self.lead(told).tanh(), attention, attention @ self.shares.to(attention.dtype)
 
     def likelihood(self, inputs: Tensor) -> Tensor:

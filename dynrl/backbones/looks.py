@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer, Backbone
@@ -148,16 +149,21 @@ class Looks(Backbone):
         """Yield the answers after all looks in one pass, weighted equally; without a rate, the last of the full route.
 
         Rows of rate 1 take the full route. Others look at parts that are drawn without any twice, in proportion to
-        their weights to the power of rate / (1 - rate): all parts alike at rate 0.
+        their weights to the power of rate / (1 - rate): all parts alike at rate 0. One more answer follows a look at
+        the mean of these parts by their weights, if a family learns those.
         """
         features = self._glance(inputs)
         h, count, rows = features[0], self.max_steps, torch.arange(len(inputs), device=inputs.device)
-        parts = (torch.tensor(self.full_route, device=inputs.device) - 1).expand(len(inputs), -1)
+        parts, weights = (torch.tensor(self.full_route, device=inputs.device) - 1).expand(len(inputs), -1), None
         if rate is not None:
-            whole = (rate == 1).unsqueeze(1).to(inputs.device)
-            parts = torch.where(whole, parts, self._drawn(self._weigh(features), rate, count, generator))
+            whole, weights = (rate == 1).unsqueeze(1).to(inputs.device), self._weigh(features)
+            parts = torch.where(whole, parts, self._drawn(weights.detach(), rate, count, generator))
         codes = self._codes(inputs, rows.repeat_interleave(count), parts.flatten()).view(len(inputs), count, -1)
         answers = [Answer(self.fc(h), rows)]
+        if weights is not None and weights.requires_grad:
+            shares = F.normalize(weights.gather(1, parts), p=1, dim=1)
+            mean = torch.bmm(shares.unsqueeze(1), codes).squeeze(1)
+            answers.append(Answer(self.fc(recurrent_cell(mean, h, *self._weights())), rows))
         for step in range(count):
             h = recurrent_cell(codes[:, step], h, *self._weights())
             answers.append(Answer(self.fc(h), rows))
