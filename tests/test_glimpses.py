@@ -151,6 +151,11 @@ def test_it_learns_after_every_look():
     torch.testing.assert_close(answers[-1].output[7], dense[7], atol=1e-5, rtol=1e-5)
     ((last,),) = backbone.training_outputs(inputs, None)
     torch.testing.assert_close(last.output, dense, atol=1e-5, rtol=1e-5)
+    h, _, weights = backbone._glance(inputs[7:])
+    parts = torch.tensor(backbone.full_route) - 1
+    codes = backbone._codes(inputs[7:], torch.zeros(LOOKS, dtype=torch.int64), parts)
+    soft = backbone.fc(backbone.core(weights[:, parts] / weights[:, parts].sum() @ codes, h))
+    torch.testing.assert_close(answers[1].output[7:], soft, atol=1e-5, rtol=1e-5)
     sum(answer.output.square().sum() for answer in answers).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in backbone.parameters())
 
