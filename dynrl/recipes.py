@@ -426,7 +426,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             epochs=8, batch_size=64, learning_rate=4e-3, weight_decay=0.01, label_smoothing=0.0, optimizer="adam",
             plain_epochs=2,
         ),
-        learning=Learning(steps=200_000, hidden=32, reward="gain", price_range=(0.002, 2.0)),
+        learning=Learning(steps=800_000, hidden=32, reward="gain", price_range=(0.0002, 2.0)),
         finetuning=Finetuning(
             epochs=4, batch_size=64, optimizer="adam", learning_rate=1e-3, label_smoothing=0.0, full_share=0.0,
             distillation=0.0,
