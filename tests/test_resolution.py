@@ -50,7 +50,9 @@ def test_a_sub_network_takes_in_what_the_one_before_had_at_the_same_layer():
     _, middle, coarsest = (maps := backbone._advance_to(1, backbone._advance_to(0, image)))
     made = backbone._advance_to(2, maps)[1]
     torch.testing.assert_close(made[:, :8], middle)
-    for layer, own, before, after in zip(backbone.stages[2].fusing[0], (8, 16), (16, 32), (16, 24), strict=True):
+    for layer, own, before, after in zip(
+        backbone.stages[2].fusions[0].layers, (8, 16), (16, 32), (16, 24), strict=True
+    ):
         lent = F.interpolate(layer.up(coarsest[:, :before]), size=(6, 6), mode="bilinear")
         torch.testing.assert_close(made[:, own:after], torch.cat([lent, layer.same(made[:, :own])], 1))
 

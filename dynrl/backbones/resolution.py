@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,12 +76,44 @@ class Block(Counted):
         return (*finer, x)
 
 
+class Fusion(Counted):
+    """The layers of a sub-network at a scale take in what the one before had at the next coarser scale, and lead there.
+
+    Behind the layers, the means of 2x2 cells are taken. A 1x1 convolution reduces them, together with what the
+    sub-network before had, to half as many channels.
+
+    Args:
+        size: of the scale's maps before the layers.
+        before: the size of what the sub-network before had.
+        growth: the channels that a layer adds to this scale, and those that one added to what was before.
+        depth: the number of layers, which the sub-network before had, too.
+
+    Attributes:
+        sizes: of the maps behind the layers, and of those at the next coarser scale.
+    """
+
+    def __init__(self, size: Size, before: Size, growth: Sequence[int], depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for i in range(depth):
+            self.layers.append(FusingLayer(size[0], before[0] - (depth - i) * growth[1], growth[0]))
+            size = self._count(self.layers[-1], size, before)
+        both = size[0] + before[0]
+        self.squeeze = Normed(both, both // 2, 1)
+        self.sizes = [size, self._count(self.squeeze, (both, *before[1:]))]
+
+    def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maps of the scale, and those at the next coarser one."""
+        for layer in self.layers:
+            x = layer(x, before)
+        return x, self.squeeze(torch.cat([F.avg_pool2d(x, 2, ceil_mode=True), before], 1))
+
+
 class SubNetwork(Counted):
     """The stage in front of a sub-network's first exit goes from the scale where it starts to the coarsest.
 
-    At each scale but the coarsest, there are layers that take in what the sub-network before had at the next coarser
-    scale. Then the means of 2x2 cells are taken, and a 1x1 convolution reduces them to half as many channels, with what
-    the sub-network before had at that scale. At the coarsest scale, a `Block` leads to the exit.
+    At each scale on the way there is a `Fusion` with the sub-network before. At the coarsest, a `Block` leads to the
+    exit.
 
     Args:
         sizes: of each scale's maps before the stage: of scales up to `start`, those of the stem; of coarser ones, what
@@ -95,19 +127,13 @@ class SubNetwork(Counted):
     def __init__(self, sizes: list[Size], start: int, growth: list[int], depth: int, exits: int) -> None:
         super().__init__()
         self._start, made, size = start, sizes[:start], sizes[start]
-        self.fusing, self.squeeze = nn.ModuleList(), nn.ModuleList()
-        layers = depth * exits  # of a sub-network at each of its scales
+        self.fusions = nn.ModuleList()
         for scale in range(start, len(sizes) - 1):
-            before, new = sizes[scale + 1], growth[scale + 1]
-            fusing = nn.ModuleList()
-            for i in range(layers):
-                fusing.append(FusingLayer(size[0], before[0] - (layers - i) * new, growth[scale]))
-                size = self._count(fusing[-1], size, before)
-            made.append(size)
-            self.fusing.append(fusing)
-            both = size[0] + before[0]
-            self.squeeze.append(Normed(both, both // 2, 1))
-            size = self._count(self.squeeze[-1], (both, *before[1:]))
+            fusion = Fusion(size, sizes[scale + 1], growth[scale : scale + 2], depth * exits)
+            kept, size = fusion.sizes
+            made.append(kept)
+            self.fusions.append(fusion)
+            self.macs += fusion.macs
         self.block = Block([*made, size], growth[-1], depth)
         self.macs += self.block.macs
         self.sizes = self.block.sizes if start else self.block.sizes[-1:]
@@ -115,11 +141,9 @@ class SubNetwork(Counted):
     def forward(self, maps: Maps) -> Maps:
         """Run the stage; where no sub-network follows, keep the coarsest maps only."""
         made, x = list(maps[: self._start]), maps[self._start]
-        for fusing, squeeze, before in zip(self.fusing, self.squeeze, maps[self._start + 1 :], strict=True):
-            for layer in fusing:
-                x = layer(x, before)
-            made.append(x)
-            x = squeeze(torch.cat([F.avg_pool2d(x, 2, ceil_mode=True), before], 1))
+        for fusion, before in zip(self.fusions, maps[self._start + 1 :], strict=True):
+            kept, x = fusion(x, before)
+            made.append(kept)
         maps = self.block((*made, x))
         return maps if self._start else maps[-1:]
 
@@ -161,7 +185,9 @@ class ResolutionNet(Scales):
     def _make_stages(self, exits: int, layers: int, growth: list[int]) -> Iterator[Counted]:
         sizes = self._stem_sizes
         for start in reversed(range(len(growth))):
-            yield (stage := SubNetwork(sizes, start, growth, layers, exits))
+            stage: Counted = SubNetwork(sizes, start, growth, layers, exits)
+            yield stage
             for _ in range(exits - 1):
-                yield (stage := Block(stage.sizes, growth[-1], layers))
+                stage = Block(stage.sizes, growth[-1], layers)
+                yield stage
             sizes = stage.sizes
