@@ -137,7 +137,8 @@ def decided(name, hidden=8):
 # An ONNX program is made from torch.export's, so each router is exported by torch.export, and once to ONNX.
 KINDS = [(0, "model.pt2", (0.1,)), (8, "model.onnx", (1.0,))]
 EXPORTED = [(name, *kind) for name in ("skip", "exit", "model", "unroll") for kind in KINDS]
-TUPLES = [(name, 8, "model.pt2", (0.01,)) for name in ("exits at scales", "skip of paths")]  # features are tuples
+TUPLED = ("exits at scales", "exits of resolutions", "skip of paths")  # features are tuples
+TUPLES = [(name, 8, "model.pt2", (0.01,)) for name in TUPLED]
 TWICE = [("unroll", 8, "model.pt2", (0.01, 1.0))]  # a second program of one model has the price that is set by then
 
 

@@ -25,6 +25,7 @@ from dynrl.backbones.multiscale import MultiScaleNet
 from dynrl.backbones.neural_modules import NeuralModules
 from dynrl.backbones.reader import JumpRNN
 from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
+from dynrl.backbones.resolution import ResolutionNet
 from dynrl.backbones.routing import RoutingNet
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.tree import NeuralTree
@@ -41,19 +42,18 @@ from dynrl.schema import arguments, check_known, parse
 FAMILIES: dict[str, Callable[..., Backbone]] = {
     family.family: family
     for family in (
-        SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ExpertNet, SlimmableResNet, SkipGRU, SkipLSTM,
-        MultiScaleRNN, Members, Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, Frames, TokenViT,
-        CellResNet, RoutingNet, NeuralTree, ScaleGrid, NeuralModules,
+        SkipResNet, MultiPathResNet, ExitResNet, MultiScaleNet, ResolutionNet, ExpertNet, SlimmableResNet, SkipGRU,
+        SkipLSTM, MultiScaleRNN, Members, Resolutions, Unrolled, RecallNet, Restorer, JumpRNN, Glimpses, Frames,
+        TokenViT, CellResNet, RoutingNet, NeuralTree, ScaleGrid, NeuralModules,
     )
 }  # fmt: skip
 
 __all__ = [
     "END", "FAMILIES", "Backbone", "CellResNet", "CostTable", "ExitModule", "ExitResNet", "ExpertModule", "ExpertNet",
     "Frames", "Glimpses", "JumpRNN", "Looks", "Members", "Models", "MultiPathResNet", "MultiScaleNet", "MultiScaleRNN",
-    "NeuralModules", "NeuralTree", "Point", "RecallNet", "Resolutions", "Restorer", "RoutingNet", "ScaleGrid",
-    "SkipGRU", "SkipLSTM",
-    "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule", "TokenViT", "Unrolled", "Walk",
-    "choice_rates", "load_backbone", "merge",
+    "NeuralModules", "NeuralTree", "Point", "RecallNet", "ResolutionNet", "Resolutions", "Restorer", "RoutingNet",
+    "ScaleGrid", "SkipGRU", "SkipLSTM", "SkipModule", "SkipResNet", "SlimmableResNet", "State", "TokenModule",
+    "TokenViT", "Unrolled", "Walk", "choice_rates", "load_backbone", "merge",
 ]  # fmt: skip
 
 
