@@ -500,7 +500,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             full_share=0.1, optimizer="adam", plain_epochs=12,
         ),
         learning=Learning(
-            steps=1_500_000, hidden=0, reward="probability", price_range=(0.1, 2.0), learning_rate=1e-2
+            steps=600_000, hidden=0, num_envs=256, reward="probability", price_range=(0.3, 2.0),
+            learning_rate=1e-2,
         ),
         finetuning=Finetuning(
             epochs=1, steps=50_000, optimizer="adam", learning_rate=1e-3, weight_decay=0.01, label_smoothing=0.0,

@@ -27,9 +27,10 @@ class BranchVectorEnv(RoutingVectorEnv):
     Of a `ScaleGrid`: the mean of each channel of the map, at the scale where the row is, and how much detail of each
     channel each coarser scale in turn would lose.
 
-    Of `NeuralModules`: the question; the greatest and the mean number of each map on the stack, the top one first; and
-    for each move and each find, log-odds that say whether the question asks for it more often than it has run. How many
-    maps there are is the point.
+    Of `NeuralModules`: how many words of the question are left, those for the thing, for the side and for the other
+    apart; of each map on the stack, the top one first, its greatest and its mean number and how many words of each kind
+    made it; which choices a word of each kind still asks for; and log-odds of all choices, by which an untrained policy
+    draws: modules that a word asks for are likely, and And is likeliest. How many maps there are is the point.
 
     ## Action
     `Discrete(n)`: action m runs module m of the layer. Modules are whole parts of a network: they may be of different

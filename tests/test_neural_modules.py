@@ -119,24 +119,46 @@ def test_a_question_is_laid_out_in_reverse_polish_notation():
     assert [in_turn(backbone, ran) for ran in walk.route] == [*asked.values()], "all of it is open"
 
 
+def words_after(asked, layout):
+    """Which modules a question still names in each role [3, 7], and how many words of each role made each map."""
+    thing, side, other = (set(asked[at].nonzero().flatten().tolist()) for at in (slice(2), slice(2, 4), slice(4, 6)))
+    left, stack = [{RED + k for k in thing}, {LEFT + k for k in side}, {RED + k for k in other}], []
+    for choice in layout:
+        role = next((role for role in (2, 1, 0) if choice in left[role]), None)
+        used = [int(role == k) for k in range(3)]
+        if role is not None:
+            left[role].remove(choice)
+        takes = {AND: 2, LEFT: 1, RIGHT: 1}.get(choice, 0)
+        stack, taken = stack[: len(stack) - takes], stack[len(stack) - takes :]
+        stack.append([sum(counts) for counts in zip(used, *taken, strict=True)])
+    return [[float(choice in names) for choice in range(7)] for names in left], stack
+
+
 @torch.no_grad()
-def test_policies_see_the_question_the_maps_and_which_modules_are_still_asked_for():
+@pytest.mark.parametrize(
+    "layout", [(), (RED,), (RED, RED), (BLUE, LEFT, RED), (RED, BLUE, AND, RIGHT), (RED, RED, AND, RED, BLUE)]
+)
+def test_policies_see_which_words_are_left_and_what_the_maps_are_made_of(layout):
     backbone = network()
-    inputs = backbone.random_inputs(5)
-    state = backbone.begin(inputs)
-    assert torch.equal(backbone.question(inputs), inputs[:, -1].flatten(1)[:, :6])
-    for choice in (RED, RED, LEFT):
-        (state,) = backbone.advance(state, torch.full((5,), choice))
-    seen, stack = backbone.observe(state), state.features[1]
-    assert seen.shape == (5, backbone.feature_width)
-    assert torch.equal(seen[:, :6], backbone.question(inputs))
-    top, under = stack[:, 1].flatten(1), stack[:, 0].flatten(1)
-    expected = torch.stack([top.amax(1), top.mean(1), under.amax(1), under.mean(1)], 1)
-    torch.testing.assert_close(seen[:, 6:10], expected)
-    assert (seen[:, 10:12] == 0).all()
-    asked = backbone.question(inputs)
-    left = [asked[:, 2] > 1, asked[:, 3] > 0, asked[:, 0] + asked[:, 4] > 2, asked[:, 1] + asked[:, 5] > 0]
-    assert torch.equal(seen[:, 12:], 4 * torch.stack(left, 1).float() - 2)
+    inputs = backbone.random_inputs(40)
+    inputs[::2, -1].flatten(1)[:, 0] = 1  # so some questions name a module twice
+    state, asked = backbone.begin(inputs), inputs[:, -1].flatten(1)[:, :6]
+    assert torch.equal(backbone.question(inputs), asked)
+    for choice in layout:
+        (state,) = backbone.advance(state, torch.full((40,), choice))
+    seen = backbone.observe(state)
+    assert seen.shape == (40, backbone.feature_width)
+    counts, maps, flags, odds = seen.split([3, 15, 21, 7], 1)
+    for row, question in enumerate(asked):
+        left, stack = words_after(question, layout)
+        assert flags[row].view(3, 7).tolist() == left and counts[row].tolist() == [sum(names) for names in left]
+        named = torch.tensor(left).amax(0)
+        assert odds[row].tolist() == [6, 0, 0, *(6 * named[3:] - 3).tolist()]
+        expected = torch.zeros(3, 5)
+        for k, words in enumerate(reversed(stack)):
+            numbers = state.features[1][row, len(stack) - 1 - k]
+            expected[k] = torch.tensor([numbers.max(), numbers.mean(), *words])
+        torch.testing.assert_close(maps[row].view(3, 5), expected)
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 AND, ANSWER, ONE = range(3)  # the first choices; moves and finds follow
 BLUR = 0.2  # the weights of moves at first
-ASKED = 2.0  # the log-odds of modules that the question still asks for; those of others are as far below 0
+ASKED = 3.0  # the log-odds of modules that the question still asks for; those of others are as far below 0
+JOINED = 6.0  # the log-odds of And: maps of one thing meet no more if one of them is moved first
+ROLES, THING, OTHER = 3, 0, 2  # a word of the question is for the thing, for the side (1) or for the other
 
 
 def _find(channels: int) -> nn.Sequential:
@@ -147,7 +149,7 @@ class NeuralModules(Backbone):
             raise ValueError(f"expected images of at least one cell of {cell}x{cell}, got {tuple(input_shape)}")
         self.input_shape = tuple(input_shape)
         self.config = {"input_shape": list(input_shape), "classes": classes, **given, "depth": depth, "steps": steps}
-        self.properties, self.find, self.suggested = properties, ONE + 1 + moves, moves + properties
+        self.properties, self.find = properties, ONE + 1 + moves
         image, side = (input_shape[0] - 1, *input_shape[1:]), (input_shape[1] // cell, input_shape[2] // cell)
         self.stem = nn.Sequential(
             nn.Conv2d(image[0], channels, cell, cell), nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU()
@@ -165,7 +167,7 @@ class NeuralModules(Backbone):
 
     def _pose_stack(self, start: int, find: int, move: int, answer: int, one: int, depth: int, steps: int) -> None:
         """Pose a point for each number of maps on the stack; the numbers before `depth` are MACs."""
-        count = self.find + self.properties
+        count = self.suggested = self.find + self.properties
         points, costs, needs = [Point("empty", count)], list[list[int]](), list[list[int]]()
         points += [Point(f"maps{held}", count, visits=steps + 1 - 2 * held) for held in range(1, depth + 1)]
         for held in range(depth + 1):
@@ -177,7 +179,7 @@ class NeuralModules(Backbone):
         columns = sum(point.visits for point in points)
         self._pose(
             points, costs=costs, start_macs=start, full_route=(ONE, *[-1] * (columns - 1)),
-            feature_width=self.bits + 2 * depth + self.suggested, max_steps=steps,
+            feature_width=ROLES + (2 + ROLES) * depth + (ROLES + 1) * self.suggested, max_steps=steps,
         )  # fmt: skip
         self.register_buffer("needs", self._table(needs).long(), persistent=False)
 
@@ -229,9 +231,11 @@ class NeuralModules(Backbone):
         return route
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
-        walk.keep("question", rows, self.question(inputs))
-        cells = self.stem(inputs[:, :-1])
-        return State(walk, 0, rows, (cells, cells[:, :0]))
+        asked, cells = self.question(inputs), self.stem(inputs[:, :-1])
+        walk.keep("question", rows, asked)
+        left = self._in_roles(asked > 0.5)
+        words = torch.zeros(len(rows), 0, ROLES, device=cells.device)  # of each role, how many made each map
+        return State(walk, 0, rows, (cells, cells[:, :0], left, words))
 
     def open_choices(self, state: State) -> Tensor:
         """Return `Backbone.open_choices`: what the stack has maps and room for, and what leaves the steps it needs."""
@@ -253,18 +257,21 @@ class NeuralModules(Backbone):
         walk, held, reached = state.walk, state.point, list[State]()
         for first, modules, takes in self._kinds():
             which = action - first
-            kept = keep_rows((which >= 0) & (which < len(modules)), state.rows, which, state.features)
+            kept = keep_rows((which >= 0) & (which < len(modules)), state.rows, action, which, state.features)
             if kept is None:
                 continue
-            rows, which, (cells, stack) = kept
-            below = stack[:, : held - takes]
+            rows, chosen, which, (cells, stack, left, words) = kept
             made = run_by_choice(modules, which, stack[:, held - takes :] if takes else cells)
-            reached.append(State(walk, held - takes + 1, rows, (cells, torch.cat([below, made], 1))))
+            left, used = self._use(left, chosen)
+            used = (words[:, held - takes :].sum(1) + used).unsqueeze(1)
+            below = slice(held - takes)
+            stack, words = torch.cat([stack[:, below], made], 1), torch.cat([words[:, below], used], 1)
+            reached.append(State(walk, held - takes + 1, rows, (cells, stack, left, words)))
         for choice in (ANSWER, ONE):
             kept = keep_rows(action == choice, state.rows, state.features)
             if kept is None:
                 continue
-            rows, (cells, stack) = kept
+            rows, (cells, stack, *_) = kept
             ended = State(walk, END, rows)
             asked = ended.get(walk.own["question"])
             walk.put_output(rows, self.answer(stack) if choice == ANSWER else self.network(cells, asked))
@@ -278,7 +285,7 @@ class NeuralModules(Backbone):
         """
         if state.ended:
             return super().output(state)
-        cells, stack = state.features
+        cells, stack, *_ = state.features
         if not state.point:
             return cells.new_zeros(state.count, self.config["classes"])
         said: Tensor = self.answer(stack.amin(1, keepdim=True))
@@ -288,21 +295,37 @@ class NeuralModules(Backbone):
         """Return the kinds of modules that make maps: the first one's choice, the modules, how many maps each takes."""
         return [(AND, [self.join], 2), (ONE + 1, self.moves, 1), (self.find, self.finds, 0)]
 
-    def observe(self, state: State) -> Tensor:
-        """Return the question, the greatest and the mean number of each map, and the log-odds of moves and finds.
+    def _in_roles(self, told: Tensor) -> Tensor:
+        """Return which modules questions [n, bits] bool name in each role: [n, ROLES, choices] bool."""
+        thing, side, other = told.split([self.properties, len(self.moves), self.properties], 1)
+        moved = F.pad(side, (ONE + 1, self.properties))
+        return torch.stack([F.pad(thing, (self.find, 0)), moved, F.pad(other, (self.find, 0))], 1)
 
-        The top map comes first; where the stack holds fewer maps than it may, there are zeros. A module is likely if
-        the question asks for it more often than it has run, and unlikely if not.
+    def _use(self, left: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the words that are left [n, ROLES, choices] after each row's module, and those it used [n, ROLES].
+
+        A module uses up one word, the last one in the question that names it. The words of the other come last.
         """
-        (_, stack), walk = state.features, state.walk
-        question, route = state.get(walk.own["question"]).float(), state.get(walk.route)
-        ran = question.new_zeros(len(route), self.num_choices + 1)
-        ran.scatter_add_(1, route + 1, torch.ones_like(ran[:, :1]).expand(-1, route.shape[1]))
-        thing, move, other = question.split([self.properties, len(self.moves), self.properties], 1)
-        left = torch.cat([move, thing + other], 1) > ran[:, -self.suggested :]
-        maps = torch.stack([stack.amax((2, 3)), stack.mean((2, 3))], 2).flip(1).flatten(1).float()
-        missing = 2 * (len(self.points) - 1) - maps.shape[1]
-        return torch.cat([question, F.pad(maps, (0, missing)), ASKED * (2 * left.float() - 1)], 1)
+        named = left & F.one_hot(action, self.num_choices)[:, None].bool()
+        named[:, THING] &= ~named[:, OTHER]
+        return left & ~named, named.any(2).float()
+
+    def observe(self, state: State) -> Tensor:
+        """Return how many words are left, what the maps are, and the words that are left.
+
+        First comes how many words are left of those for the thing, for the side and for the other. Each map follows,
+        the top one first: its greatest and its mean number, and how many words of each kind made it; where the stack
+        holds fewer maps than it may, there are zeros. Then there is a 1 for each choice that a word for the thing still
+        asks for, and so on for the side and the other. Last are the log-odds of all choices: moves and finds that any
+        word asks for are likely, others are not; And is likeliest.
+        """
+        _, stack, left, words = state.features
+        numbers = torch.stack([stack.amax((2, 3)), stack.mean((2, 3))], 2).float()
+        maps = torch.cat([numbers, words], 2).flip(1).flatten(1)
+        missing = (2 + ROLES) * (len(self.points) - 1) - maps.shape[1]
+        asked = ASKED * (2 * left.any(1).float() - 1)
+        asked[:, AND], asked[:, ANSWER : ONE + 1] = JOINED, 0.0
+        return torch.cat([left.sum(2).float(), F.pad(maps, (0, missing)), left.flatten(1).float(), asked], 1)
 
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
