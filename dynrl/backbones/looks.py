@@ -67,7 +67,10 @@ class Looks(Backbone):
         raise NotImplementedError
 
     def _weigh(self, features: tuple[Tensor, ...]) -> Tensor:
-        """Return how likely each part is looked at in training: [n, parts], from 0 on."""
+        """Return how likely each part is looked at in training: [n, parts], from 0 on.
+
+        If it has a gradient, it is learned in training.
+        """
         h = features[0]
         return h.new_ones(len(h), len(self.scale))
 
