@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from dynrl.envs import DECISIONS
 from dynrl.envs.pages import page
 from dynrl.envs.render import MODES, Shown
 from dynrl.envs.rewards import check_reward
+from dynrl.envs.steps import Steps, steps_for
 from dynrl.files import load_tensors
 from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
@@ -158,6 +160,7 @@ class RoutingVectorEnv(VectorEnv):
         "render_modes": list(MODES), "render_fps": 4, "autoreset_mode": AutoresetMode.NEXT_STEP
     }  # fmt: skip
     decision: ClassVar[str]
+    graphs = True  # whether steps are recorded as CUDA graphs, where this can be done
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -229,6 +232,7 @@ class RoutingVectorEnv(VectorEnv):
         self._dense = DenseOutputs(self.backbone, self._split)
         self._states: dict[int, State] = {}
         self._ended: State | None = None  # the rows that have ended and wait for their reset
+        self._recorded: Steps | None = None
 
     @classmethod
     def default_backbone(cls, input_shape: tuple[int, ...]) -> Backbone:
@@ -322,7 +326,13 @@ class RoutingVectorEnv(VectorEnv):
             self._prices, self._drawn = prices, chosen
             # How much of each row's bill its rewards have charged so far; and what its output was worth when they last
             # paid for it, where they pay at every step.
-            begun = self.backbone.begin(inputs, table=self._table)
+            if self._recorded is None and self.graphs and self.sight.span == 1:
+                self._recorded = steps_for(self.backbone, inputs, partial(self.sight.see, self.backbone), self._table)
+                self.graphs = self._recorded is not None
+            if self._recorded is None:
+                begun = self.backbone.begin(inputs, table=self._table)
+            else:
+                begun = self._recorded.begin(inputs, prices)
             self._walk = begun.walk
             self._paid, self._gained = torch.zeros_like(self._walk.bill), self._floats(self.num_envs)
         else:
@@ -345,6 +355,8 @@ class RoutingVectorEnv(VectorEnv):
         return view
 
     def _see(self, state: State) -> Tensor:
+        if self._recorded is not None and not state.ended and self._recorded.holds(state):
+            return self._recorded.seen()
         return self.sight.see(self.backbone, state, self._prices)
 
     @property
@@ -372,12 +384,17 @@ class RoutingVectorEnv(VectorEnv):
         """
         ends: list[State] = []
         for _ in range(self.sight.span):
-            reached = [end for s in states.values() for end in self.backbone.advance(s, self.sight.pick(actions, s))]
+            reached = [end for s in states.values() for end in self._advance(s, self.sight.pick(actions, s))]
             states = merge(reached)
             ends += [states.pop(END)] if END in states else []
             if not states:
                 break
         return states, merge(ends).get(END)
+
+    def _advance(self, state: State, action: Tensor) -> list[State]:
+        if self._recorded is not None and self._recorded.holds(state):
+            return [self._recorded.advance(state, action)]
+        return self.backbone.advance(state, action)
 
     def _terms(self, end: State) -> tuple[Tensor, Tensor]:
         """Return the accuracy term [n] and the cost term [n] of whole episodes."""

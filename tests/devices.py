@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynrl.deploy.recorder import put_back
 from dynrl.ops import backend
 from dynrl.ops.backend import ops_mode
+from dynrl.ops.recorder import put_back
 
 WAITS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::_unique2")
 MASKS = (torch.bool, torch.uint8)
@@ -73,7 +73,7 @@ class NoLists(TorchFunctionMode):
 
 
 class TapeRecorder:
-    """This recorder has the interface of `dynrl.deploy.recorder.Recorder`, and records tapes.
+    """This recorder has the interface of `dynrl.ops.recorder.Recorder`, and records tapes.
 
     Args:
         times: milliseconds that stand for those of replays, in the order in which they are asked for; then all are 1.

@@ -7,11 +7,13 @@ import threading
 
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from dynrl.backbones import ExitModule, SkipModule, SkipResNet
 from dynrl.deploy import RoutedModel
-from dynrl.deploy.graphs import KEPT, WAYS, Pieces, Recording, plain
+from dynrl.deploy.graphs import KEPT, WAYS, InPieces, Recording, plain
+from dynrl.envs.skip import SkipVectorEnv
 from dynrl.policies import RandomPolicy
 from tests.cases import BACKBONES, EXAMPLES, make_backbone, make_policy
 from tests.devices import TapeRecorder
@@ -65,13 +67,13 @@ def test_pieces_are_the_walk(name):
     model, routes = routed(name), set()
     inputs = model.backbone.random_inputs(7)
     with plain(ON_CPU):
-        pieces = Pieces(model, inputs, TapeRecorder())
+        pieces = InPieces(model, inputs, TapeRecorder())
         for seed in range(3):
             drawn = model.backbone.random_inputs(7, torch.Generator().manual_seed(seed))
             inputs.copy_(drawn)
             assert pieces()
             routes |= same(model, pieces.walk, drawn)
-            for point, place in pieces._places.items():  # repeats are not counted
+            for point, place in pieces.pieces._places.items():  # repeats are not counted
                 running = int((pieces.walk.route[:, point] == 1).sum())
                 assert place.told.read()[0] == running
                 if model.backbone.speaks and not running:
@@ -102,7 +104,7 @@ def test_all_rows_or_none_run(name, bias):
     model.set_price(0.02)  # another price, so that the policy's tables are made anew
     inputs = model.backbone.random_inputs(3)
     with plain(ON_CPU):
-        pieces = Pieces(model, inputs, TapeRecorder())
+        pieces = InPieces(model, inputs, TapeRecorder())
         assert pieces()
         routes = same(model, pieces.walk, inputs.clone())
     assert len(routes) == 1
@@ -113,7 +115,7 @@ def test_capacities_hold_every_count(size):
     model = routed("skip in a network")
     inputs = model.backbone.random_inputs(size)
     with plain(ON_CPU):
-        pieces = Pieces(model, inputs, TapeRecorder())
+        pieces = InPieces(model, inputs, TapeRecorder())
         for seed in range(4):
             inputs.copy_(model.backbone.random_inputs(size, torch.Generator().manual_seed(seed)))
             pieces()
@@ -126,8 +128,8 @@ def test_capacities_hold_every_count(size):
 
 def test_features_that_stay_where_they_are_are_not_moved():
     model = routed("skip in a transformer")
-    pieces = Pieces(model, model.backbone.random_inputs(4), TapeRecorder())
-    features = [place.features for place in pieces._places.values()]
+    pieces = InPieces(model, model.backbone.random_inputs(4), TapeRecorder())
+    features = [place.features for place in pieces.pieces._places.values()]
     assert all(x is features[0] for x in features), "nothing lies between the blocks"
 
 
@@ -144,8 +146,8 @@ def test_rows_are_computed_as_few_as_is_faster():
     for fast in (True, False):
         times.clear()
         with plain(ON_CPU):
-            pieces = Pieces(model, inputs, Timed())
-            pieces._piece(0, 3)
+            pieces = InPieces(model, inputs, Timed())
+            pieces.pieces.go_on(0, 3)
         (point,) = (point for point in pieces.report() if point["computes"])
         assert point["computes"] == {3: 3 if fast else 8, 8: 8}
 
@@ -318,3 +320,42 @@ def test_other_policies_and_networks_run_as_they_are(recorders):
         for _ in range(3):
             model(model.backbone.random_inputs(2))
     assert not recorders
+
+
+def stepped(recorded: bool, monkeypatch, **settings):
+    """Four environments of a small network, and what each of some steps returned."""
+    monkeypatch.setattr("dynrl.envs.steps.records", lambda inputs: recorded)
+    monkeypatch.setattr("dynrl.envs.steps.recorder_for", lambda inputs: TapeRecorder())
+    torch.manual_seed(0)
+    backbone = SkipResNet((1, 24, 24), 10, layers=(2, 2), widths=(4, 8))
+    envs = SkipVectorEnv(4, backbone=backbone, data="digits", **settings)
+    assert (envs.graphs, envs._recorded) == (True, None)
+    drawn, heard = torch.Generator().manual_seed(1), [(envs.reset_tensors(7),)]
+    for step in range(8):
+        observed, rewards, ended, info = envs.step_tensors(torch.randint(0, 2, (4,), generator=drawn))
+        heard.append((observed, rewards, ended, *(info[name] for name in sorted(info))))
+        if envs.autoreset_mode is AutoresetMode.DISABLED and ended.any():
+            heard.append((envs.reset_tensors(rows=torch.tensor([0, 2]) if step < 4 else None),))
+            heard.append((envs.reset_tensors(rows=torch.tensor([1, 3])),) if step < 4 else ())
+    return envs, heard
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+@pytest.mark.parametrize("price", [None, 0.1])
+def test_recorded_environments_are_the_environments(mode, price, monkeypatch):
+    settings = {"autoreset_mode": mode, "price": price}
+    envs, heard = stepped(True, monkeypatch, **settings)
+    plainly, expected = stepped(False, monkeypatch, **settings)
+    assert envs._recorded is not None and plainly._recorded is None
+    assert len(heard) == len(expected) == 9 + 4 * (mode == "Disabled")
+    for got, wanted in zip(heard, expected, strict=True):
+        for mine, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def test_environments_are_charged_by_time_when_recorded(monkeypatch):
+    times = {"start": 1.0, "choices": [[0.5, 2.0], [0.25, 3.0], [0.125, 1.0]]}
+    both = [stepped(recorded, monkeypatch, autoreset_mode="SameStep", times=times)[1] for recorded in (True, False)]
+    for got, wanted in zip(*both, strict=True):
+        for mine, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)

@@ -129,11 +129,16 @@ class Walk:
                 field[rows] = 0
         self.route[rows] = -1
 
+    @property
+    def records(self) -> list[Tensor]:
+        """What decisions write, each [B, ...]."""
+        some = (self.route, self.steps, self.last, self.macs, self._charged, self._visits)
+        return [written for written in some if written is not None]
+
     def reset(self) -> None:
         """Begin anew with the inputs that lie in `inputs` now; every tensor stays where it is, as CUDA graphs need."""
-        for field in (self.steps, self.last, self.macs, self._charged, self._visits):
-            if field is not None:
-                field.zero_()
+        for written in self.records:
+            written.zero_()
         self.route.fill_(-1)
         self.visits_together = [0] * len(self.points)
 

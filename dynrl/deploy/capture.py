@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dynrl.deploy.graphs import Facts, Whole, plain, ways_of
-from dynrl.deploy.recorder import recorder_for
+from dynrl.ops.recorder import recorder_for
 
 if TYPE_CHECKING:
     from dynrl.deploy.routed import RoutedModel

@@ -7,14 +7,12 @@ batch and the device, so it is measured.
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +20,12 @@ import torch
 from torch import Tensor
 
 from dynrl.backbones import State, Walk
-from dynrl.backbones.walk import END
-from dynrl.deploy.recorder import Recorder, Replay, Told, recorder_for, records
-from dynrl.ops.move import each
-from dynrl.ops.partition import partition
+from dynrl.backbones.pieces import Pieces
+from dynrl.ops.recorder import Recorder, Told, recorder_for, records
 
 if TYPE_CHECKING:
     from dynrl.deploy.routed import RoutedModel
 
-STEPS = 16  # a point is recorded for so many numbers of rows, evenly spaced up to the batch
 KEPT = 4  # how many recordings are kept
 MET = 64  # how many sizes that have come once are remembered
 
@@ -128,148 +123,48 @@ class Whole:
         return []
 
 
-@dataclass
-class _Place:
-    """What stands at one point, in tensors that stay where they are.
-
-    Attributes:
-        rows: [B] int64, the slots of the rows; the walk's `all_rows` where they are together.
-        features: [B, ...] each, the features of the rows.
-        index: [B] int64, the places of the rows that take choice 1, the last of them again behind the last.
-        told: how many rows take choice 1; at the first point, also whether the inputs are finite.
-        ways: for each capacity: what replays its piece, the capacity that it computes, and the milliseconds.
-    """
-
-    rows: Tensor
-    features: Any
-    index: Tensor
-    told: Told
-    ways: dict[int, tuple[Replay, int, float]]
-
-
-class Pieces:
+class InPieces:
     """A recording in pieces has a graph for each point and for some numbers of rows, for blocks that are any module.
 
-    A piece gathers the rows that take choice 1, computes the branch, puts them back, and goes on to the choices at the
-    next point. Between pieces the host waits for one number, how many rows will run. It replays the piece for the least
-    recorded number that holds them, filled up with repeats of the last row. Pieces are recorded when they are first
-    needed. The idea is that of vLLM's piecewise graphs.
-
-    The arguments are those of `Whole`.
+    It is what `dynrl.backbones.pieces` makes of the walk, with the choices at the end of each piece. The arguments are
+    those of `Whole`.
 
     Attributes:
         walk: the walk that the last replay has done.
     """
 
-    def __init__(self, model: RoutedModel, inputs: Tensor, recorder: Recorder, select: bool = False) -> None:
-        backbone, size = model.backbone, len(inputs)
-        self._backbone, self._recorder, self._choose = backbone, recorder, model.chooser
-        self._inputs, self._places = inputs, dict[int, _Place]()
-        self._outputs: Tensor | None = None
-        self._capacities = [0, *sorted({math.ceil(size * step / STEPS) for step in range(1, STEPS + 1)})]
-        self.walk = Walk(inputs, backbone.points, backbone.mac_table)
-        self._begin()
-        for point in range(len(backbone.points)):  # makes what stands at the points
-            # Where no row runs a block, it shows whether the features stay where they are.
-            self._go_on(point, size if backbone.speaks else 0)
-        self._start = recorder.record(self._begin)
+    def __init__(self, model: RoutedModel, inputs: Tensor, recorder: Recorder) -> None:
+        backbone, choose, self._told = model.backbone, model.chooser, Told(inputs.device, 1)
+
+        def decide(walked: Pieces, state: State) -> None:
+            if state.point == 0:  # the host waits for this and for the first choices at once
+                self._told.there.copy_(_finite(inputs))
+                self._told.send()
+            walked.decide(state, choose(state))
+
+        self._count, self._speaks = len(backbone.points), backbone.speaks
+        self.pieces = Pieces(backbone, inputs, recorder, decide)
+        self.walk = self.pieces.walk
 
     def __call__(self) -> bool:
         """Do `Whole.__call__`."""
-        self._start()
-        for point in range(len(self._backbone.points)):
-            count, *finite = self._places[point].told.read()
-            if finite == [0]:
+        self.pieces.start()
+        for point in range(self._count):
+            count = self.pieces.running(point)
+            if point == 0 and not self._told.read()[0]:
                 return False
-            if count == 0 and self._backbone.speaks:
+            if count == 0 and self._speaks:
                 break  # all rows have left with their answers
-            self._piece(point, count)()
+            self.pieces.go_on(point, count)
         return True
 
     def launch(self) -> None:
         """Walk the inputs, which has to wait for the device all the same."""
         self()
 
-    def _begin(self) -> None:
-        walk = self.walk
-        walk.reset()
-        walk.begin(walk.all_rows)
-        self._arrive(self._backbone._start(walk, walk.all_rows, self._inputs), None)
-
-    def _go_on(self, point: int, capacity: int) -> None:
-        place = self._places[point]
-        state = State(self.walk, point, place.rows, place.features)
-        self._arrive(self._backbone._run_rows(state, place.index[:capacity]), place.told.there[:1])
-
-    def _arrive(self, state: State, arrived: Tensor | None) -> None:
-        """Leave what the next piece needs: the choices of the rows of `state`, of which the first `arrived` count."""
-        self._keep_outputs()
-        if state.point == END:
-            return
-        place = self._place(state)
-        count, walk = state.count, self.walk
-        if place.rows is not walk.all_rows:
-            place.rows[:count].copy_(state.rows)
-        each(partial(_leave, count), place.features, state.features)
-        walk.visits_together[state.point] = 0
-        with self._recorder.counts():
-            going = self._backbone.take(state, self._choose(state)) == 1
-            if arrived is not None and not state.together:
-                going &= walk.all_rows[:count] < arrived
-            part = partition((~going).long(), 2)
-            run = part.offsets[1:2].long()
-        place.index[:count] = part.order.index_select(0, torch.minimum(walk.all_rows[:count], (run - 1).clamp_min(0)))
-        place.told.there[:1] = run
-        if state.point == 0:
-            place.told.there[1:] = _finite(self._inputs)
-        place.told.send()
-
-    def _keep_outputs(self) -> None:
-        walk = self.walk
-        if walk.outputs is None or walk.outputs is self._outputs:
-            return
-        if self._outputs is None:
-            self._outputs = torch.empty_like(walk.outputs)
-        self._outputs.copy_(walk.outputs)
-        walk.outputs = self._outputs
-
-    def _place(self, state: State) -> _Place:
-        """Return the place of `state`; if it is the first one there, make it: then all rows are there."""
-        if state.point not in self._places:
-            features = each(partial(_room, self._places.get(state.point - 1)), state.features)
-            rows = state.rows if state.together else torch.empty_like(state.rows)
-            told = Told(rows.device, 2 if state.point == 0 else 1)
-            self._places[state.point] = _Place(rows, features, torch.empty_like(rows), told, {})
-        return self._places[state.point]
-
-    def _piece(self, point: int, count: int) -> Replay:
-        """Return the fastest piece of `point` that holds `count` rows."""
-        size, ways = len(self.walk), self._places[point].ways
-        capacity = next(capacity for capacity in self._capacities if capacity >= count)
-        for needed in (size, capacity):
-            if needed not in ways:
-                keep, run = self._changing(point), partial(self._go_on, point, needed)
-                replay = self._recorder.record(run, keep)
-                ways[needed] = replay, needed, self._recorder.milliseconds(replay, keep)
-                # To compute all rows may take less time than to gather some, where they are many or a batch is small.
-                if needed and ways[size][2] <= ways[needed][2]:
-                    ways[needed] = ways[size]
-        return ways[capacity][0]
-
-    def _changing(self, point: int) -> list[Tensor]:
-        """Return what the pieces of `point` change and may not be done twice."""
-        walk, features = self.walk, self._places[point].features
-        return [walk.steps, walk.last, walk.macs, walk.route, *_parts(features)]
-
     def report(self) -> list[dict[str, Any]]:
-        """Return, for each point, how many rows are computed for each number of rows that was recorded."""
-        return [
-            {
-                "point": self._backbone.points[point].name,
-                "computes": {capacity: rows for capacity, (_, rows, _) in sorted(place.ways.items())},
-            }
-            for point, place in sorted(self._places.items())
-        ]
+        """Return `dynrl.backbones.pieces.Pieces.report`."""
+        return self.pieces.report()
 
 
 def _finite(inputs: Tensor) -> Tensor:
@@ -277,24 +172,8 @@ def _finite(inputs: Tensor) -> Tensor:
     return torch.isfinite(inputs.sum(dtype=torch.float32)) if inputs.is_floating_point() else inputs.new_ones(())
 
 
-def _leave(count: int, room: Tensor, value: Tensor) -> Tensor:
-    if room.data_ptr() != value.data_ptr():
-        room[:count].copy_(value)
-    return room
-
-
-def _room(before: _Place | None, value: Tensor) -> Tensor:
-    """Return `value` itself if it is what lay at the point before, changed in place; else room for it."""
-    stays = before is not None and any(value is part for part in _parts(before.features))
-    return value if stays else torch.empty_like(value)
-
-
-def _parts(features: Any) -> tuple[Tensor, ...]:
-    return features if isinstance(features, tuple) else (features,)
-
-
-WAYS: Mapping[str, Callable[..., Whole | Pieces]] = {
-    "kernels": partial(Whole, select=False), "select": partial(Whole, select=True), "pieces": Pieces
+WAYS: Mapping[str, Callable[..., Whole | InPieces]] = {
+    "kernels": partial(Whole, select=False), "select": partial(Whole, select=True), "pieces": InPieces
 }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
 IMAGES = 256
 # The paths, each with the package that it needs besides torch.
 PATHS = {
-    "walk": None, "bare": None, "env": "gymnasium", "rllib": "ray", "rllib-upfront": "ray", "rllib-stock": "ray",
-    "naive": "ray",
+    "walk": None, "bare": None, "env": "gymnasium", "env-eager": "gymnasium", "rllib": "ray", "rllib-upfront": "ray",
+    "rllib-stock": "ray", "naive": "ray",
 }  # fmt: skip
 SINGLE = (1, 16)  # the numbers of single environments that `naive` always measures
 ENV = "dynrl/Skip-v0"
@@ -32,8 +32,8 @@ Sampler = Callable[[int], int]
 
 
 class _ForcedHalf(SkipResNet):
-    def _run(self, state: State, action: torch.Tensor) -> list[State]:
-        return super()._run(state, (state.rows + state.point) % 2)
+    def take(self, state: State, action: torch.Tensor) -> torch.Tensor:
+        return super().take(state, (state.rows + state.point) % 2)
 
 
 def bench_env(
@@ -44,10 +44,11 @@ def bench_env(
 
     They are forced so that what runs does not depend on the policy, and every path does the same work. `walk` is the
     backbone alone on a route known beforehand. `bare` adds observation, router and draw, in torch. `env` goes through
-    the environment. `rllib` is `SlabRunner`, and `rllib-upfront` is `SlabRunner` deciding a whole walk at once.
-    `rllib-stock` is RLlib's runner on the same batched environment. `naive` is RLlib's own runner on single
-    environments. The last two read the same router through RLlib's connectors. The time that `bare`, `env` and `rllib`
-    each take longer than the path before is what they add. Paths whose packages are missing are left out and named.
+    the environment; `env-eager`, on CUDA, does without its graphs. `rllib` is `SlabRunner`, and `rllib-upfront` is
+    `SlabRunner` deciding a whole walk at once. `rllib-stock` is RLlib's runner on the same batched environment. `naive`
+    is RLlib's own runner on single environments. The last two read the same router through RLlib's connectors. The time
+    that `bare`, `env` and `rllib` each take longer than the path before is what they add. Paths whose packages are
+    missing are left out and named.
 
     Args:
         rounds: how often each path is measured, in turn; medians count.
@@ -61,6 +62,8 @@ def bench_env(
     torch.set_num_threads(1)
     missing = {package for package in PATHS.values() if package and find_spec(package) is None}
     paths = [path for path, package in PATHS.items() if package not in missing]
+    if device == "cpu":
+        paths.remove("env-eager")  # only on CUDA are steps recorded
     if missing:
         left_out = [path for path in PATHS if path not in paths]
         print(f"left out, as {', '.join(sorted(missing))} is missing: {', '.join(left_out)}", flush=True)
@@ -95,7 +98,7 @@ class _Paths:
     def sampler(self, path: str, count: int) -> Sampler:
         """Make the sampler of the path `path`."""
         return {
-            "walk": self.walk, "bare": self.bare, "env": self.env,
+            "walk": self.walk, "bare": self.bare, "env": self.env, "env-eager": lambda n: self.env(n, graphs=False),
             "rllib": lambda n: self.ours(n, "sequential"), "rllib-upfront": lambda n: self.ours(n, "upfront"),
             "rllib-stock": lambda n: self.stock(n, "vector_entry_point"),
             "naive": lambda n: self.stock(n, "sync"),
@@ -139,11 +142,12 @@ class _Paths:
 
         return sample
 
-    def env(self, count: int) -> Sampler:
+    def env(self, count: int, graphs: bool = True) -> Sampler:
         """Go through the environment."""
         from dynrl.envs.skip import SkipVectorEnv
 
         envs = SkipVectorEnv(count, **self.env_config, autoreset_mode="SameStep")
+        envs.graphs = graphs
         net = self.specs["sequential"].build().to(self.device)
         view = [envs.reset_tensors(0)]
 
