@@ -61,11 +61,10 @@ def bench_env(
         raise ValueError(f"unknown networks {sorted(unknown)}; expected some of {list(NETWORKS)}")
     torch.set_num_threads(1)
     missing = {package for package in PATHS.values() if package and find_spec(package) is None}
-    paths = [path for path, package in PATHS.items() if package not in missing]
-    if device == "cpu":
-        paths.remove("env-eager")  # only on CUDA are steps recorded
+    steps = set(PATHS) - ({"env-eager"} if device == "cpu" else set())  # only on CUDA are steps recorded
+    paths = [path for path, package in PATHS.items() if path in steps and package not in missing]
     if missing:
-        left_out = [path for path in PATHS if path not in paths]
+        left_out = [path for path in PATHS if PATHS[path] in missing]
         print(f"left out, as {', '.join(sorted(missing))} is missing: {', '.join(left_out)}", flush=True)
     return [
         row | {"device": device, "dtype": dtype}
