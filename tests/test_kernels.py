@@ -356,9 +356,9 @@ def test_pool(n: int, c: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, (parts.double().sum(1) / 35).float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("f", "hidden", "choices"), [(70, 64, 3), (5, 9, 2), (130, None, 4)])
-def test_decide(f: int, hidden: int | None, choices: int) -> None:
-    n, h = 37, hidden or choices
+@pytest.mark.parametrize(("n", "f", "hidden", "choices"), [(37, 70, 64, 3), (900, 5, 9, 2), (37, 130, None, 4)])
+def test_decide(n: int, f: int, hidden: int | None, choices: int) -> None:
+    h = hidden or choices
     features, weight, bias, last_weight, spent = randn(n, f), randn(f, h), randn(h), randn(1 + choices, h), randn(h)
     head, head_bias = (randn(h, choices), randn(choices)) if hidden else (None, None)
     last, macs = torch.randint(0, choices + 1, (n,), device=DEVICE), torch.randint(0, 100, (n,), device=DEVICE)

@@ -270,6 +270,7 @@ def test_sums_of_maps_come_along(case: Case, kind: str, take: Callable[[Case, st
     torch.testing.assert_close(after.sum(1), out.sum((2, 3), dtype=torch.float32), atol=1e-4, rtol=1e-5)
     means, same = pooled_keeping(out, sums)
     assert same is sums and sums.of(out) is after  # the maps were not read again
+    assert sums.of(out.clone()) is None  # these are other maps, as far as anyone knows
     torch.testing.assert_close(means, pooled_ref(out.float()), atol=1e-5, rtol=1e-5)
     with backend.ops_mode("auto"), COSTS.assuming(**COMPACT):
         changed = case.f(**args | {"x": out}, sums=sums)

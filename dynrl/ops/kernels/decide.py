@@ -191,10 +191,12 @@ def decide(
     choices = hidden if head is None else head.shape[1]
     block_h = max(16, triton.next_power_of_2(hidden))
     block_c = block_h if head is None else max(16, triton.next_power_of_2(choices))
-    _decide_kernel[(triton.cdiv(n, 16),)](
+    # A program reads all weights. With few rows, it takes few of them, so that enough programs share the work.
+    block_m = min(16, max(4, triton.next_power_of_2(n // 64)))
+    _decide_kernel[(triton.cdiv(n, block_m),)](
         features, weight, bias, last_weight, spent_weight, head, head_bias, last, macs, action,
         n, size_in, hidden, choices, float(dense_macs),
-        LINEAR=head is None, BLOCK_M=16, BLOCK_K=64, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
+        LINEAR=head is None, BLOCK_M=block_m, BLOCK_K=64, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return action
 
