@@ -58,8 +58,11 @@ def _cases(dtype: torch.dtype) -> Cases:
     tokens |= {"stride_row": 197 * SIZE, "stride_place": SIZE, "stride_weight": 197}
     for kernel in (positions._take_positions_kernel, positions._put_positions_kernel):
         yield kernel, tokens, {"BLOCK_M": 16, "BLOCK_N": 128}
-    pooled = {"out_ptr": "*fp32", "pixels": 784, "channels": CHANNELS, "stride_n": 784 * CHANNELS, "stride_p": CHANNELS}
-    yield decide._pool_kernel, pooled, {"BLOCK_P": 32, "BLOCK_C": 64}
+    pooled = {"out_ptr": "*fp32", "sums_ptr": "*fp32", "places": 784, "pixels": 784, "channels": CHANNELS, "parts": 16}
+    pooled |= {"stride_n": 784 * CHANNELS, "stride_p": CHANNELS, "groups": 1}
+    some, every = {"offsets_ptr": "*i32", "rows_ptr": "*i64"}, {"offsets_ptr": None, "rows_ptr": None}
+    yield decide._pool_kernel, pooled | every, {"BLOCK_P": 32, "BLOCK_C": 64}
+    yield decide._pool_kernel, pooled | some | {"out_ptr": None}, {"BLOCK_P": 32, "BLOCK_C": 64}
     if dtype == torch.float32:
         yield from _books()
 
@@ -87,10 +90,15 @@ def _convolutions(dtype: torch.dtype, precision: str) -> Cases:
         "x_desc": lambda tile: maps(tile, "BLOCK_K"), "out_desc": lambda tile: maps(tile, "BLOCK_N"),
         "residual_desc": lambda tile: maps(tile, "BLOCK_N"), "granule": CHANNELS, "element_bytes": dtype.itemsize,
         "w_desc": lambda tile: f"tensordesc<{TYPES[dtype]}[{tile['BLOCK_N']}, 1, {tile['BLOCK_K']}]>",
+        "sums": None, "parts": 0,
     }  # fmt: skip
-    tiled = {name: value for name, value in taps.items() if name != "STRIDE"} | {"TILE_W": tile_width}
+    tiled = {name: value for name, value in taps.items() if name != "STRIDE"} | {"TILE_W": tile_width, "ROUNDS": 0}
     yield conv_tiles._conv_tiles_kernel, images, tiled | GROUPS
     yield conv_tiles._conv_tiles_kernel, images | WHOLE, tiled | SINGLE
+    parts = conv_tiles.map_parts(28, 28)
+    summed = images | WHOLE | {"shift_ptr": f"*{TYPES[dtype]}", "sums": "i64", "parts": parts}
+    rounds = {"ROUNDS": lambda tile: -(-parts // conv_tiles.tile_count(28, 28, tile["BLOCK_M"]))}
+    yield conv_tiles._conv_tiles_kernel, summed, tiled | SINGLE | rounds
 
 
 def _products(precision: str) -> Cases:
@@ -110,8 +118,9 @@ def _books() -> Cases:
     books = {f"{name}_ptr": "*i64" for name in ("action", "costs", "column", "steps", "last", "macs")}
     yield decide._record_kernel, books | {"n": SIZE, "stride": 9}, {"BLOCK": 256}
     router = books | {"n": SIZE, "size_in": SIZE, "hidden": 64, "choices": 2, "dense_macs": "fp32"}
-    blocks = {"LINEAR": False, "BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_H": 64, "BLOCK_C": 16}
-    yield decide._decide_kernel, router, blocks
+    for rows in (4, 16):
+        blocks = {"LINEAR": False, "BLOCK_M": rows, "BLOCK_K": 64, "BLOCK_H": 64, "BLOCK_C": 16}
+        yield decide._decide_kernel, router, blocks
     chosen = {"choice_ptr": "*i64", "order_ptr": "*i64", "offsets_ptr": "*i32", "n": 4096, "stride_choice": 1}
     yield partition._partition_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,6 +57,15 @@ def _one_tile_a_kernel_on_cuda():
             for kernel in vars(module).values():
                 if hasattr(kernel, "configs"):
                     kernel.configs = kernel.configs[:1]
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """CUDA computes float32 without TF32, as comparisons of float32 results need; elsewhere tests run what users run."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture

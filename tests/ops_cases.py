@@ -182,7 +182,12 @@ def assert_close(got: Tensor, exact: Tensor, plain: Tensor, interpreted: bool = 
         allowed = 2 * (plain.double() - exact).abs().max() + 1e-6 * scale
         if interpreted and got.dtype == torch.bfloat16:
             allowed += scale * 2**-7  # the interpreter cuts off what a GPU rounds
-        error = (got.double() - exact).abs().max()
+        elif got.is_cuda and got.dtype == torch.bfloat16:
+            # A GPU may add up in another order than the definition, and so round to the neighbouring number.
+            allowed = allowed + exact.abs() * 2**-7
+        error = (got.double() - exact).abs()
+        worst = (error - allowed).argmax()
+        error, allowed = error.flatten()[worst], allowed.expand_as(exact).flatten()[worst]
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 

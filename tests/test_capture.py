@@ -11,9 +11,12 @@ from dynrl.deploy import RoutedModel
 from dynrl.deploy.graphs import Facts
 from dynrl.ops.backend import device_counts
 from dynrl.ops.gated_residual import gated_residual
+from dynrl.ops.pooled import pooled_ref
 from dynrl.policies import RandomPolicy
 from tests.cases import make_policy
 from tests.devices import NoHostSync
+
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WITHOUT_CUDA = pytest.mark.skipif(DEVICE == "cuda", reason="about machines without CUDA")
@@ -40,6 +43,29 @@ def test_counts_on_the_device_give_the_same_without_a_wait(block, kernel_case):
     assert torch.equal(walk.route, model.last_route.actions)
     assert torch.equal(walk.macs, model.last_route.macs)
     torch.testing.assert_close(walk.outputs, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_maps_are_read_once_a_stage_for_routers_to_see(kernel_case, monkeypatch):
+    """At each point, what is seen is the mean of the maps that stand there, whoever ran before."""
+    from dynrl.ops.kernels import decide
+
+    torch.manual_seed(0)
+    backbone = SkipResNet((1, 6, 6), layers=(4, 2), widths=(16, 32)).eval().for_inference().to(DEVICE)
+    read = []
+    for name in ("pool", "pool_sums"):
+        kernel = getattr(decide, name)
+        monkeypatch.setattr(decide, name, lambda *args, name=name, kernel=kernel: read.append(name) or kernel(*args))
+    route = torch.tensor([[1, 0, 1, 1, 1], [0, 0, 1, 0, 0], [1, 0, 1, 0, 1]], device=DEVICE)
+
+    def choose(state):
+        torch.testing.assert_close(backbone.observe(state), pooled_ref(state.features), atol=1e-5, rtol=1e-5)
+        return state.along(route)
+
+    with device_counts():
+        walk = backbone.run(torch.randn(3, 1, 6, 6, device=DEVICE), choose)
+    assert torch.equal(walk.route, route)
+    assert read == ["pool", "pool_sums", "pool_sums", "pool_sums", "pool"]
 
 
 @pytest.mark.parametrize("inference", [True, False])

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,14 +17,15 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dynrl.ops.kernels.conv import conv_rows
-from dynrl.ops.kernels.decide import decide, pool, record
+from dynrl.ops.kernels.conv_tiles import map_parts, tile_count
+from dynrl.ops.kernels.decide import decide, pool, pool_sums, record
 from dynrl.ops.kernels.gru import gru_rows, scatter_rows
 from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
 from dynrl.ops.kernels.partition import partition, tile_bound
 from dynrl.ops.record import record_ref
 from tests.devices import NoHostSync
 
-pytestmark = pytest.mark.usefixtures("kernel_case")
+pytestmark = pytest.mark.usefixtures("kernel_case", "full_precision")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -33,12 +33,8 @@ NAN = float("nan")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_full_precision() -> Iterator[None]:
+def _one_thread() -> None:
     torch.set_num_threads(1)
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,6 +121,7 @@ def test_conv_rows(dtype: torch.dtype, kind: str, taps: int, stride: int, c: int
     out = images(n, k, (height - 1) // stride + 1, (width - 1) // stride + 1, dtype=dtype)
     out[left] = NAN
     before = out.clone()
+    sums = torch.full((n, map_parts(*out.shape[2:]), k), NAN, device=DEVICE)
 
     def expected(as_dtype: torch.dtype) -> Tensor:
         y = F.conv2d(x[picked].to(as_dtype), weight.to(as_dtype), stride=stride, padding=padding)
@@ -134,11 +131,26 @@ def test_conv_rows(dtype: torch.dtype, kind: str, taps: int, stride: int, c: int
     with NoHostSync():
         conv_rows(
             x, weight, out, offsets, in_rows=order, out_rows=order, scale=scale, shift=shift, factor=factor,
-            residual=out, relu=True, stride=stride, padding=padding,
+            residual=out, relu=True, stride=stride, padding=padding, sums=sums,
         )  # fmt: skip
-    assert out[left].isnan().all()
+    assert out[left].isnan().all() and sums[left].isnan().all()
+    torch.testing.assert_close(sums.sum(1)[picked], out[picked].sum((2, 3), dtype=torch.float32), atol=1e-5, rtol=1e-5)
     if len(picked):
         assert_close(out[picked], expected(torch.float64), expected(dtype))
+
+
+def test_parts_of_maps_that_tiles_do_not_make_are_zeros() -> None:
+    """Here, tiles are lines of pixels or rectangles, which differ in number; others write to the same sums later."""
+    height, width = (3, 5) if INTERPRETED else (3, 43)
+    counts = {tile_count(*sides, 16 if INTERPRETED else 64) for sides in ((height, width), (1, height * width))}
+    assert len(counts) == 2 and map_parts(height, width) == max(counts)
+    sums = torch.full((1, max(counts), 16), NAN, device=DEVICE)
+    for taps in (1, 3):
+        x, weight = images(1, 16, height, width, dtype=torch.float32), randn(16, 16, taps, taps)
+        out = images(1, 16, height, width, dtype=torch.float32)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        conv_rows(x, weight, out, int32([0, 1]), padding=taps // 2, sums=sums)
+        torch.testing.assert_close(sums.sum(1), out.sum((2, 3)), atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -334,13 +346,19 @@ def test_gru_rows_writes_out_rows() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pool(n: int, c: int, dtype: torch.dtype) -> None:
     x = images(n, c, 5, 7, dtype=dtype)
-    got = pool(x, torch.full((n, c), NAN, device=DEVICE))
-    torch.testing.assert_close(got, x.double().mean((2, 3)).float(), atol=1e-5, rtol=1e-5)
+    expected = x.double().mean((2, 3)).float()
+    torch.testing.assert_close(pool(x, torch.full((n, c), NAN, device=DEVICE)), expected, atol=1e-5, rtol=1e-5)
+    sums = torch.full((n, 40, c), NAN, device=DEVICE)
+    pool(x, torch.empty(n, c, device=DEVICE), sums)
+    torch.testing.assert_close(sums.sum(1) / 35, expected, atol=1e-5, rtol=1e-5)
+    parts = randn(n, 40, c)
+    got = pool_sums(parts, 35, torch.full((n, c), NAN, device=DEVICE))
+    torch.testing.assert_close(got, (parts.double().sum(1) / 35).float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("f", "hidden", "choices"), [(70, 64, 3), (5, 9, 2), (130, None, 4)])
-def test_decide(f: int, hidden: int | None, choices: int) -> None:
-    n, h = 37, hidden or choices
+@pytest.mark.parametrize(("n", "f", "hidden", "choices"), [(37, 70, 64, 3), (900, 5, 9, 2), (37, 130, None, 4)])
+def test_decide(n: int, f: int, hidden: int | None, choices: int) -> None:
+    h = hidden or choices
     features, weight, bias, last_weight, spent = randn(n, f), randn(f, h), randn(h), randn(1 + choices, h), randn(h)
     head, head_bias = (randn(h, choices), randn(choices)) if hidden else (None, None)
     last, macs = torch.randint(0, choices + 1, (n,), device=DEVICE), torch.randint(0, 100, (n,), device=DEVICE)

@@ -26,12 +26,28 @@ from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual, gated_residual_ref
 from dynrl.ops.partition import Partition, partition_ref
+from dynrl.ops.pooled import pooled_keeping, pooled_ref
 from dynrl.ops.routed_experts import routed_experts, routed_experts_macs
 from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
 from dynrl.ops.sliced_conv import SlicedBlock
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs
 from tests.devices import NoHostSync
-from tests.ops_cases import CASES, KINDS, MOVES, NAN, Args, Case, Overwriting, Rowwise, Setting, assert_close, cast
+from tests.ops_cases import (
+    CASES,
+    COMPACT,
+    KINDS,
+    MOVES,
+    NAN,
+    Args,
+    Case,
+    Overwriting,
+    Rowwise,
+    Setting,
+    assert_close,
+    cast,
+)
+
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 MODULES = [importlib.import_module(f"dynrl.ops.{m.name}") for m in pkgutil.iter_modules(dynrl.ops.__path__)]
 PATHS = ["cpu", "triton", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -39,14 +55,6 @@ FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MANY, FEW = ["none", "one", "some", "all", "nearly"], ["none", "some"]
 GATED = next(case for case in CASES if case.op == "gated_residual")
 NEW = {torch: ("empty", "empty_like", "empty_strided"), Tensor: ("new_empty", "new_empty_strided")}
-
-
-@pytest.fixture(autouse=True)
-def _full_precision() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +245,37 @@ def test_a_sliced_block_that_loads_other_weights_uses_them() -> None:
     args["block"].load_state_dict(other.state_dict())
     expected = case.f_ref(**args)
     torch.testing.assert_close(case.f(**args), expected)
+
+
+# Sums beside maps
+
+
+@pytest.mark.parametrize("kind", ["none", "some", "all"])
+@pytest.mark.parametrize("case", [
+    case for case in CASES if case.op in ("gated_residual", "sliced_conv") and case.kernels
+], ids=str)  # fmt: skip
+@torch.no_grad()
+def test_sums_of_maps_come_along(case: Case, kind: str, take: Callable[[Case, str], str]) -> None:
+    """They are those of the result; rows left out keep theirs to the bit; once another path has run, none are known."""
+    device = take(case, "triton")
+    dtype = torch.bfloat16 if kind == "some" else torch.float32
+    args = case.args(Setting(kind, "channels_last", dtype, device))
+    _, sums = pooled_keeping(args["x"], None)
+    before = sums.of(args["x"]).clone()
+    out = case.f(**args, sums=sums)
+    after = sums.of(out)
+    if case.kept is not None:
+        left = ~case.kept(args)
+        assert torch.equal(after[left], before[left])
+    torch.testing.assert_close(after.sum(1), out.sum((2, 3), dtype=torch.float32), atol=1e-4, rtol=1e-5)
+    means, same = pooled_keeping(out, sums)
+    assert same is sums and sums.of(out) is after  # the maps were not read again
+    assert sums.of(out.clone()) is None  # these are other maps, as far as anyone knows
+    torch.testing.assert_close(means, pooled_ref(out.float()), atol=1e-5, rtol=1e-5)
+    with backend.ops_mode("auto"), COSTS.assuming(**COMPACT):
+        changed = case.f(**args | {"x": out}, sums=sums)
+    assert changed is out
+    torch.testing.assert_close(pooled_keeping(out, sums)[0], pooled_ref(out.float()), atol=1e-5, rtol=1e-5)
 
 
 # Rows left out

@@ -154,7 +154,7 @@ class SlimmableResNet(SkipResNet):
         x, block = self._standing(state)
         if not isinstance(block, SlicedBlock):
             return [self._go_on(state, block.mixed(x, action))]
-        return [self._go_on(state, sliced_conv(x, action, block))]
+        return [self._passed(state, sliced_conv(x, action, block, state.held))]
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x, block = self._standing(state)

@@ -14,7 +14,7 @@ from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.gated_residual import gated_residual, run_rows
 from dynrl.ops.move import each
-from dynrl.ops.pooled import summary
+from dynrl.ops.pooled import pooled_keeping, summary
 
 
 class Skipping(Backbone):
@@ -140,6 +140,16 @@ class SkipResNet(Skipping, ResNet):
     def _follow(self, point: int, x: Tensor) -> Tensor:
         return self._between(point, x)
 
+    def _run(self, state: State, action: Tensor) -> list[State]:
+        return [self._passed(state, gated_residual(state.features, action, self._block(state.point), state.held))]
+
+    def _passed(self, state: State, x: Tensor) -> State:
+        """Go on from behind the block of a state; the sums of `x` come along if nothing runs up to the next point."""
+        reached = self._go_on(state, x)
+        if reached.features is x:
+            reached.held = state.held
+        return reached
+
     def auxiliary(self, state: State) -> Tensor | None:
         """Return what the early classifier in front of the state's point says, [n, classes], if there is one."""
         return self.heads[state.point](early_inputs(state.features)) if len(self.heads) else None
@@ -147,7 +157,8 @@ class SkipResNet(Skipping, ResNet):
     def observe(self, state: State) -> Tensor:
         """Return the mean of each channel; if there are auxiliary classifiers, how sure one is comes before."""
         if not len(self.heads):
-            return super().observe(state)
+            features, state.held = pooled_keeping(state.features, state.held)
+            return features
         head = self.heads[state.point]
         assert isinstance(head, nn.Linear)
         return seen_early(state.features, head)

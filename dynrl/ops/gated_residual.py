@@ -14,6 +14,7 @@ from dynrl.ops.convolution import FoldedConv2d, fusible
 from dynrl.ops.costs import COSTS
 from dynrl.ops.move import as_rows, compute_copies, compute_rows, moves_nothing, replace_some
 from dynrl.ops.partition import partition
+from dynrl.ops.pooled import MapSums
 
 
 class ResidualBlock(nn.Module):
@@ -59,13 +60,16 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+def gated_residual_ref(
+    x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor], sums: MapSums | None = None
+) -> Tensor:
     """Compute the definition of `gated_residual`: it computes every row and then selects, so it saves nothing.
 
     Args:
         x: [n, ...].
         run: [n] bool (or 0/1), the rows to run.
         block: a function of rows that keeps their shape, each row's result depending on that row only.
+        sums: what is known of the sums of `x`; here, they stay as they are, like `x` itself.
 
     Returns:
         [n, ...], `block(x)` where `run`, else `x`.
@@ -75,16 +79,18 @@ def gated_residual_ref(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]
     return torch.where(run.bool().view(-1, *[1] * (x.dim() - 1)), block(x.clone()), x)
 
 
-def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor], sums: MapSums | None = None) -> Tensor:
     """Do `gated_residual_ref`, computing only the rows that run. Differentiable if `block` is.
 
-    If no gradient is recorded, `x` may be overwritten. Then `block` may overwrite its input, but not keep it.
+    If no gradient is recorded, `x` may be overwritten. Then `block` may overwrite its input, but not keep it. `sums`
+    hold for the result then, or are not known: only the kernels bring them along.
 
     The MACs are those of `block` for each row that runs.
 
     Raises:
         ValueError: inside `device_counts`, if `block` is no `ResidualBlock`: the kernels run no other block.
     """
+    known = None if sums is None else sums.take(x)
     if selects():
         return gated_residual_ref(x, run, block)
     match path(x, vendor=True):
@@ -95,7 +101,10 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
         case Path.TRACED:
             return compute_rows(x, run.nonzero().squeeze(1), block)
         case Path.TRITON if isinstance(block, ResidualBlock):
-            return _on_triton(x, run, block)
+            done = _on_triton(x, run, block, known)
+            if sums is not None:
+                sums.keep(done, known)
+            return done
         case _:
             if not may_look():
                 raise ValueError(
@@ -147,7 +156,7 @@ def _on_host(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tenso
     return x
 
 
-def _on_triton(x: Tensor, run: Tensor, block: ResidualBlock) -> Tensor:
+def _on_triton(x: Tensor, run: Tensor, block: ResidualBlock, sums: Tensor | None) -> Tensor:
     from dynrl.ops.kernels.conv import conv_rows
 
     before, x = x, x.contiguous(memory_format=torch.channels_last)
@@ -161,8 +170,8 @@ def _on_triton(x: Tensor, run: Tensor, block: ResidualBlock) -> Tensor:
         out = x if last else convolution.like_output(y)
         conv_rows(
             y, weight, out, offsets, in_rows=rows, out_rows=order if last else None,
-            shift=None if bias is None else bias.float().unsqueeze(0), residual=x if last else None, relu=True,
-            stride=convolution.stride[0], padding=int(convolution.padding[0]),
+            shift=None if bias is None else bias.unsqueeze(0), residual=x if last else None, relu=True,
+            stride=convolution.stride[0], padding=int(convolution.padding[0]), sums=sums if last else None,
         )  # fmt: skip
         y, rows = out, None
     return x if x is before else before.copy_(x)

@@ -17,6 +17,7 @@ from dynrl.ops.convolution import FoldedConv2d, fold
 from dynrl.ops.gated_residual import ResidualBlock
 from dynrl.ops.move import compute_groups, compute_rows
 from dynrl.ops.partition import partition
+from dynrl.ops.pooled import MapSums
 
 
 class SlicedBlock(nn.Module):
@@ -120,13 +121,14 @@ class SlicedBlock(nn.Module):
         return {**self.__dict__, "_narrow": {}}
 
 
-def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock, sums: MapSums | None = None) -> Tensor:
     """Compute the definition of `sliced_conv`: all rows at all widths, with masks, and then a selection.
 
     Args:
         x: [n, C, H, W].
         choice: [n] integers in 0 ... choices-1.
         block: a block that has a width for each choice.
+        sums: what is known of the sums of `x`; here, they stay as they are, like `x` itself.
 
     Returns:
         [n, C, H, W].
@@ -140,16 +142,17 @@ def sliced_conv_ref(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
     return out
 
 
-def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock, sums: MapSums | None = None) -> Tensor:
     """Do `sliced_conv_ref`, computing each row at its width only.
 
-    `x` itself is overwritten and returned. If gradients are recorded, the definition runs instead, which is
-    differentiable in `x`.
+    `x` itself is overwritten and returned, and `sums` hold for the result, or are not known: only the kernels bring
+    them along. If gradients are recorded, the definition runs instead, which is differentiable in `x`.
 
     The MACs are those of the block at each row's width.
     """
     if torch.is_grad_enabled():
         return sliced_conv_ref(x, choice, block)
+    known = None if sums is None else sums.take(x)
     match path(x, vendor=True):
         case Path.REF:
             return sliced_conv_ref(x, choice, block)
@@ -158,7 +161,10 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
                 x = compute_rows(x, (choice == c).nonzero().squeeze(1), partial(block.sliced, choice=c))
             return x
         case Path.TRITON:
-            return _on_triton(x, choice, block)
+            done = _on_triton(x, choice, block, known)
+            if sums is not None:
+                sums.keep(done, known)
+            return done
         case Path.HOST:
             parts = partition(choice, len(block.widths))
             if max(parts.sizes) == len(x):  # all rows chose the same width
@@ -168,7 +174,7 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
             return compute_groups(x, parts.order, groups)
 
 
-def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
+def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock, sums: Tensor | None) -> Tensor:
     from dynrl.ops.kernels.conv import conv_rows
 
     before, x = x, x.contiguous(memory_format=torch.channels_last)
@@ -184,7 +190,7 @@ def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock) -> Tensor:
             y, weight, out, offsets, in_rows=order if first else None, out_rows=order if last else None,
             scale=scale, shift=shift, in_widths=None if first else block.active,
             out_widths=None if last else block.active, residual=x if last else None, relu=True, padding=padding,
-            granule=weight.shape[1] if first else math.gcd(*block.widths),
+            granule=weight.shape[1] if first else math.gcd(*block.widths), sums=sums if last else None,
         )  # fmt: skip
         y = out
     return x if x is before else before.copy_(x)

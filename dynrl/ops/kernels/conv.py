@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynrl.ops.kernels.conv_tiles import conv_tiles
+from dynrl.ops.kernels.conv_tiles import conv_tiles, map_parts
+from dynrl.ops.kernels.decide import sum_maps
 from dynrl.ops.kernels.linear import INTERPRETED, device_time, dot, fitting_configs, size_class, tile_configs
 from dynrl.ops.kernels.partition import group_of_tile, tile_bound
 
@@ -210,6 +211,7 @@ def conv_rows(
     stride: int = 1,
     padding: int = 0,
     granule: int | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """Convolve chosen images, then scale, shift, multiply by a factor, add the residual and relu, all in float32.
 
@@ -224,7 +226,7 @@ def conv_rows(
         in_rows: [capacity] int32 or int64, or None: image j.
         out_rows: [capacity] int32 or int64, distinct among the items, or None: image j.
         scale: [G, K] float32, or None: 1.
-        shift: [G, K] float32, or None: 0.
+        shift: [G, K] any float dtype, or None: 0.
         in_widths: [G] int32, how many channels of `x` a group has, or None: C.
         out_widths: [G] int32, how many channels of `out` a group has, or None: K.
         factor: [M] any float dtype, one factor for each image of `out`, or None.
@@ -234,6 +236,8 @@ def conv_rows(
         padding: the same for both axes.
         granule: a common divisor of `in_widths`, if the host knows one. Then what lies beyond a group's `out_widths`
             may be overwritten.
+        sums: [M, map_parts(P, Q), K] float32, contiguous, or None. For each image that is written, the sums of each
+            channel over parts of the image are written here; other images' stay. Groups have all K channels then.
 
     Returns:
         `out`.
@@ -251,6 +255,9 @@ def conv_rows(
         assert images is None or images.stride(2) * images.shape[2] < 2**31
     assert residual is None or residual.shape == out.shape
     assert all(affine is None or affine.is_contiguous() for affine in (scale, shift))
+    if sums is not None:
+        assert out_widths is None and sums.dtype == torch.float32 and sums.is_contiguous()
+        assert sums.shape == (len(out), map_parts(out_height, out_width), size_k)
     rows = next((r for r in (in_rows, out_rows) if r is not None), x)
     pixels = len(rows) * out_height * out_width
     assert weight.numel() < 2**31 and pixels < 2**31
@@ -277,7 +284,7 @@ def conv_rows(
         done = conv_tiles(
             x, weight, out, offsets, granule=granule, precision=_precision(x), in_rows=in_rows, out_rows=out_rows,
             scale=scale, shift=shift, in_widths=in_widths, out_widths=out_widths, factor=factor, residual=residual,
-            relu=relu, padding=padding,
+            relu=relu, padding=padding, sums=sums,
         )  # fmt: skip
         if done:
             return out
@@ -295,4 +302,6 @@ def conv_rows(
         NUM_GROUPS=num_groups, BLOCK_GROUPS=triton.next_power_of_2(num_groups), R=taps_h, S=taps_w, STRIDE=stride,
         PADDING=padding, RELU=relu, PRECISION=_precision(x),
     )  # fmt: skip
+    if sums is not None:  # a tile of this kernel may hold pixels of several images, so it leaves no sums
+        sum_maps(out, sums, offsets, out_rows)
     return out

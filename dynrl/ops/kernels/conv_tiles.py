@@ -93,6 +93,19 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
     return [config for config in configs if fits(config)] or configs[:1]
 
 
+def tile_count(height: int, width: int, pixels: int) -> int:
+    """Return how many tiles of a given number of pixels cover a map."""
+    w = tile_width(height, width, pixels)
+    return -(-width // w) * -(-height * w // pixels)
+
+
+@cache
+def map_parts(height: int, width: int) -> int:
+    """Return the most tiles that any configuration has for a map, whose lines of pixels may also be one."""
+    sizes = {config.kwargs["BLOCK_M"] for config in _configs()}
+    return max(tile_count(*sides, pixels) for sides in ((height, width), (1, height * width)) for pixels in sizes)
+
+
 @triton.autotune(
     _configs(),
     # The autotuner distinguishes types of tensors, but not types of their descriptors.
@@ -100,16 +113,23 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) ->
     prune_configs_by={"early_config_prune": _prune},
     do_bench=device_time,
 )
-@triton.heuristics({"TILE_W": lambda args: tile_width(args["H"], args["W"], args["BLOCK_M"])})
+@triton.heuristics(
+    {
+        "TILE_W": lambda args: tile_width(args["H"], args["W"], args["BLOCK_M"]),
+        "ROUNDS": lambda args: -(-args["parts"] // tile_count(args["H"], args["W"], args["BLOCK_M"])),
+    }
+)
 @triton.jit
 def _conv_tiles_kernel(
     x_desc, w_desc, out_desc, residual_desc,
     offsets_ptr, in_rows_ptr, out_rows_ptr, scale_ptr, shift_ptr, in_widths_ptr, out_widths_ptr, factor_ptr,
-    size_c, size_k, H, W,
+    sums,  # an address: the autotuner distinguishes types of tensors, and one tile serves with sums and without
+    size_c, size_k, H, W, parts,
     size_class, granule, element_bytes,  # read by the autotuner only
     NUM_GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PADDING: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RESIDENT: tl.constexpr, TILE_W: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
     TILE_H: tl.constexpr = BLOCK_M // TILE_W
     blocks_n = tl.cdiv(size_k, BLOCK_N)
@@ -167,7 +187,19 @@ def _conv_tiles_kernel(
             if RELU:
                 # NaN is propagated, as in torch: a NaN that turns into 0 would hide a fault.
                 acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            out_desc.store([out_row, top, left, n0], acc.to(out_desc.dtype).reshape(1, TILE_H, TILE_W, BLOCK_N))
+            done = acc.to(out_desc.dtype)
+            out_desc.store([out_row, top, left, n0], done.reshape(1, TILE_H, TILE_W, BLOCK_N))
+            if sums is not None:
+                # The sum is of what is written, so what is rounded away and what lies outside the map do not count.
+                place = tl.arange(0, BLOCK_M)
+                inside = (top + place // TILE_W < H) & (left + place % TILE_W < W)
+                added = tl.sum(tl.where(inside[:, None], done.to(tl.float32), 0.0), 0)
+                part = sums.to(tl.pointer_type(tl.float32)) + (out_row.to(tl.int64) * parts + tile) * size_k + n
+                tl.store(part, added, mask=n_mask)
+                # Other tiles may have left more parts here, so the parts that this tile does not make become zeros.
+                for i in tl.static_range(1, ROUNDS):
+                    mask = n_mask & (tile + i * tiles < parts)
+                    tl.store(part + i * tiles * size_k, tl.zeros([BLOCK_N], tl.float32), mask=mask)
 
 
 @cache
@@ -198,7 +230,7 @@ def conv_tiles(
     x: Tensor, weight: Tensor, out: Tensor, offsets: Tensor, *, granule: int, precision: str,
     in_rows: Tensor | None, out_rows: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     in_widths: Tensor | None, out_widths: Tensor | None, factor: Tensor | None, residual: Tensor | None,
-    relu: bool, padding: int,
+    relu: bool, padding: int, sums: Tensor | None,
 ) -> bool:  # fmt: skip
     """Do `conv_rows` of stride 1 if tensor copies can address its tensors; else do nothing and return False.
 
@@ -223,16 +255,16 @@ def conv_tiles(
     num_groups = len(offsets) - 1
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        tile_w = tile_width(height, width, meta["BLOCK_M"])
-        tiles = triton.cdiv(width, tile_w) * triton.cdiv(height, meta["BLOCK_M"] // tile_w)
-        total = items * tiles * triton.cdiv(size_k, meta["BLOCK_N"])
+        total = items * tile_count(height, width, meta["BLOCK_M"]) * triton.cdiv(size_k, meta["BLOCK_N"])
         return (min(total, meta["RESIDENT"] * _multiprocessors(x.device)) if meta["RESIDENT"] else total,)
 
     _conv_tiles_kernel[grid](
         _descriptor(x_view), _descriptor(taps.reshape(size_k, taps_h * taps_w, size_c)), _descriptor(out_view),
         None if residual_view is None else _descriptor(residual_view),
         offsets, in_rows, out_rows, scale, shift, in_widths, out_widths, factor,
-        size_c, size_k, height, width, size_class(items * height * width), granule, x.element_size(),
+        None if sums is None else sums.data_ptr(),
+        size_c, size_k, height, width, 0 if sums is None else sums.shape[1],
+        size_class(items * height * width), granule, x.element_size(),
         NUM_GROUPS=num_groups, BLOCK_GROUPS=triton.next_power_of_2(num_groups), R=taps_h, S=taps_w, PADDING=padding,
         RELU=relu, PRECISION=precision,
     )  # fmt: skip

@@ -14,39 +14,99 @@ from dynrl.ops.kernels.linear import dot
 
 @triton.jit
 def _pool_kernel(
-    x_ptr, out_ptr, pixels, channels, stride_n, stride_p,
+    x_ptr, out_ptr, sums_ptr, offsets_ptr, rows_ptr, places, pixels, channels, parts, groups, stride_n, stride_p,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if offsets_ptr is not None:
+        row += tl.load(offsets_ptr)
+        if row >= tl.load(offsets_ptr + groups):
+            return
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + row).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in tl.range(0, pixels, BLOCK_P, num_stages=3):
+    for first in tl.range(0, places, BLOCK_P, num_stages=3):
         p = first + tl.arange(0, BLOCK_P)
-        mask = (p < pixels)[:, None] & (c < channels)[None, :]
+        mask = (p < places)[:, None] & c_mask[None, :]
         acc += tl.load(x_ptr + row * stride_n + p[:, None] * stride_p + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * channels + c, tl.sum(acc, 0) / pixels, mask=c < channels)
+    total = tl.sum(acc, 0)
+    if out_ptr is not None:
+        tl.store(out_ptr + row * channels + c, total / pixels, mask=c_mask)
+    if sums_ptr is not None:
+        # The first part holds all of the map.
+        for first in tl.range(0, parts, BLOCK_P):
+            part = first + tl.arange(0, BLOCK_P)
+            mask = (part < parts)[:, None] & c_mask[None, :]
+            values = tl.where((part == 0)[:, None], total[None, :], 0.0)
+            tl.store(sums_ptr + (row * parts + part[:, None]) * channels + c[None, :], values, mask=mask)
 
 
-def pool(x: Tensor, out: Tensor) -> Tensor:
+def _pool(
+    x: Tensor, pixels: int, out: Tensor | None, sums: Tensor | None, offsets: Tensor | None, rows: Tensor | None
+) -> None:
+    """Launch the kernel for `x` [n, places, C], whose channels are next to each other."""
+    n, places, channels = x.shape
+    assert x.stride(2) == 1
+    if n == 0 or channels == 0:
+        return
+    # With few rows, blocks of channels are narrow, so that enough programs share the work.
+    block_c = min(64 if n >= 64 else 16, max(16, triton.next_power_of_2(channels)))
+    block_p = min(2048 // block_c, triton.next_power_of_2(places))
+    parts, groups = 0 if sums is None else sums.shape[1], 0 if offsets is None else len(offsets) - 1
+    _pool_kernel[(n, triton.cdiv(channels, block_c))](
+        x, out, sums, offsets, rows, places, pixels, channels, parts, groups, x.stride(0), x.stride(1),
+        BLOCK_P=block_p, BLOCK_C=block_c,
+    )  # fmt: skip
+
+
+def _places(x: Tensor) -> Tensor:
+    """Return maps [n, C, H, W] in channels_last as [n, H W, C]."""
+    assert x.stride(1) == 1 and x.stride(2) == x.shape[3] * x.stride(3), "channels_last"
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def pool(x: Tensor, out: Tensor, sums: Tensor | None = None) -> Tensor:
     """Write the mean of each channel over its map.
 
     Args:
         x: [n, C, H, W] channels_last; a slice of a wider tensor will do.
         out: [n, C] float32, contiguous.
+        sums: [n, T, C] float32, contiguous, or None. If given, sums over parts of each map are written here: the first
+            part is the whole map, the others are zeros.
 
     Returns:
         `out`.
     """
-    n, channels, height, width = x.shape
-    assert x.stride(1) == 1 and x.stride(2) == width * x.stride(3), "channels_last"
-    if out.numel() == 0:
-        return out
-    # With few rows, blocks of channels are narrow, so that enough programs share the work.
-    block_c = 64 if n >= 64 else 16
-    grid = (n, triton.cdiv(channels, block_c))
-    _pool_kernel[grid](
-        x, out, height * width, channels, x.stride(0), x.stride(3), BLOCK_P=8192 // block_c // 4, BLOCK_C=block_c
-    )
+    _pool(_places(x), x.shape[2] * x.shape[3], out, sums, None, None)
+    return out
+
+
+def sum_maps(x: Tensor, sums: Tensor, offsets: Tensor, rows: Tensor | None) -> None:
+    """Write `sums` as `pool` does, for some maps only.
+
+    Args:
+        x: [n, C, H, W] channels_last; a slice of a wider tensor will do.
+        sums: [n, T, C] float32, contiguous.
+        offsets: [G + 1] int32; the items offsets[0] <= j < offsets[G] are done.
+        rows: [capacity] int32 or int64, the map of each item, or None: map j.
+    """
+    _pool(_places(x), 1, None, sums, offsets, rows)
+
+
+def pool_sums(sums: Tensor, pixels: int, out: Tensor) -> Tensor:
+    """Write the mean of each channel over its map by the sums over the map's parts.
+
+    Args:
+        sums: [n, T, C] float32, contiguous.
+        pixels: the number of pixels of a map.
+        out: [n, C] float32, contiguous.
+
+    Returns:
+        `out`.
+    """
+    _pool(sums, pixels, out, None, None, None)
     return out
 
 
@@ -131,10 +191,12 @@ def decide(
     choices = hidden if head is None else head.shape[1]
     block_h = max(16, triton.next_power_of_2(hidden))
     block_c = block_h if head is None else max(16, triton.next_power_of_2(choices))
-    _decide_kernel[(triton.cdiv(n, 16),)](
+    # A program reads all weights. With few rows, it takes few of them, so that enough programs share the work.
+    block_m = min(16, max(4, triton.next_power_of_2(n // 64)))
+    _decide_kernel[(triton.cdiv(n, block_m),)](
         features, weight, bias, last_weight, spent_weight, head, head_bias, last, macs, action,
         n, size_in, hidden, choices, float(dense_macs),
-        LINEAR=head is None, BLOCK_M=16, BLOCK_K=64, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
+        LINEAR=head is None, BLOCK_M=block_m, BLOCK_K=64, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return action
 
