@@ -49,7 +49,7 @@ class Part:
 ORDER = ("resnet20 32x32", "resnet50 224x224", "timm vit_b16 224x224")
 TABLE = (*ORDER, *(name for name, network in NETWORKS.items() if network.cuda and name not in ORDER))
 PARTS = {
-    name: Part(f"bench_model('cuda', 'bfloat16', rounds, ({name!r},), keep=keep)", 45, NETWORKS[name].missing)
+    name: Part(f"bench_model('cuda', 'bfloat16', rounds, ({name!r},), keep=keep)", 55, NETWORKS[name].missing)
     for name in TABLE
 } | {
     "ops bfloat16": Part("bench_ops('cuda', 'bfloat16', 0.1, batches=(256, 64), keep=keep)", 70),

@@ -398,6 +398,22 @@ def test_tables_of_benches_have_a_row_for_each_measurement():
     assert "| skip | 2 | not by all | 99.0% in 20 s |" in tables.BENCHES["bench-known"](result)
 
 
+def test_the_table_of_a_gpu_has_both_times_of_each_side_and_what_was_predicted():
+    row = {
+        "network": "resnet50 224x224", "batch": 64, "dense_ms": 3.75, "ideal_ms": 4.24, "routed_ms": 10.1,
+        "with_router_ms": 14.8, "captured_dense_ms": 2.7, "captured_ideal_ms": 2.11, "captured_routed_ms": 2.39,
+        "captured_with_router_ms": None, "replayed_ms": 2.5, "way": "kernels",
+    }  # fmt: skip
+    rows = [predicted.judged(row, predictions(), "NVIDIA H200")]
+    table = tables.BENCHES["gpu"]({"date": "today", "device": "card", "torch": "2", "rows": rows})
+    assert (
+        "| resnet50 224x224 | 64 | 3.75, 2.70 | 4.24, 2.11 | 10.10, 2.39 | 14.80, - | 2.50 | kernels | 2.55 | hold, fail |"
+    ) in table
+    foreseen = tables.BENCHES["gpu-predicted"](predictions())
+    assert "| resnet50 224x224 | 64 | 2.70 | 2.11 | 2.55 | 2.48 | does not hold |" in foreseen
+    assert "| resnet50 224x224 | 256 | 10.03 | 7.48 | 8.00 | 8.05 | holds |" in foreseen
+
+
 # Tasks ------------------------------------------------------------------------------------------------------------
 
 
