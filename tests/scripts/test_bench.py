@@ -68,9 +68,18 @@ def test_bench_ops_rows(monkeypatch):
 
 
 def test_rows_are_kept_as_they_come(monkeypatch):
-    kept = []
+    """In one pass, as on a GPU: a shape's rows are kept before the next one is measured."""
+    measured, kept, before = bench_ops.measure, [], []
+
+    def counted(*args):
+        before.append(len(kept))
+        return measured(*args)
+
+    monkeypatch.setattr(bench_ops, "PASSES", 1)
+    monkeypatch.setattr(bench_ops, "measure", counted)
     rows = bench_ops.bench_ops(seconds=0.001, ops=("gated_cell",), batches=(3, 2), keep=kept.append)
     assert rows == kept and [row["batch"] for row in rows] == [3] * 6 + [2] * 6
+    assert before == [0, 3, 6, 9]
     monkeypatch.setattr(bench_env, "find_spec", lambda name: None)
     networks = {name: {"input_shape": (1, 8, 8), "layers": (2, 2), "widths": (4, 8)} for name in ("one", "two")}
     monkeypatch.setattr(bench_env, "NETWORKS", networks)
