@@ -8,7 +8,7 @@ from torch import nn
 
 from dynrl.backbones import SkipResNet
 from dynrl.deploy import RoutedModel
-from dynrl.deploy.capture import Recorded
+from dynrl.deploy.graphs import Facts
 from dynrl.ops.backend import device_counts
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.policies import RandomPolicy
@@ -81,7 +81,7 @@ def test_capture_without_cuda_is_refused():
 def test_a_replay_of_what_is_no_longer_there_is_refused(change):
     """The graph would read memory that is freed, or old constants beside new weights. Nothing is recorded here."""
     model = routed()
-    recorded = Recorded.of(model)
+    recorded = Facts(model)
     recorded.check(model)
     change(model)
     with pytest.raises(ValueError, match="capture it again"):

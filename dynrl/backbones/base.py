@@ -68,7 +68,8 @@ class Backbone(nn.Module):
             adds up the losses of all answers.
         gates: whether gates can be trained on the family, so that a differentiable walk makes sense.
         exports: whether a routed model can be written as a torch.export or ONNX program.
-        captures: whether a routed model can be captured as a CUDA graph.
+        captures: the ways in which what a routed model runs can be recorded as CUDA graphs, names in
+            `dynrl.deploy.graphs.WAYS`.
         budgets: the shares of the dense MACs at which reports ask.
 
     Attributes:
@@ -84,7 +85,7 @@ class Backbone(nn.Module):
     gates: ClassVar[bool] = True
     exports: ClassVar[bool] = False
     why: str = ""
-    captures: ClassVar[bool] = False
+    captures: ClassVar[tuple[str, ...]] = ()
     budgets: ClassVar[tuple[float, ...]] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
     config: dict[str, Any]
@@ -116,6 +117,18 @@ class Backbone(nn.Module):
         The choice is open, is already recorded (`state.visit` counts it) and paid for. This method charges what a
         choice costs beyond the table, by `walk.charge`. A row that ends gets its output by `walk.put_output`, here or
         before.
+        """
+        raise NotImplementedError
+
+    def _run_rows(self, state: State, index: Tensor) -> State:
+        """Do `_run` where the host knows how many rows take choice 1, and return the state of those that go on.
+
+        A family in which rows choose between 0 and 1 writes it if it can be recorded in pieces. Nothing may wait for
+        the device. Rows that have ended are left where they are.
+
+        Args:
+            state: rows at one point, whose choices are recorded and paid for.
+            index: [k] int64, the places in `state` of the rows that take choice 1; some may be there more than once.
         """
         raise NotImplementedError
 
@@ -493,13 +506,17 @@ class Backbone(nn.Module):
             action: [n] int64 in 0 ... num_choices - 1. In place of a closed choice, the nearest open one is run,
                 charged and recorded (the lower of two equally near ones).
         """
+        return self._run(state, self.take(state, action))
+
+    def take(self, state: State, action: Tensor) -> Tensor:
+        """Record and charge the choices that `advance` would run, and return them: [n] int64."""
         mask = self.open_choices(state)
         if mask is not None:
             action = nearest_open(mask, action.unsqueeze(1)).squeeze(1)
         elif self.points[state.point].n < self.num_choices:
             action = action.clamp_max(self.points[state.point].n - 1)
         state.walk.decided(state, action)
-        return self._run(state, action)
+        return action
 
     def output(self, state: State) -> Tensor:
         """Return the outputs [n, ...] of the state's rows; there is one at END, and at every point if it `speaks`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,7 @@ class SlimmableResNet(SkipResNet):
 
     family = "slimmable_resnet"
     decision = "channel"
+    captures: ClassVar[tuple[str, ...]] = ("kernels",)
     exports = False  # the number of rows of each width sets tensor sizes, which torch.export cannot express
 
     def __init__(

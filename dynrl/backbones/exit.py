@@ -15,7 +15,7 @@ from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.exit_scores import exit_scores
-from dynrl.ops.move import each, keep_rows
+from dynrl.ops.move import each, keep_rows, take_rows
 from dynrl.ops.pooled import summary
 
 STOP, GO_ON = 0, 1
@@ -34,6 +34,7 @@ class Exits(Backbone):
     rule = "threshold"
     speaks = True
     exports = True
+    captures: ClassVar[tuple[str, ...]] = ("pieces",)
 
     def _advance_to(self, k: int, x: Any) -> Any:
         """Run the stage from exit k - 1 (or the inputs) to exit k."""
@@ -76,6 +77,10 @@ class Exits(Backbone):
         if going is not None:
             reached.append(self._arrive(walk, state.point + 1, *going))
         return reached
+
+    def _run_rows(self, state: State, index: Tensor) -> State:
+        x = each(lambda part: take_rows(part, index), state.features)
+        return self._arrive(state.walk, state.point + 1, state.rows.index_select(0, index), x)
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         assert isinstance(state.walk, GatedWalk)

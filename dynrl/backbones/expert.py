@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class ExpertNet(Backbone):
 
     family = "expert_net"
     decision = "expert"
-    captures = True
+    captures: ClassVar[tuple[str, ...]] = ("kernels",)
 
     def __init__(
         self,

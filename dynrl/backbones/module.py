@@ -33,7 +33,8 @@ from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import Executed, executed, macs_of
 from dynrl.inputs import Form
 from dynrl.ops.gated_positions import Block
-from dynrl.ops.move import keep_rows, replace_some
+from dynrl.ops.gated_residual import run_rows
+from dynrl.ops.move import keep_rows, replace_some, take_rows
 from dynrl.ops.pooled import summary
 
 Standing = Stand | TracedStand
@@ -118,7 +119,7 @@ class _OfModule(Backbone):
                 raise Untraceable(f"{type(self.module).__name__} returns a {type(stand).__name__}")
         except Untraceable as error:
             self.way, self.why = "in place", str(error)
-            self.exports = False  # type: ignore[misc]
+            self.exports, self.captures = False, ()  # type: ignore[misc]
             self._cut = Held(self.module, self._names, self._example, leaving)
 
     @torch.no_grad()
@@ -285,6 +286,10 @@ class SkipModule(_OfModule, Skipping):
     def _run(self, state: State, action: Tensor) -> list[State]:
         stand = self._standing(state)
         return [_arrived(state.walk, state.rows, stand.follow(stand.through(action)))]
+
+    def _run_rows(self, state: State, index: Tensor) -> State:
+        stand: Any = self._standing(state)
+        return _arrived(state.walk, state.rows, stand.follow(run_rows(stand.x, index, stand)))
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         stand, x = self._standing(state), state.features
@@ -709,6 +714,11 @@ class ExitModule(_OfModule, Exits):
         elif state.held is not None:
             state.held.end()
         return reached
+
+    def _run_rows(self, state: State, index: Tensor) -> State:
+        stand: Any = self._standing(state)
+        x, rows = take_rows(state.features, index), state.rows.index_select(0, index)
+        return self._reach(state.walk, rows, stand.follow(x, index))
 
     def _exported_run(self, state: State, action: Tensor) -> list[State]:
         """Do `_run` in a program that is exported. Such a state holds the features of all slots, too."""

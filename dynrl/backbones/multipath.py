@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,7 @@ class MultiPathResNet(Skipping):
     """
 
     family = "multi_path_resnet"
+    captures: ClassVar[tuple[str, ...]] = ()  # the rows of a path are added to a sum, which must not happen twice
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class SkipRNN(Recurrent):
     _time: Tensor  # [steps, knots]
     _bands: Tensor  # [choices - 1], the units that a choice updates and the one below does not
     decision = "hidden-update"
-    captures = True
+    captures: ClassVar[tuple[str, ...]] = ("kernels",)
 
     def __init__(
         self,

@@ -197,7 +197,7 @@ class ResNet(Backbone):
             **({"factors": factors} if factors else {}),
         }  # fmt: skip
         if kinds != PLAIN or factors:  # kernels of dynrl do not run such blocks
-            self.captures = False  # type: ignore[misc]
+            self.captures = tuple(way for way in self.captures if way != "kernels")  # type: ignore[misc]
         if kinds.kernels != PLAIN.kernels or factors:  # the number of rows is that of a convolution's groups
             self.exports = False  # type: ignore[misc]
         kernel, stride = (3, stem_stride) if stem == "cifar" else (7, 2)

@@ -96,7 +96,7 @@ class RoutingNet(Backbone):
     decision = "branch"
     rule = "table"
     exports = True
-    captures = True
+    captures: ClassVar[tuple[str, ...]] = ("kernels",)
     budgets: ClassVar = (0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # the last one is a whole path
     table: Tensor
     stems: Any  # lists of modules, whose own parts torch's types do not know
@@ -132,7 +132,7 @@ class RoutingNet(Backbone):
         kinds = max(self.tasks, 1)
         self.networks = kinds if own == "network" else 1
         if own == "network":  # its first convolutions run on as many rows as there are of each task
-            self.exports = self.captures = False  # type: ignore[misc]
+            self.exports, self.captures = False, ()  # type: ignore[misc]
         self.stems = nn.ModuleList(_stem(image, channels) for _ in range(self.networks))
         self.layers = nn.ModuleList(_layer(channels, self.kernels * self.networks) for _ in range(layers))
         self.told = nn.Parameter(torch.randn(kinds, channels))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from dynrl.backbones.early import SCORES, early_classifier, early_inputs, seen_e
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
-from dynrl.ops.gated_residual import gated_residual
+from dynrl.ops.gated_residual import gated_residual, run_rows
 from dynrl.ops.move import each
 from dynrl.ops.pooled import summary
 
@@ -26,6 +26,7 @@ class Skipping(Backbone):
 
     decision = "skip"
     exports = True
+    captures: ClassVar[tuple[str, ...]] = ("select", "pieces")
 
     def _lead(self, inputs: Tensor) -> Any:
         """Run what comes before the first point."""
@@ -62,6 +63,9 @@ class Skipping(Backbone):
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         return [self._go_on(state, gated_residual(state.features, action, self._block(state.point)))]
+
+    def _run_rows(self, state: State, index: Tensor) -> State:
+        return self._go_on(state, run_rows(state.features, index, self._block(state.point)))
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         def mixed(done: Tensor, x: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ class SkipResNet(Skipping, ResNet):
     """
 
     family = "skip_resnet"
-    captures = True
+    captures: ClassVar[tuple[str, ...]] = ("kernels", "select", "pieces")
 
     def __init__(self, *shape: Any, auxiliary: bool = False, **settings: Any) -> None:
         super().__init__(*shape, **settings)

@@ -129,6 +129,14 @@ class Walk:
                 field[rows] = 0
         self.route[rows] = -1
 
+    def reset(self) -> None:
+        """Begin anew with the inputs that lie in `inputs` now; every tensor stays where it is, as CUDA graphs need."""
+        for field in (self.steps, self.last, self.macs, self._charged, self._visits):
+            if field is not None:
+                field.zero_()
+        self.route.fill_(-1)
+        self.visits_together = [0] * len(self.points)
+
     def visits(self, point: int) -> Tensor:
         """Return how many decisions each row has taken at `point`, which may be met more than once: [B] int64."""
         return self.steps if self._visits is None else self._visits[:, point]

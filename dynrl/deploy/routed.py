@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State, Walk
 from dynrl.cost import count_macs
 from dynrl.deploy.budget import price_at
+from dynrl.deploy.graphs import Graphs
 from dynrl.deploy.limit import Limited
 from dynrl.files import reading
 from dynrl.inputs import Inputs, as_inputs, placed
@@ -78,6 +79,8 @@ class RoutedModel(nn.Module):
         price_range: the lowest and highest price; None for policies that know no price.
         curve: [(price, MACs fraction on validation data)], by rising price.
         latency: [(price, milliseconds a batch)] on this machine, by rising price; empty without `dynrl calibrate`.
+        graphs: on a CUDA device, recordings of what calls launch, which repeat it without Python; `graphs.enabled`
+            turns them off, and `graphs.report()` says what was recorded.
     """
 
     # What `chooser` made last, behind the edition of the weights, the price and the limit that it is made of. The tuple
@@ -94,7 +97,7 @@ class RoutedModel(nn.Module):
         self.curve = sorted(curve or [])
         self.latency: list[tuple[float, float]] = []
         self.price_range = policy.price_range
-        self._price, self._calls = 0.0, threading.local()
+        self._price, self._calls, self.graphs = 0.0, threading.local(), Graphs()
         if self.price_range is not None:
             low, high = self.price_range
             self.set_price(min(max((low * high) ** 0.5, low), high))  # if low == high, the root may round to another
@@ -169,6 +172,7 @@ class RoutedModel(nn.Module):
             self.backbone.lengthen(before)
             raise
         self.latency, self._made = [], None  # both were for walks of the former length
+        self.graphs.clear()
 
     @property
     def limit(self) -> float | None:
@@ -230,6 +234,7 @@ class RoutedModel(nn.Module):
         first = next(self.backbone.parameters())
         if (first.device, first.dtype) != before:
             self.latency = []  # the times were those of the old device or type
+            self.graphs.clear()
             self.policy.to(first.device)
         return self
 
@@ -238,11 +243,11 @@ class RoutedModel(nn.Module):
         return super().train(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_made", "_calls")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_made", "_calls", "graphs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._calls = threading.local()
+        self._calls, self.graphs = threading.local(), Graphs()
 
     @property
     def chooser(self) -> Callable[[State], Tensor]:
@@ -291,7 +296,10 @@ class RoutedModel(nn.Module):
         return _uncompiled(self, given) if torch.compiler.is_compiling() else self._forward(given)
 
     def _forward(self, inputs: Any) -> Tensor:
-        walk = self.walk(inputs)
+        given = as_inputs(inputs)
+        walk = self.graphs.walk(self, given)
+        if walk is None:
+            walk = self.walk(given)
         self.keep_route(walk)
         assert walk.outputs is not None
         return walk.outputs

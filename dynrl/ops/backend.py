@@ -39,6 +39,7 @@ def _checked(mode: str) -> str:
 
 _mode = _checked(os.environ.get("DYNRL_OPS", "auto"))
 _device_counts: ContextVar[bool] = ContextVar("device_counts", default=False)
+_selects: ContextVar[bool] = ContextVar("selects", default=False)
 
 
 @contextmanager
@@ -57,17 +58,22 @@ def ops_mode(mode: str) -> Iterator[None]:
 
 
 @contextmanager
-def device_counts() -> Iterator[None]:
+def device_counts(select: bool = False) -> Iterator[None]:
     """Inside this context, no op asks the host how many rows made a choice, as CUDA graphs require.
+
+    Args:
+        select: whether blocks run on all rows, of which those that chose them are then selected (`gated_residual`).
+            This suits blocks that are no kernels of ours, and batches so small that all rows take no longer.
 
     Raises:
         ValueError: in the ops, where the kernels cannot run.
     """
-    token = _device_counts.set(True)
+    counts, selecting = _device_counts.set(True), _selects.set(select)
     try:
         yield
     finally:
-        _device_counts.reset(token)
+        _device_counts.reset(counts)
+        _selects.reset(selecting)
 
 
 @contextmanager
@@ -84,6 +90,11 @@ def float32() -> Iterator[None]:
 def may_look() -> bool:
     """Tell whether the host may look at values of tensors: neither in traced code nor inside `device_counts`."""
     return not is_compiling() and not _device_counts.get()  # in this order, as a tracer cannot read context variables
+
+
+def selects() -> bool:
+    """Tell whether blocks run on all rows (`device_counts`)."""
+    return not is_compiling() and _selects.get()
 
 
 def path(x: Tensor, *, vendor: bool = False) -> Path:
@@ -106,9 +117,9 @@ def path(x: Tensor, *, vendor: bool = False) -> Path:
     if is_compiling():
         return Path.TRACED
     if auto and not _device_counts.get():
-        return Path.HOST if vendor or not _installed() else Path.TRITON
+        return Path.HOST if vendor or not installed() else Path.TRITON
     why = "counts on the device are asked for" if auto else f"DYNRL_OPS={_mode}"
-    if not _installed():
+    if not installed():
         raise ValueError(f"{why}, but triton is not installed; install it")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -119,5 +130,6 @@ def path(x: Tensor, *, vendor: bool = False) -> Path:
 
 
 @cache  # looking for a package takes longer than many kernels
-def _installed() -> bool:
+def installed() -> bool:
+    """Tell whether there is Triton, which the kernels need."""
     return importlib.util.find_spec("triton") is not None

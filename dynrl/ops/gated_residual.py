@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_exporting
 
-from dynrl.ops.backend import Path, may_look, path
+from dynrl.ops.backend import Path, may_look, path, selects
 from dynrl.ops.convolution import FoldedConv2d, fusible
 from dynrl.ops.costs import COSTS
-from dynrl.ops.move import as_rows, compute_rows, moves_nothing, replace_some
+from dynrl.ops.move import as_rows, compute_copies, compute_rows, moves_nothing, replace_some
 from dynrl.ops.partition import partition
 
 
@@ -85,6 +85,8 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
     Raises:
         ValueError: inside `device_counts`, if `block` is no `ResidualBlock`: the kernels run no other block.
     """
+    if selects():
+        return gated_residual_ref(x, run, block)
     match path(x, vendor=True):
         case Path.REF:
             return gated_residual_ref(x, run, block)
@@ -101,6 +103,24 @@ def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) ->
                     "not; only blocks of convolutions (`ResidualBlock`) can"
                 )
             return _on_host(x, run, block)
+
+
+def run_rows(x: Tensor, index: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+    """Do `gated_residual` where the host knows how many rows run, in steps that do not depend on which these are.
+
+    So a CUDA graph can hold them. No gradient is recorded, and `x` may be overwritten.
+
+    Args:
+        x: [n, ...].
+        index: [k] int64, the rows to run. A row may be there more than once; it runs once all the same. If k is n,
+            all rows are computed, and some of them are selected.
+        block: see `gated_residual`.
+    """
+    if index.shape[0] == 0:
+        return x
+    if index.shape[0] == x.shape[0]:
+        return gated_residual_ref(x, torch.zeros_like(index, dtype=torch.bool).index_fill_(0, index, True), block)
+    return compute_copies(x, index, ((block, 0, index.shape[0]),))
 
 
 def _on_host(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,0 +1,320 @@
+"""What a routed model runs, recorded as graphs: the same outputs, routes and errors as without."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from dynrl.backbones import ExitModule, SkipModule, SkipResNet
+from dynrl.deploy import RoutedModel
+from dynrl.deploy.graphs import KEPT, WAYS, Pieces, Recording, plain
+from dynrl.policies import RandomPolicy
+from tests.cases import BACKBONES, EXAMPLES, make_backbone, make_policy
+from tests.devices import TapeRecorder
+from tests.toys import Convolutional, Transformer
+
+ON_CPU = torch.device("cpu")
+IN_PIECES = [name for name in BACKBONES if "pieces" in EXAMPLES[name].captures]
+BY_SELECTION = [name for name in BACKBONES if "select" in EXAMPLES[name].captures]
+
+
+def routed(name: str, seed: int = 0) -> RoutedModel:
+    """A model that decides differently from row to row: its policy sees how features differ from their mean there."""
+    torch.manual_seed(seed)
+    backbone, policy = make_backbone(name).eval(), make_policy(EXAMPLES[name])
+    weight, width = policy.hidden.weight, backbone.feature_width
+
+    def look(state):
+        seen = policy.sight.see(backbone, state, 0.1)[:, :width]
+        weight[:, :width] += torch.randn(len(weight), width) / (seen.std(0) + 1e-4)
+        means.append((state.point, seen.mean(0)))
+        return torch.ones_like(state.rows)
+
+    with torch.no_grad():
+        means: list[tuple[int, torch.Tensor]] = []
+        weight.zero_()
+        backbone.run(backbone.random_inputs(64), look)
+        for point, mean in means:
+            weight[:, width + point] = -weight[:, :width] @ mean
+    nn.init.normal_(policy.head.weight, std=1.0)
+    nn.init.zeros_(policy.head.bias)
+    return RoutedModel(backbone, policy)
+
+
+def same(model: RoutedModel, walk, inputs: torch.Tensor) -> set[str]:
+    """Check a walk against the model's own, and return the routes in it."""
+    expected = model.walk(inputs)
+    for field in ("route", "macs", "steps", "last"):
+        assert torch.equal(getattr(walk, field), getattr(expected, field)), field
+    torch.testing.assert_close(walk.outputs, expected.outputs, atol=1e-5, rtol=1e-4)
+    return {str(route) for route in walk.route.tolist()}
+
+
+def test_the_families_that_are_recorded():
+    assert {"skip", "exit", "skip in a network", "exits in a transformer", "exits at scales"} <= set(IN_PIECES)
+    assert {"skip in place", "exits in place", "skip of paths"}.isdisjoint(IN_PIECES)
+    assert all(way in WAYS for name in BACKBONES for way in EXAMPLES[name].captures)
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_pieces_are_the_walk(name):
+    model, routes = routed(name), set()
+    inputs = model.backbone.random_inputs(7)
+    with plain(ON_CPU):
+        pieces = Pieces(model, inputs, TapeRecorder())
+        for seed in range(3):
+            drawn = model.backbone.random_inputs(7, torch.Generator().manual_seed(seed))
+            inputs.copy_(drawn)
+            assert pieces()
+            routes |= same(model, pieces.walk, drawn)
+            for point, place in pieces._places.items():  # repeats are not counted
+                running = int((pieces.walk.route[:, point] == 1).sum())
+                assert place.told.read()[0] == running
+                if model.backbone.speaks and not running:
+                    break
+    assert len(routes) > 1, "the rows go one way only, so that nothing is tested"
+
+
+@pytest.mark.parametrize("name", BY_SELECTION)
+def test_all_rows_and_a_selection_are_the_walk(name):
+    model, routes = routed(name), set()
+    inputs = model.backbone.random_inputs(5)
+    with plain(ON_CPU):
+        whole = WAYS["select"](model, inputs, TapeRecorder())
+        for seed in range(2):
+            drawn = model.backbone.random_inputs(5, torch.Generator().manual_seed(seed))
+            inputs.copy_(drawn)
+            assert whole()
+            routes |= same(model, whole.walk, drawn)
+    assert len(routes) > 1
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+@pytest.mark.parametrize("bias", [-1e6, 1e6])
+def test_all_rows_or_none_run(name, bias):
+    model = routed(name)
+    with torch.no_grad():
+        model.policy.head.bias.copy_(torch.tensor([0.0, bias]))
+    model.set_price(0.02)  # another price, so that the policy's tables are made anew
+    inputs = model.backbone.random_inputs(3)
+    with plain(ON_CPU):
+        pieces = Pieces(model, inputs, TapeRecorder())
+        assert pieces()
+        routes = same(model, pieces.walk, inputs.clone())
+    assert len(routes) == 1
+
+
+@pytest.mark.parametrize("size", [1, 19])
+def test_capacities_hold_every_count(size):
+    model = routed("skip in a network")
+    inputs = model.backbone.random_inputs(size)
+    with plain(ON_CPU):
+        pieces = Pieces(model, inputs, TapeRecorder())
+        for seed in range(4):
+            inputs.copy_(model.backbone.random_inputs(size, torch.Generator().manual_seed(seed)))
+            pieces()
+            same(model, pieces.walk, inputs.clone())
+    for point in pieces.report():
+        capacities = list(point["computes"])
+        assert capacities == sorted(capacities) and capacities[-1] <= size
+        assert len(capacities) <= 17, "a piece for each count would never end"
+
+
+def test_features_that_stay_where_they_are_are_not_moved():
+    model = routed("skip in a transformer")
+    pieces = Pieces(model, model.backbone.random_inputs(4), TapeRecorder())
+    features = [place.features for place in pieces._places.values()]
+    assert all(x is features[0] for x in features), "nothing lies between the blocks"
+
+
+def test_rows_are_computed_as_few_as_is_faster():
+    model, times = routed("skip in a transformer"), []
+    inputs = model.backbone.random_inputs(8)
+
+    class Timed(TapeRecorder):
+        def milliseconds(self, replay, keep=()):
+            super().milliseconds(replay, keep)
+            times.append(1)
+            return 2.0 if len(times) % 2 else 1.0 if fast else 3.0  # all rows are timed first
+
+    for fast in (True, False):
+        times.clear()
+        with plain(ON_CPU):
+            pieces = Pieces(model, inputs, Timed())
+            pieces._piece(0, 3)
+        (point,) = (point for point in pieces.report() if point["computes"])
+        assert point["computes"] == {3: 3 if fast else 8, 8: 8}
+
+
+@pytest.mark.parametrize(("times", "way"), [([1.0] + 50 * [2.0], "select"), ([9.0], "pieces")])
+def test_the_fastest_way_is_kept(times, way):
+    model = routed("skip in a transformer")
+    inputs = model.backbone.random_inputs(4)
+    recording = Recording(model, inputs, TapeRecorder(*times))
+    assert recording.way == way
+    same(model, recording.walk(inputs), inputs)
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """Machines without CUDA record tapes; these are the recorders."""
+    made: list[TapeRecorder] = []
+
+    def recorder(inputs):
+        made.append(TapeRecorder())
+        return made[-1]
+
+    monkeypatch.setattr("dynrl.deploy.graphs.records", lambda inputs: isinstance(inputs, torch.Tensor))
+    monkeypatch.setattr("dynrl.deploy.graphs.recorder_for", recorder)
+    return made
+
+
+def modules() -> list[RoutedModel]:
+    torch.manual_seed(0)
+    made = [
+        SkipModule(Transformer(), (1, 8, 8), [f"blocks.{i}" for i in range(3)]),
+        ExitModule(Convolutional(), (1, 8, 8), ["stage1.0", "stage2"]),
+    ]
+    return [RoutedModel(backbone.eval(), make_policy(backbone)) for backbone in made]
+
+
+def test_a_size_is_recorded_when_it_comes_again(recorders):
+    for model in modules():
+        inputs, routes = torch.randn(6, 1, 8, 8), []
+        first = model(inputs)
+        assert not recorders
+        for _ in range(3):
+            torch.testing.assert_close(model(inputs), first, atol=1e-5, rtol=1e-4)
+            routes.append(model.last_route)
+        assert len(recorders) == 1 and recorders[0].replayed
+        before = [route.macs.clone() for route in routes]
+        outputs = model(torch.randn(6, 1, 8, 8))
+        outputs += 1  # outputs are the caller's own
+        assert all(torch.equal(route.macs, macs) for route, macs in zip(routes, before, strict=True))
+        torch.testing.assert_close(model(inputs), first, atol=1e-5, rtol=1e-4)
+        (report,) = model.graphs.report()
+        assert report["inputs"] == (6, 1, 8, 8) and report["way"] in report["milliseconds"]
+        recorders.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.set_price(0.9), lambda m: m.set_limit(0.8),
+        lambda m: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}),
+        lambda m: m.backbone.load_state_dict({k: v * 1.5 for k, v in m.backbone.state_dict().items()}, assign=True),
+        lambda m: m.backbone.load_state_dict({k: v * 1.5 for k, v in m.backbone.state_dict().items()}),
+        lambda m: m.double(),
+    ],
+)  # fmt: skip
+def test_a_model_that_has_changed_says_what_it_says_now(recorders, change):
+    for model in modules():
+        inputs = torch.randn(4, 1, 8, 8)
+        for _ in range(2):
+            model(inputs)
+        change(model)
+        inputs = inputs.to(next(model.backbone.parameters()).dtype)
+        expected = model.walk(inputs)
+        for _ in range(3):
+            torch.testing.assert_close(model(inputs), expected.outputs, atol=1e-5, rtol=1e-4)
+            assert torch.equal(model.last_route.actions, expected.route)
+
+
+def test_errors_are_those_of_a_model_that_is_not_recorded(recorders):
+    for model in modules():
+        inputs = torch.randn(4, 1, 8, 8)
+        bad = inputs.clone()
+        bad[1, 0, 3, 3] = torch.nan
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            model(bad)
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            model(bad)  # the second time it would be recorded
+        expected = model.walk(inputs).outputs
+        for _ in range(2):
+            torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-4)
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            model(bad)
+        torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-4)
+        for wrong in (torch.randn(4, 1, 8, 9), torch.randn(0, 1, 8, 8), inputs.double()):
+            for _ in range(2):
+                with pytest.raises(ValueError, match="expected"):
+                    model(wrong)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(recorders, monkeypatch):
+    def refuse(recorder, run, keep=()):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(TapeRecorder, "record", refuse)
+    for model in modules():
+        inputs = torch.randn(3, 1, 8, 8)
+        expected = model(inputs)
+        with pytest.warns(UserWarning, match=r"run without CUDA graphs: operation not permitted when stream is cap.*"):
+            torch.testing.assert_close(model(inputs), expected)
+        count = len(recorders)
+        torch.testing.assert_close(model(inputs), expected)
+        assert len(recorders) == count, "it is not tried again"
+        assert model.graphs.report() == [
+            {"inputs": (3, 1, 8, 8), "why": "operation not permitted when stream is capturing"}
+        ]
+
+
+def test_few_recordings_are_kept(recorders):
+    model = modules()[0]
+    for size in range(1, KEPT + 3):
+        for _ in range(2):
+            model(torch.randn(size, 1, 8, 8))
+    assert [report["inputs"][0] for report in model.graphs.report()] == list(range(3, KEPT + 3))
+    model.graphs.enabled = False
+    count = sum(recorder.replayed for recorder in recorders)
+    model(torch.randn(KEPT, 1, 8, 8))
+    assert sum(recorder.replayed for recorder in recorders) == count
+    model.graphs.clear()
+    assert model.graphs.report() == []
+
+
+def test_a_copy_has_recordings_of_its_own(recorders):
+    model = modules()[0]
+    inputs = torch.randn(4, 1, 8, 8)
+    expected = model(inputs)
+    model(inputs)
+    twin = copy.deepcopy(model)
+    assert model.graphs.report() and not twin.graphs.report()
+    with torch.no_grad():
+        twin.backbone.module.head.weight.mul_(2)
+    for _ in range(3):
+        twin(inputs)
+    torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_threads_get_their_own_answers(recorders):
+    model = modules()[1]
+    inputs = [torch.randn(5, 1, 8, 8) for _ in range(4)]
+    expected, wrong = [model.walk(given) for given in inputs], []
+
+    def ask(k: int) -> None:
+        for _ in range(5):
+            outputs, macs = model(inputs[k]), model.last_route.macs
+            if not torch.allclose(outputs, expected[k].outputs, atol=1e-5) or not torch.equal(macs, expected[k].macs):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(recorders) == 1
+
+
+def test_other_policies_and_networks_run_as_they_are(recorders):
+    backbone = SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).eval()
+    given = RoutedModel(backbone, RandomPolicy(backbone.thrift, 0.5))
+    in_place = RoutedModel(make_backbone("skip in place"), make_policy(EXAMPLES["skip in place"]))
+    for model in (given, in_place):
+        for _ in range(3):
+            model(model.backbone.random_inputs(2))
+    assert not recorders
