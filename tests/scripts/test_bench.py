@@ -13,10 +13,11 @@ import torch
 
 from dynrl.backbones import ExitModule, SkipModule, load_backbone
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
-from dynrl.deploy import SHIPPED
+from dynrl.deploy import SHIPPED, RoutedModel
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import score_routes
 from dynrl.files import read_json
+from dynrl.policies import PolicySpec
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.recipes import DEFAULTS, Defaults
 from dynrl.scripts import lay_out
@@ -26,6 +27,7 @@ from dynrl.scripts.bench import model as bench_model
 from dynrl.scripts.bench import ops as bench_ops
 from dynrl.tasks import Regression
 from tests.cases import TOYS
+from tests.devices import TapeRecorder
 from tests.scripts.calls import ROOT
 
 
@@ -131,18 +133,7 @@ TINY = {
 }  # fmt: skip
 
 
-class Graphs:
-    """What `model.graphs` is, for models that call instead of replaying; each says by `enabled` whether it would."""
-
-    def __init__(self):
-        self.enabled = True
-
-    def report(self):
-        return [{"inputs": (4, 3, 8, 8), "way": "pieces", "milliseconds": {"pieces": 1.0}}]
-
-
 def test_the_table_of_networks_runs_on_a_cpu(monkeypatch, capsys):
-    """What a GPU is asked for is asked for: one model runs eagerly, another replays, and what fails is named."""
     monkeypatch.setattr(bench_model, "NETWORKS", TINY)
     monkeypatch.setattr(bench_model, "_compiled", lambda *given: lambda: None)
     rows = bench_model.bench_model(rounds=1, networks=("ours", "skips", "exits"))
@@ -155,52 +146,45 @@ def test_the_table_of_networks_runs_on_a_cpu(monkeypatch, capsys):
         bench_model.bench_model(networks=("elsewhere",))
 
 
-def test_sides_that_are_graphs(monkeypatch):
-    backbone = TINY["skips"].build().eval()
-    inputs, route = torch.randn(4, 3, 8, 8), torch.tensor([[1, 0, 1]] * 4)
+@pytest.mark.parametrize("name", ["ours", "skips", "exits"])
+def test_sides_that_are_graphs(name, monkeypatch):
+    """One model runs eagerly and another replays, on the same routes; tapes stand for graphs."""
+    monkeypatch.setattr("dynrl.deploy.graphs.records", lambda inputs: isinstance(inputs, torch.Tensor))
+    monkeypatch.setattr("dynrl.deploy.graphs.recorder_for", lambda inputs: TapeRecorder())
+    monkeypatch.setattr(bench_model, "captured", lambda side, repeats: side)
+    backbone, inputs = TINY[name].build().eval(), torch.randn(6, 3, 8, 8)
+    policy = bench_model._InVain(PolicySpec.of("sequential", backbone, (0.01, 1.0), 8).build())
+    policy.route = torch.randint(0, 2, (6, backbone.columns))
+    eager, replayed = RoutedModel(backbone, policy), RoutedModel(backbone, policy)
+    sides = {"dense nchw": lambda: 1, "ideal": lambda: 2, "routed": lambda: 3}
+    made = bench_model._in_graphs(eager, replayed, inputs, policy.route, sides)
+    whole = ["captured routed", "captured with router"] if name == "ours" else []
+    assert list(made) == ["captured dense nchw", "captured ideal", *whole, "replayed"]
+    assert made["captured ideal"]() is sides["ideal"]
+    outputs, expected = made["replayed"]()(), eager(inputs)
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-4)
+    ran = eager.last_route.actions
+    assert torch.equal(replayed.last_route.actions, ran) and torch.equal(ran.clamp_min(0), policy.route * (ran >= 0))
+    if whole:
+        assert torch.equal(made["captured routed"]()().route, ran)
+        with pytest.raises(ValueError, match="on a CUDA device"):
+            made["captured with router"]()
+    (found,) = bench_model._recorded(replayed)["recorded"]
+    assert found["inputs"] == (6, 3, 8, 8) and bench_model._recorded(replayed)["way"] in backbone.captures
+    assert bench_model._recorded(eager) == {"way": "eager", "recorded": []}
+    monkeypatch.setattr(replayed.graphs, "report", lambda: [{"inputs": (1,), "why": "a block waits"}])
+    assert bench_model._recorded(replayed)["way"] == "eager"
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.graphs, self.calls = backbone, Graphs(), 0
 
-        def forward(self, inputs):
-            self.calls += 1
-
-        def capture(self, count):
-            assert count == 4
-            return lambda inputs: "captured"
-
-    def captured(side, repeats):
-        assert repeats == 1
-        if side is sides["dense nhwc"]:
-            raise RuntimeError("no graph")
-        return side
-
-    monkeypatch.setattr(bench_model, "captured", captured)
-    monkeypatch.setattr(type(backbone), "captures", ("kernels",))
-    sides = {"dense nchw": lambda: 1, "dense nhwc": lambda: 2, "ideal": lambda: 3, "routed": lambda: 4}
-    eager, replayed = Model(), Model()
-    made = bench_model._in_graphs(eager, replayed, inputs, route, sides)
-    assert not eager.graphs.enabled and replayed.graphs.enabled
-    assert list(made) == [
-        "captured dense nchw", "captured dense nhwc", "captured ideal", "captured routed", "captured with router",
-        "replayed",
-    ]  # fmt: skip
-    assert made["captured ideal"]() is sides["ideal"] and made["captured with router"]()() == "captured"
-    walk = made["captured routed"]()()
-    assert torch.equal(walk.route, route)
-    assert made["replayed"]()() is None and replayed.calls == 4 and eager.calls == 0
-    with pytest.raises(RuntimeError, match="no graph"):
-        made["captured dense nhwc"]()
-    times = bench_model._graph_times({"dense nchw": 0.5, "captured dense nchw": 3.0, "replayed": 2.0})
+def test_the_times_of_graphs():
+    times = bench_model._graph_times(
+        {"dense nchw": 0.5, "captured dense nchw": 3.0, "captured dense nhwc": 2.5, "replayed": 2.0}
+    )
     assert times == {
-        "captured_dense_ms": 3.0, "captured_ideal_ms": None, "captured_routed_ms": None,
+        "captured_dense_ms": 2.5, "captured_ideal_ms": None, "captured_routed_ms": None,
         "captured_with_router_ms": None, "replayed_ms": 2.0,
     }  # fmt: skip
-    assert bench_model._recorded(replayed)["way"] == "pieces"
-    monkeypatch.setattr(Graphs, "report", lambda self: [])
-    assert bench_model._recorded(replayed) == {"way": "eager", "recorded": []}
+    assert set(bench_model._graph_times({}).values()) == {None}
 
 
 def test_what_the_gpu_check_runs_is_there_without_ray_and_gymnasium(tmp_path):
@@ -217,6 +201,7 @@ def test_what_the_gpu_check_runs_is_there_without_ray_and_gymnasium(tmp_path):
     subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True
     )
+    assert all((tmp_path / name).exists() for name in gpu.TESTS)
     for name, part in gpu.PARTS.items():
         for network in re.findall(r"'(resnet[^']*)'", part.call):
             assert network in (bench_env.NETWORKS if "bench_env" in part.call else bench_model.NETWORKS), name
