@@ -1,12 +1,16 @@
 """`python scripts/gpu_check.py OUT.json` checks everything that needs a GPU, in under eight minutes.
 
 It runs on a bare GPU machine from a checkout. It needs torch, triton, numpy, safetensors and pytest, but no install of
-this project. First come the kernel, op and capture tests on CUDA; meanwhile, all benchmarks run once to fill Triton's
-cache, because compiling takes most of the time, one core each. Then `bench model`, `bench ops` and `bench env` run one
-after the other, and a policy is trained on digits with its backbone on the GPU. With gymnasium, `bench env` also
-measures the environment, and with ray also RLlib. Training needs tensorboard, tyro and matplotlib, and ray or
-stable-baselines3. Parts that are left out are named. The file is written again after each part, so a call that is cut
-short keeps what it has.
+this project. First, the kernel, op, capture and graph tests run on CUDA, and beside them all benchmarks once to fill
+Triton's cache, because compiling takes most of the time; each process has a core. Then the table of whole networks is
+measured, the most important ones first, then ops and sampling, and a policy is trained on digits with its backbone on
+the GPU. Networks of timm and torchvision need these. With gymnasium, `bench env` also measures the environment, and
+with ray also RLlib. Training needs tensorboard, tyro and matplotlib, and ray or stable-baselines3. What is left out is
+named.
+
+Each part has so many seconds. What it has measured by then is kept, and the file is written again whenever a network or
+an op is done, so a call that is cut short keeps what it has. Beside each figure of the table stands what was predicted
+(`results/gpu-predicted-*.json`), and whether the bars hold that were set for it.
 """
 
 from __future__ import annotations
@@ -43,7 +47,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "scripts" / "lay_out.py", folder], check=True)
         out = str(Path(sys.argv[1]).resolve())
-        command = [sys.executable, "-m", "dynrl.scripts.bench.gpu", out, git.stdout.strip(), " ".join(sys.argv)]
+        predicted = str(max((ROOT / "results").glob("gpu-predicted-*.json")))
+        command = [
+            sys.executable, "-m", "dynrl.scripts.bench.gpu", out, git.stdout.strip(), " ".join(sys.argv), predicted
+        ]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         return subprocess.run(command, cwd=folder, env=environment).returncode
 

@@ -82,7 +82,7 @@ def table(name: str, results: Path) -> list[str]:
     if name == "demo":
         return read(demo.table, results / f"{demo.DECISION}-{demo.DATA}" / "report.json")
     if name in BENCHES:
-        newest = max(results.glob(f"{name}-*.json"), default=results / f"{name}-DATE.json")
+        newest = max(results.glob(f"{name}-[0-9]*.json"), default=results / f"{name}-DATE.json")
         return read(BENCHES[name], newest)
     return read(tables.report_table, results / name / "report.json")
 

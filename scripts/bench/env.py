@@ -13,6 +13,7 @@ import torch
 from dynrl.backbones import END, SkipResNet, State
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.policies import PolicySpec
+from dynrl.scripts.bench import Keep, forget
 from dynrl.scripts.bench.model import NETWORKS as MODELS
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ class _ForcedHalf(SkipResNet):
 
 def bench_env(
     rounds: int = 5, networks: tuple[str, ...] = (), counts: tuple[int, ...] = (), device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str = "float32", keep: Keep = forget,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure decisions sampled a second on ResNets, half of whose blocks are forced to run, on one thread.
 
@@ -55,6 +56,7 @@ def bench_env(
         networks: names in `NETWORKS`; by default, the first one.
         counts: the numbers of sub-environments; by default, 64 and 256.
         device, dtype: where the backbone runs, and its type.
+        keep: called with each row as soon as its network is measured.
     """
     unknown = set(networks) - set(NETWORKS)
     if unknown:
@@ -66,11 +68,12 @@ def bench_env(
     if missing:
         left_out = [path for path in PATHS if PATHS[path] in missing]
         print(f"left out, as {', '.join(sorted(missing))} is missing: {', '.join(left_out)}", flush=True)
-    return [
-        row | {"device": device, "dtype": dtype}
-        for network in networks or list(NETWORKS)[:1]
-        for row in _bench(network, paths, counts or (64, 256), rounds, device, dtype)
-    ]
+    rows = []
+    for network in networks or list(NETWORKS)[:1]:
+        for row in _bench(network, paths, counts or (64, 256), rounds, device, dtype):
+            rows.append(row | {"device": device, "dtype": dtype})
+            keep(rows[-1])
+    return rows
 
 
 class _Paths:

@@ -4,28 +4,109 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-SECONDS = 460  # the time for all parts; parts that would begin later are left out and named
-TESTS = ("tests/test_kernels.py", "tests/test_ops.py", "tests/test_capture.py")
+from dynrl.scripts.bench import Keep
+from dynrl.scripts.bench.model import NETWORKS
+from dynrl.scripts.bench.predicted import judged
+
+SECONDS = 460  # the time for everything
+WARMING = 100  # the time in which all tests run, and all parts once
+LEAST = 15  # a part that would have less time is left out
+TRAINING = 60
+TESTS = ("tests/test_capture.py", "tests/test_graphs.py", "tests/test_kernels.py", "tests/test_ops.py")
 IMPORTS = (
     "from dynrl.scripts.bench.env import bench_env; from dynrl.scripts.bench.model import bench_model; "
     "from dynrl.scripts.bench.ops import bench_ops; "
 )
-WARMING = 200
-PARTS = {
-    "model bfloat16": "bench_model('cuda', 'bfloat16', rounds=10)",
-    "ops bfloat16": "bench_ops('cuda', 'bfloat16', 0.1, batches=(64, 256))",
-    "env": "bench_env(3, counts=(256, 4096), device='cuda')",
-    "env resnet50": "bench_env(3, ('resnet50 224x224',), (64,), 'cuda', 'bfloat16')",
-    "ops float32": "bench_ops('cuda', 'float32', 0.1, batches=(64, 256))",
-    "ops bfloat16, small": "bench_ops('cuda', 'bfloat16', 0.1, batches=(1, 8))",
-}
 TRAINERS = {"ray": "ppo", "stable_baselines3": "sb3-ppo"}  # the agent of each package, the better one first
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part is a call, in which `rounds` is how often each side is timed and `keep` takes each row as it comes.
+
+    Attributes:
+        call: the call, of a function that `IMPORTS` imports.
+        seconds: the most that it may take.
+        missing: a package that it needs and that is not here.
+    """
+
+    call: str
+    seconds: float
+    missing: str | None = None
+
+
+# The order in which the networks of the table are measured: what is asked most of comes first.
+ORDER = ("resnet20 32x32", "resnet50 224x224", "timm vit_b16 224x224")
+TABLE = (*ORDER, *(name for name, network in NETWORKS.items() if network.cuda and name not in ORDER))
+PARTS = {
+    name: Part(f"bench_model('cuda', 'bfloat16', rounds, ({name!r},), keep=keep)", 55, NETWORKS[name].missing)
+    for name in TABLE
+} | {
+    "ops bfloat16": Part("bench_ops('cuda', 'bfloat16', 0.1, batches=(256, 64), keep=keep)", 70),
+    "env": Part("bench_env(min(rounds, 3), counts=(256, 4096), device='cuda', keep=keep)", 30),
+    "env resnet50": Part("bench_env(min(rounds, 3), ('resnet50 224x224',), (64,), 'cuda', 'bfloat16', keep=keep)", 30),
+    "ops float32": Part("bench_ops('cuda', 'float32', 0.1, batches=(256, 64), keep=keep)", 60),
+    "ops bfloat16, small": Part("bench_ops('cuda', 'bfloat16', 0.1, batches=(1, 8), keep=keep)", 60),
+}  # fmt: skip
+
+
+def keeper(path: str) -> Keep:
+    """Return a function that adds each row to a file at once: its process may be ended at any time."""
+
+    def keep(row: dict[str, Any]) -> None:
+        with open(path, "a") as out:
+            out.write(f"{json.dumps(row, default=str)}\n")
+
+    return keep
+
+
+def machine() -> dict[str, Any]:
+    """Return what is measured, and by which versions."""
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": __import__("triton").__version__, "python": sys.version.split()[0],
+    }  # fmt: skip
+
+
+class Job:
+    """A job is a process of its own that runs Python, with its output in a file."""
+
+    def __init__(self, name: str, *command: str, **environment: str) -> None:
+        self.began, self._log = monotonic(), Path(f"{name.replace('/', '-')}.log")
+        with self._log.open("w") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment
+            )
+
+    def wait(self, until: float, look: Callable[[], None] = lambda: None) -> int:
+        """Wait until that time at most, look around meanwhile, and return the exit status, 124 if it was ended."""
+        while True:
+            try:
+                return self._process.wait(min(max(until - monotonic(), 0), 1))
+            except subprocess.TimeoutExpired:
+                if monotonic() >= until:
+                    self._process.kill()
+                    self._process.wait()
+                    return 124
+            finally:
+                look()
+
+    @property
+    def log(self) -> str:
+        """The output so far."""
+        return self._log.read_text(errors="replace")
 
 
 class Check:
@@ -35,98 +116,116 @@ class Check:
         out: the file to write.
         commit: the commit of the sources.
         command: the command line that was typed.
+        predicted: what the table will show (`dynrl.scripts.bench.predicted`).
     """
 
-    def __init__(self, out: Path, commit: str, command: str) -> None:
-        import torch
-
-        self.began, self.out, self.commit = time.monotonic(), out, commit
+    def __init__(self, out: Path, commit: str, command: str, predicted: dict[str, Any]) -> None:
+        self._end, self._out, self._predicted = monotonic() + SECONDS, out, predicted
         self.result: dict[str, Any] = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "triton": __import__("triton").__version__, "python": sys.version.split()[0], "commit": self.commit,
-            "command": command, "date": time.strftime("%Y-%m-%d"), "left_out": [], "failed": {}, "rows": [],
+            **machine(), "commit": commit, "command": command, "date": time.strftime("%Y-%m-%d"),
+            "left_out": [], "cut": [], "failed": {}, "tests": {}, "rows": [],
         }  # fmt: skip
 
-    def passed(self) -> float:
-        """Return the seconds since the check began."""
-        return time.monotonic() - self.began
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self._end - monotonic()
 
     def write(self) -> None:
         """Write the results so far."""
-        aside = self.out.with_suffix(".part")
+        aside = self._out.with_suffix(".part")
         aside.write_text(json.dumps(self.result, indent=1))
-        aside.replace(self.out)
+        aside.replace(self._out)
 
-    def call(self, *command: str) -> tuple[int, str]:
-        """Run Python in the tree, and return its exit status and its output."""
-        try:
-            done = subprocess.run(
-                [sys.executable, *command], check=False, text=True,
-                timeout=max(SECONDS - self.passed(), 1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            return done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            return 124, (error.stdout or b"").decode(errors="replace")
+    def warm_up(self) -> int:
+        """Run all tests, and all parts once to fill Triton's cache, each on a core; return the status of a test that
+        failed, or 0.
 
-    def tests(self) -> int:
-        """Run the tests while all benchmarks warm up; return the exit status of the tests."""
-        warming = [
-            subprocess.Popen(
-                [sys.executable, "-c", IMPORTS + code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            for code in PARTS.values()
-        ]  # fmt: skip
-        status, log = self.call("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *TESTS)
-        self.result["tests"] = {"status": status, "seconds": self.passed(), "log": log[-6000:]}
-        print(log[-3000:], flush=True)
-        self.write()
-        for process in warming:
-            try:
-                process.wait(max(WARMING - self.passed(), 0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        return status
+        Compiling takes most of the time, and what runs beside it cannot be timed, so tests run meanwhile.
+        """
+        until, alone = monotonic() + WARMING, {"OMP_NUM_THREADS": "1"}
+        quick = IMPORTS + "rounds, keep = 1, lambda row: None; "
+        pytest = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
+        tests = {name: Job(name, *pytest, name, **alone) for name in TESTS}
+        parts = [
+            Job(f"warm {name}", "-c", quick + part.call, **alone) for name, part in PARTS.items() if not part.missing
+        ]
+        for name, job in tests.items():
+            self.result["tests"][name] = {"status": job.wait(until), "log": job.log[-6000:]}
+            print(job.log[-1500:], flush=True)
+            self.write()
+        for job in parts:
+            job.wait(until)
+        self.result["warm_up_seconds"] = SECONDS - self.left()
+        return next((found["status"] for found in self.result["tests"].values() if found["status"]), 0)
 
-    def bench(self, name: str, code: str) -> None:
-        """Run one part, if there is time left."""
-        if SECONDS - self.passed() < 20:
-            self.result["left_out"].append(name)
+    def bench(self, name: str, part: Part) -> None:
+        """Run one part, if there is time left for it; rows are written as they come."""
+        if part.missing or self.left() < LEAST:
+            self.result["left_out"].append(f"{name}: {part.missing} is missing" if part.missing else name)
             return
-        rows = Path("rows.json")
-        ending = f"; import json; json.dump(rows, open({str(rows)!r}, 'w'))"
-        status, log = self.call("-c", f"{IMPORTS}rows = {code}{ending}")
-        if status:
-            self.result["failed"][name] = log[-4000:]
-        else:
-            self.result["rows"] += [row | {"commit": self.commit} for row in json.loads(rows.read_text())]
-        print(log[-2500:], flush=True)
+        rows, seen = Path(f"{name}.rows"), 0
+        rows.touch()
+
+        def look() -> None:
+            nonlocal seen
+            done = [line for line in rows.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            for line in done[seen:]:
+                self.result["rows"].append(self._row(json.loads(line)))
+            if len(done) > seen:
+                seen = len(done)
+                self.write()
+
+        kept = f"from dynrl.scripts.bench.gpu import keeper; rounds, keep = 10, keeper({str(rows)!r}); "
+        job = Job(name, "-c", IMPORTS + kept + part.call)
+        status = job.wait(monotonic() + min(part.seconds, self.left()), look)
+        if status == 124:
+            self.result["cut"].append(f"{name}, after {monotonic() - job.began:.0f} s and {seen} rows")
+        elif status:
+            self.result["failed"][name] = job.log[-4000:]
+        print(job.log[-2500:], flush=True)
         self.write()
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        row["commit"] = self.result["commit"]
+        return judged(row, self._predicted, self.result["device"]) if "with_router_ms" in row else row
 
     def train(self) -> None:
         """Train a policy, if there are an agent and time left."""
         agent = next((TRAINERS[name] for name in TRAINERS if importlib.util.find_spec(name)), None)
-        if agent is None or SECONDS - self.passed() < 60:
+        if agent is None or self.left() < TRAINING:
             self.result["left_out"].append("train")
             return
-        start = time.monotonic()
         words = ("train", "skip", "--data", "digits", "--agent", agent, "--device", "cuda", "--out", "run")
-        status, log = self.call("-m", "dynrl.scripts.cli", *words)
-        seconds = time.monotonic() - start
-        self.result["training"] = {"words": words, "status": status, "seconds": seconds, "log": log[-6000:]}
-        print(log[-2500:], flush=True)
+        job = Job("train", "-m", "dynrl.scripts.cli", *words)
+        status = job.wait(monotonic() + self.left())
+        seconds = monotonic() - job.began
+        self.result["training"] = {"words": words, "status": status, "seconds": seconds, "log": job.log[-6000:]}
+        print(job.log[-2500:], flush=True)
 
 
-def main(out: str, commit: str, command: str) -> int:
+def bars(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each bar: what was measured, the most that it may be, and whether it holds."""
+    said = {True: "holds", False: "FAILS", None: "not measured"}
+    return [
+        f"{row['network']}, batch {row['batch']}: {row.get('replayed_ms')} ms, predicted "
+        f"{row['predicted'].get('replayed_ms')}; {bar['bar']} ({bar['most_ms']} ms): {said[bar['holds']]}"
+        for row in rows for bar in row.get("bars", ())
+    ]  # fmt: skip
+
+
+def main(out: str, commit: str, command: str, predicted: str) -> int:
     """Run all parts; the exit status is that of the tests."""
-    check = Check(Path(out), commit, command)
-    status = check.tests()
-    for name, code in PARTS.items():
-        check.bench(name, code)
+    check = Check(Path(out), commit, command, json.loads(Path(predicted).read_text()))
+    status = check.warm_up()
+    for name, part in PARTS.items():
+        check.bench(name, part)
     check.train()
+    check.result["seconds"] = SECONDS - check.left()
     check.write()
-    left_out = check.result["left_out"] or "nothing"
-    print(f"written to {check.out} after {check.passed():.0f} s; left out: {left_out}")
+    print(*bars(check.result["rows"]), sep="\n")
+    print(*(f"{name.replace('_', ' ')}: {check.result[name] or 'nothing'}" for name in ("left_out", "cut")), sep="\n")
+    print(f"failed: {sorted(check.result['failed']) or 'nothing'}")
+    print(f"written to {out} after {check.result['seconds']:.0f} s")
     return status
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from dynrl.evaluation import captured, medians_in_turn
+from dynrl.scripts.bench import Keep, forget
 from dynrl.scripts.bench.op_cases import FAMILIES, Case, Side, small_cases
 from dynrl.scripts.bench.op_cases import KEPT as KEPT
 
@@ -79,11 +80,15 @@ def bench_ops(
     seconds: float = 1.5,
     ops: tuple[str, ...] = (),
     batches: tuple[int, ...] = BATCHES,
+    keep: Keep = forget,
 ) -> list[dict[str, Any]]:
-    """Measure all ops, or some of them, for `seconds` for each shape and batch, and return the rows.
+    """Measure all ops, or some of them, for `seconds` for each shape and batch, and return the rows, batch by batch.
 
     A CPU is timed in several passes over all cases, and the median of the passes counts: on a shared machine, a
     disturbance may last longer than all rounds of a shape.
+
+    Args:
+        keep: called with each row as soon as it is known; rows of the first of `batches` come first.
 
     Raises:
         RuntimeError: an op computes something other than its definition.
@@ -92,30 +97,34 @@ def bench_ops(
     unknown = set(ops) - set(FAMILIES)
     if unknown:
         raise ValueError(f"unknown ops {sorted(unknown)}; expected some of {sorted(FAMILIES)}")
-    taken: list[list[dict[str, Any]]] = []
-    jobs = [
-        (make, shape, batch) for op, (shapes, make) in FAMILIES.items() if not ops or op in ops
-        for shape in shapes for batch in batches
-    ]  # fmt: skip
     torch.backends.cudnn.benchmark = True  # dense layers run at their best
     passes = 1 if where.type == "cuda" else PASSES
-    rounds = 6 // passes
+    rounds, taken, found = 6 // passes, list[list[dict[str, Any]]](), list[dict[str, Any]]()
     for i in range(passes):
         torch.manual_seed(0)
-        done = []
-        for make, shape, batch in jobs:
-            cases = list(make(shape, batch, where, kind))
+        taken.append([])
+        for cases, share in _jobs(ops, batches, where, kind):
             if i == 0:
                 for case in cases:
                     check(case, kind)
-            done += _show(measure(cases, where, seconds / passes, rounds))
-        for batch in () if ops else batches:
-            for case in small_cases(batch, where, kind):
-                if i == 0:
-                    check(case, kind)
-                done += _show(measure([case], where, seconds / 10 / passes, rounds))
-        taken.append(done)
-    return [_over_passes(rows) | {"device": device, "dtype": dtype} for rows in zip(*taken, strict=True)]
+            taken[i] += _show(measure(cases, where, share * seconds / passes, rounds))
+            while i == passes - 1 and len(found) < len(taken[i]):
+                over = [rows[len(found)] for rows in taken]
+                found.append(_over_passes(over) | {"device": device, "dtype": dtype})
+                keep(found[-1])
+    return found
+
+
+def _jobs(
+    ops: tuple[str, ...], batches: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[list[Case], float]]:
+    """Yield the cases of each shape and batch, with the share of the usual time that they are given."""
+    for batch in batches:
+        for op, (shapes, make) in FAMILIES.items():
+            for shape in shapes if not ops or op in ops else ():
+                yield list(make(shape, batch, device, dtype)), 1.0
+        for case in () if ops else small_cases(batch, device, dtype):
+            yield [case], 0.1
 
 
 def _over_passes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

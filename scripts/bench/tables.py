@@ -8,6 +8,7 @@ from typing import Any
 
 from dynrl.evaluation.difficulty import bin_name
 from dynrl.scripts.bench.ops import summary
+from dynrl.scripts.bench.predicted import judged
 from dynrl.tasks import TASKS
 
 
@@ -165,23 +166,45 @@ def gpu_table(result: dict[str, Any]) -> list[str]:
         gains = [r["dense_ms"] / r["routed_ms"] for r in ops if r["op"] == s["op"] and r["dense_ms"]]
         beside = f"{s['slower_than_dense']} of {len(gains)} | {geometric_mean(gains):.2f}" if gains else " | "
         lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.2f} | {s['worst']:.2f} | {beside} |")
-    lines += ["", *_networks([r for r in rows if "captured_dense_ms" in r]), "", *_modules(result.get("vision", []))]
+    lines += ["", *_networks([r for r in rows if "captured_dense_ms" in r])]
+    if modules := result.get("vision"):
+        lines += ["", *_modules(modules)]
     if sampled := [r for r in rows if "path" in r]:
         lines += ["", *_sampled(sampled)]
     return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
 
 
 def _networks(rows: list[dict[str, Any]]) -> list[str]:
-    sides = ("dense", "routed", "with_router", "captured_dense", "captured_ideal", "captured_routed",
-             "captured_with_router")  # fmt: skip
+    """Write each side's milliseconds in eager mode and as a graph, then those of `model(x)` beside the prediction."""
+    sides = ("dense", "ideal", "routed", "with_router")
     lines = [
-        "| network | batch | dense ms | routed | with router | captured: dense | ideal | routed | with router |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | batch | dense: eager, graph | ideal | routed | with router | `model(x)` | by | predicted | bars |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        cells = " | ".join(f"{r[f'{side}_ms']:.2f}" for side in sides)
-        lines.append(f"| {r['network']} | {r['batch']} | {cells} |")
+        pairs = [f"{ms(r[f'{side}_ms'])}, {ms(r[f'captured_{side}_ms']) or '-'}" for side in sides]
+        held = [{True: "hold", False: "fail", None: "not measured"}[bar["holds"]] for bar in r.get("bars", ())]
+        replayed = [ms(r.get("replayed_ms")), r.get("way", ""), ms(r.get("predicted", {}).get("replayed_ms"))]
+        lines.append(f"| {' | '.join([r['network'], str(r['batch']), *pairs, *replayed, ', '.join(held)])} |")
     return lines
+
+
+def gpu_predicted_table(result: dict[str, Any]) -> list[str]:
+    """Write what `scripts/gpu_check.py` is predicted to measure of whole networks, and the bars that are set for it."""
+    sides = ("captured_dense_ms", "captured_ideal_ms", "replayed_ms")
+    lines = [
+        "| network | batch | dense graph, ms | ideal graph | `model(x)` | at most | by prediction |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["network"], row["batch"]), {})[row["column"]] = row["ms"]
+    for (network, batch), mine in found.items():
+        bars = judged(mine | {"network": network, "batch": batch}, result, result["device"])["bars"]
+        holds = "holds" if all(bar["holds"] for bar in bars) else "does not hold"
+        cells = [network, str(batch), *(ms(mine[side]) for side in sides), ms(min(bar["most_ms"] for bar in bars))]
+        lines.append(f"| {' | '.join(cells)} | {holds} |")
+    return [*lines, "", f"Nothing here was measured; {result['device']}, bfloat16, from {result['source']}."]
 
 
 def _modules(rows: list[dict[str, Any]]) -> list[str]:
@@ -198,6 +221,6 @@ def _modules(rows: list[dict[str, Any]]) -> list[str]:
 BENCHES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "bench-known": bench_known_table, "bench-agents": bench_agents_table, "bench-env": bench_env_table,
     "bench-ops": bench_ops_table, "bench-model": bench_model_table, "bench-tasks": bench_tasks_table,
-    "gpu": gpu_table,
+    "gpu": gpu_table, "gpu-predicted": gpu_predicted_table,
 }  # fmt: skip
 SUMMED: dict[str, Callable[[dict[str, Any]], str]] = {"ops": summed, "tasks": task_summed}

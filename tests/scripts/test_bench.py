@@ -11,20 +11,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynrl.backbones import load_backbone
+from dynrl.backbones import ExitModule, SkipModule, load_backbone
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
-from dynrl.deploy import SHIPPED
+from dynrl.deploy import SHIPPED, RoutedModel
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import score_routes
+from dynrl.files import read_json
+from dynrl.policies import PolicySpec
 from dynrl.pretraining import Recipe, metric_at_rate
 from dynrl.recipes import DEFAULTS, Defaults
 from dynrl.scripts import lay_out
 from dynrl.scripts.bench import env as bench_env
-from dynrl.scripts.bench import gpu, known, tables, tasks
+from dynrl.scripts.bench import gpu, known, predicted, tables, tasks
 from dynrl.scripts.bench import model as bench_model
 from dynrl.scripts.bench import ops as bench_ops
 from dynrl.tasks import Regression
 from tests.cases import TOYS
+from tests.devices import TapeRecorder
+from tests.scripts.calls import ROOT
 
 
 def test_bench_env_rows(monkeypatch, capsys):
@@ -65,33 +69,273 @@ def test_bench_ops_rows(monkeypatch):
     assert bench_ops.summary(rows) == []  # of batch 64 and more
 
 
+def test_rows_are_kept_as_they_come(monkeypatch):
+    """In one pass, as on a GPU: a shape's rows are kept before the next one is measured."""
+    measured, kept, before = bench_ops.measure, [], []
+
+    def counted(*args):
+        before.append(len(kept))
+        return measured(*args)
+
+    monkeypatch.setattr(bench_ops, "PASSES", 1)
+    monkeypatch.setattr(bench_ops, "measure", counted)
+    rows = bench_ops.bench_ops(seconds=0.001, ops=("gated_cell",), batches=(3, 2), keep=kept.append)
+    assert rows == kept and [row["batch"] for row in rows] == [3] * 6 + [2] * 6
+    assert before == [0, 3, 6, 9]
+    monkeypatch.setattr(bench_env, "find_spec", lambda name: None)
+    networks = {name: {"input_shape": (1, 8, 8), "layers": (2, 2), "widths": (4, 8)} for name in ("one", "two")}
+    monkeypatch.setattr(bench_env, "NETWORKS", networks)
+    kept.clear()
+    rows = bench_env.bench_env(1, ("two", "one"), (4,), keep=kept.append)
+    assert rows == kept and [row["network"] for row in rows] == ["two", "two", "one", "one"]
+
+
+def test_bench_model_rows(monkeypatch):
+    """Of a run, too, whose rows end at different points; a compiler that fails is named, and nothing else is missing."""
+
+    def fails(*given):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(bench_model, "_compiled", fails)
+    exits, kept = SHIPPED / "exit-digits", []
+    rows = bench_model.bench_model("cpu", "bfloat16", 1, ("resnet20 32x32",), (4, 9), (exits,), kept.append)
+    assert rows == kept and [(r["network"], r["policy"], r["batch"]) for r in rows] == [
+        *(("resnet20 32x32", "random", n) for n in (4, 9)), *((str(exits), "learned", n) for n in (4, 9)),
+    ]  # fmt: skip
+    assert all(0 < r["macs_fraction"] < 1 and r["ideal_ms"] > 0 and r["routed_ms"] > 0 for r in rows)
+    assert {(r["device"], r["dtype"], r["compiled_ms"]) for r in rows} == {("cpu", "bfloat16", None)}
+    assert not any("captured_dense_ms" in r for r in rows)
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------
+
+
+def chain(name):
+    """Blocks that keep their input's shape, as another package would make them."""
+    assert name == "chain"
+    block = lambda: torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.ReLU())  # noqa: E731
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), block(), block(), block(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)
+    )
+
+
+TINY = {
+    "ours": bench_model.Network((), {"input_shape": (3, 8, 8), "layers": (2, 2), "widths": (4, 8)}, cuda=(5, 3)),
+    "skips": bench_model.Network(
+        (), {"input_shape": (3, 8, 8), "blocks": ["1", "2", "3"]}, SkipModule, cuda=(4,),
+        module=(f"{__name__}.chain", "chain"),
+    ),
+    "exits": bench_model.Network(
+        (), {"input_shape": (3, 8, 8), "layers": ["1", "2"]}, ExitModule, cuda=(4,),
+        module=(f"{__name__}.chain", "chain"),
+    ),
+    "elsewhere": bench_model.Network((), {}, SkipModule, cuda=(4,), module=("nosuch.make", "net")),
+}  # fmt: skip
+
+
+def test_the_table_of_networks_runs_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(bench_model, "NETWORKS", TINY)
+    monkeypatch.setattr(bench_model, "_compiled", lambda *given: lambda: None)
+    rows = bench_model.bench_model(rounds=1, networks=("ours", "skips", "exits"))
+    assert [(r["network"], r["batch"]) for r in rows] == [("ours", 5), ("ours", 3), ("skips", 4), ("exits", 4)]
+    assert all(r["dense_ms"] > 0 and "replayed_ms" not in r for r in rows)
+    assert bench_model.bench_model() == [] and "nosuch is missing" not in capsys.readouterr().out
+    assert list(bench_model._asked((), "cuda")) == ["ours", "skips", "exits"]
+    assert "left out, as nosuch is missing: elsewhere" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="elsewhere is made by nosuch, which is not installed here"):
+        bench_model.bench_model(networks=("elsewhere",))
+
+
+@pytest.mark.parametrize("name", ["ours", "skips", "exits"])
+def test_sides_that_are_graphs(name, monkeypatch):
+    """One model runs eagerly and another replays, on the same routes; tapes stand for graphs."""
+    monkeypatch.setattr("dynrl.deploy.graphs.records", lambda inputs: isinstance(inputs, torch.Tensor))
+    monkeypatch.setattr("dynrl.deploy.graphs.recorder_for", lambda inputs: TapeRecorder())
+    monkeypatch.setattr(bench_model, "captured", lambda side, repeats: side)
+    backbone, inputs = TINY[name].build().eval(), torch.randn(6, 3, 8, 8)
+    policy = bench_model._InVain(PolicySpec.of("sequential", backbone, (0.01, 1.0), 8).build())
+    policy.route = torch.randint(0, 2, (6, backbone.columns))
+    eager, replayed = RoutedModel(backbone, policy), RoutedModel(backbone, policy)
+    sides = {"dense nchw": lambda: 1, "ideal": lambda: 2, "routed": lambda: 3}
+    made = bench_model._in_graphs(eager, replayed, inputs, policy.route, sides)
+    whole = ["captured routed", "captured with router"] if name == "ours" else []
+    assert list(made) == ["captured dense nchw", "captured ideal", *whole, "replayed"]
+    assert made["captured ideal"]() is sides["ideal"]
+    outputs, expected = made["replayed"]()(), eager(inputs)
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-4)
+    ran = eager.last_route.actions
+    assert torch.equal(replayed.last_route.actions, ran) and torch.equal(ran.clamp_min(0), policy.route * (ran >= 0))
+    if whole:
+        assert torch.equal(made["captured routed"]()().route, ran)
+        with pytest.raises(ValueError, match="on a CUDA device"):
+            made["captured with router"]()
+    (found,) = bench_model._recorded(replayed)["recorded"]
+    assert found["inputs"] == (6, 3, 8, 8) and bench_model._recorded(replayed)["way"] in backbone.captures
+    assert bench_model._recorded(eager) == {"way": "eager", "recorded": []}
+    monkeypatch.setattr(replayed.graphs, "report", lambda: [{"inputs": (1,), "why": "a block waits"}])
+    assert bench_model._recorded(replayed)["way"] == "eager"
+
+
+def test_the_times_of_graphs():
+    times = bench_model._graph_times(
+        {"dense nchw": 0.5, "captured dense nchw": 3.0, "captured dense nhwc": 2.5, "replayed": 2.0}
+    )
+    assert times == {
+        "captured_dense_ms": 2.5, "captured_ideal_ms": None, "captured_routed_ms": None,
+        "captured_with_router_ms": None, "replayed_ms": 2.0,
+    }  # fmt: skip
+    assert set(bench_model._graph_times({}).values()) == {None}
+
+
 def test_what_the_gpu_check_runs_is_there_without_ray_and_gymnasium(tmp_path):
     """Each part's call fits its function's signature, and imports no more than a GPU machine has."""
     lay_out.lay_out(tmp_path)
     code = "\n".join([
-        "import inspect, sys", "sys.modules |= dict.fromkeys(('ray', 'gymnasium', 'tyro', 'stable_baselines3'))", gpu.IMPORTS,
+        "import inspect, sys",
+        "absent = ('ray', 'gymnasium', 'tyro', 'stable_baselines3', 'timm', 'torchvision')",
+        "sys.modules |= dict.fromkeys(absent)", gpu.IMPORTS, "import dynrl.scripts.bench.gpu",
         "signatures = {f.__name__: inspect.signature(f) for f in (bench_env, bench_model, bench_ops)}",
         "bench_env, bench_model, bench_ops = (signatures[name].bind for name in ('bench_env', 'bench_model', 'bench_ops'))",
-        *gpu.PARTS.values(),
+        "rounds, keep = 1, print", *(part.call for part in gpu.PARTS.values()),
     ])  # fmt: skip
     subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True
     )
-    for part in gpu.PARTS.values():
-        for name in re.findall(r"'(resnet[^']*)'", part):
-            assert name in bench_env.NETWORKS
+    assert all((tmp_path / name).exists() for name in gpu.TESTS)
+    for name, part in gpu.PARTS.items():
+        for network in re.findall(r"'(resnet[^']*)'", part.call):
+            assert network in (bench_env.NETWORKS if "bench_env" in part.call else bench_model.NETWORKS), name
+    assert {name for name, network in bench_model.NETWORKS.items() if network.cuda} == set(gpu.TABLE) < set(gpu.PARTS)
+    assert list(gpu.PARTS)[: len(gpu.TABLE)] == [*gpu.TABLE], "the table comes first"
 
 
-def test_bench_model_rows(monkeypatch):
-    """Of a run, too, whose rows end at different points."""
-    monkeypatch.setattr(bench_model, "_compiled", lambda *given: None)  # takes long
-    exits = SHIPPED / "exit-digits"
-    rows = bench_model.bench_model("cpu", "bfloat16", 1, ("resnet20 32x32",), (4, 9), (exits,))
-    assert [(r["network"], r["policy"], r["batch"]) for r in rows] == [
-        *(("resnet20 32x32", "random", n) for n in (4, 9)), *((str(exits), "learned", n) for n in (4, 9)),
-    ]  # fmt: skip
-    assert all(0 < r["macs_fraction"] < 1 and r["ideal_ms"] > 0 and r["routed_ms"] > 0 for r in rows)
-    assert {(r["device"], r["dtype"]) for r in rows} == {("cpu", "bfloat16")}
+WAITS = "import time; keep({'op': 'one'}); keep({'op': 'two'}); time.sleep(600)"
+GOES_ON = """
+from pathlib import Path
+keep({'op': 'one'})
+while not Path('out.json').exists(): pass
+keep({'op': 'two'})
+"""
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """A check of a CPU, with no imports and the present predictions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "machine", lambda: {"device": "NVIDIA H200", "torch": "2"})
+    monkeypatch.setattr(gpu, "IMPORTS", "")
+    found = predictions()
+    return lambda: gpu.Check(tmp_path / "out.json", "abc", "typed", found)
+
+
+def predictions():
+    return read_json(ROOT / "results" / "gpu-predicted-20261129.json")
+
+
+def test_a_part_that_takes_too_long_is_ended_and_what_it_measured_is_kept(check, tmp_path, monkeypatch):
+    """Its time is over when two rows are there, however long a machine takes for them."""
+    rows, out = tmp_path / "slow.rows", tmp_path / "out.json"
+    late = lambda: rows.exists() and rows.read_text().count("\n") == 2  # noqa: E731
+    monkeypatch.setattr(gpu, "monotonic", lambda: 50.0 if late() else 0.0)
+    mine = check()
+    mine.bench("slow", gpu.Part(WAITS, 40))
+    mine.bench("wrong", gpu.Part("keep({'op': 'three'}); raise KeyError('lost')", 60))
+    mine.bench("elsewhere", gpu.Part("keep({'op': 'none'})", 60, "timm"))
+    assert [row["op"] for row in mine.result["rows"]] == ["one", "two", "three"]
+    (cut,) = mine.result["cut"]
+    assert cut == "slow, after 50 s and 2 rows"
+    assert list(mine.result["failed"]) == ["wrong"] and "KeyError: 'lost'" in mine.result["failed"]["wrong"]
+    assert mine.result["left_out"] == ["elsewhere: timm is missing"]
+    assert read_json(out)["rows"] == mine.result["rows"]
+
+
+def test_rows_are_written_while_a_part_runs(check, tmp_path, monkeypatch):
+    """So that a call which is cut short from outside keeps them."""
+    mine, seen = check(), []
+    write = mine.write
+    monkeypatch.setattr(mine, "write", lambda: (write(), seen.append(len(read_json(tmp_path / "out.json")["rows"]))))
+    mine.bench("going on", gpu.Part(GOES_ON, 60))
+    assert seen[0] == 1 and seen[-1] == 2 and not mine.result["cut"]
+
+
+def test_no_part_begins_without_time_and_none_takes_more_than_is_left(check, monkeypatch):
+    """By a clock of our own, which a part moves on by all that it is given."""
+    clock, given = [0.0], []
+
+    class Job:
+        log = ""
+
+        def __init__(self, name, *command, **environment):
+            self.began, self.name = clock[0], name
+
+        def wait(self, until, look=lambda: None):
+            given.append((self.name, until - clock[0]))
+            clock[0] = max(clock[0], until)
+            return 124
+
+    monkeypatch.setattr(gpu, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu, "Job", Job)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    mine = check()
+    assert mine.warm_up() == 124 and clock[0] == gpu.WARMING
+    assert len(given) == len(gpu.TESTS) + sum(part.missing is None for part in gpu.PARTS.values())
+    given.clear()
+    for name, part in gpu.PARTS.items():
+        mine.bench(name, replace(part, missing=None))
+    mine.train()
+    left = gpu.SECONDS - gpu.WARMING
+    for name, seconds in given:
+        assert seconds == min(gpu.PARTS[name].seconds, left) and seconds >= gpu.LEAST
+        left -= seconds
+    assert clock[0] <= gpu.SECONDS and [name for name, _ in given][: len(gpu.TABLE)] == [*gpu.TABLE]
+    assert mine.result["left_out"] == [*(name for name in gpu.PARTS if name not in dict(given)), "train"]
+
+
+# Predictions ------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_follow_from_what_was_measured():
+    source = "gpu-20261128.json"
+    found = predictions()
+    assert found == predicted.predictions(read_json(ROOT / "results" / source), source)
+    keys = [(row["network"], row["batch"], row["column"]) for row in found["rows"]]
+    assert len(keys) == len(set(keys))
+    for name in gpu.TABLE:
+        for batch in bench_model.NETWORKS[name].cuda:
+            for column in ("captured_dense_ms", "captured_ideal_ms", "replayed_ms"):
+                assert (name, batch, column) in keys
+    for name, points in predicted.POINTS.items():
+        assert len(bench_model.NETWORKS[name].build().points) == points
+    for name, pieces in predicted.PIECES.items():
+        settings = bench_model.NETWORKS[name].settings
+        assert len(settings.get("blocks") or settings["layers"]) == pieces.points
+        assert bench_model.NETWORKS[name].cuda == pieces.batches
+    # ViT-B/16 at batch 32, by hand: 1.730 ms, half a row more of 16, 12 points, 116.2 MB read or written three times.
+    by_hand = 1.7305 * (1 + 0.5 / 16) + 12 * (0.010 + 0.010491) + 3 * 116.2e6 / 4e9 + 0.03
+    (vit,) = (r for r in found["rows"] if (r["network"][:4], r["batch"], r["column"]) == ("timm", 32, "replayed_ms"))
+    assert vit["ms"] == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_predictions_and_bars_join_to_rows():
+    found = predictions()
+    row = {
+        "network": "resnet50 224x224", "batch": 256, "replayed_ms": 8.0, "captured_dense_ms": 10.0,
+        "captured_ideal_ms": 7.5, "with_router_ms": 14.0,
+    }  # fmt: skip
+    here = predicted.judged(row, found, "NVIDIA H200")
+    assert here["predicted"]["replayed_ms"] == pytest.approx(7.9953) and here["predicted"]["dense_ms"] == 10.1652
+    assert [(bar["most_ms"], bar["holds"]) for bar in here["bars"]] == [(10.2, True), (8.05, True)]
+    assert not predicted.judged(row | {"replayed_ms": 8.06}, found, "NVIDIA H200")["bars"][1]["holds"]
+    # On another card twice as slow, the ratios count: of the dense network, 8.05 of 10.0322; of the ideal, of 7.4771.
+    slow = {"replayed_ms": 15.9, "captured_dense_ms": 20.0, "captured_ideal_ms": 15.0}
+    (_, bar) = predicted.judged(row | slow, found, "another")["bars"]
+    assert bar["most_ms"] == pytest.approx(min(20 * 8.05 / 10.0322, 15 * 8.05 / 7.4771), abs=1e-3) and bar["holds"]
+    missing = predicted.judged(row | {"replayed_ms": None, "captured_ideal_ms": None}, found, "another")["bars"]
+    assert [bar["holds"] for bar in missing] == [None, None]
+    other = predicted.judged(row | {"network": "elsewhere"}, found, "NVIDIA H200")
+    assert other["predicted"] == {} and len(other["bars"]) == 1
+    lines = gpu.bars([here, other, {"op": "none"}])
+    assert len(lines) == 3 and lines[1].endswith("at most 8.05 ms (8.05 ms): holds")
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -146,6 +390,22 @@ def test_tables_of_benches_have_a_row_for_each_measurement():
     row = {"decision": "skip", "seconds_to_enough": 2.0, "share": 0.99, "seconds": 20.0}
     result = {"date": "today", "hardware": machine, "rows": [row, row | {"seconds_to_enough": None}]}
     assert "| skip | 2 | not by all | 99.0% in 20 s |" in tables.BENCHES["bench-known"](result)
+
+
+def test_the_table_of_a_gpu_has_both_times_of_each_side_and_what_was_predicted():
+    row = {
+        "network": "resnet50 224x224", "batch": 64, "dense_ms": 3.75, "ideal_ms": 4.24, "routed_ms": 10.1,
+        "with_router_ms": 14.8, "captured_dense_ms": 2.7, "captured_ideal_ms": 2.11, "captured_routed_ms": 2.39,
+        "captured_with_router_ms": None, "replayed_ms": 2.5, "way": "kernels",
+    }  # fmt: skip
+    rows = [predicted.judged(row, predictions(), "NVIDIA H200")]
+    table = tables.BENCHES["gpu"]({"date": "today", "device": "card", "torch": "2", "rows": rows})
+    assert (
+        "| resnet50 224x224 | 64 | 3.75, 2.70 | 4.24, 2.11 | 10.10, 2.39 | 14.80, - | 2.50 | kernels | 2.55 | hold, fail |"
+    ) in table
+    foreseen = tables.BENCHES["gpu-predicted"](predictions())
+    assert "| resnet50 224x224 | 64 | 2.70 | 2.11 | 2.55 | 2.48 | does not hold |" in foreseen
+    assert "| resnet50 224x224 | 256 | 10.03 | 7.48 | 8.00 | 8.05 | holds |" in foreseen
 
 
 # Tasks ------------------------------------------------------------------------------------------------------------

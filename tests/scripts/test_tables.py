@@ -62,6 +62,7 @@ def test_a_block_without_results_is_refused_and_nothing_is_written(pages, capsys
         "data",
         "decisions-pages",
         "gpu",
+        "gpu-predicted",
         "bench-known",
         "bench-env",
         "bench-model",
