@@ -92,6 +92,7 @@ def steps_for(backbone: Backbone, inputs: object, see: See, table: CostTable | N
     assert isinstance(inputs, Tensor)
     try:
         return Steps(backbone, inputs, recorder_for(inputs), see, table)
-    except RuntimeError as error:  # torch's, of what a user's block does or of too little memory
-        warnings.warn(f"environments run without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
+    except Exception as error:  # a user's block may do what cannot be recorded; memory may be short
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"environments run without CUDA graphs: {why}", stacklevel=2)
         return None

@@ -44,7 +44,8 @@ class CapturedModel:
         self.model, self._facts = model, Facts(model)
         with plain(weights.device):
             self._inputs = model.backbone.form.example(batch_size, weights)
-            self._whole = Whole(model, self._inputs, recorder_for(self._inputs), select=whole[0] == "select")
+            recorder, select = recorder_for(self._inputs), whole[0] == "select"
+            self._whole = Whole(model.backbone, self._facts.choose, self._inputs, recorder, select)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the outputs for [batch_size, *input_shape]; the next call overwrites them and `last_route`."""

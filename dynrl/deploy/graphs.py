@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dynrl.backbones import State, Walk
+from dynrl.backbones import Backbone, State, Walk
 from dynrl.backbones.pieces import Pieces
 from dynrl.ops.recorder import Recorder, Told, recorder_for, records
 
 if TYPE_CHECKING:
     from dynrl.deploy.routed import RoutedModel
+
+Choose = Callable[[State], Tensor]
 
 KEPT = 4  # how many recordings are kept
 MET = 64  # how many sizes that have come once are remembered
@@ -40,7 +42,8 @@ class Facts:
         # To look into these dictionaries takes a tenth of the time of `parameters()`, and every call does it.
         parts = [part._parameters for part in model.backbone.modules()]
         self._slots = [(part, name) for part in parts for name, weight in part.items() if weight is not None]
-        self.price, self.limit, self._edition = model.price, model.limit, model.policy.edition
+        # The graphs read the policy's tables where they lie now, so they are held.
+        self.edition, self.price, self.limit, self.choose = model.made
         self._addresses = self._at()
 
     def _at(self) -> list[int]:
@@ -48,8 +51,8 @@ class Facts:
 
     def hold(self, model: RoutedModel) -> bool:
         """Tell whether they are still those of `model`."""
-        same = self.price == model.price and self.limit == model.limit and self._edition == model.policy.edition
-        return same and self._addresses == self._at()
+        now = model.made
+        return now[:3] == (self.edition, self.price, self.limit) and self._addresses == self._at()
 
     def check(self, model: RoutedModel) -> None:
         """Refuse, with a ValueError, a model that has changed."""
@@ -82,7 +85,8 @@ class Whole:
     """A whole recording is one graph: no op asks the host how many rows made a choice.
 
     Args:
-        model: the model.
+        backbone: the network.
+        choose: the model's function from a state to choices.
         inputs: the tensor whose values each replay walks.
         recorder: what records.
         select: whether blocks run on all rows and some are selected; if not, kernels of ours read the counts.
@@ -93,16 +97,14 @@ class Whole:
 
     walk: Walk
 
-    def __init__(self, model: RoutedModel, inputs: Tensor, recorder: Recorder, select: bool) -> None:
-        backbone, told = model.backbone, Told(inputs.device, 1)
-        # The graph reads the policy's tables where they lie now, so they are held.
-        self._told, self._choose = told, model.chooser
+    def __init__(self, backbone: Backbone, choose: Choose, inputs: Tensor, recorder: Recorder, select: bool) -> None:
+        self._told = told = Told(inputs.device, 1)
 
         def run() -> None:
             told.there.copy_(_finite(inputs))
             told.send()
             with recorder.counts(select):
-                self.walk = backbone.run(inputs, self._choose)
+                self.walk = backbone.run(inputs, choose)
 
         with recorder.counts(select):
             # Kernels choose their tiles while all rows are at work: on few rows, all tiles would take the same time.
@@ -133,8 +135,8 @@ class InPieces:
         walk: the walk that the last replay has done.
     """
 
-    def __init__(self, model: RoutedModel, inputs: Tensor, recorder: Recorder) -> None:
-        backbone, choose, self._told = model.backbone, model.chooser, Told(inputs.device, 1)
+    def __init__(self, backbone: Backbone, choose: Choose, inputs: Tensor, recorder: Recorder) -> None:
+        self._told = Told(inputs.device, 1)
 
         def decide(walked: Pieces, state: State) -> None:
             if state.point == 0:  # the host waits for this and for the first choices at once
@@ -197,7 +199,7 @@ class Recording:
         with plain(inputs.device):
             self._inputs = inputs.clone()
             for way in ways_of(model):
-                ran = WAYS[way](model, self._inputs, recorder)
+                ran = WAYS[way](model.backbone, self._facts.choose, self._inputs, recorder)
                 ran()  # pieces are recorded when they are first needed
                 self.milliseconds[way] = recorder.milliseconds(ran.launch)
                 if best is None or self.milliseconds[way] < self.milliseconds[self.way]:
@@ -247,7 +249,7 @@ class Graphs:
         """Return the walk of `inputs` by a recording; None if the model has to run as it is."""
         if not (self.enabled and records(inputs) and ways_of(model)):
             return None
-        key = inputs.shape, inputs.dtype, inputs.device, model.price, model.limit
+        key = inputs.shape, inputs.dtype, inputs.device, *model.made[1:3]
         with self._lock:
             recording = self._kept.get(key)
             if recording is None or not recording.fits(model):
@@ -257,8 +259,8 @@ class Graphs:
                 model.backbone.check_inputs(inputs)
                 try:
                     recording = Recording(model, inputs, recorder_for(inputs))
-                except RuntimeError as error:  # torch's, of what a user's block does or of too little memory
-                    why = str(error).splitlines()[0]
+                except Exception as error:  # a user's block may do what cannot be recorded; memory may be short
+                    why = f"{type(error).__name__}: {error}".splitlines()[0]
                     warnings.warn(f"inputs of {tuple(inputs.shape)} run without CUDA graphs: {why}", stacklevel=4)
                     _remember(self._met, key, why, MET)
                     return None

@@ -252,11 +252,16 @@ class RoutedModel(nn.Module):
     @property
     def chooser(self) -> Callable[[State], Tensor]:
         """The function that `Backbone.run` asks for choices: the policy at the present price, within the limit."""
+        return self.made[3]
+
+    @property
+    def made(self) -> tuple[int, float, float | None, Callable[[State], Tensor]]:
+        """The edition of the policy's weights, the price, the limit, and the `chooser` made of them, read at once."""
         edition, price, limit, made = self.policy.edition, self._price, self._limit, self._made
         if made is None or made[:3] != (edition, price, limit):
             choose = self._limited(self.policy.chooser(self.backbone, price), limit)
             made = self._made = edition, price, limit, choose
-        return made[3]
+        return made
 
     def walk(self, inputs: Any) -> Walk:
         """Walk `inputs` to their ends, like `forward`, and return the whole walk: `outputs`, `route`, `macs`.
