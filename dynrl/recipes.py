@@ -125,6 +125,22 @@ def _routing(channels: int, kernels: tuple[int, ...], epochs: int, tuned: int) -
     )  # fmt: skip
 
 
+def _tokens(patch: int, width: int, hidden: int, steps: int, tuned: int, then: int) -> Defaults:
+    """Return the defaults of a transformer of three blocks, tuned for some epochs and `then` decisions a round."""
+    return Defaults(
+        family="token_vit",
+        backbone={"patch": patch, "width": width, "depth": 3, "heads": 2, "hidden": hidden},
+        pretraining=Recipe(
+            epochs=14, batch_size=100, learning_rate=4e-3, weight_decay=0.05, label_smoothing=0.0,
+            rates=(0.5, 0.2, 0.0), full_share=0.25, optimizer="adam", plain_epochs=0,
+        ),
+        learning=Learning(steps=steps),
+        finetuning=Finetuning(
+            epochs=tuned, steps=then, batch_size=100, optimizer="adam", learning_rate=1e-3, weight_decay=0.05,
+        ),
+    )  # fmt: skip
+
+
 def _tree(epochs: int, tuned: int, **settings: Any) -> Defaults:
     """Return the defaults of a tree of modules, tuned for some epochs a round."""
     return Defaults(
@@ -303,18 +319,8 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
             rounds=2, epochs=8, steps=30_000, batch_size=50, optimizer="adam", learning_rate=1e-3, weight_decay=0.05,
         ),
     ),
-    ("positions", "digit-scenes"): Defaults(
-        family="token_vit",
-        backbone={"patch": 8, "width": 32, "depth": 3, "heads": 2, "hidden": 64},
-        pretraining=Recipe(
-            epochs=14, batch_size=100, learning_rate=4e-3, weight_decay=0.05, label_smoothing=0.0,
-            rates=(0.5, 0.2, 0.0), full_share=0.25, optimizer="adam", plain_epochs=0,
-        ),
-        learning=Learning(steps=150_000),
-        finetuning=Finetuning(
-            rounds=2, epochs=4, steps=50_000, batch_size=100, optimizer="adam", learning_rate=1e-3, weight_decay=0.05,
-        ),
-    ),
+    ("positions", "digit-scenes"): _tokens(8, 32, 64, steps=150_000, tuned=4, then=50_000),
+    ("positions", "digit-pages"): _tokens(4, 24, 96, steps=100_000, tuned=3, then=40_000),
     ("hidden-update", "sequential-digits"): Defaults(
         family="skip_gru",
         backbone={"hidden": 64, "sees": "state", "knots": 32},

@@ -26,7 +26,8 @@ class PositionsVectorEnv(RoutingVectorEnv):
 
     ## Data
     The default is `digit-scenes`: a digit of random size among random amounts of clutter, on a background that needs no
-    compute. `digits` fill their images.
+    compute. `digits` fill their images. On `digit-pages`, the even ones among 1 to 16 digits are counted: all of them
+    must be read, so inputs need unequally many tokens.
 
     ## Source
     Mixture of Depths, Raposo et al., arXiv 2024 (the tokens with the highest scores run a block, and the scores weigh

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,8 @@ from dynrl.data import load_dataset
 from dynrl.data.hops import hops
 from dynrl.data.images import digit_images
 from dynrl.data.photos import GARMENTS, WINDOW, _windows
+from dynrl.data.scenes import Page, View, draw_pages, draw_scenes, draw_views, resized
 from dynrl.data.scenes import Scene as Scenery
-from dynrl.data.scenes import View, draw_scenes, draw_views
 from dynrl.data.sequences import prefix
 from dynrl.data.traces import COLOURS, Scene, trace_images
 
@@ -102,7 +104,7 @@ def test_a_share_of_windows_shows_a_garment_and_all_else_is_photograph():
     ("name", "hard"),
     [
         ("trace-small", "length"), ("prefix", "length"), ("hops", "hops"), ("digit-scenes", "clutter"),
-        ("shapes", "modules"),
+        ("digit-pages", "digits"), ("shapes", "modules"),
     ],
 )  # fmt: skip
 def test_what_makes_an_input_hard_goes_along(name, hard):
@@ -146,6 +148,42 @@ def test_a_view_shows_whole_things_of_one_size_whose_pixels_have_their_classes()
     again = draw_views(things, classes, view, 300, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(again, (images, labels, hard), strict=True))
     assert not torch.equal(draw_views(things, classes, view, 300, seed=1)[1], labels)
+
+
+def test_a_page_shows_whole_things_in_cells_of_their_own_and_mostly_few():
+    page, things = Page(across=4, cell=10, sizes=(5, 8)), torch.ones(3, 1, 8, 8)
+    images, shown = draw_pages(things, page, 3000, seed=0)
+    assert (
+        images.shape == (3000, 1, 40, 40)
+        and shown.shape == (3000, 16)
+        and set(shown.unique().tolist()) == {-1, 0, 1, 2}
+    )
+    lit = (images[:, 0] > 0.3).view(3000, 4, 10, 4, 10).transpose(2, 3).reshape(3000 * 16, 10, 10)
+    sides = lit.any(1).sum(1)
+    assert torch.equal(sides > 0, shown.flatten() >= 0) and torch.equal(sides.unique(), torch.tensor([0, 5, 6, 7, 8]))
+    assert torch.equal(lit.sum((1, 2)), sides**2) and torch.equal(lit.any(2).sum(1), sides), "each is a whole square"
+    numbers = (shown >= 0).sum(1)
+    for few in (1, 4, 9):  # so a uniform logarithm has it, within four deviations
+        assert abs((numbers <= few).float().mean() - math.log(few + 1) / math.log(17)) < 4 * 0.5 / 3000**0.5
+    assert numbers.min() == 1 and numbers.max() == 16
+    assert torch.equal(draw_pages(things, page, 3000, seed=0)[0], images)
+    assert not torch.equal(draw_pages(things, page, 3000, seed=1)[1], shown)
+
+
+def test_the_even_digits_of_a_page_are_counted():
+    """Each cell is compared with all digits of the split, in all sizes and places; the most alike is the one shown."""
+    data, ((things, labels), *_, (others, known)) = load_dataset("digit-pages"), digit_images()
+    for split, digits, classes in ((data.anew(7).head(60), things, labels), (data.test.head(60), others, known)):
+        small = resized(digits, 8, np.full(len(digits), 7), np.zeros((2, len(digits))))
+        bank = torch.cat([digits, *(small.roll(move, (2, 3)) for move in ((0, 0), (0, 1), (1, 0), (1, 1)))]).flatten(1)
+        images = split.inputs * data.deviation + data.mean
+        cells = F.unfold(images, 8, stride=8).transpose(1, 2)  # [60, 16, 64]
+        norm = cells.norm(dim=2)
+        alike, best = ((cells / norm.clamp_min(0.1).unsqueeze(2)) @ (bank / bank.norm(dim=1, keepdim=True)).t()).max(2)
+        there = norm > 0.1
+        assert alike[there].min() > 0.999 and torch.equal(there.sum(1), split.difficulty["digits"].long())
+        assert torch.equal(((classes.repeat(5)[best] % 2 == 0) & there).sum(1), split.targets)
+    assert data.classes == 17 and int(data.train.targets.max()) <= 16
 
 
 def test_scenes_show_each_thing_under_its_own_class():

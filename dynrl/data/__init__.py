@@ -19,7 +19,7 @@ from dynrl.data.images import cluttered_fashion_mnist, digits, fashion_mnist, va
 from dynrl.data.many import digit_tasks, many_tasks
 from dynrl.data.own import is_own, own_dataset
 from dynrl.data.photos import noisy_photos, windows
-from dynrl.data.scenes import digit_scenes, digit_scenes_large, digit_views, fashion_scenes
+from dynrl.data.scenes import digit_pages, digit_scenes, digit_scenes_large, digit_views, fashion_scenes
 from dynrl.data.sequences import adding, clips, prefix, sequential_digits, sequential_fashion_mnist
 from dynrl.data.shapes import shapes
 from dynrl.data.texts import find, find_small, needle
@@ -45,6 +45,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "digit-scenes-large": digit_scenes_large,
     "fashion-scenes": fashion_scenes,
     "digit-views": digit_views,
+    "digit-pages": digit_pages,
     "adding": adding,
     "prefix": prefix,
     "clips": clips,

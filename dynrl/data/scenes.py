@@ -1,4 +1,4 @@
-"""In a scene, one thing of random size lies among random amounts of clutter, or things are seen from near or far."""
+"""In a scene, one thing lies among random amounts of clutter, or things are near or far, or they are few or many."""
 
 from __future__ import annotations
 
@@ -169,6 +169,52 @@ def draw_views(things: Tensor, classes: Tensor, view: View, count: int, seed: in
     return canvas[:, :side, :side].unsqueeze(1).clone(), labels[:, :side, :side].long(), hard
 
 
+@dataclass(frozen=True)
+class Page:
+    """A page says what each image holds: things in the cells of a grid, at most one in each.
+
+    Attributes:
+        across: the number of cells in a row and in a column.
+        cell: the width and height of a cell in pixels.
+        sizes: the least and the most pixels of a thing's width and height.
+    """
+
+    across: int
+    cell: int
+    sizes: tuple[int, int]
+
+
+def draw_pages(things: Tensor, page: Page, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw pages on which few or many things lie.
+
+    The logarithm of the number of things is uniform, so that few things are more frequent than many.
+
+    Args:
+        things: [m, 1, height, width], in 0 to 1.
+        page: what each image holds.
+        count: the number of images.
+        seed: the seed of all draws.
+
+    Returns:
+        the images [count, 1, side, side], and which of the things lies in each cell, row by row: [count, cells] int64,
+        -1 for none.
+    """
+    rng, cells, (least, most) = np.random.default_rng(seed), page.across**2, page.sizes
+    numbers = np.floor((cells + 1) ** rng.random(count))
+    full = rng.random((count, cells)).argsort(1).argsort(1) < numbers[:, None]
+    shown = torch.from_numpy(np.where(full, rng.integers(len(things), size=full.shape), -1))
+    at, cell = np.nonzero(full)
+    size = rng.integers(least, most + 1, len(at))
+    corner = page.cell * np.stack(np.divmod(cell, page.across)) + rng.integers(0, page.cell - size + 1, (2, len(at)))
+    light = torch.from_numpy(rng.uniform(DIM, 1, (len(at), 1, 1))).float()
+    pixels = resized(things[shown[at, cell]], most, size, np.zeros((2, len(at))))[:, 0] * light
+    side = page.across * page.cell
+    canvas = torch.zeros(count, side + most, side + most)
+    # Squares are as large as the largest thing, and may reach into another cell, where they are empty.
+    canvas.index_put_(_squares(torch.from_numpy(at), corner, most), pixels, accumulate=True)
+    return canvas[:, :side, :side].unsqueeze(1).clone(), shown
+
+
 def _scenes(name: str, scene: Scene, things: Parts, sizes: tuple[int, int, int]) -> Dataset:
     """Make a data set whose splits show things of the same split; other seeds draw other training images."""
 
@@ -230,4 +276,31 @@ def digit_views() -> Dataset:
         "digit-views", 11, train, validation, test, Augmentation(), mean, deviation,
         anew=lambda seed: split(*draw_views(*things[0], view, sizes[0], 1000 + seed)),
         names=("background", *map(str, range(10))), dtype="uint8",
+    )  # fmt: skip
+
+
+def digit_pages() -> Dataset:
+    """How many of a page's 1 to 16 digits are even? Images of 32x32; 10,000 / 2,000 / 4,000 rows.
+
+    Few digits are more frequent than many. Each must be read, so their number is kept as `difficulty`. Training images
+    are drawn anew in each epoch.
+    """
+    page, things, sizes = Page(across=4, cell=8, sizes=(7, 8)), digit_images(), (10_000, 2_000, 4_000)
+
+    def draw(part: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        digits, labels = things[part]
+        images, shown = draw_pages(digits, page, sizes[part], seed)
+        there = shown >= 0
+        return images, (there & (labels[shown] % 2 == 0)).sum(1), there.sum(1)
+
+    made = [draw(part, part) for part in range(3)]
+    mean, deviation = statistics(made[0][0])
+
+    def split(images: Tensor, even: Tensor, digits: Tensor) -> Split:
+        return Split(scaled(images, mean, deviation), even, difficulty={"digits": digits.float()})
+
+    train, validation, test = (split(*part) for part in made)
+    return Dataset(
+        "digit-pages", page.across**2 + 1, train, validation, test, Augmentation(), mean, deviation,
+        anew=lambda seed: split(*draw(0, 1000 + seed)), dtype="uint8",
     )  # fmt: skip
