@@ -17,6 +17,7 @@ from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS
 from dynrl.finetuning import ATTACK_STEPS
+from dynrl.inputs import training_format
 from dynrl.perturb import Ball, spending
 from dynrl.policies import LearnedPolicy, PolicySpec
 from dynrl.routes import draw_prices
@@ -76,7 +77,7 @@ class Gates(Agent):
     def reload(self) -> None:
         """Read the backbone without folding its layers, because folded layers are for inference only."""
         self._backbone = load_backbone(self.backbone_file)[0].requires_grad_(False)
-        self._backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._backbone.to(memory_format=training_format(self._backbone))  # type: ignore[call-overload]
         self._dense = DenseOutputs(self._backbone.for_inference(), self._split)
 
     def iterate(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dynrl.backbones import Backbone, State
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import Dataset, Split
-from dynrl.inputs import laid_out
+from dynrl.inputs import laid_out, training_format
 from dynrl.perturb import Ball, spending
 from dynrl.policies import LearnedPolicy
 from dynrl.pretraining import autocast, loss_of, make_optimizer
@@ -105,7 +105,8 @@ class Finetuner:
         self._generator = torch.Generator().manual_seed(seed)
         self._optimizer = make_optimizer(backbone, plan.optimizer, plan.learning_rate, plan.weight_decay)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.total)
-        backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster, as in pretraining
+        self._form = training_format(backbone)
+        backbone.to(memory_format=self._form)  # type: ignore[call-overload]
         self._checkpoint = Checkpoint(
             checkpoint,
             {
@@ -153,7 +154,7 @@ class Finetuner:
         rows, train = self._rows(), self._train
         inputs, targets = self._dataset.augmentation.rows(train, rows, self._generator)
         prices = draw_prices(self._price_range, len(rows), self._generator)
-        inputs, targets, prices = laid_out(inputs).to(device), targets.to(device), prices.to(device)
+        inputs, targets, prices = laid_out(inputs, self._form).to(device), targets.to(device), prices.to(device)
         policy.to(device)
         moved, fixed, route = self._planned(policy, inputs, prices)
         follow = self._chooser(policy, prices)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -109,10 +109,27 @@ def repeat_first(inputs: Any, count: int) -> Any:
     return inputs.repeat_first(count) if isinstance(inputs, Named) else inputs[:1].expand(count, *inputs.shape[1:])
 
 
-def laid_out(inputs: Any) -> Any:
-    """Return images in channels_last, which convolutions train faster on on a CPU, and other inputs as they are."""
+LEAST_CHANNELS = 8  # of fewer, oneDNN's AVX2 code writes beyond its memory
+
+
+def training_format(network: nn.Module) -> torch.memory_format:
+    """Return the memory format to train `network` in: channels_last, which convolutions train faster in on a CPU.
+
+    Contiguous maps are for networks with a 1x1 convolution of a stride from few channels. On channels_last maps, torch's
+    backward pass of it corrupts memory on CPUs without AVX-512 (torch 2.13 with oneDNN 3.12).
+    """
+    broken = any(
+        part.kernel_size == (1, 1) and max(part.stride) > 1 and part.in_channels < LEAST_CHANNELS
+        for part in network.modules()
+        if isinstance(part, nn.Conv2d)
+    )
+    return torch.contiguous_format if broken else torch.channels_last
+
+
+def laid_out(inputs: Any, form: torch.memory_format) -> Any:
+    """Return images in the memory format `form`, and other inputs as they are."""
     images = isinstance(inputs, Tensor) and inputs.dim() == 4
-    return inputs.contiguous(memory_format=torch.channels_last) if images else inputs
+    return inputs.contiguous(memory_format=form) if images else inputs
 
 
 def _described(inputs: Any) -> str:

@@ -15,7 +15,7 @@ from dynrl.backbones import Backbone
 from dynrl.backbones.base import Answer
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import Dataset, Split
-from dynrl.inputs import laid_out
+from dynrl.inputs import laid_out, training_format
 from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
 from dynrl.schema import MOST_ROWS, check_count
@@ -133,8 +133,7 @@ def pretrain(
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training inputs")
     epochs, before = recipe.length(random_routes), recipe.length(False) if random_routes else 0
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, max(1, epochs * batches))
-    # Convolutions train faster on channels_last maps on a CPU.
-    backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone.to(memory_format=training_format(backbone))  # type: ignore[call-overload]
     parts = {"backbone": backbone, "optimizer": optimizer, "schedule": schedule, "generator": generator}
     kept = None if checkpoint is None else Checkpoint(checkpoint, parts)
     first = 0 if kept is None else kept.restore(epochs)
@@ -175,7 +174,7 @@ def _learn_batch(
     """
     device = next(backbone.parameters()).device
     images, labels = dataset.augmentation.rows(dataset.train, index, generator)
-    images, labels = laid_out(images).to(device), labels.to(device)
+    images, labels = laid_out(images, training_format(backbone)).to(device), labels.to(device)
     rate = None
     if least_rate is not None:
         rate = least_rate + (1 - least_rate) * torch.rand(len(index), generator=generator)

@@ -558,7 +558,7 @@ def test_triton_that_cannot_run_is_refused(case: Case, asked: str, monkeypatch: 
     with backend.ops_mode("triton") if asked == "by the mode" else backend.device_counts():
         with pytest.raises(ValueError, match="move them to a CUDA device.*DYNRL_OPS=auto"):
             case.f(**case.args(Setting()))
-        monkeypatch.setattr(backend, "_installed", lambda: False)
+        monkeypatch.setattr(backend, "installed", lambda: False)
         with pytest.raises(ValueError, match="triton is not installed"):
             case.f(**case.args(Setting()))
 

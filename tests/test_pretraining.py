@@ -14,6 +14,7 @@ from dynrl.backbones import Point, SkipResNet, choice_rates, load_backbone
 from dynrl.backbones.base import Answer
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
+from dynrl.inputs import training_format
 from dynrl.pretraining import Recipe, autocast, metric_at_rate, pretrain
 from dynrl.recipes import DEFAULTS, defaults
 from dynrl.routes import draw_routes
@@ -265,3 +266,9 @@ def test_the_unit_of_costs_does_not_matter_to_random_routes():
     costs, rate = torch.tensor([[0.0, 3, 8], [5, 5, -1]]), torch.linspace(0, 1, 200)
     drawn = [draw_routes(unit * costs, rate, torch.Generator().manual_seed(0)) for unit in (1.0, 2.0**-20, 2.0**20)]
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_networks_that_corrupt_memory_in_channels_last_train_in_contiguous_maps():
+    """A torch of oneDNN without AVX-512 does so in the shortcut of a stage that few channels enter."""
+    assert training_format(SkipResNet((1, 8, 8), layers=(1, 1), widths=(4, 8))) is torch.contiguous_format
+    assert training_format(SkipResNet((1, 8, 8), layers=(1, 1), widths=(8, 16))) is torch.channels_last
