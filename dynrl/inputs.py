@@ -115,8 +115,8 @@ LEAST_CHANNELS = 8  # of fewer, oneDNN's AVX2 code writes beyond its memory
 def training_format(network: nn.Module) -> torch.memory_format:
     """Return the memory format to train `network` in: channels_last, which convolutions train faster in on a CPU.
 
-    Contiguous maps are for networks with a 1x1 convolution of a stride from few channels. On channels_last maps, torch's
-    backward pass of it corrupts memory on CPUs without AVX-512 (torch 2.13 with oneDNN 3.12).
+    Contiguous maps are for networks with a 1x1 convolution of a stride from few channels. On channels_last maps, its
+    backward pass corrupts memory on CPUs without AVX-512 (torch 2.13 with oneDNN 3.12).
     """
     broken = any(
         part.kernel_size == (1, 1) and max(part.stride) > 1 and part.in_channels < LEAST_CHANNELS
