@@ -82,7 +82,7 @@ ALLOWED = {
         "dynrl.schema", "dynrl.settings",
     },
     "dynrl.agents": {
-        "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.progress", "dynrl.tasks",
+        "dynrl.agents", "dynrl.envs", "dynrl.policies", "dynrl.backbones", "dynrl.inputs", "dynrl.progress", "dynrl.tasks",
         "dynrl.checkpoints", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.perturb", "dynrl.plugins",
         "dynrl.schema", "dynrl.settings",
     },
