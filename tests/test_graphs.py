@@ -14,6 +14,7 @@ from dynrl.backbones import ExitModule, SkipModule, SkipResNet
 from dynrl.deploy import RoutedModel
 from dynrl.deploy.graphs import KEPT, WAYS, InPieces, Recording, plain
 from dynrl.envs.skip import SkipVectorEnv
+from dynrl.ops.recorder import recorder_for
 from dynrl.policies import RandomPolicy
 from tests.cases import BACKBONES, EXAMPLES, make_backbone, make_policy
 from tests.devices import TapeRecorder
@@ -79,6 +80,47 @@ def test_pieces_are_the_walk(name):
                 if model.backbone.speaks and not running:
                     break
     assert len(routes) > 1, "the rows go one way only, so that nothing is tested"
+
+
+class Fickle(TapeRecorder):
+    """Its times are drawn, so that pieces of many rows and of few follow one another."""
+
+    def milliseconds(self, replay, keep=()):
+        super().milliseconds(replay, keep)
+        return float(torch.rand((), generator=self.drawn))
+
+    drawn = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("name", ["exit", "exits in a network", "exits at scales", "skip in a network"])
+def test_pieces_of_many_rows_may_follow_pieces_of_few(name):
+    model, generator = routed(name), torch.Generator().manual_seed(0)
+    inputs = model.backbone.random_inputs(9)
+    with plain(ON_CPU):
+        for _ in range(3):
+            pieces = InPieces(model.backbone, model.chooser, inputs, Fickle())
+            for _ in range(4):
+                drawn = model.backbone.random_inputs(9, generator)
+                inputs.copy_(drawn)
+                assert pieces()
+                same(model, pieces.walk, drawn)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a graph cannot be recorded here")
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name in BACKBONES for way in EXAMPLES[name].captures])
+def test_a_device_replays_what_it_would_run(name, way):
+    model = routed(name).cuda()
+    inputs = model.backbone.random_inputs(9).cuda()
+    with plain(inputs.device):
+        ran = WAYS[way](model.backbone, model.chooser, inputs, recorder_for(inputs))
+        for seed in range(4):
+            drawn = model.backbone.random_inputs(9, torch.Generator().manual_seed(seed)).cuda()
+            inputs.copy_(drawn)
+            assert ran()
+            same(model, ran.walk, drawn)
+        inputs.fill_(torch.nan)
+        assert not ran()
 
 
 @pytest.mark.parametrize("name", BY_SELECTION)

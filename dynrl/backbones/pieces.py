@@ -92,7 +92,8 @@ class Pieces:
             going &= walk.all_rows[:count] < self._places[state.point - 1].told.there
         part = partition((~going).long(), 2)
         run = part.offsets[1:2].long()
-        place.index[:count] = part.order.index_select(0, torch.minimum(walk.all_rows[:count], (run - 1).clamp_min(0)))
+        # All places are written, because a piece of more rows than have arrived may be the fastest that holds them.
+        place.index.copy_(part.order.index_select(0, torch.minimum(walk.all_rows, (run - 1).clamp_min(0))))
         place.told.there.copy_(run)
         place.told.send()
 
