@@ -242,9 +242,11 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("exit", "varied-fashion-mnist"): Defaults(
         family="exit_resnet",
-        backbone={"layers": (3, 4, 4), "widths": (16, 32, 64), "stem_stride": 2, "exits": (0, 2, 4, 6, 8)},
+        backbone={
+            "layers": (3, 4, 4), "widths": (16, 32, 64), "stem_stride": 2, "exits": (0, 2, 4, 6, 8), "sees": "scores",
+        },
         pretraining=Recipe(epochs=8, batch_size=128),
-        learning=Learning(steps=300_000),
+        learning=Learning(steps=300_000, reward="correct"),
     ),
     # The plain network needs most of the time: exits are soon trained on it.
     ("exit", "trace-small"): Defaults(

@@ -12,7 +12,8 @@ class ExitVectorEnv(RoutingVectorEnv):
     ## Features
     They say how sure the exit is (`dynrl.ops.exit_scores`: the highest probability, its lead over the second one and
     the entropy, each from 0 to 1). Then follows the mean of each channel of the features before the exit; of maps of
-    several scales, of the coarsest.
+    several scales, of the coarsest. A network with the setting `sees="scores"` does without the means: where a policy
+    has few inputs to learn on, it would know them by heart.
 
     ## Action
     `Discrete(2)`: 0 stops; 1 goes on, so that the blocks up to the next exit and its classifier run.

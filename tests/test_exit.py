@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynrl.backbones import END, ExitResNet, SkipResNet
+from dynrl.backbones import END, ExitResNet, SkipResNet, load_backbone
+from dynrl.deploy import RoutedModel
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import take_rows
-from tests.cases import trained
+from tests.cases import make_policy, trained
 
 SHAPES = {
     "basic": dict(input_shape=(1, 16, 16), layers=(2, 1, 2), widths=(4, 8, 8), exits=(0, 3)),
@@ -99,6 +100,26 @@ def test_an_exit_shows_how_sure_it_is_and_its_maps():
     seen = backbone.observe(state)
     torch.testing.assert_close(seen[:, :3], exit_scores(backbone.output(state)))
     assert backbone.output(state).shape == (13, 10)
+
+
+@torch.no_grad()
+def test_a_policy_may_see_scores_alone(tmp_path):
+    backbone = trained(ExitResNet(**SHAPES["basic"], sees="scores"))
+    inputs = torch.randn(5, *backbone.input_shape)
+    backbone.save(tmp_path / "backbone.safetensors")
+    again, _ = load_backbone(tmp_path / "backbone.safetensors")
+    state = again.begin(inputs)
+    assert torch.equal(again.observe(state), exit_scores(again.output(state)))
+    policy = make_policy(again)
+    torch.nn.init.normal_(policy.hidden.weight)
+    torch.nn.init.normal_(policy.head.weight)
+    walk = again.run(inputs, lambda state: policy.act(policy.sight.see(again, state, 1.0)).squeeze(1))
+    model = RoutedModel(backbone, policy)
+    model.set_price(1.0)
+    assert torch.equal(model.walk(inputs).route, walk.route)
+    assert "sees" not in make("basic").config
+    with pytest.raises(ValueError, match=r"unknown sees 'all'; expected one of \('scores\+features', 'scores'\)"):
+        ExitResNet(**SHAPES["basic"], sees="all")
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from dynrl.ops.move import each, keep_rows, take_rows
 from dynrl.ops.pooled import summary
 
 STOP, GO_ON = 0, 1
+SEES = ("scores+features", "scores")
 
 
 class Exits(Backbone):
@@ -44,20 +45,29 @@ class Exits(Backbone):
         """Return the output of the classifier of exit k: [n, classes]."""
         raise NotImplementedError
 
-    def _set_points(self, names: list[str], stage_macs: list[int], widths: list[int]) -> None:
+    def _set_points(self, names: list[str], stage_macs: list[int], widths: list[int], sees: str) -> None:
         """Pose a point at each exit.
 
         Args:
             names: the names of the points.
             stage_macs: the MACs of each stage with its classifier; there is one more stage than points.
             widths: the number of channels at each exit.
+            sees: what a policy is shown at an exit, one of `SEES`: how sure it is, and each channel's mean; or how sure
+                it is alone, by which a policy cannot know the inputs by heart that it learns on, where these are few.
+
+        Raises:
+            ValueError: `sees` is something else.
         """
+        if sees not in SEES:
+            raise ValueError(f"unknown sees {sees!r}; expected one of {SEES}")
+        if sees != SEES[0]:
+            self.config["sees"] = sees
         self._pose(
             [Point(name, 2) for name in names],
             costs=[[0, macs] for macs in stage_macs[1:]],
             start_macs=stage_macs[0],
             full_route=(GO_ON,) * len(names),
-            feature_width=SCORES + max(widths),
+            feature_width=SCORES + (max(widths) if sees == SEES[0] else 0),
         )
 
     def _arrive(self, walk: Walk, k: int, rows: Tensor, x: Any) -> State:
@@ -92,8 +102,9 @@ class Exits(Backbone):
         return END if choice == STOP else super().leads_to(column, choice)
 
     def observe(self, state: State) -> Tensor:
-        """Return how sure the exit is (`exit_scores`), then each channel's mean over all places."""
-        return torch.cat([exit_scores(self.output(state)), self._summary(state.point, state.features)], 1)
+        """Return how sure the exit is (`exit_scores`), then each channel's mean over all places if that is seen."""
+        sure = exit_scores(self.output(state))
+        return sure if "sees" in self.config else torch.cat([sure, self._summary(state.point, state.features)], 1)
 
     def _summary(self, k: int, x: Any) -> Tensor:
         """Return each channel's mean over the features `x` that rows have at exit k."""
@@ -133,11 +144,15 @@ class ExitResNet(Exits, ResNet):
     Args:
         shape, settings: the arguments of `ResNet`.
         exits: the blocks, counted from 0, behind which there is an exit; the last exit is always there.
+        sees: what a policy is shown at an exit: "scores+features", how sure it is and the mean of each channel, or
+            "scores" alone.
     """
 
     family = "exit_resnet"
 
-    def __init__(self, *shape: Any, exits: tuple[int, ...] = (1, 3, 5, 7, 9), **settings: Any) -> None:
+    def __init__(
+        self, *shape: Any, exits: tuple[int, ...] = (1, 3, 5, 7, 9), sees: str = SEES[0], **settings: Any
+    ) -> None:
         super().__init__(*shape, **settings)
         last = len(self._blocks) - 1
         if not exits or list(exits) != sorted(set(exits)) or not 0 <= exits[0] <= exits[-1] < last:
@@ -162,7 +177,7 @@ class ExitResNet(Exits, ResNet):
                 cost += count_macs(self.fc, (size[0],))[0]
             stage_macs.append(cost)
             cost = 0
-        self._set_points([f"exit{i}" for i in exits], stage_macs, widths)
+        self._set_points([f"exit{i}" for i in exits], stage_macs, widths, sees)
 
     def _stage(self, k: int) -> list[Any]:
         """Return the blocks between exit k - 1 (or the stem) and exit k."""

@@ -21,7 +21,7 @@ from torch.compiler import is_exporting
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.channels import CHANNELS, gives_channels_last, takes_channels_last
 from dynrl.backbones.early import early_inputs
-from dynrl.backbones.exit import GO_ON, STOP, Exits
+from dynrl.backbones.exit import GO_ON, SEES, STOP, Exits
 from dynrl.backbones.forward import Stand
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.held import Held
@@ -637,6 +637,7 @@ class ExitModule(_OfModule, Exits):
         layers: the names (as in `module.named_modules()`), in running order, of layers that everything the module
             computes goes through; there is an exit behind each.
         family, classes, channels, input_dtype: the same as in `SkipModule`.
+        sees: see `ExitResNet`.
 
     Raises:
         ValueError: the outputs are no classes, or a reason of `SkipModule`.
@@ -653,6 +654,7 @@ class ExitModule(_OfModule, Exits):
         classes: int | None = None,
         channels: Channels | None = None,
         input_dtype: Any = None,
+        sees: str = SEES[0],
     ) -> None:
         super().__init__(module, input_shape, layers, family, channels, input_dtype, leaving=True, layers=list(layers))
         with torch.no_grad():
@@ -677,7 +679,7 @@ class ExitModule(_OfModule, Exits):
             stage_macs.append(macs + macs_of(ops))
             before, stand = executed(lambda: stand.follow(x))  # noqa: B023
         stage_macs.append(macs_of(before))
-        self._set_points(list(layers), stage_macs, widths)
+        self._set_points(list(layers), stage_macs, widths, sees)
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
         return self.heads[k](early_inputs(x, self._lasts[k]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.early import CELLS, early_classifier, early_inputs
-from dynrl.backbones.exit import Exits
+from dynrl.backbones.exit import SEES, Exits
 from dynrl.backbones.resnet import Normed, folded
 from dynrl.cost import count_macs
 from dynrl.ops.pooled import summary
@@ -155,7 +155,7 @@ class Scales(Exits):
             self._stem_macs += macs
             self._stem_sizes.append(size)
 
-    def _pose_exits(self, stages: Iterable[Counted]) -> None:
+    def _pose_exits(self, stages: Iterable[Counted], sees: str) -> None:
         """Set an exit behind each stage; the last is the network's own output."""
         cost, stage_macs, widths = self._stem_macs, list[int](), list[int]()
         for stage in stages:
@@ -168,7 +168,7 @@ class Scales(Exits):
             for parts, part in ((self.stages, stage), (self.heads, head), (self.fcs, fc)):
                 parts.append(part)
             cost = 0
-        self._set_points([f"exit{k}" for k in range(len(widths) - 1)], stage_macs, widths[:-1])
+        self._set_points([f"exit{k}" for k in range(len(widths) - 1)], stage_macs, widths[:-1], sees)
 
     def _advance_to(self, k: int, x: Tensor | Maps) -> Maps:
         if k:
@@ -200,6 +200,7 @@ class MultiScaleNet(Scales):
         input_shape, classes, scales, width, stem_stride: see `Scales`.
         layers: the number of layers in front of each exit; the last exit is the network's own output.
         growth: how many channels a layer adds to the finest scale; each coarser one gets twice as many.
+        sees: see `ExitResNet`.
 
     Source: Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al. 2018, ICLR).
     """
@@ -215,13 +216,14 @@ class MultiScaleNet(Scales):
         width: int = 16,
         growth: int = 8,
         stem_stride: int = 1,
+        sees: str = SEES[0],
     ) -> None:
         check_counts("layers", layers)
         check_count("growth", growth, 1, MOST_ROWS)
         super().__init__(input_shape, classes, scales, width, stem_stride, layers=list(layers), growth=growth)
         if len(layers) < scales:
             raise ValueError(f"expected an exit for each of {scales} scales at least, got {len(layers)} exits")
-        self._pose_exits(self._make_stages(layers, growth))
+        self._pose_exits(self._make_stages(layers, growth), sees)
 
     def _make_stages(self, layers: tuple[int, ...], growth: int) -> Iterator[Stage]:
         sizes = self._stem_sizes

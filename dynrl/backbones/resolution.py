@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynrl.backbones.exit import SEES
 from dynrl.backbones.multiscale import Counted, Maps, Scales, Size, grow
 from dynrl.backbones.resnet import Normed
 from dynrl.schema import MOST_ROWS, check_count
@@ -159,6 +160,7 @@ class ResolutionNet(Scales):
         exits: the number of exits of each sub-network; the last one is the network's own output.
         layers: the number of layers in front of each exit. A sub-network has `exits` times as many at each scale.
         growth: how many channels a layer adds to the finest scale; each coarser one gets twice as many.
+        sees: see `ExitResNet`.
 
     Source: Resolution Adaptive Networks for Efficient Inference (Yang et al. 2020, CVPR). There, the maps of a
     sub-network are made smaller by the last layer of a scale. Here a mean does it, which costs nothing.
@@ -176,11 +178,12 @@ class ResolutionNet(Scales):
         width: int = 16,
         growth: int = 8,
         stem_stride: int = 1,
+        sees: str = SEES[0],
     ) -> None:
         for name, count, least in (("exits", exits, 1), ("layers", layers, 1), ("growth", growth, 2)):
             check_count(name, count, least, MOST_ROWS)
         super().__init__(input_shape, classes, scales, width, stem_stride, exits=exits, layers=layers, growth=growth)
-        self._pose_exits(self._make_stages(exits, layers, [growth << scale for scale in range(scales)]))
+        self._pose_exits(self._make_stages(exits, layers, [growth << scale for scale in range(scales)]), sees)
 
     def _make_stages(self, exits: int, layers: int, growth: list[int]) -> Iterator[Counted]:
         sizes = self._stem_sizes
