@@ -10,7 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
 
-from dynrl.backbones import ExitModule, SkipModule, SkipResNet, SlimmableResNet
+from dynrl.backbones import Backbone, ExitModule, SkipModule, SkipResNet, SlimmableResNet
 from dynrl.deploy import RoutedModel
 from dynrl.deploy.graphs import KEPT, WAYS, InPieces, Recording, Whole, plain
 from dynrl.envs.skip import SkipVectorEnv
@@ -27,10 +27,11 @@ WHOLE = [(name, way) for name in BACKBONES for way in EXAMPLES[name].captures if
 EITHER = [name for name in BACKBONES if {"kernels", "select"} <= {*EXAMPLES[name].captures}]
 
 
-def routed(name: str, seed: int = 0) -> RoutedModel:
+def routed(name: str | Backbone, seed: int = 0) -> RoutedModel:
     """A model that decides differently from row to row: its policy sees how features differ from their mean there."""
     torch.manual_seed(seed)
-    backbone, policy = make_backbone(name).eval(), make_policy(EXAMPLES[name])
+    backbone = make_backbone(name).eval() if isinstance(name, str) else name
+    policy = make_policy(backbone)
     weight, width = policy.hidden.weight, backbone.feature_width
 
     def look(state):
@@ -123,7 +124,7 @@ def test_a_device_replays_what_it_would_run(name, way):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a graph cannot be recorded here")
 @pytest.mark.usefixtures("full_precision")
-@pytest.mark.parametrize("name", [name for name in BACKBONES if EXAMPLES[name].captures])
+@pytest.mark.parametrize("name", [*EITHER, "skip in a network"])
 def test_a_device_keeps_what_is_fastest_there(name):
     model = routed(name).cuda()
     inputs = model.backbone.random_inputs(9).cuda()
@@ -138,7 +139,7 @@ def test_a_device_keeps_what_is_fastest_there(name):
 
 @pytest.mark.parametrize(("name", "way"), WHOLE)
 def test_a_whole_recording_is_the_walk(name, way):
-    model, routes = routed(name), set()
+    model, routes = routed(name, seed=4), set()
     inputs = model.backbone.random_inputs(5)
     with plain(ON_CPU):
         whole = recording(model, inputs, TapeRecorder(), way)
@@ -190,25 +191,34 @@ def test_each_point_runs_by_the_way_that_is_fastest_there(name, monkeypatch):
     assert len(tried) > 2
 
 
-@pytest.mark.parametrize("family", [SkipResNet, SlimmableResNet])
-def test_kernels_at_some_points_and_selections_at_others_are_the_walk(family, kernel_case):
+@pytest.mark.parametrize(("family", "seed", "times"), [
+    (SkipResNet, 3, (1, 2, 2, 1, 1, 2)), (SlimmableResNet, 1, (2, 1, 1, 2, 2, 1))
+])  # fmt: skip
+def test_kernels_at_some_points_and_selections_at_others_are_the_walk(family, seed, times, kernel_case, monkeypatch):
     """By the kernels themselves, which overwrite features and leave sums of maps for the next point."""
-    torch.manual_seed(0)
-    backbone = trained(family((1, 6, 6), layers=(2, 2), widths=(16, 16)))
-    model = RoutedModel(backbone, make_policy(backbone)).to(kernel_case)
-    nn.init.normal_(model.policy.head.weight, std=2.0)
-    inputs, mixed = backbone.random_inputs(4).to(kernel_case), set()
+    from dynrl.ops.kernels import decide
+
+    read = list[str]()
+    for kernel in (decide.pool, decide.pool_sums):
+        noted = lambda *args, kernel=kernel: read.append(kernel.__name__) or kernel(*args)  # noqa: E731
+        monkeypatch.setattr(decide, kernel.__name__, noted)
+    torch.manual_seed(seed)
+    model = routed(trained(family((1, 3, 3), layers=(3,), widths=(16,))), seed).to(kernel_case)
+    inputs = model.backbone.random_inputs(3, torch.Generator().manual_seed(0)).to(kernel_case)
     expected = model.walk(inputs)
-    assert len(expected.route.unique(dim=0)) > 1
-    for times in ((1, 2, 2, 1, 1, 2), (2, 1, 1, 2, 2, 1)):
-        with plain(inputs.device):
-            whole = recording(model, inputs, CallingRecorder(*times), "kernels", "select")
-            mixed.add(str([point["by"] for point in whole.report()]))
-            assert whole()
-        for field in ("route", "macs", "steps", "last"):
-            assert torch.equal(getattr(whole.walk, field), getattr(expected, field)), field
-        torch.testing.assert_close(whole.walk.outputs, expected.outputs, atol=1e-4, rtol=1e-4)
-    assert mixed == {"['kernels', 'select', 'kernels']", "['select', 'kernels', 'select']"}
+    assert all(len(column.unique()) > 1 for column in expected.route.t())
+    with plain(inputs.device):
+        whole = recording(model, inputs, CallingRecorder(*times), "kernels", "select")
+        assert whole()
+    first, other = ("kernels", "select") if times[0] == 1 else ("select", "kernels")
+    assert [point["by"] for point in whole.report()] == [first, other, first]
+    # Each way is tried twice, then one is taken. Only the selection of whole rows leaves no sums for the next point.
+    selected = {SkipResNet: "pool", SlimmableResNet: "pool_sums"}[family]
+    tries = ["pool_sums"] * 2 + [selected] * 2
+    assert read[:11] == ["pool", *tries, "pool_sums", *tries, selected]
+    for field in ("route", "macs", "steps", "last"):
+        assert torch.equal(getattr(whole.walk, field), getattr(expected, field)), field
+    torch.testing.assert_close(whole.walk.outputs, expected.outputs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", IN_PIECES)

@@ -55,6 +55,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
+        self._last: torch.cuda.CUDAGraph | None = None
 
     def counts(self, select: bool = False) -> AbstractContextManager[None]:
         """Return the context in which ops run that are recorded (`device_counts`)."""
@@ -72,6 +73,7 @@ class Recorder:
             # Other threads may go on using the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 run()
+        self._last = graph  # torch refuses a pool whose graphs are all gone, as those may be that were only timed
         return graph.replay
 
     @contextmanager
