@@ -161,7 +161,8 @@ class Whole:
     def _measured(self, state: State, action: Tensor) -> str:
         """Return the fastest way from a state, timed when its point comes first."""
         if state.point not in self._at:
-            times = {way: self._milliseconds(state, action, way) for way in self._ways if len(self._ways) > 1}
+            tried = self._ways if len(self._ways) > 1 else ()
+            times = {way: self._milliseconds(state, action, way) for way in tried}
             self._at[state.point] = min(times, key=times.__getitem__, default=self._ways[0]), times
         return self._at[state.point][0]
 
