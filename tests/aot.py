@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, partition, positions
+from dynrl.ops.kernels import conv, conv_tiles, decide, gru, linear, partition, positions, slices
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -63,6 +63,11 @@ def _cases(dtype: torch.dtype) -> Cases:
     some, every = {"offsets_ptr": "*i32", "rows_ptr": "*i64"}, {"offsets_ptr": None, "rows_ptr": None}
     yield decide._pool_kernel, pooled | every, {"BLOCK_P": 32, "BLOCK_C": 64}
     yield decide._pool_kernel, pooled | some | {"out_ptr": None}, {"BLOCK_P": 32, "BLOCK_C": 64}
+    finished = {"choice_ptr": "*i64", "sums_ptr": None, "pixels": 784, "channels": CHANNELS, "blocks": 13, "parts": 0}
+    finished |= {"widths_ptr": "*i32", "residual_ptr": None, "stride_choice": 1}
+    yield slices._finish_slices_kernel, finished, {"BLOCK_P": 64, "BLOCK_C": 64, "ROUNDS": 0}
+    last = {"widths_ptr": None, "residual_ptr": f"*{TYPES[dtype]}", "sums_ptr": "*fp32", "parts": 16}
+    yield slices._finish_slices_kernel, finished | last, {"BLOCK_P": 64, "BLOCK_C": 64, "ROUNDS": 2}
     if dtype == torch.float32:
         yield from _books()
 

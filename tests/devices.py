@@ -1,4 +1,4 @@
-"""A guard for kernels, nothing may make the host wait for the device; and a recorder for machines without CUDA."""
+"""A guard for kernels, nothing may make the host wait for the device; and recorders for machines without CUDA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dynrl.ops import backend
-from dynrl.ops.backend import ops_mode
+from dynrl.ops.backend import device_counts, ops_mode
 from dynrl.ops.recorder import put_back
 
 WAITS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::_unique2")
@@ -77,10 +77,11 @@ class TapeRecorder:
 
     Args:
         times: milliseconds that stand for those of replays, in the order in which they are asked for; then all are 1.
+        drawn: draws the others instead.
     """
 
-    def __init__(self, *times: float) -> None:
-        self.recorded, self.replayed, self._times = 0, 0, list(times)
+    def __init__(self, *times: float, drawn: torch.Generator | None = None) -> None:
+        self.recorded, self.replayed, self._times, self._drawn = 0, 0, list(times), drawn
 
     @contextmanager
     def counts(self, select: bool = False):
@@ -107,10 +108,25 @@ class TapeRecorder:
     def milliseconds(self, replay: Callable[[], None], keep: Sequence[Tensor] = ()) -> float:
         with put_back(keep):
             replay()
-        return self._times.pop(0) if self._times else 1.0
+        if self._times:
+            return self._times.pop(0)
+        return 1.0 if self._drawn is None else float(torch.rand((), generator=self._drawn))
 
     def memory(self) -> int:
         return 0
 
     def turn(self):
         return nullcontext()
+
+
+class CallingRecorder(TapeRecorder):
+    """This one calls functions again instead of replaying them, so interpreted kernels may run: a tape has only ops."""
+
+    def counts(self, select: bool = False):
+        return device_counts(select)
+
+    def record(self, run: Callable[[], None], keep: Sequence[Tensor] = ()) -> Callable[[], None]:
+        with put_back(keep):
+            run()
+        self.recorded += 1
+        return run

@@ -10,25 +10,28 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
 
-from dynrl.backbones import ExitModule, SkipModule, SkipResNet
+from dynrl.backbones import Backbone, ExitModule, SkipModule, SkipResNet, SlimmableResNet
 from dynrl.deploy import RoutedModel
-from dynrl.deploy.graphs import KEPT, WAYS, InPieces, Recording, plain
+from dynrl.deploy.graphs import KEPT, WAYS, InPieces, Recording, Whole, plain
 from dynrl.envs.skip import SkipVectorEnv
+from dynrl.ops.backend import selects
 from dynrl.ops.recorder import recorder_for
 from dynrl.policies import RandomPolicy
-from tests.cases import BACKBONES, EXAMPLES, make_backbone, make_policy
-from tests.devices import TapeRecorder
+from tests.cases import BACKBONES, EXAMPLES, make_backbone, make_policy, trained
+from tests.devices import CallingRecorder, TapeRecorder
 from tests.toys import Convolutional, Transformer
 
 ON_CPU = torch.device("cpu")
 IN_PIECES = [name for name in BACKBONES if "pieces" in EXAMPLES[name].captures]
-BY_SELECTION = [name for name in BACKBONES if "select" in EXAMPLES[name].captures]
+WHOLE = [(name, way) for name in BACKBONES for way in EXAMPLES[name].captures if way != "pieces"]
+EITHER = [name for name in BACKBONES if {"kernels", "select"} <= {*EXAMPLES[name].captures}]
 
 
-def routed(name: str, seed: int = 0) -> RoutedModel:
+def routed(name: str | Backbone, seed: int = 0) -> RoutedModel:
     """A model that decides differently from row to row: its policy sees how features differ from their mean there."""
     torch.manual_seed(seed)
-    backbone, policy = make_backbone(name).eval(), make_policy(EXAMPLES[name])
+    backbone = make_backbone(name).eval() if isinstance(name, str) else name
+    policy = make_policy(backbone)
     weight, width = policy.hidden.weight, backbone.feature_width
 
     def look(state):
@@ -46,6 +49,12 @@ def routed(name: str, seed: int = 0) -> RoutedModel:
     nn.init.normal_(policy.head.weight, std=1.0)
     nn.init.zeros_(policy.head.bias)
     return RoutedModel(backbone, policy)
+
+
+def recording(model: RoutedModel, inputs: torch.Tensor, recorder, *ways: str) -> Whole | InPieces:
+    """A recording in pieces, or a whole one whose points run by the fastest of the ways."""
+    given = model.backbone, model.chooser, inputs, recorder
+    return InPieces(*given) if ways == ("pieces",) else Whole(*given, ways)
 
 
 def same(model: RoutedModel, walk, inputs: torch.Tensor) -> set[str]:
@@ -82,23 +91,13 @@ def test_pieces_are_the_walk(name):
     assert len(routes) > 1, "the rows go one way only, so that nothing is tested"
 
 
-class Fickle(TapeRecorder):
-    """Its times are drawn, so that pieces of many rows and of few follow one another."""
-
-    def milliseconds(self, replay, keep=()):
-        super().milliseconds(replay, keep)
-        return float(torch.rand((), generator=self.drawn))
-
-    drawn = torch.Generator().manual_seed(0)
-
-
 @pytest.mark.parametrize("name", ["exit", "exits in a network", "exits at scales", "skip in a network"])
 def test_pieces_of_many_rows_may_follow_pieces_of_few(name):
     model, generator = routed(name), torch.Generator().manual_seed(0)
     inputs = model.backbone.random_inputs(9)
     with plain(ON_CPU):
         for _ in range(3):
-            pieces = InPieces(model.backbone, model.chooser, inputs, Fickle())
+            pieces = InPieces(model.backbone, model.chooser, inputs, TapeRecorder(drawn=generator))
             for _ in range(4):
                 drawn = model.backbone.random_inputs(9, generator)
                 inputs.copy_(drawn)
@@ -113,7 +112,7 @@ def test_a_device_replays_what_it_would_run(name, way):
     model = routed(name).cuda()
     inputs = model.backbone.random_inputs(9).cuda()
     with plain(inputs.device):
-        ran = WAYS[way](model.backbone, model.chooser, inputs, recorder_for(inputs))
+        ran = recording(model, inputs, recorder_for(inputs), way)
         for seed in range(4):
             drawn = model.backbone.random_inputs(9, torch.Generator().manual_seed(seed)).cuda()
             inputs.copy_(drawn)
@@ -123,18 +122,103 @@ def test_a_device_replays_what_it_would_run(name, way):
         assert not ran()
 
 
-@pytest.mark.parametrize("name", BY_SELECTION)
-def test_all_rows_and_a_selection_are_the_walk(name):
-    model, routes = routed(name), set()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a graph cannot be recorded here")
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("name", [*EITHER, "skip in a network"])
+def test_a_device_keeps_what_is_fastest_there(name):
+    model = routed(name).cuda()
+    inputs = model.backbone.random_inputs(9).cuda()
+    recording = Recording(model, inputs, recorder_for(inputs))
+    assert all(0 < took < 1000 for took in recording.milliseconds.values())
+    for point in recording.report()["points"] if recording.way == "whole" else ():
+        assert point["by"] == min(point["milliseconds"], key=point["milliseconds"].get, default=point["by"])
+    for seed in range(3):
+        drawn = model.backbone.random_inputs(9, torch.Generator().manual_seed(seed)).cuda()
+        same(model, recording.walk(drawn), drawn)
+
+
+@pytest.mark.parametrize(("name", "way"), WHOLE)
+def test_a_whole_recording_is_the_walk(name, way):
+    model, routes = routed(name, seed=4), set()
     inputs = model.backbone.random_inputs(5)
     with plain(ON_CPU):
-        whole = WAYS["select"](model.backbone, model.chooser, inputs, TapeRecorder())
+        whole = recording(model, inputs, TapeRecorder(), way)
+        assert {point["by"] for point in whole.report()} == {way}
         for seed in range(2):
             drawn = model.backbone.random_inputs(5, torch.Generator().manual_seed(seed))
             inputs.copy_(drawn)
             assert whole()
             routes |= same(model, whole.walk, drawn)
     assert len(routes) > 1
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_each_point_runs_by_the_way_that_is_fastest_there(name, monkeypatch):
+    """What is tried at a point, and which way wins, changes neither the walk nor what is tried at the next one."""
+    model, tried, runs = routed(name), set(), []
+    inputs, run = model.backbone.random_inputs(5), model.backbone._run
+    expected = model.walk(inputs.clone())
+
+    def noted(state, action):
+        runs.append((state.point, selects(), action.clone(), state.walk.macs.clone(), state.features.clone()))
+        return run(state, action)
+
+    monkeypatch.setattr(model.backbone, "_run", noted)
+    with plain(ON_CPU):
+        for seed in range(4):
+            runs.clear()
+            drawn = torch.Generator().manual_seed(seed)
+            whole = recording(model, inputs, TapeRecorder(drawn=drawn), "kernels", "select")
+            report, count = whole.report(), len(model.backbone.points)
+            for point in report:
+                assert point["by"] == min(("kernels", "select"), key=point["milliseconds"].__getitem__)
+            taken = [point["by"] == "select" for point in report]
+            assert [selected for _, selected, *_ in runs[-count:]] == taken  # in the graph
+            tried.add(str(taken))
+            first = {point: rest for point, _, *rest in reversed(runs[count:])}  # behind all rows on the full route
+            for point, _, *rest in runs[count:]:
+                assert torch.equal(rest[0], expected.route[:, point])
+                assert all(map(torch.equal, rest, first[point])), "what was tried was not undone"
+            assert len(runs) == count * (1 + 2 * 2 + 1 + 2)
+            for other in range(2):
+                given = model.backbone.random_inputs(5, torch.Generator().manual_seed(other))
+                inputs.copy_(given)
+                assert whole()
+                with monkeypatch.context() as plainly:
+                    plainly.setattr(model.backbone, "_run", run)
+                    same(model, whole.walk, given)
+            inputs.copy_(expected.inputs)
+    assert len(tried) > 2
+
+
+@pytest.mark.parametrize(("family", "seed", "times"), [
+    (SkipResNet, 3, (1, 2, 2, 1, 1, 2)), (SlimmableResNet, 1, (2, 1, 1, 2, 2, 1))
+])  # fmt: skip
+def test_kernels_at_some_points_and_selections_at_others_are_the_walk(family, seed, times, kernel_case, monkeypatch):
+    """By the kernels themselves, which overwrite features and leave sums of maps for the next point."""
+    from dynrl.ops.kernels import decide
+
+    read = list[str]()
+    for kernel in (decide.pool, decide.pool_sums):
+        noted = lambda *args, kernel=kernel: read.append(kernel.__name__) or kernel(*args)  # noqa: E731
+        monkeypatch.setattr(decide, kernel.__name__, noted)
+    torch.manual_seed(seed)
+    model = routed(trained(family((1, 3, 3), layers=(3,), widths=(16,))), seed).to(kernel_case)
+    inputs = model.backbone.random_inputs(3, torch.Generator().manual_seed(0)).to(kernel_case)
+    expected = model.walk(inputs)
+    assert all(len(column.unique()) > 1 for column in expected.route.t())
+    with plain(inputs.device):
+        whole = recording(model, inputs, CallingRecorder(*times), "kernels", "select")
+        assert whole()
+    first, other = ("kernels", "select") if times[0] == 1 else ("select", "kernels")
+    assert [point["by"] for point in whole.report()] == [first, other, first]
+    # Each way is tried twice, then one is taken. Only the selection of whole rows leaves no sums for the next point.
+    selected = {SkipResNet: "pool", SlimmableResNet: "pool_sums"}[family]
+    tries = ["pool_sums"] * 2 + [selected] * 2
+    assert read[:11] == ["pool", *tries, "pool_sums", *tries, selected]
+    for field in ("route", "macs", "steps", "last"):
+        assert torch.equal(getattr(whole.walk, field), getattr(expected, field)), field
+    torch.testing.assert_close(whole.walk.outputs, expected.outputs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", IN_PIECES)
@@ -194,12 +278,13 @@ def test_rows_are_computed_as_few_as_is_faster():
         assert point["computes"] == {3: 3 if fast else 8, 8: 8}
 
 
-@pytest.mark.parametrize(("times", "way"), [([1.0] + 50 * [2.0], "select"), ([9.0], "pieces")])
+@pytest.mark.parametrize(("times", "way"), [([1.0] + 50 * [2.0], "whole"), ([9.0], "pieces")])
 def test_the_fastest_way_is_kept(times, way):
     model = routed("skip in a transformer")
     inputs = model.backbone.random_inputs(4)
     recording = Recording(model, inputs, TapeRecorder(*times))
     assert recording.way == way
+    assert [point["point"] for point in recording.report()["points"]] == [point.name for point in model.backbone.points]
     same(model, recording.walk(inputs), inputs)
 
 

@@ -22,6 +22,7 @@ from dynrl.ops.kernels.decide import decide, pool, pool_sums, record
 from dynrl.ops.kernels.gru import gru_rows, scatter_rows
 from dynrl.ops.kernels.linear import INTERPRETED, grad_weight_rows, linear_rows
 from dynrl.ops.kernels.partition import partition, tile_bound
+from dynrl.ops.kernels.slices import finish_slices
 from dynrl.ops.record import record_ref
 from tests.devices import NoHostSync
 
@@ -194,6 +195,32 @@ def test_conv_rows_touches_nothing_beyond_the_widths(dtype: torch.dtype) -> None
         )
         assert_close(out[picked, :out_width], exact, plain)
         assert torch.equal(out[picked, out_width:], before[picked, out_width:])
+
+
+@pytest.mark.parametrize(("c", "height", "width"), [(20, 5, 7), (70, 13, 11), (16, 1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finish_slices(dtype: torch.dtype, c: int, height: int, width: int) -> None:
+    """Each map has its row's scale and shift; beyond its width there is 0, also where the convolution's result is NaN."""
+    widths, choice = int32([3, c, c - 1]), int64([[2], [0], [1], [0]]).expand(-1, 2)[:, 1]  # as a column of a route is
+    y, x = (randn(4, c, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    inside = torch.arange(c, device=DEVICE) < widths[choice].unsqueeze(1)
+    y.masked_fill_(~inside[:, :, None, None], NAN)
+    scale, shift = (randn(3, c, dtype=dtype) for _ in range(2))
+
+    def expected(to: torch.dtype, residual: Tensor | None) -> Tensor:
+        made = y.nan_to_num().to(to) * scale[choice].to(to)[:, :, None, None] + shift[choice].to(to)[:, :, None, None]
+        return made.relu() * inside[:, :, None, None] if residual is None else (made + residual.to(to)).relu()
+
+    with NoHostSync():
+        found = finish_slices(y, y.clone(), choice, scale, shift, widths=widths)
+    assert_close(found, expected(torch.float64, None), expected(dtype, None))
+    before, given = x.clone(), y.nan_to_num().contiguous(memory_format=torch.channels_last)
+    sums = torch.full((4, map_parts(height, width), c), NAN, device=DEVICE)
+    finish_slices(given, x, choice, scale, shift, residual=x, sums=sums)
+    assert_close(x, expected(torch.float64, before), expected(dtype, before))
+    torch.testing.assert_close(sums.sum(1), x.sum((2, 3), dtype=torch.float32), atol=1e-3, rtol=1e-5)
+    y[1, 0, 0, 0] = NAN  # of a channel that this row has
+    assert finish_slices(y, y, choice, scale, shift, widths=widths)[1, 0].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 0], [3, 0, 17], [9, 20, 4]])
@@ -413,7 +440,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
         "_gru_rows",
         "_scatter_rows",
     }
-    kernels |= {"_pool", "_decide", "_record", "_take_positions", "_put_positions"}
+    kernels |= {"_pool", "_decide", "_record", "_take_positions", "_put_positions", "_finish_slices"}
     assert {case["kernel"] for case in cases} == {name + "_kernel" for name in kernels}
     assert {case["dtype"] for case in cases} == {"float32", "float16", "bfloat16"}
     for case in cases:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +195,47 @@ def test_kernels_are_the_definition_in_every_layout(
     check(case, Setting("one", layout, dtype, take(case, "triton")), "triton")
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=FLOATS.get)
+@pytest.mark.parametrize("case", cases(op="sliced_conv"))
+@torch.no_grad()
+def test_slices_at_full_width_are_the_definition(
+    case: Case, dtype: torch.dtype, kernel_case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All choices are mixed, and there is one convolution of the vendor's for each layer, whatever the choices."""
+    run, layers = [], []
+    convolve = torch.nn.functional.conv2d
+    monkeypatch.setattr("dynrl.ops.sliced_conv.F.conv2d", lambda *args, **kw: run.append(1) or convolve(*args, **kw))
+
+    def at_full_width(**args: Any) -> Tensor:
+        layers.append(args["block"].count)
+        run.clear()
+        with backend.device_counts(select=True), NoHostSync():
+            case.f(**args)  # in place
+        assert len(run) == layers[-1]
+        return args["x"]
+
+    for kind in ("no rows", "none", "one", "some", "all"):
+        for layout in case.layouts if kind == "some" else [usual(case)]:
+            check(replace(case, f=at_full_width), Setting(kind, layout, dtype, kernel_case), "triton")
+
+
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
+@torch.no_grad()
+def test_channels_that_a_row_does_not_have_do_not_spoil_it_at_full_width(spoiled: float, kernel_case: str) -> None:
+    case = next(case for case in CASES if case.op == "sliced_conv")
+    args = case.args(Setting("some", "channels_last", device=kernel_case))
+    args["choice"] = args["choice"] * 0 + torch.tensor([0, 1, 2, 1, 0], device=kernel_case)
+    for channel in (7, 15, 16, 19):  # the widths are 7, 16 and 20
+        args["block"].weight0[channel] = spoiled
+    expected = case.f_ref(**args)
+    with backend.device_counts(select=True):
+        found = case.f(**args)
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert found[[0, 4]].isfinite().all() and not found[[1, 2, 3]].isfinite().all()
+    whole = expected.isfinite()
+    torch.testing.assert_close(found[whole], expected[whole], atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_rows_at_an_odd_place_in_memory_and_blocks_of_another_dtype() -> None:
     run, block = torch.tensor([1, 0, 1, 0]), Rowwise(nn.Linear(8, 8))
@@ -251,18 +293,21 @@ def test_a_sliced_block_that_loads_other_weights_uses_them() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "some", "all"])
-@pytest.mark.parametrize("case", [
-    case for case in CASES if case.op in ("gated_residual", "sliced_conv") and case.kernels
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("case", "select"), [
+    pytest.param(case, select, id=f"{case}{' at full width' * select}")
+    for case in CASES if case.op in ("gated_residual", "sliced_conv") and case.kernels
+    for select in ([False, True] if case.op == "sliced_conv" else [False])
+])  # fmt: skip
 @torch.no_grad()
-def test_sums_of_maps_come_along(case: Case, kind: str, take: Callable[[Case, str], str]) -> None:
+def test_sums_of_maps_come_along(case: Case, select: bool, kind: str, take: Callable[[Case, str], str]) -> None:
     """They are those of the result; rows left out keep theirs to the bit; once another path has run, none are known."""
     device = take(case, "triton")
     dtype = torch.bfloat16 if kind == "some" else torch.float32
     args = case.args(Setting(kind, "channels_last", dtype, device))
     _, sums = pooled_keeping(args["x"], None)
     before = sums.of(args["x"]).clone()
-    out = case.f(**args, sums=sums)
+    with backend.device_counts(select):
+        out = case.f(**args, sums=sums)
     after = sums.of(out)
     if case.kept is not None:
         left = ~case.kept(args)

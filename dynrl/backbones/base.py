@@ -68,7 +68,7 @@ class Backbone(nn.Module):
             adds up the losses of all answers.
         gates: whether gates can be trained on the family, so that a differentiable walk makes sense.
         exports: whether a routed model can be written as a torch.export or ONNX program.
-        captures: the ways in which what a routed model runs can be recorded as CUDA graphs, names in
+        captures: the ways in which points can run where what a routed model runs is recorded as CUDA graphs, names in
             `dynrl.deploy.graphs.WAYS`.
         budgets: the shares of the dense MACs at which reports ask.
 

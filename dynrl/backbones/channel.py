@@ -116,7 +116,7 @@ class SlimmableResNet(SkipResNet):
 
     family = "slimmable_resnet"
     decision = "channel"
-    captures: ClassVar[tuple[str, ...]] = ("kernels",)
+    captures: ClassVar[tuple[str, ...]] = ("kernels", "select")
     exports = False  # the number of rows of each width sets tensor sizes, which torch.export cannot express
 
     def __init__(

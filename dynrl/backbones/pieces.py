@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.walk import END, CostTable, State, Walk
-from dynrl.ops.move import each
+from dynrl.ops.move import each, tensors_of
 from dynrl.ops.partition import partition
 from dynrl.ops.recorder import Recorder, Replay, Told
 
@@ -107,7 +107,7 @@ class Pieces:
 
     def changing(self, point: int) -> list[Tensor]:
         """Return what replays at `point` change and may not do twice."""
-        return [*self.walk.records, *_parts(self._places[point].features)]
+        return self.state(point).written
 
     def _begin(self) -> None:
         walk = self.walk
@@ -180,9 +180,5 @@ def _leave(count: int, room: Tensor, value: Tensor) -> Tensor:
 
 def _room(before: _Place | None, value: Tensor) -> Tensor:
     """Return `value` itself if it is what lay at the point before, changed in place; else room for it."""
-    stays = before is not None and any(value is part for part in _parts(before.features))
+    stays = before is not None and any(value is part for part in tensors_of(before.features))
     return value if stays else torch.empty_like(value)
-
-
-def _parts(features: Any) -> tuple[Tensor, ...]:
-    return features if isinstance(features, tuple) else (features,)

@@ -96,7 +96,7 @@ class RoutingNet(Backbone):
     decision = "branch"
     rule = "table"
     exports = True
-    captures: ClassVar[tuple[str, ...]] = ("kernels",)
+    captures: ClassVar[tuple[str, ...]] = ("kernels", "select")
     budgets: ClassVar = (0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # the last one is a whole path
     table: Tensor
     stems: Any  # lists of modules, whose own parts torch's types do not know

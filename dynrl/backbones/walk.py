@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from dynrl.inputs import Inputs
-from dynrl.ops.move import as_rows, each
+from dynrl.ops.move import as_rows, each, tensors_of
 from dynrl.ops.record import record
 
 END = -1  # the point at which finished rows stand
@@ -282,6 +282,17 @@ class State:
         walk = self.walk.copy()
         rows = walk.all_rows if self.together else self.rows.clone()
         return State(walk, self.point, rows, each(Tensor.clone, self.features))
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What may be overwritten where these rows go on."""
+        return [*self.walk.records, *self.walk.own.values(), *tensors_of(self.features)]
+
+    def again(self) -> State:
+        """Return a state in the very tensors of this one, to go on from first, if what is `written` is put back."""
+        walk = copy.copy(self.walk)
+        walk.visits_together, walk.own = list(walk.visits_together), dict(walk.own)
+        return replace(self, walk=walk, held=copy.copy(self.held))
 
     def where(self, chosen: Tensor, point: int) -> State:
         """Return the rows for which `chosen` [n] bool holds, as a state at `point`."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dynrl.deploy.graphs import Facts, Whole, plain, ways_of
+from dynrl.deploy.graphs import Facts, Whole, plain, whole_ways
 from dynrl.ops.recorder import recorder_for
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class CapturedModel:
         weights = next(model.backbone.parameters())
         if not weights.is_cuda:
             raise ValueError(f"expected a model on a CUDA device to capture, got one on {weights.device}; call .cuda()")
-        whole = [way for way in ways_of(model) if way != "pieces"]
-        if not whole:
+        ways = whole_ways(model)
+        if not ways:
             raise ValueError(
                 f"{type(model.policy).__name__} on {type(model.backbone).__name__} cannot be captured: only a learned "
                 "policy that decides step by step can, on a family whose rows need no count on the host"
@@ -44,8 +44,9 @@ class CapturedModel:
         self.model, self._facts = model, Facts(model)
         with plain(weights.device):
             self._inputs = model.backbone.form.example(batch_size, weights)
-            recorder, select = recorder_for(self._inputs), whole[0] == "select"
-            self._whole = Whole(model.backbone, self._facts.choose, self._inputs, recorder, select)
+            recorder = recorder_for(self._inputs)
+            # There are no inputs yet on which ways could be timed.
+            self._whole = Whole(model.backbone, self._facts.choose, self._inputs, recorder, ways[:1])
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the outputs for [batch_size, *input_shape]; the next call overwrites them and `last_route`."""

@@ -1,8 +1,9 @@
 """Graphs are what a routed model runs on a CUDA device, recorded for sizes of inputs that come again.
 
 A walk launches many short kernels, which a device finishes sooner than Python can launch them. A recording is replayed
-without Python. There are three ways to record a walk (`WAYS`), and which one is fastest depends on the network, the
-batch and the device, so it is measured.
+without Python. A walk is recorded whole or in pieces, and its points run by one or another of the ways that the family
+states (`Backbone.captures`). Which is fastest depends on the network, the point, the batch and the device, so all are
+timed there.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from dynrl.deploy.routed import RoutedModel
 
 Choose = Callable[[State], Tensor]
+
+WAYS = ("kernels", "select", "pieces")  # how a point can run
 
 KEPT = 4  # how many recordings are kept
 MET = 64  # how many sizes that have come once are remembered
@@ -67,10 +70,15 @@ class Facts:
 
 
 def ways_of(model: RoutedModel) -> tuple[str, ...]:
-    """Return the names in `WAYS` of the ways in which `model` can be recorded; none if it has to run as it is."""
+    """Return the ways in which points of `model` can be recorded, names in `WAYS`; none if it has to run as it is."""
     sight = model.policy.sight
     steps = model.price_range is not None and sight is not None and sight.span == 1
     return model.backbone.captures if steps else ()
+
+
+def whole_ways(model: RoutedModel) -> tuple[str, ...]:
+    """Return those of `ways_of(model)` in which points of a whole recording can run."""
+    return tuple(way for way in ways_of(model) if way != "pieces")
 
 
 @contextmanager
@@ -84,12 +92,16 @@ def plain(device: torch.device) -> Iterator[None]:
 class Whole:
     """A whole recording is one graph: no op asks the host how many rows made a choice.
 
+    Each point runs by the fastest of some ways, as they are timed there on the first inputs, on the rows that choose
+    each branch then.
+
     Args:
         backbone: the network.
         choose: the model's function from a state to choices.
         inputs: the tensor whose values each replay walks.
         recorder: what records.
-        select: whether blocks run on all rows and some are selected; if not, kernels of ours read the counts.
+        ways: one way or more, names in `WAYS`. By kernels, ours read from the device's memory how many rows run. By
+            selection, all rows run, and what was not chosen has no effect.
 
     Attributes:
         walk: the walk that the last replay has done.
@@ -97,19 +109,17 @@ class Whole:
 
     walk: Walk
 
-    def __init__(self, backbone: Backbone, choose: Choose, inputs: Tensor, recorder: Recorder, select: bool) -> None:
-        self._told = told = Told(inputs.device, 1)
-
-        def run() -> None:
-            told.there.copy_(_finite(inputs))
-            told.send()
-            with recorder.counts(select):
-                self.walk = backbone.run(inputs, choose)
-
-        with recorder.counts(select):
+    def __init__(
+        self, backbone: Backbone, choose: Choose, inputs: Tensor, recorder: Recorder, ways: tuple[str, ...]
+    ) -> None:
+        self._backbone, self._choose, self._inputs, self._recorder = backbone, choose, inputs, recorder
+        self._ways, self._told = ways, Told(inputs.device, 1)
+        self._at = dict[int, tuple[str, dict[str, float]]]()  # for each point, the way and what each of them took
+        with self._by(ways[0]):
             # Kernels choose their tiles while all rows are at work: on few rows, all tiles would take the same time.
             backbone.run_route(inputs, backbone.dense_actions(len(inputs), inputs.device))
-        self._replay = recorder.record(run)
+        self._run(self._measured)
+        self._replay = recorder.record(self._record)
 
     def __call__(self) -> bool:
         """Walk the inputs, and return whether they are finite; if not, what the walk holds is worthless."""
@@ -121,15 +131,53 @@ class Whole:
         self._replay()
 
     def report(self) -> list[dict[str, Any]]:
-        """Return what ran at each point; nothing is chosen there."""
-        return []
+        """Return the way of each point, and what each way took there if there was a choice."""
+        return [
+            {"point": self._backbone.points[point].name, "by": way, "milliseconds": times}
+            for point, (way, times) in sorted(self._at.items())
+        ]
+
+    def _by(self, way: str) -> AbstractContextManager[None]:
+        return self._recorder.counts(way == "select")
+
+    def _record(self) -> None:
+        self._told.there.copy_(_finite(self._inputs))
+        self._told.send()
+        self._run(lambda state, action: self._at[state.point][0])
+
+    def _run(self, way_at: Callable[[State, Tensor], str]) -> None:
+        with self._recorder.counts():
+            state = self._backbone.begin(self._inputs)
+            self.walk, action = state.walk, self._choose(state)
+        while not state.ended:
+            state, action = self._step(state, action, way_at(state, action))
+
+    def _step(self, state: State, action: Tensor, way: str) -> tuple[State, Tensor]:
+        """Take the choices of a state, and make those at the next point, which take longer if a way leaves no sums."""
+        with self._by(way):
+            (reached,) = self._backbone.advance(state, action)  # all rows stay together
+            return reached, action if reached.ended else self._choose(reached)
+
+    def _measured(self, state: State, action: Tensor) -> str:
+        """Return the fastest way from a state, timed when its point comes first."""
+        if state.point not in self._at:
+            tried = self._ways if len(self._ways) > 1 else ()
+            times = {way: self._milliseconds(state, action, way) for way in tried}
+            self._at[state.point] = min(times, key=times.__getitem__, default=self._ways[0]), times
+        return self._at[state.point][0]
+
+    def _milliseconds(self, state: State, action: Tensor, way: str) -> float:
+        def run() -> None:
+            self._step(state.again(), action, way)
+
+        return self._recorder.milliseconds(self._recorder.record(run, state.written), state.written)
 
 
 class InPieces:
     """A recording in pieces has a graph for each point and for some numbers of rows, for blocks that are any module.
 
     It is what `dynrl.backbones.pieces` makes of the walk, with the choices at the end of each piece. The arguments are
-    those of `Whole`.
+    those of `Whole`; for each number of rows, a piece computes as few or as many of them as is fastest.
 
     Attributes:
         walk: the walk that the last replay has done.
@@ -174,22 +222,17 @@ def _finite(inputs: Tensor) -> Tensor:
     return torch.isfinite(inputs.sum(dtype=torch.float32)) if inputs.is_floating_point() else inputs.new_ones(())
 
 
-WAYS: Mapping[str, Callable[..., Whole | InPieces]] = {
-    "kernels": partial(Whole, select=False), "select": partial(Whole, select=True), "pieces": InPieces
-}  # fmt: skip
-
-
 class Recording:
-    """A recording walks inputs of one size as a model would, by the fastest of its ways on the first inputs.
+    """A recording walks inputs of one size as a model would, whole or in pieces, as was faster on the first inputs.
 
     Args:
         model: the model.
-        inputs: the first inputs, which the ways are timed on.
+        inputs: the first inputs, which everything is timed on.
         recorder: what records.
 
     Attributes:
-        way: the way, a name in `WAYS`.
-        milliseconds: what each way took.
+        way: "whole" or "pieces".
+        milliseconds: what each of them took on the device.
     """
 
     def __init__(self, model: RoutedModel, inputs: Tensor, recorder: Recorder) -> None:
@@ -198,8 +241,9 @@ class Recording:
         self.milliseconds, best = dict[str, float](), None
         with plain(inputs.device):
             self._inputs = inputs.clone()
-            for way in ways_of(model):
-                ran = WAYS[way](model.backbone, self._facts.choose, self._inputs, recorder)
+            given = model.backbone, self._facts.choose, self._inputs, recorder
+            for way, make in self._kinds(model).items():
+                ran = make(*given)
                 ran()  # pieces are recorded when they are first needed
                 self.milliseconds[way] = recorder.milliseconds(ran.launch)
                 if best is None or self.milliseconds[way] < self.milliseconds[self.way]:
@@ -207,6 +251,12 @@ class Recording:
         assert best is not None, "a model with no way to be recorded runs as it is"
         self._best = best
         self._bytes = recorder.memory() - before
+
+    @staticmethod
+    def _kinds(model: RoutedModel) -> dict[str, Callable[..., Whole | InPieces]]:
+        ways = whole_ways(model)
+        whole = {"whole": partial(Whole, ways=ways)} if ways else {}
+        return whole | ({"pieces": InPieces} if "pieces" in ways_of(model) else {})
 
     def fits(self, model: RoutedModel) -> bool:
         """Tell whether the model is still as it was."""

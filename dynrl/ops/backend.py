@@ -62,8 +62,9 @@ def device_counts(select: bool = False) -> Iterator[None]:
     """Inside this context, no op asks the host how many rows made a choice, as CUDA graphs require.
 
     Args:
-        select: whether blocks run on all rows, of which those that chose them are then selected (`gated_residual`).
-            This suits blocks that are no kernels of ours, and batches so small that all rows take no longer.
+        select: whether blocks run on all rows, of which those that chose them are then selected (`gated_residual`), and
+            slices at full width (`sliced_conv`). This suits blocks that are no kernels of ours, and all that takes no
+            longer than its parts.
 
     Raises:
         ValueError: in the ops, where the kernels cannot run.

@@ -23,6 +23,13 @@ def each(function: Callable[..., Any], *features: Any) -> Any:
     return tuple(map(function, *features)) if isinstance(first, tuple) else function(*features)
 
 
+def tensors_of(features: Any) -> tuple[Tensor, ...]:
+    """Return the tensors that features are: those of a tuple, or the one; none of None."""
+    if features is None:
+        return ()
+    return features if isinstance(features, tuple) else (features,)
+
+
 def keep_rows(chosen: Tensor, *features: Any) -> tuple[Any, ...] | None:
     """Return the chosen rows of each tensor, in their memory format. Differentiable.
 

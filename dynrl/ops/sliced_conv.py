@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.ops.backend import Path, path
+from dynrl.ops.backend import Path, path, selects
 from dynrl.ops.convolution import FoldedConv2d, fold
 from dynrl.ops.gated_residual import ResidualBlock
 from dynrl.ops.move import compute_groups, compute_rows
@@ -146,7 +146,8 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock, sums: MapSums | N
     """Do `sliced_conv_ref`, computing each row at its width only.
 
     `x` itself is overwritten and returned, and `sums` hold for the result, or are not known: only the kernels bring
-    them along. If gradients are recorded, the definition runs instead, which is differentiable in `x`.
+    them along. If gradients are recorded, the definition runs instead, which is differentiable in `x`. Inside
+    `device_counts(select=True)`, all rows are computed at full width, by the vendor's convolutions.
 
     The MACs are those of the block at each row's width.
     """
@@ -161,10 +162,12 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock, sums: MapSums | N
                 x = compute_rows(x, (choice == c).nonzero().squeeze(1), partial(block.sliced, choice=c))
             return x
         case Path.TRITON:
-            done = _on_triton(x, choice, block, known)
+            maps = x.contiguous(memory_format=torch.channels_last)
+            (_at_full_width if selects() else _on_triton)(maps, choice, block, known)
+            x = x if maps is x else x.copy_(maps)
             if sums is not None:
-                sums.keep(done, known)
-            return done
+                sums.keep(x, known)
+            return x
         case Path.HOST:
             parts = partition(choice, len(block.widths))
             if max(parts.sizes) == len(x):  # all rows chose the same width
@@ -174,10 +177,10 @@ def sliced_conv(x: Tensor, choice: Tensor, block: SlicedBlock, sums: MapSums | N
             return compute_groups(x, parts.order, groups)
 
 
-def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock, sums: Tensor | None) -> Tensor:
+def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock, sums: Tensor | None) -> None:
+    """Overwrite `x` in channels_last by each row at its width."""
     from dynrl.ops.kernels.conv import conv_rows
 
-    before, x = x, x.contiguous(memory_format=torch.channels_last)
     parts = partition(choice, len(block.widths))
     order, offsets = parts.order, parts.offsets
     y = x
@@ -193,4 +196,21 @@ def _on_triton(x: Tensor, choice: Tensor, block: SlicedBlock, sums: Tensor | Non
             granule=weight.shape[1] if first else math.gcd(*block.widths), sums=sums if last else None,
         )  # fmt: skip
         y = out
-    return x if x is before else before.copy_(x)
+
+
+def _at_full_width(x: Tensor, choice: Tensor, block: SlicedBlock, sums: Tensor | None) -> None:
+    """Overwrite `x` in channels_last by all rows at full width, where channels beyond a row's width are zero.
+
+    Behind each convolution of the vendor's, one kernel does what depends on the row.
+    """
+    from dynrl.ops.kernels.slices import finish_slices
+
+    y = x
+    for i, padding in enumerate(block.paddings):
+        last = i == block.count - 1
+        weight, scale, shift = (getattr(block, f"{name}{i}") for name in ("weight", "scale", "shift"))
+        y = F.conv2d(y, weight, padding=padding).contiguous(memory_format=torch.channels_last)
+        finish_slices(
+            y, x if last else y, choice, scale, shift, widths=None if last else block.active,
+            residual=x if last else None, sums=sums if last else None,
+        )  # fmt: skip

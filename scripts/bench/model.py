@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -295,9 +296,14 @@ def _graph_times(ms: dict[str, float]) -> dict[str, float | None]:
 
 
 def _recorded(replayed: RoutedModel) -> dict[str, Any]:
-    """Return what a model says of its graphs: how it ran, and all of its report."""
+    """Return what a model says of its graphs: how it ran, with how many points by each way, and all of its report."""
     report = replayed.graphs.report()
-    return {"way": ", ".join(found.get("way", "eager") for found in report) or "eager", "recorded": report}
+    return {"way": ", ".join(map(_way, report)) or "eager", "recorded": report}
+
+
+def _way(recorded: dict[str, Any]) -> str:
+    by = Counter(point["by"] for point in recorded.get("points", ()) if "by" in point)
+    return " ".join([recorded.get("way", "eager"), *(f"{count} {way}" for way, count in sorted(by.items()))])
 
 
 def _show(row: dict[str, Any]) -> None:
