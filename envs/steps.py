@@ -56,7 +56,7 @@ class Steps:
         raise NotImplementedError
 
     def holds(self, states: Collection[State]) -> bool:
-        """Tell whether `states`, which make up the batch, are where the last replays have led."""
+        """Tell whether `states` are where the last replays have led."""
         raise NotImplementedError
 
     def advance(self, states: Collection[State], actions: Tensor) -> list[State]:
@@ -123,7 +123,8 @@ class Apart(Steps):
     def __init__(self, backbone: Backbone, inputs: Tensor, *given: Any) -> None:
         self._at = torch.full((len(inputs),), END, device=inputs.device)  # the point at which each slot stands
         super().__init__(backbone, inputs, *given)
-        self._told = Told(inputs.device, len(backbone.points) + 3 + len(inputs))
+        self._size = len(inputs)
+        self._told = Told(inputs.device, self._size + len(backbone.points) + 3)  # what `decide_apart` returns
         self._replay = self._recorder.record(self._decide)
 
     def begin_some(self, inputs: Tensor, prices: Tensor, rows: Tensor) -> State:
@@ -141,15 +142,14 @@ class Apart(Steps):
         """Do `Steps.advance`. A state at END has its rows on the host, too: `held` [n] int64."""
         self._actions.copy_(actions)
         self._replay()
-        last, walk, told = len(self._backbone.points), self.walk, self._told.read()
-        bounds = told[: last + 3].tolist()
-        for point, (begin, end) in enumerate(pairwise(bounds[: last + 1])):
+        walk, told, points = self.walk, self._told.read(), len(self._backbone.points)
+        bounds = told[self._size :].tolist()
+        for point, (begin, end) in enumerate(pairwise(bounds[: points + 1])):
             if begin < end:
                 self._pieces.go_on(point, end - begin)
-        # The next decisions will overwrite both.
-        here, there = told[last + 3 :].clone(), self._told.there[last + 3 :].clone()
-        going = [there[begin:end] for begin, end in pairwise(bounds[:last])]
-        ended = slice(bounds[last - 1], bounds[last + 1])  # behind the last point, or because they have stopped
+        here, there = told[: self._size].clone(), self._told.there.clone()  # the next decisions will overwrite them
+        going = [there[begin:end] for begin, end in pairwise(bounds[:points])]
+        ended = slice(bounds[points - 1], bounds[points + 1])  # behind the last point, or because they have stopped
         reached = [State(walk, point, rows) for point, rows in enumerate(going, 1)]
         return [*reached, State(walk, END, there[ended], held=here[ended])]
 
@@ -161,7 +161,7 @@ class Apart(Steps):
             order, bounds = self._pieces.decide_apart(self._at, self._actions)
             # Rows that stop have arrived; others will be seen somewhere else.
             self._arrived(self._pieces, self._pieces.state(END))
-            self._told.there.copy_(torch.cat([bounds, order]))
+            self._told.there.copy_(torch.cat([order, bounds]))
             self._told.send()
 
     def _arrived(self, pieces: Pieces, state: State) -> None:

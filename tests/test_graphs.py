@@ -468,6 +468,23 @@ def test_rows_that_do_not_stand_at_a_point_take_no_part_there(name, monkeypatch)
     assert any(ran > held for way in ways for held, (_, ran, _) in way.items()), "no piece has run repeats"
 
 
+def test_rows_of_a_chain_that_have_parted_may_be_recorded_again(monkeypatch):
+    """All run everything, so that nothing has to be recorded anew, which would hide what is left of the rest."""
+    heard = []
+    for recorder in (TapeRecorder, None):
+        envs, said = environments("skip in a network", recorder, monkeypatch, autoreset_mode="Disabled"), []
+        for rows in ([0, 2], None):
+            for _ in envs.backbone.points:
+                said += envs.step_tensors(torch.ones(6, dtype=torch.int64))[:3]
+            said.append(envs.reset_tensors(rows=None if rows is None else torch.tensor(rows)))
+            if rows is not None:
+                said.append(envs.reset_tensors(rows=torch.tensor([1, 3, 4, 5])))
+        for _ in envs.backbone.points:
+            said += envs.step_tensors(torch.ones(6, dtype=torch.int64))[:3]
+        heard.append(said)
+    check_heard(*heard)
+
+
 def test_a_step_waits_once_for_the_device(monkeypatch):
     """For all points together, and for what begins anew; nothing else asks for values."""
     envs = environments(

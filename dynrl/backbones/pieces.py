@@ -111,7 +111,7 @@ class Pieces:
         """
         walk, last = self.walk, len(self._backbone.points)
         walk.decided_apart(at, action)
-        does = torch.where(at == END, last + 1, torch.where(action == 1, at, last))
+        does = at.masked_fill(action != 1, last).masked_fill_(at == END, last + 1)
         part = partition(does, last + 2)
         bounds = part.offsets.long()
         begins, behind = bounds[:last, None], bounds[1 : last + 1, None]

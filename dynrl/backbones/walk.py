@@ -204,7 +204,7 @@ class Walk:
         self.steps += decides
         self.last.copy_(torch.where(decides, action + 1, self.last))
         for ledger, table in self._ledgers:
-            ledger += torch.where(here, table.choices.t()[action], 0).sum(1)
+            ledger += (table.choices.t()[action] * here).sum(1)
 
     def keep(self, name: str, rows: Tensor, value: Tensor) -> None:
         """Set `own[name]` of `rows` to `value` [n, ...], in its memory format; differentiable."""
