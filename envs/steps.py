@@ -14,7 +14,7 @@ from torch import Tensor
 from dynrl.backbones import END, Backbone, CostTable, State
 from dynrl.backbones.pieces import Pieces
 from dynrl.ops.move import put_rows
-from dynrl.ops.recorder import Recorder, Replay, Told, recorder_for, records
+from dynrl.ops.recorder import Recorder, Told, recorder_for, records
 
 See = Callable[[State, Tensor], Tensor]
 

@@ -388,13 +388,14 @@ def environments(name: str, recorder: Callable[[], Any] | None, monkeypatch, cou
 
 
 def heard_of(envs, steps: int = 20, before: Callable[[], None] = lambda: None) -> list[torch.Tensor | str]:
-    """What some steps of random actions return, and resets of all rows and of some, wherever these stand."""
+    """What some steps of random actions return and record, and resets of all rows and of some, wherever these stand."""
     drawn, heard, ends = torch.Generator().manual_seed(1), [envs.reset_tensors(7)], 0
     for _ in range(steps):
         before()
         actions = (torch.rand(envs.num_envs, generator=drawn) < 0.7).long().to(envs.device)
         observed, rewards, ended, info = envs.step_tensors(actions)
         heard += [observed, rewards, ended, *(info[name] for name in sorted(info))]
+        heard += [written.clone() for written in envs._walk.records]
         if envs.render_mode is not None:
             heard += envs.render()
         if envs.autoreset_mode is AutoresetMode.DISABLED and ended.any():

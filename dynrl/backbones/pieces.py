@@ -1,10 +1,10 @@
 """A walk in pieces is recorded as CUDA graphs from point to point, for blocks that are any module.
 
-A piece gathers the rows that take choice 1, computes the branch, puts them back, and goes on to the next point. Features
-lie at the number of their slot, so rows may stand at several points at the same time. Between pieces the host waits for
-the numbers of rows that will run. It replays a piece for the least recorded number that holds them, filled up with
-repeats of the last row, which write the same once more. Pieces are recorded when they are first needed. The idea is
-that of vLLM's piecewise graphs.
+A piece gathers the rows that take choice 1, computes the branch, puts them back, and goes on to the next point. Each
+slot has its place at every point, so rows may stand at several points at the same time. Between pieces the host waits
+for one number at each point, how many rows will run. It replays the piece for the least recorded number that holds
+them, filled up with repeats of the last row, which write the same once more. Pieces are recorded when they are first
+needed. The idea is that of vLLM's piecewise graphs.
 """
 
 from __future__ import annotations

@@ -240,8 +240,8 @@ class State:
         walk, point: the walk, and the point at which the rows stand.
         rows: [n] int64, the slots of the rows.
         features: the backbone's features, a tensor [n, ...] or a tuple of such tensors; None at END.
-        held: what a family keeps to go on from this very state; a copy, a part or a merged state has None. At END, where
-            nothing goes on, it may be `rows` on the host, if these are known there.
+        held: what a family keeps to go on from this very state; a copy, a part or a merged state has None. At END, it
+            may be what the host knows of `rows`: the same numbers.
     """
 
     walk: Walk
