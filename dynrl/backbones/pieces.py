@@ -55,8 +55,6 @@ class Pieces:
 
     Attributes:
         walk: the walk, whose records stay where they are.
-        index: [points + 1, B] int64: for each point, the slots that go on from there, the last of them again behind the
-            last; behind the last point, which is where END is, those that begin anew.
     """
 
     def __init__(
@@ -68,7 +66,9 @@ class Pieces:
         self._outputs: Tensor | None = None
         self._capacities = [0, *sorted({math.ceil(size * step / STEPS) for step in range(1, STEPS + 1)})]
         self.walk = Walk(inputs, backbone.points, backbone.mac_table, table)
-        self.index = inputs.new_zeros(len(backbone.points) + 1, size, dtype=torch.int64)  # at first, one for all
+        # For each point, the slots that go on from there, the last of them again behind the last; and in the last line,
+        # which is that of END, those that begin anew. At first, one slot stands for all.
+        self._index = inputs.new_zeros(len(backbone.points) + 1, size, dtype=torch.int64)
         self._places = {END: _Place(None, Told(inputs.device, 1))}
         self._begin()
         for point in range(len(backbone.points)):  # makes what stands at the points
@@ -94,7 +94,7 @@ class Pieces:
             going &= walk.all_rows[:count] < self._places[state.point - 1].told.there
         part = partition((~going).long(), 2)
         order, run = part.order if state.together else state.rows.index_select(0, part.order), part.offsets[1:2].long()
-        self._sort(self.index[state.point], order, walk.all_rows, run)
+        self._sort(self._index[state.point], order, walk.all_rows, run)
         place.told.there.copy_(run)
         place.told.send()
 
@@ -115,12 +115,12 @@ class Pieces:
         part = partition(does, last + 2)
         bounds = part.offsets.long()
         begins, behind = bounds[:last, None], bounds[1 : last + 1, None]
-        self._sort(self.index[:last], part.order, walk.all_rows + begins, behind)
+        self._sort(self._index[:last], part.order, walk.all_rows + begins, behind)
         return part.order, bounds
 
     def begin_anew(self, rows: Tensor) -> None:
         """Put `rows` [n], n > 0, at the first point, with the inputs that lie in their slots now, up to `arrived`."""
-        self.index[END].copy_(rows.index_select(0, self.walk.all_rows.clamp_max(len(rows) - 1)))
+        self._index[END].copy_(rows.index_select(0, self.walk.all_rows.clamp_max(len(rows) - 1)))
         self.go_on(END, len(rows))
 
     def _sort(self, index: Tensor, order: Tensor, places: Tensor, behind: Tensor) -> None:
@@ -136,7 +136,7 @@ class Pieces:
         """Replay what follows the decision at `point`, where `count` rows take choice 1, up to `arrived`."""
         self._piece(point, count)()
 
-    def changing(self, point: int) -> list[Tensor]:
+    def _changing(self, point: int) -> list[Tensor]:
         """Return what replays at `point` change and may not do twice."""
         return [*self.walk.records, *_parts(self._places[point].features)]
 
@@ -147,7 +147,7 @@ class Pieces:
         self._arrive(self._backbone._start(walk, walk.all_rows, walk.inputs))
 
     def _go_on(self, point: int, capacity: int) -> None:
-        index, walk = self.index[point, :capacity], self.walk
+        index, walk = self._index[point, :capacity], self.walk
         if point == END:
             walk.forget(index)
             walk.begin(index)
@@ -184,7 +184,7 @@ class Pieces:
         capacity = next(capacity for capacity in self._capacities if capacity >= count)
         for needed in (size, capacity):
             if needed not in ways:
-                keep, run = self.changing(point), partial(self._go_on, point, needed)
+                keep, run = self._changing(point), partial(self._go_on, point, needed)
                 replay = self._recorder.record(run, keep)
                 ways[needed] = replay, needed, self._recorder.milliseconds(replay, keep)
                 # To compute all rows may take less time than to gather some, where they are many or a batch is small.
