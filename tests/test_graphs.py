@@ -520,7 +520,7 @@ def test_environments_that_cannot_be_recorded_run_as_they_are(name, monkeypatch)
 @pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
 @pytest.mark.parametrize("name", STEPPED)
-def test_a_device_replays_the_steps_that_it_would_run(name, mode, monkeypatch):
+def test_a_device_replays_the_steps_that_it_would_run(name, mode):
     backbone = make_backbone(name)
     replayed, plainly = (
         vector_env(backbone.decision)(9, backbone=backbone, data=noise(backbone), autoreset_mode=mode, device="cuda")
