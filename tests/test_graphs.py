@@ -435,14 +435,14 @@ def test_recorded_environments_are_the_environments(name, mode, monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"price": 0.1}, {"group": 3}, {"reward": "gain"}, {"times": TIMES}, {"render_mode": "ansi", "price": 0.1},
-        {"dtype": "float16"}, {"count": 1}, {"count": 19},
+        {"price": 0.1}, {"group": 3}, {"reward": "gain"}, {"times": TIMES}, {"dtype": "float16"}, {"count": 1},
+        {"count": 19}, {"render_mode": "ansi", "price": 0.1}, {"autoreset_mode": "NextStep", "reward": "gain"},
+        {"autoreset_mode": "NextStep", "render_mode": "ansi", "group": 2},
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
-def test_recorded_environments_whatever_they_are_asked(settings, mode, monkeypatch):
+def test_recorded_environments_whatever_they_are_asked(settings, monkeypatch):
     recorded, plainly = (
-        environments("exits in a network", recorder, monkeypatch, autoreset_mode=mode, **settings)
+        environments("exits in a network", recorder, monkeypatch, **{"autoreset_mode": "SameStep"} | settings)
         for recorder in (TapeRecorder, None)
     )
     check_heard(heard_of(recorded), heard_of(plainly))
@@ -518,12 +518,12 @@ def test_environments_that_cannot_be_recorded_run_as_they_are(name, monkeypatch)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a graph cannot be recorded here")
 @pytest.mark.usefixtures("full_precision")
-@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+@pytest.mark.parametrize("mode", ["SameStep", "Disabled"])
 @pytest.mark.parametrize("name", STEPPED)
 def test_a_device_replays_the_steps_that_it_would_run(name, mode):
     backbone = make_backbone(name)
     replayed, plainly = (
-        vector_env(backbone.decision)(9, backbone=backbone, data=noise(backbone), autoreset_mode=mode, device="cuda")
+        vector_env(backbone.decision)(4, backbone=backbone, data=noise(backbone), autoreset_mode=mode, device="cuda")
         for _ in range(2)
     )
     plainly.graphs = False
