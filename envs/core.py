@@ -7,7 +7,7 @@ that Gymnasium calls. The single environment is the batched one with one row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -305,20 +305,21 @@ class RoutingVectorEnv(VectorEnv):
             self._start(rows)
         return self._observe()
 
-    def _start(self, rows: Tensor | None) -> None:
-        """Draw inputs and prices for `rows`, or for all rows if None, and put them at the first point."""
+    def _start(self, rows: Tensor | None, here: Tensor | None = None) -> None:
+        """Draw inputs and prices for `rows`, or for all rows if None, and put them at the first point.
+
+        If the host knows `rows` already, they are `here`, and nothing waits for the device.
+        """
         every = rows is None
-        at = np.arange(self.num_envs) if rows is None else rows.cpu().numpy()
+        at = np.arange(self.num_envs) if rows is None else (rows.cpu() if here is None else here).numpy()
         assert self._seeds is not None
         seeds, episodes = self._seeds[at], self._episodes[at]
         self._episodes[at] += 1
-        chosen = torch.from_numpy((draw(seeds, episodes, 0) % np.uint64(len(self._split))).astype(np.int64)).to(
-            self.device
-        )
+        chosen = self._sent((draw(seeds, episodes, 0) % np.uint64(len(self._split))).astype(np.int64))
         if self._fixed_price is None:
             low, high = np.log(self.price_range)
             share = draw(seeds, episodes, 1).astype(np.float64) / 2.0**64
-            prices = torch.from_numpy(np.exp(low + (high - low) * share)).float().to(self.device)
+            prices = self._sent(np.exp(low + (high - low) * share).astype(np.float32))
         else:
             prices = torch.full((len(at),), self._fixed_price, dtype=torch.float32, device=self.device)
         inputs = self._split.inputs[chosen]
@@ -339,14 +340,31 @@ class RoutingVectorEnv(VectorEnv):
             assert rows is not None
             self._prices[rows], self._drawn[rows] = prices, chosen
             self._paid[rows], self._gained[rows] = 0, 0.0
-            begun = self.backbone.begin(inputs, self._walk, rows)
+            if self._recorded is None:
+                begun = self.backbone.begin(inputs, self._walk, rows)
+            else:
+                begun = self._recorded.begin_some(inputs, prices, rows)
         self._states = merge([*self._states.values(), begun])
+
+    def _start_after(self, ended: State) -> None:
+        """Do `_start` in the rows of `ended`."""
+        if ended.together:
+            self._start(None)
+        else:
+            self._start(ended.rows, ended.held)
+
+    def _sent(self, values: np.ndarray) -> Tensor:
+        """Return `values` on the device, without waiting for it."""
+        given, waits = torch.from_numpy(values), self.device.type != "cuda"
+        return (given if waits else given.pin_memory()).to(self.device, non_blocking=not waits)
 
     def _floats(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)  # whatever torch's default type is
 
     def _observe(self) -> Tensor:
         standing = list(self._states.values()) + ([self._ended] if self._ended is not None else [])
+        if self._recorded is not None and self._recorded.holds(standing):
+            return self._recorded.seen(self._walk.all_rows)
         if len(standing) == 1 and standing[0].together:
             return self._see(standing[0])
         view = self._floats(self.num_envs, self.sight.width)
@@ -355,8 +373,8 @@ class RoutingVectorEnv(VectorEnv):
         return view
 
     def _see(self, state: State) -> Tensor:
-        if self._recorded is not None and not state.ended and self._recorded.holds(state):
-            return self._recorded.seen()
+        if self._recorded is not None and self._recorded.holds([state]):
+            return self._recorded.seen(state.rows)
         return self.sight.see(self.backbone, state, self._prices)
 
     @property
@@ -384,17 +402,16 @@ class RoutingVectorEnv(VectorEnv):
         """
         ends: list[State] = []
         for _ in range(self.sight.span):
-            reached = [end for s in states.values() for end in self._advance(s, self.sight.pick(actions, s))]
-            states = merge(reached)
+            states = merge(self._advance(states.values(), actions))
             ends += [states.pop(END)] if END in states else []
             if not states:
                 break
         return states, merge(ends).get(END)
 
-    def _advance(self, state: State, action: Tensor) -> list[State]:
-        if self._recorded is not None and self._recorded.holds(state):
-            return [self._recorded.advance(state, action)]
-        return self.backbone.advance(state, action)
+    def _advance(self, states: Collection[State], actions: Tensor) -> list[State]:
+        if states and self._recorded is not None and self._recorded.holds(states):
+            return self._recorded.advance(states, actions[:, 0])
+        return [end for s in states for end in self.backbone.advance(s, self.sight.pick(actions, s))]
 
     def _terms(self, end: State) -> tuple[Tensor, Tensor]:
         """Return the accuracy term [n] and the cost term [n] of whole episodes."""
@@ -459,9 +476,9 @@ class RoutingVectorEnv(VectorEnv):
         if self._same_step and end is not None:
             info["final_obs"] = self._observe_only(end)
             self._ended = None
-            self._start(None if end.together else end.rows)
+            self._start_after(end)
         elif waiting is not None:
-            self._start(None if waiting.together else waiting.rows)
+            self._start_after(waiting)
         return self._observe(), accuracy_term + cost_term, terminated, info
 
     def _observe_only(self, state: State) -> Tensor:

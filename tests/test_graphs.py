@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +14,14 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from dynrl.backbones import Backbone, ExitModule, SkipModule, SkipResNet, SlimmableResNet
+from dynrl.data import Augmentation, Dataset, Split
 from dynrl.deploy import RoutedModel
 from dynrl.deploy.graphs import KEPT, WAYS, InPieces, Recording, Whole, plain
-from dynrl.envs.skip import SkipVectorEnv
 from dynrl.ops.backend import selects
-from dynrl.ops.recorder import recorder_for
+from dynrl.ops.recorder import Told, recorder_for
 from dynrl.policies import RandomPolicy
-from tests.cases import BACKBONES, EXAMPLES, make_backbone, make_policy, trained
-from tests.devices import CallingRecorder, TapeRecorder
+from tests.cases import BACKBONES, EXAMPLES, make_backbone, make_policy, trained, vector_env
+from tests.devices import CallingRecorder, NoHostSync, TapeRecorder
 from tests.toys import Convolutional, Transformer
 
 ON_CPU = torch.device("cpu")
@@ -83,9 +86,9 @@ def test_pieces_are_the_walk(name):
             inputs.copy_(drawn)
             assert pieces()
             routes |= same(model, pieces.walk, drawn)
-            for point, place in pieces.pieces._places.items():  # repeats are not counted
+            for point in range(len(model.backbone.points)):  # repeats are not counted
                 running = int((pieces.walk.route[:, point] == 1).sum())
-                assert place.told.read()[0] == running
+                assert pieces.pieces.running(point) == running
                 if model.backbone.speaks and not running:
                     break
     assert len(routes) > 1, "the rows go one way only, so that nothing is tested"
@@ -255,7 +258,7 @@ def test_capacities_hold_every_count(size):
 def test_features_that_stay_where_they_are_are_not_moved():
     model = routed("skip in a transformer")
     pieces = InPieces(model.backbone, model.chooser, model.backbone.random_inputs(4), TapeRecorder())
-    features = [place.features for place in pieces.pieces._places.values()]
+    features = [pieces.pieces.state(point).features for point in range(len(model.backbone.points))]
     assert all(x is features[0] for x in features), "nothing lies between the blocks"
 
 
@@ -449,40 +452,167 @@ def test_other_policies_and_networks_run_as_they_are(recorders):
     assert not recorders
 
 
-def stepped(recorded: bool, monkeypatch, **settings):
-    """Four environments of a small network, and what each of some steps returned."""
-    monkeypatch.setattr("dynrl.envs.steps.records", lambda inputs: recorded)
-    monkeypatch.setattr("dynrl.envs.steps.recorder_for", lambda inputs: TapeRecorder())
+def noise(backbone: Backbone) -> Dataset:
+    """Random inputs of one class or another."""
+    drawn = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        classes = backbone(backbone.random_inputs(1)).shape[1]
+    split = Split(backbone.random_inputs(40, drawn), torch.randint(0, classes, (40,), generator=drawn))
+    return Dataset("noise", classes, split, split, split, Augmentation())
+
+
+def environments(name: str, recorder: Callable[[], Any] | None, monkeypatch, count: int = 6, **settings: Any):
+    """Some environments of a case, which have begun; they record their steps if there is a recorder."""
+    monkeypatch.setattr("dynrl.envs.steps.records", lambda inputs: recorder is not None)
+    monkeypatch.setattr("dynrl.envs.steps.recorder_for", lambda inputs: recorder())
     torch.manual_seed(0)
-    backbone = SkipResNet((1, 24, 24), 10, layers=(2, 2), widths=(4, 8))
-    envs = SkipVectorEnv(4, backbone=backbone, data="digits", **settings)
+    backbone = make_backbone(name)
+    envs = vector_env(backbone.decision)(count, backbone=backbone, data=noise(backbone), **settings)
     assert (envs.graphs, envs._recorded) == (True, None)
-    drawn, heard = torch.Generator().manual_seed(1), [(envs.reset_tensors(7),)]
-    for step in range(8):
-        observed, rewards, ended, info = envs.step_tensors(torch.randint(0, 2, (4,), generator=drawn))
-        heard.append((observed, rewards, ended, *(info[name] for name in sorted(info))))
+    envs.reset_tensors(7)
+    return envs
+
+
+def heard_of(envs, steps: int = 20, before: Callable[[], None] = lambda: None) -> list[torch.Tensor | str]:
+    """What some steps of random actions return and record, and resets of all rows and of some, wherever these stand."""
+    drawn, heard, ends = torch.Generator().manual_seed(1), [envs.reset_tensors(7)], 0
+    for _ in range(steps):
+        before()
+        actions = (torch.rand(envs.num_envs, generator=drawn) < 0.7).long().to(envs.device)
+        observed, rewards, ended, info = envs.step_tensors(actions)
+        heard += [observed, rewards, ended, *(info[name] for name in sorted(info))]
+        heard += [written.clone() for written in envs._walk.records]
+        if envs.render_mode is not None:
+            heard += envs.render()
         if envs.autoreset_mode is AutoresetMode.DISABLED and ended.any():
-            heard.append((envs.reset_tensors(rows=torch.tensor([0, 2]) if step < 4 else None),))
-            heard.append((envs.reset_tensors(rows=torch.tensor([1, 3])),) if step < 4 else ())
-    return envs, heard
+            ends += 1
+            if ends % 3 == 0:
+                heard.append(envs.reset_tensors())
+            else:
+                ended[ends % 2] = True
+                for rows in ended.nonzero().squeeze(1).split(2):
+                    heard.append(envs.reset_tensors(rows=rows))
+    return heard
+
+
+def check_heard(got: list[Any], wanted: list[Any]) -> None:
+    assert len(got) == len(wanted)
+    for mine, other in zip(got, wanted, strict=True):
+        if isinstance(mine, str):
+            assert mine == other
+        else:
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+STEPPED = ["skip", "exit", "exits in a network", "exits at scales"]
+TIMES = {"start": 1.0, "choices": [[0.5, 2.0], [0.25, 3.0]]}
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
-@pytest.mark.parametrize("price", [None, 0.1])
-def test_recorded_environments_are_the_environments(mode, price, monkeypatch):
-    settings = {"autoreset_mode": mode, "price": price}
-    envs, heard = stepped(True, monkeypatch, **settings)
-    plainly, expected = stepped(False, monkeypatch, **settings)
-    assert envs._recorded is not None and plainly._recorded is None
-    assert len(heard) == len(expected) == 9 + 4 * (mode == "Disabled")
-    for got, wanted in zip(heard, expected, strict=True):
-        for mine, other in zip(got, wanted, strict=True):
-            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("name", STEPPED)
+def test_recorded_environments_are_the_environments(name, mode, monkeypatch):
+    recorded, plainly = (
+        environments(name, recorder, monkeypatch, autoreset_mode=mode) for recorder in (TapeRecorder, None)
+    )
+    assert recorded._recorded is not None and plainly._recorded is None
+    check_heard(heard_of(recorded), heard_of(plainly))
 
 
-def test_environments_are_charged_by_time_when_recorded(monkeypatch):
-    times = {"start": 1.0, "choices": [[0.5, 2.0], [0.25, 3.0], [0.125, 1.0]]}
-    both = [stepped(recorded, monkeypatch, autoreset_mode="SameStep", times=times)[1] for recorded in (True, False)]
-    for got, wanted in zip(*both, strict=True):
-        for mine, other in zip(got, wanted, strict=True):
-            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"price": 0.1}, {"group": 3}, {"reward": "gain"}, {"times": TIMES}, {"dtype": "float16"}, {"count": 1},
+        {"count": 19}, {"render_mode": "ansi", "price": 0.1}, {"autoreset_mode": "NextStep", "reward": "gain"},
+        {"autoreset_mode": "NextStep", "render_mode": "ansi", "group": 2},
+    ],
+)  # fmt: skip
+def test_recorded_environments_whatever_they_are_asked(settings, monkeypatch):
+    recorded, plainly = (
+        environments("exits in a network", recorder, monkeypatch, **{"autoreset_mode": "SameStep"} | settings)
+        for recorder in (TapeRecorder, None)
+    )
+    check_heard(heard_of(recorded), heard_of(plainly))
+
+
+@pytest.mark.parametrize("name", ["exit", "exits at scales"])
+def test_rows_that_do_not_stand_at_a_point_take_no_part_there(name, monkeypatch):
+    """What lies in their places is NaN, and pieces of more rows than there are run, too."""
+    fickle = partial(TapeRecorder, drawn=torch.Generator().manual_seed(0))
+    recorded, plainly = (
+        environments(name, recorder, monkeypatch, count=9, autoreset_mode="SameStep") for recorder in (fickle, None)
+    )
+
+    def spoil() -> None:
+        standing = {point: state.rows for point, state in recorded._states.items()}
+        for point, place in recorded._recorded._pieces._places.items():
+            for features in place.features if isinstance(place.features, tuple) else (place.features,):
+                if features is not None:
+                    away = torch.ones(9, dtype=torch.bool)
+                    away[standing.get(point, [])] = False
+                    features[away] = torch.nan
+
+    check_heard(heard_of(recorded, before=spoil), heard_of(plainly))
+    ways = [place.ways for place in recorded._recorded._pieces._places.values()]
+    assert any(ran > held for way in ways for held, (_, ran, _) in way.items()), "no piece has run repeats"
+
+
+def test_rows_of_a_chain_that_have_parted_may_be_recorded_again(monkeypatch):
+    """All run everything, so that nothing has to be recorded anew, which would hide what is left of the rest."""
+    heard = []
+    for recorder in (TapeRecorder, None):
+        envs, said = environments("skip in a network", recorder, monkeypatch, autoreset_mode="Disabled"), []
+        for rows in ([0, 2], None):
+            for _ in envs.backbone.points:
+                said += envs.step_tensors(torch.ones(6, dtype=torch.int64))[:3]
+            said.append(envs.reset_tensors(rows=None if rows is None else torch.tensor(rows)))
+            if rows is not None:
+                said.append(envs.reset_tensors(rows=torch.tensor([1, 3, 4, 5])))
+        for _ in envs.backbone.points:
+            said += envs.step_tensors(torch.ones(6, dtype=torch.int64))[:3]
+        heard.append(said)
+    check_heard(*heard)
+
+
+def test_a_step_waits_once_for_the_device(monkeypatch):
+    """For all points together, and for what begins anew; nothing else asks for values."""
+    envs = environments(
+        "exits in a network", TapeRecorder, monkeypatch, autoreset_mode="SameStep", price=0.1, reward="correct"
+    )
+    heard_of(envs)  # all of it is recorded
+    reads, read = [], Told.read
+    monkeypatch.setattr(Told, "read", lambda told: [reads.append(told), read(told)][1])
+    began = 0
+    for seed in range(10):
+        actions = torch.randint(0, 2, (6,), generator=torch.Generator().manual_seed(seed))
+        with NoHostSync():
+            _, _, ended, _ = envs.step_tensors(actions)
+        began += int(ended.any() and not ended.all())
+        assert len(reads) == seed + 1
+    assert began
+
+
+@pytest.mark.parametrize("name", ["skip", "exit"])
+def test_environments_that_cannot_be_recorded_run_as_they_are(name, monkeypatch):
+    class Refusing(TapeRecorder):
+        def record(self, run, keep=()):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with pytest.warns(UserWarning, match="environments run without CUDA graphs: RuntimeError: operation not permitted"):
+        refused = environments(name, Refusing, monkeypatch, price=0.1)
+    assert refused._recorded is None and not refused.graphs
+    check_heard(heard_of(refused, 4), heard_of(environments(name, None, monkeypatch, price=0.1), 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a graph cannot be recorded here")
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("mode", ["SameStep", "Disabled"])
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_device_replays_the_steps_that_it_would_run(name, mode):
+    backbone = make_backbone(name)
+    replayed, plainly = (
+        vector_env(backbone.decision)(4, backbone=backbone, data=noise(backbone), autoreset_mode=mode, device="cuda")
+        for _ in range(2)
+    )
+    plainly.graphs = False
+    check_heard(heard_of(replayed), heard_of(plainly))
+    assert replayed._recorded is not None and plainly._recorded is None

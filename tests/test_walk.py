@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynrl.backbones import END, CostTable, Point, Walk, choice_rates, load_backbone, merge
+from dynrl.backbones import END, CostTable, Point, State, Walk, choice_rates, load_backbone, merge
 from dynrl.ops.costs import COSTS
 from dynrl.ops.move import each
 from dynrl.policies import PolicySpec, StepSight
@@ -307,6 +307,21 @@ def test_one_bill_in_the_units_of_the_table_holds_what_a_family_charges_itself()
     extra = 16 * table.dense / backbone.dense_macs
     torch.testing.assert_close(walk.bill, torch.tensor([1 + 1 + 4, 1 + 2 + 3 + 3 + extra + 0.5 + 1]))
     assert torch.equal(walk.macs, backbone.run_route(inputs, route).macs)
+
+
+def test_rows_at_different_points_are_recorded_at_once_as_they_are_one_point_after_the_other():
+    points, drawn = [Point("a", 2), Point("b", 3), Point("c", 2)], torch.Generator().manual_seed(0)
+    macs = CostTable(5.0, torch.tensor([[1, 2, -1], [3, 5, 8], [13, 21, -1]]), 60.0)
+    times = CostTable(0.5, torch.rand(3, 3, generator=drawn), 7.0)
+    both = [Walk(torch.zeros(16, 1), points, macs, times) for _ in range(2)]
+    for _ in range(5):
+        at = torch.randint(END, 3, (16,), generator=drawn)
+        action = torch.randint(0, 2, (16,), generator=drawn) + (at == 1)
+        both[0].decided_apart(at, action)
+        for point in range(3):
+            rows = (at == point).nonzero().squeeze(1)
+            both[1].decided(State(both[1], point, rows), action[rows])
+        assert all(map(torch.equal, *(walk.records for walk in both)))
 
 
 def test_bad_times_are_refused():

@@ -1,9 +1,10 @@
 """A walk in pieces is recorded as CUDA graphs from point to point, for blocks that are any module.
 
-A piece gathers the rows that take choice 1, computes the branch, puts them back, and goes on to the next point. Between
-pieces the host waits for one number, how many rows will run. It replays the piece for the least recorded number that
-holds them, filled up with repeats of the last row. Pieces are recorded when they are first needed. The idea is that of
-vLLM's piecewise graphs.
+A piece gathers the rows that take choice 1, computes the branch, puts them back, and goes on to the next point. Each
+slot has its place at every point, so rows may stand at several points at the same time. Between pieces the host waits
+for one number at each point, how many rows will run. It replays the piece for the least recorded number that holds
+them, filled up with repeats of the last row, which write the same once more. Pieces are recorded when they are first
+needed. The idea is that of vLLM's piecewise graphs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.walk import END, CostTable, State, Walk
-from dynrl.ops.move import each, tensors_of
+from dynrl.ops.move import each, put_rows, take_rows, tensors_of
 from dynrl.ops.partition import partition
 from dynrl.ops.recorder import Recorder, Replay, Told
 
@@ -31,16 +32,12 @@ class _Place:
     """What stands at one point, in tensors that stay where they are.
 
     Attributes:
-        rows: [B] int64, the slots of the rows; the walk's `all_rows` where they are together.
-        features: [B, ...] each, the features of the rows.
-        index: [B] int64, the places of the rows that take choice 1, the last of them again behind the last.
+        features: [B, ...] each, the features of each slot; None at END.
         told: how many rows take choice 1.
         ways: for each capacity: what replays its piece, the capacity that it computes, and the milliseconds.
     """
 
-    rows: Tensor
     features: Any
-    index: Tensor
     told: Told
     ways: dict[int, tuple[Replay, int, float]] = field(default_factory=dict)
 
@@ -52,12 +49,12 @@ class Pieces:
         backbone: a network that can be recorded in pieces (`Backbone.captures`).
         inputs: the tensor whose values each replay walks.
         recorder: what records.
-        arrived: a function that is called, and recorded, with the state at each point.
+        arrived: a function that is called, and recorded, with the state of rows that have come to a point or to END.
+            There may be rows more than once.
         table: the cost table of the walk; None charges MACs.
 
     Attributes:
         walk: the walk, whose records stay where they are.
-        start: replays what comes before the first decision, up to `arrived`.
     """
 
     def __init__(
@@ -66,46 +63,80 @@ class Pieces:
     ) -> None:  # fmt: skip
         size = len(inputs)
         self._backbone, self._recorder, self._arrived = backbone, recorder, arrived
-        self._places = dict[int, _Place]()
         self._outputs: Tensor | None = None
         self._capacities = [0, *sorted({math.ceil(size * step / STEPS) for step in range(1, STEPS + 1)})]
         self.walk = Walk(inputs, backbone.points, backbone.mac_table, table)
+        # For each point, the slots that go on from there, the last of them again behind the last; and in the last line,
+        # which is that of END, those that begin anew. At first, one slot stands for all.
+        self._index = inputs.new_zeros(len(backbone.points) + 1, size, dtype=torch.int64)
+        self._places = {END: _Place(None, Told(inputs.device, 1))}
         self._begin()
         for point in range(len(backbone.points)):  # makes what stands at the points
             # Where no row runs a block, it shows whether the features stay where they are.
             self._go_on(point, size if backbone.speaks else 0)
-        self.start = recorder.record(self._begin)
+        self._start = recorder.record(self._begin)
 
     def state(self, point: int) -> State:
-        """Return the state at `point`, whose features the next replay may overwrite."""
-        if point == END:
-            return State(self.walk, END, self.walk.all_rows)
-        place = self._places[point]
-        return State(self.walk, point, place.rows, place.features)
+        """Return all slots as a state at `point`, whose features the next replay may overwrite."""
+        return State(self.walk, point, self.walk.all_rows, self._places[point].features)
+
+    def start(self) -> None:
+        """Replay what comes before the first decision of all rows, up to `arrived`."""
+        self.walk.outputs = self._outputs  # a walk that has gone on without a recording has put its own there
+        self._start()
 
     def decide(self, state: State, action: Tensor) -> None:
         """Record and charge the choices [n] of `state`, and sort its rows by them; this is to be recorded."""
         place, walk, count = self._places[state.point], self.walk, state.count
         walk.visits_together[state.point] = 0
         going = self._backbone.take(state, action) == 1
-        if not state.together and state.point:  # repeats behind the rows that have arrived do not count
+        if not state.together:  # repeats behind the rows that have arrived do not count
             going &= walk.all_rows[:count] < self._places[state.point - 1].told.there
         part = partition((~going).long(), 2)
-        run = part.offsets[1:2].long()
-        # All places are written, because a piece of more rows than have arrived may be the fastest that holds them.
-        place.index.copy_(part.order.index_select(0, torch.minimum(walk.all_rows, (run - 1).clamp_min(0))))
+        order, run = part.order if state.together else state.rows.index_select(0, part.order), part.offsets[1:2].long()
+        self._sort(self._index[state.point], order, walk.all_rows, run)
         place.told.there.copy_(run)
         place.told.send()
 
+    def decide_apart(self, at: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Do `decide` for all slots, each at its own point; this is to be recorded.
+
+        Args:
+            at: [B] int64, the point at which each slot stands; those at END decide nothing.
+            action: [B] int64.
+
+        Returns:
+            the slots [B], sorted by what they do, and the bounds [points + 3] of: going on from each of the points, in
+            their order; stopping; standing at END before.
+        """
+        walk, last = self.walk, len(self._backbone.points)
+        walk.decided_apart(at, action)
+        does = at.masked_fill(action != 1, last).masked_fill_(at == END, last + 1)
+        part = partition(does, last + 2)
+        bounds = part.offsets.long()
+        begins, behind = bounds[:last, None], bounds[1 : last + 1, None]
+        self._sort(self._index[:last], part.order, walk.all_rows + begins, behind)
+        return part.order, bounds
+
+    def begin_anew(self, rows: Tensor) -> None:
+        """Put `rows` [n], n > 0, at the first point, with the inputs that lie in their slots now, up to `arrived`."""
+        self._index[END].copy_(rows.index_select(0, self.walk.all_rows.clamp_max(len(rows) - 1)))
+        self.go_on(END, len(rows))
+
+    def _sort(self, index: Tensor, order: Tensor, places: Tensor, behind: Tensor) -> None:
+        """Write into `index` the slots that `order` has at `places`; for places from `behind` on, the last before."""
+        # All of it is written, because a piece of more rows than have arrived may be the fastest that holds them.
+        index.copy_(order[torch.minimum(places, (behind - 1).clamp_min(0))])
+
     def running(self, point: int) -> int:
         """Wait for the device, and return how many rows at `point` take choice 1."""
-        return self._places[point].told.read()[0]
+        return int(self._places[point].told.read()[0])
 
     def go_on(self, point: int, count: int) -> None:
-        """Replay what follows the decision at `point`, of which `count` rows take choice 1, up to `arrived`."""
+        """Replay what follows the decision at `point`, where `count` rows take choice 1, up to `arrived`."""
         self._piece(point, count)()
 
-    def changing(self, point: int) -> list[Tensor]:
+    def _changing(self, point: int) -> list[Tensor]:
         """Return what replays at `point` change and may not do twice."""
         return self.state(point).written
 
@@ -116,16 +147,18 @@ class Pieces:
         self._arrive(self._backbone._start(walk, walk.all_rows, walk.inputs))
 
     def _go_on(self, point: int, capacity: int) -> None:
-        self._arrive(self._backbone._run_rows(self.state(point), self._places[point].index[:capacity]))
+        index, walk = self._index[point, :capacity], self.walk
+        if point == END:
+            walk.forget(index)
+            walk.begin(index)
+            self._arrive(self._backbone._start(walk, index, take_rows(walk.inputs, index)))
+        else:
+            self._arrive(self._backbone._run_rows(self.state(point), index))
 
     def _arrive(self, state: State) -> None:
         self._keep_outputs()
-        if state.point == END:
-            return
-        place = self._place(state)
-        if place.rows is not self.walk.all_rows:
-            place.rows[: state.count].copy_(state.rows)
-        each(partial(_leave, state.count), place.features, state.features)
+        if not state.ended:
+            each(partial(_leave, state), self._place(state).features, state.features)
         with self._recorder.counts():
             self._arrived(self, state)
 
@@ -141,10 +174,8 @@ class Pieces:
     def _place(self, state: State) -> _Place:
         """Return the place of `state`; if it is the first one there, make it: then all rows are there."""
         if state.point not in self._places:
-            features = each(partial(_room, self._places.get(state.point - 1)), state.features)
-            rows = state.rows if state.together else torch.empty_like(state.rows)
-            index = torch.zeros_like(rows)  # at first, one row stands for all
-            self._places[state.point] = _Place(rows, features, index, Told(rows.device, 1))
+            features = each(partial(_room, self._places[state.point - 1]), state.features)
+            self._places[state.point] = _Place(features, Told(state.rows.device, 1))
         return self._places[state.point]
 
     def _piece(self, point: int, count: int) -> Replay:
@@ -153,7 +184,7 @@ class Pieces:
         capacity = next(capacity for capacity in self._capacities if capacity >= count)
         for needed in (size, capacity):
             if needed not in ways:
-                keep, run = self.changing(point), partial(self._go_on, point, needed)
+                keep, run = self._changing(point), partial(self._go_on, point, needed)
                 replay = self._recorder.record(run, keep)
                 ways[needed] = replay, needed, self._recorder.milliseconds(replay, keep)
                 # To compute all rows may take less time than to gather some, where they are many or a batch is small.
@@ -169,16 +200,18 @@ class Pieces:
                 "computes": {capacity: rows for capacity, (_, rows, _) in sorted(place.ways.items())},
             }
             for point, place in sorted(self._places.items())
+            if point != END
         ]
 
 
-def _leave(count: int, room: Tensor, value: Tensor) -> Tensor:
-    if room.data_ptr() != value.data_ptr():
-        room[:count].copy_(value)
+def _leave(state: State, room: Tensor, value: Tensor) -> Tensor:
+    if not state.together:
+        put_rows(room, state.rows, value)
+    elif room.data_ptr() != value.data_ptr():
+        room.copy_(value)
     return room
 
 
-def _room(before: _Place | None, value: Tensor) -> Tensor:
+def _room(before: _Place, value: Tensor) -> Tensor:
     """Return `value` itself if it is what lay at the point before, changed in place; else room for it."""
-    stays = before is not None and any(value is part for part in tensors_of(before.features))
-    return value if stays else torch.empty_like(value)
+    return value if any(value is part for part in tensors_of(before.features)) else torch.empty_like(value)

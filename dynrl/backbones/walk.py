@@ -122,12 +122,16 @@ class Walk:
 
     def refill(self, rows: Tensor, inputs: Inputs) -> None:
         """Give the slots `rows` new inputs, as if they had never walked."""
-        self.abreast = False
         self.inputs[rows] = inputs
+        self.forget(rows)
+
+    def forget(self, rows: Tensor) -> None:
+        """Let the slots `rows` be as if they had never walked, with the inputs that lie there."""
+        self.abreast = False
         for field in (self.steps, self.last, self.macs, self._charged, self._visits, *self.own.values()):
             if field is not None:
-                field[rows] = 0
-        self.route[rows] = -1
+                field.index_fill_(0, rows, 0)
+        self.route.index_fill_(0, rows, -1)
 
     @property
     def records(self) -> list[Tensor]:
@@ -187,6 +191,21 @@ class Walk:
         if self._charged is not None:
             state.add(self._charged, self.table.choices[point].index_select(0, action))
 
+    def decided_apart(self, at: Tensor, action: Tensor) -> None:
+        """Do `decided` for all slots at once, each at its own point, where no point may be visited twice.
+
+        Args:
+            at: [B] int64, the point at which each slot stands; those at END decide nothing.
+            action: [B] int64.
+        """
+        points = torch.arange(len(self.points), device=at.device)
+        here, decides = at.unsqueeze(1) == points, at != END  # [B, points], as the route has a column for each point
+        self.route.copy_(torch.where(here, action.unsqueeze(1), self.route))
+        self.steps += decides
+        self.last.copy_(torch.where(decides, action + 1, self.last))
+        for ledger, table in self._ledgers:
+            ledger += (table.choices.t()[action] * here).sum(1)
+
     def keep(self, name: str, rows: Tensor, value: Tensor) -> None:
         """Set `own[name]` of `rows` to `value` [n, ...], in its memory format; differentiable."""
         if rows is self.all_rows:
@@ -221,7 +240,8 @@ class State:
         walk, point: the walk, and the point at which the rows stand.
         rows: [n] int64, the slots of the rows.
         features: the backbone's features, a tensor [n, ...] or a tuple of such tensors; None at END.
-        held: what a family keeps to go on from this very state; a copy, a part or a merged state has None.
+        held: what a family keeps to go on from this very state; a copy, a part or a merged state has None. At END, it
+            may be what the host knows of `rows`: the same numbers.
     """
 
     walk: Walk

@@ -187,6 +187,8 @@ class InPieces:
         self._told = Told(inputs.device, 1)
 
         def decide(walked: Pieces, state: State) -> None:
+            if state.ended:
+                return
             if state.point == 0:  # the host waits for this and for the first choices at once
                 self._told.there.copy_(_finite(inputs))
                 self._told.send()

@@ -209,15 +209,19 @@ def _words(x: Tensor) -> Tensor | None:
 
 def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """Set `x[index] = rows` in place and return `x`, for `x` and `rows` [n, ...] of one type."""
+    flat = as_rows(x)
+    if flat is not x:
+        rows = rows.permute(0, 2, 3, 1)
     if rows.numel() >= COSTS.words:
-        words, given = _words(x), _words(rows)
+        words, given = _words(flat), _words(rows)
         if words is not None and given is not None:
             if x.is_cuda:
                 words.index_copy_(0, index, given)
             else:
                 words.index_put_((index,), given)
             return x
-    return x.index_copy_(0, index, rows)
+    flat.index_copy_(0, index, rows)
+    return x
 
 
 def add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -37,13 +37,13 @@ class Told:
         """Send the numbers to the host; a function that is recorded calls this."""
         self._here.copy_(self.there, non_blocking=True)
 
-    def read(self) -> list[int]:
-        """Wait for the device, and return what was sent last."""
+    def read(self) -> Tensor:
+        """Wait for the device, and return what was sent last, in memory that the next numbers overwrite."""
         if self.there.is_cuda:
             sent = torch.cuda.Event()
             sent.record(torch.cuda.current_stream(self.there.device))
             sent.synchronize()
-        return self._here.tolist()
+        return self._here
 
 
 class Recorder:

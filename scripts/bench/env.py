@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dynrl.backbones import END, SkipResNet, State
+from dynrl.backbones import END, ExitResNet, SkipResNet, State
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.policies import PolicySpec
 from dynrl.scripts.bench import Keep, forget
@@ -19,13 +19,17 @@ from dynrl.scripts.bench.model import NETWORKS as MODELS
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet20 28x28": {"input_shape": (1, 28, 28), "layers": (3, 3, 3), "widths": (16, 32, 64)},
     "resnet50 224x224": MODELS["resnet50 224x224"].settings,
-}
+    "resnet20 28x28, exits": {
+        "input_shape": (1, 28, 28), "layers": (3, 3, 3), "widths": (16, 32, 64), "exits": (1, 3, 5, 7),
+    },
+}  # fmt: skip
 IMAGES = 256
 # The paths, each with the package that it needs besides torch.
 PATHS = {
     "walk": None, "bare": None, "env": "gymnasium", "env-eager": "gymnasium", "rllib": "ray", "rllib-upfront": "ray",
     "rllib-stock": "ray", "naive": "ray",
 }  # fmt: skip
+BY_EXITS = ("env", "env-eager")  # the paths whose rows may exit
 SINGLE = (1, 16)  # the numbers of single environments that `naive` always measures
 ENV = "dynrl/Skip-v0"
 
@@ -33,6 +37,8 @@ Sampler = Callable[[int], int]
 
 
 class _ForcedHalf(SkipResNet):
+    """Every other block runs, whatever the actions say."""
+
     def take(self, state: State, action: torch.Tensor) -> torch.Tensor:
         return super().take(state, (state.rows + state.point) % 2)
 
@@ -50,6 +56,9 @@ def bench_env(
     is RLlib's own runner on single environments. The last two read the same router through RLlib's connectors. The time
     that `bare`, `env` and `rllib` each take longer than the path before is what they add. Paths whose packages are
     missing are left out and named.
+
+    Of a ResNet with exits, only the environment is measured. Each row stops at the last exit before the network's own,
+    and as many rows stand at each exit.
 
     Args:
         rounds: how often each path is measured, in turn; medians count.
@@ -84,7 +93,7 @@ class _Paths:
         device, dtype: where the inference copy runs, and its type.
     """
 
-    def __init__(self, backbone: SkipResNet, device: str, dtype: str) -> None:
+    def __init__(self, backbone: SkipResNet | ExitResNet, device: str, dtype: str) -> None:
         classes: int = backbone.config["classes"]
         split = Split(torch.randn(IMAGES, *backbone.input_shape), torch.randint(0, classes, (IMAGES,)))
         noise = Dataset("noise", classes, split, split, split, Augmentation())
@@ -146,17 +155,23 @@ class _Paths:
 
     def env(self, count: int, graphs: bool = True) -> Sampler:
         """Go through the environment."""
+        from dynrl.envs.exit import ExitVectorEnv
         from dynrl.envs.skip import SkipVectorEnv
 
-        envs = SkipVectorEnv(count, **self.env_config, autoreset_mode="SameStep")
+        kind = ExitVectorEnv if self.frozen.speaks else SkipVectorEnv
+        envs = kind(count, **self.env_config, autoreset_mode="SameStep")
         envs.graphs = graphs
         net = self.specs["sequential"].build().to(self.device)
-        view = [envs.reset_tensors(0)]
+        view, slots, done = envs.reset_tensors(0), torch.arange(count, device=self.device), 0
 
         @torch.no_grad()
         def sample(steps: int) -> int:
+            nonlocal view, done
             for _ in range(steps):
-                view[0] = envs.step_tensors(self._drawn(net(view[0])))[0]
+                actions = self._drawn(net(view))
+                if self.frozen.speaks:
+                    actions = ((slots + done) % self.depth != 0).long()
+                view, done = envs.step_tensors(actions)[0], done + 1
             return steps * count
 
         return sample
@@ -197,7 +212,10 @@ def _bench(
     network: str, names: list[str], counts: tuple[int, ...], rounds: int, device: str, dtype: str
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    paths = _Paths(_ForcedHalf(**NETWORKS[network]).eval(), device, dtype)
+    settings = NETWORKS[network]
+    exits = "exits" in settings
+    paths = _Paths((ExitResNet if exits else _ForcedHalf)(**settings).eval(), device, dtype)
+    names = [name for name in names if name in BY_EXITS or not exits]
     samplers = {(name, n): paths.sampler(name, n) for name in names for n in (SINGLE if name == "naive" else counts)}
     speeds: dict[tuple[str, int], list[float]] = {key: [] for key in samplers}
     wait = torch.cuda.synchronize if paths.images.is_cuda else lambda: None

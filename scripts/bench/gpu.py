@@ -55,6 +55,7 @@ PARTS = {
     "ops bfloat16": Part("bench_ops('cuda', 'bfloat16', 0.1, batches=(256, 64), keep=keep)", 70),
     "env": Part("bench_env(min(rounds, 3), counts=(256, 4096), device='cuda', keep=keep)", 30),
     "env resnet50": Part("bench_env(min(rounds, 3), ('resnet50 224x224',), (64,), 'cuda', 'bfloat16', keep=keep)", 30),
+    "env exits": Part("bench_env(min(rounds, 3), ('resnet20 28x28, exits',), (256, 4096), 'cuda', keep=keep)", 20),
     "ops float32": Part("bench_ops('cuda', 'float32', 0.1, batches=(256, 64), keep=keep)", 60),
     "ops bfloat16, small": Part("bench_ops('cuda', 'bfloat16', 0.1, batches=(1, 8), keep=keep)", 60),
 }  # fmt: skip

@@ -56,8 +56,8 @@ def bench_env_table(result: dict[str, Any]) -> list[str]:
 def _sampled(rows: list[dict[str, Any]]) -> list[str]:
     names = {
         "walk": "the backbone alone, on known routes", "bare": "a bare loop of backbone and router, in torch",
-        "env": "through the environment", "rllib": "our runner",
-        "rllib-upfront": "our runner, all of a walk decided at once",
+        "env": "through the environment", "env-eager": "through the environment, without CUDA graphs",
+        "rllib": "our runner", "rllib-upfront": "our runner, all of a walk decided at once",
         "rllib-stock": "RLlib's runner, same batched environment", "naive": "RLlib's runner, single environments",
     }  # fmt: skip
     lines = ["| network | path | sub-environments | decisions a second |", "|---|---|---|---|"]

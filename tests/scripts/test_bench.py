@@ -32,15 +32,15 @@ from tests.scripts.calls import ROOT
 
 
 def test_bench_env_rows(monkeypatch, capsys):
-    monkeypatch.setattr(
-        bench_env, "NETWORKS", {"small": {"input_shape": (1, 8, 8), "layers": (2, 2), "widths": (4, 8)}}
-    )
+    small = {"input_shape": (1, 8, 8), "layers": (2, 2), "widths": (4, 8)}
+    monkeypatch.setattr(bench_env, "NETWORKS", {"small": small, "exits": small | {"exits": (0, 1, 2)}})
     rows = bench_env.bench_env(rounds=1, counts=(6,))
     assert {(r["path"], r["num_envs"]) for r in rows} == {
         *((path, 6) for path in ("walk", "bare", "env", "rllib", "rllib-upfront", "rllib-stock")), ("naive", 1), ("naive", 16)
     }  # fmt: skip
     assert all(r["steps_per_s"] > 0 for r in rows)
     assert {(r["network"], r["device"], r["dtype"]) for r in rows} == {("small", "cpu", "float32")}
+    assert [r["path"] for r in bench_env.bench_env(1, ("exits",), (6,))] == ["env"]
     capsys.readouterr()
     monkeypatch.setattr(bench_env, "find_spec", lambda name: None)  # as on a machine with torch alone
     assert [r["path"] for r in bench_env.bench_env(rounds=1, counts=(6,))] == ["walk", "bare"]
