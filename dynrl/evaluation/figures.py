@@ -256,8 +256,8 @@ def _draw_difficulty(name: str, found: dict[str, Any], task: type[Task], axis: A
     """Draw as bars what inputs of each difficulty take, and as a line what is reached on them."""
     places, rows = range(len(found["bins"])), found["bins"]
     axis.bar(places, [row["macs_fraction"] for row in rows], color="lightsteelblue")
-    axis.set_xticks(places, [f"{bin_name(row)}\n{row['inputs']} inputs" for row in rows], fontsize="small")
-    axis.set(xlabel=name, ylabel="bars: MACs, share of the dense network's")
+    axis.set_xticks(places, [f"{bin_name(row)}\n{row['inputs']}" for row in rows], fontsize="small")
+    axis.set(xlabel=f"{name}, and the number of inputs", ylabel="bars: MACs, share of the dense network's")
     axis.set_title(f"{name}{correlation_text(found)}", fontsize="medium")
     beside = axis.twinx()
     beside.plot(places, [task.factor * row[task.metric] for row in rows], "ko-")
