@@ -535,8 +535,10 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
         macs = backbone.dense_macs / 1e6
         whole = not random_routes or recipe.full_share > 0  # else no full route was trained, and it says little
         where = "on validation data" if whole else "on validation data along the full route, which was not trained"
+        if not epochs:
+            continue
         say(f"{path.stem}: {metric} {value:.4g} {where}, {macs:.1f} million MACs an input")
-        if whole and epochs and (advice := nothing_learned(dataset.validation, value)):
+        if whole and (advice := nothing_learned(dataset.validation, value)):
             say(f"{path.stem}: {advice}", sys.stderr)
 
 

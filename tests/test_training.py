@@ -221,6 +221,7 @@ def test_a_network_that_learned_nothing_is_named(learns, plain_epochs, full_shar
     heard, said = capfd.readouterr()
     assert ("plain: has learned nothing: accuracy is" in said) == (not learns and plain_epochs > 0), said
     assert ("backbone: has learned nothing" in said) == (not learns and full_share > 0), said
+    assert ("plain: accuracy" in heard) == (plain_epochs > 0), heard
     assert ("along the full route, which was not trained" in heard) == (full_share == 0), heard
     assert (RunFolder(tmp_path).plain is None) == (plain_epochs == 0)
 
