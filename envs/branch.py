@@ -16,8 +16,9 @@ class BranchVectorEnv(RoutingVectorEnv):
     machine, which module does a question about an image need next?
 
     ## Features
-    Of a `RoutingNet`: the probabilities that the network's own table gives the modules of the layer for the input's
-    task, the task (one-hot), and the mean of each channel of the features before the layer.
+    Of a `RoutingNet`: the mean of each channel of the features before the layer; where inputs tell a task, also that
+    (one-hot), and the log-probabilities that the network's own table gives the layer's modules for it, by which an
+    untrained policy draws.
 
     Of a `NeuralTree`: the probability that the node's own router gives the child that it prefers, that of the right
     child, the weight of the row's present path in its mixture (1 if it took one child at each node above), and the mean

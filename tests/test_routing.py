@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from dynrl.backbones import RoutingNet
+from dynrl.backbones.routing import LEAST
 from dynrl.data import Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.evaluation.by_task import TablePolicy, fit_table
 from dynrl.ops.backend import device_counts
+from dynrl.policies import PolicySpec
 from dynrl.tasks import Regression
 from tests.devices import NoHostSync
 
@@ -163,15 +165,24 @@ def test_modules_like_the_full_routes_begin_as_good_as_the_trunk():
 
 
 @torch.no_grad()
-def test_policies_are_told_the_task_and_what_the_table_prefers():
+def test_policies_are_told_the_task_and_begin_with_the_table():
     backbone, (inputs, task) = network(), told(7)
     state = backbone.begin(inputs)
     for layer in range(2):
         seen = backbone.observe(state)
-        torch.testing.assert_close(seen[:, :4], backbone.table[task, layer].softmax(1))
-        assert torch.equal(seen[:, 4:7], F.one_hot(task, TASKS).float())
-        torch.testing.assert_close(seen[:, 7:], state.features.mean((2, 3)))
+        torch.testing.assert_close(seen[:, :CHANNELS], state.features.mean((2, 3)))
+        assert torch.equal(seen[:, CHANNELS:-4], F.one_hot(task, TASKS).float())
+        likely = backbone.table[task, layer].log_softmax(1)
+        torch.testing.assert_close(seen[:, -4:], likely.clamp_min(LEAST))
+        assert (likely < LEAST).any() and (likely > LEAST).any()
         (state,) = backbone.advance(state, torch.arange(7) % 4)
+    router = PolicySpec.of("sequential", backbone, (0.01, 1.0), 8).build()
+    for weight in (router.hidden.weight, router.hidden.bias, router.head.weight):
+        weight.zero_()
+    walk = backbone.run(inputs, router.chooser(backbone, 0.1))
+    assert torch.equal(walk.route, backbone.table.argmax(2)[task])
+    untold = RoutingNet((1, 12, 12), channels=CHANNELS, layers=2, kernels=KERNELS)
+    assert untold.suggested == 0 and untold.feature_width == CHANNELS
 
 
 def test_the_best_table_is_found_within_each_budget():

@@ -24,6 +24,7 @@ from dynrl.schema import MOST_ROWS, check_count, check_counts
 SPREAD = 4.0  # the deviation of the table's logits at first, so that tasks begin on different routes
 BEHIND = 8.0  # how far the logits of cheaper modules are behind those of the dearest at first
 STEP = 10.0  # the learning rate of the table
+LEAST = -3.0  # the least log-probability that policies are told: a module of less would never be tried
 
 
 class _Module(nn.Module):
@@ -64,8 +65,8 @@ class RoutingNet(Backbone):
 
     If inputs tell their task, in their last channels, a table has logits for each task, layer and module. Pretraining
     draws routes from the table, and trains it with the modules by straight-through gates, so that modules come to serve
-    some tasks and not others. Policies are told it, and the task. Each task has a learned vector that is added behind
-    the first convolutions.
+    some tasks and not others. Policies are told the task, and begin with the table's choices. Each task has a learned
+    vector that is added behind the first convolutions.
 
     Args:
         input_shape: (channels, height, width) of one image, with the channels that tell the task.
@@ -151,8 +152,9 @@ class RoutingNet(Backbone):
             ],
             start_macs=start,
             full_route=(len(kernels) - 1,) * layers,
-            feature_width=len(kernels) + self.tasks + channels,
+            feature_width=channels + (self.tasks + len(kernels) if self.tasks else 0),
         )
+        self.suggested = len(kernels) if self.tasks else 0
 
     def task(self, inputs: Tensor) -> Tensor:
         """Return the task of each of `inputs` [n, ...]: [n] int64, all 0 if they tell none."""
@@ -218,11 +220,17 @@ class RoutingNet(Backbone):
         return torch.bmm(self.weight[task], means.unsqueeze(2)).squeeze(2) + self.bias[task]
 
     def observe(self, state: State) -> Tensor:
-        """Return the table's probabilities for the row's task here, the task (one-hot), and each channel's mean."""
+        """Return each channel's mean; if inputs tell a task, also that (one-hot), and the table's log-probabilities.
+
+        These are what the backbone suggests. They are `LEAST` or more.
+        """
+        means = summary(state.features)
+        if not self.tasks:
+            return means
         task = self._task(state)
-        told = torch.eye(max(1, self.tasks), self.tasks, dtype=torch.float32, device=task.device)[task]
-        preferred = self.table[:, state.point].float().softmax(1)
-        return torch.cat([preferred[task], told, summary(state.features)], 1)
+        told = torch.eye(self.tasks, dtype=torch.float32, device=task.device)[task]
+        preferred = self.table[:, state.point].float().log_softmax(1).clamp_min(LEAST)
+        return torch.cat([means, told, preferred[task]], 1)
 
     def open_up(self) -> None:
         """Give the modules that are like the full route's own the weights of these: all begin as good as the trunk."""
