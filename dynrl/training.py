@@ -345,13 +345,17 @@ def make_run(
     folder = folder_for(out, problem.decision, problem.data)
     with make_aside(folder) as aside:
         if given is not None:
-            for file in (given.backbone_file, given.plain_file, given.kept_file):
+            files, tunes = RunFolder(aside), planned.settings.learning.finetune
+            # What fine-tunes begins where the given run began, or it would be tuned for twice as long, unnoticed.
+            begun = given.pretrained_file if tunes else given.backbone_file
+            shutil.copyfile(begun, files.backbone_file)
+            for file in (given.plain_file, *(() if tunes else (given.kept_file,))):
                 if file.is_file():
                     shutil.copyfile(file, aside / file.name)
             if given.backbone.trained_on is None:  # weights from elsewhere: their file says from now on for which data
-                backbone, notes = load_backbone(given.backbone_file)
+                backbone, notes = load_backbone(begun)
                 backbone.trained_on = planned.dataset.seen_by(backbone.known).provenance
-                backbone.save(aside / given.backbone_file.name, **notes)
+                backbone.save(files.backbone_file, **notes)
         if joined is not None:
             joined.save(aside / RunFolder(aside).backbone_file.name)
         write_json(aside / RunFolder(aside).data_file.name, planned.dataset.provenance.to_dict())

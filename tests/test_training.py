@@ -277,8 +277,17 @@ def test_it_is_tuned_in_turn_with_its_policy(tmp_path):
     run = make_run(planned, tmp_path / "run")
     assert learn(run, planned)
     tuned, notes = load_backbone(run.backbone_file)
-    assert notes["rounds"] == 1 and tuned.fingerprint() != load_backbone(run.kept_file)[0].fingerprint()
+    before = load_backbone(run.kept_file)[0].fingerprint()
+    assert notes["rounds"] == 1 and tuned.fingerprint() != before
     dynrl.load(run.path)
+    # Another run that tunes begins where this one began; one that does not takes what is plugged.
+    again = make_run(planned, tmp_path / "again", run.path)
+    assert load_backbone(again.backbone_file)[0].fingerprint() == before and not again.kept_file.exists()
+    frozen = replace(
+        planned, settings=replace(planned.settings, learning=replace(planned.settings.learning, finetune=False))
+    )
+    taken = make_run(frozen, tmp_path / "taken", run.path)
+    assert load_backbone(taken.backbone_file)[0].fingerprint() == tuned.fingerprint() and taken.kept_file.is_file()
 
 
 def test_prices_are_found_and_written_down(tmp_path, monkeypatch):
