@@ -344,23 +344,25 @@ def make_run(
         joined = join_sources(planned, source)
     folder = folder_for(out, problem.decision, problem.data)
     with make_aside(folder) as aside:
+        files, tunes = RunFolder(aside), planned.settings.learning.finetune
         if given is not None:
-            files, tunes = RunFolder(aside), planned.settings.learning.finetune
             # What fine-tunes begins where the given run began, or it would be tuned for twice as long, unnoticed.
             begun = given.pretrained_file if tunes else given.backbone_file
-            shutil.copyfile(begun, files.backbone_file)
-            for file in (given.plain_file, *(() if tunes else (given.kept_file,))):
+            taken = {files.backbone_file: begun, files.plain_file: given.plain_file}
+            if not tunes:
+                taken[files.kept_file] = given.kept_file
+            for copied, file in taken.items():
                 if file.is_file():
-                    shutil.copyfile(file, aside / file.name)
+                    shutil.copyfile(file, copied)
             if given.backbone.trained_on is None:  # weights from elsewhere: their file says from now on for which data
                 backbone, notes = load_backbone(begun)
                 backbone.trained_on = planned.dataset.seen_by(backbone.known).provenance
                 backbone.save(files.backbone_file, **notes)
         if joined is not None:
-            joined.save(aside / RunFolder(aside).backbone_file.name)
-        write_json(aside / RunFolder(aside).data_file.name, planned.dataset.provenance.to_dict())
+            joined.save(files.backbone_file)
+        write_json(files.data_file, planned.dataset.provenance.to_dict())
         _name_plugins(aside)
-        planned.settings.save(aside / RunFolder(aside).config_file.name)
+        planned.settings.save(files.config_file)
     return RunFolder(folder)
 
 
@@ -536,11 +538,11 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
         epochs = recipe.length(random_routes)
         backbone.save(path, seed=seed, random_routes=random_routes, epochs=epochs, **{f"validation_{metric}": value})
         checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
+        if not epochs:
+            continue
         macs = backbone.dense_macs / 1e6
         whole = not random_routes or recipe.full_share > 0  # else no full route was trained, and it says little
         where = "on validation data" if whole else "on validation data along the full route, which was not trained"
-        if not epochs:
-            continue
         say(f"{path.stem}: {metric} {value:.4g} {where}, {macs:.1f} million MACs an input")
         if whole and (advice := nothing_learned(dataset.validation, value)):
             say(f"{path.stem}: {advice}", sys.stderr)

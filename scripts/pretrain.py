@@ -23,7 +23,7 @@ class Args:
     """Settings of the backbone that differ from the data set's defaults, each NAME=VALUE."""
     epochs: int | None = None
     """The epochs of the plain network and of the backbone; by default, as many as suit the data."""
-    plain: bool = False
+    plain: tyro.conf.FlagCreatePairsOff[bool] = False  # `--no-plain` means something else in dynrl train
     """Only train the plain network, as long as a backbone in all: one of a front of smaller ones that stands beside
     routed ones (`dynrl evaluate --smaller`)."""
     finetune: bool = False

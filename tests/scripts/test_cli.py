@@ -22,6 +22,7 @@ RUN = "no run folder"
     [
         ((), "expected a verb"), (("nosuch",), "got nosuch"), (("list", "nosuch"), "Unrecognized"),
         (("train", "skip", "--step", "5"), "Unrecognized options: --step, 5; there is --steps INT"),
+        (("pretrain", "branch", "--no-plain"), "Unrecognized options: --no-plain"),  # in `train`, no plain network
         (("train", "skip", "--steps", "many"), "--steps: got ['many']; there is --steps INT"),
         (("evaluate",), "at least one run folder"), (("evaluate", "nosuch"), RUN), (("evaluate", "/dev/null"), RUN),
         (("evaluate", "junk.safetensors"), RUN), (("evaluate", "."), f". is {RUN}"),
