@@ -102,7 +102,7 @@ class Together(Steps):
         at, pieces = self._at, self._pieces
         self._actions.copy_(actions)
         self._decisions[at]()
-        pieces.go_on(at, pieces.running(at))
+        pieces.go_on_together(at)
         return [self._stand(at + 1 if at + 1 < len(self._decisions) else END)]
 
     def _decide(self, point: int) -> None:
@@ -142,6 +142,7 @@ class Apart(Steps):
         """Do `Steps.advance`. A state at END has its rows on the host, too: `held` [n] int64."""
         self._actions.copy_(actions)
         self._replay()
+        self._told.sent()
         walk, told, points = self.walk, self._told.read(), len(self._backbone.points)
         bounds = told[self._size :].tolist()
         for point, (begin, end) in enumerate(pairwise(bounds[: points + 1])):

@@ -47,7 +47,8 @@ class Policy(nn.Module):
     def looks(self, walk: Any) -> Tensor:
         """Return how often the policy looked at each row of a finished walk: [B] int64."""
         span = self.sight.span if self.sight is not None else 1
-        return torch.div(walk.steps + (span - 1), span, rounding_mode="floor")
+        steps: Tensor = walk.steps
+        return steps if span == 1 else torch.div(steps + (span - 1), span, rounding_mode="floor")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.edition += 1

@@ -26,6 +26,7 @@ from dynrl.ops.pooled import pooled, pooled_ref
 from dynrl.ops.record import record, record_ref
 from dynrl.ops.routed_experts import routed_experts, routed_experts_macs, routed_experts_ref
 from dynrl.ops.routed_linear import routed_linear, routed_linear_macs, routed_linear_ref
+from dynrl.ops.running import running, running_ref
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv, sliced_conv_ref
 from dynrl.ops.sliced_linear import SlicedLinear, sliced_linear, sliced_linear_macs, sliced_linear_ref
 
@@ -691,6 +692,22 @@ def decide_case(name: str, f: int, hidden: int | None, choices: int) -> Case:
     return Case("decide", name, decide, decide_ref, make, dtypes=(torch.float32,))
 
 
+def running_case(arrived: bool) -> Case:
+    def make(s: Setting) -> Args:
+        index, count = torch.full((s.n + 2,), -1, device=s.device), torch.full((1,), -1, device=s.device)
+        there = torch.tensor([s.n - 1], device=s.device) if arrived else None
+        rows = torch.arange(s.n, device=s.device).flip(0) + 1
+        return {"action": s.choice(3), "rows": rows, "index": index, "count": count, "arrived": there}
+
+    def told(args: Args, out: None) -> Tensor:
+        return torch.cat([args["count"], args["index"]])
+
+    return Case(
+        "running", "some arrived" if arrived else "", running, running_ref, make, layouts=("contiguous",),
+        dtypes=(torch.float32,), defined=told,
+    )  # fmt: skip
+
+
 def record_case() -> Case:
     def make(s: Setting) -> Args:
         route = torch.full((s.n, 3), -1, device=s.device)
@@ -705,6 +722,8 @@ def record_case() -> Case:
 
 
 CASES = [
+    running_case(False),
+    running_case(True),
     crops_case(1),
     crops_case(2),
     pooled_case(),

@@ -13,7 +13,7 @@ from dynrl.ops.backend import device_counts
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.pooled import pooled_ref
 from dynrl.policies import RandomPolicy
-from tests.cases import make_policy
+from tests.cases import make_policy, trained
 from tests.devices import NoHostSync
 
 pytestmark = pytest.mark.usefixtures("full_precision")
@@ -138,7 +138,7 @@ def test_a_replay_is_the_eager_walk_for_routes_that_change():
 @ON_CUDA
 def test_a_graph_keeps_its_limit():
     model = routed()
-    inputs = torch.randn(6, 1, 8, 8, device=DEVICE)
+    inputs = torch.randn(6, 1, 8, 8).to(DEVICE)  # a device would draw others, which may all go one way
     model(inputs)
     free = model.last_route.macs_fraction
     limit = float(free.min() + free.max()) / 2
@@ -168,3 +168,22 @@ def test_what_a_graph_cannot_do_is_refused():
     backbone = SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8)).to(DEVICE)
     with pytest.raises(ValueError, match="cannot be captured"):
         RoutedModel(backbone, RandomPolicy(backbone.thrift, 0.5)).capture(4)
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("channels", [3, 8])
+def test_folded_layers_are_the_network(channels, dtype, tolerance, memory_format):
+    """On a device, images of few channels get more, and biases and ReLU come as a convolution writes."""
+    torch.manual_seed(0)
+    backbone = trained(SkipResNet((channels, 9, 9), layers=(1, 2), widths=(16, 24), block="bottleneck"))
+    x = torch.randn(5, channels, 9, 9)
+    expected = backbone(x)
+    model = backbone.for_inference().to(DEVICE, dtype)
+    got = model(x.to(DEVICE, dtype).contiguous(memory_format=memory_format)).float().cpu()
+    assert (got - expected).norm() <= tolerance * expected.norm()
+    model.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()})
+    doubled = model(x.to(DEVICE, dtype).contiguous(memory_format=memory_format)).float().cpu()
+    assert (doubled - got).norm() > tolerance * got.norm(), "weights from before were used"

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from dynrl.backbones import Backbone, ExitModule, SkipModule, SkipResNet, SlimmableResNet
+from dynrl.backbones.pieces import STEPS
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.deploy import RoutedModel
 from dynrl.deploy.graphs import KEPT, WAYS, InPieces, Recording, Whole, plain
@@ -251,8 +252,27 @@ def test_capacities_hold_every_count(size):
             same(model, pieces.walk, inputs.clone())
     for point in pieces.report():
         capacities = list(point["computes"])
-        assert capacities == sorted(capacities) and capacities[-1] <= size
-        assert len(capacities) <= 17, "a piece for each count would never end"
+        assert capacities == sorted(capacities) and max(capacities, default=0) <= size
+        assert len(capacities) <= STEPS + 1, "a piece for each count would never end"
+
+
+@pytest.mark.parametrize("name", [name for name in IN_PIECES if not EXAMPLES[name].speaks])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_rows_may_be_more_or_fewer_than_last_time(name, drawn):
+    """A block starts for as many rows as ran last time, before the host knows how many do now."""
+    backbone, generator = make_backbone(name).eval().for_inference(), torch.Generator().manual_seed(0)
+    inputs, size = backbone.random_inputs(9, generator), 9
+    route = torch.zeros(size, len(backbone.points), dtype=torch.int64)
+    recorder = TapeRecorder(drawn=generator if drawn else None)
+    with plain(ON_CPU):
+        pieces = InPieces(backbone, lambda state: state.along(route), inputs, recorder)
+        for rate in (0.5, 1.0, 0.2, 0.0, 0.0, 0.8, 0.1, 1.0, 0.0, 0.4):
+            route.copy_(torch.rand(route.shape, generator=generator) < rate)
+            inputs.copy_(backbone.random_inputs(size, generator))
+            expected = backbone.run_route(inputs.clone(), route)
+            assert pieces()
+            assert torch.equal(pieces.walk.route, route)
+            torch.testing.assert_close(pieces.walk.outputs, expected.outputs, atol=1e-5, rtol=1e-4)
 
 
 def test_features_that_stay_where_they_are_are_not_moved():

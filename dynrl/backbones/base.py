@@ -123,13 +123,25 @@ class Backbone(nn.Module):
     def _run_rows(self, state: State, index: Tensor) -> State:
         """Do `_run` where the host knows how many rows take choice 1, and return the state of those that go on.
 
-        A family in which rows choose between 0 and 1 writes it if it can be recorded in pieces. Nothing may wait for
-        the device. Rows that have ended are left where they are.
+        A family whose rows end (0) or go on (1) at each point writes it if it can be recorded in pieces. Nothing may
+        wait for the device. Rows that have ended are left where they are.
 
         Args:
             state: rows at one point, whose choices are recorded and paid for.
             index: [k] int64, the places in `state` of the rows that take choice 1; some may be there more than once.
         """
+        raise NotImplementedError
+
+    def _run_block(self, state: State, index: Tensor) -> Any:
+        """Run a block on the rows `index` of a state, and return the features of all rows; the block may change them.
+
+        A family whose rows run a block (1) or do not (0) writes this and `_run_rest`, in the place of `_run_rows`. It
+        may be called for some of the rows that run first, and for the others then.
+        """
+        raise NotImplementedError
+
+    def _run_rest(self, state: State) -> State:
+        """Go on from behind the block of a point, where the features of `state` are, and return the state reached."""
         raise NotImplementedError
 
     def observe(self, state: State) -> Tensor:

@@ -287,9 +287,13 @@ class SkipModule(_OfModule, Skipping):
         stand = self._standing(state)
         return [_arrived(state.walk, state.rows, stand.follow(stand.through(action)))]
 
-    def _run_rows(self, state: State, index: Tensor) -> State:
+    def _run_block(self, state: State, index: Tensor) -> Tensor:
         stand: Any = self._standing(state)
-        return _arrived(state.walk, state.rows, stand.follow(run_rows(stand.x, index, stand)))
+        return run_rows(stand.x, index, stand)
+
+    def _run_rest(self, state: State) -> State:
+        stand: Any = self._standing(state)
+        return _arrived(state.walk, state.rows, stand.follow(stand.x))
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         stand, x = self._standing(state), state.features

@@ -1,15 +1,19 @@
 """A walk in pieces is recorded as CUDA graphs from point to point, for blocks that are any module.
 
 A piece gathers the rows that take choice 1, computes the branch, puts them back, and goes on to the next point. Each
-slot has its place at every point, so rows may stand at several points at the same time. Between pieces the host waits
-for one number at each point, how many rows will run. It replays the piece for the least recorded number that holds
-them, filled up with repeats of the last row, which write the same once more. Pieces are recorded when they are first
-needed. The idea is that of vLLM's piecewise graphs.
+slot has its place at every point, so rows may stand at several points at the same time. At each point the host waits
+for one number, how many rows run. It replays the piece for the least recorded number that holds them, filled up with
+repeats of the last row, which write the same once more. Pieces are recorded when they are first needed. The idea is
+that of vLLM's piecewise graphs.
+
+Where rows run a block or do not, and stay together, the device does not idle while the host waits. The piece starts for
+as many rows as ran there last time. If there are more, the others follow in a second piece.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +24,12 @@ from torch import Tensor
 
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.walk import END, CostTable, State, Walk
-from dynrl.ops.move import each, put_rows, take_rows, tensors_of
+from dynrl.ops.move import as_rows, each, put_rows, take_rows, tensors_of
 from dynrl.ops.partition import partition
 from dynrl.ops.recorder import Recorder, Replay, Told
+from dynrl.ops.running import running
 
-STEPS = 16  # a point is recorded for so many numbers of rows, evenly spaced up to the batch
+STEPS = 32  # a point is recorded for so many numbers of rows, evenly spaced up to the batch
 
 
 @dataclass
@@ -35,11 +40,17 @@ class _Place:
         features: [B, ...] each, the features of each slot; None at END.
         told: how many rows take choice 1.
         ways: for each capacity: what replays its piece, the capacity that it computes, and the milliseconds.
+        rest: what replays what comes behind a block, if rows stay together.
+        spare: [1, ...] each, the features of the first row that a block changes, as they were before (`as_rows`).
+        ran: how many rows ran the block last time; at first, none.
     """
 
     features: Any
     told: Told
     ways: dict[int, tuple[Replay, int, float]] = field(default_factory=dict)
+    rest: Replay | None = None
+    spare: Any = None
+    ran: int = 0
 
 
 class Pieces:
@@ -72,8 +83,10 @@ class Pieces:
         self._places = {END: _Place(None, Told(inputs.device, 1))}
         self._begin()
         for point in range(len(backbone.points)):  # makes what stands at the points
-            # Where no row runs a block, it shows whether the features stay where they are.
-            self._go_on(point, size if backbone.speaks else 0)
+            if backbone.speaks:
+                self._go_on(point, size)
+            else:
+                self._rest(point)
         self._start = recorder.record(self._begin)
 
     def state(self, point: int) -> State:
@@ -87,16 +100,12 @@ class Pieces:
 
     def decide(self, state: State, action: Tensor) -> None:
         """Record and charge the choices [n] of `state`, and sort its rows by them; this is to be recorded."""
-        place, walk, count = self._places[state.point], self.walk, state.count
-        walk.visits_together[state.point] = 0
-        going = self._backbone.take(state, action) == 1
-        if not state.together:  # repeats behind the rows that have arrived do not count
-            going &= walk.all_rows[:count] < self._places[state.point - 1].told.there
-        part = partition((~going).long(), 2)
-        order, run = part.order if state.together else state.rows.index_select(0, part.order), part.offsets[1:2].long()
-        self._sort(self._index[state.point], order, walk.all_rows, run)
-        place.told.there.copy_(run)
-        place.told.send()
+        point, told = state.point, self._places[state.point].told
+        self.walk.visits_together[point] = 0
+        # Repeats behind the rows that have arrived do not count.
+        arrived = None if state.together else self._places[point - 1].told.there
+        running(self._backbone.take(state, action), state.rows, self._index[point], told.there, arrived)
+        told.send()
 
     def decide_apart(self, at: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Do `decide` for all slots, each at its own point; this is to be recorded.
@@ -115,7 +124,9 @@ class Pieces:
         part = partition(does, last + 2)
         bounds = part.offsets.long()
         begins, behind = bounds[:last, None], bounds[1 : last + 1, None]
-        self._sort(self._index[:last], part.order, walk.all_rows + begins, behind)
+        # All of it is written, because a piece of more rows than have arrived may be the fastest that holds them.
+        places = torch.minimum(walk.all_rows + begins, (behind - 1).clamp_min(0))
+        self._index[:last].copy_(part.order[places])
         return part.order, bounds
 
     def begin_anew(self, rows: Tensor) -> None:
@@ -123,22 +134,30 @@ class Pieces:
         self._index[END].copy_(rows.index_select(0, self.walk.all_rows.clamp_max(len(rows) - 1)))
         self.go_on(END, len(rows))
 
-    def _sort(self, index: Tensor, order: Tensor, places: Tensor, behind: Tensor) -> None:
-        """Write into `index` the slots that `order` has at `places`; for places from `behind` on, the last before."""
-        # All of it is written, because a piece of more rows than have arrived may be the fastest that holds them.
-        index.copy_(order[torch.minimum(places, (behind - 1).clamp_min(0))])
-
     def running(self, point: int) -> int:
         """Wait for the device, and return how many rows at `point` take choice 1."""
-        return int(self._places[point].told.read()[0])
+        told = self._places[point].told
+        told.sent()
+        return int(told.read()[0])
 
     def go_on(self, point: int, count: int) -> None:
-        """Replay what follows the decision at `point`, where `count` rows take choice 1, up to `arrived`."""
-        self._piece(point, count)()
+        """Replay what follows the decision at `point`, where `count` rows go on and the others end, up to `arrived`."""
+        self._piece(point, count)[0]()
 
-    def _changing(self, point: int) -> list[Tensor]:
-        """Return what replays at `point` change and may not do twice."""
-        return self.state(point).written
+    def go_on_together(self, point: int) -> None:
+        """Replay what follows the decision at `point`, where rows run a block or do not, up to `arrived`."""
+        place, index = self._places[point], self._index[point]
+        place.told.sent()
+        held = self._run(point, place.ran)
+        count = place.ran = int(place.told.read()[0])
+        if count > held:
+            index.copy_(index[(self.walk.all_rows + held).clamp_max_(len(index) - 1)])
+            self._run(point, count - held)
+        elif held and not count:  # what stands for the last row that runs is one that does not
+            each(lambda part, spare: as_rows(part).index_copy_(0, index[:1], spare), place.features, place.spare)
+        if place.rest is None:
+            place.rest = self._recorder.record(partial(self._rest, point), self.state(point).written)
+        place.rest()
 
     def _begin(self) -> None:
         walk = self.walk
@@ -152,8 +171,29 @@ class Pieces:
             walk.forget(index)
             walk.begin(index)
             self._arrive(self._backbone._start(walk, index, take_rows(walk.inputs, index)))
-        else:
+        elif self._backbone.speaks:
             self._arrive(self._backbone._run_rows(self.state(point), index))
+        else:
+            place = self._places[point]
+            if place.spare is None:
+                place.spare = each(lambda part: as_rows(part)[:1].clone(), place.features)
+            each(
+                lambda spare, part: torch.index_select(as_rows(part), 0, index[:1], out=spare),
+                place.spare,
+                place.features,
+            )
+            each(_move, place.features, self._backbone._run_block(self.state(point), index))
+
+    def _run(self, point: int, count: int) -> int:
+        """Replay the block of `point` for `count` rows, and return how many rows that may have been."""
+        if count == 0:
+            return 0
+        replay, held, _ = self._piece(point, count)
+        replay()
+        return held
+
+    def _rest(self, point: int) -> None:
+        self._arrive(self._backbone._run_rest(self.state(point)))
 
     def _arrive(self, state: State) -> None:
         self._keep_outputs()
@@ -178,19 +218,19 @@ class Pieces:
             self._places[state.point] = _Place(features, Told(state.rows.device, 1))
         return self._places[state.point]
 
-    def _piece(self, point: int, count: int) -> Replay:
-        """Return the fastest piece of `point` that holds `count` rows."""
+    def _piece(self, point: int, count: int) -> tuple[Replay, int, float]:
+        """Return the fastest piece of `point` that holds `count` rows, as one of `_Place.ways`."""
         size, ways = len(self.walk), self._places[point].ways
-        capacity = next(capacity for capacity in self._capacities if capacity >= count)
+        capacity = self._capacities[bisect_left(self._capacities, count)]
         for needed in (size, capacity):
             if needed not in ways:
-                keep, run = self._changing(point), partial(self._go_on, point, needed)
+                keep, run = self.state(point).written, partial(self._go_on, point, needed)
                 replay = self._recorder.record(run, keep)
                 ways[needed] = replay, needed, self._recorder.milliseconds(replay, keep)
                 # To compute all rows may take less time than to gather some, where they are many or a batch is small.
                 if needed and ways[size][2] <= ways[needed][2]:
                     ways[needed] = ways[size]
-        return ways[capacity][0]
+        return ways[capacity]
 
     def report(self) -> list[dict[str, Any]]:
         """Return, for each point, how many rows are computed for each number of rows that was recorded."""
@@ -205,11 +245,14 @@ class Pieces:
 
 
 def _leave(state: State, room: Tensor, value: Tensor) -> Tensor:
-    if not state.together:
-        put_rows(room, state.rows, value)
-    elif room.data_ptr() != value.data_ptr():
-        room.copy_(value)
+    if state.together:
+        return _move(room, value)
+    put_rows(room, state.rows, value)
     return room
+
+
+def _move(room: Tensor, value: Tensor) -> Tensor:
+    return room if room.data_ptr() == value.data_ptr() else room.copy_(value)
 
 
 def _room(before: _Place, value: Tensor) -> Tensor:

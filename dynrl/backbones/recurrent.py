@@ -39,23 +39,25 @@ class Recurrent(Backbone):
     name: str  # the name of the layer in the state_dict
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        if self._frozen:
+            self._lay_out(torch.Tensor.contiguous)  # torch flattens them on CUDA, and takes no other memory order
         super()._apply(fn, recurse)
         if self._frozen:
-            self._lay_out()
+            self._lay_out(column_major)
         return self
 
     def for_inference(self) -> Self:
         """Return a frozen copy whose weights have the memory order that is fastest for few rows."""
         twin = super().for_inference()
         twin._frozen = True
-        twin._lay_out()
+        twin._lay_out(column_major)
         return twin
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, order: Callable[[Tensor], Tensor]) -> None:
         for rnn in self.modules():
             if isinstance(rnn, nn.RNNBase):
                 for weight in weights_of(rnn)[:2]:
-                    weight.data = column_major(weight.data)
+                    weight.data = order(weight.data)
 
     @property
     def rnn(self) -> Any:

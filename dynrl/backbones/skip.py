@@ -64,8 +64,11 @@ class Skipping(Backbone):
     def _run(self, state: State, action: Tensor) -> list[State]:
         return [self._go_on(state, gated_residual(state.features, action, self._block(state.point)))]
 
-    def _run_rows(self, state: State, index: Tensor) -> State:
-        return self._go_on(state, run_rows(state.features, index, self._block(state.point)))
+    def _run_block(self, state: State, index: Tensor) -> Tensor:
+        return run_rows(state.features, index, self._block(state.point))
+
+    def _run_rest(self, state: State) -> State:
+        return self._go_on(state, state.features)
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         def mixed(done: Tensor, x: Tensor) -> Tensor:

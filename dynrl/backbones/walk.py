@@ -120,6 +120,15 @@ class Walk:
         twin.own = {name: value.clone() for name, value in self.own.items()}
         return twin
 
+    def taken(self) -> Walk:
+        """Return a walk with these results in tensors of its own, which may be written to: outputs and all records."""
+        twin, records = copy.copy(self), (self.route, self.steps, self.last, self.macs)
+        copies = [torch.empty_like(record) for record in records]
+        torch._foreach_copy_(copies, records)  # in one launch
+        twin.route, twin.steps, twin.last, twin.macs = copies
+        twin.outputs = None if self.outputs is None else self.outputs.clone()
+        return twin
+
     def refill(self, rows: Tensor, inputs: Inputs) -> None:
         """Give the slots `rows` new inputs, as if they had never walked."""
         self.inputs[rows] = inputs

@@ -8,13 +8,14 @@ timed there.
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,18 +45,20 @@ class Facts:
     def __init__(self, model: RoutedModel) -> None:
         # To look into these dictionaries takes a tenth of the time of `parameters()`, and every call does it.
         parts = [part._parameters for part in model.backbone.modules()]
-        self._slots = [(part, name) for part in parts for name, weight in part.items() if weight is not None]
+        slots = [(part, name) for part in parts for name, weight in part.items() if weight is not None]
+        self._parts, self._names = zip(*slots, strict=True)
+        self._weights: list[Tensor] = [part[name] for part, name in slots]  # type: ignore[misc]
+        self._addresses = list(map(Tensor.data_ptr, self._weights))
         # The graphs read the policy's tables where they lie now, so they are held.
         self.edition, self.price, self.limit, self.choose = model.made
-        self._addresses = self._at()
-
-    def _at(self) -> list[int]:
-        return [0 if (weight := part.get(name)) is None else weight.data_ptr() for part, name in self._slots]
 
     def hold(self, model: RoutedModel) -> bool:
         """Tell whether they are still those of `model`."""
-        now = model.made
-        return now[:3] == (self.edition, self.price, self.limit) and self._addresses == self._at()
+        return (
+            model.made[:3] == (self.edition, self.price, self.limit)
+            and all(map(is_, map(dict.get, self._parts, self._names), self._weights))
+            and list(map(Tensor.data_ptr, self._weights)) == self._addresses
+        )
 
     def check(self, model: RoutedModel) -> None:
         """Refuse, with a ValueError, a model that has changed."""
@@ -89,7 +92,46 @@ def plain(device: torch.device) -> Iterator[None]:
         yield
 
 
-class Whole:
+class Recorded:
+    """This is the base class of recordings of a walk, of `inputs` whose values each replay walks.
+
+    Attributes:
+        walk: the walk that the last replay has done.
+    """
+
+    walk: Walk
+
+    def __init__(self, inputs: Tensor) -> None:
+        self._inputs, self._told = inputs, Told(inputs.device, 1, torch.float32)
+
+    def __call__(self) -> bool:
+        """Walk the inputs, and return `finite`."""
+        self.launch()
+        return self.finite()
+
+    def launch(self) -> None:
+        """Walk the inputs; if possible without waiting for the device."""
+        raise NotImplementedError
+
+    def finite(self) -> bool:
+        """Tell whether the inputs were finite, which the device says soon; if not, what the walk holds is worthless."""
+        return math.isfinite(self._told.read()[0])
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return what is to be known of each point."""
+        raise NotImplementedError
+
+    def _look(self) -> None:
+        """Send what `finite` tells, a sum that is NaN or infinite if any element is (`Form.check`)."""
+        # It comes before the walk and not in its graph, so that the host need not wait for the walk.
+        if self._inputs.is_floating_point():
+            everything = list(range(self._inputs.dim()))
+            torch.sum(self._inputs, everything, dtype=torch.float32, out=self._told.there[0])
+            self._told.send()
+            self._told.sent()
+
+
+class Whole(Recorded):
     """A whole recording is one graph: no op asks the host how many rows made a choice.
 
     Each point runs by the fastest of some ways, as they are timed there on the first inputs, on the rows that choose
@@ -102,18 +144,13 @@ class Whole:
         recorder: what records.
         ways: one way or more, names in `WAYS`. By kernels, ours read from the device's memory how many rows run. By
             selection, all rows run, and what was not chosen has no effect.
-
-    Attributes:
-        walk: the walk that the last replay has done.
     """
-
-    walk: Walk
 
     def __init__(
         self, backbone: Backbone, choose: Choose, inputs: Tensor, recorder: Recorder, ways: tuple[str, ...]
     ) -> None:
-        self._backbone, self._choose, self._inputs, self._recorder = backbone, choose, inputs, recorder
-        self._ways, self._told = ways, Told(inputs.device, 1)
+        super().__init__(inputs)
+        self._backbone, self._choose, self._recorder, self._ways = backbone, choose, recorder, ways
         self._at = dict[int, tuple[str, dict[str, float]]]()  # for each point, the way and what each of them took
         with self._by(ways[0]):
             # Kernels choose their tiles while all rows are at work: on few rows, all tiles would take the same time.
@@ -121,13 +158,13 @@ class Whole:
         self._run(self._measured)
         self._replay = recorder.record(self._record)
 
-    def __call__(self) -> bool:
-        """Walk the inputs, and return whether they are finite; if not, what the walk holds is worthless."""
-        self._replay()
-        return bool(self._told.read()[0])
-
     def launch(self) -> None:
         """Walk the inputs without waiting for the device."""
+        self._look()
+        self.replay()
+
+    def replay(self) -> None:
+        """Do `launch` where nobody will ask for `finite`."""
         self._replay()
 
     def report(self) -> list[dict[str, Any]]:
@@ -141,8 +178,6 @@ class Whole:
         return self._recorder.counts(way == "select")
 
     def _record(self) -> None:
-        self._told.there.copy_(_finite(self._inputs))
-        self._told.send()
         self._run(lambda state, action: self._at[state.point][0])
 
     def _run(self, way_at: Callable[[State, Tensor], str]) -> None:
@@ -173,55 +208,41 @@ class Whole:
         return self._recorder.milliseconds(self._recorder.record(run, state.written), state.written)
 
 
-class InPieces:
+class InPieces(Recorded):
     """A recording in pieces has a graph for each point and for some numbers of rows, for blocks that are any module.
 
     It is what `dynrl.backbones.pieces` makes of the walk, with the choices at the end of each piece. The arguments are
     those of `Whole`; for each number of rows, a piece computes as few or as many of them as is fastest.
-
-    Attributes:
-        walk: the walk that the last replay has done.
     """
 
     def __init__(self, backbone: Backbone, choose: Choose, inputs: Tensor, recorder: Recorder) -> None:
-        self._told = Told(inputs.device, 1)
+        super().__init__(inputs)
 
         def decide(walked: Pieces, state: State) -> None:
             if state.ended:
                 return
-            if state.point == 0:  # the host waits for this and for the first choices at once
-                self._told.there.copy_(_finite(inputs))
-                self._told.send()
             walked.decide(state, choose(state))
 
         self._count, self._speaks = len(backbone.points), backbone.speaks
         self.pieces = Pieces(backbone, inputs, recorder, decide)
         self.walk = self.pieces.walk
 
-    def __call__(self) -> bool:
-        """Do `Whole.__call__`."""
+    def launch(self) -> None:
+        """Walk the inputs, and wait for the device at each point."""
+        self._look()
         self.pieces.start()
         for point in range(self._count):
+            if not self._speaks:
+                self.pieces.go_on_together(point)
+                continue
             count = self.pieces.running(point)
-            if point == 0 and not self._told.read()[0]:
-                return False
-            if count == 0 and self._speaks:
+            if count == 0:
                 break  # all rows have left with their answers
             self.pieces.go_on(point, count)
-        return True
-
-    def launch(self) -> None:
-        """Walk the inputs, which has to wait for the device all the same."""
-        self()
 
     def report(self) -> list[dict[str, Any]]:
         """Return `dynrl.backbones.pieces.Pieces.report`."""
         return self.pieces.report()
-
-
-def _finite(inputs: Tensor) -> Tensor:
-    # A sum is NaN or infinite if any element is (`Form.check`).
-    return torch.isfinite(inputs.sum(dtype=torch.float32)) if inputs.is_floating_point() else inputs.new_ones(())
 
 
 class Recording:
@@ -266,14 +287,11 @@ class Recording:
 
     def walk(self, inputs: Tensor) -> Walk | None:
         """Return the walk of `inputs`, in tensors of its own; None if they hold NaN or infinity."""
-        with plain(inputs.device), self._recorder.turn():
+        with torch.inference_mode(False), torch.no_grad(), self._recorder.turn():
             self._inputs.copy_(inputs)
-            if not self._best():
-                return None
-            walk = copy(self._best.walk)
-            for name in ("outputs", "route", "macs", "steps", "last"):
-                setattr(walk, name, getattr(walk, name).clone())
-        return walk
+            self._best.launch()
+            walk = self._best.walk.taken()  # before the wait, so that the device goes on without one
+            return walk if self._best.finite() else None
 
     def report(self) -> dict[str, Any]:
         """Return what is recorded: the size of inputs, the way, what each way took, the memory, and the points."""
@@ -299,12 +317,14 @@ class Graphs:
 
     def walk(self, model: RoutedModel, inputs: Any) -> Walk | None:
         """Return the walk of `inputs` by a recording; None if the model has to run as it is."""
-        if not (self.enabled and records(inputs) and ways_of(model)):
+        if not (self.enabled and records(inputs)):
             return None
         key = inputs.shape, inputs.dtype, inputs.device, *model.made[1:3]
         with self._lock:
             recording = self._kept.get(key)
             if recording is None or not recording.fits(model):
+                if not ways_of(model):
+                    return None
                 if recording is None and (key not in self._met or self._met[key] is not None):
                     _remember(self._met, key, self._met.get(key), MET)
                     return None

@@ -273,10 +273,7 @@ class RoutedModel(nn.Module):
         """
         inputs = as_inputs(inputs)
         self.backbone.check_inputs(inputs)
-        walk = self.run(inputs)
-        for name in ("outputs", "route", "macs", "steps", "last"):  # copies are normal tensors, which may be written to
-            setattr(walk, name, getattr(walk, name).clone())
-        return walk
+        return self.run(inputs).taken()
 
     @torch.inference_mode()
     def run(self, inputs: Inputs) -> Walk:

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynrl.ops.costs import COSTS
 
+EIGHT = 8  # cuDNN's fused convolutions are known to take channels in a multiple of this
+
 
 def fusible(x: Tensor) -> bool:
     """Tell whether `FoldedConv2d` may run oneDNN's fused convolution on `x`."""
@@ -35,16 +37,19 @@ def _runs_bf16() -> bool:
 
 
 def _vendor_fuses(x: Tensor, outputs: int) -> bool:
-    """Tell whether cuDNN's convolutions with bias, residual and ReLU in one pass can run on `x`."""
+    """Tell whether cuDNN's convolutions with bias, residual and ReLU in one pass can run, for images that fit."""
     return (
         x.is_cuda
-        and x.shape[1] % 8 == outputs % 8 == 0  # cuDNN is known to take such sizes
+        and outputs % EIGHT == 0
         and not is_compiling()
         and not torch.is_grad_enabled()
-        and x.is_contiguous(memory_format=torch.channels_last)
         and torch.backends.cudnn.is_available()
         and torch.version.hip is None
     )
+
+
+def _fits_vendor(x: Tensor) -> bool:
+    return x.shape[1] % EIGHT == 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -60,6 +65,14 @@ def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[T
     elif not (norm is None or isinstance(norm, nn.Identity)):
         raise ValueError(f"expected a batch norm with running statistics behind a convolution, got {norm}")
     return scale, shift if bias is None else shift + bias.detach() * scale
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Return `x` [n, C, H, W] with channels of zeros behind its own, in channels_last."""
+    size = (x.shape[0], EIGHT, *x.shape[2:])
+    wide = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).zero_()
+    wide[:, : x.shape[1]].copy_(x)
+    return wide
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -104,6 +117,11 @@ class FoldedConv2d(nn.Conv2d):
         made._packed = {}
         return made.eval()
 
+    def add_bias(self, bias: Tensor) -> None:
+        """Add `bias` [K] to the biases, in place."""
+        whole = bias.detach().clone() if self.bias is None else self.bias + bias
+        self.bias = nn.Parameter(whole, requires_grad=False)
+
     def like_output(self, x: Tensor) -> Tensor:
         """Return an uninitialised tensor for the result of `x`: [n, K, P, Q] in channels_last."""
         sides = []
@@ -119,12 +137,23 @@ class FoldedConv2d(nn.Conv2d):
             return self.fused(x, relu, residual)
         if relu and _vendor_fuses(x, self.out_channels):
             layout: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
-            if residual is None:
-                return torch.cudnn_convolution_relu(x, self.weight, self.bias, *layout)
-            return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *layout)
+            weight = self.weight
+            if residual is None and self._pads(x):
+                x, weight = (
+                    _padded(x),
+                    _padded(weight),
+                )  # a copy kept of the weight would outlive what is loaded into it
+            if _fits_vendor(x):
+                if residual is None:
+                    return torch.cudnn_convolution_relu(x, weight, self.bias, *layout)
+                return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, self.bias, *layout)
         y = super().forward(x)
         y = y if residual is None else residual.add_(y)
         return y.relu_() if relu else y
+
+    def _pads(self, x: Tensor) -> bool:
+        """Tell whether `x` gets channels of zeros. cuDNN itself would give it them, but not fuse what comes behind."""
+        return self.groups == 1 and x.shape[1] < EIGHT and x.dtype in (torch.bfloat16, torch.float16)
 
     def fused(self, x: Tensor, relu: bool, residual: Tensor | None = None) -> Tensor:
         """Do `forward` where `fusible(x)` is known to hold."""

@@ -22,13 +22,17 @@ class ResidualBlock(nn.Module):
 
     Args:
         convolutions: the branch, a chain of convolutions with ReLU between them.
-        projection: the shortcut; None for the identity, where the result overwrites `x`.
+        projection: the shortcut; None for the identity, where the result overwrites `x`. Its biases become part of the
+            branch's last ones, because without ReLU, biases take a pass of their own on CUDA.
     """
 
     def __init__(self, convolutions: Sequence[FoldedConv2d], projection: FoldedConv2d | None = None) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(convolutions)
         self.projection = projection
+        if projection is not None and projection.bias is not None:
+            convolutions[-1].add_bias(projection.bias)
+            projection.bias = None
         self.weight_bytes = sum(c.weight.numel() * c.weight.element_size() for c in convolutions)
 
     def macs(self, x: Tensor) -> int:

@@ -93,5 +93,5 @@ def summary(x: Tensor, channels_last: bool = False) -> Tensor:
     if x.dim() == 2:
         return x.to(torch.float32, copy=True)
     if channels_last:
-        return x.flatten(1, -2).mean(1).float()
-    return pooled(x) if x.dim() == 4 else x.flatten(2).mean(2).float()
+        return x.flatten(1, -2).mean(1, dtype=torch.float32)
+    return pooled(x) if x.dim() == 4 else x.flatten(2).mean(2, dtype=torch.float32)

@@ -23,26 +23,31 @@ class Told:
     Args:
         device: the device.
         count: how many numbers there are.
+        dtype: their type.
 
     Attributes:
-        there: [count] int64, on the device.
+        there: [count], on the device.
     """
 
-    def __init__(self, device: torch.device, count: int) -> None:
-        self.there = torch.zeros(count, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, count: int, dtype: torch.dtype = torch.int64) -> None:
+        self.there = torch.zeros(count, dtype=dtype, device=device)
         # What lies in pinned memory is copied there without a wait, also by a graph.
-        self._here = torch.zeros(count, dtype=torch.int64, pin_memory=self.there.is_cuda)
+        self._here = torch.zeros(count, dtype=dtype, pin_memory=self.there.is_cuda)
+        self._sent = torch.cuda.Event() if self.there.is_cuda else None
 
     def send(self) -> None:
         """Send the numbers to the host; a function that is recorded calls this."""
         self._here.copy_(self.there, non_blocking=True)
 
+    def sent(self) -> None:
+        """Say that they have been sent by what was launched so far, which `read` will wait for, and for no more."""
+        if self._sent is not None:
+            self._sent.record(torch.cuda.current_stream(self.there.device))
+
     def read(self) -> Tensor:
         """Wait for the device, and return what was sent last, in memory that the next numbers overwrite."""
-        if self.there.is_cuda:
-            sent = torch.cuda.Event()
-            sent.record(torch.cuda.current_stream(self.there.device))
-            sent.synchronize()
+        if self._sent is not None:
+            self._sent.synchronize()
         return self._here
 
 

@@ -22,7 +22,11 @@ SECONDS = 460  # the time for everything
 WARMING = 100  # the time in which all tests run, and all parts once
 LEAST = 15  # a part that would have less time is left out
 TRAINING = 60
-TESTS = ("tests/test_capture.py", "tests/test_graphs.py", "tests/test_kernels.py", "tests/test_ops.py")
+# The tests, with what chooses among those of a file: what runs on a CPU all the same is left out.
+TESTS = {
+    "tests/test_capture.py": (), "tests/test_graphs.py": ("-k", "a_device"), "tests/test_kernels.py": ("-n", "6"),
+    "tests/test_ops.py": ("-n", "8"),
+}  # fmt: skip
 IMPORTS = (
     "from dynrl.scripts.bench.env import bench_env; from dynrl.scripts.bench.model import bench_model; "
     "from dynrl.scripts.bench.ops import bench_ops; "
@@ -145,8 +149,8 @@ class Check:
         """
         until, alone = monotonic() + WARMING, {"OMP_NUM_THREADS": "1"}
         quick = IMPORTS + "rounds, keep = 1, lambda row: None; "
-        pytest = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
-        tests = {name: Job(name, *pytest, name, **alone) for name in TESTS}
+        pytest = ("-m", "pytest", "-q", "-rsf", "--tb=short", "-p", "no:cacheprovider")
+        tests = {name: Job(name, *pytest, name, *words, **alone) for name, words in TESTS.items()}
         parts = [
             Job(f"warm {name}", "-c", quick + part.call, **alone) for name, part in PARTS.items() if not part.missing
         ]

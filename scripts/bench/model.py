@@ -143,6 +143,13 @@ class _InVain(Policy):
         return forced
 
 
+def _half(network: Backbone, inputs: Tensor) -> float | None:
+    """Return the rate at which random routes cost half of the MACs."""
+    # cuDNN would make a plan for each number of rows that comes; some of its plans take a third of a second.
+    with torch.backends.cudnn.flags(enabled=False):
+        return random_rate(network, inputs, 0.5)
+
+
 def _compiled(network: Backbone, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
     """Compile the dense network by torch's Inductor, which fails for some shapes."""
     torch._dynamo.reset()  # otherwise, shapes that it has seen before make it try dynamic ones
@@ -204,10 +211,11 @@ def bench_model(
         for batch in batches or network.sizes(device) or network.batches or network.cuda:
             inputs = torch.randn(batch, *backbone.input_shape, device=device, dtype=kind)
             with torch.inference_mode():
-                count = 256 if batch > 64 else 16  # one input is enough: the cost of a route does not depend on it
-                rate = random_rate(frozen, inputs[:1].expand(count, *inputs.shape[1:]), 0.5)
+                # One input is enough: the cost of a route does not depend on it.
+                rate = _half(frozen, inputs[:1].expand(64 if batch > 64 else 16, *inputs.shape[1:]))
             assert rate is not None, "each of these networks can do with half of its MACs"
-            policy.route = RandomPolicy(backbone.thrift, rate).route(inputs)
+            # A column's choices lie side by side, as those that a router makes do.
+            policy.route = RandomPolicy(backbone.thrift, rate).route(inputs).t().contiguous().t()
             model = partial(RoutedModel, backbone, policy)
             measured(name, "random", _measure(model, inputs, policy.route, rounds))
     for run in runs:

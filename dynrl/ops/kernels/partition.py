@@ -1,4 +1,4 @@
-"""This kernel sorts rows by choice; other kernels find the group that a tile belongs to by the helpers here."""
+"""These kernels sort rows by choice; other kernels find the group that a tile belongs to by the helpers here."""
 
 # Triton gives kernel parameters their types when a kernel is called.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -86,3 +86,39 @@ def partition(choice: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
     block = min(4096, triton.next_power_of_2(max(n, 16)))
     _partition_kernel[(num_choices,)](choice, order, offsets, n, choice.stride(0), BLOCK=block, num_warps=8)
     return order, offsets
+
+
+@triton.jit
+def _running_kernel(action_ptr, rows_ptr, index_ptr, count_ptr, arrived_ptr, n, size, BLOCK: tl.constexpr):
+    arrived = n
+    if arrived_ptr is not None:
+        arrived = tl.minimum(tl.load(arrived_ptr), n).to(tl.int32)
+    total = 0
+    last = 0
+    for first in range(0, n, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        going = (tl.load(action_ptr + row, mask=row < n, other=0) == 1) & (row < arrived)
+        place = total + tl.cumsum(going.to(tl.int32), 0) - 1
+        tl.store(index_ptr + place, tl.load(rows_ptr + row, mask=going, other=0), mask=going)
+        total += tl.sum(going.to(tl.int32), 0)
+        last = tl.maximum(last, tl.max(tl.where(going, row, 0), 0))
+    again = tl.load(rows_ptr + last)
+    for first in range(0, size, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tl.store(index_ptr + place, again, mask=(place >= total) & (place < size))
+    tl.store(count_ptr, total)
+
+
+def running(action: Tensor, rows: Tensor, index: Tensor, count: Tensor, arrived: Tensor | None) -> None:
+    """Write which rows run, and how many (see `dynrl.ops.running.running_ref`).
+
+    Args:
+        action, rows: [n] int64, contiguous, n > 0.
+        index: [B] int64, contiguous, B >= n.
+        count: [1] int64.
+        arrived: [1] int64, or None.
+    """
+    n, size = len(action), len(index)
+    assert 0 < n <= size and rows.is_contiguous() and index.is_contiguous()
+    block = min(4096, triton.next_power_of_2(size))
+    _running_kernel[(1,)](action, rows, index, count, arrived, n, size, BLOCK=block, num_warps=8)
