@@ -124,9 +124,8 @@ def _books() -> Cases:
     yield decide._record_kernel, books | {"n": SIZE, "stride": 9}, {"BLOCK": 256}
     router = books | {"n": SIZE, "size_in": SIZE, "hidden": 64, "choices": 2, "dense_macs": "fp32"}
     for rows in (4, 16):
-        for width, warps in ((64, 4), (128, 8)):
-            blocks = {"LINEAR": False, "BLOCK_M": rows, "BLOCK_K": width, "BLOCK_H": 64, "BLOCK_C": 16}
-            yield decide._decide_kernel, router, blocks | {"num_warps": warps}
+        blocks = {"LINEAR": False, "BLOCK_M": rows, "BLOCK_K": 64, "BLOCK_H": 64, "BLOCK_C": 16}
+        yield decide._decide_kernel, router, blocks
     chosen = {"choice_ptr": "*i64", "order_ptr": "*i64", "offsets_ptr": "*i32", "n": 4096, "stride_choice": 1}
     yield partition._partition_kernel, chosen, {"BLOCK": 4096, "num_warps": 8}
     listed = {f"{name}_ptr": "*i64" for name in ("action", "rows", "index", "count", "arrived")}

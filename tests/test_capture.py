@@ -138,10 +138,10 @@ def test_a_replay_is_the_eager_walk_for_routes_that_change():
 @ON_CUDA
 def test_a_graph_keeps_its_limit():
     model = routed()
-    inputs = torch.randn(6, 1, 8, 8).to(DEVICE)  # a device would draw others, which may all go one way
+    inputs = torch.randn(6, 1, 8, 8, device=DEVICE)
     model(inputs)
     free = model.last_route.macs_fraction
-    limit = float(free.min() + free.max()) / 2
+    limit = 0.9 * float(free.max())  # all may spend the same
     model.set_limit(limit)
     captured = model.capture(6)
     got, route = captured(inputs).clone(), model.last_route.actions.clone()

@@ -193,11 +193,10 @@ def decide(
     block_c = block_h if head is None else max(16, triton.next_power_of_2(choices))
     # A program reads all weights. With few rows, it takes few of them, so that enough programs share the work.
     block_m = min(16, max(4, triton.next_power_of_2(n // 64)))
-    block_k, warps = (64, 4) if size_in <= 64 else (128, 8)
     _decide_kernel[(triton.cdiv(n, block_m),)](
         features, weight, bias, last_weight, spent_weight, head, head_bias, last, macs, action,
         n, size_in, hidden, choices, float(dense_macs),
-        LINEAR=head is None, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=warps,
+        LINEAR=head is None, BLOCK_M=block_m, BLOCK_K=64, BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return action
 
