@@ -103,6 +103,7 @@ class Recorded:
 
     def __init__(self, inputs: Tensor) -> None:
         self._inputs, self._told = inputs, Told(inputs.device, 1, torch.float32)
+        self._sum, self._everything = self._told.there[0], tuple(range(inputs.dim()))
 
     def __call__(self) -> bool:
         """Walk the inputs, and return `finite`."""
@@ -125,8 +126,7 @@ class Recorded:
         """Send what `finite` tells, a sum that is NaN or infinite if any element is (`Form.check`)."""
         # It comes before the walk and not in its graph, so that the host need not wait for the walk.
         if self._inputs.is_floating_point():
-            everything = list(range(self._inputs.dim()))
-            torch.sum(self._inputs, everything, dtype=torch.float32, out=self._told.there[0])
+            torch.sum(self._inputs, self._everything, dtype=torch.float32, out=self._sum)
             self._told.send()
             self._told.sent()
 
