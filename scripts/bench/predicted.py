@@ -16,7 +16,7 @@ from typing import Any
 WAIT_MS = 0.010  # the host waits for one number at a point, and launches the next piece
 CALL_MS = 0.030  # what `model(x)` does around a replay: the check of inputs, and copies of outputs and route
 BYTES_A_MS = 4.0e9  # what an H200 reads and writes of its memory; its maker says 4.8e9
-STEPS = 16  # a point is recorded for so many numbers of rows
+STEPS = 16  # a point was recorded for so many numbers of rows when this was predicted
 READS = 3  # how often the features of a point are read or written as a whole, so as to gather, put back and pool
 POINTS = {"resnet20 32x32": 7, "resnet50 224x224": 12}
 EAGER = ("dense", "ideal", "routed", "with_router")
