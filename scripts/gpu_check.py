@@ -1,12 +1,12 @@
 """`python scripts/gpu_check.py OUT.json` checks everything that needs a GPU, in under eight minutes.
 
-It runs on a bare GPU machine from a checkout. It needs torch, triton, numpy, safetensors, greenlet, pytest and pytest-
-xdist, but no install of this project. First, the kernel, op, capture and graph tests run on CUDA, and beside them all
-benchmarks once to fill Triton's cache, because compiling takes most of the time; each process has a core. Then the
-table of whole networks is measured, the most important ones first, then ops and sampling, and a policy is trained on
-digits with its backbone on the GPU. Networks of timm and torchvision need these. With gymnasium, `bench env` also
-measures the environment, and with ray also RLlib. Training needs tensorboard, tyro and matplotlib, and ray or stable-
-baselines3. What is left out is named.
+It runs on a bare GPU machine from a checkout. It needs torch, triton, numpy, safetensors, greenlet, pytest and
+pytest-xdist, but no install of this project. First, the kernel, op, capture and graph tests run on CUDA, and beside
+them all benchmarks once to fill Triton's cache, because compiling takes most of the time; each process has a core. Then
+the table of whole networks is measured, the most important ones first, then ops and sampling, and a policy is trained
+on digits with its backbone on the GPU. Networks of timm and torchvision need these. With gymnasium, `bench env` also
+measures the environment, and with ray also RLlib. Training needs tensorboard, tyro and matplotlib, and ray or
+stable-baselines3. What is left out is named.
 
 Each part has so many seconds. What it has measured by then is kept, and the file is written again whenever a network or
 an op is done, so a call that is cut short keeps what it has. Beside each figure of the table stands what was predicted

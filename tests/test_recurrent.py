@@ -20,6 +20,17 @@ both = pytest.mark.parametrize("kind", [SkipGRU, SkipLSTM])
 
 
 @both
+def test_a_frozen_network_moves_as_torch_can_flatten_it(kind):
+    """On CUDA, torch's layers flatten their weights when they move, which fails in another memory order."""
+    network = backbone(kind).for_inference()
+    before = network.rnn.weight_hh_l0.stride()
+    moved = list[bool]()
+    network._apply(lambda tensor: moved.append(tensor.is_contiguous()) or tensor.clone())
+    assert len(moved) >= 6 and all(moved)
+    assert before == network.rnn.weight_hh_l0.stride() != (HIDDEN, 1)
+
+
+@both
 @torch.no_grad()
 def test_always_updating_is_torchs_layer_with_the_same_weights(kind):
     ours, theirs = backbone(kind), kind.layer(WIDTH, HIDDEN)

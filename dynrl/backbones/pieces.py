@@ -75,7 +75,7 @@ class Pieces:
         size = len(inputs)
         self._backbone, self._recorder, self._arrived = backbone, recorder, arrived
         self._outputs: Tensor | None = None
-        self._capacities = [0, *sorted({math.ceil(size * step / STEPS) for step in range(1, STEPS + 1)})]
+        self._capacities = sorted({math.ceil(size * step / STEPS) for step in range(1, STEPS + 1)})
         self.walk = Walk(inputs, backbone.points, backbone.mac_table, table)
         # For each point, the slots that go on from there, the last of them again behind the last; and in the last line,
         # which is that of END, those that begin anew. At first, one slot stands for all.
@@ -228,7 +228,7 @@ class Pieces:
                 replay = self._recorder.record(run, keep)
                 ways[needed] = replay, needed, self._recorder.milliseconds(replay, keep)
                 # To compute all rows may take less time than to gather some, where they are many or a batch is small.
-                if needed and ways[size][2] <= ways[needed][2]:
+                if ways[size][2] <= ways[needed][2]:
                     ways[needed] = ways[size]
         return ways[capacity]
 

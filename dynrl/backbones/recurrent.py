@@ -40,7 +40,7 @@ class Recurrent(Backbone):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self._frozen:
-            self._lay_out(torch.Tensor.contiguous)  # torch flattens them on CUDA, and takes no other memory order
+            self._lay_out(Tensor.contiguous)  # torch flattens them on CUDA, and takes no other memory order
         super()._apply(fn, recurse)
         if self._frozen:
             self._lay_out(column_major)

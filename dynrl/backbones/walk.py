@@ -121,7 +121,7 @@ class Walk:
         return twin
 
     def taken(self) -> Walk:
-        """Return a walk with these results in tensors of its own, which may be written to: outputs and all records."""
+        """Return a walk whose outputs, route, steps, last choices and MACs are its own, and may be written to."""
         twin, records = copy.copy(self), (self.route, self.steps, self.last, self.macs)
         copies = [torch.empty_like(record) for record in records]
         torch._foreach_copy_(copies, records)  # in one launch

@@ -144,6 +144,9 @@ class Whole(Recorded):
         recorder: what records.
         ways: one way or more, names in `WAYS`. By kernels, ours read from the device's memory how many rows run. By
             selection, all rows run, and what was not chosen has no effect.
+
+    Attributes:
+        replay: a function that does `launch` where nobody will ask for `finite`.
     """
 
     def __init__(
@@ -156,16 +159,12 @@ class Whole(Recorded):
             # Kernels choose their tiles while all rows are at work: on few rows, all tiles would take the same time.
             backbone.run_route(inputs, backbone.dense_actions(len(inputs), inputs.device))
         self._run(self._measured)
-        self._replay = recorder.record(self._record)
+        self.replay = recorder.record(self._record)
 
     def launch(self) -> None:
         """Walk the inputs without waiting for the device."""
         self._look()
         self.replay()
-
-    def replay(self) -> None:
-        """Do `launch` where nobody will ask for `finite`."""
-        self._replay()
 
     def report(self) -> list[dict[str, Any]]:
         """Return the way of each point, and what each way took there if there was a choice."""
@@ -219,9 +218,8 @@ class InPieces(Recorded):
         super().__init__(inputs)
 
         def decide(walked: Pieces, state: State) -> None:
-            if state.ended:
-                return
-            walked.decide(state, choose(state))
+            if not state.ended:
+                walked.decide(state, choose(state))
 
         self._count, self._speaks = len(backbone.points), backbone.speaks
         self.pieces = Pieces(backbone, inputs, recorder, decide)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynrl.ops.costs import COSTS
 
-EIGHT = 8  # cuDNN's fused convolutions are known to take channels in a multiple of this
+FUSED_CHANNELS = 8  # cuDNN's fused convolutions are known to take channels in a multiple of this
 
 
 def fusible(x: Tensor) -> bool:
@@ -40,7 +40,7 @@ def _vendor_fuses(x: Tensor, outputs: int) -> bool:
     """Tell whether cuDNN's convolutions with bias, residual and ReLU in one pass can run, for images that fit."""
     return (
         x.is_cuda
-        and outputs % EIGHT == 0
+        and outputs % FUSED_CHANNELS == 0
         and not is_compiling()
         and not torch.is_grad_enabled()
         and torch.backends.cudnn.is_available()
@@ -49,7 +49,7 @@ def _vendor_fuses(x: Tensor, outputs: int) -> bool:
 
 
 def _fits_vendor(x: Tensor) -> bool:
-    return x.shape[1] % EIGHT == 0 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.shape[1] % FUSED_CHANNELS == 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def fold(norm: nn.Module | None, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 def _padded(x: Tensor) -> Tensor:
     """Return `x` [n, C, H, W] with channels of zeros behind its own, in channels_last."""
-    size = (x.shape[0], EIGHT, *x.shape[2:])
+    size = (x.shape[0], FUSED_CHANNELS, *x.shape[2:])
     wide = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).zero_()
     wide[:, : x.shape[1]].copy_(x)
     return wide
@@ -139,10 +139,8 @@ class FoldedConv2d(nn.Conv2d):
             layout: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
             weight = self.weight
             if residual is None and self._pads(x):
-                x, weight = (
-                    _padded(x),
-                    _padded(weight),
-                )  # a copy kept of the weight would outlive what is loaded into it
+                # A wide weight that were kept would stay as it is when other weights are loaded.
+                x, weight = _padded(x), _padded(weight)
             if _fits_vendor(x):
                 if residual is None:
                     return torch.cudnn_convolution_relu(x, weight, self.bias, *layout)
@@ -153,7 +151,7 @@ class FoldedConv2d(nn.Conv2d):
 
     def _pads(self, x: Tensor) -> bool:
         """Tell whether `x` gets channels of zeros. cuDNN itself would give it them, but not fuse what comes behind."""
-        return self.groups == 1 and x.shape[1] < EIGHT and x.dtype in (torch.bfloat16, torch.float16)
+        return self.groups == 1 and x.shape[1] < FUSED_CHANNELS and x.dtype in (torch.bfloat16, torch.float16)
 
     def fused(self, x: Tensor, relu: bool, residual: Tensor | None = None) -> Tensor:
         """Do `forward` where `fusible(x)` is known to hold."""

@@ -129,8 +129,6 @@ def run_rows(x: Tensor, index: Tensor, block: Callable[[Tensor], Tensor]) -> Ten
             all rows are computed, and some of them are selected.
         block: see `gated_residual`.
     """
-    if index.shape[0] == 0:
-        return x
     if index.shape[0] == x.shape[0]:
         return gated_residual_ref(x, torch.zeros_like(index, dtype=torch.bool).index_fill_(0, index, True), block)
     return compute_copies(x, index, ((block, 0, index.shape[0]),))

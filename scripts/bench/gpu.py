@@ -19,7 +19,7 @@ from dynrl.scripts.bench.model import NETWORKS
 from dynrl.scripts.bench.predicted import judged
 
 SECONDS = 460  # the time for everything
-WARMING = 100  # the time in which all tests run, and all parts once
+WARMING = 120  # the time in which all tests run, and all parts once
 LEAST = 15  # a part that would have less time is left out
 TRAINING = 60
 # The tests, with what chooses among those of a file: what runs on a CPU all the same is left out.
