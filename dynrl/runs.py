@@ -313,3 +313,29 @@ def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
             raise ValueError(f"{run} is {run.kind.label!r} of seed {run.seed} a second time; leave one of them out")
         alike.append(run)
     return kinds
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of choices are the content of a times.json.
+
+    Attributes:
+        start, choices: the milliseconds before the first decision, and of each choice at each point.
+        batch_size, device, hardware: how they were measured.
+    """
+
+    start: float
+    choices: tuple[tuple[float, ...], ...]
+    batch_size: int
+    device: str
+    hardware: dict[str, Any]
+
+
+def read_times(file: Path, backbone: Backbone) -> dict[str, Any]:
+    """Return the times in `file`; raise a ValueError that names the file if it is not for `backbone`."""
+    written = read_json(file)
+    with reading(file, "file of times"):
+        times = parse(Times, written)
+        found = {"start": times.start, "choices": times.choices}
+        backbone.time_table(found)  # which refuses what does not fit
+    return found

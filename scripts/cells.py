@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynrl.plans import check_source, plan, plan_again
 from dynrl.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ def check(args: Args, matrix: list[tuple[str, str]]) -> None:
     from dynrl.data import load_dataset
     from dynrl.recipes import defaults
     from dynrl.schema import check_price_range
-    from dynrl.training import plan
 
     for option in ("decisions", "agents", "seeds", "prices", "plain"):
         given = getattr(args, option)
@@ -50,7 +50,7 @@ def _settings(words: str) -> tuple[str, ...]:
 
 def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train the runs that are missing in `folder`, and return whether all are done; False after Ctrl-C."""
-    from dynrl.training import plan, plan_again, pretrain_into, resume, train
+    from dynrl.training import pretrain_into, resume, train
 
     if (backbone := args.backbone) is None:
         backbone = folder / "backbone"
@@ -83,7 +83,6 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
 def trainings(args: Sweep) -> list[dict[str, Any]]:
     """Return the settings of each training of a sweep; raise a ValueError for settings that would be refused."""
     from dynrl.sweep import combinations
-    from dynrl.training import check_source, plan
 
     given: dict[str, Any] = {"agent": args.agent, "seed": args.seed} | (
         {} if args.steps is None else {"steps": args.steps}

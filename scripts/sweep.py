@@ -64,9 +64,10 @@ def train_and_rank(args: Args, found: list[dict[str, Any]]) -> None:
 
     from dynrl.agents.rllib import start_ray
     from dynrl.files import write_json
+    from dynrl.plans import plan, plan_again
     from dynrl.runs import RunFolder
     from dynrl.sweep import search
-    from dynrl.training import find_prices, make_run, plan, plan_again, pretrain_into
+    from dynrl.training import find_prices, make_run, pretrain_into
 
     backbone = args.backbone or args.out / "backbone"
     if args.backbone is None:

@@ -35,10 +35,11 @@ class Args:
 def main(args: Args) -> None:
     """Pretrain if needed, learn, fine-tune if wanted, calibrate budgets, and evaluate."""
     from dynrl.envs import decision
+    from dynrl.plans import plan, plan_again
     from dynrl.runs import RunFolder
     from dynrl.scripts.common import use_threads
     from dynrl.scripts.evaluate import report_runs
-    from dynrl.training import gone_if_not_begun, learn, make_run, plan, plan_again
+    from dynrl.training import gone_if_not_begun, learn, make_run
 
     settings = given(args.settings)
     name = decision(settings.pop("decision")).name

@@ -13,8 +13,8 @@ from dynrl.evaluation.looking import Looking, fit_order
 from dynrl.evaluation.scores import score
 from dynrl.ops.backend import ops_mode
 from dynrl.ops.crops import crops
+from dynrl.plans import plan
 from dynrl.policies import Router, StepSight
-from dynrl.training import plan
 
 SIDE, LOOKS, EDGE = 8, 5, 26  # the edge is no multiple of anything
 

@@ -86,10 +86,14 @@ ALLOWED = {
         "dynrl.checkpoints", "dynrl.data", "dynrl.files", "dynrl.routes", "dynrl.finetuning", "dynrl.perturb", "dynrl.plugins",
         "dynrl.schema", "dynrl.settings",
     },
+    "dynrl.plans": {
+        "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.envs", "dynrl.files", "dynrl.machine",
+        "dynrl.perturb", "dynrl.pretraining", "dynrl.recipes", "dynrl.runs", "dynrl.schema", "dynrl.settings",
+    },
     "dynrl.training": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation",
-        "dynrl.files", "dynrl.machine", "dynrl.plugins", "dynrl.policies", "dynrl.pretraining", "dynrl.progress",
-        "dynrl.recipes", "dynrl.runs", "dynrl.schema", "dynrl.settings", "dynrl.perturb",
+        "dynrl.files", "dynrl.machine", "dynrl.plans", "dynrl.plugins", "dynrl.policies", "dynrl.pretraining",
+        "dynrl.progress", "dynrl.runs", "dynrl.settings",
     },
     "dynrl.sweep": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.evaluation", "dynrl.files",

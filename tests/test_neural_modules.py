@@ -13,8 +13,8 @@ from dynrl.data.shapes import _draw
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
 from dynrl.evaluation.layouts import layouts
+from dynrl.plans import plan
 from dynrl.policies import PolicySpec
-from dynrl.training import plan
 
 AND, ANSWER, ONE, LEFT, RIGHT, RED, BLUE = range(7)
 ROWS = 40

@@ -16,11 +16,12 @@ import dynrl
 from dynrl.agents.rllib import start_ray
 from dynrl.data import DATASETS, load_dataset
 from dynrl.files import load_tensors, read_json
+from dynrl.plans import plan
 from dynrl.plugins import VARIABLE, load_plugins
 from dynrl.policies import POLICIES
 from dynrl.runs import RunFolder
 from dynrl.scripts.cli import main
-from dynrl.training import make_run, plan
+from dynrl.training import make_run
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 QUICKLY = """

@@ -20,11 +20,12 @@ from dynrl.data import Augmentation, Dataset, Split, image_folder, load_dataset,
 from dynrl.deploy import SHIPPED, shipped
 from dynrl.files import load_tensors, read_json, save_tensors
 from dynrl.finetuning import Finetuning
+from dynrl.plans import plan
 from dynrl.pretraining import Recipe
 from dynrl.provenance import Standard
 from dynrl.recipes import defaults
 from dynrl.runs import RunFolder
-from dynrl.training import plan, pretrain_into, resume, train
+from dynrl.training import pretrain_into, resume, train
 from tests.scripts.calls import main
 
 RECIPE = Recipe(epochs=2, batch_size=16)

@@ -8,7 +8,7 @@ from torch import nn
 
 from dynrl.backbones import END, JumpRNN
 from dynrl.ops.costs import COSTS
-from dynrl.training import plan
+from dynrl.plans import plan
 from tests.ops_cases import COMPACT
 
 LENGTH, JUMPS, ENDS = 12, (1, 2, 5), ((1, 2), (2,))

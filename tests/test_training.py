@@ -20,13 +20,14 @@ from dynrl.data.own import SHARE
 from dynrl.files import load_tensors, read_json
 from dynrl.finetuning import Finetuning
 from dynrl.inputs import Named
+from dynrl.plans import plan, plan_again
 from dynrl.pretraining import Recipe
 from dynrl.progress import talking
 from dynrl.provenance import Provenance
 from dynrl.runs import RunFolder
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Regression, Segmentation
-from dynrl.training import learn, make_run, plan, plan_again, pretrain_into, resume, train
+from dynrl.training import learn, make_run, pretrain_into, resume, train
 
 pytestmark = pytest.mark.usefixtures("registries")
 

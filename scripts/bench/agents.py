@@ -27,11 +27,12 @@ from dynrl.data import Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.envs.rewards import distillation
 from dynrl.evaluation import BUDGETS, calibrate
+from dynrl.plans import plan
 from dynrl.policies import LearnedPolicy, RandomPolicy
 from dynrl.recipes import defaults
 from dynrl.runs import RunFolder
 from dynrl.settings import Problem, Settings
-from dynrl.training import plan, pretrain_into
+from dynrl.training import pretrain_into
 
 RATES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # the rates of the random routes
 DATA = "fashion-mnist"

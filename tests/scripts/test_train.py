@@ -18,10 +18,11 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED
 from dynrl.files import load_tensors, read_json
+from dynrl.plans import plan
 from dynrl.recipes import DEFAULTS
 from dynrl.runs import RunFolder
 from dynrl.scripts.cli import main
-from dynrl.training import plan, pretrain_into
+from dynrl.training import pretrain_into
 from tests.scripts.calls import COMMAND, call, refusal
 
 
