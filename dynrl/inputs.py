@@ -213,17 +213,21 @@ class Form:
         """Whether an input is several tensors by name."""
         return isinstance(self.shape, dict)
 
-    def example(self, rows: int, weight: Tensor) -> Any:
+    def example(self, rows: int, weight: Tensor, alike: bool = True) -> Any:
         """Make inputs of this form where `weight` is: numbers of its type, always the same ones; integers are 1.
 
-        The integer 1 is a token of every vocabulary, and in a mask it shows what the mask is over.
+        The integer 1 is a token of every vocabulary, and in a mask it shows what the mask is over. Unless integers may
+        be `alike` in all rows, every second row has 1 and 0 in turn, but for inputs that are called a mask.
         """
         if isinstance(self.shape, dict):
             assert isinstance(self.dtype, dict)
             parts = {name: Form(shape, self.dtype[name]) for name, shape in self.shape.items()}
-            return Named({name: part.example(rows, weight) for name, part in parts.items()})
+            return Named({n: part.example(rows, weight, alike or "mask" in n) for n, part in parts.items()})
         if self.dtype is not None:
-            return torch.ones(rows, *self.shape, dtype=getattr(torch, str(self.dtype)), device=weight.device)
+            ones = torch.ones(rows, *self.shape, dtype=getattr(torch, str(self.dtype)), device=weight.device)
+            if not alike and self.shape:
+                ones[1::2, ..., 1::2] = 0
+            return ones
         drawn = torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(0))
         return drawn.to(weight.device, weight.dtype)
 

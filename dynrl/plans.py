@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dynrl.agents.base import agent_class, sight_of
 from dynrl.backbones import FAMILIES, Backbone, load_backbone
 from dynrl.data import Dataset, as_dataset, check_dataset, load_dataset
@@ -195,6 +197,11 @@ def _checked(planned: Plan) -> Plan:
             f"expected {outputs} {what}, as many as the backbone has outputs, got {dataset.classes} in {dataset.name}; "
             "give the network a last layer of as many outputs, or give other data (a torch Dataset may name classes "
             "that it has no example of: `classes`)"
+        )
+    if kinds := {str(p.dtype) for p in backbone.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
+        raise ValueError(
+            f"expected a backbone with weights of torch.float32, as learning needs, got {', '.join(sorted(kinds))}; "
+            "train it so, and convert the plugged model: model.to(dtype=torch.bfloat16)"
         )
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)

@@ -481,8 +481,10 @@ class Backbone(nn.Module):
         """Refuse, with a ValueError, inputs that would fail later or silently pass on NaN."""
         self.form.check(as_inputs(inputs), next(self.parameters()).dtype)
 
-    def random_inputs(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return inputs [rows, *input_shape] of random numbers, of the type that the network takes."""
+    def random_inputs(self, rows: int, generator: torch.Generator | None = None) -> Any:
+        """Return inputs [rows, *input_shape] of random numbers, of the type that the network takes; integers are 1."""
+        if self.form.dtype is not None or self.form.named:
+            return self.form.example(rows, next(self.parameters()))
         return torch.randn(rows, *self.input_shape, generator=generator, dtype=next(self.parameters()).dtype)
 
     def begin(

@@ -11,14 +11,16 @@ forward. They get one by running the module again up to where they stand, with s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
+from greenlet import error as GreenletError
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
+from dynrl.backbones.modes import Modes, kept
 from dynrl.inputs import Named
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.move import put_rows, take_rows
@@ -57,6 +59,7 @@ class Forward:
 
     Attributes:
         left: [k] int64, the rows that have not left; None while these are all.
+        begun: the modes in which it began.
         made: what was made for the last part, which the next one may overwrite if it is handed on as it is.
     """
 
@@ -64,7 +67,7 @@ class Forward:
         self.held, self.inputs, self.size = held, inputs, len(inputs)
         self.left: Tensor | None = None
         self.made: Tensor | None = None
-        self.next, self.grad = 0, torch.is_grad_enabled()
+        self.next, self.begun = 0, Modes.now()
         self._start, self._counts = start, dict[str, int]()
 
     def run(self, nothing: None) -> Any:
@@ -80,12 +83,12 @@ class Forward:
         if k != self.next:
             raise ValueError(f"{self.held.kind} ran {name!r} in another order, or more often, for these inputs")
         self.next += 1
-        own = torch.is_grad_enabled()
+        here = Modes.now()
         if k < self._start:
-            return Stand(None, self, k, args, kwargs, own).stand_in()
-        value = getcurrent().parent.switch((k, args, kwargs, own))
-        if own != self.grad:  # a mode of the forward's own; else, it has that of whoever lets it go on
-            torch.set_grad_enabled(own)
+            return Stand(None, self, k, args, kwargs, here).stand_in()
+        value = getcurrent().parent.switch((k, args, kwargs, here))
+        if here != self.begun:  # modes of the forward's own; else, it has those of whoever lets it go on
+            here.since(self.begun).set()
         return value
 
     def _between(self, key: tuple[str, int], module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -109,22 +112,53 @@ class Forward:
         return x if self.left is None else x.new_zeros(self.size, *x.shape[1:]).index_copy(0, self.left, x)
 
 
+class Runner:
+    """The greenlet of a forward, which may be given up at any part."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._greenlet = greenlet(forward.run)
+
+    def go(self, value: Any) -> Any:
+        """Let the forward run with `value` for its part; return what it gives at the next part, or at its end."""
+        self._greenlet.parent = getcurrent()
+        with kept():  # the forward may be held inside of modes of its own
+            return self._greenlet.switch(value)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the forward has come to its end."""
+        return bool(self._greenlet.dead)
+
+    def end(self) -> None:
+        """End the forward, since no row goes on; what it has begun is ended as by an exception."""
+        self._greenlet.parent = getcurrent()
+        with kept():
+            self._greenlet.throw()
+
+    def __del__(self) -> None:
+        # greenlet would end it, too, but leave the modes to which the forward's own contexts return.
+        if self._greenlet and not self._greenlet.dead:
+            with suppress(GreenletError):  # in another thread, greenlet ends it later
+                self.end()
+
+
 def begin(forward: Forward) -> Stand | Tensor:
     """Let `forward` run to its first part."""
-    return go(greenlet(forward.run), forward)
+    return go(Runner(forward), forward)
 
 
-def go(runner: Any, forward: Forward, value: Any = None) -> Stand | Tensor:
+def go(runner: Runner, forward: Forward, value: Any = None) -> Stand | Tensor:
     """Let `forward` go on with `value` for its part, to the next part, or to the answer of the rows that are left."""
-    runner.parent = getcurrent()
-    outside = torch.is_grad_enabled()
-    try:
-        got = runner.switch(value)
-    finally:
-        torch.set_grad_enabled(outside)  # the forward may be held inside of a mode of its own
-    if not runner.dead:
+    inference = torch.is_inference_mode_enabled()
+    got, held = runner.go(value), forward.held
+    if not runner.ended:
+        if torch.is_inference_mode_enabled() != inference:
+            runner.end()
+            raise ValueError(
+                f"{held.kind} runs {held.names[got[0]]!r} in torch.inference_mode(), which cannot be left for a while; "
+                "use torch.no_grad() there"
+            )
         return Stand(runner, forward, *got)
-    held = forward.held
     if forward.next < len(held.names):
         raise ValueError(f"{held.kind} did not run {held.names[forward.next]!r} for these inputs")
     said = answer(got, held.kind)
@@ -139,9 +173,9 @@ class Stand:
         x: [n, ...], the features of the rows that are left.
     """
 
-    def __init__(self, runner: Any, forward: Forward, k: int, args: Any, kwargs: Any, grad: bool) -> None:
+    def __init__(self, runner: Any, forward: Forward, k: int, args: Any, kwargs: Any, modes: Modes) -> None:
         held = forward.held
-        self._runner, self._forward, self.k, self._grad = runner, forward, k, grad
+        self._runner, self._forward, self.k, self._modes = runner, forward, k, modes
         leaves, self._spec = tree_flatten_with_path((args, kwargs))
         self._leaves = [leaf for _, leaf in leaves]
         rows = held.rows_at((held.names[k], 0), "given", leaves, forward.size, forward.inputs)
@@ -178,8 +212,8 @@ class Stand:
             tokens = self.x.shape[1]
             leaves[1:] = [_at_places(leaf, places, tokens) for leaf in leaves[1:]]
         args, kwargs = tree_unflatten(leaves, self._spec)
-        own = self._grad != self._forward.grad  # inside of a mode of the forward's own
-        with torch.set_grad_enabled(self._grad) if own else nullcontext():
+        own, begun = self._modes, self._forward.begun
+        with own.since(begun).hold() if own != begun else nullcontext():
             value = (held.parts[held.names[self.k]] if by is None else by)(*args, **kwargs)
         if not held.knows(self.k, leaves):
             held.learn(self.k, leaves, value)
@@ -240,8 +274,7 @@ class Stand:
 
     def end(self) -> None:
         """End the forward, since no row goes on."""
-        self._runner.parent = getcurrent()
-        self._runner.throw()
+        self._runner.end()
 
 
 def _parted(x: Tensor, each: int) -> Tensor:

@@ -205,9 +205,11 @@ class Held:
         order = [seen.key[0] for seen in parts]
         for name in self.names:
             if order.count(name) != 1:
+                own = [at or self.kind for at in self._opened if "forward" in vars(self.module.get_submodule(at))]
+                advice = f"make a class of the forward that was set on {own}" if own else "name other parts"
                 raise ValueError(
                     f"expected {self.kind} to run {name!r} once for an input, it does so {order.count(name)} times; "
-                    "name other parts"
+                    f"{advice}"
                 )
         if order != self.names:
             raise ValueError(f"expected the parts in the order in which {self.kind} runs them: {order}")

@@ -32,6 +32,7 @@ from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import Executed, executed, macs_of
 from dynrl.inputs import Form
+from dynrl.inputs import parts as tensors_of
 from dynrl.ops.gated_positions import Block
 from dynrl.ops.gated_residual import run_rows
 from dynrl.ops.move import keep_rows, replace_some, take_rows
@@ -41,7 +42,7 @@ Standing = Stand | TracedStand
 Channels = Literal["first", "last"]
 TIMED_ROWS, ROUNDS = 8, 3  # memory formats are timed on so many rows, so often in turn
 CLEARLY = 0.75  # how much of the time of channels_last contiguous maps must take to be preferred: timings are noisy
-MIXED = 0.05  # rows that change by this share of the largest output when others stand beside them are not just rounded
+MIXED = 0.01  # rows that change by this share of the largest output when others stand beside them are not just rounded
 LEAST_MACS = 10**7  # below this, Python takes most of the time in either format
 
 
@@ -94,6 +95,14 @@ class _OfModule(Backbone):
         except ValueError:
             raise
         except Exception as error:  # a user's forward may raise anything
+            nested = any(
+                isinstance(part, nn.TransformerEncoder) and part.use_nested_tensor for part in module.modules()
+            )
+            if nested and "nested" in str(error).lower():
+                raise ValueError(
+                    f"{type(module).__name__} hands nested tensors on, whose rows cannot be told apart; make its "
+                    "nn.TransformerEncoder with enable_nested_tensor=False"
+                ) from error
             raise ValueError(
                 f"{type(module).__name__} fails on inputs of shape {form} ({type(error).__name__}: {error}); give the "
                 "shape of one input, without the batch; or a batch of examples, by name if there are several tensors, "
@@ -106,8 +115,10 @@ class _OfModule(Backbone):
             if self.form.named:
                 raise Untraceable(f"{type(self.module).__name__} is given tensors by name")
             self._cut: Traced | Held = Traced(self.module, self._names)
+            _check_training(self.module, self._names)
+            inputs = self._example(1)
             with torch.no_grad():
-                stand: Any = self._cut.enter(self._example(1))
+                stand: Any = self._cut.enter(inputs)
                 for name in self._names:
                     if not isinstance(stand.x, Tensor) or stand.x.shape[0] != 1:
                         raise Untraceable(f"{name!r} is not given one row for each input")
@@ -115,8 +126,10 @@ class _OfModule(Backbone):
                     if not isinstance(y, Tensor):
                         raise Untraceable(f"{name!r} returns a {type(y).__name__}")
                     stand = stand.follow(y)
-            if not isinstance(stand, Tensor):
-                raise Untraceable(f"{type(self.module).__name__} returns a {type(stand).__name__}")
+                if not isinstance(stand, Tensor):
+                    raise Untraceable(f"{type(self.module).__name__} returns a {type(stand).__name__}")
+                if not _same(stand, self._cut.output(inputs)):
+                    raise Untraceable(f"what torch.fx cut out of {type(self.module).__name__} computes something else")
         except Untraceable as error:
             self.way, self.why = "in place", str(error)
             self.exports, self.captures = False, ()  # type: ignore[misc]
@@ -125,13 +138,19 @@ class _OfModule(Backbone):
     @torch.no_grad()
     def _check_rows(self) -> None:
         """Refuse a module whose answer to an input depends on those beside it: blocks run on any of the rows."""
-        both, kind = self._example(2), type(self.module).__name__
-        alone, together = self._cut.output(both[:1]), self._cut.output(both)
+        both, kind = self._example(2, alike=False), type(self.module).__name__
+        given = both.clone()
+        alone, together = self._cut.output(both[:1].clone()), self._cut.output(given)
+        if any(not torch.equal(x, tensors_of(both)[name]) for name, x in tensors_of(given).items()):
+            raise ValueError(
+                f"{kind} writes into its inputs, which are needed again where rows go on apart; write into a copy there"
+            )
         if not alone.dim() or together.shape != (2 * alone.shape[0], *alone.shape[1:]):
             shapes = f"{tuple(alone.shape)} for one input and {tuple(together.shape)} for two"
             raise ValueError(f"expected {kind} to return a row for each input, got {shapes}")
+        rounding = max(MIXED, torch.finfo(alone.dtype).eps ** 0.5)  # in half types, it is more
         alone = alone.float()
-        if float((together[: len(alone)].float() - alone).abs().max()) > MIXED * float(alone.abs().max()):
+        if float((together[: len(alone)].float() - alone).abs().max()) > rounding * float(alone.abs().max()):
             raise ValueError(
                 f"expected what {kind} returns for an input to depend on that input only, but it changes with the "
                 "inputs beside it (or by chance); a network that mixes the rows of a batch cannot be routed row by row"
@@ -152,9 +171,13 @@ class _OfModule(Backbone):
 
         Which format is faster depends on the layers and on the machine, so a few rows are timed in both, once.
         """
-        twin = super().for_inference()
-        fold_norms(twin.module, twin._names)
-        twin._recut()
+        twin, inputs = super().for_inference(), self._example(2)
+        with torch.no_grad():
+            expected = twin._cut.output(inputs)
+            fold_norms(twin.module, twin._names, lambda: twin._cut.output(inputs))
+            twin._recut()
+            if not _same(twin._cut.output(inputs), expected):  # it reads its layers in ways that no trace shows
+                twin = super().for_inference()
         convolves = any(isinstance(part, nn.Conv2d) for part in twin.module.modules())
         if convolves and TIMED_ROWS * self.dense_macs >= LEAST_MACS:
             weight = next(self.parameters())
@@ -187,12 +210,19 @@ class _OfModule(Backbone):
             if isinstance(part, nn.Conv2d):
                 part.weight.data = part.weight.data.contiguous(memory_format=form)
 
+    def _pose(self, *args: Any, **kwargs: Any) -> None:
+        super()._pose(*args, **kwargs)
+        # A module may keep what it computes, such as weights of attention. With a graph of gradients behind it, as the
+        # runs that are counted leave it, the module could not be copied any more.
+        with torch.no_grad():
+            self._cut.output(self._example(1))
+
     def _recut(self) -> None:
         if hasattr(self, "_cut"):
             self._cut = self._cut.again()
 
-    def _example(self, rows: int) -> Any:
-        return self.form.example(rows, next(self.module.parameters()))
+    def _example(self, rows: int, alike: bool = True) -> Any:
+        return self.form.example(rows, next(self.module.parameters()), alike)
 
     def _last(self, k: int, told: bool | None) -> bool:
         """Return whether the features at part `k` have their channels last, if ops have `told` so or not."""
@@ -461,11 +491,16 @@ def _check_tokens(name: str, stand: Any) -> None:
         )
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
-    same = got.shape == expected.shape
+def _close(got: Tensor, expected: Tensor, by: float = 1e-2) -> bool:
+    """Tell whether two tensors agree up to this share, or up to this share of the largest number expected."""
     # Tokens that see padding only may be NaN.
-    close = {"rtol": 1e-2, "atol": 1e-2 * float(expected.nan_to_num().abs().max())}
-    return same and torch.allclose(got, expected, equal_nan=True, **close)
+    close = {"rtol": by, "atol": by * float(expected.nan_to_num().abs().max())}
+    return got.shape == expected.shape and torch.allclose(got, expected, equal_nan=True, **close)
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    """Tell whether two tensors differ by no more than rounding in their number type."""
+    return _close(got, expected, torch.finfo(expected.dtype).eps ** 0.5)
 
 
 class ExpertModule(_OfModule):
@@ -535,6 +570,24 @@ class ExpertModule(_OfModule):
             full_route=(len(self._counts) - 1,) * len(blocks),
             feature_width=width,
         )
+        self._check_mixed()
+
+    @torch.no_grad()
+    def _check_mixed(self) -> None:
+        """Refuse layers that are not given the rows one behind the other: rows would take the experts of others."""
+        inputs, route = self._example(2, alike=False), torch.zeros(2, self.columns, dtype=torch.int64)
+        route[1] = len(self._counts) - 1
+        route = route.to(next(self.parameters()).device)
+        try:
+            fits = _same(self.run_route(inputs, route).outputs[1:], self.run_route(inputs[1:], route[1:]).outputs)  # type: ignore[index, arg-type]
+        except RuntimeError:  # what a layer is given cannot be parted into rows
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"expected the mixtures in {self._names} to be given features with the rows first, [batch, tokens, "
+                "channels] or the tokens of one row behind those of another; with other rows beside it, a row takes "
+                "their number of experts. Let the block hand its mixture the rows first"
+            )
 
     def _known_counts(self, counts: tuple[int, ...] | None) -> tuple[int, ...]:
         """Return the numbers of experts, checked against the layers' own."""
@@ -764,7 +817,8 @@ class ExitModule(_OfModule, Exits):
             x = stand.part()
             if rate is not None:
                 answers.append(Answer(self._exit(stand.k, x), rows))
-            stand = stand.follow(x)
+            # What follows may write in place, into what the exit needs for its gradients.
+            stand = stand.follow(x.clone() if torch.is_grad_enabled() else x)
         yield [*answers, Answer(stand, rows)]
 
     def ideal(self, inputs: Any, route: Tensor) -> Callable[[], Any]:
@@ -804,6 +858,17 @@ def _check_names(module: nn.Module, names: Any) -> None:
             f"expected a list of different names of parts of {type(module).__name__}, none inside another, got {wrong}"
             f"; names are such as {', '.join(map(repr, dict.fromkeys(near)))}: named_modules() gives all of them"
         )
+
+
+def _check_training(module: nn.Module, names: Sequence[str]) -> None:
+    """Raise `Untraceable` if the module can be cut in eval mode alone, for example as it returns more in training."""
+    module.train()
+    try:
+        Traced(module, names)
+    except ValueError as error:
+        raise Untraceable(f"in training mode, {error}") from error
+    finally:
+        module.eval()
 
 
 def _cut_again(backbone: _OfModule, keys: Any) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from dynrl.backbones.modes import Modes
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.move import apart
+
+
+def hooked(module: nn.Module) -> bool:
+    """Tell whether something is called before or behind a module's own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class Untraceable(ValueError):
@@ -24,9 +30,16 @@ class _Tracer(fx.Tracer):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self._open = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+        self._outside = Modes.now()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return name not in self._open
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        # A graph has no modes: what is computed without gradients, or in other number types, would be so no more.
+        if Modes.now() != self._outside:
+            raise Untraceable("its forward turns gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
 
 
 class Part:
@@ -55,13 +68,15 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
     Raises:
         ValueError: a part is not run exactly once, on one tensor, in this order; or a tensor passes a part by (a
             shortcut around it).
-        Untraceable: the module takes, hands to its parts, or returns more than one tensor, or decides by the values of
-            its inputs, so that torch.fx cannot trace it.
+        Untraceable: the module takes, hands to its parts, or returns more than one tensor; it decides by the values of
+            its inputs, or has hooks or modes of its own, so that torch.fx cannot trace it.
     """
     parts, kind = dict(module.named_modules()), type(module).__name__
     options = {
         p.name: p.default for p in inspect.signature(module.forward).parameters.values() if p.default is not p.empty
     }
+    if hooked(module) or "forward" in vars(module):
+        raise Untraceable(f"{kind} has hooks, or a forward of its own, which torch.fx passes by")
     try:
         graph = _Tracer(names).trace(module, concrete_args=options)
     except Exception as error:  # a user's forward may raise anything on a tracer's proxies
@@ -127,23 +142,44 @@ def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[s
     return graph
 
 
-def fold_norms(module: nn.Module, names: Sequence[str]) -> None:
+def fold_norms(module: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> None:
     """Fold batch norms into the convolutions before them, in place, wherever torch.fx sees the one behind the other.
 
     The module is for inference only from then on. What lies in a part of these names is not folded with what does not:
     rows may leave out the one but not the other.
+
+    Args:
+        run: runs the module once. What is in a module that cannot be traced is folded only where its own forward runs:
+            others may be called layer by layer, with something between.
     """
-    _fold(module, {id(inner): name for name in names for inner in module.get_submodule(name).modules()})
+    part_of = {id(inner): name for name in names for inner in module.get_submodule(name).modules()}
+    _fold(module, part_of, _running(module, run))
 
 
-def _fold(module: nn.Module, part_of: dict[int, str]) -> None:
+def _running(module: nn.Module, run: Callable[[], Any]) -> set[int]:
+    """Return the ids of the modules whose forward runs in `run`."""
+    ran = set[int]()
+    hooks = [part.register_forward_pre_hook(lambda part, given: ran.add(id(part))) for part in module.modules()]
     try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
+
+
+def _fold(module: nn.Module, part_of: dict[int, str], running: set[int]) -> None:
+    try:
+        if "forward" in vars(module):
+            raise Untraceable("torch.fx traces the forward of the class")
         graph = fx.Tracer().trace(module)
     except Exception:  # a user's forward may raise anything on a tracer's proxies; what is inside may be traced
         for child in module.children():
-            _fold(child, part_of)
+            if id(child) in running:
+                _fold(child, part_of, running)
         return
     called = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
@@ -153,7 +189,8 @@ def _fold(module: nn.Module, part_of: dict[int, str]) -> None:
         norm: Any = module.get_submodule(names[1])
         known = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None
         together = part_of.get(id(convolution)) == part_of.get(id(norm))
-        if known and together and all(called[name] == 1 for name in names):
+        alone = all(called[name] == 1 and name not in read for name in names)
+        if known and together and alone and not (hooked(convolution) or hooked(norm)):
             module.set_submodule(names[0], fuse_conv_bn_eval(convolution, norm))
             module.set_submodule(names[1], nn.Identity())
 

@@ -46,7 +46,7 @@ def export(model: RoutedModel, path: str | Path) -> None:
     if missing:
         raise ValueError(f"to write {path} takes {' and '.join(missing)}: pip install onnx onnxscript")
     weights = next(model.backbone.parameters())
-    example = torch.zeros(4, *model.input_shape, dtype=weights.dtype, device=weights.device)
+    example = model.backbone.form.example(4, weights)
     batch = torch.export.Dim("batch", min=2)  # torch takes programs for two rows or more to be right for one, too
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor found")  # the router's transposed weights

@@ -82,7 +82,7 @@ class FoldedConv2d(nn.Conv2d):
     models. Elsewhere, it runs plain torch or cuDNN's fused convolution.
     """
 
-    _packed: dict[bool, Tensor]
+    _packed: dict[bool, tuple[tuple[int, int], Tensor]]
 
     @classmethod
     def of(cls, convolution: nn.Conv2d, norm: nn.Module | None = None) -> FoldedConv2d:
@@ -157,10 +157,13 @@ class FoldedConv2d(nn.Conv2d):
         """Do `forward` where `fusible(x)` is known to hold."""
         layout = (self.padding, self.stride, self.dilation, self.groups)
         many = len(x) > 1  # oneDNN needs another layout for one row than for several, and is far slower without
-        packed = self._packed.get(many)
-        if packed is None:
+        weight = self.weight
+        state = weight.data_ptr(), -1 if weight.is_inference() else weight._version  # weights may be edited in place
+        kept, packed = self._packed.get(many, (None, None))
+        if packed is None or kept != state:
             size = [64 if many else 1, *x.shape[1:]]
-            packed = self._packed[many] = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *layout, size)
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *layout, size)
+            self._packed[many] = state, packed
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise.default(
                 x, packed, self.bias, *layout, "relu" if relu else "none", [], ""
