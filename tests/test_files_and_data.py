@@ -7,14 +7,28 @@ import hashlib
 import io
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dynrl.data import DATASETS, Augmentation, check_dataset, cifar, folder, image_folder, images, load_dataset
+from dynrl.data import (
+    DATASETS,
+    Augmentation,
+    Dataset,
+    Split,
+    check_dataset,
+    cifar,
+    folder,
+    image_folder,
+    images,
+    load_dataset,
+    standardised,
+)  # fmt: skip
 from dynrl.data.images import CANVAS, PIECE, PIECES, clutter, parse_idx
+from dynrl.data.stored import store
 from dynrl.files import load_tensors, read_json, save_tensors, write_aside, write_json
 
 
@@ -286,6 +300,63 @@ def test_augmentation_shifts_by_whole_pixels_and_flips():
     torch.testing.assert_close(moved.flatten(1).max(1).values, torch.ones(200), atol=1e-4, rtol=0)
     assert set((spots // 9).tolist()) == {2, 3, 4, 5, 6}
     assert set((spots % 9).tolist()) == {1, 2, 3, 4, 5, 6, 7}
+
+
+def numbered(targets):
+    """A split whose inputs, texts and difficulty are the numbers of its rows."""
+    rows = torch.arange(float(len(targets)))
+    return Split(rows.view(-1, 1), targets, difficulty={"row": rows}, texts=tuple(f"{int(row)}" for row in rows))
+
+
+BY_CLASS = torch.arange(10).repeat_interleave(100)
+ORDERED = {
+    "by class": BY_CLASS,
+    "from the last class": BY_CLASS.flip(0),
+    "in pieces": BY_CLASS.view(10, 5, 20).transpose(0, 1).flatten(),
+    "one rare class": (torch.arange(1000) >= 950).long(),
+    "numbers": torch.linspace(-1, 1, 1000).view(-1, 1),
+    "pixels": (torch.arange(1000) // 100).view(-1, 1, 1).expand(-1, 2, 2),
+}
+
+
+@pytest.mark.parametrize("targets", ORDERED.values(), ids=ORDERED)
+def test_the_order_of_rows_does_not_matter(targets):
+    """Else backbones would never see the last class, and policies nothing else."""
+    given = numbered(targets)
+    data = Dataset("mine", 10, given, given, given, Augmentation())
+    mean = targets.double().mean()
+    for part in (data.for_backbone.train, data.unseen, data.validation.head(200), data.test.head(200)):
+        rows = part.inputs[:, 0].long()
+        assert torch.equal(part.targets, targets[rows]) and torch.equal(part.difficulty["row"], rows.float())
+        assert part.texts == tuple(f"{row}" for row in rows)
+        assert abs(part.targets.double().mean() - mean) < 0.35 * targets.double().std()
+    assert sorted([*data.for_backbone.train.texts, *data.unseen.texts], key=int) == list(given.texts)
+    again = Dataset("mine", 10, given, given, given, Augmentation())
+    assert torch.equal(again.train.inputs, data.train.inputs), "the same order in every process"
+    assert torch.equal(replace(data, name="other").train.inputs, data.train.inputs), "shuffled once"
+
+
+def test_rows_in_random_order_stay_as_they_are():
+    """Whatever the shares of the classes are; and a few rows, which may be in order by chance."""
+    generator = torch.Generator().manual_seed(0)
+    rare = torch.rand(1000, generator=generator) < 0.01
+    for targets in (
+        torch.randint(2, (60,), generator=generator), BY_CLASS[torch.randperm(1000, generator=generator)], rare.long(),
+        torch.randn(100, generator=generator), torch.arange(12) // 6, torch.zeros(100).long(), torch.zeros(100),
+        torch.arange(1000) % 10, (torch.arange(1000) == 500).float(), torch.zeros(1).long(),
+    ):  # fmt: skip
+        given = numbered(targets)
+        made = Dataset("mine", 10, given, given, given, Augmentation())
+        assert made.train is given and made.validation is given and made.test is given
+
+
+def test_a_made_data_set_of_ordered_rows_is_shuffled_wherever_its_inputs_are():
+    pixels = (BY_CLASS.view(-1, 1, 1, 1).expand(-1, 1, 2, 2) / 255).contiguous()
+    stored = store(pixels.mul(255).round().to(torch.uint8).numpy(), (1, 2, 2), torch.uint8)
+    for inputs in (pixels, stored):
+        made = standardised("mine", 10, Augmentation(), [(inputs, BY_CLASS)] * 3)
+        shown = made.raw(made.unseen.inputs[:]).mul(255).round()[:, 0, 0, 0]
+        assert torch.equal(shown.long(), made.unseen.targets) and len(shown.unique()) == 10
 
 
 def paint(path, value, size=(6, 4), mode="L"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,9 @@ from dynrl.vocabulary import Vocabulary, words_of
 
 KEPT = 0.1  # the share of the training split that is kept from backbones, for policies to learn on
 UNSEEN = 999_999  # the seed of inputs drawn for policies, which no epoch has (`Dataset.in_epoch`)
+# Rows whose targets change less than this share as much as in random order are ordered by them. Where they change so
+# rarely at random, nothing is told from it: a few rows may well come in order by chance.
+ORDERED, FEW = 0.25, 32
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,23 @@ class Split:
         """Return the last `count` rows."""
         return self._rows(slice(len(self) - count, None))
 
-    def _rows(self, rows: slice) -> Split:
+    @property
+    def shuffled(self) -> Split:
+        """The same rows in random order, always the same one, if they are ordered by their targets; else the split."""
+        if len(self.targets) <= FEW:
+            return self
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(self)))
+        given, mixed = _changes(self.targets), _changes(self.targets[order.to(self.targets.device)])
+        if int((mixed > 0).sum()) < FEW or float(given.sum()) >= ORDERED * float(mixed.sum()):
+            return self
+        return self._rows(order)
+
+    def _rows(self, rows: slice | Tensor) -> Split:
         difficulty = {name: numbers[rows] for name, numbers in self.difficulty.items()}
-        inputs = self.inputs.part(rows) if isinstance(self.inputs, Stored) else self.inputs[rows]
-        return Split(inputs, self.targets[rows], self.task, difficulty, self.texts[rows])
+        some = rows.numpy() if isinstance(rows, Tensor) else rows
+        inputs = self.inputs.part(some) if isinstance(self.inputs, Stored) else self.inputs[rows]
+        texts = np.array(self.texts, dtype=object)[some].tolist() if self.texts else ()
+        return Split(inputs, self.targets[rows], self.task, difficulty, tuple(texts))
 
     def words(self, row: int) -> list[str]:
         """Return the words that a network can read of the text at `row`, or their token ids if no word is known.
@@ -81,6 +98,13 @@ class Split:
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on `device`, with inputs of the type `dtype`; targets keep their type."""
         return replace(self, inputs=placed(self.inputs, device, dtype), targets=self.targets.to(device))
+
+
+def _changes(targets: Tensor) -> Tensor:
+    """Return how much targets change from each row to the next, [n - 1]: by how much, or in which share of classes."""
+    before, after = targets[:-1], targets[1:]
+    change = (after - before).abs() if targets.is_floating_point() else after != before
+    return change.double().view(len(change), -1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -138,7 +162,8 @@ class Dataset:
     Attributes:
         name: the name in `DATASETS`.
         classes: the number of outputs that a network for it has; 1 for one number.
-        train, validation, test: the splits.
+        train, validation, test: the splits. Rows that are ordered by their targets are brought into random order
+            (`Split.shuffled`), since parts of a split must be like the whole.
         augmentation: the changes of training inputs.
         mean, deviation: inputs are raw inputs (images in 0 to 1) less `mean`, divided by `deviation`: one number each,
             or one for each channel.
@@ -169,6 +194,8 @@ class Dataset:
             raise ValueError(f"{self.name}: expected {wanted} different names of classes, got {list(self.names)}")
         if not self.names:
             object.__setattr__(self, "names", tuple(map(str, range(wanted))))
+        for part in ("train", "validation", "test"):
+            object.__setattr__(self, part, getattr(self, part).shuffled)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -275,7 +302,7 @@ class Dataset:
         return getattr(self, name)
 
 
-# The inputs [n, ...] in 0 to 1 and the labels [n] of the training, validation and test parts, in random order.
+# The inputs [n, ...] in 0 to 1 and the labels [n] of the training, validation and test parts.
 Parts = list[tuple[Any, Tensor]]
 
 
