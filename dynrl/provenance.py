@@ -113,7 +113,7 @@ class Provenance:
 
     Attributes:
         data: the name of the data set.
-        fingerprint: the data set's digest (`Dataset.fingerprint`).
+        fingerprint: the digest of the data set's inputs (`Dataset.fingerprint`).
         classes: the names of the classes, in the order of the outputs; empty for a regression.
         input_shape: the shape of one input; name -> shape if inputs are several tensors.
         dtype: the type of raw inputs, by name if they are several tensors. If it is "uint8", they are pixels, which
@@ -121,6 +121,8 @@ class Provenance:
         mean, deviation: the network's inputs are raw inputs less `mean`, divided by `deviation`: one number each, or
             one for each channel of an image.
         vocabulary: what makes token ids of raw inputs, if they are texts.
+        content: the digest of the data set's inputs, targets and names of classes (`Dataset.content`); None in files of
+            versions that had none.
     """
 
     data: str
@@ -131,6 +133,7 @@ class Provenance:
     mean: Numbers
     deviation: Numbers
     vocabulary: Vocabulary | None = None
+    content: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists

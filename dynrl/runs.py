@@ -187,7 +187,12 @@ class RunFolder:
                 return load_dataset(self.data)
             except ValueError as error:
                 raise ValueError(f"{self}: {error}; if its data lie elsewhere now, name that place (--data)") from None
-        found, known = as_dataset(data), self.data_known
+        known = self.data_known
+        # A folder, or what a plugin makes, may have grown since. Of a `Dataset` that is handed over, no name tells.
+        handed = isinstance(data, Dataset) and data.name == self.data
+        if handed and known is not None and known.content not in (None, data.content):
+            raise ValueError(f"{self} was trained on other data of the name {data.name!r}; hand those over again")
+        found = as_dataset(data)
         if found.name == self.data:
             return found
         if known is None:

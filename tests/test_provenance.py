@@ -16,9 +16,19 @@ from torch.utils.data import random_split
 import dynrl
 from dynrl import training
 from dynrl.backbones import FAMILIES, SkipResNet, load_backbone
-from dynrl.data import Augmentation, Dataset, Split, image_folder, load_dataset, own_dataset
+from dynrl.data import (
+    DATASETS,
+    Augmentation,
+    Dataset,
+    Split,
+    as_dataset,
+    image_folder,
+    load_dataset,
+    own_dataset,
+    text_folder,
+)
 from dynrl.deploy import SHIPPED, shipped
-from dynrl.files import load_tensors, read_json, save_tensors
+from dynrl.files import load_tensors, read_json, save_tensors, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.plans import plan
 from dynrl.pretraining import Recipe
@@ -286,6 +296,74 @@ def test_fingerprints_say_what_data_are_not_how_they_are_standardised(photos):
     other = replace(data.provenance, mean=data.mean + 0.1, deviation=2 * data.deviation)
     assert data.seen_by(other).fingerprint == data.fingerprint
     assert image_folder(str(paint(photos, start=20, count=1))).fingerprint != data.fingerprint
+
+
+def relabelled(data):
+    """The same inputs, with the labels of the test inverted."""
+    return replace(data, test=replace(data.test, targets=1 - data.test.targets))
+
+
+def test_other_labels_and_other_numbers_are_other_data(photos, tmp_path):
+    """Whatever the inputs are: photos, texts, numbers, numbers that are too small to count in 255ths, tokens by name."""
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(40) % 2
+    numbers = [1e-4 * torch.randn(40, 3, generator=generator) for _ in range(2)]
+    tokens = [{"ids": ids} for ids in (torch.arange(80).view(40, 2), torch.arange(80).view(40, 2))]
+    tokens[1]["ids"][3, 1] = 8
+    pairs = [own_dataset((each, labels)) for each in numbers]
+    assert pairs[0].fingerprint == pairs[1].fingerprint, "so the second digest is what tells"
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("bad", "good"):
+        (texts / f"{name}.txt").write_text("".join(f"{name} text {i}\n" for i in range(40)))
+    for data, other in (
+        (pairs[0], pairs[1]), (pairs[0], own_dataset((numbers[0], 1 - labels))),
+        (own_dataset((tokens[0], labels)), own_dataset((tokens[1], labels))),
+        *((made, relabelled(made)) for made in (pairs[0], image_folder(str(photos)), text_folder(str(texts)))),
+        (pairs[0], replace(pairs[0], names=("cat", "dog"))),
+    ):  # fmt: skip
+        known = replace(data.provenance, data="elsewhere")
+        data.check_same(known)
+        with pytest.raises(ValueError, match="expected elsewhere, or the same data elsewhere, got .* are others"):
+            other.check_same(known)
+
+
+def test_data_stay_the_same_whatever_network_sees_them():
+    """Rounding moves the last digits of what is standardised anew."""
+    data = own_dataset((torch.randn(40, 3), torch.arange(40) % 2))
+    seen = data.seen_by(replace(data.provenance, mean=3.7, deviation=0.3))
+    assert not torch.equal(seen.raw(seen.train.inputs), data.raw(data.train.inputs))
+    assert seen.content == data.content
+    assert replace(seen, test=data.train).content != data.content
+
+
+def test_a_second_data_set_of_a_name_never_has_the_labels_of_the_first():
+    data = replace(own_dataset((torch.rand(40, 3), torch.arange(40) % 2)), name="mine")
+    assert as_dataset(data) is data and as_dataset(replace(data)) is data
+    with pytest.raises(ValueError, match="another data set named 'mine', with other inputs, targets or names"):
+        as_dataset(relabelled(data))
+    del DATASETS["mine"]
+    pixels, labels = zip(*(Named()[i] for i in range(40)), strict=True)
+    unnamed, named = as_dataset((torch.stack(pixels), torch.tensor(labels))), as_dataset(Named())
+    assert named.name == unnamed.name and named.names == load_dataset(named.name).names == Named.classes
+
+
+def test_a_run_takes_no_other_data_of_its_name(tmp_path):
+    """Not even in another process, which never saw the first; files of earlier versions tell of inputs only."""
+    split = Split(torch.rand(60, 1, 16, 16), torch.arange(60) % 2)
+    data = Dataset("mine", 2, split, split, split, Augmentation())
+    backbone = SkipResNet((1, 16, 16), 2, layers=(2,), widths=(4,), stem_stride=2)
+    short = {"agent": "gate", "steps": 64, "num_envs": 32, "price_range": (0.01, 1.0)}
+    run = train(backbone, data, out=tmp_path / "run", pretrain=False, **short)
+    del DATASETS["mine"]
+    load_dataset.cache_clear()
+    with pytest.raises(ValueError, match="was trained on other data of the name 'mine'; hand those over again"):
+        resume(run.path, relabelled(data), steps=128)
+    assert resume(run.path, data, steps=128).finished
+    written = read_json(run.data_file)
+    assert written.pop("content") == data.content
+    write_json(run.data_file, written)
+    assert RunFolder(run.path).data_known.content is None and run.dataset(data) is data
+    del DATASETS["mine"]
 
 
 MEAN, DEVIATION = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

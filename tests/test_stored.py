@@ -52,7 +52,11 @@ def photos(tmp_path):
 def same(ours, theirs):
     """Both hold the same; `ours` from a file."""
     assert isinstance(ours.train.inputs, Stored) and isinstance(theirs.train.inputs, torch.Tensor)
-    assert ours.fingerprint == theirs.fingerprint and ours.form == theirs.form and ours.names == theirs.names
+    assert (
+        (ours.fingerprint, ours.content) == (theirs.fingerprint, theirs.content)
+        and ours.form == theirs.form
+        and ours.names == theirs.names
+    )
     assert ours.mean == pytest.approx(theirs.mean, abs=1e-6)
     assert ours.deviation == pytest.approx(theirs.deviation, abs=1e-6)
     for name in ("train", "unseen", "validation", "test"):

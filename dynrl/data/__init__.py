@@ -112,8 +112,15 @@ def as_dataset(data: Any, seed: int = 0) -> Dataset:
     if isinstance(data, str | Path):
         return load_dataset(check_dataset(str(data)))
     dataset = data if isinstance(data, Dataset) else own_dataset(data, seed)
-    known = load_dataset(dataset.name) if dataset.name in DATASETS else dataset
-    if known is not dataset and known.fingerprint != dataset.fingerprint:
-        raise ValueError(f"there is another data set named {dataset.name!r}; give yours another name")
-    DATASETS.setdefault(dataset.name, lambda: dataset)
-    return known
+    if dataset.name in DATASETS:
+        known = load_dataset(dataset.name)
+        if known.content == dataset.content:
+            return known
+        if dataset is data:
+            raise ValueError(
+                f"there is another data set named {dataset.name!r}, with other inputs, targets or names of classes; "
+                "give yours another name"
+            )
+        load_dataset.cache_clear()  # the same pairs, whose classes have other names now
+    DATASETS[dataset.name] = lambda: dataset
+    return dataset

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrl.data.stored import PIECE, Stored, statistics
+from dynrl.files import fingerprint
 from dynrl.inputs import Form, parts, placed
 from dynrl.provenance import Numbers, Provenance, Standard, along, strays
 from dynrl.tasks import CLASSIFICATION, Classification, Task
@@ -187,6 +188,7 @@ class Dataset:
     names: tuple[str, ...] = ()
     dtype: str | dict[str, str] = "float32"
     vocabulary: Vocabulary | None = None
+    _original: Dataset | None = field(default=None, init=False, repr=False)  # what a network sees here (`seen_by`)
 
     def __post_init__(self) -> None:
         wanted = self.classes if isinstance(self.task, Classification) else 0
@@ -214,6 +216,20 @@ class Dataset:
                 digest.update(raw.to(torch.int32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def content(self) -> str:
+        """A digest of all inputs, targets and names of classes, whatever network sees them.
+
+        Pixels and texts count as in `fingerprint`, which is exact there. Other numbers count as they are.
+        """
+        if self._original is not None:
+            return self._original.content
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        told: list[Any] = [self.fingerprint]
+        if self.dtype != "uint8" and self.vocabulary is None:
+            told = [self.mean, self.deviation, *(pieces(split.inputs) for split in splits.values())]
+        return fingerprint({name: split.targets for name, split in splits.items()}, [told, self.names])
+
     def raw(self, inputs: Tensor) -> Tensor:
         """Return standardised `inputs` as they were before: images in 0 to 1."""
         return inputs * along(self.deviation, inputs) + along(self.mean, inputs)
@@ -223,7 +239,7 @@ class Dataset:
         """What a network that is trained on this data set keeps of it."""
         return Provenance(
             self.name, self.fingerprint, self.names, self.input_shape, self.dtype, self.mean, self.deviation,
-            self.vocabulary,
+            self.vocabulary, self.content,
         )  # fmt: skip
 
     def seen_by(self, known: Provenance | Standard | None) -> Dataset:
@@ -239,7 +255,12 @@ class Dataset:
         """
         if isinstance(known, Standard):
             known = self._provenance_by(known)
-        return self if known is None else _seen_by(self, known)
+        if known is None:
+            return self
+        seen = _seen_by(self, known)
+        if seen is not self:
+            object.__setattr__(seen, "_original", self)
+        return seen
 
     def _provenance_by(self, standard: Standard) -> Provenance:
         first = self.train.inputs[:PIECE]
@@ -253,10 +274,15 @@ class Dataset:
 
     def check_same(self, known: Provenance) -> None:
         """Refuse, with a ValueError, data of another name than `known` that are not the same data elsewhere."""
-        if self.name != known.data and self.fingerprint != known.fingerprint:
+        if self.name != known.data and not self.matches(known):
             raise ValueError(
-                f"expected {known.data}, or the same data elsewhere, got {self.name}, whose inputs are others"
+                f"expected {known.data}, or the same data elsewhere, got {self.name}, whose inputs or targets are "
+                "others"
             )
+
+    def matches(self, known: Provenance) -> bool:
+        """Tell whether these are the data that `known` is of; of old, a provenance tells of inputs only."""
+        return self.fingerprint == known.fingerprint if known.content is None else self.content == known.content
 
     @property
     def task(self) -> Task:
@@ -313,6 +339,11 @@ def standardised(
     mean, deviation = statistics(parts[0][0])
     train, validation, test = (Split(scaled(inputs, mean, deviation), labels.long()) for inputs, labels in parts)
     return Dataset(name, classes, train, validation, test, augmentation, mean, deviation, names=names, dtype="uint8")
+
+
+def pieces(inputs: Any) -> list[str]:
+    """Return a digest of each piece of inputs, of the numbers as they are."""
+    return [fingerprint(parts(rows)) for rows in inputs.split(PIECE)]
 
 
 @lru_cache(maxsize=2)  # environments of one process share the tensors

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset, TensorDataset
 
-from dynrl.data.base import Augmentation, Dataset, Split, scaled
+from dynrl.data.base import Augmentation, Dataset, Split, pieces, scaled
 from dynrl.data.stored import Stored, read_all, statistics, store, too_large
 from dynrl.files import fingerprint
 from dynrl.inputs import Inputs, Named, as_inputs, parts, placed
@@ -57,6 +57,7 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         targets.dim() == 3 and tuple(inputs.shape[2:]) == tuple(targets.shape[1:]) and not targets.is_floating_point()
     )
     inputs, dtype, content = _ready(inputs)
+    raw = pieces(inputs)
     name = "own-" + fingerprint({**content, "targets": targets}, seed)[:12]
     if targets.is_floating_point():
         targets = targets.float().view(len(targets), -1)
@@ -92,7 +93,10 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         )
     train, validation, test = (Split(_rows(inputs, part), targets[part], task) for part in drawn)
     names = names if len(names) == classes and not numbers else ()
-    return Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation, names=names, dtype=dtype)
+    made = Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation, names=names, dtype=dtype)
+    # Rounding blurs what is standardised already, so the content is told by the numbers that were given.
+    vars(made)["content"] = fingerprint({"targets": targets}, [raw, seed, dtype, made.names])
+    return made
 
 
 def _ready(inputs: Any) -> tuple[Any, Any, dict[str, Tensor]]:
