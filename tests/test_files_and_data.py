@@ -436,6 +436,44 @@ def test_photos_are_turned_as_any_viewer_shows_them(suffix, orientation, turn, s
     assert raw[:, :, : middle - 1].mean() > 0.95 and raw[:, :, middle + 1 :].mean() < 0.05
 
 
+def written(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+TRANSPARENT = {  # images of one colour, of which the left half is transparent; and what is shown of their right half
+    "RGBA": lambda: (Image.merge("RGBA", [*Image.new("RGB", (4, 4), (9, 0, 60)).split(), HALF]), {}, (9, 0, 60)),
+    "LA": lambda: (Image.merge("LA", [Image.new("L", (4, 4), 0), HALF]), {}, (0,)),
+    "L": lambda: (HALF.point(lambda v: 77 if v else 3), {"transparency": 3}, (77,)),
+    "P": lambda: (HALF.point(bool).convert("P"), {"transparency": 0}, (1, 1, 1)),
+}
+HALF = Image.fromarray(np.array([[0, 0, 255, 255]] * 4, np.uint8))
+
+
+@pytest.mark.parametrize("mode", TRANSPARENT)
+@pytest.mark.parametrize("size", [None, 4])
+def test_what_is_transparent_is_white(mode, size, tmp_path):
+    """Else glyphs and masks that stand in the transparency alone would all be the same black square."""
+    image, options, colour = TRANSPARENT[mode]()
+    for name in "ab":
+        for i in range(3):
+            written(tmp_path / name / f"{i}.png", image, **options)
+    data = image_folder(str(tmp_path) + ("" if size is None else f"@{size}"))
+    raw = (data.raw(data.test.inputs)[0] * 255).round().int()
+    assert data.input_shape == (len(colour), 4, 4)
+    for shown, right in zip(raw, colour, strict=True):
+        assert torch.equal(shown, torch.tensor([[255, 255, right, right]] * 4, dtype=torch.int32))
+
+
+def test_what_is_not_transparent_stays_as_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    for i, each in enumerate(pixels):
+        written(tmp_path / "rgb" / "ab"[i % 2] / f"{i}.png", Image.fromarray(each))
+        written(tmp_path / "rgba" / "ab"[i % 2] / f"{i}.png", Image.fromarray(each).convert("RGBA"))
+    plain, opaque = (image_folder(str(tmp_path / name)) for name in ("rgb", "rgba"))
+    assert all(torch.equal(plain.split(p).inputs, opaque.split(p).inputs) for p in ("train", "validation", "test"))
+
+
 def parts_of(root):
     """The part of each image of `photos`, by its grey value."""
     data = image_folder(str(root))

@@ -42,7 +42,8 @@ def image_folder(name: str) -> Dataset:
             image for a part: the one image that is then taken may change.
 
     Returns:
-        a data set of images [1, height, width] if all are grey, else [3, height, width] in red, green and blue.
+        a data set of images [1, height, width] if all are grey, else [3, height, width] in red, green and blue. What is
+        transparent is white.
 
     Raises:
         ValueError: there is no such folder, it has fewer than two classes or an empty one, its parts have different
@@ -196,7 +197,7 @@ def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
         with _opened(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{file} has pixels of mode {image.mode}; convert it to 8 bits a channel")
-            grey = grey and image.mode in ("L", "1")
+            grey = grey and image.mode in ("L", "LA", "1")
             turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) > 4  # Pillow turns a TIFF itself
             shown = image.size[::-1] if turned else image.size
             first = first or shown
@@ -208,6 +209,16 @@ def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
     assert first is not None
     width, height = first if size is None else (size, size)
     return (1 if grey else 3), height, width
+
+
+def _on_white(image: Any) -> Any:
+    """Return an image as viewers show it on a white page; what stands in its transparency alone would be lost else."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 @dataclass(frozen=True)
@@ -225,7 +236,7 @@ class _Images:
         from PIL import ImageOps
 
         with _opened(self.files[i]) as image:
-            converted = ImageOps.exif_transpose(image).convert("L" if self.shape[0] == 1 else "RGB")
+            converted = _on_white(ImageOps.exif_transpose(image)).convert("L" if self.shape[0] == 1 else "RGB")
         if self.size is not None:
             converted = ImageOps.fit(converted, (self.size, self.size))
         channels, height, width = self.shape
