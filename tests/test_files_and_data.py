@@ -359,6 +359,24 @@ def test_a_made_data_set_of_ordered_rows_is_shuffled_wherever_its_inputs_are():
         assert torch.equal(shown.long(), made.unseen.targets) and len(shown.unique()) == 10
 
 
+@pytest.mark.parametrize(("height", "width"), [(9, 15), (15, 9), (8, 32)])
+def test_augmentation_of_images_that_are_not_square(height, width):
+    """Shifts are whole pixels both ways, and what is turned keeps its lengths and angles."""
+    images = torch.zeros(400, 1, height, width)
+    images[:, 0, height // 2, width // 2] = 1
+    moved = Augmentation(shift=2)(images, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved.flatten(1).max(1).values, torch.ones(400), atol=1e-4, rtol=0)
+    spots = moved.flatten(1).argmax(1)
+    for found, middle in ((spots // width, height // 2), (spots % width, width // 2)):
+        assert set((found - middle).tolist()) == {-2, -1, 0, 1, 2}
+    places = Augmentation(flip=True, rotate=40, shift=1)._places(images, torch.Generator().manual_seed(0))
+    pixels = places * torch.tensor([width, height]) / 2
+    right, down = pixels[:, 3, 4] - pixels[:, 3, 3], pixels[:, 4, 3] - pixels[:, 3, 3]
+    for step in (right, down):
+        torch.testing.assert_close(step.norm(dim=1), torch.ones(400), atol=1e-4, rtol=0)
+    torch.testing.assert_close((right * down).sum(1), torch.zeros(400), atol=1e-4, rtol=0)
+
+
 def paint(path, value, size=(6, 4), mode="L"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value).save(path)

@@ -123,7 +123,7 @@ class Augmentation:
 
     def _places(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Draw where each pixel of changed copies of `images` is taken from: [n, height, width, 2]."""
-        count, size = len(images), images.shape[-1]
+        count, (height, width) = len(images), images.shape[-2:]
 
         def uniform() -> Tensor:
             return torch.rand(count, generator=generator) * 2 - 1
@@ -131,9 +131,14 @@ class Augmentation:
         angle, scale = uniform() * math.radians(self.rotate), 1 + uniform() * self.zoom
         mirror = torch.where(uniform() < 0, -1.0, 1.0) if self.flip else torch.ones(count)
         # Images move by whole pixels: a fraction would blur every image that is only shifted.
-        dx, dy = ((uniform() * (self.shift + 0.5)).round().clamp(-self.shift, self.shift) * 2 / size for _ in "xy")
+        dx, dy = (
+            (uniform() * (self.shift + 0.5)).round().clamp(-self.shift, self.shift) * 2 / length
+            for length in (width, height)
+        )
         cos, sin = scale * angle.cos(), scale * angle.sin()
-        matrix = torch.stack([cos * mirror, -sin, dx, sin * mirror, cos, dy], 1).view(count, 2, 3)
+        # A place is told in halves of the width and of the height, and angles are those of pixels, which are square.
+        along_x, along_y = -sin * (height / width), sin * mirror * (width / height)
+        matrix = torch.stack([cos * mirror, along_x, dx, along_y, cos, dy], 1).view(count, 2, 3)
         return F.affine_grid(matrix, list(images.shape), align_corners=False)
 
     def rows(self, split: Split, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
