@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import shutil
+import struct
 import tarfile
 from dataclasses import replace
 
@@ -452,6 +453,31 @@ def test_photos_are_turned_as_any_viewer_shows_them(suffix, orientation, turn, s
     raw = data.raw(data.train.inputs)
     middle = data.input_shape[1] // 2
     assert raw[:, :, : middle - 1].mean() > 0.95 and raw[:, :, middle + 1 :].mean() < 0.05
+
+
+@pytest.mark.parametrize("tag", [0x0100, 0x0103, 0x8769])
+def test_an_ill_typed_tag_hinders_no_viewer_and_no_reader(tag, tmp_path):
+    """Bright above, dark below, as orientation 6 shows it; the other tag should be a number and is a text."""
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 8, 0) + struct.pack("<HHI4s", tag, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + b"\0\0\0\0"
+    for name in "ab":
+        for i in range(3):
+            written(tmp_path / name / f"{i}.jpg", Image.fromarray(pixels), exif=exif)
+    data = image_folder(str(tmp_path))
+    raw = data.raw(data.train.inputs)
+    assert data.input_shape == (3, 32, 16) and raw[:, :, :15].mean() < 0.05 and raw[:, :, 17:].mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    "content", [b"P6 a 4 255\n" + bytes(72), b"P6 6 4 0\n" + bytes(72), b"P6 -6 4 255\n" + bytes(72)]
+)
+def test_a_damaged_header_is_told_with_its_file(content, photos):
+    """Pillow raises whatever comes of it."""
+    (photos / "cat" / "3.ppm").write_bytes(content)
+    with pytest.raises(ValueError, match=r"3\.ppm cannot be read as an image \(.+\); repair or remove it"):
+        image_folder(str(photos))
 
 
 def written(path, image, **options):

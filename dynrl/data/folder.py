@@ -186,8 +186,11 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as an image ({error}); repair or remove it") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        said = str(error) or type(error).__name__
+        raise ValueError(f"{file} cannot be read as an image ({said}); repair or remove it") from None
 
 
 def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
@@ -195,20 +198,35 @@ def _shape(files: list[Path], size: int | None) -> tuple[int, int, int]:
     grey, first = True, None
     for file in files:
         with _opened(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{file} has pixels of mode {image.mode}; convert it to 8 bits a channel")
-            grey = grey and image.mode in ("L", "LA", "1")
-            turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) > 4  # Pillow turns a TIFF itself
+            mode = image.mode
+            # Pillow turns a TIFF itself.
+            turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             shown = image.size[::-1] if turned else image.size
-            first = first or shown
-            if size is None and shown != first:
-                raise ValueError(
-                    f"{files[0]} has {first[0]}x{first[1]} pixels, {file} has {shown[0]}x{shown[1]}; add @SIZE "
-                    "to the folder's name to resize all images to SIZE pixels"
-                )
+        if mode.startswith(("I", "F")):
+            raise ValueError(f"{file} has pixels of mode {mode}; convert it to 8 bits a channel")
+        grey = grey and mode in ("L", "LA", "1")
+        first = first or shown
+        if size is None and shown != first:
+            raise ValueError(
+                f"{files[0]} has {first[0]}x{first[1]} pixels, {file} has {shown[0]}x{shown[1]}; add @SIZE "
+                "to the folder's name to resize all images to SIZE pixels"
+            )
     assert first is not None
     width, height = first if size is None else (size, size)
     return (1 if grey else 3), height, width
+
+
+def _turned(image: Any) -> Any:
+    """Return an image as its orientation says; all else that its EXIF holds may be ill-typed, and is left alone."""
+    from PIL.Image import Transpose
+
+    image.load()  # which turns a TIFF
+    ways = {
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+    }  # fmt: skip
+    way = ways.get(image.getexif().get(ORIENTATION))
+    return image if way is None else image.transpose(way)
 
 
 def _on_white(image: Any) -> Any:
@@ -236,7 +254,7 @@ class _Images:
         from PIL import ImageOps
 
         with _opened(self.files[i]) as image:
-            converted = _on_white(ImageOps.exif_transpose(image)).convert("L" if self.shape[0] == 1 else "RGB")
+            converted = _on_white(_turned(image)).convert("L" if self.shape[0] == 1 else "RGB")
         if self.size is not None:
             converted = ImageOps.fit(converted, (self.size, self.size))
         channels, height, width = self.shape
