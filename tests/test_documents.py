@@ -71,6 +71,23 @@ def reviews(count, start=0):
     return {"good": told("great"), "bad": told("awful")}
 
 
+@pytest.mark.parametrize("given", [(), ("train", "test")])
+def test_equal_texts_are_in_one_part(given, tmp_path):
+    """However few there are, so that a draw by hashes alone would take too few or too many."""
+    for seed in range(30):
+        drawn = random.Random(seed)
+        for part in given or ("",):
+            several = {
+                name: [f"{part} {seed} {name} {number}" for number in (0, 1, 2, *drawn.choices(range(7), k=9))]
+                for name in ("good", "bad")
+            }
+            write(tmp_path / f"{seed}" / part, **several)
+        data = text_folder(str(tmp_path / f"{seed}"))
+        texts = {part: set(data.split(part).texts) for part in ("train", "validation", "test")}
+        assert all(texts.values()) and sum(map(len, texts.values())) == len(set.union(*texts.values()))
+        assert sum(len(data.split(part)) for part in texts) == 24 * (len(given) or 1)
+
+
 def test_a_folder_of_texts_is_a_data_set(tmp_path):
     texts = reviews(40)
     data = load_dataset(str(write(tmp_path / "reviews", **texts)))
@@ -124,7 +141,8 @@ def test_words_are_known_from_the_training_part_only(tmp_path):
     [
         ("bad.txt", b"", r"bad\.txt holds no word"), ("bad.txt", b"!?\n--\n", r"bad\.txt holds no word"),
         ("bad.txt", b"fine\n\xe9t\xe9\n", r"bad\.txt is no text in UTF-8 .* at byte 5"),
-        ("bad.txt", b"a\0b\n", r"bad\.txt holds bytes of 0"), ("bad.txt", b"one\ntwo\n", r"'bad' has too few texts"),
+        ("bad.txt", b"a\0b\n", r"bad\.txt holds bytes of 0"), ("bad.txt", b"one\ntwo\n", r"'bad' has too few different texts"),
+        ("bad.txt", b"one\ntwo\n" * 20, r"too few different texts .* at least 3, got 2"),
         ("bad.txt", None, r"a text file \(\.txt\) for each of two classes or more in .*, found \['good'\]"),
     ],
 )  # fmt: skip

@@ -592,7 +592,7 @@ def test_parts_that_are_there_are_taken(photos, tmp_path):
         (lambda p: (p / "cat" / "3.png").write_bytes((p / "cat" / "3.png").read_bytes()[:50]), r"3\.png cannot be read"),
         (lambda p: paint(p / "dog" / "deep.png", 0, mode="I;16"), r"deep\.png has pixels of mode I;16"),
         (lambda p: shutil.rmtree(p / "dog"), r"a folder for each of two classes"),
-        (lambda p: [f.unlink() for f in sorted((p / "cat").glob("*.png"))[2:]], r"too few images to draw"),
+        (lambda p: [f.unlink() for f in sorted((p / "cat").glob("*.png"))[2:]], r"too few different images to draw"),
         (lambda p: paint(p / "train" / "cat" / "0.png", 0), r"two classes or more in .*, found \['cat'\]"),
     ],
 )  # fmt: skip

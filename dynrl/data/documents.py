@@ -36,8 +36,8 @@ def text_folder(name: str) -> Dataset:
         most 400.
 
     Raises:
-        ValueError: there are fewer than two classes or too few texts, its parts have different classes, or a file is no
-            text in UTF-8 or has no word.
+        ValueError: there are fewer than two classes or too few different texts, its parts have different classes, or a
+            file is no text in UTF-8 or has no word.
     """
     root, length = split_name(name)
     if not root.is_dir():

@@ -154,28 +154,27 @@ def _drawn(
 ) -> tuple[list[tuple[T, int]], list[tuple[T, int]]]:
     """Draw things for `part`, and return those left and those drawn.
 
-    At least one thing of each class is drawn, and at least `leave` are left.
+    Things of one name, such as equal texts, are drawn together, or what is tested on is also trained on. At least one
+    name of each class is drawn, and at least `leave` are left.
     """
 
     def place(thing: T) -> float:  # from 0 to 1, by the thing's own name alone
         name = f"{part}/".encode() + name_of(thing)
         return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
-    by_class: dict[int, list[tuple[float, T]]] = {}
+    by_class: dict[int, dict[float, list[T]]] = {}
     for thing, label in things:
-        by_class.setdefault(label, []).append((place(thing), thing))
+        by_class.setdefault(label, {}).setdefault(place(thing), []).append(thing)
     kept, drawn = [], []
     for label, mine in sorted(by_class.items()):
-        mine.sort()
         if len(mine) < 1 + leave:
             raise ValueError(
-                f"the class {classes[label]!r} has too few {what} to draw some for validation and test; expected at "
-                f"least {1 + leave}, got {len(mine)}"
+                f"the class {classes[label]!r} has too few different {what} to draw some for validation and test; "
+                f"expected at least {1 + leave}, got {len(mine)}"
             )
-        below = sum(at < SHARES[part] for at, _ in mine)
-        count = min(max(1, below), len(mine) - leave)
-        drawn += [(thing, label) for _, thing in mine[:count]]
-        kept += [(thing, label) for _, thing in mine[count:]]
+        count = min(max(1, sum(at < SHARES[part] for at in mine)), len(mine) - leave)
+        for i, (_, alike) in enumerate(sorted(mine.items())):
+            (drawn if i < count else kept).extend((thing, label) for thing in sorted(alike))
     return kept, drawn
 
 
