@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dynrl.tasks import Task
 BUDGETS = Backbone.budgets  # the shares of the dense MACs at which reports ask of most families
 RANDOM_SEEDS = 3
 VALIDATED = 1024  # how many rows of the validation split searches look at
-RATED = 256  # how many of those rows measure what random routes cost
+RATED = 256  # on how many of those rows the search for the rate of random routes begins
 
 Tick = Callable[[], Any]
 
@@ -254,7 +255,11 @@ def _along(ground: Ground, network: Backbone, routes: Tensor) -> Reached:
 
 
 class Random(Contender):
-    """Random routes that cost the budget on average are one contender, which has several seeds."""
+    """Random routes that cost the budget on average are one contender, which has several seeds.
+
+    Each seed has the rate at which its own routes cost the budget on the test split. They know nothing of the targets.
+    At one rate for all seeds, the error of the draw that told it would be in every seed, and no spread would show it.
+    """
 
     name = "random"
 
@@ -268,8 +273,14 @@ class Random(Contender):
         rate = ways.random_rate(network, ground.searched.inputs[:RATED], budget)
         if rate is None:
             return None
-        policies = [RandomPolicy(network.thrift, rate, seed) for seed in range(self._seeds)]
-        return [_along(ground, network, policy.route(ground.test.inputs)) for policy in policies]
+        steering = ways.Steering(rate)
+
+        def walk(rate: float, seed: int) -> tuple[float, Reached]:
+            routes = RandomPolicy(network.thrift, rate, seed).route(ground.test.inputs)
+            reached = _along(ground, network, routes)
+            return float(reached.macs.double().mean()), reached
+
+        return [steering.meet(budget, partial(walk, seed=seed)) for seed in range(self._seeds)]
 
 
 class Static(Contender):

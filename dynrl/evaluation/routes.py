@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ MOST_TRIES = 400  # how many passes over validation data the greedy search for s
 PARTS = 16  # `spaced_routes` keep none, one sixteenth, two sixteenths, ... all of the columns
 ORACLE_DRAWS = 24
 ORACLE_PRICE = 1e-3  # the price of the dense MACs in units of the task's error, lower than what policies are told
+CLOSE = 0.005  # random routes cost what is asked but for this share of it
+MOST_STEPS = 8  # how many walks may find the rate of one seed's routes
+WIDEST_STEP = 2.0  # in log-odds
+LEAST = 1e-9  # a cost whose logarithm is taken: where all rows end at once, nothing is spent
 PROBED = 8  # how many rows measure what a static route costs: choices may be closed to some inputs
 
 
@@ -43,6 +47,51 @@ def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> flo
 
 def _rate(log_odds: float) -> float:
     return 1 / (1 + math.exp(-log_odds))
+
+
+Answer = TypeVar("Answer")
+
+
+class Steering:
+    """Steering finds the rates at which given draws of random routes cost what is asked.
+
+    It steps along the logarithm of the cost, by the slope between the last two walks. The slope and the rate of one
+    draw begin the next draw's search, so that this takes about two walks.
+
+    Args:
+        rate: a rate near those that are sought, above 0 and below 1.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self._log_odds, self._slope = math.log(rate / (1 - rate)), 0.5
+
+    def meet(self, macs_fraction: float, walk: Callable[[float], tuple[float, Answer]]) -> Answer:
+        """Return what `walk` answers at the rate at which it costs `macs_fraction`, or as near as it was brought.
+
+        Args:
+            macs_fraction: what is asked, a share of the dense MACs.
+            walk: a function from a rate to what the routes of that rate cost, and an answer. It draws the same random
+                numbers each time, so that its cost rises with the rate.
+        """
+        at, known, best = self._log_odds, list[tuple[float, float]](), list[tuple[float, float, Answer]]()
+        for _ in range(MOST_STEPS):
+            spent, answer = walk(_rate(at))
+            missing = math.log(macs_fraction / max(spent, LEAST))
+            if not best or abs(missing) < abs(best[0][0]):
+                best = [(missing, at, answer)]
+            if abs(missing) < CLOSE:
+                break
+            known.append((at, missing))
+            if len(known) > 1 and (slope := _slope(*known[-2:])) > 0:
+                self._slope = slope
+            at += max(-WIDEST_STEP, min(WIDEST_STEP, missing / self._slope))
+        self._log_odds = best[0][1]
+        return best[0][2]
+
+
+def _slope(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """Return how fast what is missing falls between two places."""
+    return (before[1] - after[1]) / (after[0] - before[0])
 
 
 class Found(NamedTuple):

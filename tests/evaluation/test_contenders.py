@@ -8,7 +8,8 @@ import torch
 from dynrl.backbones import SkipResNet
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.evaluation import BUDGETS, Dense, Ground, Plain, Smaller, measure, rivals
-from tests.cases import TOYS
+from dynrl.tasks import Regression
+from tests.cases import TOYS, make_backbone
 
 
 def ground_of(name):
@@ -32,6 +33,21 @@ def test_every_rival_says_what_each_input_gets_within_the_budget(name):
                 if contender.name == "random":
                     assert float(reached.macs.mean()) == pytest.approx(budget, abs=0.15)
                 assert reached.start(ground.test.inputs[:9])() is not None
+
+
+@pytest.mark.parametrize(("name", "budget"), [("exit", 0.4), ("branching", 0.55)])
+def test_each_seed_of_random_routes_costs_what_is_asked(name, budget):
+    """On 256 draws alone, the rate of few exits would be wrong by several percent, and alike for all seeds."""
+    backbone = make_backbone(name)
+    inputs = backbone.random_inputs(600, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = backbone(inputs)
+    split = Split(inputs, outputs, Regression.of(outputs))
+    ground = Ground(backbone, Dataset("draws", outputs.shape[1], split, split, split, Augmentation()))
+    random, *_ = rivals(ground)
+    found = random.reach(budget)
+    assert [float(seed.macs.double().mean()) for seed in found] == pytest.approx([budget] * 3, rel=0.006)
+    assert not torch.equal(found[0].route, found[1].route)
 
 
 def test_the_same_choice_everywhere_is_shown_where_there_are_more_than_two():
