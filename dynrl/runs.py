@@ -82,6 +82,7 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
 
 # The settings in which runs of one kind may differ: backbones are compared by content, not by how they were made.
 FREE = {"seed", *PRETRAINED_HERE}
+FOUND = {"price_range"}  # what is found on each backbone, and may be another on each
 
 
 class RunFolder:
@@ -274,9 +275,10 @@ def by_backbone(runs: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
 
     Raises:
         ValueError: the runs have different decisions or data sets, or backbones of different shapes, or one is not what
-            `dynrl train` writes.
+            `dynrl train` writes; or runs of one kind were not trained alike.
     """
     groups: dict[str, list[RunFolder]] = {}
+    kinds: dict[RunKind, RunFolder] = {}
     first: RunFolder | None = None
     for run in runs:
         first = first or run
@@ -287,7 +289,18 @@ def by_backbone(runs: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
         if run.pretrained.config != first.pretrained.config:
             raise ValueError(f"{run} and {first} have backbones of different shapes; report them apart")
         groups.setdefault(run.pretrained.fingerprint(), []).append(run)
+        _check_alike(run, kinds.setdefault(run.kind, run), FREE | FOUND)
     return groups
+
+
+def _check_alike(run: RunFolder, first: RunFolder, free: set[str]) -> None:
+    """Refuse a run that differs from the first one of its kind in more settings than those that are `free`."""
+    known = first.settings
+    differ = {name for name, value in run.settings.items() if value != known.get(name)} - free
+    if differ:
+        raise ValueError(
+            f"{first} and {run} are both {run.kind.label!r} and differ in {sorted(differ)}; report them apart"
+        )
 
 
 def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
@@ -309,11 +322,7 @@ def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
     for run in runs:
         alike = kinds.setdefault(run.kind, [])
         if alike:
-            first, mine = alike[0].settings, run.settings
-            differ = {name for name in mine if mine[name] != first.get(name)} - FREE
-            if differ:
-                both = f"{alike[0]} and {run} are both {run.kind.label!r}"
-                raise ValueError(f"{both} and differ in {sorted(differ)}; report them apart")
+            _check_alike(run, alike[0], FREE)
         if run.seed in [other.seed for other in alike]:
             raise ValueError(f"{run} is {run.kind.label!r} of seed {run.seed} a second time; leave one of them out")
         alike.append(run)

@@ -9,7 +9,9 @@ import torch
 
 from dynrl.deploy import SHIPPED, load, shipped
 from dynrl.files import read_json, write_json
-from dynrl.runs import RunFolder, RunKind, by_kind, flat, kind_of
+from dynrl.policies import load_policy, save_policy
+from dynrl.runs import RunFolder, RunKind, by_backbone, by_kind, flat, kind_of
+from tests.scripts.calls import twin
 
 SETTINGS = {
     "agent": "ppo", "policy": "sequential", "baseline": "value", "reward": "distillation", "price_range": [0.1, 1.0],
@@ -67,6 +69,26 @@ def test_files_are_read_once_and_what_is_no_run_is_refused(tmp_path):
     for folder in (tmp_path / "half", run.path):
         RunFolder(folder).drop_half_made()
     assert not (tmp_path / "half").exists() and run.path.exists()
+
+
+def test_runs_on_two_backbones_are_seeds_of_one_another_only_if_they_were_trained_alike(tmp_path):
+    """What was found on each backbone may differ; what was asked for may not."""
+    shutil.copytree(SHIPPED / "exit-digits", tmp_path / "run")
+    folders = [tmp_path / "run"]
+    folders.append(twin(folders[0], tmp_path / "unlike", seed=1, steps=7))
+    folders.append(twin(folders[0], tmp_path / "alike", seed=1, price_range=[0.5, 5.0], epochs=3))
+    assert RunFolder(folders[0]).settings["price_range"] != [0.5, 5.0]
+    for folder in folders[1:]:
+        other = RunFolder(folder)
+        with torch.no_grad():
+            list(other.backbone.parameters())[-1].add_(1e-3)
+        other.backbone.save(other.backbone_file)
+        policy, known = load_policy(other.policy_file)
+        save_policy(other.policy_file, policy, known | {"backbone": other.backbone.fingerprint()})
+    run, unlike, alike = map(RunFolder, folders)
+    assert list(by_backbone([run, alike]).values()) == [[run], [alike]]
+    with pytest.raises(ValueError, match=r"are both 'learned.*' and differ in \['steps'\]; report them apart"):
+        by_backbone([run, unlike])
 
 
 def test_a_policy_of_another_backbone_is_refused(tmp_path):

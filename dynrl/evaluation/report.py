@@ -61,8 +61,8 @@ def evaluate(
         the report, as a dictionary that JSON can hold.
 
     Raises:
-        ValueError: a folder holds no run, the runs do not belong in one report (see `by_kind`), or their network does
-            not fit the protocol.
+        ValueError: a folder holds no run, the runs do not belong in one report (see `by_backbone` and `by_kind`), or
+            their network does not fit the protocol.
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
     if not folders:
