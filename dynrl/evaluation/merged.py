@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Merge reports of equal problems, each on a pretrained backbone of its own; one report stays as it is.
 
-    A row is kept if every report has it. Its numbers are means over the backbones, and its spread is that of the
-    backbones' means, since backbones differ more than policies on one of them do. `runs` counts all policies. Usage is
-    that of the first backbone.
+    A row is kept if every report has it; rows of one policy and budget are told apart by their order. Its numbers are
+    means over the backbones, and its spread is that of the backbones' means, since backbones differ more than policies
+    on one of them do. `runs` counts all policies. Usage is that of the first backbone.
     """
     if len(reports) == 1:
         return reports[0]
@@ -34,8 +35,8 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merge_rows(reports: Sequence[Sequence[dict[str, Any]]], metric: str) -> list[dict[str, Any]]:
-    """Return the rows that are in each of several lists, by policy and budget, with means and spreads."""
-    by_key = [{(row["policy"], row["budget"]): row for row in rows} for rows in reports]
+    """Return the rows that are in each of several lists, with means and spreads."""
+    by_key = [keyed(rows) for rows in reports]
     merged = []
     for key in by_key[0]:
         if all(key in rows for rows in by_key):
@@ -45,8 +46,26 @@ def _merge_rows(reports: Sequence[Sequence[dict[str, Any]]], metric: str) -> lis
     return merged
 
 
+def keyed(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float | None, int], Any]:
+    """Return a report's rows by policy, budget, and how many rows with both came before.
+
+    Several routes may share a name: the same choice everywhere, a tree's own routers and its soft walk.
+    """
+    counts: Counter[tuple[str, float | None]] = Counter()
+    found = {}
+    for row in rows:
+        name = row["policy"], row["budget"]
+        found[*name, counts[name]] = row
+        counts[name] += 1
+    return found
+
+
 def _mean(values: Sequence[Any]) -> Any:
-    """Return the mean of numbers and, entry by entry, of dictionaries of numbers; of anything else, the first."""
+    """Return the mean of known numbers and, entry by entry, of dictionaries of numbers; of anything else, the first.
+
+    A None is a number that is not known.
+    """
+    values = [value for value in values if value is not None] or [None]
     first = values[0]
     if isinstance(first, dict) and all(isinstance(value, dict) and value.keys() == first.keys() for value in values):
         return {name: _mean([value[name] for value in values]) for name in first}

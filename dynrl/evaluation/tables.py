@@ -8,6 +8,7 @@ from typing import Any
 
 from dynrl.deploy import SHIPPED, shipped
 from dynrl.evaluation.intervals import verdict
+from dynrl.evaluation.merged import keyed
 from dynrl.evaluation.report import seeds_text
 from dynrl.files import read_json
 from dynrl.tasks import TASKS
@@ -25,8 +26,11 @@ def report_table(report: Mapping[str, Any]) -> list[str]:
     ]
     for text, value in _full_networks(report):
         lines.append(f"| {text} |{' |' * len(budgets)} {TASKS[metric].show(value)} at 1.00 | | |")
-    for name in dict.fromkeys(p["policy"] for p in report["points"] if p["policy"] != "uniform"):
-        mine = {p["budget"]: p for p in report["points"] if p["policy"] == name}
+    lines_of: dict[tuple[str, int], dict[float | None, Any]] = {}  # rows that share a name and a budget: a line each
+    for (name, budget, before), point in keyed(report["points"]).items():
+        if name != "uniform":
+            lines_of.setdefault((name, before), {})[budget] = point
+    for (name, _), mine in lines_of.items():
         cells = [_reached(mine[budget], metric) if budget in mine else "" for budget in budgets]
         own, timed = mine.get(None), mine.get(HALF, mine.get(None))
         cells.append("" if own is None else f"{_reached(own, metric)} at {own['macs_fraction']:.2f}")

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 
 from dynrl.evaluation.merged import merge_reports
+from dynrl.evaluation.tables import report_table
 
 REPORT = {
     "decision": "skip", "data": "digits", "metric": "accuracy", "seeds": {"learned": [0, 1]},
@@ -45,3 +46,42 @@ def test_what_is_equal_in_all_reports_is_not_rounded():
     report["points"][0]["budget"] = 0.4
     (row, _) = merge_reports([report] * 3)["points"]
     assert row["budget"] == 0.4 and row["runs"] == 6
+
+
+def test_rows_that_share_a_name_are_each_merged_and_shown():
+    """A tree has several walks of one name and no budget; the best and the worst of them are not one row."""
+    reports = []
+    for shift in (0.0, 0.1):
+        report = deepcopy(REPORT) | {"date": "2026-11-30", "hardware": {"threads": 1, "processor": "one", "torch": "2"}}
+        report["dense"] |= {"batch_size": 8}
+        report["points"] = [
+            row | {"speedup": 1.0, "realised_ratio": 1.0, "policy": name, "budget": budget, "accuracy": at + shift}
+            for row in REPORT["points"][:1]
+            for name, budget, at in (("soft", None, 0.8), ("own", None, 0.5), ("own", None, 0.7), ("own", 0.5, 0.6))
+        ]
+        reports.append(report)
+    merged = merge_reports(reports)
+    assert [(row["policy"], row["budget"]) for row in merged["points"]] == [
+        ("soft", None), ("own", None), ("own", None), ("own", 0.5),
+    ]  # fmt: skip
+    assert [row["accuracy"] for row in merged["points"]] == pytest.approx([0.85, 0.55, 0.75, 0.65])
+    lines = [line for line in report_table(merged) if line.startswith("| own |")]
+    assert [("65.00" in line, "55.00" in line, "75.00" in line) for line in lines] == [
+        (True, True, False), (False, False, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_means_are_of_the_numbers_that_are_known(order):
+    """Where all inputs take the same, there is no correlation; a network may be missing on one backbone."""
+    known = [(0.5, 0.9), (None, None), (0.7, 0.8)]
+    reports = []
+    for spearman, plain in (known[i] for i in order):
+        report = deepcopy(REPORT)
+        report["points"][0]["spearman"] = {"length": spearman}
+        report["dense"]["plain_accuracy"] = plain
+        reports.append(report)
+    merged = merge_reports(reports)
+    assert merged["points"][0]["spearman"]["length"] == pytest.approx(0.6)
+    assert merged["points"][1]["spearman"]["length"] is None
+    assert merged["dense"]["plain_accuracy"] == pytest.approx(0.85)
