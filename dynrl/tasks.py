@@ -55,8 +55,12 @@ class Task:
         raise NotImplementedError
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the metric of each row, [n] float; reports show its means."""
+        """Return the metric of each row, [n] float; reports show its means (`mean`)."""
         raise NotImplementedError
+
+    def mean(self, metric: Tensor, target: Tensor) -> float:
+        """Return the metric of any rows of a split together, with that metric [n] and those targets each: its mean."""
+        return float(metric.mean())
 
     def error(self, metric: Value) -> Value:
         """Turn the metric (of a row, or a mean) so that less is better: 0 is perfect, 1 is useless."""
@@ -150,6 +154,16 @@ class Detection(Classification):
         right, found = (metric == 1).double(), target == 1
         each = right[found], 1 - right[~found]
         return {name: float(rows.mean()) for name, rows in zip(self.figures, each, strict=True) if len(rows)}
+
+    def mean(self, metric: Tensor, target: Tensor) -> float:
+        """Return the mean of the recall and of the share of class 0 that raises no alarm; of one class, its own.
+
+        The rows' weights are those of the whole split. Some of its rows may hold another share of class 1, and the mean
+        of their metric would lie anywhere.
+        """
+        known = self.rates(metric, target.to(metric.device))
+        each = [1 - rate if name == "false_alarms" else rate for name, rate in known.items()]
+        return sum(each) / len(each)
 
 
 @dataclass(frozen=True)

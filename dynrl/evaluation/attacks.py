@@ -148,8 +148,9 @@ def _measured(model: RoutedModel, limit: float | None, found: dict[str, Split]) 
         clean = rows[0]["efficacy"] if rows else efficacy
         rows.append(
             {
-                "inputs": name, split.task.metric: float(metric.mean()), "macs_fraction": float(macs.mean()),
-                "most": float(macs.max()), "efficacy": efficacy, "lost": 1 - efficacy / clean if clean > 0 else 0.0,
+                "inputs": name, split.task.metric: split.task.mean(metric, split.targets),
+                "macs_fraction": float(macs.mean()), "most": float(macs.max()), "efficacy": efficacy,
+                "lost": 1 - efficacy / clean if clean > 0 else 0.0,
                 "quantiles": torch.quantile(macs.double(), torch.linspace(0, 1, QUANTILES).double()).tolist(),
             }
         )  # fmt: skip

@@ -74,11 +74,11 @@ def fit_table(backbone: Backbone, split: Split) -> Callable[[float], Policy | No
                 got = earned(tried, price)
                 table = torch.where((got > best).unsqueeze(1), tried, table)
                 best = torch.maximum(got, best)
-        rows, device = walked(table), split.inputs.device
-        found.append(Found(TablePolicy(backbone, table.to(device)), float(rows.macs.mean()), float(rows.metric.mean())))
+        rows, policy = walked(table), TablePolicy(backbone, table.to(split.inputs.device))
+        found.append(Found(policy, float(rows.macs.mean()), split.task.mean(rows.metric, split.targets)))
 
     def within(budget: float) -> Policy | None:
-        policy: Policy | None = affordable(found, budget, split.task)
-        return policy
+        best: Policy | None = affordable(found, budget, split.task)
+        return best
 
     return within

@@ -497,7 +497,7 @@ class Dense(Contender):
 
 def mean_metric(networks: Sequence[Backbone], split: Split) -> float:
     """Return the mean metric of networks on their full routes."""
-    return sum(float(_full(network, split).mean()) for network in networks) / len(networks)
+    return sum(split.task.mean(_full(network, split), split.targets) for network in networks) / len(networks)
 
 
 def rivals(ground: Ground, smaller: Sequence[Backbone] = ()) -> list[Contender]:

@@ -56,12 +56,13 @@ def by_difficulty(split: Split, metric: Tensor, macs: Tensor) -> dict[str, dict[
         {name: {"bins": [{"from", "to", "inputs", the metric, "macs_fraction"}], "spearman"}}; empty where a split says
         nothing of difficulty.
     """
-    found = {}
+    found, targets = {}, split.targets.cpu()
     for name, numbers in split.difficulty.items():
         rows = [
             {
                 "from": float(numbers[mine].min()), "to": float(numbers[mine].max()), "inputs": int(mine.sum()),
-                split.task.metric: float(metric[mine].mean()), "macs_fraction": float(macs[mine].mean()),
+                split.task.metric: split.task.mean(metric[mine], targets[mine]),
+                "macs_fraction": float(macs[mine].mean()),
             }
             for mine in bins(numbers)
         ]  # fmt: skip

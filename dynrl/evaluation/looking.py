@@ -89,8 +89,9 @@ def fit_order(backbone: Backbone, split: Split, order: str) -> Callable[[float],
         for threshold in [0.0, *sure[:-1].quantile(torch.linspace(0, 1, LEVELS)).tolist(), torch.inf]:
             stop = (sure >= threshold).int().argmax(0, keepdim=True)
             looks = stop.clamp_max(int(walk.steps.max())).double().mean()
-            cost, reached = (start + look * float(looks)) / backbone.dense_macs, metric.gather(0, stop).mean()
-            found.append(Found(Looking(backbone, order, scale, threshold), cost, float(reached)))
+            cost = (start + look * float(looks)) / backbone.dense_macs
+            reached = split.task.mean(metric.gather(0, stop).squeeze(0), split.targets)
+            found.append(Found(Looking(backbone, order, scale, threshold), cost, reached))
 
     def within(budget: float) -> Policy | None:
         best: Policy | None = affordable(found, budget, split.task)

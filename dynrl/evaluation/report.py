@@ -180,7 +180,7 @@ class _Points:
         if reached is None:
             return None
         task, targets = self.ground.test.task, self.ground.test.targets.cpu()
-        scores = [Score.of(of.network, of.metric, of.macs, of.router, of.route) for of in reached]
+        scores = [Score.of(of.network, task.mean(of.metric, targets), of.macs, of.router, of.route) for of in reached]
         metrics = torch.tensor([score.metric for score in scores], dtype=torch.float64)
         macs = sum(score.macs_fraction for score in scores) / len(scores)
         metric, first = task.metric, reached[0]

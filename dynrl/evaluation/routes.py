@@ -150,7 +150,7 @@ def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = la
         """Return the mean log-likelihood and the mean metric of a route."""
         tick()
         walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
-        return float(walked.likely.mean()), float(walked.metric.mean())
+        return float(walked.likely.mean()), split.task.mean(walked.metric, split.targets)
 
     if _greedy_tries(backbone) > MOST_TRIES:
         found = [Found(route, probe(route)[0], judge(route)[1]) for route in spaced_routes(backbone)]
@@ -223,7 +223,7 @@ def measured_routes(
     found = []
     for route in routes:
         walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
-        found.append(Found(route, float(walked.macs.mean()), float(walked.metric.mean())))
+        found.append(Found(route, float(walked.macs.mean()), split.task.mean(walked.metric, split.targets)))
         tick()
     return sorted(found, key=lambda of: (-of.macs_fraction, split.task.error(of.metric)))
 

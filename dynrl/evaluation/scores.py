@@ -37,17 +37,18 @@ class Score:
     rates: dict[str, float]
 
     @classmethod
-    def of(cls, backbone: Backbone, metric: Tensor, macs: Tensor, router: Tensor, routes: Tensor) -> Score:
-        """Average what each row reached and spent, each [n], and count the choices of `routes` [n, columns]."""
+    def of(cls, backbone: Backbone, metric: float, macs: Tensor, router: Tensor, routes: Tensor) -> Score:
+        """Average what each row spent, each [n], and count the choices of `routes` [n, columns]."""
         rates, decisions = choice_rates(backbone.points, routes), float((routes >= 0).sum(1).double().mean())
-        reached, spent, looking = (float(each.mean()) for each in (metric, macs, router))
-        return cls(reached, spent, looking, decisions, len(routes.unique(dim=0)), rates)
+        spent, looking = float(macs.mean()), float(router.mean())
+        return cls(metric, spent, looking, decisions, len(routes.unique(dim=0)), rates)
 
 
 def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
     """Send each row of `split` through the routed model once and return the means."""
     metric, route = score_rows(model, split, batch_size)
-    return Score.of(model.backbone, metric, route.macs_fraction, route.router_fraction, route.actions)
+    reached = split.task.mean(metric, split.targets)
+    return Score.of(model.backbone, reached, route.macs_fraction, route.router_fraction, route.actions)
 
 
 def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple[Tensor, Route]:
@@ -137,7 +138,7 @@ class Usage:
         for name in classes.unique().tolist() if split.task.by_class else [None]:
             mine = torch.ones(len(macs), dtype=torch.bool) if name is None else classes == name
             rates = split.task.rates(metric[mine], classes[mine])
-            reached = rates or {split.task.metric: float(metric[mine].mean())}
+            reached = rates or {split.task.metric: split.task.mean(metric[mine], classes[mine])}
             groups.append(
                 {
                     "class": name, "inputs": int(mine.sum()), **reached,

@@ -16,6 +16,7 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import Ground, Learned, by_difficulty, figures, measure, report_text, spearman
 from dynrl.evaluation.difficulty import BINS, bins
 from dynrl.runs import RunKind
+from dynrl.tasks import Detection
 from tests.cases import make_policy
 
 
@@ -51,6 +52,18 @@ def test_means_of_bins_by_hand():
     ]
     assert found["length"]["spearman"] == pytest.approx(9 / 90**0.5)  # ranks 1, 4, 2, 3 and 1.5, 4, 1.5, 3
     assert by_difficulty(Split(split.inputs, split.targets), torch.zeros(4), torch.zeros(4)) == {}
+
+
+def test_a_bin_has_the_balanced_accuracy_of_its_own_rows():
+    """What is looked for is in all rows of one size, in half of those of another, and in none of the rest."""
+    sizes, found = [3.0] * 4 + [1.0] * 4 + [0.0] * 92, torch.tensor([1] * 4 + [1, 0, 1, 0] + [0] * 92)
+    said = torch.tensor([1, 0, 0, 1] + [1, 0, 0, 1] + [0] * 69 + [1] * 23)
+    task = Detection(float(found.float().mean()))
+    metric = task.score(torch.nn.functional.one_hot(said, 2).float(), found)
+    split = Split(torch.zeros(100, 1), found, task, {"size": torch.tensor(sizes)})
+    bins_of = by_difficulty(split, metric, torch.ones(100))["size"]["bins"]
+    assert [row["balanced_accuracy"] for row in bins_of] == pytest.approx([0.75, 0.5, 0.5])
+    assert task.mean(metric, found) == pytest.approx(float(metric.mean())), "of the whole split, both are one number"
 
 
 def test_a_report_tells_accuracy_and_spending_by_difficulty(tmp_path, monkeypatch):
