@@ -130,7 +130,8 @@ class RoutingVectorEnv(VectorEnv):
             each column of the route; choices in columns that a row never comes to have no effect.
         price: the fixed price of the dense network's compute. With None, each episode draws it from `price_range`,
             uniformly in its logarithm.
-        price_range: the lowest and highest price.
+        price_range: the lowest and highest price. The attribute of that name is what episodes draw from: the fixed
+            price twice, if there is one.
         times: the times to charge instead of MACs (see `Backbone.time_table`).
         device: where the backbone runs and the inputs and other tensors are, for example "cpu" or "cuda".
         dtype: the type of the backbone and its inputs, one of `DTYPES`. Observations and rewards stay in float32.
@@ -200,6 +201,8 @@ class RoutingVectorEnv(VectorEnv):
             raise ValueError(
                 f"the price {price} is outside its range {self.price_range}; widen price_range or change it"
             )
+        if price is not None:  # who asks for the range must not read prices that no episode has
+            self.price_range = (float(price), float(price))
         self._fixed_price = price
         dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
         if sight not in SIGHTS:

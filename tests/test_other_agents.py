@@ -169,7 +169,7 @@ def test_a_policy_that_sb3_trained_plugs_and_chooses_the_same(kind, sight):
     with torch.no_grad():  # it has learned next to nothing: let inputs differ in their first choices
         last.bias -= layers(torch.as_tensor(obs)).mean(0)
     model = dynrl.plug(backbone, algorithm)
-    model.set_price(0.1)
+    assert (model.price, model.price_range) == (0.1, (0.1, 0.1)), "it met no other price"
     while len(known) < env.num_envs:
         obs, _, over, _, info = env.step(algorithm.predict(obs, deterministic=True)[0])
         known |= {row: info["final_info"]["route"][row] for row in np.flatnonzero(over) if row not in known}
@@ -180,7 +180,10 @@ def test_a_policy_that_sb3_trained_plugs_and_chooses_the_same(kind, sight):
     looks = env.sight.looks(backbone.max_steps)
     assert (model.last_route.router_macs == looks * hidden).all()
     split = load_dataset("digits").validation.head(64)
-    assert len(calibrate(model, split, points=3)) >= 3
+    assert len(calibrate(model, split, points=3)) == 1
+    env = RoutingVecEnv(make(backbone=backbone, sight=sight, price_range=(0.1, 1.0)))
+    model = dynrl.plug(backbone, getattr(sb3, kind)("MlpPolicy", env, device="cpu"))
+    assert model.price_range == (0.1, 1.0) and len(calibrate(model, split, points=3)) >= 3
 
 
 def test_what_does_not_plug_is_refused():
