@@ -123,6 +123,8 @@ class Provenance:
         vocabulary: what makes token ids of raw inputs, if they are texts.
         content: the digest of the data set's inputs, targets and names of classes (`Dataset.content`); None in files of
             versions that had none.
+        apart: whether inputs for policies were drawn one by one (`Dataset.apart`). In files of versions that took the
+            last tenth of every training split, this is left out.
     """
 
     data: str
@@ -134,6 +136,7 @@ class Provenance:
     deviation: Numbers
     vocabulary: Vocabulary | None = None
     content: str | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists

@@ -120,12 +120,14 @@ def test_texts_keep_their_part_when_others_come(tmp_path):
         return {text: part for part in ("train", "validation", "test") for text in data.split(part).texts}
 
     write(tmp_path, **reviews(60))
-    before = parts()
+    before, learned = parts(), set(text_folder(str(tmp_path)).for_backbone.train.texts)
     assert 4 <= list(before.values()).count("test") <= 24
     more = reviews(60, 100)
     write(tmp_path, **{name: [*texts, *more[name]] for name, texts in reviews(60).items()})
     after = parts()
     assert len(after) == 240 and {text: after[text] for text in before} == before
+    unseen = text_folder(str(tmp_path)).unseen
+    assert 0 < len(unseen) < 60 and not learned & set(unseen.texts)
 
 
 def test_words_are_known_from_the_training_part_only(tmp_path):

@@ -554,6 +554,36 @@ def test_images_keep_their_part_when_others_come_and_go(tmp_path):
     assert parts_of(tmp_path) == after
 
 
+def values_of(data, split):
+    return set((data.raw(split.inputs)[:, 0, 0, 0] * 255).round().int().tolist())
+
+
+@pytest.mark.parametrize("first", [range(200), [*range(4), *range(100, 104)]], ids=["many", "few"])
+def test_images_that_are_added_give_policies_nothing_that_a_backbone_learned(first, tmp_path):
+    for value in first:
+        paint(tmp_path / ("cat" if value < 100 else "dog") / f"{value}.png", value)
+    before = image_folder(str(tmp_path))
+    learned, kept = values_of(before, before.for_backbone.train), values_of(before, before.unseen)
+    assert learned | kept == values_of(before, before.train) and not learned & kept
+    assert len(kept) == len(before.unseen) and before.unseen.targets.tolist() == [
+        int(value >= 100) for value in (before.raw(before.unseen.inputs)[:, 0, 0, 0] * 255).round().int().tolist()
+    ]
+    if len(first) > 100:
+        assert 0.04 < len(kept) / len(before.train) < 0.2
+    for value in range(200, 250):
+        paint(tmp_path / "dog" / f"a{value}.png", value)
+    after = image_folder(str(tmp_path))
+    assert not values_of(after, after.unseen) & learned
+
+
+def test_a_class_of_one_image_is_left_to_the_backbone(tmp_path):
+    for part in ("train", "validation", "test"):
+        for i, name in enumerate(("cat", "dog", "owl")):
+            paint(tmp_path / part / name / "1.png", i)
+    data = image_folder(str(tmp_path))
+    assert (len(data.for_backbone.train), len(data.unseen)) == (2, 1)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("count", [3, 10])
 def test_no_part_is_without_a_class(share, count, tmp_path, monkeypatch):

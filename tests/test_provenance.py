@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from dynrl.files import load_tensors, read_json, save_tensors, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.plans import plan
 from dynrl.pretraining import Recipe
-from dynrl.provenance import Standard
+from dynrl.provenance import Provenance, Standard
 from dynrl.recipes import defaults
 from dynrl.runs import RunFolder
 from dynrl.training import pretrain_into, resume, train
@@ -191,6 +192,17 @@ def test_labels_are_the_networks_outputs_of_the_same_names(photos, run):
     only = replace(data, names=("b",), classes=1, **zeros)
     seen = only.seen_by(trained_on)
     assert seen.train.targets.eq(1).all() and (seen.classes, seen.names) == (2, ("a", "b"))
+
+
+def test_what_was_kept_from_a_network_of_an_earlier_version_is_kept_from_it(photos):
+    data = image_folder(str(photos))
+    told = data.provenance.to_dict()
+    assert data.seen_by(Provenance.read(told, "here")) is data and told.pop("apart")
+    seen = data.seen_by(Provenance.read(told, "here"))
+    few = math.ceil(0.1 * len(data.train))
+    assert torch.equal(seen.unseen.inputs, data.train.inputs[-few:])
+    assert torch.equal(seen.for_backbone.train.inputs, data.train.inputs[:-few])
+    assert seen.fingerprint == data.fingerprint and seen.provenance == Provenance.read(told, "here")
 
 
 def test_other_shapes_and_types_are_refused(photos, run):

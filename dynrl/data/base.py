@@ -77,6 +77,12 @@ class Split:
         texts = np.array(self.texts, dtype=object)[some].tolist() if self.texts else ()
         return Split(inputs, self.targets[rows], self.task, difficulty, tuple(texts))
 
+    def parted(self, rows: Tensor) -> tuple[Split, Split]:
+        """Return the other rows, and those at `rows` [n]; both stay in their order."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[rows] = True
+        return self._rows((~chosen).nonzero().squeeze(1)), self._rows(chosen.nonzero().squeeze(1))
+
     def words(self, row: int) -> list[str]:
         """Return the words that a network can read of the text at `row`, or their token ids if no word is known.
 
@@ -179,6 +185,7 @@ class Dataset:
         dtype: the type of raw inputs, by its name in torch; a dict of these if inputs are several tensors. If it is
             "uint8", they are pixels, which count in 255ths.
         vocabulary: what made the token ids, if the inputs are texts whose words are known.
+        apart: [n] int64, the rows of the training split that are for policies (`unseen`); None: its last tenth.
     """
 
     name: str
@@ -193,6 +200,7 @@ class Dataset:
     names: tuple[str, ...] = ()
     dtype: str | dict[str, str] = "float32"
     vocabulary: Vocabulary | None = None
+    apart: Tensor | None = None
     _original: Dataset | None = field(default=None, init=False, repr=False)  # what a network sees here (`seen_by`)
 
     def __post_init__(self) -> None:
@@ -244,15 +252,15 @@ class Dataset:
         """What a network that is trained on this data set keeps of it."""
         return Provenance(
             self.name, self.fingerprint, self.names, self.input_shape, self.dtype, self.mean, self.deviation,
-            self.vocabulary, self.content,
+            self.vocabulary, self.content, self.apart is not None,
         )  # fmt: skip
 
     def seen_by(self, known: Provenance | Standard | None) -> Dataset:
         """Return the same data as a network sees them of which `known` is known; None stands for an untrained one.
 
         Inputs are standardised by the network's own mean and deviation, since data that came later would change them,
-        texts are read by its own vocabulary, and labels are the network's outputs of the same names. Of weights that
-        were trained elsewhere, only the standard is known.
+        texts are read by its own vocabulary, and labels are the network's outputs of the same names. Inputs for
+        policies are those that were kept from it. Of weights that were trained elsewhere, only the standard is known.
 
         Raises:
             ValueError: the inputs have another shape or raw type, there are classes that the network does not know, or
@@ -311,20 +319,24 @@ class Dataset:
     @property
     def for_backbone(self) -> Dataset:
         """The same without the training inputs that are for policies (`unseen`): what backbones are trained on."""
-        return self if self.anew is not None else replace(self, train=self.train.head(-self._kept))
+        return self if self.anew is not None else replace(self, train=self._parted[0], apart=None)
 
     @cached_property
     def unseen(self) -> Split:
         """Inputs for policies to learn on, which no backbone is trained on.
 
         A policy that learned on what its backbone knows by heart would find that most of the compute is not needed.
-        They are drawn anew where they can be; else, they are the last tenth of the training split.
+        They are drawn anew where they can be; else, they are those `apart`, or the last tenth of the training split.
         """
-        return self.train.tail(self._kept) if self.anew is None else self.anew(UNSEEN)
+        return self._parted[1] if self.anew is None else self.anew(UNSEEN)
 
     @property
-    def _kept(self) -> int:
-        return math.ceil(KEPT * len(self.train))
+    def _parted(self) -> tuple[Split, Split]:
+        """The training split for backbones and that for policies."""
+        if self.apart is not None:
+            return self.train.parted(self.apart)
+        kept = math.ceil(KEPT * len(self.train))
+        return self.train.head(-kept), self.train.tail(kept)
 
     def split(self, name: str) -> Split:
         """Return the split "train", "unseen" (see there), "validation" or "test"."""
@@ -353,6 +365,8 @@ def pieces(inputs: Any) -> list[str]:
 
 @lru_cache(maxsize=2)  # environments of one process share the tensors
 def _seen_by(data: Dataset, known: Provenance) -> Dataset:
+    if data.apart is not None and not known.apart:
+        data = replace(data, apart=None)  # the last tenth was kept from the network
     if known.vocabulary != data.vocabulary:
         data = _read_by(data, known)
     for what, mine, wanted in (

@@ -7,15 +7,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dynrl.data.base import Augmentation, Dataset, standardised
+from dynrl.data.base import KEPT, Augmentation, Dataset, standardised
 from dynrl.data.stored import read_all, store, too_large
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -53,7 +54,7 @@ def image_folder(name: str) -> Dataset:
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; name one that has a folder of images for each class")
     below = below_of(root)
-    classes, files = drawn_parts(
+    classes, files, apart = drawn_parts(
         root, "folder", _classes, lambda file: os.fsencode(file.relative_to(below).as_posix()), "images"
     )
     shape = _shape([file for part in files.values() for file, _ in part], size)
@@ -63,7 +64,7 @@ def image_folder(name: str) -> Dataset:
         decoded = _Images([file for file, _ in files[part]], shape, size)
         parts.append((decoded.all(on_disk), torch.tensor([label for _, label in files[part]])))
     augmentation = Augmentation(flip=True, shift=max(1, shape[-1] // 16))
-    return standardised(name, len(classes), augmentation, parts, tuple(classes))
+    return replace(standardised(name, len(classes), augmentation, parts, tuple(classes)), apart=apart)
 
 
 def split_name(name: str) -> tuple[Path, int | None]:
@@ -87,7 +88,7 @@ def drawn_parts(
     classes_of: Callable[[Path], dict[str, list[T]]],
     name_of: Callable[[T], bytes],
     what: str,
-) -> tuple[list[str], dict[str, list[tuple[T, int]]]]:
+) -> tuple[list[str], dict[str, list[tuple[T, int]]], Tensor]:
     """Read the classes below a folder, and draw the parts that it does not have.
 
     Args:
@@ -97,7 +98,8 @@ def drawn_parts(
         name_of: what a thing is drawn by, so that it keeps its part whatever else there is.
 
     Returns:
-        the classes; and for each part what it has, in random order, with the numbers of its classes.
+        the classes; for each part what it has, in random order, with the numbers of its classes; and the rows of the
+        training part that are for policies (`Dataset.apart`), which are drawn like parts.
     """
     below = below_of(root)
     given = [part for part in SHARES if below != root and (root / part).is_dir()]
@@ -116,11 +118,34 @@ def drawn_parts(
             )
     drawn = {part: [(thing, i) for i, c in enumerate(classes) for thing in found[part][c]] for part in found}
     missing = [part for part in SHARES if part not in drawn]
+    for name, things in found["train"].items():
+        different = len(set(map(name_of, things)))
+        if missing and different < 1 + len(missing):
+            raise ValueError(
+                f"the class {name!r} has too few different {what} to draw some for validation and test; expected at "
+                f"least {1 + len(missing)}, got {different}"
+            )
     for i, part in enumerate(missing):
-        drawn["train"], drawn[part] = _drawn(drawn["train"], part, name_of, len(missing) - i, classes, what)
+        drawn["train"], drawn[part] = _drawn(drawn["train"], part, SHARES[part], name_of, len(missing) - i)
     for part, things in drawn.items():
         drawn[part] = [things[position] for position in np.random.default_rng(0).permutation(len(things))]
-    return classes, drawn
+    return classes, drawn, _apart(drawn["train"], name_of)
+
+
+def _apart(train: list[tuple[T, int]], name_of: Callable[[T], bytes]) -> Tensor:
+    """Return the rows of the training part that are drawn for policies.
+
+    They depend on nothing else that is there. By their number alone, another file would give policies what a backbone
+    was trained on.
+    """
+    rows = [(row, label) for row, (_, label) in enumerate(train)]
+
+    def name_at(row: int) -> bytes:
+        return name_of(train[row][0])
+
+    # Of few things, the hashes may draw none.
+    drawn = _drawn(rows, "unseen", KEPT, name_at, 1, 0)[1] or _drawn(rows, "unseen", KEPT, name_at, 1)[1] or rows[-1:]
+    return torch.tensor(sorted(row for row, _ in drawn))
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
@@ -150,12 +175,12 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def _drawn(
-    things: list[tuple[T, int]], part: str, name_of: Callable[[T], bytes], leave: int, classes: list[str], what: str
+    things: list[tuple[T, int]], part: str, share: float, name_of: Callable[[T], bytes], leave: int, least: int = 1
 ) -> tuple[list[tuple[T, int]], list[tuple[T, int]]]:
     """Draw things for `part`, and return those left and those drawn.
 
-    Things of one name, such as equal texts, are drawn together, or what is tested on is also trained on. At least one
-    name of each class is drawn, and at least `leave` are left.
+    Things of one name, such as equal texts, are drawn together, or what is tested on is also trained on. At least
+    `least` names of each class are drawn, and at least `leave` are left, which counts more.
     """
 
     def place(thing: T) -> float:  # from 0 to 1, by the thing's own name alone
@@ -167,12 +192,7 @@ def _drawn(
         by_class.setdefault(label, {}).setdefault(place(thing), []).append(thing)
     kept, drawn = [], []
     for label, mine in sorted(by_class.items()):
-        if len(mine) < 1 + leave:
-            raise ValueError(
-                f"the class {classes[label]!r} has too few different {what} to draw some for validation and test; "
-                f"expected at least {1 + leave}, got {len(mine)}"
-            )
-        count = min(max(1, sum(at < SHARES[part] for at in mine)), len(mine) - leave)
+        count = min(max(least, sum(at < share for at in mine)), len(mine) - leave)
         for i, (_, alike) in enumerate(sorted(mine.items())):
             (drawn if i < count else kept).extend((thing, label) for thing in sorted(alike))
     return kept, drawn
