@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import random_split
 
 import dynrl
-from dynrl import training
+from dynrl import plans
 from dynrl.backbones import FAMILIES, SkipResNet, load_backbone
 from dynrl.data import (
     DATASETS,
@@ -146,7 +146,7 @@ def test_images_that_come_later_change_no_standardisation(photos, run, monkeypat
         answers = (run.model.backbone(seen.test.inputs).argmax(1) == seen.test.targets).float().mean()
     assert dynrl.evaluate(run, budgets=(0.5,))["dense"]["all_execute_accuracy"] == pytest.approx(float(answers))
     few = Finetuning(rounds=1, epochs=1, steps=100, batch_size=16)
-    monkeypatch.setattr(training, "defaults", lambda *args, **more: replace(defaults(*args, **more), finetuning=few))
+    monkeypatch.setattr(plans, "defaults", lambda *args, **more: replace(defaults(*args, **more), finetuning=few))
     resumed = resume(run.path, finetune=True, steps=300)
     assert resumed.model.backbone.trained_on == before and resumed.kind.tuned
 
