@@ -71,6 +71,19 @@ def reviews(count, start=0):
     return {"good": told("great"), "bad": told("awful")}
 
 
+def test_texts_that_may_be_classes_or_parts_are_refused(tmp_path):
+    write(tmp_path / "files", **{name: ["one", "two", "three"] for name in ("train", "test")})
+    write(tmp_path / "sides" / "train", **reviews(5))
+    write(tmp_path / "sides" / "val", **reviews(5))
+    write(tmp_path / "strays" / "train", **reviews(5))
+    write(tmp_path / "strays", notes=["made in spring"])
+    for place, message in (("files", r"but test\.txt, train\.txt, so"), ("sides", "beside it val, so")):
+        with pytest.raises(ValueError, match=message):
+            load_dataset(str(tmp_path / place))
+    with pytest.warns(UserWarning, match=r"1 files beside the parts of .*, such as .*notes\.txt"):
+        load_dataset(str(tmp_path / "strays"))
+
+
 @pytest.mark.parametrize("given", [(), ("train", "test")])
 def test_equal_texts_are_in_one_part(given, tmp_path):
     """However few there are, so that a draw by hashes alone would take too few or too many."""

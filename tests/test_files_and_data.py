@@ -623,13 +623,66 @@ def test_parts_that_are_there_are_taken(photos, tmp_path):
         (lambda p: paint(p / "dog" / "deep.png", 0, mode="I;16"), r"deep\.png has pixels of mode I;16"),
         (lambda p: shutil.rmtree(p / "dog"), r"a folder for each of two classes"),
         (lambda p: [f.unlink() for f in sorted((p / "cat").glob("*.png"))[2:]], r"too few different images to draw"),
-        (lambda p: paint(p / "train" / "cat" / "0.png", 0), r"two classes or more in .*, found \['cat'\]"),
+        (lambda p: paint(p / "train" / "cat" / "0.png", 0), r"has a folder train, and beside it cat, dog, so it is not"),
     ],
 )  # fmt: skip
 def test_bad_folders_are_refused(spoil, message, photos):
     spoil(photos)
     with pytest.raises(ValueError, match=message):
         image_folder(str(photos))
+
+
+UNCLEAR = {  # folders of images, and which of them are named
+    "capitals": (("Train/a", "Train/b", "Test/a", "Test/b"), "no folder train, but Test, Train"),
+    "mnist": (("training/a", "training/b", "testing/a", "testing/b"), "no folder train, but testing, training"),
+    "no train": (("validation/a", "validation/b", "test/a", "test/b"), "no folder train, but test, validation"),
+    "classes beside a test": (("a", "b", "test/a", "test/b"), "no folder train, but test, so"),
+    "val": (("train/a", "train/b", "val/a", "val/b"), "a folder train, and beside it val, so"),
+    "valid": (("train/a", "train/b", "valid/a", "valid/b", "test/a", "test/b"), "beside it valid, so"),
+    "a class": (("car", "plane", "train"), "beside it car, plane, so"),
+    "a class of classes": (("car", "plane", "train/steam", "train/diesel"), "beside it car, plane, so"),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_what_may_be_a_class_or_a_part_is_refused_by_name(name, tmp_path):
+    places, message = UNCLEAR[name]
+    for place in places:
+        for i in range(3):
+            paint(tmp_path / place / f"{i}.png", i)
+    with pytest.raises(ValueError, match=message + ".* name parts train, validation, test, with the classes in each"):
+        load_dataset(str(tmp_path))
+
+
+def test_classes_may_have_names_like_parts(tmp_path):
+    """Where their images lie in them; and what holds no image may stand beside parts."""
+    for name in ("valid", "invalid"):
+        for i in range(3):
+            paint(tmp_path / "tickets" / name / f"{i}.png", i)
+            paint(tmp_path / "own" / "train" / name / f"{i}.png", i)
+    (tmp_path / "own" / "notes").mkdir()
+    (tmp_path / "own" / "notes" / "made.txt").write_text("in spring")
+    assert load_dataset(str(tmp_path / "tickets")).names == ("invalid", "valid")
+    assert load_dataset(str(tmp_path / "own")).names == ("invalid", "valid")
+
+
+def test_what_stands_beside_classes_and_parts_is_counted(photos, tmp_path):
+    """Strays beside classes, strays beside parts, and links to folders, which might lead in a circle."""
+    before = image_folder(str(photos))
+    paint(photos / "stray.png", 9)
+    with pytest.warns(UserWarning, match=r"1 files below .* are left out, such as .*stray\.png"):
+        image_folder(str(photos))
+    (photos / "stray.png").unlink()
+    paint(tmp_path / "elsewhere" / "more.png", 9)
+    (photos / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match=r"1 links to folders below .* are not followed, such as .*cat/link"):
+        assert torch.equal(image_folder(str(photos)).train.inputs, before.train.inputs)
+    (photos / "cat" / "link").unlink()
+    photos.rename(tmp_path / "train")
+    paint(tmp_path / "own" / "stray.png", 9)
+    (tmp_path / "train").rename(tmp_path / "own" / "train")
+    with pytest.warns(UserWarning, match=r"1 files beside the parts of .* are left out, such as .*stray\.png"):
+        image_folder(str(tmp_path / "own"))
 
 
 def test_other_classes_in_another_part_are_refused(tmp_path):

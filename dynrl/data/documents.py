@@ -44,7 +44,7 @@ def text_folder(name: str) -> Dataset:
         raise ValueError(f"{root} is no folder; name one that has a text file ({SUFFIX}) for each class")
     if length == 1:
         raise ValueError(f"expected texts of 2 words or more behind the @ of {name!r}")
-    classes, found, apart = drawn_parts(root, f"text file ({SUFFIX})", _classes, str.encode, "texts")
+    classes, found, apart = drawn_parts(root, f"text file ({SUFFIX})", {SUFFIX}, _classes, str.encode, "texts")
     vocabulary = Vocabulary.of((text for text, _ in found["train"]), length)
 
     def split(part: str) -> Split:

@@ -27,6 +27,8 @@ OTHERS = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".tga", ".svg", ".
 # other draw changes it.
 SHARES = {"test": 0.1, "validation": 0.1}
 PARTS = ("train", "validation", "test")
+# What folders of parts are called elsewhere, in small letters; classes may be called so, too.
+LIKE_PARTS = {*PARTS, "training", "testing", "val", "valid", "dev"}
 T = TypeVar("T")
 
 
@@ -48,14 +50,20 @@ def image_folder(name: str) -> Dataset:
 
     Raises:
         ValueError: there is no such folder, it has fewer than two classes or an empty one, its parts have different
-            classes, a file is no image, or images differ in size and no SIZE is given.
+            classes, it is not clear what are parts and what are classes, a file is no image, or images differ in size
+            and no SIZE is given.
     """
     root, size = split_name(name)
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; name one that has a folder of images for each class")
     below = below_of(root)
     classes, files, apart = drawn_parts(
-        root, "folder", _classes, lambda file: os.fsencode(file.relative_to(below).as_posix()), "images"
+        root,
+        "folder",
+        SUFFIXES | OTHERS,
+        _classes,
+        lambda file: os.fsencode(file.relative_to(below).as_posix()),
+        "images",
     )
     shape = _shape([file for part in files.values() for file, _ in part], size)
     on_disk = too_large(sum(map(len, files.values())), shape)
@@ -85,6 +93,7 @@ def below_of(root: Path) -> Path:
 def drawn_parts(
     root: Path,
     holder: str,
+    suffixes: set[str],
     classes_of: Callable[[Path], dict[str, list[T]]],
     name_of: Callable[[T], bytes],
     what: str,
@@ -94,6 +103,7 @@ def drawn_parts(
     Args:
         root: the folder.
         holder, what: what holds a class, and what it holds, in words.
+        suffixes: the ends of the names of files that hold such things, in small letters.
         classes_of: a function from a folder to what each class there has, by the class's name.
         name_of: what a thing is drawn by, so that it keeps its part whatever else there is.
 
@@ -101,6 +111,7 @@ def drawn_parts(
         the classes; for each part what it has, in random order, with the numbers of its classes; and the rows of the
         training part that are for policies (`Dataset.apart`), which are drawn like parts.
     """
+    _check_layout(root, suffixes)
     below = below_of(root)
     given = [part for part in SHARES if below != root and (root / part).is_dir()]
     found = {"train": classes_of(below)} | {part: classes_of(root / part) for part in given}
@@ -148,23 +159,67 @@ def _apart(train: list[tuple[T, int]], name_of: Callable[[T], bytes]) -> Tensor:
     return torch.tensor(sorted(row for row, _ in drawn))
 
 
+def _check_layout(root: Path, suffixes: set[str]) -> None:
+    """Refuse, with a ValueError, what may be classes or parts; and say which files stand beside the parts."""
+    inside = [entry for entry in sorted(root.iterdir()) if not _hidden(entry, root)]
+    folders = [entry for entry in inside if entry.is_dir()]
+    files = [entry for entry in inside if entry.is_file() and entry.suffix.lower() in suffixes]
+    advice = (
+        f"name parts {', '.join(PARTS)}, with the classes in each of them; give classes other names than parts have, "
+        "and move away what is neither"
+    )
+    if below_of(root) != root:
+        others = [each for each in folders if each.name not in PARTS and _holds(each, suffixes)]
+        if others:
+            raise ValueError(
+                f"{root} has a folder train, and beside it {', '.join(each.name for each in others)}, so it is not "
+                f"clear what are parts and what are classes; {advice}"
+            )
+        if files:
+            warnings.warn(
+                f"{len(files)} files beside the parts of {root} are left out, such as {files[0]}", stacklevel=2
+            )
+        return
+    like = [entry for entry in (*folders, *files) if entry.stem.lower() in LIKE_PARTS]
+    nested = [entry for entry in like if any(each.is_dir() and not _hidden(each, root) for each in entry.glob("*"))]
+    if nested or (like and len(like) == len(folders) + len(files)):
+        raise ValueError(
+            f"{root} has no folder train, but {', '.join(entry.name for entry in nested or like)}, so it is not clear "
+            f"what are parts and what are classes; {advice}"
+        )
+
+
+def _holds(folder: Path, suffixes: set[str]) -> bool:
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    return any(not _hidden(file, folder) for file in found)
+
+
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Return the image files of each class by the class's name."""
     found = {}
-    left_out: list[Path] = []
-    for place in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry, folder)):
-        images = [
-            file for file in sorted(place.rglob("*")) if file.suffix.lower() in SUFFIXES | OTHERS and file.is_file()
-        ]
+    inside = [entry for entry in sorted(folder.iterdir()) if not _hidden(entry, folder)]
+    left_out = [file for file in inside if file.suffix.lower() in SUFFIXES | OTHERS and file.is_file()]
+    links: list[Path] = []
+    for place in (entry for entry in inside if entry.is_dir()):
+        entries = sorted(place.rglob("*"))
+        images = [file for file in entries if file.suffix.lower() in SUFFIXES | OTHERS and file.is_file()]
         taken = [file.suffix.lower() in SUFFIXES and not _hidden(file, folder) for file in images]
         found[place.name] = list(compress(images, taken))
         left_out += (file for file, kept in zip(images, taken, strict=True) if not kept)
+        links += (each for each in entries if each.is_symlink() and each.is_dir() and not _hidden(each, folder))
         if not found[place.name]:
             raise ValueError(f"{place} holds no image ({', '.join(sorted(SUFFIXES))}); fill it or remove it")
     if left_out:
         warnings.warn(
             f"{len(left_out)} files below {folder} look like images and are left out, such as {left_out[0]}: names "
-            f"that begin with a dot or an @ are skipped, and images are read from {', '.join(sorted(SUFFIXES))} files",
+            f"that begin with a dot or an @ are skipped, and images are read from {', '.join(sorted(SUFFIXES))} files "
+            "in the folders of classes",
+            stacklevel=2,
+        )
+    if links:
+        warnings.warn(
+            f"{len(links)} links to folders below {folder} are not followed, such as {links[0]}; if their images are "
+            "wanted, put these themselves there",
             stacklevel=2,
         )
     return found
