@@ -20,6 +20,24 @@ def along(numbers: Numbers, inputs: torch.Tensor) -> Any:
     return torch.tensor(numbers).to(inputs).view(-1, 1, 1) if isinstance(numbers, tuple) else numbers
 
 
+FAR = 2**14  # the deviations from 0 up to which float32 tells differences of a thousandth of a deviation
+
+
+def far(mean: Numbers, deviation: Numbers) -> bool:
+    """Tell whether numbers are so far from 0 that float32 would blur how they differ, as it does with Unix times."""
+    return bool((torch.as_tensor(mean).abs() > FAR * torch.as_tensor(deviation)).any())
+
+
+def standardised(raw: torch.Tensor, mean: Numbers, deviation: Numbers) -> torch.Tensor:
+    """Return raw numbers less `mean`, divided by `deviation`, as float32; what float32 would blur becomes that last."""
+    if not far(mean, deviation):
+        rounded = raw.float()
+        return (rounded - along(mean, rounded)) / along(deviation, rounded)
+    exact = raw.double()
+    shift, scale = (exact.new_tensor(x).view(-1, 1, 1) if isinstance(x, tuple) else x for x in (mean, deviation))
+    return ((exact - shift) / scale).float()
+
+
 SLACK = 0.1  # how far pixels in 0 to 1 may stray, as an interpolation may make them
 
 
@@ -200,10 +218,10 @@ class Provenance:
             raise ValueError(f"expected raw inputs of {wanted}, as {self.data} has them, got {raw.dtype}")
         if not pixels and not wanted.is_floating_point and (self.mean, self.deviation) == (0, 1):  # token ids
             return raw
-        scaled = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
+        scaled = raw.float() / 255 if raw.dtype == torch.uint8 else raw
         if pixels and (found := strays(scaled)):
             raise ValueError(
                 f"expected pixels as torch.uint8, or as numbers from 0 to 1, got numbers {found}; hand over images as "
                 "they were read"
             )
-        return (scaled - along(self.mean, scaled)) / along(self.deviation, scaled)
+        return standardised(scaled, self.mean, self.deviation)

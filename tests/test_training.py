@@ -106,6 +106,30 @@ def test_all_ways_to_hold_pairs_are_the_same_data():
     assert own_dataset((inputs, labels + 1)).name not in names
 
 
+class Mixed(Pairs):
+    """Its first half are pixels in 0 to 255, and the rest are in 0 to 1."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return (x * 255).astype("uint8") if i < 10 else x, y
+
+
+def test_large_numbers_keep_their_differences():
+    """Unix times, one a second, would be as few numbers as float32 has there: one in 128."""
+    seconds = 1_700_000_000 + torch.arange(1000)
+    pictures = torch.stack([seconds.view(-1, 1, 1).expand(-1, 2, 2).double(), torch.rand(1000, 2, 2).double()], 1)
+    for times in (torch.stack([seconds, seconds], 1), torch.stack([seconds, seconds], 1).double(), pictures):
+        data = own_dataset((times, seconds % 2))
+        first = data.train.inputs.flatten(1)[:, 0]
+        assert len(first.unique()) == len(data.train) == 800
+        assert float(first.std()) == pytest.approx(1, abs=1e-3) and float(first.mean()) == pytest.approx(0, abs=1e-3)
+        moved = times.clone()
+        moved[3] += 1
+        assert own_dataset((moved, seconds % 2)).content != data.content
+        again = data.provenance.preprocess(times).flatten(1)[:, 0]
+        assert set(first.tolist()) <= set(again.tolist()), "a deployed network sees the same"
+
+
 def test_numbers_make_a_regression():
     inputs = torch.randn(50, 4)
     data = own_dataset((inputs, inputs.sum(1)))
@@ -135,6 +159,14 @@ def test_classes_of_pixels_make_a_segmentation():
         ((torch.randn(20, 4).numpy(), torch.zeros(20)), "got tuple of 2, the first of them ndarray, Tensor"),
         ((torch.randn(20, 4), torch.zeros(20).long()), "two classes or more"),
         ((torch.full((20, 4), torch.nan), torch.arange(20) % 2), "NaN or infinity"),
+        *(((torch.randn(20, 4), torch.arange(20).to(kind)), f"got targets torch.{name} .* targets.long.. makes classes")
+          for name in ("uint16", "uint32", "uint64", "complex64") for kind in [getattr(torch, name)]),
+        ((torch.randn(20, 4), torch.ones(20)), "expected targets that differ, .* got 0.0 for targets from 1 to 1"),
+        ((torch.randn(20, 4), 1e9 + torch.rand(20).double()), "whose differences float32 can hold, .* subtract their mean"),
+        ((torch.randn(20, 4), 1e30 * torch.rand(20)), "with a variance that float32 can hold, got inf"),
+        ((torch.zeros(20, 0), torch.arange(20) % 2), r"that are not empty, .* got \[20, 0\]"),
+        ((torch.randn(20, 4).to(torch.complex64), torch.arange(20) % 2), "expected real inputs"),
+        (Mixed(torch.rand(20, 4), torch.zeros(20)), r"of one shape and type, got torch\.float32, torch\.uint8; give all as"),
         (Pairs(torch.zeros(0, 4), torch.zeros(0)), "to hold pairs"),
         (Broken(torch.zeros(20, 4), torch.zeros(20)), r"pair 7 of Broken cannot be read \(OSError: no image\); repair"),
     ],

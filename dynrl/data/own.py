@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from dynrl.data.base import Augmentation, Dataset, Split, pieces, scaled
 from dynrl.data.stored import Stored, read_all, statistics, store, too_large
 from dynrl.files import fingerprint
 from dynrl.inputs import Inputs, Named, as_inputs, parts, placed
-from dynrl.provenance import Numbers
+from dynrl.provenance import Numbers, far, standardised
 from dynrl.tasks import CLASSIFICATION, Regression, Segmentation, Task
 
 UNCLEAN = "the inputs or targets hold NaN or infinity; clean them first"
+CLASSES = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64  # the types that classes may have
+BLURRED = 0.01  # the share of a deviation by which rounding may change a target
 SHARE = 0.1  # the share of the pairs for validation, and the same share for the test
 
 
@@ -43,34 +46,37 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         a data set whose name, "own-" and part of a hash, depends on its content and the seed.
 
     Raises:
-        ValueError: there are no or too few pairs, they differ in shape, inputs or targets are not finite, or targets
-            are neither classes nor floating-point numbers.
+        ValueError: there are no or too few pairs, they differ in shape, some inputs are uint8 and others not, inputs or
+            targets are not finite, or targets are neither classes nor floating-point numbers that differ.
     """
     names, (inputs, targets) = _names(data), _pairs(data)
-    flat = isinstance(inputs, Tensor) and inputs.dim() < 2
+    flat = not isinstance(inputs, Named) and (inputs.dim() < 2 or 0 in inputs.shape[1:])
     if inputs.shape[0] != targets.shape[0] or len(inputs) < 10 or flat:
         raise ValueError(
-            "expected at least 10 inputs [n, ...] and as many targets, since a tenth each is for validation and test, "
+            "expected at least 10 inputs [n, ...] that are not empty, and as many targets, since a tenth each is for "
+            "validation and test, "
             f"got {list(inputs.shape)} and {list(targets.shape)}"
         )
     maps = (
         targets.dim() == 3 and tuple(inputs.shape[2:]) == tuple(targets.shape[1:]) and not targets.is_floating_point()
     )
+    given = inputs
     inputs, dtype, content = _ready(inputs)
     raw = pieces(inputs)
     name = "own-" + fingerprint({**content, "targets": targets}, seed)[:12]
     if targets.is_floating_point():
-        targets = targets.float().view(len(targets), -1)
+        targets = _numbers(targets.view(len(targets), -1))
         if targets.shape[1] > 1 and ((targets == 0) | (targets == 1)).all() and (targets.sum(1) == 1).all():
             raise ValueError(
                 f"expected classes as integers [n], got targets {list(targets.shape)} of zeros with a 1 in each row; "
                 "give targets.argmax(1)"
             )
-    elif not (targets.dim() == 1 or maps) or targets.dtype == torch.bool or int(targets.min()) < 0:
+    elif not (targets.dim() == 1 or maps) or targets.dtype not in CLASSES or int(targets.min()) < 0:
+        least = f", the least of them {targets.min()}" if targets.dtype in CLASSES else "; targets.long() makes classes"
         raise ValueError(
             "expected integer classes [n] from 0 on (or [n, height, width], for each pixel of images [n, channels, "
             "height, width]), or floating-point numbers; got targets "
-            f"{targets.dtype} {list(targets.shape)}, the least of them {targets.min()}"
+            f"{targets.dtype} {list(targets.shape)}{least}"
         )
     else:
         targets = targets.long()
@@ -83,9 +89,23 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     deviation: Numbers = 1.0
     if not isinstance(inputs, Named):
         mean, deviation = statistics(_rows(inputs, drawn[0]))
-        inputs = scaled(inputs, mean, deviation)
+        if far(mean, deviation) and isinstance(given, Tensor) and given.dtype not in (torch.uint8, torch.float32):
+            raw, exact = pieces(given), given.double()
+            mean, deviation = statistics(exact[drawn[0]])
+            inputs = standardised(exact, mean, deviation)
+        else:
+            inputs = scaled(inputs, mean, deviation)
     numbers = targets.is_floating_point()
-    task: Task = Regression.of(targets[drawn[0]]) if numbers else Segmentation() if maps else CLASSIFICATION
+    task: Task = CLASSIFICATION
+    if numbers:
+        task = Regression.of(targets[drawn[0]])
+        if not 0 < task.variance < math.inf:
+            raise ValueError(
+                f"expected targets that differ, with a variance that float32 can hold, got {task.variance} for targets "
+                f"from {targets.min():.7g} to {targets.max():.7g}; there is nothing to learn, or they want another unit"
+            )
+    elif maps:
+        task = Segmentation()
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
     if classes < 2 and not numbers:
         raise ValueError(
@@ -99,6 +119,18 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     return made
 
 
+def _numbers(targets: Tensor) -> Tensor:
+    """Return targets [n, outputs] as float32; refuse, with a ValueError, what that would blur."""
+    exact, rounded = targets.double(), targets.float()
+    blur, deviation = (exact - rounded).abs().amax(0), exact.std(0)
+    if ((blur > BLURRED * deviation) & (deviation > 0)).any():
+        raise ValueError(
+            f"expected targets whose differences float32 can hold, got numbers from {exact.min():.10g} to "
+            f"{exact.max():.10g}; subtract their mean"
+        )
+    return rounded
+
+
 def _ready(inputs: Any) -> tuple[Any, Any, dict[str, Tensor]]:
     """Return inputs as float32 that are not standardised yet, their raw type, and what tells their content."""
     if isinstance(inputs, Stored):
@@ -106,6 +138,8 @@ def _ready(inputs: Any) -> tuple[Any, Any, dict[str, Tensor]]:
         return inputs, str(inputs.raw).removeprefix("torch."), {"inputs": digest}
     content = {f"inputs{name and f'.{name}'}": x for name, x in parts(inputs).items()}
     dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in parts(inputs).items()}
+    if any(x.is_complex() for x in parts(inputs).values()):
+        raise ValueError("expected real inputs, got complex ones; torch.view_as_real makes two numbers of each")
     if isinstance(inputs, Named):
         return placed(inputs, "cpu", torch.float32), dtypes, content
     return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float(), dtypes[""], content
@@ -148,7 +182,7 @@ def _pairs(data: Any) -> tuple[Inputs | Stored, Tensor]:
         raise ValueError(f"expected {type(data).__name__} to hold pairs (input, target), got none")
     inputs, targets = [pair[0] for pair in pairs], _stacked(pair[1] for pair in pairs)
     if not isinstance(inputs[0], Mapping):
-        return _stacked(inputs), targets
+        return _stacked(inputs, one_type=True), targets
     if any(not isinstance(each, Mapping) or set(each) != set(inputs[0]) for each in inputs):
         raise ValueError(f"expected inputs by the same names, those of the first: {sorted(inputs[0])}")
     return Named({name: _stacked(each[name] for each in inputs) for name in inputs[0]}), targets
@@ -211,8 +245,14 @@ def _stored_pairs(data: _Pairs, first: Tensor) -> tuple[Stored, Tensor]:
     return inputs, _stacked(targets)
 
 
-def _stacked(values: Iterable[Any]) -> Tensor:
+def _stacked(values: Iterable[Any], one_type: bool = False) -> Tensor:
     tensors = [_tensor(value) for value in values]
+    types = {tensor.dtype for tensor in tensors}
+    if one_type and len(types) > 1 and torch.uint8 in types:  # which counts in 255ths, and all others do not
+        raise ValueError(
+            f"expected inputs of one shape and type, got {', '.join(sorted(map(str, types)))}; give all as "
+            "torch.uint8, or as numbers of one type"
+        )
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
         raise ValueError(
