@@ -77,9 +77,10 @@ def evaluate(
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
     }  # fmt: skip
-    found, shown = [], None
+    found, shown, seen = [], None, dataset
     for mine in groups:
         kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, getattr(torch, dtype))
+        seen = ground.dataset if not found else seen  # as the first network sees them, whose usage is drawn
         exits = check_leaving(ground) if protocol == "budgeted" else None
         learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]
         seeds = {kind.label: [run.seed for run in alike] for kind, alike in kinds.items()}
@@ -95,12 +96,12 @@ def evaluate(
 
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(Path(out) / "report.json", report)
-        draw_report(report, dataset.test, Path(out) / "report.png", shown)
+        draw_report(report, seen.test, Path(out) / "report.png", shown)
         if report["usage"] is not None and any(report["usage"]["regions"]):
             if any(report["usage"]["words"]):
                 draw_words(report["usage"], Path(out) / "words.png")
             else:
-                draw_regions(report["usage"], dataset.test, Path(out) / "regions.png")
+                draw_regions(report["usage"], seen.test, Path(out) / "regions.png")
     return report
 
 

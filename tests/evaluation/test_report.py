@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
+import dynrl
 from dynrl.backbones import SkipResNet, SlimmableResNet
-from dynrl.data import Augmentation, Dataset
-from dynrl.deploy import RoutedModel
+from dynrl.data import Augmentation, Dataset, Split, load_dataset
+from dynrl.deploy import SHIPPED, RoutedModel
 from dynrl.evaluation import Ground, Learned, measure, report_text
 from dynrl.evaluation.figures import draw_report
 from dynrl.evaluation.tables import report_table
 from dynrl.runs import RunKind
 from tests.cases import make_policy, numbers_split
+from tests.scripts.calls import twin
 
 
 def test_a_regression_reports_its_own_metric(tmp_path):
@@ -53,12 +56,32 @@ def numbers_report(backbone, models):
     return measure(ground, learned, batch_size=16)["points"]
 
 
-def test_a_budget_that_no_random_route_reaches_has_no_random_point():
+def test_a_budget_above_the_dearest_route_gets_the_dearest_random_routes():
     """A policy that runs all and pays for its router, too, spends more than any route alone can."""
     backbone = SkipResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
     points = numbers_report(backbone, [(1, [(0.01, 0.9), (1.0, 0.2)])])
     assert all(p["macs_fraction"] > 1 for p in points if p["policy"] == "learned")
-    assert {p["policy"] for p in points} == {"learned", "static", "oracle"}
+    assert {p["policy"] for p in points} == {"learned", "random", "static", "oracle"}
+    assert all(p["macs_fraction"] == 1 for p in points if p["policy"] == "random")
+
+
+def test_pictures_bear_the_names_of_classes_that_data_have_lost_others_of(tmp_path, monkeypatch):
+    """The network's outputs keep their places, so a class that is gone must not shift the names of the rest."""
+    digits, kept = load_dataset("digits"), torch.tensor([1, 2, 3, 4, 6, 7, 8, 9])
+
+    def fewer(split):
+        rows = torch.isin(split.targets, kept).nonzero().flatten()[:96]
+        return Split(split.inputs[rows], torch.searchsorted(kept, split.targets[rows]))
+
+    splits = map(fewer, (digits.train, digits.validation, digits.test))
+    names = tuple(digits.names[digit] for digit in kept)
+    run = twin(SHIPPED / "exit-digits", tmp_path / "run", data="fewer-digits")
+    data = Dataset("fewer-digits", 8, *splits, Augmentation(), digits.mean, digits.deviation, names=names)
+    titles, draw = [], Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda axis, label, **how: (titles.append(label), draw(axis, label, **how)))
+    report = dynrl.evaluate(run, data=data, out=tmp_path / "report", budgets=(0.5,), batch_size=8)
+    shown = report["usage"]["cheapest"] + report["usage"]["dearest"]
+    assert titles[:16] == [names[data.test.targets[row]] for row in shown]
 
 
 def test_rows_of_the_same_routes_are_timed_once():
