@@ -17,6 +17,11 @@ from dynrl.progress import progress
 from dynrl.settings import Settings
 
 
+def tuning_file(checkpoints: Path) -> Path:
+    """Return the file in the folder `checkpoints` that fine-tuning goes on from."""
+    return checkpoints / "finetuning.safetensors"
+
+
 def train_jointly(
     settings: Settings,
     plan: Finetuning,
@@ -50,7 +55,7 @@ def train_jointly(
     data = load_dataset(problem.data).seen_by(backbone.known)
     tuner = Finetuner(
         backbone, reference, data.for_backbone, plan, learning.prices, problem.seed,
-        folder / "checkpoints" / "finetuning.safetensors", settings.place.device,
+        tuning_file(folder / "checkpoints"), settings.place.device,
     )  # fmt: skip
     with (
         stop_on_interrupt() as stop,

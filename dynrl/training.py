@@ -21,7 +21,7 @@ import torch
 
 from dynrl import plugins, pretraining
 from dynrl.agents.base import train_policy
-from dynrl.agents.joint import train_jointly
+from dynrl.agents.joint import train_jointly, tuning_file
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
@@ -424,15 +424,21 @@ def _times(run: RunFolder, planned: Plan) -> dict[str, Any]:
 def _learn_jointly(
     run: RunFolder, planned: Plan, working: Path, times: Mapping[str, Any] | None
 ) -> tuple[LearnedPolicy, bool]:
-    """Call `train_jointly` on the file `working`, which begins as a copy of the run's backbone; keep the original."""
-    dataset = planned.dataset
+    """Call `train_jointly` on the file `working`, which begins as the backbone from before fine-tuning; keep that."""
+    dataset, tuning = planned.dataset, planned.recipe.finetuning
     if not run.kept_file.exists():
         with write_aside(run.kept_file) as aside:
             shutil.copyfile(run.backbone_file, aside)
+    begun = load_backbone(working)[1].get("rounds", 0) if working.exists() else 0
+    if 0 < begun < tuning.rounds and not tuning_file(run.checkpoints).exists():
+        # The next rounds would be done at the learning rate of the first ones, on a backbone that has had these.
+        say(f"{tuning_file(run.checkpoints)} is not there: fine-tuning and its policy begin again", sys.stderr)
+        shutil.rmtree(run.checkpoints)
     if not working.exists():
-        backbone, notes = load_backbone(run.backbone_file)
+        # The run's own backbone may have been tuned before its checkpoints were removed.
+        backbone, notes = load_backbone(run.pretrained_file)
         backbone.save(working, **notes | {"rounds": 0})
     # The teacher is the network that reports call dense: the better of the two on validation data.
     known = [load_backbone(path)[0] for path in (run.pretrained_file, run.plain_file) if path.is_file()]
     reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
-    return train_jointly(planned.settings, planned.recipe.finetuning, working, reference, run.path, times)
+    return train_jointly(planned.settings, tuning, working, reference, run.path, times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import TensorDataset
 
 import dynrl
+from dynrl.agents.joint import tuning_file
 from dynrl.backbones import FAMILIES, SkipModule, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
 from dynrl.data.own import SHARE
@@ -321,6 +323,31 @@ def test_it_is_tuned_in_turn_with_its_policy(tmp_path):
     )
     taken = make_run(frozen, tmp_path / "taken", run.path)
     assert load_backbone(taken.backbone_file)[0].fingerprint() == tuned.fingerprint() and taken.kept_file.is_file()
+
+
+def test_what_was_tuned_is_not_tuned_again_when_checkpoints_are_gone(tmp_path, capfd):
+    def planned(rounds):
+        tuning = Finetuning(rounds, epochs=1, steps=64, batch_size=32)
+        tuned = plan(own_backbone(), small_images(), finetune=True, **SHORT | {"steps": 64})
+        return replace(tuned, recipe=replace(tuned.recipe, pretraining=replace(RECIPE, epochs=1), finetuning=tuning))
+
+    def tuned(run, rounds):
+        with talking(True):
+            assert learn(run, planned(rounds))
+        backbone, notes = load_backbone(run.backbone_file)
+        assert notes["rounds"] == rounds
+        return backbone.fingerprint()
+
+    run = make_run(planned(1), tmp_path / "run")
+    once = tuned(run, 1)
+    twice = tuned(make_run(planned(2), tmp_path / "twice", run.path), 2)
+    capfd.readouterr()
+    shutil.rmtree(run.checkpoints)
+    assert tuned(run, 1) == once
+    assert "begin again" not in capfd.readouterr().err
+    tuning_file(run.checkpoints).unlink()
+    assert tuned(run, 2) == twice
+    assert "finetuning.safetensors is not there: fine-tuning and its policy begin again" in capfd.readouterr().err
 
 
 def test_prices_are_found_and_written_down(tmp_path, monkeypatch):
