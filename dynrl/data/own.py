@@ -95,17 +95,7 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
             inputs = standardised(exact, mean, deviation)
         else:
             inputs = scaled(inputs, mean, deviation)
-    numbers = targets.is_floating_point()
-    task: Task = CLASSIFICATION
-    if numbers:
-        task = Regression.of(targets[drawn[0]])
-        if not 0 < task.variance < math.inf:
-            raise ValueError(
-                f"expected targets that differ, with a variance that float32 can hold, got {task.variance} for targets "
-                f"from {targets.min():.7g} to {targets.max():.7g}; there is nothing to learn, or they want another unit"
-            )
-    elif maps:
-        task = Segmentation()
+    task, numbers = _task(targets[drawn[0]], maps), targets.is_floating_point()
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
     if classes < 2 and not numbers:
         raise ValueError(
@@ -129,6 +119,19 @@ def _numbers(targets: Tensor) -> Tensor:
             f"{exact.max():.10g}; subtract their mean"
         )
     return rounded
+
+
+def _task(targets: Tensor, maps: bool) -> Task:
+    """Return what is learned from training targets; refuse, with a ValueError, numbers with nothing to learn."""
+    if not targets.is_floating_point():
+        return Segmentation() if maps else CLASSIFICATION
+    task = Regression.of(targets)
+    if not 0 < task.variance < math.inf:
+        raise ValueError(
+            f"expected targets that differ, with a variance that float32 can hold, got {task.variance} for targets "
+            f"from {targets.min():.7g} to {targets.max():.7g}; there is nothing to learn, or they want another unit"
+        )
+    return task
 
 
 def _ready(inputs: Any) -> tuple[Any, Any, dict[str, Tensor]]:
