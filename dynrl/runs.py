@@ -257,9 +257,19 @@ class RunFolder:
         return kind_of(self.settings, "rounds" in self._backbone[1], self.finished)
 
     def drop_half_made(self) -> None:
-        """Remove the folder if a kill left it without settings, which are written before anything is trained."""
-        if self.path.is_dir() and not self.config_file.is_file():
-            shutil.rmtree(self.path)
+        """Remove the folder if a kill left it without settings, which are written before anything is trained.
+
+        Raises:
+            ValueError: there are no settings, and yet something that was trained: the settings were lost.
+        """
+        if not self.path.is_dir() or self.config_file.is_file():
+            return
+        if trained := sorted([*self.path.rglob("*.safetensors"), *self.checkpoints.glob("*")]):
+            raise ValueError(
+                f"{self} has no {self.config_file.name}, but it holds {trained[0].relative_to(self.path)}; put that "
+                "file back, or move the folder away"
+            )
+        shutil.rmtree(self.path)
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,16 @@ def test_runs_on_two_backbones_are_seeds_of_one_another_only_if_they_were_traine
         by_backbone([run, unlike])
 
 
+@pytest.mark.parametrize("kept", ["policy.safetensors", "checkpoints/ppo", "backbone.safetensors"])
+def test_what_was_trained_is_never_removed(kept, tmp_path):
+    """Not even where the settings are lost, by a copy that left them out, for example."""
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).write_bytes(b"trained for days")
+    with pytest.raises(ValueError, match=rf"has no config\.json, but it holds {kept}; put that file back"):
+        RunFolder(tmp_path).drop_half_made()
+    assert (tmp_path / kept).is_file()
+
+
 def test_a_policy_of_another_backbone_is_refused(tmp_path):
     shutil.copytree(SHIPPED / "skip-digits", tmp_path / "run")
     shutil.copyfile(SHIPPED / "exit-digits" / "backbone.safetensors", tmp_path / "run" / "backbone.safetensors")

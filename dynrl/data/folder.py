@@ -247,20 +247,9 @@ def _drawn(
         by_class.setdefault(label, {}).setdefault(place(thing), []).append(thing)
     kept, drawn = list[tuple[T, int]](), list[tuple[T, int]]()
     for label, mine in sorted(by_class.items()):
-<<<<<<< ours
         count = min(max(least, sum(at < share for at in mine)), len(mine) - leave)
-        for i, (_, alike) in enumerate(sorted(mine.items())):
-            (drawn if i < count else kept).extend((thing, label) for thing in sorted(alike))
-=======
-        if len(mine) < 1 + leave:
-            raise ValueError(
-                f"the class {classes[label]!r} has too few different {what} to draw some for validation and test; "
-                f"expected at least {1 + leave}, got {len(mine)}"
-            )
-        count = min(max(1, sum(at < SHARES[part] for at in mine)), len(mine) - leave)
         for i, at in enumerate(sorted(mine)):
             (drawn if i < count else kept).extend((thing, label) for thing in mine[at])
->>>>>>> theirs
     return kept, drawn
 
 
