@@ -14,6 +14,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import torch
@@ -57,7 +58,8 @@ def make_aside(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise ValueError(
-            f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume {folder}"
+            f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume "
+            f"{quote(str(folder))}"
         )
     check_folder(folder)
     made = [parent for parent in folder.parents if not parent.exists()]

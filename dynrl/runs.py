@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dynrl.backbones import Backbone, load_backbone
@@ -142,7 +143,7 @@ class RunFolder:
         if not self.policy_file.is_file():
             raise ValueError(
                 f"{self} is from dynrl pretrain, it holds no policy; train one: "
-                f"dynrl train {config['problem']['decision']} --backbone {self}"
+                f"dynrl train {config['problem']['decision']} --backbone {quote(str(self))}"
             )
         return config
 

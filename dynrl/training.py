@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ def pretrain(
             pretrain_into(folder, planned, plain, finetune)
     except KeyboardInterrupt:
         kept = "all up to the last epoch is kept"
-        raise KeyboardInterrupt(f"{kept}; to go on, give the same command with --out {folder}") from None
+        raise KeyboardInterrupt(f"{kept}; to go on, give the same command with --out {quote(str(folder))}") from None
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 DECISION, DATA, BUDGET = "exit", "trace-small", 0.5
@@ -36,7 +37,7 @@ def main(args: Args) -> None:
     print("2 of 2: a network with exits, and a policy that decides where each image stops", flush=True)
     run = train(DECISION, DATA, out=out / "run", show=True)
     if not run.finished:
-        raise KeyboardInterrupt(f"go on with: dynrl train {DECISION} --resume {run}")
+        raise KeyboardInterrupt(f"go on with: dynrl train {DECISION} --resume {quote(str(run))}")
     report = evaluate(run, out=out, smaller=[smaller], budgets=(BUDGET,), show=True)
     print(f"\n{DECISION} on {DATA}, test split; times of a batch of {report['dense']['batch_size']}")
     for name, row in rows(report):

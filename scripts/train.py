@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import tyro
 
@@ -48,14 +49,16 @@ def main(args: Args) -> None:
             raise ValueError(f"--resume continues by {args.resume}'s own settings; leave out --out and --backbone")
         run = RunFolder(args.resume)
         if run.decision != name:
-            raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: dynrl train {run.decision} --resume {run}")
+            again = f"dynrl train {run.decision} --resume {quote(str(run))}"
+            raise ValueError(f"{run} decides {run.decision!r}, not {name!r}: {again}")
         planned = plan_again(run, **settings)
     else:
         planned = plan(name, source=args.backbone[0] if len(args.backbone) == 1 else None, **settings)
     use_threads(args.threads)
     if args.resume is None:
         run = make_run(planned, args.out, args.backbone[0] if len(args.backbone) == 1 else args.backbone)
-    print(f"run folder: {run}   (watch: tensorboard --logdir {run.path.parent})", flush=True)
+    curves = f"tensorboard --logdir {quote(str(run.path.parent))}"
+    print(f"run folder: {run}   (watch: {curves})", flush=True)
     try:
         with gone_if_not_begun(run) if args.resume is None else nullcontext():
             done = learn(run, planned)
@@ -65,9 +68,9 @@ def main(args: Args) -> None:
             report_runs([run.path], run.path)
     except KeyboardInterrupt as stopped:
         kept = f"{stopped}" or "all up to the last checkpoint is kept; "
-        raise KeyboardInterrupt(f"{kept}go on with: dynrl train {name} --resume {run}") from None
-    report = f"picture:  {run}/report.png" if args.evaluate else f"report:   dynrl evaluate {run}"
-    print(f"\ncurves:   tensorboard --logdir {run.path.parent}\n{report}")
+        raise KeyboardInterrupt(f"{kept}go on with: dynrl train {name} --resume {quote(str(run))}") from None
+    report = f"picture:  {run}/report.png" if args.evaluate else f"report:   dynrl evaluate {quote(str(run))}"
+    print(f"\ncurves:   {curves}\n{report}")
     reached = [macs for _, macs in run.model.curve]
     budget = "model.set_budget(0.5); " if len(reached) > 1 and min(reached) <= 0.5 <= max(reached) else ""
     print(f"plug it:  model = dynrl.load({str(run)!r}); {budget}outputs = model(inputs)")

@@ -156,6 +156,7 @@ def test_words_are_known_from_the_training_part_only(tmp_path):
     [
         ("bad.txt", b"", r"bad\.txt holds no word"), ("bad.txt", b"!?\n--\n", r"bad\.txt holds no word"),
         ("bad.txt", b"fine\n\xe9t\xe9\n", r"bad\.txt is no text in UTF-8 .* at byte 5"),
+        ("bad.TXT", b"one\ntwo\n", r"two files of the class 'bad', one of them bad\.txt; join them"),
         ("bad.txt", b"a\0b\n", r"bad\.txt holds bytes of 0"), ("bad.txt", b"one\ntwo\n", r"'bad' has too few different texts"),
         ("bad.txt", b"one\ntwo\n" * 20, r"too few different texts .* at least 3, got 2"),
         ("bad.txt", None, r"a text file \(\.txt\) for each of two classes or more in .*, found \['good'\]"),

@@ -68,7 +68,14 @@ def _is_text(entry: Path) -> bool:
 
 def _classes(folder: Path) -> dict[str, list[str]]:
     """Return the texts of each class by the class's name."""
-    return {file.stem: _documents(file) for file in sorted(folder.iterdir()) if _is_text(file)}
+    found: dict[str, list[str]] = {}
+    for file in sorted(folder.iterdir()):
+        if not _is_text(file):
+            continue
+        if file.stem in found:
+            raise ValueError(f"{folder} has two files of the class {file.stem!r}, one of them {file.name}; join them")
+        found[file.stem] = _documents(file)
+    return found
 
 
 def _documents(file: Path) -> list[str]:

@@ -58,6 +58,10 @@ def test_folders_are_named_by_the_last_part_of_a_data_sets_path(tmp_path, monkey
         (tmp_path / "made").mkdir()
         with make_aside(folder_for(tmp_path / "made")):
             pass
+    with pytest.raises(ValueError, match="dynrl train --resume '.*/my run'"):  # which a shell takes as one word
+        (tmp_path / "my run").mkdir()
+        with make_aside(folder_for(tmp_path / "my run")):
+            pass
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capsys):
