@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dynrl.backbones import END, Glimpses
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
+from dynrl.evaluation import looking
 from dynrl.evaluation.looking import Looking, fit_order
 from dynrl.evaluation.scores import score
 from dynrl.ops.backend import ops_mode
@@ -195,6 +196,19 @@ def test_rules_keep_to_their_budgets(order):
         assert score(RoutedModel(backbone, found), split).macs_fraction <= budget + 1e-6 + 0.05 * (
             order == "random places"
         )
+
+
+def test_rules_are_charged_the_looks_that_they_take(monkeypatch):
+    """The coarse scale has fewer windows than a row may take looks."""
+    backbone, inputs = network(), images(40)
+    split, offers = Split(inputs, torch.arange(40) % 4), []
+    monkeypatch.setattr(looking, "affordable", lambda found, budget, task: offers.extend(found))
+    fit_order(backbone, split, "brightest first")(1.0)
+    never = [found for found in offers if found.what.threshold == torch.inf]
+    assert {found.what.scale for found in never} == {1, 3} and int((backbone.scale == 3).sum()) < LOOKS
+    for found in never:
+        spent = score(RoutedModel(backbone, found.what), split).macs_fraction
+        assert found.macs_fraction == pytest.approx(spent)
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,14 @@ def fit_order(backbone: Backbone, split: Split, order: str) -> Callable[[float],
 
         walk = backbone.run(split.inputs[:], listen)
         said.append(walk.outputs)  # type: ignore[arg-type]
+        most = int((walk.route > 0).sum(1).max())  # a row that has no place left stops by a decision that is no look
         outputs = torch.stack(said).float()  # [looks + 1, n, classes]
         metric = torch.stack([split.task.score(each, split.targets) for each in outputs])
         sure = torch.stack([exit_scores(each)[:, 0] for each in outputs])
         sure[-1] = torch.inf
         for threshold in [0.0, *sure[:-1].quantile(torch.linspace(0, 1, LEVELS)).tolist(), torch.inf]:
             stop = (sure >= threshold).int().argmax(0, keepdim=True)
-            looks = stop.clamp_max(int(walk.steps.max())).double().mean()
+            looks = stop.clamp_max(most).double().mean()
             cost = (start + look * float(looks)) / backbone.dense_macs
             reached = split.task.mean(metric.gather(0, stop).squeeze(0), split.targets)
             found.append(Found(Looking(backbone, order, scale, threshold), cost, reached))
