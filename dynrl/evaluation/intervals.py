@@ -105,8 +105,8 @@ def better(ours: Tensor, theirs: Tensor, task: Task, by_seed: bool = False) -> t
 def differences(ours: Front, theirs: Front, task: Task, by_seed: bool = False) -> dict[str, dict[str, float]]:
     """Measure how much better `ours` is than `theirs`, in the metric's units; positive is better.
 
-    The result has one entry for the area over the budgets that both reach ("area") and one for each of these budgets
-    ("0.5", for example). See `paired` for `by_seed`.
+    The result has one entry for the area over the budgets that both reach ("area", with the first one, "from", and the
+    last one, "to") and one for each of these budgets ("0.5", for example). See `paired` for `by_seed`.
     """
     both = ours.reached & theirs.reached
     sides: dict[str, tuple[Tensor, Tensor]] = {}
@@ -114,10 +114,14 @@ def differences(ours: Front, theirs: Front, task: Task, by_seed: bool = False) -
         sides["area"] = (area(ours, both), area(theirs, both))
     for i in both.nonzero().flatten().tolist():
         sides[f"{ours.budgets[i]:.3g}"] = (ours.metric[:, i], theirs.metric[:, i])
-    return {
+    found = {
         name: dict(zip(("difference", "low", "high"), better(a, b, task, by_seed), strict=True))
         for name, (a, b) in sides.items()
     }
+    if "area" in found:
+        shared = [budget for budget, reached in zip(ours.budgets, both.tolist(), strict=True) if reached]
+        found["area"] |= {"from": shared[0], "to": shared[-1]}
+    return found
 
 
 def verdict(of: dict[str, float]) -> str:

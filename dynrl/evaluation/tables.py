@@ -119,7 +119,6 @@ def comparison_table(results: list[dict[str, Any]]) -> list[str]:
     ]
     for result in results:
         show, seeds = TASKS[result["metric"]].show, result["seeds"]
-        over = "{:.2g} to {:.2g}".format(*(result["budgets"][end] for end in (0, -1)))
         for row in result["differences"]:
             if row["rival"] == "oracle":
                 continue
@@ -131,11 +130,20 @@ def comparison_table(results: list[dict[str, Any]]) -> list[str]:
                 for at in ("area", "0.5")
             )
             lines.append(
-                f"| {result['decision']}, {result['data']} | {policy} | {rival} | {area} | {over} | {half} "
+                f"| {result['decision']}, {result['data']} | {policy} | {rival} | {area} | {_span(row)} | {half} "
                 f"| {verdict(row['area']) if 'area' in row else ''} |"
             )
     dates = sorted({result["date"] for result in results})
     return [*lines, "", f"{', '.join(dates)}; accuracy in points, mse in its own units turned so that more is better."]
+
+
+def _span(row: Mapping[str, Any]) -> str:
+    """Return the budgets between which a difference of areas was taken; comparisons of before only list them all."""
+    if "area" not in row:
+        return ""
+    budgets = [float(name) for name in row if name not in ("policy", "rival", "area")]
+    span = {"from": min(budgets), "to": max(budgets)} | row["area"]
+    return f"{span['from']:.2g} to {span['to']:.2g}"
 
 
 def one_price_table(results: list[dict[str, Any]]) -> list[str]:

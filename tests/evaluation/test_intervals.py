@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dynrl.evaluation import COMPARED, Contender, Front, Reached, affordable, area, differences, paired
+from dynrl.evaluation.tables import comparison_table
 from dynrl.tasks import CLASSIFICATION, Regression
 
 
@@ -45,7 +46,22 @@ def test_a_front_has_what_every_seed_reaches_and_its_area_is_the_mean_over_the_b
     found = differences(ours, theirs, CLASSIFICATION)
     assert set(found) == {"area", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"}
     assert found["area"]["difference"] == pytest.approx(1.3 - 0.5)
+    assert (found["area"]["from"], found["area"]["to"]) == (0.4, 0.9)
     assert found["0.5"]["difference"] == pytest.approx(1.0 - 0.5)
+
+
+def test_tables_tell_the_span_over_which_an_area_was_taken():
+    """Comparisons of before name the budgets of both, but not the span."""
+
+    def row(rival, budgets, **span):
+        at = {"difference": 0.01, "low": -0.01, "high": 0.03}
+        return {"policy": "learned", "rival": rival, "area": at | span, **{f"{budget:.3g}": at for budget in budgets}}
+
+    rows = [row("random", (1 / 3, 0.5, 0.9)), row("smaller", (0.5, 0.9), **{"from": 0.5, "to": 0.9})]
+    result = {"decision": "skip", "data": "digits", "metric": "accuracy", "seeds": {}, "date": "2026-11-30"}
+    rows.append({"policy": "learned", "rival": "static"})
+    lines = comparison_table([result | {"budgets": [0.3, 1 / 3, 0.5, 0.9], "differences": rows}])[2:5]
+    assert [line.split(" | ")[4] for line in lines] == ["0.33 to 0.9", "0.5 to 0.9", ""]
 
 
 def test_out_of_reach_takes_the_nearest_cheaper_point_and_too_dear_takes_none():
