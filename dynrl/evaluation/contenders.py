@@ -267,19 +267,21 @@ class Random(Contender):
         self._ground, self._seeds = ground, seeds
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Draw routes of independent choices that cost the budget on average; return None if no rate does."""
+        """Draw routes of independent choices that cost the budget on average, or the dearest; None if all cost more."""
         assert budget is not None
         network, ground = self._ground.network, self._ground
         rate = ways.random_rate(network, ground.searched.inputs[:RATED], budget)
         if rate is None:
             return None
-        steering = ways.Steering(rate)
 
         def walk(rate: float, seed: int) -> tuple[float, Reached]:
             routes = RandomPolicy(network.thrift, rate, seed).route(ground.test.inputs)
             reached = _along(ground, network, routes)
             return float(reached.macs.double().mean()), reached
 
+        if rate == 1.0:
+            return [walk(rate, seed)[1] for seed in range(self._seeds)]
+        steering = ways.Steering(rate)
         return [steering.meet(budget, partial(walk, seed=seed)) for seed in range(self._seeds)]
 
 

@@ -29,14 +29,19 @@ PROBED = 8  # how many rows measure what a static route costs: choices may be cl
 
 @torch.inference_mode()
 def random_rate(backbone: Backbone, inputs: Tensor, macs_fraction: float) -> float | None:
-    """Find the rate at which random routes cost `macs_fraction` on average; return None if there is no such rate."""
+    """Find the rate at which random routes cost `macs_fraction` on average.
+
+    The rate is 1 if even the dearest routes cost less, and None if the cheapest ones cost more.
+    """
 
     def cost(rate: float) -> float:
         routes = RandomPolicy(backbone.thrift, rate).route(inputs)
         return float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
 
-    if not cost(0.0) <= macs_fraction <= cost(1.0):
+    if macs_fraction < cost(0.0):
         return None
+    if macs_fraction > cost(1.0):
+        return 1.0
     # Bisect in log-odds: at points of many choices, the rates that matter are very small or very close to one.
     low, high = -30.0, 30.0
     for _ in range(16):

@@ -25,7 +25,8 @@ from dynrl.inputs import Inputs, repeat_first
 from dynrl.policies import Policy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 
-# It maps a budget (a share of the dense MACs) to the policy that meets it, or to None if that is out of reach.
+# It maps a budget (a share of the dense MACs) to the policy that meets it, or else to the dearest one within it; to None
+# if all cost more.
 PolicyFor = Callable[[float], Policy | None]
 Fit = Callable[[Backbone, Split], PolicyFor]
 FITTED = 1024  # how many rows of a split a rule is fitted on, if each try is a walk
@@ -92,10 +93,10 @@ def fit_score(backbone: Backbone, split: Split, name: str, unsure: tuple[int, ..
 
         def by_shares(budget: float) -> ThresholdPolicy | None:
             wanted = budget * backbone.dense_macs
-            if not costs[0] <= wanted <= costs[-1]:
+            if wanted < costs[0]:
                 return None
             values = torch.zeros(len(seen))  # where sure rows and others take the same choice, any will do
-            values[exits.columns] = fit_thresholds(whole, costs, wanted, rising)
+            values[exits.columns] = fit_thresholds(whole, costs, min(wanted, float(costs[-1])), rising)
             return policy(values)
 
         return by_shares
@@ -157,7 +158,10 @@ def _by_quantile(
     policy: Callable[[Tensor], ThresholdPolicy],
     budget: float,
 ) -> ThresholdPolicy | None:
-    """Find the thresholds at which a walk costs `budget` on average; all are the same quantile of their scores."""
+    """Find the thresholds at which a walk costs `budget` on average; all are the same quantile of their scores.
+
+    A budget above the dearest walk gets this walk.
+    """
 
     def at(share: float) -> ThresholdPolicy:
         if share in (0.0, 1.0):  # no row is sure, or every row
@@ -169,8 +173,10 @@ def _by_quantile(
     def cost(share: float) -> float:
         return score(RoutedModel(backbone, at(share)), split).macs_fraction
 
-    if not cost(1.0) <= budget <= cost(0.0):
+    if budget < cost(1.0):
         return None
+    if budget >= cost(0.0):
+        return at(0.0)
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -48,6 +48,8 @@ def test_each_seed_of_random_routes_costs_what_is_asked(name, budget):
     found = random.reach(budget)
     assert [float(seed.macs.double().mean()) for seed in found] == pytest.approx([budget] * 3, rel=0.006)
     assert not torch.equal(found[0].route, found[1].route)
+    assert all((seed.macs == 1).all() for seed in random.reach(1.1)), "a budget above the dearest walk is not spent"
+    assert random.reach(0.01) is None
 
 
 def test_the_same_choice_everywhere_is_shown_where_there_are_more_than_two():

@@ -117,7 +117,7 @@ def test_random_rates_meet_a_cost_between_the_ends(name):
         routes = RandomPolicy(backbone.thrift, rate, seed=3).route(inputs)
         spent = float(backbone.run_route(inputs, routes).macs.double().mean()) / backbone.dense_macs
         assert spent == pytest.approx(wanted, abs=0.03)
-    assert random_rate(backbone, inputs, ends[1] + 0.1) is None
+    assert random_rate(backbone, inputs, ends[1] + 0.1) == 1 and random_rate(backbone, inputs, ends[0] - 0.01) is None
 
 
 @pytest.mark.parametrize("name", TOYS)
