@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from dynrl.evaluation.calibration import COLLAPSED
-from dynrl.evaluation.contenders import BUDGETS, Contender, Dense, Ground, Learned, by_chance, rivals
+from dynrl.evaluation.contenders import (
+    BUDGETS,
+    ByChance,
+    Contender,
+    Dense,
+    Ground,
+    Learned,
+    by_chance,
+    check_budgets,
+    rivals,
+)
 from dynrl.evaluation.intervals import Front, better, differences, verdict
 from dynrl.evaluation.report import Run, plain_network
 from dynrl.files import check_folder, write_json
@@ -53,11 +63,14 @@ def compare(
         the comparison, as a dictionary that JSON can hold.
 
     Raises:
-        ValueError: there are no runs, or they do not belong in one comparison (see `by_kind`).
+        ValueError: there are no runs, they do not belong in one comparison (see `by_kind`), or budgets are no rising
+            shares.
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in runs]
     if not folders:
         raise ValueError("expected at least one finished run to compare")
+    if budgets is not None:
+        check_budgets(budgets)
     check_folder(out)
     kinds = by_kind(folders)
     ground = Ground(folders[0].pretrained, folders[0].dataset(data))
@@ -66,7 +79,8 @@ def compare(
     learned, alone = ([of for of in everyone if of.asked is asked] for asked in (True, False))
     dense = Dense(ground, folders[0].plain, learned)
     *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller])
-    others = [*by_chance(learned, ground), *others]
+    chance = by_chance(learned, ground)
+    others = [*chance, *others]
     others = [rival for rival in others if rival.asked]  # uniform routes heed no budget; the static ones include them
     fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, show)
     result = {
@@ -77,7 +91,7 @@ def compare(
         "date": f"{date.today()}", "commit": commit(), "budgets": list(budgets), "inputs": len(ground.test),
         "dense": dense.best, "fronts": {name: _figures(front) for name, front in fronts.items()},
         "reachable": {of.name: list(of.reachable) for of in learned},
-        "differences": _all_differences(fronts, learned, dense, ground.task), "one_price": one_price,
+        "differences": _all_differences(fronts, learned, chance, dense, ground.task), "one_price": one_price,
     }  # fmt: skip
     if out is not None:
         from dynrl.evaluation.figures import draw_comparison
@@ -112,17 +126,17 @@ def _ask(
 
 
 def _all_differences(
-    fronts: dict[str, Front], learned: Sequence[Learned], dense: Dense, task: Task
+    fronts: dict[str, Front], learned: Sequence[Learned], chance: Sequence[ByChance], dense: Dense, task: Task
 ) -> list[dict[str, Any]]:
     """Compare each PPO policy (or, if there is none, each learned policy) with every other contender."""
     held = [of.name for of in learned if of.kind is not None and of.kind.agent == "ppo"]
+    # Where a rival runs a policy's own networks, seed by seed, what the two results of a seed share cancels out.
+    own = {(dense.best, dense.name), *((of.of, of.name) for of in chance)}
     return [
-        # If the dense networks are this policy's own, seed by seed, what the two networks of a seed share cancels out.
-        {"policy": name, "rival": rival, **differences(fronts[name], fronts[rival], task, same)}
+        {"policy": name, "rival": rival, **differences(fronts[name], fronts[rival], task, (name, rival) in own)}
         for name in held or [of.name for of in learned]
         for rival in fronts
         if rival != name
-        for same in [rival == dense.name and name == dense.best]
     ]
 
 

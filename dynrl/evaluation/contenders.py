@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ VALIDATED = 1024  # how many rows of the validation split searches look at
 RATED = 256  # on how many of those rows the search for the rate of random routes begins
 
 Tick = Callable[[], Any]
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Refuse, with a ValueError, budgets that are not some shares of the dense MACs, each once and rising."""
+    rising = all(before < after for before, after in pairwise(budgets))
+    if not budgets or not rising or not all(0 < budget <= 1 for budget in budgets):
+        raise ValueError(
+            "expected budgets as shares of the dense MACs, above 0 and at most 1, each once and rising, got "
+            f"{list(budgets)}"
+        )
 
 
 class Ground:
@@ -213,11 +224,14 @@ class ByChance(Contender):
     Args:
         learned: the policies, on networks that choose such parts (`Backbone.by_chance`).
         ground: the data.
+
+    Attributes:
+        of: the policies' name.
     """
 
     def __init__(self, learned: Learned, ground: Ground) -> None:
         self.name, self.asked = f"{learned.name}, parts by chance", learned.asked
-        self._learned, self._ground = learned, ground
+        self._learned, self._ground, self.of = learned, ground, learned.name
 
     def rows(self, budgets: Sequence[float]) -> list[float | None]:
         """List the budgets of the policies' own rows."""
@@ -237,7 +251,7 @@ class ByChance(Contender):
         return replace(walked, macs=of.macs, router=of.router, price=of.price)
 
 
-def by_chance(learned: Sequence[Learned], ground: Ground) -> list[Contender]:
+def by_chance(learned: Sequence[Learned], ground: Ground) -> list[ByChance]:
     """List the contenders of `ByChance`; there are none if the network chooses no parts of an input."""
     return [] if ground.network.by_chance() is None else [ByChance(of, ground) for of in learned]
 

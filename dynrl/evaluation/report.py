@@ -15,7 +15,17 @@ import torch
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset
 from dynrl.evaluation.budgeted import budgeted, budgeted_text, check_leaving
-from dynrl.evaluation.contenders import Contender, Dense, Ground, Learned, Reached, by_chance, mean_metric, rivals
+from dynrl.evaluation.contenders import (
+    Contender,
+    Dense,
+    Ground,
+    Learned,
+    Reached,
+    by_chance,
+    check_budgets,
+    mean_metric,
+    rivals,
+)
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
 from dynrl.evaluation.scores import Score, Usage, pictures
@@ -53,7 +63,8 @@ def evaluate(
         data: where the runs' data are now (whatever `dynrl.data.as_dataset` takes); None finds them by their name.
         batch_size: rows of the batch that is timed.
         device, dtype: of networks and inputs.
-        budgets: shares of the dense MACs at which contenders are asked; None takes the family's (`Backbone.budgets`).
+        budgets: shares of the dense MACs, rising, at which contenders are asked; None takes the family's
+            (`Backbone.budgets`).
         protocol: "budgeted" also measures MSDNet's curves, of networks with exits in a row (see `budgeted`).
         show: whether to show progress.
 
@@ -61,7 +72,7 @@ def evaluate(
         the report, as a dictionary that JSON can hold.
 
     Raises:
-        ValueError: a folder holds no run, the runs do not belong in one report (see `by_backbone` and `by_kind`), or
+        ValueError: a folder holds no run, budgets are no rising shares, the runs do not belong in one report (see `by_backbone` and `by_kind`), or
             their network does not fit the protocol.
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
@@ -69,6 +80,8 @@ def evaluate(
         raise ValueError("expected at least one run folder")
     if protocol not in (None, "budgeted"):
         raise ValueError(f"expected the protocol 'budgeted', or None for none, got {protocol!r}")
+    if budgets is not None:
+        check_budgets(budgets)
     check_folder(out)
     groups = list(by_backbone(folders).values())
     dataset = folders[0].dataset(data)
