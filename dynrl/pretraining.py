@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from dynrl.backbones import Backbone
 from dynrl.backbones.base import Answer
@@ -116,8 +118,8 @@ def pretrain(
         random_routes: whether routes are random. False trains the full route only, which gives the plain network,
             from whose weights random routes begin.
         seed: the seed of all draws.
-        checkpoint: the file that is saved after each epoch; training continues from it if it exists. It is not deleted:
-            the caller deletes it once the result is saved.
+        checkpoint: the file that is saved after each epoch; training continues from it if it exists, also if there are
+            more or fewer inputs by then. It is not deleted: the caller deletes it once the result is saved.
         label: the text before the progress bar.
         device: the device to train on; batches are augmented on the CPU.
 
@@ -132,11 +134,15 @@ def pretrain(
     if batches == 0:
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(train)} training inputs")
     epochs, before = recipe.length(random_routes), recipe.length(False) if random_routes else 0
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, max(1, epochs * batches))
+    schedule = OneCycleLR(optimizer, recipe.learning_rate, max(1, epochs * batches))
+    planned = copy.deepcopy(schedule.state_dict())
     backbone.to(memory_format=training_format(backbone))  # type: ignore[call-overload]
     parts = {"backbone": backbone, "optimizer": optimizer, "schedule": schedule, "generator": generator}
     kept = None if checkpoint is None else Checkpoint(checkpoint, parts)
     first = 0 if kept is None else kept.restore(epochs)
+    if schedule.total_steps != planned["total_steps"]:  # there are more or fewer inputs now, and batches of an epoch
+        there = {name: planned[name] for name in ("total_steps", "_schedule_phases")} | {"last_epoch": first * batches}
+        schedule.load_state_dict(schedule.state_dict() | there)
     if random_routes and not first:
         backbone.open_up()
     with progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:

@@ -67,6 +67,30 @@ def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
         pretrain(fresh(), plain, RECIPE, seed=1, checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("count", [1257, 900, 400])
+def test_pretraining_ends_on_more_or_fewer_images_than_it_began_on(count, tmp_path, monkeypatch):
+    """By a schedule that is as far as the epochs are, and ends as low as any."""
+    digits = replace(load_dataset("digits"), augmentation=Augmentation())
+    rates, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda at, *a, **k: rates.append(at.param_groups[0]["lr"]) or step(at, *a, **k)
+    )
+
+    def trained(images, checkpoint=None, augmentation=digits.augmentation):
+        rates.clear()
+        data = replace(digits, train=digits.train.head(images), augmentation=augmentation)
+        backbone = SkipResNet((1, 24, 24), layers=(1,), widths=(4,), stem_stride=4)
+        pretrain(backbone, data, RECIPE, checkpoint=checkpoint, random_routes=False)
+        return rates[-(images // 100) :]
+
+    expected = trained(count)
+    monkeypatch.setattr(Killed, "calls", [13])  # in the third epoch, of 8 batches
+    with pytest.raises(KeyboardInterrupt):
+        trained(800, tmp_path / "c.safetensors", Killed(shift=1))
+    last = trained(count, tmp_path / "c.safetensors")
+    assert len(rates) == count // 100 and last[1:] == pytest.approx(expected[1:])  # the first was set before the kill
+
+
 def test_random_routes_work_after_pretraining(small_backbone):
     backbone, _ = load_backbone(small_backbone)
     test = load_dataset("digits").test
