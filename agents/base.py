@@ -31,7 +31,6 @@ AGENTS = {
     "sb3-ppo": "dynrl.agents.sb3:SB3PPO", "sb3-dqn": "dynrl.agents.sb3:SB3DQN", "gate": "dynrl.agents.gates:Gates",
 }  # fmt: skip
 WALKS, ENOUGH_STEPS, LEAST_STEPS = 8, 72, 16  # see `rollout`
-MOST_STEPS = 2**40  # no training counts as far
 FREE_STEPS = 8  # walks of at most this many decisions get the whole entropy bonus (see `entropy_bonus`)
 
 

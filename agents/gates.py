@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynrl.agents.base import MOST_STEPS, Agent, walks
+from dynrl.agents.base import Agent, walks
 from dynrl.agents.metrics import episode_scalars
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.backbones.gated import straight_through
-from dynrl.checkpoints import Checkpoint
+from dynrl.checkpoints import MOST_STEPS, Checkpoint
 from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS

@@ -17,13 +17,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
-from dynrl.agents.base import MOST_STEPS, Agent, Ground, entropy_bonus, env_arguments
+from dynrl.agents.base import Agent, Ground, entropy_bonus, env_arguments
 from dynrl.agents.metrics import ended_episodes, episode_scalars
 from dynrl.agents.numbers import ADAM_EPSILON, check_one_choice, q_network, value_network
 from dynrl.agents.numbers import DQN as DQN_NUMBERS
 from dynrl.agents.numbers import PPO as PPO_NUMBERS
 from dynrl.backbones import Backbone, load_backbone
-from dynrl.checkpoints import Checkpoint
+from dynrl.checkpoints import MOST_STEPS, Checkpoint
 from dynrl.envs import decision
 from dynrl.envs.core import stepped_in_torch
 from dynrl.policies import LearnedPolicy, PolicySpec

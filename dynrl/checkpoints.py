@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from dynrl.files import load_tensors, reading, save_tensors
 from dynrl.schema import check_count, parse
 
+MOST_STEPS = 2**40  # no training counts as far
+
 
 @dataclass(frozen=True)
 class _Written:

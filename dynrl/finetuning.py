@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones import Backbone, State
-from dynrl.checkpoints import Checkpoint
+from dynrl.checkpoints import MOST_STEPS, Checkpoint
 from dynrl.data import Dataset, Split
 from dynrl.inputs import laid_out, training_format
 from dynrl.perturb import Ball, spending
@@ -72,7 +72,8 @@ class Finetuner:
         plan: the numbers of the training.
         price_range: the range from which each input draws the price that the policy is told.
         seed: the seed of all draws.
-        checkpoint: the file that is saved now and then; training continues from it if it exists.
+        checkpoint: the file that is saved now and then; training continues from it if it exists, with rounds of as many
+            batches as it was begun with, also if there are more or fewer inputs by then.
         device: the device to train on; the backbone moves there.
 
     Attributes:
@@ -99,12 +100,11 @@ class Finetuner:
         if self._epoch == 0:
             raise ValueError(f"a batch of {plan.batch_size} is larger than the {len(dataset.train)} training inputs")
         self._round = max(1, round(plan.epochs * self._epoch))
-        self.total = plan.rounds * self._round
         if plan.attacked:
             self._ball = Ball.of(dataset)
         self._generator = torch.Generator().manual_seed(seed)
         self._optimizer = make_optimizer(backbone, plan.optimizer, plan.learning_rate, plan.weight_decay)
-        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.total)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, plan.rounds * self._round)
         self._form = training_format(backbone)
         backbone.to(memory_format=self._form)  # type: ignore[call-overload]
         self._checkpoint = Checkpoint(
@@ -114,7 +114,16 @@ class Finetuner:
                 "generator": self._generator,
             },
         )  # fmt: skip
-        self.batches = self._checkpoint.restore(self.total)
+        self.batches = self._checkpoint.restore(MOST_STEPS)
+        self.total = (
+            self._schedule.T_max
+        )  # of the checkpoint: along another cosine, the learning rate would not end at 0
+        if self.batches > self.total:
+            raise ValueError(
+                f"{checkpoint} is damaged (expected at most {self.total} batches, got {self.batches}); take it away, "
+                "and go on from the beginning"
+            )
+        self._round = max(1, self.total // plan.rounds)
 
     def train(
         self,

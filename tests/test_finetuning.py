@@ -104,6 +104,41 @@ def test_each_epoch_has_inputs_of_its_own_where_they_can_be_drawn(tmp_path):
     assert len(drawn) == 4 and drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
+@pytest.mark.parametrize("count", [64, 200, 256])
+def test_fine_tuning_ends_on_more_or_fewer_inputs_than_it_began_on(count, tmp_path):
+    """At a learning rate of 0, after as many batches as it was begun for."""
+    backbone = make_backbone("exiting")
+    whole, plan = answered_by(backbone), Finetuning(rounds=2, epochs=2, batch_size=32)
+
+    def tuner(images):
+        data = replace(whole, train=whole.train.head(images))
+        return Finetuner(make_backbone("exiting"), backbone, data, plan, PRICES, 0, tmp_path / "c.safetensors")
+
+    first = tuner(160)
+    first.train(untrained_policy(backbone), 1)
+    again = tuner(count)
+    assert (first.batches, first.total, again.batches, again.total) == (10, 20, 10, 20)
+    again.train(untrained_policy(backbone), 1)
+    assert again.batches == 10, "the round is over"
+    again.train(untrained_policy(backbone), 2)
+    assert again.batches == 20 and again._schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+    assert tuner(count).batches == 20
+
+
+def test_a_checkpoint_of_more_batches_than_there_are_is_refused(tmp_path):
+    backbone = make_backbone("exiting")
+    make = partial(
+        Finetuner, backbone, backbone, answered_by(backbone), Finetuning(batch_size=32), PRICES, 0,
+        tmp_path / "c.safetensors",
+    )  # fmt: skip
+    tuner = make()
+    tuner._checkpoint.save(tuner.total + 1)
+    with pytest.raises(
+        ValueError, match=r"c.safetensors is damaged \(expected at most 32 batches, got 33\); take it away"
+    ):
+        make()
+
+
 def test_both_optimizers_descend_and_others_are_refused():
     for name in ("sgd", "adam"):
         backbone = make_backbone("exiting")
