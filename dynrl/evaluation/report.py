@@ -72,8 +72,8 @@ def evaluate(
         the report, as a dictionary that JSON can hold.
 
     Raises:
-        ValueError: a folder holds no run, budgets are no rising shares, the runs do not belong in one report (see `by_backbone` and `by_kind`), or
-            their network does not fit the protocol.
+        ValueError: a folder holds no run, budgets are no rising shares, the runs do not belong in one report (see
+            `by_backbone` and `by_kind`), or their network does not fit the protocol.
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
     if not folders:
@@ -90,7 +90,8 @@ def evaluate(
         "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
         "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
     }  # fmt: skip
-    found, shown, seen = [], None, dataset
+    found: list[dict[str, Any]] = []
+    shown, seen = None, dataset
     for mine in groups:
         kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, getattr(torch, dtype))
         seen = ground.dataset if not found else seen  # as the first network sees them, whose usage is drawn

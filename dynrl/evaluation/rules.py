@@ -25,8 +25,8 @@ from dynrl.inputs import Inputs, repeat_first
 from dynrl.policies import Policy, ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 
-# It maps a budget (a share of the dense MACs) to the policy that meets it, or else to the dearest one within it; to None
-# if all cost more.
+# It maps a budget (a share of the dense MACs) to the policy that meets it, or else to the dearest one within it; to
+# None if all cost more.
 PolicyFor = Callable[[float], Policy | None]
 Fit = Callable[[Backbone, Split], PolicyFor]
 FITTED = 1024  # how many rows of a split a rule is fitted on, if each try is a walk
