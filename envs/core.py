@@ -287,12 +287,15 @@ class RoutingVectorEnv(VectorEnv):
             if seed is None:
                 seed = int(np.random.SeedSequence().entropy) % 2**63  # type: ignore[arg-type]
             each = np.arange(self.num_envs) // self.group
-            given = seed + each if isinstance(seed, (int, np.integer)) else np.asarray(seed)
-            if given.shape != (self.num_envs,):
-                raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {given.shape}")
+            whole = isinstance(seed, (int, np.integer))
+            asked = int(seed) + each.astype(object) if whole else np.asarray(seed, object)  # type: ignore[call-overload]
+            if asked.shape != (self.num_envs,):
+                raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {asked.shape}")
+            # Gymnasium takes seeds of any size; draws know 64 bits of them.
+            given = np.array([int(one) % 2**64 for one in asked], np.uint64).astype(np.int64)
             at = slice(None) if rows is None or self._seeds is None else rows.cpu().numpy()
             if self._seeds is None:
-                self._seeds = given.astype(np.int64)
+                self._seeds = given.copy()
             self._seeds[at] = given[at]
             self._episodes[at] = 0
         if rows is None or (not self._states and self._ended is None):

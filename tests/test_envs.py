@@ -288,6 +288,14 @@ def test_times_that_do_not_fit_are_refused():
             make_vec("skip", 2, times=bad)
 
 
+def test_seeds_of_any_size_are_taken():
+    env = make_vec("skip", 2)
+    first = {seed: env.reset(seed=seed)[0] for seed in (0, 2**63, 2**63 - 1, 2**64, 2**100 + 5)}
+    assert np.array_equal(first[2**64], first[0]) and not np.array_equal(first[2**63], first[0])
+    assert np.array_equal(env.reset(seed=[2**100 + 5, np.int64(-1)])[0][0], first[2**100 + 5][0])
+    assert env._seeds.tolist() == [5, -1]
+
+
 def test_seeds_reproduce_and_differ():
     def trace(seed):
         env = make_vec("skip", 3)
