@@ -174,7 +174,7 @@ class Finetuner:
         output = answers[0].output.float()
         with torch.no_grad():
             dense = self._reference(inputs)
-        divergence = task.divergence(output, dense).mean()
+        divergence = task.divergence(output, dense, targets).mean()
         loss = loss_of(answers, targets, task, plan.label_smoothing) + plan.distillation * divergence
         if moved is not inputs:
             loss = loss + EXCESS * self._excess(policy, inputs, moved, prices)

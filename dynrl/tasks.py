@@ -50,8 +50,11 @@ class Task:
         """Return how well each output explains its target: [n], at most 0, in nats."""
         raise NotImplementedError
 
-    def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
-        """Return how far each output is from the dense network's: [n], at least 0, in nats."""
+    def divergence(self, output: Tensor, dense: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return how far each output is from the dense network's: [n], at least 0, in nats.
+
+        Rows weigh as much as in `log_likelihood` where the target says how much; without targets, they weigh alike.
+        """
         raise NotImplementedError
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ class Classification(Task):
         """Return the logarithm of the target's probability, [n]."""
         return -F.cross_entropy(output, target, reduction="none")
 
-    def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
+    def divergence(self, output: Tensor, dense: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the Kullback-Leibler divergence [n] from the dense network's distribution over classes to this one."""
         return F.kl_div(output.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none").sum(1)
 
@@ -145,6 +148,11 @@ class Detection(Classification):
         """Return the logarithm of the target's probability, times the weight of its class, [n]."""
         return self._weight(target) * super().log_likelihood(output, target)
 
+    def divergence(self, output: Tensor, dense: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the Kullback-Leibler divergence, times the weight of the target's class, [n]."""
+        each = super().divergence(output, dense)
+        return each if target is None else self._weight(target) * each
+
     def score(self, output: Tensor, target: Tensor) -> Tensor:
         """Return 1.0 where the likeliest class is the target; a wrong answer takes off the weight of its class, [n]."""
         return 1 - self._weight(target) * (1 - super().score(output, target))
@@ -190,7 +198,7 @@ class Segmentation(Classification):
         """Return the mean logarithm of the probabilities of the pixels' targets, [n]."""
         return super().log_likelihood(output, target).flatten(1).mean(1)
 
-    def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
+    def divergence(self, output: Tensor, dense: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the mean Kullback-Leibler divergence [n] from the dense network's distributions to these ones."""
         return super().divergence(output, dense).flatten(1).mean(1)
 
@@ -241,7 +249,7 @@ class Regression(Task):
         """Return minus the squared error over the variance, [n]."""
         return -self.error(self.score(output, target))
 
-    def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
+    def divergence(self, output: Tensor, dense: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the squared difference over the variance, [n]."""
         return self.error(self.score(output, dense))
 
@@ -281,7 +289,7 @@ class Restoration(Task):
         """Return minus the logarithm of the root mean squared error over that of `PERFECT`, [n]."""
         return (self.score(output, target) - PERFECT) * (math.log(10) / 20)
 
-    def divergence(self, output: Tensor, dense: Tensor) -> Tensor:
+    def divergence(self, output: Tensor, dense: Tensor, target: Tensor | None = None) -> Tensor:
         """Return how much a root mean squared error of `PERFECT` grows by the difference of the two images, [n]."""
         return torch.log1p(_mse(output, dense) / 10 ** (-PERFECT / 10)) / 2
 

@@ -21,7 +21,7 @@ def distillation(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Te
     accuracy-compute front. With the second alone, routes imitate the dense network's uncertainty at the expense of the
     class.
     """
-    return task.log_likelihood(output, target) - task.divergence(output, dense())
+    return task.log_likelihood(output, target) - task.divergence(output, dense(), target)
 
 
 def log_likelihood(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:

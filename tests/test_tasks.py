@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
+from dynrl.envs.rewards import distillation
 from dynrl.tasks import CLASSIFICATION, PERFECT, TASKS, Classification, Detection, Regression, Restoration, Segmentation
 
 
@@ -20,11 +21,11 @@ def cases():
         Categorical(logits=logits).log_prob(classes),
         kl_divergence(Categorical(logits=other), Categorical(logits=logits)),
     )  # fmt: skip
-    rare = torch.tensor([0, 1, 0, 0, 1, 0, 0])
+    rare, weights = torch.tensor([0, 1, 0, 0, 1, 0, 0]), torch.tensor([0.7, 1.75, 0.7, 0.7, 1.75, 0.7, 0.7])
     yield (
         Detection(2 / 7), logits[:, :2], rare, other[:, :2],
-        Categorical(logits=logits[:, :2]).log_prob(rare) * torch.tensor([0.7, 1.75, 0.7, 0.7, 1.75, 0.7, 0.7]),
-        kl_divergence(Categorical(logits=other[:, :2]), Categorical(logits=logits[:, :2])),
+        Categorical(logits=logits[:, :2]).log_prob(rare) * weights,
+        kl_divergence(Categorical(logits=other[:, :2]), Categorical(logits=logits[:, :2])) * weights,
     )  # fmt: skip
     maps, wanted, others = torch.randn(7, 3, 4, 5), torch.randint(0, 3, (7, 4, 5)), torch.randn(7, 3, 4, 5)
     said, other_said = (Categorical(logits=logits.permute(0, 2, 3, 1)) for logits in (maps, others))
@@ -53,8 +54,9 @@ def cases():
 def test_likelihood_and_divergence_are_those_of_torchs_distributions(case):
     task, output, target, other, likelihood, divergence = case
     torch.testing.assert_close(task.log_likelihood(output, target), likelihood)
-    torch.testing.assert_close(task.divergence(output, other), divergence)
-    assert (task.divergence(output, output) == 0).all()
+    torch.testing.assert_close(task.divergence(output, other, target), divergence)
+    torch.testing.assert_close(distillation(task, output, target, lambda: other), likelihood - divergence)
+    assert (task.divergence(output, output, target) == 0).all()
     torch.testing.assert_close(task.loss(output, target), -likelihood.mean())
 
 
@@ -107,6 +109,8 @@ def test_detection_weighs_both_classes_alike():
     assert task.rates(metric[:0], target[:0]) == {}
     by_class = [torch.nn.functional.cross_entropy(logits[target == k], target[target == k]) for k in (0, 1)]
     torch.testing.assert_close(task.loss(logits, target), sum(by_class) / 2)
+    said, same = task.divergence(logits, -logits), Classification().divergence(logits, -logits)
+    assert torch.equal(said, same), "where no target is known, rows weigh alike"
     always = torch.tensor([0.0, 1.0]).expand(1000, 2)
     assert float(task.score(always, target).mean()) == pytest.approx(0.5, abs=1e-5)
     for share in (0.0, 1.0):
