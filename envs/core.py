@@ -287,8 +287,7 @@ class RoutingVectorEnv(VectorEnv):
             if seed is None:
                 seed = int(np.random.SeedSequence().entropy) % 2**63  # type: ignore[arg-type]
             each = np.arange(self.num_envs) // self.group
-            whole = isinstance(seed, (int, np.integer))
-            asked = int(seed) + each.astype(object) if whole else np.asarray(seed, object)  # type: ignore[call-overload]
+            asked = each.astype(object) + int(seed) if isinstance(seed, int | np.integer) else np.asarray(seed, object)
             if asked.shape != (self.num_envs,):
                 raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {asked.shape}")
             # Gymnasium takes seeds of any size; draws know 64 bits of them.

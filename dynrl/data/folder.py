@@ -129,8 +129,8 @@ def drawn_parts(
             )
     drawn = {part: [(thing, i) for i, c in enumerate(classes) for thing in found[part][c]] for part in found}
     missing = [part for part in SHARES if part not in drawn]
-    for name, mine in found["train"].items():
-        different = len(set(map(name_of, mine)))
+    for name, inside in found["train"].items():
+        different = len(set(map(name_of, inside)))
         if missing and different < 1 + len(missing):
             raise ValueError(
                 f"the class {name!r} has too few different {what} to draw some for validation and test; expected at "
