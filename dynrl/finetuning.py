@@ -115,9 +115,7 @@ class Finetuner:
             },
         )  # fmt: skip
         self.batches = self._checkpoint.restore(MOST_STEPS)
-        self.total = (
-            self._schedule.T_max
-        )  # of the checkpoint: along another cosine, the learning rate would not end at 0
+        self.total = self._schedule.T_max  # the checkpoint's: along another cosine, the rate would not end at 0
         if self.batches > self.total:
             raise ValueError(
                 f"{checkpoint} is damaged (expected at most {self.total} batches, got {self.batches}); take it away, "
