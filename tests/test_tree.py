@@ -110,7 +110,9 @@ def test_a_rule_takes_paths_of_trees_until_their_vote_is_sure():
     assert list(rules_of(make())) == ["threshold router"]
     policy_for = rules_of(forest)["threshold vote"](forest, split)
     one, two, three = (forest.start_macs + trees * int(forest.costs[3, 1]) for trees in range(3))
-    assert policy_for(one / forest.dense_macs - 0.01) is policy_for(three / forest.dense_macs + 0.01) is None
+    assert policy_for(one / forest.dense_macs - 0.01) is None
+    dearest = policy_for(three / forest.dense_macs + 0.01)
+    assert (forest.run(split.inputs, dearest.chooser(forest, 0.0)).macs == three).all()
     policy = policy_for(two / forest.dense_macs)
     walk = forest.run(split.inputs, policy.chooser(forest, 0.0))
     stopped = walk.route[:, (3, 7)]

@@ -162,8 +162,9 @@ def test_a_run_that_was_being_made_when_it_was_killed_is_made_anew(small_backbon
     cell, learned = tmp_path / "skip-digits", []
     for name in ("backbone", "gate-0"):
         (cell / name).mkdir(parents=True)
-        shutil.copyfile(small_backbone, cell / name / "backbone.safetensors")
-    shutil.copyfile(small_backbone, cell / "backbone" / "plain.safetensors")
+    for name in ("backbone", "plain"):
+        shutil.copyfile(small_backbone, cell / "backbone" / f"{name}.safetensors")
+    (cell / "gate-0" / "data.json").write_text("{}")
     monkeypatch.setattr("dynrl.training.learn", lambda run, planned: learned.append((run.path, run.data)) or True)
     wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,))
     assert not cells.train_cells(cell, "skip", "digits", wanted), "nothing was learned here, so nothing is finished"
