@@ -42,7 +42,7 @@ Standing = Stand | TracedStand
 Channels = Literal["first", "last"]
 TIMED_ROWS, ROUNDS = 8, 3  # memory formats are timed on so many rows, so often in turn
 CLEARLY = 0.75  # how much of the time of channels_last contiguous maps must take to be preferred: timings are noisy
-MIXED = 0.01  # rows that change by this share of the largest output when others stand beside them are not just rounded
+ROUNDED = 0.01  # outputs that change by more than this share of the largest one are not just rounded
 LEAST_MACS = 10**7  # below this, Python takes most of the time in either format
 
 
@@ -148,8 +148,7 @@ class _OfModule(Backbone):
         if not alone.dim() or together.shape != (2 * alone.shape[0], *alone.shape[1:]):
             shapes = f"{tuple(alone.shape)} for one input and {tuple(together.shape)} for two"
             raise ValueError(f"expected {kind} to return a row for each input, got {shapes}")
-        rounding = max(MIXED, torch.finfo(alone.dtype).eps ** 0.5)  # in half types, it is more
-        alone = alone.float()
+        rounding, alone = _rounding(alone.dtype), alone.float()
         if float((together[: len(alone)].float() - alone).abs().max()) > rounding * float(alone.abs().max()):
             raise ValueError(
                 f"expected what {kind} returns for an input to depend on that input only, but it changes with the "
@@ -500,7 +499,12 @@ def _close(got: Tensor, expected: Tensor, by: float = 1e-2) -> bool:
 
 def _same(got: Tensor, expected: Tensor) -> bool:
     """Tell whether two tensors differ by no more than rounding in their number type."""
-    return _close(got, expected, torch.finfo(expected.dtype).eps ** 0.5)
+    return _close(got, expected, _rounding(expected.dtype))
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return the share of the largest output by which rounding may change outputs; CUDA rounds float32 to TF32."""
+    return max(ROUNDED, torch.finfo(dtype).eps ** 0.5)
 
 
 class ExpertModule(_OfModule):
