@@ -1,9 +1,9 @@
 """Write tables from the registries and `results/` into README and docs, between marks in these pages.
 
-A table goes from `<!-- table:NAME -->` to `<!-- end -->`. NAME is a folder of `results/` with a report; `demo` (what
-`dynrl demo` prints); `by-decision` (a row for each decision); `comparison` or `one-price` (all comparisons);
-`attacks` (what attacks take);
-`decisions`, `decisions-pages` or `data` (the registries); `shipped`; or a bench, whose newest file is shown.
+A table goes from `<!-- table:NAME -->` to `<!-- end -->`. NAME is a folder of `results/` with a report, or else with a
+comparison; `demo` (what `dynrl demo` prints); `by-decision` (a row for each decision); `comparison` or `one-price` (all
+comparisons); `attacks` (what attacks take); `decisions`, `decisions-pages` or `data` (the registries); `shipped`; or a
+bench, whose newest file is shown.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ def table(name: str, results: Path) -> list[str]:
     if name in BENCHES:
         newest = max(results.glob(f"{name}-[0-9]*.json"), default=results / f"{name}-DATE.json")
         return read(BENCHES[name], newest)
+    compared = results / name / "comparison.json"
+    if compared.is_file() and not (results / name / "report.json").is_file():
+        return read(lambda found: tables.comparison_table([found]), compared)
     return read(tables.report_table, results / name / "report.json")
 
 
