@@ -110,6 +110,20 @@ def test_the_least_limit_is_kept_and_less_is_refused(name):
     assert model.limit == share
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_the_cheapest_walk_pays_the_least(name):
+    backbone, look = make_backbone(name), 7
+    least = backbone.least_macs(look)
+
+    def choose(state):
+        return least[state.column].argmin(-1).expand(state.count)
+
+    walk = backbone.run(backbone.random_inputs(ROWS), choose)
+    decisions = (walk.route >= 0).sum(1)
+    assert torch.equal(walk.macs + look * decisions, (backbone.start_macs + least[0].min()).expand(ROWS))
+
+
 @pytest.mark.parametrize("name", [*TOYS, *(name for name in OWN if "LSTM" not in name), "exit"])
 @torch.no_grad()
 def test_the_cheapest_rest_is_that_of_all_routes(name):

@@ -63,6 +63,7 @@ class Backbone(nn.Module):
         scores: the columns of `observe` that say how sure the network is: name -> (column, whether higher means surer).
             Rules of thumb put thresholds on these scores.
         rule: the rule of thumb that reports compare learned policies with, a name in `dynrl.evaluation.RULES`.
+        stops: the choice that ends a walk wherever it is taken; None if there is none.
         speaks: whether there is an output at every point, not only at the end.
         hindsight: whether pretraining counts each row's best answer only, since a policy will stop there; if not, it
             adds up the losses of all answers.
@@ -80,6 +81,7 @@ class Backbone(nn.Module):
     decision: ClassVar[str]
     scores: ClassVar[Mapping[str, tuple[int, bool]]] = {}
     rule: ClassVar[str | None] = None
+    stops: ClassVar[int | None] = None
     speaks: ClassVar[bool] = False
     hindsight: ClassVar[bool] = False
     gates: ClassVar[bool] = True
@@ -193,10 +195,11 @@ class Backbone(nn.Module):
     def leads_to(self, column: int, choice: int) -> int:
         """Return the column of the decision that a row comes to by `choice` in `column`; END if it ends.
 
-        Here it is the next column. A family in which rows leave early or part writes its own. The cheapest way from
-        each column to an end must never be closed, because a limit on what a row may spend counts on it.
+        Here it is the next column, or END for the choice that `stops`. A family in which rows part writes its own. The
+        cheapest way from each column to an end must never be closed, because a limit on what a row may spend counts on
+        it.
         """
-        return column + 1 if column + 1 < self.columns else END
+        return column + 1 if choice != self.stops and column + 1 < self.columns else END
 
     def waiting(self, state: State) -> Tensor | None:
         """Return how many decisions wait behind each choice on ways that `leads_to` does not tell of; None if none do.

@@ -12,13 +12,12 @@ from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES, early_classifier, early_inputs
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import ResNet
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.walk import END, GO_ON, STOP, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import each, keep_rows, take_rows
 from dynrl.ops.pooled import summary
 
-STOP, GO_ON = 0, 1
 SEES = ("scores+features", "scores")
 
 
@@ -30,7 +29,7 @@ class Exits(Backbone):
     stages and the exits. Its features are a tensor, or a tuple of tensors that move together.
     """
 
-    decision = "exit"
+    decision, stops = "exit", STOP
     scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
     rule = "threshold"
     speaks = True
@@ -96,10 +95,6 @@ class Exits(Backbone):
         assert isinstance(state.walk, GatedWalk)
         state.walk.leave(gates, STOP)
         return self._arrive(state.walk, state.point + 1, state.rows, state.features)
-
-    def leads_to(self, column: int, choice: int) -> int:
-        """Return `Backbone.leads_to`: stopping ends the walk."""
-        return END if choice == STOP else super().leads_to(column, choice)
 
     def observe(self, state: State) -> Tensor:
         """Return how sure the exit is (`exit_scores`), then each channel's mean over all places if that is seen."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Parts
-from dynrl.backbones.looks import STOP, Looks
-from dynrl.backbones.walk import State
+from dynrl.backbones.looks import Looks
+from dynrl.backbones.walk import STOP, State
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.crops import crops

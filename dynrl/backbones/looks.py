@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.walk import END, STOP, Point, State, Walk
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell_macs, recurrent_cell
 from dynrl.ops.move import keep_rows
 from dynrl.schema import MOST_ROWS, check_count
 
-STOP = 0
 LEAST = 1e-6  # the least weight of a part that is drawn
 
 
@@ -40,7 +39,7 @@ class Looks(Backbone):
         scale: [parts], the scale of each part, of which an order keeps to one.
     """
 
-    decision = "look"
+    decision, stops = "look", STOP
     rule = "looks"
     speaks = True
     gates = False  # the mean of two parts is none
@@ -103,10 +102,6 @@ class Looks(Backbone):
             costs=[[0, *[look] * parts]], start_macs=start + answer, feature_width=SCORES + hidden + told,
             full_route=[1 + part for part in order[:looks]],
         )  # fmt: skip
-
-    def leads_to(self, column: int, choice: int) -> int:
-        """Return `Backbone.leads_to`: stopping ends the walk."""
-        return END if choice == STOP else super().leads_to(column, choice)
 
     def open_choices(self, state: State) -> Tensor:
         """Return `Backbone.open_choices`: a part that was looked at shows nothing new."""

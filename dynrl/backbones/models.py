@@ -14,13 +14,12 @@ from torch.compiler import is_compiling
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES, early_inputs
 from dynrl.backbones.gated import GatedWalk
-from dynrl.backbones.walk import END, Point, State, Walk, merge
+from dynrl.backbones.walk import END, STOP, Point, State, Walk, merge
 from dynrl.cost import executed, macs_of
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import keep_rows, take_rows
 from dynrl.schema import arguments, check_counts
 
-STOP = 0
 TOLD = 2 * SCORES + 1  # how sure the last answer is and the one before, and whether they agree
 BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 PASS = 256  # the rows of a pass that estimates statistics of batch norm

@@ -21,7 +21,7 @@ from torch.compiler import is_exporting
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.channels import CHANNELS, gives_channels_last, takes_channels_last
 from dynrl.backbones.early import early_inputs
-from dynrl.backbones.exit import GO_ON, SEES, STOP, Exits
+from dynrl.backbones.exit import SEES, Exits
 from dynrl.backbones.forward import Stand
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.held import Held
@@ -29,7 +29,7 @@ from dynrl.backbones.mixture import Mix, Run, by_choice, by_gates, kinds_of, mix
 from dynrl.backbones.positions import SHARES, Positions
 from dynrl.backbones.skip import Skipping
 from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.walk import END, GO_ON, STOP, Point, State, Walk
 from dynrl.cost import Executed, executed, macs_of
 from dynrl.inputs import Form
 from dynrl.inputs import parts as tensors_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer, Parts
 from dynrl.backbones.recurrent import Recurrent
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.walk import END, STOP, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, recurrent_cell
 from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
@@ -86,6 +86,7 @@ class JumpRNN(Texts):
 
     family, decision, layer, name = "jump_rnn", "jump", nn.GRU, "gru"
     speaks = True
+    stops = STOP
     gates = False  # the mean of two texts' positions is none
     budgets = (0.03, 0.1, 0.2, 0.35, 0.5)  # of a text, not of a network: a few words may do
     _marks: Tensor  # [kinds, tokens] bool
@@ -193,7 +194,7 @@ class JumpRNN(Texts):
         """Do `Backbone.advance`; a choice that leads beyond the end of its text is a stop, and recorded as one."""
         walk, goal = state.walk, self._goal(state, action)
         walk.own["at"][state.rows] = goal
-        return super().advance(state, action.where(goal < state.get(walk.own["length"]), 0))
+        return super().advance(state, action.where(goal < state.get(walk.own["length"]), STOP))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
         walk, rows = state.walk, state.rows

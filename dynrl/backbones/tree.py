@@ -16,7 +16,7 @@ from dynrl.backbones.base import Answer
 from dynrl.backbones.early import SCORES
 from dynrl.backbones.gated import GatedWalk, straight_through
 from dynrl.backbones.resnet import BasicBlock, Normed
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.walk import END, GO_ON, STOP, Point, State, Walk
 from dynrl.backbones.ways import Ways
 from dynrl.cost import count_macs
 from dynrl.ops.exit_scores import exit_scores
@@ -26,7 +26,6 @@ from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 OWN, BOTH, OTHER = range(3)  # the child that the node's router prefers; both children; the other child
-STOP, GO_ON = 0, 1  # between two trees: the vote so far is the answer; the next tree votes, too
 TOLD = 3  # what is observed of routers: how sure one is, where it points, and how much the path weighs
 SHARP = 4.0  # how much more a router's log-odds are than its layer says: unsure ones part rows by chance, for too long
 EVEN = 0.1  # how much a router leans away, in a batch, from a child that all rows come to

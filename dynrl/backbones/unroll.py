@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES
 from dynrl.backbones.gated import GatedWalk
-from dynrl.backbones.walk import END, Point, State, Walk
+from dynrl.backbones.walk import END, GO_ON, STOP, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import keep_rows
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
-STOP, GO_ON = 0, 1
 MOST_STEPS = 1_000
 LEAST = 1e-4  # sizes below that, in pixels of 0 to 1, look alike to a policy
 
@@ -34,7 +33,7 @@ class Unrolling(Backbone):
     loop, one step, and the answer.
     """
 
-    decision = "unroll"
+    decision, stops = "unroll", STOP
     rule = "threshold"
     speaks = True
     exports = True
@@ -79,10 +78,6 @@ class Unrolling(Backbone):
             full_route=(GO_ON,) * trained + (STOP,) * min(beyond, 1) + (-1,) * (beyond - 1),
         )  # fmt: skip
         self.costs = self.costs.to(device)
-
-    def leads_to(self, column: int, choice: int) -> int:
-        """Return `Backbone.leads_to`: stopping ends the walk."""
-        return END if choice == STOP else super().leads_to(column, choice)
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return self._go_on(walk, rows, self._lead(inputs))

@@ -20,6 +20,7 @@ from dynrl.ops.move import as_rows, each, tensors_of
 from dynrl.ops.record import record
 
 END = -1  # the point at which finished rows stand
+STOP, GO_ON = 0, 1  # where rows may end: with what they have, or later
 
 
 @dataclass(frozen=True)
