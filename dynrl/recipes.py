@@ -260,6 +260,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
         backbone={"layers": (1, 7), "widths": (8, 16), "exits": (0, 1, 2, 3, 4, 5, 6)},
         pretraining=Recipe(epochs=6, batch_size=128, plain_epochs=24),
         learning=Learning(steps=300_000),
+        finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
     ),
     ("exit", "trace-long"): Defaults(
         family="exit_resnet",
