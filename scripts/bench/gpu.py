@@ -16,7 +16,6 @@ from typing import Any
 
 from dynrl.scripts.bench import Keep
 from dynrl.scripts.bench.model import NETWORKS
-from dynrl.scripts.bench.predicted import judged
 
 SECONDS = 460  # the time for everything
 WARMING = 120  # the time in which all tests run, and all parts once
@@ -121,7 +120,7 @@ class Check:
         out: the file to write.
         commit: the commit of the sources.
         command: the command line that was typed.
-        predicted: what the table will show (`dynrl.scripts.bench.predicted`).
+        predicted: what the table is expected to show, and its bars (`results/gpu-predicted-DATE.json`).
     """
 
     def __init__(self, out: Path, commit: str, command: str, predicted: dict[str, Any]) -> None:
@@ -216,6 +215,32 @@ def bars(rows: list[dict[str, Any]]) -> list[str]:
         f"{row['predicted'].get('replayed_ms')}; {bar['bar']} ({bar['most_ms']} ms): {said[bar['holds']]}"
         for row in rows for bar in row.get("bars", ())
     ]  # fmt: skip
+
+
+def judged(row: dict[str, Any], predicted: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return a measured row of the table with the predictions for its figures, and with the bars and if they hold.
+
+    A bar holds for what `model(x)` takes. It is None if that was not measured.
+    """
+    mine = {bar["column"]: bar["ms"] for bar in predicted["rows"] if _same(bar, row)}
+    bars = []
+    for bar in predicted["bars"]:
+        if not _same(bar, row):
+            continue
+        if "ms" in bar and device == predicted["device"]:
+            most, says = bar["ms"], f"at most {bar['ms']} ms"
+        else:
+            sides = [None if row.get(side) is None else ratio * row[side] for side, ratio in bar["of"].items()]
+            most = None if None in sides else min(side for side in sides if side is not None)
+            says = " and ".join(f"at most {ratio:.3f} of {side}" for side, ratio in bar["of"].items())
+        took = row.get("replayed_ms")
+        bars.append({"bar": says, "most_ms": most, "holds": None if None in (most, took) else took <= most})
+    return row | {"predicted": mine, "bars": bars}
+
+
+def _same(one: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Tell whether a prediction or a bar is of this row; a bar that names no network is of all rows."""
+    return all(one.get(key, row[key]) == row[key] for key in ("network", "batch"))
 
 
 def main(out: str, commit: str, command: str, predicted: str) -> int:

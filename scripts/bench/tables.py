@@ -7,8 +7,8 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from dynrl.evaluation.difficulty import bin_name
+from dynrl.scripts.bench.gpu import judged
 from dynrl.scripts.bench.ops import summary
-from dynrl.scripts.bench.predicted import judged
 from dynrl.tasks import TASKS
 
 
@@ -155,8 +155,8 @@ def bench_model_table(result: dict[str, Any]) -> list[str]:
 
 
 def gpu_table(result: dict[str, Any]) -> list[str]:
-    """Write rows of `scripts/gpu_check.py`: ops at batch 64 and more, networks, and modules of users."""
-    rows = [row for part in ("rows", "ops", "model") for row in result.get(part, ())]
+    """Write rows of `scripts/gpu_check.py`: ops at batch 64 and more, networks, and what agents sample."""
+    rows = result["rows"]
     ops = [r for r in rows if "op" in r and r.get("realised_ratio") and r["batch"] >= 64 and r["dtype"] == "bfloat16"]
     lines = [
         "| op | rows | of ideal, geometric mean | worst | slower than dense | speed-up over dense, geometric mean |",
@@ -167,8 +167,6 @@ def gpu_table(result: dict[str, Any]) -> list[str]:
         beside = f"{s['slower_than_dense']} of {len(gains)} | {geometric_mean(gains):.2f}" if gains else " | "
         lines.append(f"| {s['op']} | {s['rows']} | {s['geometric_mean']:.2f} | {s['worst']:.2f} | {beside} |")
     lines += ["", *_networks([r for r in rows if "captured_dense_ms" in r])]
-    if modules := result.get("vision"):
-        lines += ["", *_modules(modules)]
     if sampled := [r for r in rows if "path" in r]:
         lines += ["", *_sampled(sampled)]
     return [*lines, "", f"{result['date']}, {result['device']}, bfloat16, torch {result['torch']}."]
@@ -205,17 +203,6 @@ def gpu_predicted_table(result: dict[str, Any]) -> list[str]:
         cells = [network, str(batch), *(ms(mine[side]) for side in sides), ms(min(bar["most_ms"] for bar in bars))]
         lines.append(f"| {' | '.join(cells)} | {holds} |")
     return [*lines, "", f"Nothing here was measured; {result['device']}, bfloat16, from {result['source']}."]
-
-
-def _modules(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| module | batch | MACs | the module itself ms | all blocks | ideal | routed | with router |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cells = " | ".join(f"{r[side]:.1f}" for side in ("dense", "full_route", "ideal", "routed", "with_router"))
-        lines.append(f"| {r['net']} | {r['batch']} | {r['macs']:.2f} | {cells} |")
-    return lines
 
 
 BENCHES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
