@@ -6,9 +6,13 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+
+from dynrl.schema import Dtype
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
 def hardware() -> dict[str, Any]:
@@ -51,15 +55,22 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
-def check_device(name: str) -> torch.device:
+def check_device(name: str | torch.device) -> torch.device:
     """Return the device of that name, the CPU or one of CUDA; raise a ValueError if it is not there."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # builds without CUDA assert
         raise ValueError(
-            f"no device {name!r} here: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine that has a GPU"
+            f"no device '{name}' here: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine that has a GPU"
         ) from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"expected the device cpu or cuda, got {name!r}")
+        raise ValueError(f"expected the device cpu or cuda, got '{name}'")
     return device
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """Return the dtype of that name, or raise a ValueError that lists the names."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; expected one of {sorted(DTYPES)}")
+    return DTYPES[name]

@@ -18,6 +18,7 @@ from dynrl.backbones.base import Answer
 from dynrl.checkpoints import Checkpoint
 from dynrl.data import Dataset, Split
 from dynrl.inputs import laid_out, training_format
+from dynrl.machine import check_device
 from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
 from dynrl.schema import MOST_ROWS, check_count
@@ -124,9 +125,9 @@ def pretrain(
         device: the device to train on; batches are augmented on the CPU.
 
     Raises:
-        ValueError: the loss is no longer finite; the last checkpoint stays.
+        ValueError: there is no such device, or the loss is no longer finite; the last checkpoint stays.
     """
-    generator, device = torch.Generator().manual_seed(seed), torch.device(device)
+    generator, device = torch.Generator().manual_seed(seed), check_device(device)
     backbone.to(device)
     optimizer = make_optimizer(backbone, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
     train = dataset.train

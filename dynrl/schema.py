@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 MOST_THREADS, MOST_ROWS = 1_000, 100_000  # what no machine of today has or holds
+Dtype = Literal["float32", "bfloat16", "float16"]  # the number types that networks run in
 
 
 def parse(kind: Any, values: Any, prefix: str = "") -> Any:

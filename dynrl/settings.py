@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynrl.files import read_json, reading, write_json
-from dynrl.schema import MOST_ROWS, check_count, check_price_range, parse
+from dynrl.schema import MOST_ROWS, Dtype, check_count, check_price_range, parse
 
 MOST_PROCESSES = 1_000  # remote processes of one run
 PRETRAINED_HERE = ("network", "epochs", "plain")  # a backbone that is there leaves no room for these
@@ -89,7 +89,7 @@ class Learning:
     cost: Literal["macs", "time"] = "macs"
     finetune: bool = False
     attacked: float = 0.0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 1)

@@ -26,11 +26,10 @@ from dynrl.agents.joint import train_jointly, tuning_file
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
-from dynrl.envs.core import check_dtype
 from dynrl.envs.rewards import REWARDS
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.files import locked, make_aside, read_json, remove_leftovers, write_aside, write_json
-from dynrl.machine import hardware
+from dynrl.machine import check_dtype, hardware
 from dynrl.plans import Plan, check_source, join_sources, plan, plan_again
 from dynrl.plugins import given_plugins
 from dynrl.policies import LearnedPolicy, load_policy, save_policy

@@ -27,14 +27,12 @@ from dynrl.envs.render import MODES, Shown
 from dynrl.envs.rewards import check_reward
 from dynrl.envs.steps import Steps, steps_for
 from dynrl.files import load_tensors
+from dynrl.machine import check_device, check_dtype
 from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
 from dynrl.schema import check_price_range
 
 Info = dict[str, Tensor]
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class DenseOutputs:
@@ -55,13 +53,6 @@ class DenseOutputs:
         if len(missing):
             self._known[missing] = self._backbone(inputs[missing]).float()
         return self._known[rows]
-
-
-def check_dtype(name: str) -> torch.dtype:
-    """Return the dtype of that name, or raise a ValueError that lists the names."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; expected one of {sorted(DTYPES)}")
-    return DTYPES[name]
 
 
 def check_render(mode: str | None) -> str | None:
@@ -134,7 +125,8 @@ class RoutingVectorEnv(VectorEnv):
             price twice, if there is one.
         times: the times to charge instead of MACs (see `Backbone.time_table`).
         device: where the backbone runs and the inputs and other tensors are, for example "cpu" or "cuda".
-        dtype: the type of the backbone and its inputs, one of `DTYPES`. Observations and rewards stay in float32.
+        dtype: the type of the backbone and its inputs, one of `dynrl.machine.DTYPES`. Observations and rewards stay in
+            float32.
         group: how many neighbouring sub-environments meet the same input at the same price in each episode, so that one
             input takes several routes. It divides `num_envs`.
         attacked: a file of inputs that take the place of the split's first ones, if it exists (see `train_jointly`).
@@ -153,8 +145,8 @@ class RoutingVectorEnv(VectorEnv):
     `action_mask` belongs to the observation that is returned with it.
 
     Raises:
-        ValueError: a data set, split, reward, sight, dtype or mode is unknown; the price is outside its range; or the
-            backbone poses another decision or expects other inputs than the data set has.
+        ValueError: a data set, split, reward, sight, device, dtype or mode is unknown; the price is outside its range;
+            or the backbone poses another decision or expects other inputs than the data set has.
     """
 
     metadata: dict[str, Any] = {
@@ -207,7 +199,7 @@ class RoutingVectorEnv(VectorEnv):
         dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
         if sight not in SIGHTS:
             raise ValueError(f"unknown sight {sight!r}; expected one of {sorted(SIGHTS)}")
-        self.device, kind = torch.device(device), check_dtype(dtype)
+        self.device, kind = check_device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)
         self._data = dataset.seen_by(self.backbone.known)
         self._split = self._data.split(split)

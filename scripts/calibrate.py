@@ -30,11 +30,9 @@ def main(args: Args) -> None:
     from dynrl.evaluation import calibrate_latency
     from dynrl.files import write_json
     from dynrl.machine import hardware
-    from dynrl.progress import progress
     from dynrl.runs import RunFolder
-    from dynrl.scripts.common import check_batch_size, use_threads
+    from dynrl.scripts.common import use_threads
 
-    check_batch_size(args.batch_size)
     use_threads(args.threads)
     run = RunFolder(args.run)
     _ = run.config  # a folder that holds no run is refused here, with the reason
@@ -44,11 +42,7 @@ def main(args: Args) -> None:
             f"{run} has no calibrated budgets, because it was trained at one price; train it over a price range"
         )
     inputs = run.dataset(args.data).seen_by(run.backbone.known).validation.inputs
-    if len(inputs) < args.batch_size:
-        raise ValueError(f"a batch of {args.batch_size} is larger than the {len(inputs)} validation inputs")
-    rounds = 5
-    with progress(total=rounds, desc="timing", unit="round") as bar:
-        curve = calibrate_latency(model, inputs, args.batch_size, rounds, bar.update)
+    curve = calibrate_latency(model, inputs, args.batch_size)
     write_json(
         run.latency_file,
         {

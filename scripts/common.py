@@ -1,10 +1,10 @@
-"""The verbs share these checks of threads and batch sizes."""
+"""The verbs share how they set the number of threads."""
 
 from __future__ import annotations
 
 import os
 
-from dynrl.schema import MOST_ROWS, MOST_THREADS, check_count
+from dynrl.schema import MOST_THREADS, check_count
 
 
 def use_threads(count: int | None) -> None:
@@ -19,8 +19,3 @@ def use_threads(count: int | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count or "OMP_NUM_THREADS" not in os.environ:  # which torch has heeded already
         torch.set_num_threads(count or cores)
-
-
-def check_batch_size(count: int) -> None:
-    """Refuse, with a ValueError, a batch of no inputs, or of more than any machine holds."""
-    check_count("--batch-size", count, 1, MOST_ROWS)

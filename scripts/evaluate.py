@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dynrl.schema import Dtype
+
 
 @dataclass
 class Args:
@@ -33,7 +35,7 @@ class Args:
     """A paper's protocol that is measured, too: budgeted, MSDNet's curve of 39 budgets and the answer of each exit."""
     device: str = "cpu"
     """The device on which networks run: cpu or cuda."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """The number type of networks and inputs; policies stay in float32."""
     threads: int | None = None
     """The number of CPU threads; by default, all available cores."""
@@ -41,12 +43,9 @@ class Args:
 
 def main(args: Args) -> None:
     """Check everything, then write the report."""
-    from dynrl.machine import check_device
     from dynrl.runs import RunFolder
-    from dynrl.scripts.common import check_batch_size, use_threads
+    from dynrl.scripts.common import use_threads
 
-    check_batch_size(args.batch_size)
-    check_device(args.device)
     use_threads(args.threads)
     if not args.runs:
         raise ValueError("expected at least one run folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 import runpy
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 import tyro
 
+import dynrl
 from dynrl.plugins import VARIABLE
 from dynrl.scripts import cli
+from dynrl.settings import Learning, Place, Problem, names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,6 +67,27 @@ def test_pages_are_of_a_size_to_read():
 def test_python_blocks_compile(mark, code):
     ast.parse(code)
     assert mark in ("", "run")
+
+
+CALL = re.compile(r"`(dynrl\.\w+\([^`]*\))`")  # as a sentence names it
+CALLS = [
+    pytest.param(node, id=f"{page}:{ast.unparse(node)[:60]}")
+    for page, code in [
+        *((page, code) for page, kind, _, code in BLOCKS if kind == "python"),
+        *((path.name, path.read_text()) for path in EXAMPLES),
+        *((page.name, code) for page in PAGES for code in CALL.findall(BLOCK.sub("", page.read_text()))),
+    ]
+    for node in ast.walk(ast.parse(code))
+    if isinstance(node, ast.Call) and ast.unparse(node.func).removeprefix("dynrl.") in dynrl.__all__
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("node", CALLS)
+def test_calls_have_the_arguments_that_they_are_written_with(node):
+    function = getattr(dynrl, ast.unparse(node.func).removeprefix("dynrl."))
+    given = [each.arg for each in node.keywords]
+    inspect.signature(function).bind(*node.args, **dict.fromkeys(given))
+    assert set(given) <= {*inspect.signature(function).parameters, *names(Problem, Learning, Place)}
 
 
 @pytest.mark.parametrize("line", COMMANDS)

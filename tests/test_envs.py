@@ -272,9 +272,11 @@ def test_a_backbone_in_bf16_is_paid_in_float32(name):
         np.testing.assert_allclose(paid, wanted, atol=0.15, rtol=0.1)
 
 
-def test_an_unknown_dtype_is_refused():
+def test_an_unknown_dtype_or_device_is_refused():
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         make_vec("skip", 2, dtype="int8")
+    with pytest.raises(ValueError, match="no device 'xyz' here"):
+        make_vec("skip", 2, device="xyz")
 
 
 def test_times_that_do_not_fit_are_refused():

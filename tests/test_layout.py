@@ -35,7 +35,7 @@ ALLOWED = {
     "dynrl.provenance": {"dynrl.inputs", "dynrl.vocabulary"},
     "dynrl.vocabulary": set(),
     "dynrl.cost": set(),
-    "dynrl.machine": set(),
+    "dynrl.machine": {"dynrl.schema"},
     "dynrl.progress": set(),
     "dynrl.routes": set(),
     "dynrl._version": set(),
@@ -53,7 +53,7 @@ ALLOWED = {
     "dynrl.policies": {"dynrl.policies", "dynrl.ops", "dynrl.files", "dynrl.routes", "dynrl.schema"},
     "dynrl.envs": {
         "dynrl.envs", "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.routes", "dynrl.schema",
-        "dynrl.tasks", "dynrl.files",
+        "dynrl.tasks", "dynrl.files", "dynrl.machine",
     },
     "dynrl.deploy": {
         "dynrl.deploy", "dynrl.backbones", "dynrl.policies", "dynrl.ops", "dynrl.cost", "dynrl.files", "dynrl.inputs",
@@ -69,8 +69,8 @@ ALLOWED = {
         "dynrl.perturb", "dynrl.schema",
     },
     "dynrl.pretraining": {
-        "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.progress",
-        "dynrl.schema", "dynrl.tasks",
+        "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.machine",
+        "dynrl.progress", "dynrl.schema", "dynrl.tasks",
     },
     "dynrl.perturb": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.provenance", "dynrl.tasks"},
     "dynrl.finetuning": {

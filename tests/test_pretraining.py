@@ -215,6 +215,11 @@ def test_a_diverging_loss_is_refused():
         pretrain(fresh(), load_dataset("digits"), recipe)
 
 
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no device 'xyz' here"):
+        pretrain(fresh(), load_dataset("digits"), RECIPE, device="xyz")
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="larger than the 1257"):
         pretrain(fresh(), load_dataset("digits"), replace(RECIPE, batch_size=2000))

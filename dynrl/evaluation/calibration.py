@@ -13,8 +13,11 @@ from dynrl.data import Split
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import timing
 from dynrl.evaluation.scores import score
+from dynrl.progress import progress
+from dynrl.schema import MOST_ROWS, check_count
 
 COLLAPSED = 0.02  # a policy whose spending at all prices differs by less than this share of its most is deaf to them
+ROUNDS = 5  # how often each price is timed
 
 
 def calibrate(
@@ -86,9 +89,7 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
     )
 
 
-def calibrate_latency(
-    model: RoutedModel, inputs: Tensor, batch_size: int, rounds: int = 5, tick: Callable[[], Any] = lambda: None
-) -> list[tuple[float, float]]:
+def calibrate_latency(model: RoutedModel, inputs: Tensor, batch_size: int) -> list[tuple[float, float]]:
     """Time a batch at each price of `model.curve`; `set_milliseconds` looks prices up in the result.
 
     Args:
@@ -97,13 +98,17 @@ def calibrate_latency(
             batches too, whose routes give layers batch sizes that they have not seen, and because one batch may be
             easier than most.
         batch_size: rows of a batch.
-        rounds: how often each price is timed (see `medians_in_turn`).
-        tick: called after each round.
 
     Returns:
         [(price, milliseconds)], by rising price and falling time. A higher price cannot take longer, so medians that
         say otherwise are noise; the times are sorted (rearrangement: Chernozhukov et al. 2009, Biometrika).
+
+    Raises:
+        ValueError: a batch has no row, or there are fewer inputs.
     """
+    check_count("batch_size", batch_size, 1, MOST_ROWS)
+    if len(inputs) < batch_size:
+        raise ValueError(f"a batch of {batch_size} is larger than the {len(inputs)} validation inputs")
     draw = random.Random(0)
 
     def at(price: float) -> None:
@@ -113,6 +118,7 @@ def calibrate_latency(
         model(inputs[start : start + batch_size])
 
     before, prices = model.price, [price for price, _ in model.curve]
-    times = timing.medians_in_turn({price: partial(at, price) for price in prices}, rounds, tick, calls=5)
+    with progress(total=ROUNDS, desc="timing", unit="round") as bar:
+        times = timing.medians_in_turn({price: partial(at, price) for price in prices}, ROUNDS, bar.update, calls=5)
     model.set_price(before)
     return list(zip(prices, sorted(times.values(), reverse=True), strict=True))

@@ -31,9 +31,10 @@ from dynrl.evaluation.merged import merge_reports
 from dynrl.evaluation.scores import Score, Usage, pictures
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import check_folder, write_json
-from dynrl.machine import commit, hardware
+from dynrl.machine import check_device, check_dtype, commit, hardware
 from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_backbone, by_kind
+from dynrl.schema import MOST_ROWS, check_count
 from dynrl.tasks import TASKS, Task
 
 ROUNDS = 11  # how often each side is timed
@@ -72,12 +73,16 @@ def evaluate(
         the report, as a dictionary that JSON can hold.
 
     Raises:
-        ValueError: a folder holds no run, budgets are no rising shares, the runs do not belong in one report (see
-            `by_backbone` and `by_kind`), or their network does not fit the protocol.
+        ValueError: a folder holds no run, there is no such device or dtype, a batch has no row, budgets are no rising
+            shares, the runs do not belong in one report (see `by_backbone` and `by_kind`), or their network does not
+            fit the protocol.
     """
     folders = [RunFolder(run) if not isinstance(run, RunFolder) else run for run in _several(runs)]
     if not folders:
         raise ValueError("expected at least one run folder")
+    check_device(device)
+    kind = check_dtype(dtype)
+    check_count("batch_size", batch_size, 1, MOST_ROWS)
     if protocol not in (None, "budgeted"):
         raise ValueError(f"expected the protocol 'budgeted', or None for none, got {protocol!r}")
     if budgets is not None:
@@ -93,7 +98,7 @@ def evaluate(
     found: list[dict[str, Any]] = []
     shown, seen = None, dataset
     for mine in groups:
-        kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, getattr(torch, dtype))
+        kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, kind)
         seen = ground.dataset if not found else seen  # as the first network sees them, whose usage is drawn
         exits = check_leaving(ground) if protocol == "budgeted" else None
         learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]

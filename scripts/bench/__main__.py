@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dynrl.schema import Dtype
+
 
 @dataclass
 class Args:
@@ -43,7 +45,7 @@ class Args:
     For tasks: the folder of its networks; by default, runs/bench-tasks."""
     device: str = "cpu"
     """The device on which ops, networks and the backbone of env run."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """The number type of ops, networks and the backbone of env."""
     threads: int = 2
     """The number of CPU threads; env uses one."""
@@ -63,9 +65,9 @@ def main(args: Args) -> None:
     """Run the suite, print its rows and write them."""
     from dynrl.files import check_folder, write_json
     from dynrl.machine import check_device, commit, hardware
-    from dynrl.schema import check_count
+    from dynrl.schema import MOST_ROWS, check_count
     from dynrl.scripts.bench.tables import SUMMED
-    from dynrl.scripts.common import check_batch_size, use_threads
+    from dynrl.scripts.common import use_threads
 
     if args.rounds is not None:
         check_count("--rounds", args.rounds, 1, 1_000_000)
@@ -78,7 +80,7 @@ def main(args: Args) -> None:
     if not 0 < args.seconds <= 3600:
         raise ValueError(f"expected --seconds above 0 and at most 3600, got {args.seconds}")
     for batch in args.batches:
-        check_batch_size(batch)
+        check_count("each of --batches", batch, 1, MOST_ROWS)
     check_device(args.device)
     check_folder(out.parent)
     if "threads" in heeded:

@@ -86,6 +86,19 @@ def test_pictures_bear_the_names_of_classes_that_data_have_lost_others_of(tmp_pa
     assert titles[:16] == [names[data.test.targets[row]] for row in shown]
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"dtype": "nope"}, "unknown dtype 'nope'; expected one of"), ({"dtype": "float64"}, "unknown dtype 'float64'"),
+        ({"device": "xyz"}, "no device 'xyz' here"), ({"device": "meta"}, "expected the device cpu or cuda, got 'meta'"),
+        ({"batch_size": 0}, "expected batch_size of at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_what_a_report_cannot_be_measured_with_is_refused_before_any_file_is_read(asked, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        dynrl.evaluate(tmp_path / "nosuch", **asked)
+
+
 def test_rows_of_the_same_routes_are_timed_once():
     backbone = SkipResNet((1, 8, 8), classes=1, layers=(3,), widths=(4,)).eval()
     times = {}

@@ -9,12 +9,14 @@ from contextlib import suppress
 
 import pytest
 
+from dynrl.deploy import SHIPPED
 from dynrl.files import make_aside
 from dynrl.scripts.cli import main
 from dynrl.training import folder_for, folder_name
 from tests.scripts.calls import ROOT, call, refusal
 
 RUN = "no run folder"
+MODEL = str(SHIPPED / "skip-digits")
 
 
 @pytest.mark.parametrize(
@@ -27,11 +29,11 @@ RUN = "no run folder"
         (("evaluate",), "at least one run folder"), (("evaluate", "nosuch"), RUN), (("evaluate", "/dev/null"), RUN),
         (("evaluate", "junk.safetensors"), RUN), (("evaluate", "."), f". is {RUN}"),
         (("evaluate", ".", "--threads", "-1"), "--threads of at least 1, got -1"),
-        (("evaluate", ".", "--batch-size", "0"), "--batch-size of at least 1, got 0"),
-        (("evaluate", ".", "--device", "nosuch"), "no device 'nosuch'"),
+        (("evaluate", MODEL, "--batch-size", "0"), "batch_size of at least 1, got 0"),
+        (("evaluate", MODEL, "--device", "nosuch"), "no device 'nosuch'"),
         (("evaluate", ".", "--dtype", "int8"), "--dtype"),
         (("calibrate", "."), RUN), (("calibrate", ".", "--threads", "0"), "--threads of at least 1, got 0"),
-        (("calibrate", ".", "--batch-size", "-1"), "--batch-size of at least 1, got -1"),
+        (("calibrate", MODEL, "--batch-size", "-1"), "batch_size of at least 1, got -1"),
         (("export", "nosuch", "--out", "x.pt2"), RUN), (("export", "skip-digits", "--out", "x.txt"), "*.pt2"),
         (("export", "skip-digits", "--out", "x.pt2", "--budget", "7"), "out of reach"),
         (("tables", "nosuch"), "nosuch"), (("tables", "--results", "nosuch"), "README.md"),
