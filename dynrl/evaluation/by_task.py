@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor
 
 from dynrl.backbones import Backbone, RoutingNet
 from dynrl.data import Split
-from dynrl.evaluation.routes import Found, affordable
+from dynrl.evaluation.routes import FITTED, Fit, Found, PolicyFor, best_within
 from dynrl.evaluation.scores import Walked, score_routes
-from dynrl.policies import Policy, RoutePolicy
+from dynrl.policies import RoutePolicy
 
-FITTED = 1024  # how many rows of a split the table is fitted on
 PRICES = (0.0, *(0.03 * 10 ** (i / 6) for i in range(16)))  # of the dense MACs, in units of the log-likelihood
 
 
@@ -37,13 +34,13 @@ class TablePolicy(RoutePolicy):
         return self.table[self._task(inputs)]
 
 
-def tables(backbone: Backbone) -> Mapping[str, Callable[[Backbone, Split], Callable[[float], Policy | None]]]:
+def tables(backbone: Backbone) -> dict[str, Fit]:
     """Return the rule."""
     return {"table": fit_table}
 
 
 @torch.inference_mode()
-def fit_table(backbone: Backbone, split: Split) -> Callable[[float], Policy | None]:
+def fit_table(backbone: Backbone, split: Split) -> PolicyFor:
     """Search for the best route of each task at several prices; see `dynrl.evaluation.rules`.
 
     The search begins with what the network's own table prefers. At each price, from low to high, it tries every choice
@@ -76,9 +73,4 @@ def fit_table(backbone: Backbone, split: Split) -> Callable[[float], Policy | No
                 best = torch.maximum(got, best)
         rows, policy = walked(table), TablePolicy(backbone, table.to(split.inputs.device))
         found.append(Found(policy, float(rows.macs.mean()), split.task.mean(rows.metric, split.targets)))
-
-    def within(budget: float) -> Policy | None:
-        best: Policy | None = affordable(found, budget, split.task)
-        return best
-
-    return within
+    return best_within(found, split.task)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynrl.backbones import Backbone, State
 from dynrl.data import Split
+from dynrl.evaluation.routes import Fit, PolicyFor
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import LinearPolicy, Policy, StepSight, ThresholdPolicy
 
@@ -26,7 +27,6 @@ FITS = 20  # the iterations of a supervised fit
 PRICES = torch.logspace(-2.5, 0.7, 17).tolist()  # of the dense network's compute, in errors: a supervised rule for each
 
 Stage = tuple[int, float]  # a model, and how sure it must be to answer
-PolicyFor = Callable[[float], Policy | None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Heard:
 Hear = Callable[[Backbone, Split], Heard]
 
 
-def cascades(backbone: Backbone) -> Mapping[str, Callable[[Backbone, Split], PolicyFor]]:
+def cascades(backbone: Backbone) -> dict[str, Fit]:
     """Return the rules: a cascade for each score, the greedy cascade on the first score, and the supervised rule."""
     first, *_ = backbone.scores
     known: list[Any] = []

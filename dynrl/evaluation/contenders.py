@@ -19,7 +19,8 @@ from dynrl.backbones import Backbone
 from dynrl.data import Dataset, Split
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import routes as ways
-from dynrl.evaluation.rules import Fit, PolicyFor, rules_of
+from dynrl.evaluation.routes import Fit, PolicyFor
+from dynrl.evaluation.rules import rules_of
 from dynrl.evaluation.scores import score_routes, score_rows
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.runs import RunKind

@@ -10,11 +10,9 @@ from torch import Tensor
 from dynrl.backbones import Backbone, NeuralModules
 from dynrl.backbones.neural_modules import ONE
 from dynrl.data import Split
+from dynrl.evaluation.routes import FITTED, Fit, PolicyFor
 from dynrl.evaluation.scores import score_routes
-from dynrl.policies import Policy, RandomPolicy, RoutePolicy
-
-Fit = Callable[[Backbone, Split], Callable[[float], Policy | None]]
-FITTED = 1024  # how many rows of a split tell what layouts cost
+from dynrl.policies import RandomPolicy, RoutePolicy
 
 
 class LayoutPolicy(RoutePolicy):
@@ -49,7 +47,7 @@ def _fit(kind: Callable[[NeuralModules], RoutePolicy]) -> Fit:
     """Return a rule of one policy, for all budgets that pay for it; see `dynrl.evaluation.rules`."""
 
     @torch.inference_mode()
-    def fit(backbone: Backbone, split: Split) -> Callable[[float], Policy | None]:
+    def fit(backbone: Backbone, split: Split) -> PolicyFor:
         assert isinstance(backbone, NeuralModules), "the rule is that of its family"
         policy, split = kind(backbone), split.head(FITTED)
         macs = float(score_routes(backbone, policy.route(split.inputs), split).macs.mean())

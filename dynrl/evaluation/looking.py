@@ -11,12 +11,11 @@ from torch import Tensor
 
 from dynrl.backbones import Backbone, Looks, State
 from dynrl.data import Split
-from dynrl.evaluation.routes import Found, affordable
+from dynrl.evaluation.routes import FITTED, Fit, Found, PolicyFor, best_within
 from dynrl.ops.exit_scores import exit_scores
-from dynrl.policies import Policy, RoutePolicy
+from dynrl.policies import RoutePolicy
 
 LEVELS = 64  # how many thresholds are tried
-FITTED = 1024  # how many rows of a split a rule is fitted on
 
 
 class Looking(RoutePolicy):
@@ -61,14 +60,14 @@ class Looking(RoutePolicy):
         return at
 
 
-def looking(backbone: Backbone) -> dict[str, Callable[[Backbone, Split], Callable[[float], Policy | None]]]:
+def looking(backbone: Backbone) -> dict[str, Fit]:
     """Return a rule for each order."""
     assert isinstance(backbone, Looks), "the rule is that of its families"
     return {name: partial(fit_order, order=name) for name in backbone.orders}
 
 
 @torch.inference_mode()
-def fit_order(backbone: Backbone, split: Split, order: str) -> Callable[[float], Policy | None]:
+def fit_order(backbone: Backbone, split: Split, order: str) -> PolicyFor:
     """Find out what each scale and threshold costs and reaches, by one walk a scale; see `dynrl.evaluation.rules`."""
     assert isinstance(backbone, Looks), "the rule is that of its families"
     split, found = split.head(FITTED), list[Found]()
@@ -93,9 +92,4 @@ def fit_order(backbone: Backbone, split: Split, order: str) -> Callable[[float],
             cost = (start + look * float(looks)) / backbone.dense_macs
             reached = split.task.mean(metric.gather(0, stop).squeeze(0), split.targets)
             found.append(Found(Looking(backbone, order, scale, threshold), cost, reached))
-
-    def within(budget: float) -> Policy | None:
-        best: Policy | None = affordable(found, budget, split.task)
-        return best
-
-    return within
+    return best_within(found, split.task)

@@ -12,10 +12,15 @@ from torch import Tensor
 from dynrl.backbones import Backbone
 from dynrl.data import Split
 from dynrl.evaluation.scores import score_routes
-from dynrl.policies import RandomPolicy, StaticPolicy
+from dynrl.policies import Policy, RandomPolicy, StaticPolicy
 from dynrl.routes import draw_routes
 from dynrl.tasks import Task
 
+# It maps a budget (a share of the dense MACs) to the policy that meets it, or else to the dearest one within it; to
+# None if all cost more.
+PolicyFor = Callable[[float], Policy | None]
+Fit = Callable[[Backbone, Split], PolicyFor]
+FITTED = 1024  # how many rows of a split a rule of thumb is fitted on, if each try is a walk
 MOST_TRIES = 400  # how many passes over validation data the greedy search for static routes may take
 PARTS = 16  # `spaced_routes` keep none, one sixteenth, two sixteenths, ... all of the columns
 ORACLE_DRAWS = 24
@@ -111,6 +116,16 @@ def affordable(found: Sequence[Found | tuple[Any, float, float]], budget: float,
     """Choose what has the least error within `budget`, of equals the cheapest; return None if all cost more."""
     within = [(task.error(metric), macs, i) for i, (_, macs, metric) in enumerate(found) if macs <= budget]
     return found[min(within)[2]][0] if within else None
+
+
+def best_within(found: Sequence[Found], task: Task) -> PolicyFor:
+    """Return a function from a budget to the policy that is `affordable` within it."""
+
+    def within(budget: float) -> Policy | None:
+        best: Policy | None = affordable(found, budget, task)
+        return best
+
+    return within
 
 
 def cheapest_choices(backbone: Backbone) -> Tensor:

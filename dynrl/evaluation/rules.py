@@ -19,17 +19,12 @@ from dynrl.evaluation.by_task import tables
 from dynrl.evaluation.cascades import cascades
 from dynrl.evaluation.layouts import layouts
 from dynrl.evaluation.looking import looking
-from dynrl.evaluation.routes import cheapest_choices
+from dynrl.evaluation.routes import FITTED, Fit, PolicyFor, cheapest_choices
 from dynrl.evaluation.scores import score
 from dynrl.inputs import Inputs, repeat_first
-from dynrl.policies import Policy, ThresholdPolicy
+from dynrl.policies import ThresholdPolicy
 from dynrl.policies.threshold import fit_thresholds
 
-# It maps a budget (a share of the dense MACs) to the policy that meets it, or else to the dearest one within it; to
-# None if all cost more.
-PolicyFor = Callable[[float], Policy | None]
-Fit = Callable[[Backbone, Split], PolicyFor]
-FITTED = 1024  # how many rows of a split a rule is fitted on, if each try is a walk
 HALVINGS = 12
 
 
