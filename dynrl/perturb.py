@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrl.backbones import Backbone, State
+from dynrl.backbones.gated import hardened
 from dynrl.data import Dataset
 from dynrl.data.stored import PIECE
+from dynrl.ops.move import beside
 from dynrl.policies import LearnedPolicy
 from dynrl.provenance import Numbers, along
 from dynrl.tasks import Task
@@ -119,7 +121,7 @@ class Ball:
                     climbed, worth = goal(at.clone())  # networks write in place
                 better = torch.ones_like(worth, dtype=torch.bool) if most is None else worth >= most
                 most = worth if most is None else torch.maximum(worth, most)
-                best = torch.where(better.view(-1, *[1] * (inputs.dim() - 1)), at.detach(), best)
+                best = torch.where(beside(better, inputs), at.detach(), best)
                 if step < steps:
                     (slope,) = torch.autograd.grad(climbed.sum(), at)
                     length = FIRST * self.reach(inputs) * (1 - step / steps)
@@ -142,7 +144,7 @@ def spending(
     """Return a goal for `Ball.climb`: the MACs that each input is routed to spend, and the same as its worth.
 
     The walk takes the policy's likeliest choices, as the plugged model does, and has the gradient of a softmax
-    (straight-through; Bengio et al. 2013, arXiv 1308.3432). The policy's scores have no cap here, because a score that
+    (`hardened`). The policy's scores have no cap here, because a score that
     is far beyond the cap would have no gradient.
 
     Args:
@@ -156,9 +158,7 @@ def spending(
         scores_at = policy.sight.follow(backbone, lambda seen: policy.scores(seen).unflatten(1, shape), price)
 
         def choose(state: State) -> Tensor:
-            soft = scores_at(state).softmax(1)
-            hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)
-            return hard + (soft - soft.detach())  # the bracket is exactly 0: the walk is that of the choices
+            return hardened(scores_at(state).softmax(1))
 
         walk = backbone.gated(inputs, choose)
         return walk.expected_macs / backbone.dense_macs, walk.macs

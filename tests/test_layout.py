@@ -72,7 +72,9 @@ ALLOWED = {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.machine",
         "dynrl.progress", "dynrl.schema", "dynrl.tasks",
     },
-    "dynrl.perturb": {"dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.provenance", "dynrl.tasks"},
+    "dynrl.perturb": {
+        "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.provenance", "dynrl.tasks",
+    },
     "dynrl.finetuning": {
         "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.routes",
         "dynrl.pretraining", "dynrl.perturb",

@@ -10,7 +10,9 @@ from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.pooled import summary
 
 CELLS = 4  # early classifiers see means over this many cells each way; of smaller maps, they see all pixels
-SCORES = 3  # the numbers that `exit_scores` gives
+# The columns of `exit_scores`, and whether higher means surer, as `Backbone.scores` has it.
+EXIT_SCORES = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}
+SCORES = len(EXIT_SCORES)
 
 
 def early_inputs(x: Tensor, channels_last: bool = False) -> Tensor:

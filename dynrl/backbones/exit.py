@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer, Backbone
-from dynrl.backbones.early import SCORES, early_classifier, early_inputs
+from dynrl.backbones.early import EXIT_SCORES, SCORES, early_classifier, early_inputs
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, GO_ON, STOP, Point, State, Walk
@@ -30,7 +30,7 @@ class Exits(Backbone):
     """
 
     decision, stops = "exit", STOP
-    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
+    scores: ClassVar = EXIT_SCORES
     rule = "threshold"
     speaks = True
     exports = True

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynrl.backbones.walk import CostTable, Point, State, Walk
 from dynrl.inputs import Inputs
+from dynrl.ops.move import beside
 
 
 def straight_through(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -23,8 +24,15 @@ def straight_through(logits: Tensor, generator: torch.Generator | None = None) -
     gate over experts (Shazeer et al. 2017, section 2.1).
     """
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    soft = (logits + noise).softmax(1)
-    hard = F.one_hot(soft.argmax(1), logits.shape[1]).to(soft.dtype)
+    return hardened((logits + noise).softmax(1))
+
+
+def hardened(soft: Tensor) -> Tensor:
+    """Return the likeliest choice of each row of `soft` [n, choices], one-hot, with the gradient of `soft`.
+
+    Source: the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432).
+    """
+    hard = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft.dtype)
     return hard + (soft - soft.detach())  # the bracket is exactly 0: gates stay exactly 0 and 1
 
 
@@ -88,4 +96,4 @@ class GatedWalk(Walk):
 
     def _weighted_output(self, weight: Tensor) -> Any:
         assert self.outputs is not None, "a row leaves with the output it has: put it first"
-        return weight.to(self.outputs.dtype).view(-1, *[1] * (self.outputs.dim() - 1)) * self.outputs
+        return beside(weight.to(self.outputs.dtype), self.outputs) * self.outputs

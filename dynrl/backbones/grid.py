@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.gated import GatedWalk
+from dynrl.backbones.multiscale import MOST_SCALES
 from dynrl.backbones.resnet import BasicBlock, Normed
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.backbones.ways import Ways
@@ -19,7 +20,6 @@ from dynrl.ops.pooled import summary
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 CHOICES = DOWN, KEEP, UP = 0, 1, 2  # to the next coarser scale, at the same scale, to the next finer one
-MOST_SCALES = 8
 
 
 class Step(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from dynrl.backbones.forward import Forward, Stand, answer, begin, call
+from dynrl.backbones.traced import holders
 
 PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
@@ -55,7 +56,7 @@ class Held:
         self, module: nn.Module, names: Sequence[str], examples: Callable[[int], Any], leaving: bool = False
     ) -> None:
         self.module, self.names, self.leaving = module, list(names), leaving
-        self._opened = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)} | {""}
+        self._opened = {"", *holders(names)}
         self.parts = {name: module.get_submodule(name) for name in names}
         self.weight_bytes = [
             sum(p.numel() * p.element_size() for p in part.parameters()) for part in self.parts.values()

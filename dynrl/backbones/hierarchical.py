@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +167,3 @@ class MultiScaleRNN(Texts):
             return self.fc(up)
 
         return run
-
-    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Any]]:
-        """Return `Backbone.dense_twins`: torch's own layers over whole texts."""
-        return {"nn.GRU": lambda: self.whole(inputs)}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer, Backbone
-from dynrl.backbones.early import SCORES
+from dynrl.backbones.early import EXIT_SCORES, SCORES
 from dynrl.backbones.walk import END, STOP, Point, State, Walk
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_cell import gated_cell_macs, recurrent_cell
@@ -43,7 +43,7 @@ class Looks(Backbone):
     rule = "looks"
     speaks = True
     gates = False  # the mean of two parts is none
-    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}
+    scores: ClassVar = EXIT_SCORES
     budgets = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.7)
     orders: ClassVar[Mapping[str, Callable[[Any, Tensor], Tensor]]]
     shares: Tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.held import calling, shallow
+from dynrl.ops.move import beside
 from dynrl.ops.partition import partition
 
 Run = Callable[[int, Tensor], Tensor]  # from (choice, rows) to what the layer makes of rows at that choice
@@ -114,7 +115,7 @@ def by_gates(gates: Tensor) -> Mix:
         done = []
         for choice, gate in enumerate(gates.unbind(1)):
             y = _rows(run(choice, x.clone()), len(gates))  # a layer may overwrite its input
-            done.append(gate.view(-1, *[1] * (y.dim() - 1)) * y)
+            done.append(beside(gate, y) * y)
         return torch.stack(done).sum(0).flatten(0, 1)
 
     return mix

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dynrl.backbones.base import Answer, Backbone
-from dynrl.backbones.early import SCORES, early_inputs
+from dynrl.backbones.early import EXIT_SCORES, SCORES, early_inputs
 from dynrl.backbones.gated import GatedWalk
+from dynrl.backbones.traced import BATCH_NORMS
 from dynrl.backbones.walk import END, STOP, Point, State, Walk, merge
 from dynrl.cost import executed, macs_of
 from dynrl.ops.exit_scores import exit_scores
@@ -21,7 +22,6 @@ from dynrl.ops.move import keep_rows, take_rows
 from dynrl.schema import arguments, check_counts
 
 TOLD = 2 * SCORES + 1  # how sure the last answer is and the one before, and whether they agree
-BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 PASS = 256  # the rows of a pass that estimates statistics of batch norm
 
 
@@ -51,7 +51,7 @@ class Models(Backbone):
 
     family = "models"
     decision = "model"
-    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False)}  # the columns of `exit_scores`
+    scores: ClassVar = EXIT_SCORES
     rule = "cascade"
     exports = True
     budgets: ClassVar = (0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.7)  # the last model may cost a hundredfold

@@ -35,7 +35,7 @@ from dynrl.inputs import Form
 from dynrl.inputs import parts as tensors_of
 from dynrl.ops.gated_positions import Block
 from dynrl.ops.gated_residual import run_rows
-from dynrl.ops.move import keep_rows, replace_some, take_rows
+from dynrl.ops.move import beside, keep_rows, replace_some, take_rows
 from dynrl.ops.pooled import summary
 
 Standing = Stand | TracedStand
@@ -326,7 +326,7 @@ class SkipModule(_OfModule, Skipping):
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         stand, x = self._standing(state), state.features
-        skip, run = (gates[:, choice].view(-1, *[1] * (x.dim() - 1)) for choice in (0, 1))
+        skip, run = (beside(gates[:, choice], x) for choice in (0, 1))
         # A block may overwrite its input, so it gets a copy.
         return _arrived(state.walk, state.rows, stand.follow(run * stand(x.clone()) + skip * x))
 

@@ -18,6 +18,7 @@ from dynrl.backbones.base import Backbone, Parts
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_positions import Block, gated_positions
+from dynrl.ops.move import beside
 from dynrl.ops.pooled import summary
 
 SHARES = (0.0, 0.25, 0.5, 1.0)
@@ -200,7 +201,7 @@ class Positions(Backbone):
         for choice, gate in enumerate(gates.unbind(1)):
             alike = replace(state, features=(x.clone(), *how))  # the op may overwrite it
             action = torch.full_like(state.rows, choice)
-            weighted.append(gate.view(-1, *[1] * (x.dim() - 1)) * self._at(alike, action))
+            weighted.append(beside(gate, x) * self._at(alike, action))
         return self._go_on(state, torch.stack(weighted).sum(0))
 
     def observe(self, state: State) -> Tensor:

@@ -296,10 +296,6 @@ class JumpRNN(Texts):
 
         return run
 
-    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """Return `Backbone.dense_twins`: torch's own layer over whole texts."""
-        return {"nn.GRU": lambda: self.whole(inputs)}
-
 
 def _distances(jumps: Sequence[int], kinds: int, length: int) -> list[float]:
     """Return how far each choice that reads leads, as random routes are drawn by it; no `length` is no `follow`.

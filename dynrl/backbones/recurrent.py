@@ -78,6 +78,14 @@ class Recurrent(Backbone):
     def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return weights_of(self.rnn)
 
+    def whole(self, inputs: Tensor) -> Tensor:
+        """Return the outputs of the full route, by torch's own layers."""
+        raise NotImplementedError
+
+    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """Return `Backbone.dense_twins`: torch's own layers over whole sequences."""
+        return {f"nn.{self.layer.__name__}": lambda: self.whole(inputs)}
+
 
 class SkipRNN(Recurrent):
     """A recurrent network that reads a sequence: at each step, choice c updates the share shares[c] of a row's state.
@@ -262,11 +270,12 @@ class SkipRNN(Recurrent):
     ) -> Iterator[list[Answer]]:
         """Yield `Backbone.training_outputs`; without a rate, they come from torch's own layer, which is faster."""
         if rate is None:
-            yield [Answer(self._whole(inputs), torch.arange(len(inputs), device=inputs.device))]
+            yield [Answer(self.whole(inputs), torch.arange(len(inputs), device=inputs.device))]
         else:
             yield from super().training_outputs(inputs, rate, generator)
 
-    def _whole(self, inputs: Tensor) -> Tensor:
+    def whole(self, inputs: Tensor) -> Tensor:
+        """Return the outputs of the full route, by torch's own layer."""
         return self.fc(self.rnn(inputs)[0][:, -1])
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
@@ -285,10 +294,6 @@ class SkipRNN(Recurrent):
             return self.fc(h[:, : self.hidden])
 
         return run
-
-    def dense_twins(self, inputs: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """Return `Backbone.dense_twins`: torch's own layer over whole sequences."""
-        return {f"nn.{self.layer.__name__}": lambda: self._whole(inputs)}
 
 
 class SkipGRU(SkipRNN):

@@ -13,7 +13,7 @@ from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.cost import count_macs
 from dynrl.ops.gated_residual import gated_residual, run_rows
-from dynrl.ops.move import each
+from dynrl.ops.move import beside, each
 from dynrl.ops.pooled import pooled_keeping, summary
 
 
@@ -72,7 +72,7 @@ class Skipping(Backbone):
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         def mixed(done: Tensor, x: Tensor) -> Tensor:
-            skip, run = (gates[:, choice].view(-1, *[1] * (x.dim() - 1)) for choice in (0, 1))
+            skip, run = (beside(gates[:, choice], x) for choice in (0, 1))
             return run * done + skip * x
 
         # A block may overwrite its input, so it gets a copy.

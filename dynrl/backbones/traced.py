@@ -14,10 +14,18 @@ from dynrl.backbones.modes import Modes
 from dynrl.ops.gated_residual import gated_residual
 from dynrl.ops.move import apart
 
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+
 
 def hooked(module: nn.Module) -> bool:
     """Tell whether something is called before or behind a module's own forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def holders(names: Sequence[str]) -> set[str]:
+    """Return the names of the modules inside the outermost one that hold what has these names."""
+    return {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
 
 
 class Untraceable(ValueError):
@@ -29,7 +37,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
-        self._open = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+        self._open = holders(names)
         self._outside = Modes.now()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -187,16 +195,12 @@ def _fold(module: nn.Module, part_of: dict[int, str], running: set[int]) -> None
         names = str(before.target), str(node.target)
         convolution: Any = module.get_submodule(names[0])
         norm: Any = module.get_submodule(names[1])
-        known = type(convolution) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None
+        known = type(convolution) in _CONVOLUTIONS and type(norm) in BATCH_NORMS and norm.running_mean is not None
         together = part_of.get(id(convolution)) == part_of.get(id(norm))
         alone = all(called[name] == 1 and name not in read for name in names)
         if known and together and alone and not (hooked(convolution) or hooked(norm)):
             module.set_submodule(names[0], fuse_conv_bn_eval(convolution, norm))
             module.set_submodule(names[1], nn.Identity())
-
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Traced:

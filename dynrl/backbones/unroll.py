@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Answer, Backbone
-from dynrl.backbones.early import SCORES
+from dynrl.backbones.early import EXIT_SCORES, SCORES
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.walk import END, GO_ON, STOP, Point, State, Walk
 from dynrl.cost import count_macs
@@ -151,7 +151,7 @@ class Unrolled(Unrolling):
     """
 
     family = "unrolled"
-    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False), "change": (3, False)}
+    scores: ClassVar = EXIT_SCORES | {"change": (SCORES, False)}
 
     def __init__(self, input_shape: tuple[int, ...], classes: int = 10, hidden: int = 32, steps: int = 8) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class RecallNet(Unrolling):
     """
 
     family = "recall_net"
-    scores: ClassVar = {"top-1": (0, True), "margin": (1, True), "entropy": (2, False), "change": (3, False)}
+    scores: ClassVar = EXIT_SCORES | {"change": (SCORES, False)}
 
     def __init__(self, input_shape: tuple[int, int], classes: int = 2, width: int = 32, steps: int = 12) -> None:
         super().__init__()

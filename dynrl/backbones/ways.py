@@ -10,6 +10,7 @@ from torch import Tensor
 from dynrl.backbones.base import Backbone
 from dynrl.backbones.gated import GatedWalk
 from dynrl.backbones.resnet import Block, folded
+from dynrl.ops.move import beside
 
 LEAST = 1e-9  # a smaller share of a row counts as this much where shares are divided
 
@@ -38,7 +39,7 @@ class Ways(Backbone):
             *before, waiting, there = (walk.own[name] for name in names)
             share = weight / (waiting + weight).clamp_min(LEAST)
             met = zip(before, features, strict=True)
-            features = tuple(torch.lerp(old, new, _along(share, new)) for old, new in met)
+            features = tuple(torch.lerp(old, new, beside(share.to(new.dtype), new)) for old, new in met)
             weight, present = waiting + weight, there | present
         walk.own |= dict(zip(names, (*features, weight, present), strict=True))
 
@@ -58,7 +59,3 @@ class Ways(Backbone):
                 if isinstance(part, Block):  # a copy of a copy is folded already
                     setattr(module, name, part.folded())
         return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _along(share: Tensor, x: Tensor) -> Tensor:
-    return share.to(x.dtype).view(-1, *[1] * (x.dim() - 1))

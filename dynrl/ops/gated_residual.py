@@ -12,7 +12,7 @@ from torch.compiler import is_exporting
 from dynrl.ops.backend import Path, may_look, path, selects
 from dynrl.ops.convolution import FoldedConv2d, fusible
 from dynrl.ops.costs import COSTS
-from dynrl.ops.move import as_rows, compute_copies, compute_rows, moves_nothing, replace_some
+from dynrl.ops.move import as_rows, beside, compute_copies, compute_rows, moves_nothing, replace_some
 from dynrl.ops.partition import partition
 from dynrl.ops.pooled import MapSums
 
@@ -80,7 +80,7 @@ def gated_residual_ref(
 
     Source: the skipped residual block of SkipNet (Wang et al. 2018, ECCV) and BlockDrop (Wu et al. 2018, CVPR).
     """
-    return torch.where(run.bool().view(-1, *[1] * (x.dim() - 1)), block(x.clone()), x)
+    return torch.where(beside(run.bool(), x), block(x.clone()), x)
 
 
 def gated_residual(x: Tensor, run: Tensor, block: Callable[[Tensor], Tensor], sums: MapSums | None = None) -> Tensor:

@@ -30,6 +30,11 @@ def tensors_of(features: Any) -> tuple[Tensor, ...]:
     return features if isinstance(features, tuple) else (features,)
 
 
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """Return a number for each row, [n], in the shape that broadcasts along rows like those of `x` [n, ...]."""
+    return values.view(-1, *[1] * (x.dim() - 1))
+
+
 def keep_rows(chosen: Tensor, *features: Any) -> tuple[Any, ...] | None:
     """Return the chosen rows of each tensor, in their memory format. Differentiable.
 
