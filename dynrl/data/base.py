@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -356,6 +356,45 @@ def standardised(
     mean, deviation = statistics(parts[0][0])
     train, validation, test = (Split(scaled(inputs, mean, deviation), labels.long()) for inputs, labels in parts)
     return Dataset(name, classes, train, validation, test, augmentation, mean, deviation, names=names, dtype="uint8")
+
+
+Draw = Callable[[int, int], Split]  # from the number of rows and a seed
+
+
+def drawn(
+    name: str,
+    classes: int,
+    sizes: tuple[int, int, int],
+    draws: Sequence[Draw],
+    augmentation: Augmentation = Augmentation(),
+    *,
+    names: tuple[str, ...] = (),
+    dtype: str = "float32",
+    by_channel: bool = True,
+) -> Dataset:
+    """Make a data set whose splits are drawn by seeds of their own; other seeds draw other training inputs.
+
+    Args:
+        name, classes, augmentation, names, dtype: as in `Dataset`. Pixels ("uint8"), drawn in 0 to 1, are standardised
+            by the training inputs' mean and deviation.
+        sizes: the rows of each split.
+        draws: what draws each split.
+        by_channel: whether each channel of pixels has a mean and a deviation of its own.
+    """
+    made = [draw(count, seed) for seed, (draw, count) in enumerate(zip(draws, sizes, strict=True))]
+    mean: Numbers = 0.0
+    deviation: Numbers = 1.0
+    if dtype == "uint8":
+        mean, deviation = statistics(made[0].inputs if by_channel else made[0].inputs.flatten(1))
+
+    def seen(split: Split) -> Split:
+        return replace(split, inputs=scaled(split.inputs, mean, deviation)) if dtype == "uint8" else split
+
+    train, validation, test = map(seen, made)
+    return Dataset(
+        name, classes, train, validation, test, augmentation, mean, deviation,
+        anew=lambda seed: seen(draws[0](sizes[0], 1000 + seed)), names=names, dtype=dtype,
+    )  # fmt: skip
 
 
 def pieces(inputs: Any) -> list[str]:

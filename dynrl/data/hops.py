@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dynrl.data.base import Augmentation, Dataset, Split
+from dynrl.data.base import Dataset, Split, drawn
 
 PLACES, MOST_HOPS = 12, 8
 
@@ -31,7 +31,4 @@ def hops() -> Dataset:
     is met twice, and what is reached cannot be told from fewer hops. The task is k-step lookup, as for pointers in a
     list (Graves et al. 2016, Nature 538, traversal of graphs).
     """
-    train, validation, test = (_draw(count, seed) for seed, count in enumerate((20_000, 2_000, 5_000)))
-    return Dataset(
-        "hops", PLACES, train, validation, test, Augmentation(), anew=lambda seed: _draw(len(train), 1000 + seed)
-    )
+    return drawn("hops", PLACES, (20_000, 2_000, 5_000), [_draw] * 3)

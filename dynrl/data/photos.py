@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dynrl.data.base import Augmentation, Dataset, Split, scaled
+from dynrl.data.base import Augmentation, Dataset, Split, drawn
 from dynrl.data.images import fashion_images
-from dynrl.data.stored import statistics
 from dynrl.tasks import Detection, Restoration
 
 SIDE = 24
@@ -61,7 +60,7 @@ def _patches(photos: list[np.ndarray], side: int, count: int, rng: np.random.Gen
     return torch.from_numpy(found)
 
 
-def _split(photos: list[np.ndarray], count: int, seed: int, levels: tuple[float, ...] = ()) -> Split:
+def _noisy(photos: list[np.ndarray], levels: tuple[float, ...], count: int, seed: int) -> Split:
     rng = np.random.default_rng(seed)
     clean = _patches(photos, SIDE, count, rng)
     level = rng.choice(levels, count) if levels else rng.uniform(*NOISE, count)
@@ -81,11 +80,9 @@ def noisy_photos() -> Dataset:
     Raises:
         ValueError: the photographs are not installed.
     """
-    train, validation, test = ([_photo(name) for name in names] for names in (TRAIN, VALIDATION, TEST))
-    return Dataset(
-        "noisy-photos", 1, _split(train, 6_000, 0), _split(validation, 1_000, 1), _split(test, 2_000, 2, LEVELS),
-        Augmentation(), anew=lambda seed: _split(train, 6_000, 1000 + seed),
-    )  # fmt: skip
+    parts = ((TRAIN, ()), (VALIDATION, ()), (TEST, LEVELS))
+    draws = [partial(_noisy, [_photo(name) for name in names], levels) for names, levels in parts]
+    return drawn("noisy-photos", 1, (6_000, 1_000, 2_000), draws)
 
 
 WINDOW = 28
@@ -123,19 +120,8 @@ def windows() -> Dataset:
     places = [[half for first, second, *_ in strips for half in (first, second)]]
     places += [[strip[i] for strip in strips] for i in (2, 3)]
     worn = [images for images, _ in fashion_images()]
-    train, validation, test = (
-        _windows(photos, garments, share, count, seed)
-        for seed, (photos, garments, share, count) in enumerate(
-            zip(places, worn, (OFTEN, SHARE, SHARE), (12_000, 6_000, 10_000), strict=True)
-        )
-    )
-    mean, deviation = statistics(train.inputs)
-
-    def seen(split: Split) -> Split:
-        return replace(split, inputs=scaled(split.inputs, mean, deviation))
-
-    return Dataset(
-        "windows", 2, seen(train), seen(validation), seen(test), Augmentation(flip=True), mean, deviation,
-        anew=lambda seed: seen(_windows(places[0], worn[0], OFTEN, len(train), 1000 + seed)),
+    parts = zip(places, worn, (OFTEN, SHARE, SHARE), strict=True)
+    return drawn(
+        "windows", 2, (12_000, 6_000, 10_000), [partial(_windows, *part) for part in parts], Augmentation(flip=True),
         names=("background", "garment"), dtype="uint8",
     )  # fmt: skip

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynrl.data.base import Augmentation, Dataset, Parts, Split, scaled
+from dynrl.data.base import Dataset, Parts, Split, drawn
 from dynrl.data.images import digit_images, fashion_images
-from dynrl.data.stored import statistics
 from dynrl.tasks import Segmentation
 
 
@@ -216,26 +216,16 @@ def draw_pages(things: Tensor, page: Page, count: int, seed: int) -> tuple[Tenso
 
 
 def _scenes(name: str, scene: Scene, things: Parts, sizes: tuple[int, int, int]) -> Dataset:
-    """Make a data set whose splits show things of the same split; other seeds draw other training images."""
+    """Make a data set whose splits show things of the same split."""
 
-    def draw(part: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def draw(part: int, count: int, seed: int) -> Split:
         shown, labels = things[part]
-        rows = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(max(sizes[part], len(shown))))
-        rows = rows[: sizes[part]] % len(shown)
+        rows = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(max(count, len(shown))))
+        rows = rows[:count] % len(shown)
         images, difficulty = draw_scenes(shown, scene, rows, seed)
-        return images, labels[rows].long(), difficulty
+        return Split(images, labels[rows].long(), difficulty=difficulty)
 
-    made = [draw(part, part) for part in range(3)]
-    mean, deviation = statistics(made[0][0])
-
-    def split(images: Tensor, labels: Tensor, difficulty: dict[str, Tensor]) -> Split:
-        return Split(scaled(images, mean, deviation), labels, difficulty=difficulty)
-
-    train, validation, test = (split(*part) for part in made)
-    return Dataset(
-        name, 10, train, validation, test, Augmentation(), mean, deviation,
-        anew=lambda seed: split(*draw(0, 1000 + seed)), dtype="uint8",
-    )  # fmt: skip
+    return drawn(name, 10, sizes, [partial(draw, part) for part in range(3)], dtype="uint8")
 
 
 def digit_scenes() -> Dataset:
@@ -263,20 +253,14 @@ def digit_views() -> Dataset:
     each epoch.
     """
     view, things = View(side=40, sizes=(8, 32), share=0.3, most=6, texture=0.5, patch=5), digit_images()
-    sizes = 8_000, 1_000, 2_000
-    made = [draw_views(*things[part], view, sizes[part], part) for part in range(3)]
-    mean, deviation = statistics(made[0][0])
 
-    def split(images: Tensor, labels: Tensor, hard: Tensor) -> Split:
+    def draw(part: int, count: int, seed: int) -> Split:
+        images, labels, hard = draw_views(*things[part], view, count, seed)
         difficulty = dict(zip(("size", "things", "texture"), hard.unbind(1), strict=True))
-        return Split(scaled(images, mean, deviation), labels, Segmentation(), difficulty)
+        return Split(images, labels, Segmentation(), difficulty)
 
-    train, validation, test = (split(*part) for part in made)
-    return Dataset(
-        "digit-views", 11, train, validation, test, Augmentation(), mean, deviation,
-        anew=lambda seed: split(*draw_views(*things[0], view, sizes[0], 1000 + seed)),
-        names=("background", *map(str, range(10))), dtype="uint8",
-    )  # fmt: skip
+    draws, names = [partial(draw, part) for part in range(3)], ("background", *map(str, range(10)))
+    return drawn("digit-views", 11, (8_000, 1_000, 2_000), draws, names=names, dtype="uint8")
 
 
 def digit_pages() -> Dataset:
@@ -285,22 +269,14 @@ def digit_pages() -> Dataset:
     Few digits are more frequent than many. Each must be read, so their number is kept as `difficulty`. Training images
     are drawn anew in each epoch.
     """
-    page, things, sizes = Page(across=4, cell=8, sizes=(7, 8)), digit_images(), (10_000, 2_000, 4_000)
+    page, things = Page(across=4, cell=8, sizes=(7, 8)), digit_images()
 
-    def draw(part: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(part: int, count: int, seed: int) -> Split:
         digits, labels = things[part]
-        images, shown = draw_pages(digits, page, sizes[part], seed)
+        images, shown = draw_pages(digits, page, count, seed)
         there = shown >= 0
-        return images, (there & (labels[shown] % 2 == 0)).sum(1), there.sum(1)
+        even = (there & (labels[shown] % 2 == 0)).sum(1)
+        return Split(images, even, difficulty={"digits": there.sum(1).float()})
 
-    made = [draw(part, part) for part in range(3)]
-    mean, deviation = statistics(made[0][0])
-
-    def split(images: Tensor, even: Tensor, digits: Tensor) -> Split:
-        return Split(scaled(images, mean, deviation), even, difficulty={"digits": digits.float()})
-
-    train, validation, test = (split(*part) for part in made)
-    return Dataset(
-        "digit-pages", page.across**2 + 1, train, validation, test, Augmentation(), mean, deviation,
-        anew=lambda seed: split(*draw(0, 1000 + seed)), dtype="uint8",
-    )  # fmt: skip
+    draws = [partial(draw, part) for part in range(3)]
+    return drawn("digit-pages", page.across**2 + 1, (10_000, 2_000, 4_000), draws, dtype="uint8")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynrl.data.base import Augmentation, Dataset, Split, standardised
+from dynrl.data.base import Augmentation, Dataset, Split, drawn, standardised
 from dynrl.data.images import digit_images, fashion_images
 from dynrl.tasks import Regression
 
@@ -58,10 +58,7 @@ def prefix() -> Dataset:
             difficulty={"length": torch.from_numpy(lengths).float()},
         )  # fmt: skip
 
-    train, validation, test = (draw(count, seed) for seed, count in enumerate((20_000, 2_000, 5_000)))
-    return Dataset(
-        "prefix", 2, train, validation, test, Augmentation(), anew=lambda seed: draw(len(train), 1000 + seed)
-    )
+    return drawn("prefix", 2, (20_000, 2_000, 5_000), [draw] * 3)
 
 
 FRAMES, MARKS, SIGNS, SIGN = 16, 4, 5, 15  # a clip's frames, those marked at most, the signs and a sign's numbers
@@ -89,10 +86,7 @@ def clips() -> Dataset:
             difficulty={"marked frames": torch.from_numpy(marks).float()},
         )  # fmt: skip
 
-    train, validation, test = (draw(count, seed) for seed, count in enumerate((20_000, 2_000, 5_000)))
-    return Dataset(
-        "clips", SIGNS, train, validation, test, Augmentation(), anew=lambda seed: draw(len(train), 1000 + seed)
-    )
+    return drawn("clips", SIGNS, (20_000, 2_000, 5_000), [draw] * 3)
 
 
 def sequential_digits() -> Dataset:

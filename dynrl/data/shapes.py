@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from dynrl.data.base import Augmentation, Dataset, Split
+from dynrl.data.base import Dataset, Split, drawn
 
 COLOURS = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], np.float32)  # red, green, blue
 FORMS = 3  # circles, squares, triangles
@@ -187,8 +188,5 @@ def shapes() -> Dataset:
     side. How many modules answer a question goes along. The task follows SHAPES (Andreas et al. 2016, CVPR, section
     5), where questions of different splits differ, too.
     """
-    train, validation, test = (_draw(part, count, part) for part, count in enumerate((10_000, 2_000, 4_000)))
-    return Dataset(
-        "shapes", 2, train, validation, test, Augmentation(), anew=lambda seed: _draw(0, len(train), 1000 + seed),
-        names=("no", "yes"),
-    )  # fmt: skip
+    draws = [partial(_draw, part) for part in range(3)]
+    return drawn("shapes", 2, (10_000, 2_000, 4_000), draws, names=("no", "yes"))

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from dynrl.data.base import Augmentation, Dataset, Split
-
-
-def _drawn(name: str, classes: int, sizes: tuple[int, int, int], draw: Callable[[int, int], Split]) -> Dataset:
-    """Make a data set of `sizes` by a function from (number of texts, seed) to a split."""
-    train, validation, test = (draw(count, seed) for seed, count in enumerate(sizes))
-    return Dataset(
-        name, classes, train, validation, test, Augmentation(), anew=lambda seed: draw(len(train), 1000 + seed),
-        dtype="int64",
-    )  # fmt: skip
+from dynrl.data.base import Dataset, Split, drawn
 
 
 def find() -> Dataset:
@@ -40,7 +29,7 @@ def _find(name: str, count: int) -> Dataset:
         texts = torch.from_numpy(numbers)
         return Split(texts + 1, texts.gather(1, texts[:, :1]).squeeze(1))
 
-    return _drawn(name, count, (20_000, 1_000, 2_000), draw)
+    return drawn(name, count, (20_000, 1_000, 2_000), [draw] * 3, dtype="int64")
 
 
 # The words of `needle`, as token ids; 0 is the padding. A kind of word is a range (first, end).
@@ -62,7 +51,7 @@ def needle() -> Dataset:
     three out of five other sentences, too, where they mean nothing. So who reads the first word of each sentence can
     leave most sentences there, and stop in the one that counts.
     """
-    return _drawn("needle", GRADES, (20_000, 2_000, 5_000), _opinions)
+    return drawn("needle", GRADES, (20_000, 2_000, 5_000), [_opinions] * 3, dtype="int64")
 
 
 def _opinions(rows: int, seed: int) -> Split:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dynrl.data.base import Augmentation, Dataset, Split, scaled
-from dynrl.data.stored import statistics
+from dynrl.data.base import Dataset, Split, drawn
 
 COLOURS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], np.float32)
 # The grey of a curve's pixels; the weight on going straight; the share of steps in which this weight counts.
@@ -115,31 +114,25 @@ def trace_images(scene: Scene, count: int, seed: int) -> tuple[torch.Tensor, tor
     return torch.from_numpy(found[0]), torch.from_numpy(found[1]), torch.from_numpy(found[2])
 
 
-def _traces(name: str, scene: Scene, train: int, validation: int, test: int) -> Dataset:
-    """Make a data set whose splits have seeds of their own; other seeds draw other training images."""
-    made = [trace_images(scene, count, seed) for seed, count in enumerate((train, validation, test))]
-    mean, deviation = statistics(made[0][0].flatten(1))  # one for all channels, since no colour is special
+def _traces(name: str, scene: Scene, sizes: tuple[int, int, int]) -> Dataset:
+    def draw(count: int, seed: int) -> Split:
+        images, labels, steps = trace_images(scene, count, seed)
+        return Split(images, labels, difficulty={"length": steps.float()})
 
-    def split(images: torch.Tensor, labels: torch.Tensor, steps: torch.Tensor) -> Split:
-        return Split(scaled(images, mean, deviation), labels, difficulty={"length": steps.float()})
-
-    def anew(seed: int) -> Split:
-        return split(*trace_images(scene, train, 1000 + seed))
-
-    first, second, third = (split(*part) for part in made)
-    return Dataset(name, len(COLOURS), first, second, third, Augmentation(), mean, deviation, anew, dtype="uint8")
+    # There is one mean for all channels, since no colour is special.
+    return drawn(name, len(COLOURS), sizes, [draw] * 3, dtype="uint8", by_channel=False)
 
 
 def trace() -> Dataset:
     """Six curves of up to 32 steps in 24x24 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
-    return _traces("trace", Scene(side=24, strands=6, longest=32), 20_000, 5_000, 5_000)
+    return _traces("trace", Scene(side=24, strands=6, longest=32), (20_000, 5_000, 5_000))
 
 
 def trace_long() -> Dataset:
     """Four curves of up to 64 steps in 32x32 pixels, of which one is traced; 20,000 / 5,000 / 5,000 rows."""
-    return _traces("trace-long", Scene(side=32, strands=4, longest=64), 20_000, 5_000, 5_000)
+    return _traces("trace-long", Scene(side=32, strands=4, longest=64), (20_000, 5_000, 5_000))
 
 
 def trace_small() -> Dataset:
     """Four curves of up to 20 steps in 16x16 pixels, of which one is traced; 10,000 / 2,000 / 2,000 rows."""
-    return _traces("trace-small", Scene(side=16, strands=4, longest=20), 10_000, 2_000, 2_000)
+    return _traces("trace-small", Scene(side=16, strands=4, longest=20), (10_000, 2_000, 2_000))
