@@ -16,10 +16,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from dynrl.backbones import Backbone
 from dynrl.backbones.base import Answer
 from dynrl.checkpoints import Checkpoint
-from dynrl.data import Dataset, Split
+from dynrl.data import Dataset
 from dynrl.inputs import laid_out, training_format
 from dynrl.machine import check_device
-from dynrl.policies import RandomPolicy
 from dynrl.progress import progress
 from dynrl.schema import MOST_ROWS, check_count
 from dynrl.tasks import Task
@@ -212,15 +211,3 @@ def loss_of(answers: Sequence[Answer], targets: Tensor, task: Task, label_smooth
 def loss_of_best(answers: Sequence[Answer], targets: Tensor, task: Task) -> Tensor:
     """Return the mean loss of each row's best answer on `targets` [B, ...]; each answer is of all rows, in order."""
     return -torch.stack([task.log_likelihood(each.output.float(), targets) for each in answers]).amax(0).mean()
-
-
-@torch.inference_mode()
-def metric_at_rate(backbone: Backbone, split: Split, rate: float | None, seed: int = 0, batch_size: int = 256) -> float:
-    """Return the mean metric under random routes at `rate` (see `draw_routes`), or on the full route if it is None."""
-    policy = None if rate is None else RandomPolicy(backbone.thrift, rate, seed)
-    total = 0.0
-    for start in range(0, len(split), batch_size):
-        inputs, targets = split.inputs[start : start + batch_size], split.targets[start : start + batch_size]
-        outputs = backbone(inputs, None if policy is None else policy.route(inputs))
-        total += float(split.task.score(outputs, targets).sum())
-    return total / len(split)

@@ -28,12 +28,13 @@ from dynrl.data import Split
 from dynrl.deploy import RoutedModel
 from dynrl.envs.rewards import REWARDS
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
+from dynrl.evaluation.scores import mean_metric
 from dynrl.files import locked, make_aside, read_json, remove_leftovers, write_aside, write_json
 from dynrl.machine import check_dtype, hardware
 from dynrl.plans import Plan, check_source, join_sources, plan, plan_again
 from dynrl.plugins import given_plugins
 from dynrl.policies import LearnedPolicy, load_policy, save_policy
-from dynrl.pretraining import Recipe, metric_at_rate
+from dynrl.pretraining import Recipe
 from dynrl.progress import progress, say, talking
 from dynrl.runs import RunFolder, read_times
 from dynrl.settings import Settings
@@ -307,7 +308,7 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
             backbone, dataset.for_backbone, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint,
             label=label, device=planned.settings.place.device,
         )  # fmt: skip
-        value, metric = metric_at_rate(backbone, dataset.validation, None), dataset.task.metric
+        value, metric = mean_metric([backbone], dataset.validation), dataset.task.metric
         epochs = recipe.length(random_routes)
         backbone.save(path, seed=seed, random_routes=random_routes, epochs=epochs, **{f"validation_{metric}": value})
         checkpoint.unlink(missing_ok=True)  # only now: if a kill came before, the training would be lost
@@ -327,7 +328,7 @@ def nothing_learned(split: Split, value: float) -> str | None:
     Some tasks are learned all at once or not at all: without a word, all that follows would route chance.
     """
     task, targets = split.task, split.targets
-    blind = float(task.score(task.blind(targets), targets).mean())
+    blind = task.mean(task.score(task.blind(targets), targets), targets)
     if task.error(value) < LITTLE * task.error(blind):
         return None
     return (
@@ -440,5 +441,5 @@ def _learn_jointly(
         backbone.save(working, **notes | {"rounds": 0})
     # The teacher is the network that reports call dense: the better of the two on validation data.
     known = [load_backbone(path)[0] for path in (run.pretrained_file, run.plain_file) if path.is_file()]
-    reference = min(known, key=lambda b: dataset.task.error(metric_at_rate(b, dataset.validation, None)))
+    reference = min(known, key=lambda b: dataset.task.error(mean_metric([b], dataset.validation)))
     return train_jointly(planned.settings, tuning, working, reference, run.path, times)

@@ -20,9 +20,9 @@ from dynrl.evaluation import score
 from dynrl.files import load_tensors
 from dynrl.finetuning import Finetuner, Finetuning
 from dynrl.perturb import Ball
-from dynrl.pretraining import make_optimizer, metric_at_rate
+from dynrl.pretraining import make_optimizer
 from dynrl.settings import Learning, Problem, Settings
-from tests.cases import BACKBONES, answered_by, make_backbone, make_policy
+from tests.cases import BACKBONES, answered_by, full_metric, make_backbone, make_policy
 from tests.toys import Exiting
 
 PRICES = (0.01, 1.0)
@@ -72,8 +72,8 @@ def test_full_routes_in_each_batch_keep_the_dense_network(small_backbone, tmp_pa
         tuner = Finetuner(backbone, reference, data, plan, PRICES, 0, tmp_path / f"{share}.safetensors")
         scalars = tuner.train(router, 1)
         routed = score(RoutedModel(backbone, router), data.test).metric
-        found[share] = routed, metric_at_rate(backbone, data.test, None), scalars["macs_fraction"]
-    before = score(RoutedModel(reference, router), data.test).metric, metric_at_rate(reference, data.test, None)
+        found[share] = routed, full_metric(backbone, data.test), scalars["macs_fraction"]
+    before = score(RoutedModel(reference, router), data.test).metric, full_metric(reference, data.test)
     assert found[0.5][0] > before[0] + 0.03
     assert found[0.5][1] > before[1] - 0.01 > found[0.0][1]
     assert found[0.5][2] == pytest.approx((1 + found[0.0][2]) / 2)

@@ -69,8 +69,8 @@ ALLOWED = {
         "dynrl.perturb", "dynrl.schema",
     },
     "dynrl.pretraining": {
-        "dynrl.backbones", "dynrl.checkpoints", "dynrl.policies", "dynrl.data", "dynrl.inputs", "dynrl.machine",
-        "dynrl.progress", "dynrl.schema", "dynrl.tasks",
+        "dynrl.backbones", "dynrl.checkpoints", "dynrl.data", "dynrl.inputs", "dynrl.machine", "dynrl.progress",
+        "dynrl.schema", "dynrl.tasks",
     },
     "dynrl.perturb": {
         "dynrl.backbones", "dynrl.policies", "dynrl.data", "dynrl.ops", "dynrl.provenance", "dynrl.tasks",

@@ -28,8 +28,8 @@ from dynrl.progress import talking
 from dynrl.provenance import Provenance
 from dynrl.runs import RunFolder
 from dynrl.settings import Settings
-from dynrl.tasks import CLASSIFICATION, Regression, Segmentation
-from dynrl.training import learn, make_run, pretrain_into, resume, train
+from dynrl.tasks import CLASSIFICATION, Detection, Regression, Segmentation
+from dynrl.training import learn, make_run, nothing_learned, pretrain_into, resume, train
 
 pytestmark = pytest.mark.usefixtures("registries")
 
@@ -259,6 +259,13 @@ def test_a_network_that_learned_nothing_is_named(learns, plain_epochs, full_shar
     assert ("plain: accuracy" in heard) == (plain_epochs > 0), heard
     assert ("along the full route, which was not trained" in heard) == (full_share == 0), heard
     assert (RunFolder(tmp_path).plain is None) == (plain_epochs == 0)
+
+
+def test_what_is_rare_need_not_be_as_rare_in_each_split():
+    """One answer for all has a balanced accuracy of a half, whatever share of class 1 the task was made with."""
+    split = Split(torch.zeros(40, 2), torch.arange(40) % 2, Detection(0.01))
+    assert "one answer for all inputs has 0.5." in (nothing_learned(split, 0.5) or "")
+    assert nothing_learned(split, 0.9) is None
 
 
 def test_a_network_and_data_of_ones_own(tmp_path, capfd):

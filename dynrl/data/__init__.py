@@ -99,19 +99,18 @@ def _folder(name: str) -> Dataset:
     return text_folder(name) if holds_texts(split_name(name)[0]) else image_folder(name)
 
 
-def as_dataset(data: Any, seed: int = 0) -> Dataset:
+def as_dataset(data: Any) -> Dataset:
     """Return a data set for anything that can stand for one; from now on, this process knows it by its name.
 
     Args:
         data: a name, a folder of images or texts, a `Dataset`, or what `own_dataset` takes.
-        seed: the seed of the splits that `own_dataset` draws.
 
     Raises:
         ValueError: `data` is none of these, or another data set has the same name.
     """
     if isinstance(data, str | Path):
         return load_dataset(check_dataset(str(data)))
-    dataset = data if isinstance(data, Dataset) else own_dataset(data, seed)
+    dataset = data if isinstance(data, Dataset) else own_dataset(data)
     if dataset.name in DATASETS:
         known = load_dataset(dataset.name)
         if known.content == dataset.content:

@@ -16,6 +16,7 @@ from dynrl.evaluation.scores import score
 from dynrl.progress import progress
 from dynrl.schema import MOST_ROWS, check_count
 
+ASKED = 5  # at how many prices of its curve a policy is asked whether its routes differ
 COLLAPSED = 0.02  # a policy whose spending at all prices differs by less than this share of its most is deaf to them
 ROUNDS = 5  # how often each price is timed
 
@@ -60,7 +61,7 @@ def calibrate(
     return curve
 
 
-def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
+def collapse(model: RoutedModel, split: Split) -> str | None:
     """Say what a calibrated policy has failed to learn, with advice; return None if nothing is wrong.
 
     A policy may end up ignoring the price: it then has one point instead of a front. It may also end up ignoring the
@@ -76,8 +77,8 @@ def collapse(model: RoutedModel, split: Split, prices: int = 5) -> str | None:
             "Or train for more steps"
         )
     before, routes = model.price, 0
-    for i in range(prices):
-        model.set_price(model.curve[i * (len(macs) - 1) // (prices - 1)][0])
+    for i in range(ASKED):
+        model.set_price(model.curve[i * (len(macs) - 1) // (ASKED - 1)][0])
         routes = max(routes, score(model, split).distinct_routes)
     model.set_price(before)
     if routes > 1:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from dynrl.backbones import Backbone
-from dynrl.data import Dataset, Split
+from dynrl.data import Dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import routes as ways
 from dynrl.evaluation.routes import Fit, PolicyFor
 from dynrl.evaluation.rules import rules_of
-from dynrl.evaluation.scores import score_routes, score_rows
+from dynrl.evaluation.scores import mean_metric, score_routes, score_rows
 from dynrl.policies import RandomPolicy, StaticPolicy
 from dynrl.runs import RunKind
 from dynrl.tasks import Task
@@ -278,8 +278,8 @@ class Random(Contender):
 
     name = "random"
 
-    def __init__(self, ground: Ground, seeds: int = RANDOM_SEEDS) -> None:
-        self._ground, self._seeds = ground, seeds
+    def __init__(self, ground: Ground) -> None:
+        self._ground = ground
 
     def reach(self, budget: float | None) -> list[Reached] | None:
         """Draw routes of independent choices that cost the budget on average, or the dearest; None if all cost more."""
@@ -295,9 +295,9 @@ class Random(Contender):
             return float(reached.macs.double().mean()), reached
 
         if rate == 1.0:
-            return [walk(rate, seed)[1] for seed in range(self._seeds)]
+            return [walk(rate, seed)[1] for seed in range(RANDOM_SEEDS)]
         steering = ways.Steering(rate)
-        return [steering.meet(budget, partial(walk, seed=seed)) for seed in range(self._seeds)]
+        return [steering.meet(budget, partial(walk, seed=seed)) for seed in range(RANDOM_SEEDS)]
 
 
 class Static(Contender):
@@ -434,11 +434,6 @@ def _plain_front(networks: Sequence[Backbone], ground: Ground) -> list[Contender
     return [Smaller(plain, ground), *plain] if plain else []
 
 
-def _full(network: Backbone, split: Split) -> Tensor:
-    """Return the metric [n] of all inputs on the full route."""
-    return score_routes(network, network.dense_actions(len(split)), split).metric
-
-
 def _whole(network: Backbone, ground: Ground) -> Reached:
     """Walk the full route of a network, which is timed as a plain network."""
     found = _along(ground, network, network.dense_actions(len(ground.test)))
@@ -510,11 +505,6 @@ class Dense(Contender):
     def reach(self, budget: float | None) -> list[Reached] | None:
         """Return the same at every budget."""
         return [_whole(network, self.ground) for network in self.networks[self.best]]
-
-
-def mean_metric(networks: Sequence[Backbone], split: Split) -> float:
-    """Return the mean metric of networks on their full routes."""
-    return sum(split.task.mean(_full(network, split), split.targets) for network in networks) / len(networks)
 
 
 def rivals(ground: Ground, smaller: Sequence[Backbone] = ()) -> list[Contender]:

@@ -18,6 +18,7 @@ from dynrl.tasks import TASKS, Task
 
 RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # other rivals: "x-."
 MARKERS = {"ppo": "o", "gate": "v"}  # markers by agent where the backbone is frozen; other agents: "p"
+WIDE, LINES = 120, 12  # the letters of a line of a text, and the lines of a text that are shown
 MOST_TICKS = 32  # more names along an axis would lie on one another
 TUNED = {"ppo": "D", "gate": "P"}  # markers by agent where the backbone was fine-tuned; other agents: "d"
 
@@ -231,18 +232,18 @@ def draw_words(usage: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _lines(words: list[str], read: list[bool], wide: int = 120, most: int = 12) -> list[tuple[str, str]]:
-    """Break words into at most `most` lines; return of each the words that were read and the others, each in place."""
+def _lines(words: list[str], read: list[bool]) -> list[tuple[str, str]]:
+    """Break words into at most `LINES` lines; return of each the words that were read and the others, each in place."""
     lines, here = list[tuple[str, str]](), ("", "")
     for word, was in zip(words, read, strict=True):
-        shown = word[:wide]
-        if len(here[0]) + len(shown) > wide:
+        shown = word[:WIDE]
+        if len(here[0]) + len(shown) > WIDE:
             lines.append(here)
             here = "", ""
         blank = " " * len(shown)
         here = here[0] + (shown if was else blank) + " ", here[1] + (blank if was else shown) + " "
     lines.append(here)
-    return lines if len(lines) <= most else [*lines[: most - 1], (" " * 3, "...")]
+    return lines if len(lines) <= LINES else [*lines[: LINES - 1], (" " * 3, "...")]
 
 
 def _picture(test: Split, row: int) -> Tensor:

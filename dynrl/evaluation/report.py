@@ -23,12 +23,11 @@ from dynrl.evaluation.contenders import (
     Reached,
     by_chance,
     check_budgets,
-    mean_metric,
     rivals,
 )
 from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
-from dynrl.evaluation.scores import Score, Usage, pictures
+from dynrl.evaluation.scores import Score, Usage, mean_metric, pictures
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
 from dynrl.files import check_folder, write_json
 from dynrl.machine import check_device, check_dtype, commit, hardware

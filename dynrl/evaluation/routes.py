@@ -248,9 +248,9 @@ def measured_routes(
     return sorted(found, key=lambda of: (-of.macs_fraction, split.task.error(of.metric)))
 
 
-def oracle_candidates(backbone: Backbone, static: Sequence[Found], drawn: int = ORACLE_DRAWS) -> list[tuple[int, ...]]:
-    """Return what the oracle chooses from: the routes of `static_routes`, and `drawn` random ones, cheap to dear."""
-    routes = draw_routes(backbone.thrift, torch.linspace(0, 1, drawn), torch.Generator().manual_seed(0))
+def oracle_candidates(backbone: Backbone, static: Sequence[Found]) -> list[tuple[int, ...]]:
+    """Return what the oracle chooses from: the routes of `static_routes`, and random ones, cheap to dear."""
+    routes = draw_routes(backbone.thrift, torch.linspace(0, 1, ORACLE_DRAWS), torch.Generator().manual_seed(0))
     return [route for route, _, _ in static] + [tuple(route) for route in routes.tolist()]
 
 

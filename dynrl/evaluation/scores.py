@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from dynrl.backbones.base import Parts
 from dynrl.data import Split
 from dynrl.deploy import Route, RoutedModel
 from dynrl.evaluation.difficulty import by_difficulty
+
+BATCH = 256  # how many rows of a split walk at a time
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class Score:
         return cls(metric, spent, looking, decisions, len(routes.unique(dim=0)), rates)
 
 
-def score(model: RoutedModel, split: Split, batch_size: int = 256) -> Score:
+def score(model: RoutedModel, split: Split, batch_size: int = BATCH) -> Score:
     """Send each row of `split` through the routed model once and return the means."""
     metric, route = score_rows(model, split, batch_size)
     reached = split.task.mean(metric, split.targets)
     return Score.of(model.backbone, reached, route.macs_fraction, route.router_fraction, route.actions)
 
 
-def score_rows(model: RoutedModel, split: Split, batch_size: int = 256) -> tuple[Tensor, Route]:
+def score_rows(model: RoutedModel, split: Split, batch_size: int = BATCH) -> tuple[Tensor, Route]:
     """Return the task's metric [n] and the route of each row of a split, both on the CPU."""
     metric, routes = [], []
     for inputs, targets in _batches(batch_size, split.inputs, split.targets):
@@ -81,16 +83,22 @@ class Walked(NamedTuple):
 
 
 @torch.inference_mode()
-def score_routes(backbone: Backbone, routes: Tensor, split: Split, batch_size: int = 256) -> Walked:
+def score_routes(backbone: Backbone, routes: Tensor, split: Split) -> Walked:
     """Walk each input of `split` along its row of `routes` [n, columns]; the result is on the CPU."""
     task, parts = split.task, []
-    for inputs, targets, route in _batches(batch_size, split.inputs, split.targets, routes):
+    for inputs, targets, route in _batches(BATCH, split.inputs, split.targets, routes):
         walk = backbone.run_route(inputs, route)
         assert walk.outputs is not None
         outputs = walk.outputs.float()
         scored = (task.score(outputs, targets), task.log_likelihood(outputs, targets))
         parts.append((*scored, walk.macs.float() / backbone.dense_macs, walk.route))
     return Walked(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def mean_metric(networks: Sequence[Backbone], split: Split) -> float:
+    """Return the mean metric of networks on their full routes."""
+    walked = [score_routes(network, network.dense_actions(len(split)), split) for network in networks]
+    return sum(split.task.mean(each.metric, split.targets) for each in walked) / len(networks)
 
 
 def _batches(size: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from dynrl.envs import DECISIONS
 from dynrl.evaluation import score_routes
 from dynrl.files import read_json
 from dynrl.policies import PolicySpec
-from dynrl.pretraining import Recipe, metric_at_rate
+from dynrl.pretraining import Recipe
 from dynrl.recipes import DEFAULTS, Defaults
 from dynrl.scripts import lay_out
 from dynrl.scripts.bench import env as bench_env
@@ -26,7 +26,7 @@ from dynrl.scripts.bench import gpu, known, tables, tasks
 from dynrl.scripts.bench import model as bench_model
 from dynrl.scripts.bench import ops as bench_ops
 from dynrl.tasks import Regression
-from tests.cases import TOYS
+from tests.cases import TOYS, full_metric
 from tests.devices import TapeRecorder
 from tests.scripts.calls import ROOT
 
@@ -452,7 +452,7 @@ def test_bench_tasks_trains_each_network_once(dots, tmp_path, monkeypatch, capsy
     assert all((row["data"], row["decision"], row["seeds"]) == ("dots", "skip", 2) for row in rows)
     folders = sorted((tmp_path / "nets").glob("skip-dots-depth-*"))
     assert len(folders) == 2 and len(list((tmp_path / "nets").iterdir())) == 10
-    by_hand = [metric_at_rate(load_backbone(f / "plain.safetensors")[0], dots.test, None) for f in folders]
+    by_hand = [full_metric(load_backbone(f / "plain.safetensors")[0], dots.test) for f in folders]
     depth = rows[1]
     assert depth["accuracy"] == pytest.approx(sum(by_hand) / 2, abs=1e-6)
     assert depth["accuracy_std"] == pytest.approx(abs(by_hand[0] - by_hand[1]) / 2**0.5, abs=1e-6)

@@ -16,10 +16,10 @@ from dynrl.evaluation import BUDGETS
 from dynrl.evaluation.tables import by_decision_table, report_table
 from dynrl.files import read_json
 from dynrl.policies import load_policy, save_policy
-from dynrl.pretraining import metric_at_rate
 from dynrl.runs import RunFolder, RunKind, by_kind
 from dynrl.scripts.cli import main
 from dynrl.scripts.evaluate import report_runs
+from tests.cases import full_metric
 from tests.scripts.calls import twin
 
 
@@ -137,14 +137,14 @@ def test_one_report_of_ppo_gates_and_finetuned_runs(run, others, tmp_path, capsy
     drawn = [p["budget"] for p in report["points"] if p["policy"] == "random"]
     assert len(drawn) == len(set(drawn))
     pretrained, tuned = (
-        metric_at_rate(load_backbone(folder / "backbone.safetensors")[0], load_dataset("digits").test, None)
+        full_metric(load_backbone(folder / "backbone.safetensors")[0], load_dataset("digits").test)
         for folder in (run, others / "tuned")
     )
     dense = report["dense"]
     assert dense["all_execute_accuracy"] == pytest.approx(pretrained)
     assert dense["tuned_accuracy"] == pytest.approx(tuned)
     on_validation = {
-        name: metric_at_rate(load_backbone(file)[0], load_dataset("digits").validation, None)
+        name: full_metric(load_backbone(file)[0], load_dataset("digits").validation)
         for name, file in (
             ("all_execute", run / "backbone.safetensors"), ("plain", run / "plain.safetensors"),
             ("tuned", others / "tuned" / "backbone.safetensors"),
