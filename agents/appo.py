@@ -6,14 +6,13 @@ from typing import Any
 
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.learner.utils import make_target_network
-from ray.rllib.core.rl_module.apis import TARGET_NETWORK_ACTION_DIST_INPUTS, TargetNetworkAPI
+from ray.rllib.core.rl_module.apis import TARGET_NETWORK_ACTION_DIST_INPUTS
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from dynrl.agents.base import entropy_bonus
 from dynrl.agents.numbers import PPO as NUMBERS
 from dynrl.agents.ppo import falling
-from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
+from dynrl.agents.rllib import FormerModule, RLlibAgent, routing_config
 from dynrl.agents.slab import EpisodesRunner
 from dynrl.policies import PolicySpec
 
@@ -21,20 +20,8 @@ BATCHES, TIMES = 2, 4  # how many batches the learner holds at a time, and how o
 REPORTED = 8  # how many batches a training iteration has
 
 
-class OldRouterModule(RouterModule, TargetNetworkAPI):
+class OldRouterModule(FormerModule):
     """This module holds a policy and its former self; APPO compares the two to correct for old samples."""
-
-    def make_target_networks(self) -> None:
-        """Copy the policy."""
-        self._old = make_target_network(self.net)
-
-    def get_non_inference_attributes(self) -> list[str]:
-        """Name what runners do not need: the value network and the former policy."""
-        return [*super().get_non_inference_attributes(), "_old"]
-
-    def get_target_network_pairs(self) -> list[Any]:
-        """Return the pair of networks whose second follows the first."""
-        return [(self.net, self._old)]
 
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the logits of the former policy."""
@@ -54,7 +41,7 @@ class APPO(RLlibAgent):
         """Configure APPO with our runner; a batch has one walk of each sub-environment of one runner."""
         learning = self.settings.learning
         rate = learning.learning_rate or NUMBERS.learning_rate
-        entropy = entropy_bonus(NUMBERS.entropy if learning.entropy is None else learning.entropy, self.backbone)
+        entropy = entropy_bonus(learning, NUMBERS.entropy, self.backbone)
         place["rollout"] = self.ground.looks
         batch = place["num_envs"] * place["rollout"]
         module = RLModuleSpec(module_class=OldRouterModule, model_config={"spec": spec})

@@ -50,11 +50,11 @@ class Agent:
 
     # The settings that this agent cannot follow, by name, each with the reason that a user is told.
     cannot: ClassVar[Mapping[str, str]] = {
-        "baseline": "baselines are for the agent ppo",
-        "entropy": "an entropy bonus is for the agents ppo, appo and sb3-ppo",
-        "num_env_runners": "remote processes are for the agents of RLlib: ppo, appo, dqn",
-        "num_learners": "remote processes are for the agents of RLlib: ppo, appo, dqn",
-        "address": "ray is for the agents of RLlib: ppo, appo, dqn",
+        "baseline": "baselines are for agents such as ppo",
+        "entropy": "an entropy bonus is for agents such as ppo, appo and sb3-ppo",
+        "num_env_runners": "remote processes are for agents such as those of RLlib: ppo, appo, dqn",
+        "num_learners": "remote processes are for agents such as those of RLlib: ppo, appo, dqn",
+        "address": "ray is for agents such as those of RLlib: ppo, appo, dqn",
     }
     steps_share: ClassVar[float] = 1.0  # the share of a recipe's steps with which it takes about as long as PPO does
     attacks: ClassVar[bool] = False  # whether it attacks what it learns on itself; for others, `train_jointly` does
@@ -275,12 +275,14 @@ def rollout(backbone: Backbone, looks: int) -> int:
     return math.ceil(max(LEAST_STEPS, walks(backbone) * looks) / looks) * looks
 
 
-def entropy_bonus(entropy: float, backbone: Backbone) -> float:
-    """Return the bonus for each decision: `entropy` for walks of up to `FREE_STEPS` decisions, less for longer ones.
+def entropy_bonus(learning: Learning, usual: float, backbone: Backbone) -> float:
+    """Return the bonus for each decision, the settings' own or the agent's `usual` one; less of it for long walks.
 
-    Each decision of a longer walk changes the return less. With the same bonus, policies would stay undecided, and
-    their likeliest choices, taken at every step, would lead to states that training never met.
+    Walks of up to `FREE_STEPS` decisions have all of it. Each decision of a longer walk changes the return less. With
+    the same bonus, policies would stay undecided, and their likeliest choices, taken at every step, would lead to
+    states that training never met.
     """
+    entropy = usual if learning.entropy is None else learning.entropy
     return entropy * min(1.0, FREE_STEPS / backbone.max_steps)
 
 

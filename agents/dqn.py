@@ -8,8 +8,7 @@ import torch
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.dqn.default_dqn_rl_module import QF_NEXT_PREDS, QF_PREDS, QF_TARGET_NEXT_PREDS
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.learner.utils import make_target_network
-from ray.rllib.core.rl_module.apis import QNetAPI, TargetNetworkAPI
+from ray.rllib.core.rl_module.apis import QNetAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from dynrl.agents.base import Agent
 from dynrl.agents.numbers import DQN as NUMBERS
 from dynrl.agents.numbers import check_one_choice, q_network
 from dynrl.agents.ppo import falling
-from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
+from dynrl.agents.rllib import FormerModule, RLlibAgent, routing_config
 from dynrl.agents.slab import EpisodesRunner
 from dynrl.backbones import Backbone
 from dynrl.policies import PolicySpec
@@ -30,7 +29,7 @@ N_STEP = 1
 REPORTED = 8  # how many walks of each sub-environment a training iteration has
 
 
-class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
+class QRouterModule(FormerModule, QNetAPI):
     """This module holds a policy whose scores are the returns expected of each choice, and its former self."""
 
     def setup(self) -> None:
@@ -57,18 +56,10 @@ class QRouterModule(RouterModule, QNetAPI, TargetNetworkAPI):
         any_choice = (log_probs > -1e8).float().multinomial(1).squeeze(1)
         return torch.where(torch.rand(len(log_probs), device=log_probs.device) < rate, any_choice, log_probs.argmax(1))
 
-    def make_target_networks(self) -> None:
-        """Copy the network."""
-        self._old = make_target_network(self.net)
-
     def _former(self, observation: Tensor) -> Tensor:
         old: Any = self._old
         scores: Tensor = old.scores(observation)
         return scores
-
-    def get_target_network_pairs(self) -> list[Any]:
-        """Return the pair of networks whose second follows the first."""
-        return [(self.net, self._old)]
 
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the returns that the former network expects."""

@@ -22,6 +22,7 @@ from dynrl.agents.numbers import PPO as NUMBERS
 from dynrl.agents.rllib import RLlibAgent, RouterModule, routing_config
 from dynrl.backbones import Backbone
 from dynrl.policies import PolicySpec
+from dynrl.schema import check_one_of
 from dynrl.settings import Settings
 
 
@@ -177,8 +178,7 @@ class PPO(RLlibAgent):
         """Also refuse baselines that are unknown or do not fit the policy, and environments that cannot be shared."""
         super().refuse(settings, backbone)
         learning = settings.learning
-        if learning.baseline not in BASELINES:
-            raise ValueError(f"unknown baseline {learning.baseline!r}; expected one of {', '.join(BASELINES)}")
+        check_one_of("baseline", learning.baseline, BASELINES)
         baseline = BASELINES[learning.baseline]
         if baseline.one_look and Ground.of(learning, backbone).looks > 1:
             raise ValueError(
@@ -191,9 +191,8 @@ class PPO(RLlibAgent):
     ) -> PPOConfig:
         """Configure PPO by `ppo_config` from the settings."""
         learning = self.settings.learning
-        entropy = NUMBERS.entropy if learning.entropy is None else learning.entropy
         return ppo_config(
             env_id, env_config, spec, baseline=learning.baseline, total_steps=steps,
-            entropy=entropy_bonus(entropy, self.backbone),
+            entropy=entropy_bonus(learning, NUMBERS.entropy, self.backbone),
             learning_rate=learning.learning_rate or NUMBERS.learning_rate, **place,
         )  # fmt: skip

@@ -31,7 +31,8 @@ from gymnasium.vector import AutoresetMode
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical, TorchMultiCategorical
-from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
+from ray.rllib.core.learner.utils import make_target_network
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, TargetNetworkAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
@@ -98,6 +99,22 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
         """Return the return [n] expected from each observation."""
         return self.value(self.net.trunk(batch[Columns.OBS])).squeeze(-1)
+
+
+class FormerModule(RouterModule, TargetNetworkAPI):
+    """This module also holds the former self of its policy."""
+
+    def make_target_networks(self) -> None:
+        """Copy the policy."""
+        self._old = make_target_network(self.net)
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """Name what runners do not need: the former policy, too."""
+        return [*super().get_non_inference_attributes(), "_old"]
+
+    def get_target_network_pairs(self) -> list[Any]:
+        """Return the pair of networks whose second follows the first."""
+        return [(self.net, self._old)]
 
 
 def routing_config(

@@ -259,7 +259,7 @@ class SB3PPO(SB3Agent):
         learning, numbers = self.settings.learning, PPO_NUMBERS
         rate = learning.learning_rate or numbers.learning_rate
         batch = ground.rollout * env.num_envs
-        self._entropy = entropy_bonus(numbers.entropy if learning.entropy is None else learning.entropy, self.backbone)
+        self._entropy = entropy_bonus(learning, numbers.entropy, self.backbone)
         return PPO(
             RouterActorCritic, env, policy_kwargs={"spec": ground.spec}, learning_rate=lambda _: rate * self.left,
             n_steps=ground.rollout, batch_size=max(2, batch // numbers.minibatches), n_epochs=numbers.epochs,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from dynrl.schema import Dtype
+from dynrl.schema import Dtype, check_one_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
@@ -71,6 +71,5 @@ def check_device(name: str | torch.device) -> torch.device:
 
 def check_dtype(name: str) -> torch.dtype:
     """Return the dtype of that name, or raise a ValueError that lists the names."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; expected one of {sorted(DTYPES)}")
+    check_one_of("dtype", name, DTYPES)
     return DTYPES[name]

@@ -20,7 +20,7 @@ from dynrl.data import Dataset
 from dynrl.inputs import laid_out, training_format
 from dynrl.machine import check_device
 from dynrl.progress import progress
-from dynrl.schema import MOST_ROWS, check_count
+from dynrl.schema import MOST_ROWS, check_count, check_one_of
 from dynrl.tasks import Task
 
 
@@ -91,11 +91,10 @@ def make_optimizer(backbone: Backbone, name: str, learning_rate: float, weight_d
     decay = [p for p in backbone.parameters() if p.dim() > 1]
     rest = [p for p in backbone.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    check_one_of("optimizer", name, ("sgd", "adam"))
     if name == "sgd":
         return torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)
-    if name == "adam":
-        return torch.optim.AdamW(groups, learning_rate)
-    raise ValueError(f"unknown optimizer {name!r}; expected 'sgd' or 'adam'")
+    return torch.optim.AdamW(groups, learning_rate)
 
 
 def pretrain(

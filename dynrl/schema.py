@@ -127,16 +127,19 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
+def check_one_of(what: str, name: Any, known: typing.Collection[str], also: str = "") -> None:
+    """Refuse, with a ValueError, a name that is not among the known ones; `also` is the end of the message."""
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"unknown {what} {name!r}; expected one of {', '.join(known)}{also}")
+
+
 def check_known(what: str, name: Any, registry: typing.Collection[str], also: str = "") -> None:
     """Refuse, with a ValueError, a name that no row of a registry has, to which plugins may add rows.
 
     `also` says in words what else may be named.
     """
-    if not isinstance(name, str) or name not in registry:
-        raise ValueError(
-            f"unknown {what} {name!r}; expected one of {', '.join(sorted(registry))}{also}; one of your own comes by a "
-            "plugin: dynrl --plugin FILE.py VERB ..."
-        )
+    own = "; one of your own comes by a plugin: dynrl --plugin FILE.py VERB ..."
+    check_one_of(what, name, sorted(registry), also + own)
 
 
 # Bounds -----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from dynrl.files import load_tensors
 from dynrl.machine import check_device, check_dtype
 from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
-from dynrl.schema import check_price_range
+from dynrl.schema import check_one_of, check_price_range
 
 Info = dict[str, Tensor]
 
@@ -57,16 +57,15 @@ class DenseOutputs:
 
 def check_render(mode: str | None) -> str | None:
     """Return the mode, or raise a ValueError that lists the modes."""
-    if mode is not None and mode not in MODES:
-        raise ValueError(f"unknown render_mode {mode!r}; expected one of {list(MODES)} or None")
+    if mode is not None:
+        check_one_of("render_mode", mode, MODES, ", or None")
     return mode
 
 
 def check_autoreset(mode: AutoresetMode | str) -> AutoresetMode:
     """Return the mode, or raise a ValueError that lists the modes."""
-    known = [each.value for each in AutoresetMode]
-    if mode not in (*AutoresetMode, *known):
-        raise ValueError(f"unknown autoreset_mode {mode!r}; expected one of {known}")
+    if not isinstance(mode, AutoresetMode):
+        check_one_of("autoreset_mode", mode, [each.value for each in AutoresetMode])
     return AutoresetMode(mode)
 
 
@@ -197,8 +196,7 @@ class RoutingVectorEnv(VectorEnv):
             self.price_range = (float(price), float(price))
         self._fixed_price = price
         dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
-        if sight not in SIGHTS:
-            raise ValueError(f"unknown sight {sight!r}; expected one of {sorted(SIGHTS)}")
+        check_one_of("sight", sight, SIGHTS)
         self.device, kind = check_device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)
         self._data = dataset.seen_by(self.backbone.known)

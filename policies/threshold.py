@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dynrl.policies.base import Policy
+from dynrl.schema import check_one_of
 
 
 class ThresholdPolicy(Policy):
@@ -33,8 +34,7 @@ class ThresholdPolicy(Policy):
 
     def __init__(self, backbone: Any, score: str, thresholds: Tensor, unsure: Tensor | None = None) -> None:
         super().__init__()
-        if score not in backbone.scores:
-            raise ValueError(f"unknown score {score!r}; expected one of {sorted(backbone.scores)}")
+        check_one_of("score", score, backbone.scores)
         if tuple(thresholds.shape) != (backbone.columns,):
             raise ValueError(
                 f"expected a threshold for each of {backbone.columns} columns, got shape {tuple(thresholds.shape)}"

@@ -217,9 +217,9 @@ def test_the_adapter_refuses_what_would_lose_transitions():
     [
         (["--agent", "dqn", "--policy", "upfront"], "one choice a step"),
         (["--agent", "sb3-dqn", "--policy", "upfront"], "one choice a step"),
-        (["--agent", "sb3-ppo", "--num-learners", "1"], "agents of RLlib"),
-        (["--agent", "sb3-ppo", "--num-env-runners", "1"], "agents of RLlib"),
-        (["--agent", "appo", "--baseline", "group"], "for the agent ppo"), (["--baseline", "nosuch"], "value, group, greedy"),
+        (["--agent", "sb3-ppo", "--num-learners", "1"], "such as those of RLlib"),
+        (["--agent", "sb3-ppo", "--num-env-runners", "1"], "such as those of RLlib"),
+        (["--agent", "appo", "--baseline", "group"], "for agents such as ppo"), (["--baseline", "nosuch"], "value, group, greedy"),
         (["--baseline", "greedy"], "compares whole routes"), (["--agent", "dqn", "--entropy", "0.01"], "ppo, appo and sb3-ppo"),
         (["--agent", "gate", "--device", "cpu:0"], "on the CPU"), (["--agent", "gate", "--dtype", "bfloat16"], "in float32"),
         (["--policy", "nosuch"], "expected one of sequential, upfront"),

@@ -17,6 +17,7 @@ from dynrl.cost import count_macs
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import each, keep_rows, take_rows
 from dynrl.ops.pooled import summary
+from dynrl.schema import check_one_of
 
 SEES = ("scores+features", "scores")
 
@@ -57,8 +58,7 @@ class Exits(Backbone):
         Raises:
             ValueError: `sees` is something else.
         """
-        if sees not in SEES:
-            raise ValueError(f"unknown sees {sees!r}; expected one of {SEES}")
+        check_one_of("sees", sees, SEES)
         if sees != SEES[0]:
             self.config["sees"] = sees
         self._pose(

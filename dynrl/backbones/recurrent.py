@@ -14,7 +14,7 @@ from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, gated_cell_ref, leading_units
 from dynrl.ops.routed_linear import column_major
-from dynrl.schema import MOST_ROWS, check_count, check_counts
+from dynrl.schema import MOST_ROWS, check_count, check_counts, check_one_of
 
 SEES = ("state", "state+input")
 MOST_TIMES = 4_000_000  # the numbers of the table that tells the time
@@ -124,8 +124,7 @@ class SkipRNN(Recurrent):
         super().__init__()
         if len(input_shape) != 2:
             raise ValueError(f"expected inputs of shape (steps, numbers a step), got {tuple(input_shape)}")
-        if sees not in SEES:
-            raise ValueError(f"unknown sees {sees!r}; expected one of {SEES}")
+        check_one_of("sees", sees, SEES)
         if knots < 1:
             raise ValueError(f"expected at least one knot, got {knots}")
         check_counts("input_shape", input_shape)

@@ -14,7 +14,7 @@ from dynrl.backbones.layers import ACTIVATIONS, ATTENTIONS, KERNELS, PLAIN, Give
 from dynrl.cost import count_macs
 from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock
-from dynrl.schema import MOST_ROWS, check_count, check_counts
+from dynrl.schema import MOST_ROWS, check_count, check_counts, check_one_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -178,10 +178,8 @@ class ResNet(Backbone):
     ) -> None:
         super().__init__()
         kinds = Kinds(attention, activation, kernels)
-        if block not in BLOCKS:
-            raise ValueError(f"unknown block {block!r}; expected one of {sorted(BLOCKS)}")
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"unknown stem {stem!r}; expected 'cifar' or 'imagenet'")
+        check_one_of("block", block, BLOCKS)
+        check_one_of("stem", stem, ("cifar", "imagenet"))
         check_counts("input_shape", input_shape)
         check_count("classes", classes, 1, MOST_ROWS)
         check_counts("layers", layers)

@@ -19,6 +19,7 @@ from dynrl.data.stored import PIECE, Stored, statistics
 from dynrl.files import fingerprint
 from dynrl.inputs import Form, parts, placed
 from dynrl.provenance import Numbers, Provenance, Standard, along, strays
+from dynrl.schema import check_one_of
 from dynrl.tasks import CLASSIFICATION, Classification, Task
 from dynrl.vocabulary import Vocabulary, words_of
 
@@ -340,8 +341,7 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         """Return the split "train", "unseen" (see there), "validation" or "test"."""
-        if name not in ("train", "unseen", "validation", "test"):
-            raise ValueError(f"unknown split {name!r}; expected 'train', 'unseen', 'validation' or 'test'")
+        check_one_of("split", name, ("train", "unseen", "validation", "test"))
         return getattr(self, name)
 
 
