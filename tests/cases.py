@@ -16,6 +16,7 @@ from dynrl.backbones import (
     ExpertModule,
     Frames,
     JumpRNN,
+    Members,
     MultiPathResNet,
     MultiScaleNet,
     MultiScaleRNN,
@@ -54,6 +55,11 @@ OWN = {  # modules of a user's
     ),
     "exits in place": lambda: ExitModule(Reader(depth=4), (5, 8), ["blocks.0", "blocks.2"]),
 }
+KINDS = [  # settings of models whose own walks are charged more than the models alone
+    {"family": "skip_resnet", "layers": [1], "widths": [4], "auxiliary": True},
+    {"family": "exit_resnet", "layers": [2, 1], "widths": [4, 8], "exits": [0, 1]},
+    {"family": "cell_resnet", "layers": [2, 2], "widths": [4, 8], "grid": 2},
+]
 SET = {  # networks of ours whose settings change how they are walked
     "skip with auxiliary": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "skip of paths": lambda: MultiPathResNet((1, 8, 8), 4, (1, 1), (6, 12), paths=3, auxiliary=True),
@@ -73,6 +79,9 @@ SET = {  # networks of ours whose settings change how they are walked
     "model at two sizes": lambda: Resolutions(
         (1, 8, 8), 10, {"family": "skip_resnet", "layers": [1], "widths": [4]}, (5, 8)
     ),
+}
+HELD = {  # models of which parts never run, and learn nothing, where they are held
+    "model of several kinds": lambda: Members((1, 8, 8), 4, tuple(KINDS)),
 }
 BUILT = [*REGISTERED, *OWN, *SET]
 BACKBONES = [*BUILT, *TOYS]
@@ -104,7 +113,7 @@ def vector_env(name: str):
 
 
 def make_backbone(name: str) -> Backbone:
-    made = {**TOYS, **OWN, **SET}
+    made = {**TOYS, **OWN, **SET, **HELD}
     if name in made:
         return made[name]().eval()
     return vector_env(name).seeded_backbone(load_dataset(DECISIONS[name].data).input_shape).eval()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dynrl
-from dynrl.backbones import END, Members, Models, Resolutions, SkipResNet, load_backbone
+from dynrl.backbones import END, ExitResNet, Members, Models, Resolutions, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy
@@ -192,6 +192,28 @@ def test_folders_join_to_one_backbone(tmp_path):
         Members.joined([networks[0], SkipResNet((1, 8, 8), 5, layers=(1,), widths=(4,))])
     with pytest.raises(ValueError, match="expected one folder with a backbone of 'skip', got 2"):
         SkipResNet.joined(networks)
+
+
+def test_models_are_in_the_order_of_what_each_costs_alone():
+    """A walk through the network with exits costs more than the other network; alone it has no exits, and costs less.
+
+    Files of earlier versions have the order of the walks.
+    """
+    shape = {"layers": (2, 1), "widths": (4, 8)}
+    exits = ExitResNet(SHAPE, 5, exits=(0, 1), **shape).eval()
+    other = SkipResNet(SHAPE, 5, attention="squeeze", **shape).eval()
+    assert exits.dense_macs > other.dense_macs
+    assert [type(member) for member in Members.joined([other, exits]).members] == [ExitResNet, SkipResNet]
+    settings = [
+        {"family": "skip_resnet", "attention": "squeeze", **shape},
+        {"family": "exit_resnet", "exits": (0, 1), **shape},
+    ]
+    for order in (settings, settings[::-1]):
+        posed = Members(SHAPE, 5, tuple(order))
+        alone = {SkipResNet: other.dense_macs, ExitResNet: exits.dense_macs - 2 * 4 * 16 * 5}
+        assert posed.costs[0].tolist() == [alone[type(member)] for member in posed.members]
+    with pytest.raises(ValueError, match="from cheap to dear"):
+        Members(SHAPE, 5, (RESNET, {**RESNET, "widths": [2, 4]}))
 
 
 @pytest.mark.parametrize(

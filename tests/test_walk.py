@@ -16,7 +16,7 @@ from dynrl.ops.costs import COSTS
 from dynrl.ops.move import each
 from dynrl.policies import PolicySpec, StepSight
 from dynrl.routes import draw_routes
-from tests.cases import BACKBONES, BUILT, GATED, REGISTERED, make_backbone
+from tests.cases import BACKBONES, BUILT, GATED, HELD, REGISTERED, make_backbone
 from tests.ops_cases import COMPACT
 from tests.toys import Branching, Exiting, Looping, Roundabout
 
@@ -63,7 +63,7 @@ def test_step_by_step_is_whole_walk_is_compacted_walk_is_gated_walk(name):
         assert torch.equal(walk.steps, (walk.route >= 0).sum(1))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [*BACKBONES, *HELD])
 @torch.no_grad()
 def test_inference_copy_gives_the_same_and_leaves_the_original(name):
     backbone = make_backbone(name)
@@ -110,7 +110,7 @@ def looked_at(backbone, state):
     return state
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [*BACKBONES, *HELD])
 @torch.no_grad()
 def test_reported_macs_are_the_executed_ones(name):
     backbone = make_backbone(name)

@@ -229,6 +229,11 @@ class Backbone(nn.Module):
         """Return the outputs of the full route; a family that can compute them without a walk has its own."""
         return self(inputs)
 
+    @property
+    def whole_macs(self) -> int:
+        """The MACs of `whole` for one row; a family whose `whole` leaves out parts of the full route has its own."""
+        return self.dense_macs
+
     def constant_routes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Return routes for all inputs alike that reports show beside others, whatever the budget: names and routes.
 

@@ -142,6 +142,11 @@ class CellResNet(Positions, ResNet):
         """Return the outputs of all blocks one after the other."""
         return ResNet.whole(self, inputs)
 
+    @property
+    def whole_macs(self) -> int:
+        """The MACs of `whole` for one row: no cell is scored."""
+        return self.dense_macs - self._counts[-1] * sum(scorer.score.in_features for scorer in self.scorers)
+
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each block runs on the first rows of the batch, which have as many cells in all."""
         cells = torch.tensor(self._counts, device=route.device)[route].sum(0)

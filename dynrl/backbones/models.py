@@ -87,7 +87,9 @@ class Models(Backbone):
             raise ValueError(
                 f"expected models with outputs [batch, {classes or 'classes'}], got {list(outputs)} for one input"
             )
-        if list(macs) != sorted(macs):
+        # In files of earlier versions, models are in the order of what a walk through each of them costs.
+        walked = [of.dense_macs if isinstance(of, Backbone) else cost for of, cost in zip(modules, macs, strict=True)]
+        if list(macs) != sorted(macs) and walked != sorted(walked):
             raise ValueError(f"expected models from cheap to dear, got {list(macs)} MACs; give them in another order")
         self.config["classes"] = shape[0]
         count = len(modules)
@@ -136,7 +138,7 @@ class Models(Backbone):
         """Return the MACs of model k on one row, and the shape of its output."""
         member = self.members[k]
         if isinstance(member, Backbone):
-            return member.dense_macs, (member.config["classes"],)
+            return member.whole_macs, (member.config["classes"],)
         weight = next(member.parameters())
         example = torch.zeros(1, *self.input_shape, dtype=weight.dtype, device=weight.device)
         uncounted = [name for name, part in member.named_modules() if isinstance(part, nn.RNNBase)]
@@ -375,7 +377,7 @@ class Members(Models):
         ):
             if any(one != found[0] for one in found):
                 raise ValueError(f"expected models of one data set, got {known} {found}")
-        ordered = sorted(backbones, key=lambda backbone: backbone.dense_macs)
+        ordered = sorted(backbones, key=lambda backbone: backbone.whole_macs)
         posed = cls(first.input_shape, first.config["classes"], tuple(map(_settings, ordered)))
         for member, backbone in zip(posed.members, ordered, strict=True):
             member.load_state_dict(backbone.state_dict())
