@@ -100,6 +100,21 @@ def test_an_untrained_policy_draws_windows_by_what_the_backbone_suggests():
     torch.testing.assert_close(chances, wanted / wanted.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 33), (24, 29)])
+def test_brightness_is_the_mean_of_what_the_glance_sees_of_each_place(height, width):
+    """Two cells of 3 pixels each way are a place; the last pixels of an image, which fill no cell, are in none."""
+    backbone, inputs = Glimpses((1, height, width), 4), torch.rand(2, 1, height, width)
+    light = (inputs - inputs.amin((2, 3), keepdim=True))[:, 0, : height // 3 * 3, : width // 3 * 3]
+    means = [
+        light[:, top : top + 6, left : left + 6].mean((1, 2))
+        for top in range(0, light.shape[1], 6)
+        for left in range(0, light.shape[2], 6)
+    ]
+    torch.testing.assert_close(backbone.brightness(inputs), torch.stack(means, 1))
+    route = Looking(backbone, "brightest first", 1, torch.inf).route(inputs)
+    assert route.shape == (2, backbone.columns) and (route > 0).all()
+
+
 @torch.no_grad()
 def test_a_window_is_looked_through_once():
     backbone, inputs = network(), images(3)

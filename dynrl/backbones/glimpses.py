@@ -26,9 +26,10 @@ FAINT = 1e-2  # the least attention that a policy is told
 class Glimpses(Looks):
     """A network that looks at an image through small windows: choice 0 stops, choice i looks through window i.
 
-    At first, each row sees its whole image, as small as a window of scale 1 would be in 4 x 4 pixels. Two convolutions
-    say what may be there, and how much attention each place deserves. The attention's mean is the first state, off
-    which a first answer is read.
+    At first, each row sees its image, as small as a window of scale 1 would be in 4 x 4 pixels. Each of these is the
+    mean of a cell of side / 4 pixels each way. This glance does not see the last edge % (side / 4) rows and columns of
+    an image, which fill no cell; windows show them. Two convolutions say what may be there, and how much attention each
+    place deserves. The attention's mean is the first state, off which a first answer is read.
 
     A look takes a window, at full resolution or at a coarser scale, all of `side` x `side` pixels. Three convolutions
     encode it. Of their maps only the highest values count, wherever in the window they are. A linear layer follows,
@@ -158,9 +159,13 @@ class Glimpses(Looks):
         return self._attended(inputs)[1]
 
     def brightness(self, inputs: Tensor) -> Tensor:
-        """Return how much brighter each place is than the darkest pixel of its image, [n, places]."""
+        """Return how much brighter each place is than the darkest pixel of its image, [n, places].
+
+        As in the glance, the last rows and columns, which fill no cell, are left out.
+        """
+        high, wide = (edge // self._cell * self._cell for edge in inputs.shape[2:])
         light = (inputs - inputs.amin((1, 2, 3), keepdim=True)).mean(1, keepdim=True)
-        return F.avg_pool2d(light, 2 * self._cell, ceil_mode=True).flatten(1)
+        return F.avg_pool2d(light[:, :, :high, :wide], 2 * self._cell, ceil_mode=True).flatten(1)
 
     def _codes(self, inputs: Tensor, rows: Tensor, part: Tensor) -> Tensor:
         """Return the code [n, hidden] of what is seen of the images at `rows` [n] through the windows `part` [n]."""
