@@ -59,6 +59,7 @@ KINDS = [  # settings of models whose own walks are charged more than the models
     {"family": "skip_resnet", "layers": [1], "widths": [4], "auxiliary": True},
     {"family": "exit_resnet", "layers": [2, 1], "widths": [4, 8], "exits": [0, 1]},
     {"family": "cell_resnet", "layers": [2, 2], "widths": [4, 8], "grid": 2},
+    {"family": "slimmable_resnet", "layers": [2, 2], "widths": [4, 8], "auxiliary": True},
 ]
 SET = {  # networks of ours whose settings change how they are walked
     "skip with auxiliary": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),

@@ -16,7 +16,7 @@ from dynrl.ops.costs import COSTS
 from dynrl.ops.move import each
 from dynrl.policies import PolicySpec, StepSight
 from dynrl.routes import draw_routes
-from tests.cases import BACKBONES, BUILT, GATED, HELD, REGISTERED, make_backbone
+from tests.cases import BACKBONES, BUILT, GATED, HELD, REGISTERED, make_backbone, trained
 from tests.ops_cases import COMPACT
 from tests.toys import Branching, Exiting, Looping, Roundabout
 
@@ -73,6 +73,17 @@ def test_inference_copy_gives_the_same_and_leaves_the_original(name):
     torch.testing.assert_close(fast(inputs, route), backbone(inputs, route), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     assert not any(p.requires_grad for p in fast.parameters())
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, *HELD])
+def test_the_whole_pass_is_the_full_route_of_copies_of_copies_too(name):
+    backbone = trained(make_backbone(name)).requires_grad_(False)
+    inputs = inputs_for(backbone)
+    expected, fast = backbone(inputs.clone()), backbone.for_inference()
+    for network in (backbone, fast, fast.for_inference()):
+        for gradients in (False, True):  # policies may learn by gradients on a frozen network
+            with torch.set_grad_enabled(gradients):
+                torch.testing.assert_close(network.whole(inputs.clone()), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["expert", "hidden-update", "hidden update of an LSTM", "jump"])

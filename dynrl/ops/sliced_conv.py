@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dynrl.ops.backend import Path, path, selects
 from dynrl.ops.convolution import FoldedConv2d, fold
@@ -97,7 +98,7 @@ class SlicedBlock(nn.Module):
     def sliced(self, x: Tensor, choice: int) -> Tensor:
         """Run the block at one width by slices of the weights: [n, C, H, W] to the same.
 
-        Traced code uses this, as packed weights mean nothing to a tracer.
+        Traced code uses this, as packed weights mean nothing to a tracer. It is differentiable in `x`.
         """
         y = x
         for i, padding in enumerate(self.paddings):
@@ -106,6 +107,11 @@ class SlicedBlock(nn.Module):
             y = F.conv2d(y, getattr(self, f"weight{i}")[:outputs, :inputs], padding=padding) * scale + shift
             y = y.relu() if i < self.count - 1 else (x + y).relu()
         return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block at its last width, [n, C, H, W] to the same; without gradients, `x` may be overwritten."""
+        last = len(self.widths) - 1
+        return self.sliced(x, last) if torch.is_grad_enabled() or is_compiling() else self.narrow(last)(x)
 
     # The narrow blocks are a cache for these weights, device and type, so whatever changes or copies them drops the
     # cache.
