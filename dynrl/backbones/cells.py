@@ -166,6 +166,7 @@ class CellResNet(Positions, ResNet):
         """Return a frozen copy with batch norm and ReLU folded into the convolutions, and maps in channels_last."""
         twin = super().for_inference()
         for i in twin._skippable:
-            twin._blocks[i] = Folded(twin._blocks[i])
-            twin.set_submodule(twin._names[i], twin._blocks[i])
+            if isinstance(twin._blocks[i], ResidualBlock):  # a copy of a copy is folded already
+                twin._blocks[i] = Folded(twin._blocks[i])
+                twin.set_submodule(twin._names[i], twin._blocks[i])
         return twin
