@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -148,19 +147,31 @@ class CellResNet(Positions, ResNet):
         return self.dense_macs - self._counts[-1] * sum(scorer.score.in_features for scorer in self.scorers)
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
-        """Return `Backbone.ideal`: each block runs on the first rows of the batch, which have as many cells in all."""
-        cells = torch.tensor(self._counts, device=route.device)[route].sum(0)
-        counts: Sequence[int] = [math.ceil(count / self._counts[-1]) for count in cells.tolist()]
+        """Return `Backbone.ideal`: each block runs on the first rows of the batch, which have as many cells in all.
+
+        Cells that fill no row run as a map of their own.
+        """
+        cells: list[int] = torch.tensor(self._counts, device=route.device)[route].sum(0).tolist()
 
         def run() -> Tensor:
             x = self._between(-1, inputs)
-            for point, count in enumerate(counts):
-                if count:
-                    self._cell_block(point)(x[:count])
+            for point, count in enumerate(cells):
+                rows, rest = divmod(count, self._counts[-1])
+                for maps in ([x[:rows]] if rows else []) + ([self._strip(x, rest)] if rest else []):
+                    self._cell_block(point)(maps)
                 x = self._between(point, x)
             return x
 
         return run
+
+    def _strip(self, x: Tensor, count: int) -> Tensor:
+        """Return as many pixels of the first map of `x` [n, C, H, W] as `count` cells have, as one map of their height.
+
+        In channels_last, they are a view: which pixels lie where does not matter.
+        """
+        high, wide = x.shape[2] // self._grid, count * (x.shape[3] // self._grid)
+        pixels = x[0].permute(1, 2, 0).flatten(0, 1)[: high * wide]
+        return pixels.view(1, high, wide, -1).permute(0, 3, 1, 2)
 
     def for_inference(self) -> Self:
         """Return a frozen copy with batch norm and ReLU folded into the convolutions, and maps in channels_last."""
