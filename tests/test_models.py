@@ -132,6 +132,18 @@ def test_one_network_at_several_sizes_has_statistics_for_each():
     assert len(list(backbone.parameters())) == 3 + 2 * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_images_of_fewer_bits_are_resized_too(dtype):
+    backbone, inputs = models((8, 12, 16)), torch.randn(4, *SHAPE)
+    said = [backbone.run_route(inputs, torch.tensor([[k, 0, 0]] * 4)).outputs for k in range(3)]
+    backbone.to(dtype)
+    for k, expected in enumerate(said):
+        outputs = backbone.run_route(inputs.to(dtype), torch.tensor([[k, 0, 0]] * 4)).outputs
+        assert outputs.dtype is dtype
+        torch.testing.assert_close(outputs.float(), expected, atol=0.05, rtol=0.05)
+
+
 class NormAndReLU(nn.BatchNorm2d):
     """As timm has it."""
 

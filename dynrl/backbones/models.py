@@ -462,7 +462,9 @@ def _settings(backbone: Backbone) -> dict[str, Any]:
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+    # On a CPU, torch resizes no numbers of 16 bits with antialiasing.
+    wide = images.float() if images.device.type == "cpu" and images.dtype.itemsize < 4 else images
+    return F.interpolate(wide, size=size, mode="bilinear", antialias=True).to(images.dtype)
 
 
 def _look(inputs: Tensor) -> Tensor:
