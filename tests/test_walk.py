@@ -134,6 +134,29 @@ def test_reported_macs_are_the_executed_ones(name):
         assert all(flops > 0 for flops in counter.get_flop_counts()["Global"].values())
 
 
+def counted(function):
+    """The MACs that a function executes, those of them that scorers and routers do, and what it returns."""
+    with COSTS.assuming(**COMPACT), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        returned = function()
+    deciding = [
+        sum(flops.values())
+        for module, flops in counter.get_flop_counts().items()
+        if module.split(".")[1:-1] in (["scorers"], ["routers"])
+    ]
+    return counter.get_total_flops() // 2, sum(deciding) // 2, returned
+
+
+@pytest.mark.parametrize("name", BUILT)
+@torch.no_grad()
+def test_the_ideal_executes_what_the_walk_does_but_for_what_decides(name):
+    backbone = make_backbone(name)
+    for rows in (1, 2, ROWS):
+        inputs, route = inputs_for(backbone, rows), random_routes(backbone, rows)
+        macs, deciding, walk = counted(lambda: backbone.run_route(inputs.clone(), route))  # noqa: B023 (runs now)
+        ideal = backbone.ideal(inputs.clone(), walk.route)
+        assert counted(ideal)[0] == macs - deciding
+
+
 def columns_of(state):
     """[n], the column of each row's next decision."""
     column = state.column

@@ -216,8 +216,10 @@ class Backbone(nn.Module):
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Any]:
         """Return a function that takes the least time for `route`: it runs the same layers on as many rows.
 
-        The decisions are known, and the rows are already sorted: there is no router, no gather and no scatter. What the
-        function computes is meaningless; only its time counts.
+        The decisions are known, and the rows are already sorted: there is no router, no gather and no scatter. So what
+        tells where rows go is left out, although walks are charged for it: the scorers of tokens and cells (and the
+        weights that they give), the routers of nodes, and auxiliary classifiers that only routers see. All other layers
+        run on exactly as many rows, tokens or cells. What the function computes is meaningless; only its time counts.
 
         Args:
             inputs: [B, *input_shape].

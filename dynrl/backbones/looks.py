@@ -195,6 +195,7 @@ class Looks(Backbone):
 
         def run() -> Tensor:
             h, *kept = self._glance(inputs)
+            self.fc(h)
             for count, parts in looks:
                 if count:
                     h = recurrent_cell(self._codes(inputs, rows[:count], parts), h[:count], *self._weights())
