@@ -36,7 +36,7 @@ class Layer(nn.Module):
     Args:
         channels: of each scale before the layer, from the finest to the coarsest.
         growth: the channels that the layer adds to each scale.
-        inner: how many inner channels there are at each scale for a channel that is added.
+        inner: how many inner channels there are at most at each scale for a channel that is added.
     """
 
     def __init__(self, channels: list[int], growth: list[int], inner: list[int]) -> None:
@@ -80,6 +80,10 @@ class Counted(nn.Module):
 
 class Stage(Counted):
     """A stage is the layers in front of an exit. If it drops a scale, the other scales first lose half of their maps.
+
+    A layer's 1x1 convolutions have at most 2**i channels for each channel that is added, where i counts the scales from
+    the finest one that the stage is given, dropped or not. So they are at most 1, 2 and 4 times as wide where three
+    scales are kept, 2 and 4 times in a stage that drops the finest, and 1 and 2 times in the stage after it.
 
     Args:
         sizes: of each scale's maps before the stage, from the finest to the coarsest.
@@ -202,7 +206,9 @@ class MultiScaleNet(Scales):
         growth: how many channels a layer adds to the finest scale; each coarser one gets twice as many.
         sees: see `ExitResNet`.
 
-    Source: Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al. 2018, ICLR).
+    Source: Multi-Scale Dense Networks for Resource Efficient Image Classification (Huang et al. 2018, ICLR). There, the
+    1x1 convolutions of a scale are as wide in all stages, for each channel that is added. Here they become half as wide
+    in the stage after one that drops a scale (see `Stage`), and networks that are trained have these widths.
     """
 
     family = "multi_scale"
