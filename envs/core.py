@@ -136,8 +136,8 @@ class RoutingVectorEnv(VectorEnv):
 
     A step's reward is its accuracy term less price x cost. The cost is what the walk was charged since the previous
     step, as a share of what the dense network is charged. The first step also pays for what ran before the first
-    decision, so the sum of an episode's rewards is accuracy - price x compute. A reward of whole routes (`blockdrop`)
-    weighs the compute by a formula of its own.
+    decision, so the sum of an episode's rewards is accuracy - price x compute. A reward with a cost of its own
+    (`blockdrop`) charges it for the whole walk, with the last step.
 
     `info` holds both terms of every step (`accuracy_term`, `cost_term`). For rows that ended (the masks are `_route`
     and so on), it holds the task's metric by its name (`accuracy`: 0 or 1; `mse`), `macs_fraction` and `route`.
@@ -417,7 +417,7 @@ class RoutingVectorEnv(VectorEnv):
         )  # fmt: skip
 
     def _gain(self, state: State) -> Tensor:
-        """Return how much more the present outputs of the rows of `state` are worth than was paid before: [n]."""
+        """Return how much more the outputs of the rows of `state`, which go on, are worth than was paid before: [n]."""
         drawn = self._drawn[state.rows]
         output, target = self.backbone.output(state).float(), self._split.targets[drawn]
         worth = self.reward.accuracy(self.task, output, target, lambda: self._dense(drawn))
@@ -445,7 +445,10 @@ class RoutingVectorEnv(VectorEnv):
         walk = self._walk
         waiting, self._ended = self._ended, None
         self._states, end = self._go(self._states, actions.view(self.num_envs, -1))
-        cost_term = -self._prices * ((walk.bill - self._paid).float() / walk.table.dense)
+        if self.reward.own_cost:  # its shares of a walk are not known before the end
+            cost_term = self._floats(self.num_envs)
+        else:
+            cost_term = -self._prices * ((walk.bill - self._paid).float() / walk.table.dense)
         self._paid = walk.bill.clone()
         accuracy_term = self._floats(self.num_envs)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
@@ -455,12 +458,10 @@ class RoutingVectorEnv(VectorEnv):
                 accuracy_term[state.rows] = self._gain(state)
         if end is not None:
             metric = self.task.score(self.backbone.output(end).float(), self._split.targets[self._drawn[end.rows]])
-            if self.reward.per_step:
-                accuracy_term[end.rows] = self._gain(end)
-            else:
-                accuracy_term[end.rows], whole = self._terms(end)
-                if self.reward.whole_route:
-                    cost_term[end.rows] = whole
+            earned, whole = self._terms(end)
+            accuracy_term[end.rows] = earned - self._gained[end.rows] if self.reward.per_step else earned
+            if self.reward.own_cost:
+                cost_term[end.rows] = whole
             terminated[end.rows] = True
             info[self.task.metric] = torch.zeros_like(accuracy_term).index_copy(0, end.rows, metric)
             info["macs_fraction"] = walk.macs.float() / self.backbone.dense_macs

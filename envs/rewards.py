@@ -43,6 +43,8 @@ def correct(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
 class Reward:
     """A reward has an accuracy term. The return of a walk is this term less price x compute.
 
+    A subclass may write `terms`, for a cost of its own. Environments charge it with the last step of a walk.
+
     Attributes:
         name: the name in `REWARDS`.
         about: one line for help texts and pages.
@@ -61,6 +63,11 @@ class Reward:
     has_gradient: bool = True
     per_step: bool = False
     whole_route: bool = False
+
+    @property
+    def own_cost(self) -> bool:
+        """Whether the cost term is another than price x compute, so that steps have no share of it."""
+        return type(self).terms is not Reward.terms
 
     def terms(
         self, task: Task, output: Tensor, target: Tensor, dense: Dense, price: Tensor, share: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -17,6 +18,7 @@ from dynrl.backbones import Backbone
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.envs import DECISIONS, Decision
 from dynrl.envs.core import RoutingVectorEnv, draw
+from dynrl.envs.rewards import REWARDS, Reward, log_likelihood
 from dynrl.envs.single import RoutingEnv
 from dynrl.tasks import Regression
 from tests.cases import REGISTERED, make_backbone, vector_env
@@ -367,6 +369,56 @@ def test_gain_pays_each_output_what_it_adds_and_sums_up_to_the_last(name):
             assert total[i] == pytest.approx(expected["accuracy_term"][i], abs=1e-4)
             total[i], episodes = 0, episodes + 1
     assert (between > 0) == gain.backbone.speaks
+
+
+class Squared(Reward):
+    """Compute is charged by its square, and by how good the answer is."""
+
+    def terms(self, task, output, target, dense, price, share):
+        """Return both terms."""
+        earned = self.accuracy(task, output, target, dense)
+        return 2 * earned - price, -3 - price * share**2 * earned.exp()
+
+
+OWN_COST = {
+    "squared": Squared("squared", "at the end", log_likelihood),
+    "squared gain": Squared("squared gain", "from output to output", log_likelihood, per_step=True),
+}
+
+
+@pytest.mark.parametrize("sight", ["step", "route"])
+@pytest.mark.parametrize("name", ["exit", "skip"])
+@pytest.mark.parametrize("reward", [*REWARDS, *OWN_COST])
+def test_the_return_of_an_episode_is_what_the_terms_of_its_reward_say(reward, name, sight, monkeypatch):
+    monkeypatch.setattr("dynrl.envs.rewards.REWARDS", REWARDS | OWN_COST)
+    row = (REWARDS | OWN_COST)[reward]
+    if row.whole_route and sight == "step":
+        with pytest.raises(ValueError, match="decides upfront"):
+            make_vec(name, 4, reward=reward)
+        return
+    env = make_vec(name, 4, autoreset_mode="SameStep", reward=reward, sight=sight, price_range=(0.5, 2.0))
+    env.reset(seed=0)
+    rng, met = np.random.default_rng(0), 0
+    earned, paid, shape = np.zeros(4), np.zeros(4), env.action_space.shape
+    drawn, prices = env._drawn.clone(), env._prices.clone()
+    while met < 12:
+        actions = rng.integers(0, env.sight.counts if sight == "route" else env.sight.choices, shape)
+        foreseen = env.foresee(torch.from_numpy(actions)) if sight == "route" else None
+        _, got, ended, _, info = env.step(actions)
+        np.testing.assert_allclose(got, info["accuracy_term"] + info["cost_term"], atol=1e-6)
+        earned, paid = earned + info["accuracy_term"], paid + info["cost_term"]
+        for i in np.flatnonzero(ended):
+            chosen, price, took = drawn[[i]], prices[[i]], torch.from_numpy(info["route"][[i]])
+            walk = env.backbone.run_route(env._split.inputs[chosen], took.clamp_min(0))
+            assert torch.equal(walk.route, took)
+            target, dense = env._split.targets[chosen], partial(env._dense, chosen)
+            share = walk.macs / env.backbone.dense_macs
+            terms = row.terms(env.task, walk.outputs, target, dense, price, share)
+            assert [earned[i], paid[i]] == pytest.approx([float(term) for term in terms], abs=1e-4)
+            if foreseen is not None:
+                assert got[i] == pytest.approx(float(foreseen[i]), abs=1e-5)
+            earned[i], paid[i], met = 0, 0, met + 1
+        drawn, prices = env._drawn.clone(), env._prices.clone()
 
 
 def test_the_page_of_an_environment_says_what_the_registries_know():
