@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from dynrl.policies.sight import Sight
 from dynrl.schema import check_price_range
 
 CAP = 5.0  # logits stay within +-CAP, so that no probability becomes 0 and every logarithm stays finite
+EDITS = attrgetter("_version")  # of a tensor: how often it was written to
 
 
 class Policy(nn.Module):
@@ -21,7 +23,7 @@ class Policy(nn.Module):
     Attributes:
         sight: what the policy sees; None if it looks at nothing, or at the backbone itself.
         price_range: the lowest and highest price; None if the policy knows no price.
-        edition: how often the weights have been replaced or moved. What was derived from them before is outdated.
+        edition: how often the weights have been loaded or moved (see `Weights`).
     """
 
     sight: Sight | None = None
@@ -57,6 +59,40 @@ class Policy(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.edition += 1
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class Weights:
+    """These are a policy's weights and buffers at one moment; what is derived from them is outdated once they change.
+
+    Args:
+        policy: the policy.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy, self._edition = policy, policy.edition
+        # To look into these dictionaries takes a tenth of the time of `modules()`, and every call of a model does it.
+        held: list[dict[str, Any]] = [
+            part for each in policy.modules() for part in (each._modules, each._parameters, each._buffers)
+        ]
+        slots = [(part, name) for part in held for name, value in part.items() if value is not None]
+        self._parts, self._names = [part for part, _ in slots], [name for _, name in slots]
+        self._values = [part[name] for part, name in slots]
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        # New weights cannot lie where the old ones do, whose memory is held here.
+        self._memory = [tensor.untyped_storage() for tensor in self._tensors]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]  # torch counts their edits
+        self._edits = list(map(EDITS, self._counted))
+
+    def hold(self, policy: Policy) -> bool:
+        """Tell whether `policy` is that policy, and nothing has been loaded, replaced, moved or edited in place."""
+        return (
+            policy is self._policy
+            and policy.edition == self._edition
+            and all(map(is_, map(dict.get, self._parts, self._names), self._values))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(EDITS, self._counted)) == self._edits
+        )
 
 
 class RoutePolicy(Policy):

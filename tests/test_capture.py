@@ -101,7 +101,7 @@ def test_capture_without_cuda_is_refused():
     "change",
     [
         lambda m: m.half(), lambda m: m.load_state_dict(m.state_dict()), lambda m: m.set_price(0.5),
-        lambda m: m.set_limit(0.9),
+        lambda m: m.set_limit(0.9), lambda m: m.policy.head.bias.neg_(),
     ],
 )  # fmt: skip
 def test_a_replay_of_what_is_no_longer_there_is_refused(change):

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import dynrl
 from dynrl.backbones import ExitModule, ExpertModule, SkipModule, SkipResNet
 from dynrl.backbones.modes import Modes
 from dynrl.plans import plan
 from dynrl.policies import PolicySpec, StaticPolicy
+from tests.cases import make_policy
 from tests.toys import Bottle
 
 SHAPE = (3, 8, 8)
@@ -365,13 +367,41 @@ def test_nested_tensors_are_named():
         SkipModule(Encoder(), examples, ["encoder.layers.0", "encoder.layers.1"])
 
 
+RUN = 1  # the choice that the untrained policy favours
+
+
+def other_head(model):
+    model.policy.head = copy.deepcopy(model.policy.head)
+    model.policy.head.bias.mul_(-1)
+
+
+EDITS = {
+    "in place": lambda model: [parameter.mul_(-1.2) for parameter in model.parameters()],
+    "by a vector": lambda model: vector_to_parameters(
+        -parameters_to_vector(model.policy.parameters()), model.policy.parameters()
+    ),
+    "by a new parameter": lambda model: setattr(model.policy.head, "bias", nn.Parameter(-model.policy.head.bias)),
+    "by a new layer": other_head,
+    "by another policy": lambda model: setattr(model, "policy", make_policy(model.backbone, start=[1 - RUN])),
+}
+
+
 @torch.no_grad()
-def test_weights_of_a_plugged_model_may_be_edited_in_place():
-    model, x = plugged(SkipResNet((3, 16, 16), layers=(1, 1), widths=(8, 16))), torch.randn(5, 3, 16, 16)
+@pytest.mark.parametrize("hidden", [0, 16])
+@pytest.mark.parametrize("edit", EDITS)
+def test_weights_of_a_plugged_model_may_be_edited(edit, hidden):
+    """What a router's tables are made of, too; a copy makes its own."""
+    backbone, x = SkipResNet((3, 16, 16), layers=(1, 1), widths=(8, 16)), torch.randn(5, 3, 16, 16)
+    model = dynrl.plug(backbone, make_policy(backbone, hidden=hidden, start=[RUN]))
     model(x)
-    for parameter in model.parameters():
-        parameter.mul_(1.2)
-    torch.testing.assert_close(model(x), copy.deepcopy(model)(x))
+    assert (model.last_route.actions == RUN).all()
+    for _ in range(2):  # the second edit may find memory that the first one has left
+        before = model.last_route.actions
+        EDITS[edit](model)
+        copied = copy.deepcopy(model)
+        torch.testing.assert_close(model(x), copied(x))
+        assert torch.equal(model.last_route.actions, copied.last_route.actions)
+        assert edit == "by another policy" or not torch.equal(model.last_route.actions, before)
 
 
 def test_a_network_of_token_ids_is_exported(tmp_path):

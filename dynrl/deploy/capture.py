@@ -22,8 +22,8 @@ class CapturedModel:
     memory that the next call overwrites.
 
     Args:
-        model: a model on a CUDA device, with a learned policy. Its price and its limit are recorded, too:
-            capture it again after `set_price` or `set_limit`, or after it was moved or other weights were loaded.
+        model: a model on a CUDA device, with a learned policy. Its price and its limit are recorded, too: capture it
+            again after `set_price` or `set_limit`, or after it was moved, or other weights were loaded or written.
         batch_size: the batch size of all inputs to come.
 
     Raises:

@@ -39,7 +39,7 @@ MET = 64  # how many sizes that have come once are remembered
 class Facts:
     """A recording fixes these facts of a model; if they change, a replay would give another model's outputs.
 
-    They are the price, the limit, the edition of the policy's weights, and where the backbone's weights lie.
+    They are the price, the limit, the policy's weights, and where the backbone's weights lie.
     """
 
     def __init__(self, model: RoutedModel) -> None:
@@ -50,12 +50,13 @@ class Facts:
         self._weights: list[Tensor] = [part[name] for part, name in slots]  # type: ignore[misc]
         self._addresses = list(map(Tensor.data_ptr, self._weights))
         # The graphs read the policy's tables where they lie now, so they are held.
-        self.edition, self.price, self.limit, self.choose = model.made
+        self.policy, self.price, self.limit, self.choose = model.made
 
     def hold(self, model: RoutedModel) -> bool:
         """Tell whether they are still those of `model`."""
         return (
-            model.made[:3] == (self.edition, self.price, self.limit)
+            (model.price, model.limit) == (self.price, self.limit)
+            and self.policy.hold(model.policy)
             and all(map(is_, map(dict.get, self._parts, self._names), self._weights))
             and list(map(Tensor.data_ptr, self._weights)) == self._addresses
         )
@@ -68,7 +69,7 @@ class Facts:
                 raise ValueError(f"captured at the {name} {then}, the model is now at {now}; capture it again")
         if not self.hold(model):
             raise ValueError(
-                "the model was moved, or other weights were loaded, since it was captured; capture it again"
+                "the model was moved, or other weights were loaded or written, since it was captured; capture it again"
             )
 
 
@@ -317,7 +318,7 @@ class Graphs:
         """Return the walk of `inputs` by a recording; None if the model has to run as it is."""
         if not (self.enabled and records(inputs)):
             return None
-        key = inputs.shape, inputs.dtype, inputs.device, *model.made[1:3]
+        key = inputs.shape, inputs.dtype, inputs.device, model.price, model.limit
         with self._lock:
             recording = self._kept.get(key)
             if recording is None or not recording.fits(model):

@@ -21,6 +21,7 @@ from dynrl.deploy.limit import Limited
 from dynrl.files import reading
 from dynrl.inputs import Inputs, as_inputs, placed
 from dynrl.policies import ForeignPolicy, Policy, load_policy
+from dynrl.policies.base import Weights
 
 if TYPE_CHECKING:
     from dynrl.deploy.capture import CapturedModel
@@ -83,9 +84,9 @@ class RoutedModel(nn.Module):
             turns them off, and `graphs.report()` says what was recorded.
     """
 
-    # What `chooser` made last, behind the edition of the weights, the price and the limit that it is made of. The tuple
-    # is read and replaced as a whole, because other threads may call the model or change its price at any time.
-    _made: tuple[int, float, float | None, Callable[[State], Tensor]] | None = None
+    # What `chooser` made last, behind the weights, the price and the limit that it is made of. The tuple is read and
+    # replaced as a whole, because other threads may call the model or change its price at any time.
+    _made: tuple[Weights, float, float | None, Callable[[State], Tensor]] | None = None
     _limit: float | None = None
 
     def __init__(self, backbone: Backbone, policy: Policy, curve: list[tuple[float, float]] | None = None) -> None:
@@ -255,12 +256,12 @@ class RoutedModel(nn.Module):
         return self.made[3]
 
     @property
-    def made(self) -> tuple[int, float, float | None, Callable[[State], Tensor]]:
-        """The edition of the policy's weights, the price, the limit, and the `chooser` made of them, read at once."""
-        edition, price, limit, made = self.policy.edition, self._price, self._limit, self._made
-        if made is None or made[:3] != (edition, price, limit):
-            choose = self._limited(self.policy.chooser(self.backbone, price), limit)
-            made = self._made = edition, price, limit, choose
+    def made(self) -> tuple[Weights, float, float | None, Callable[[State], Tensor]]:
+        """The policy's weights, the price, the limit, and the `chooser` made of them, read at once."""
+        policy, price, limit, made = self.policy, self._price, self._limit, self._made
+        if made is None or made[1:3] != (price, limit) or not made[0].hold(policy):
+            weights = Weights(policy)  # first, so that what another thread edits meanwhile is seen later
+            made = self._made = weights, price, limit, self._limited(policy.chooser(self.backbone, price), limit)
         return made
 
     def walk(self, inputs: Any) -> Walk:
