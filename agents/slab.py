@@ -7,6 +7,7 @@ slab into RLlib's episodes, for algorithms that ask for them.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,7 +113,10 @@ class SlabRunner(SingleAgentEnvRunner):
         random_actions: bool = False,
         force_reset: bool = False,
     ) -> list[Any]:
-        """Collect at least `num_timesteps` steps, or at least `num_episodes` episodes that begin anew."""
+        """Collect at least `num_timesteps` steps, or new episodes until `num_episodes` of them have ended.
+
+        Short walks end first, so which episodes are logged is fixed before they begin: as many of each row.
+        """
         explore = self.config.explore if explore is None else explore
         env: RoutingVectorEnv = self.env
         count, fresh = env.num_envs, force_reset or num_episodes is not None
@@ -120,24 +124,27 @@ class SlabRunner(SingleAgentEnvRunner):
         with self.metrics.log_time(SAMPLE_TIMER), torch.no_grad():
             if num_timesteps is None and num_episodes is None:
                 num_timesteps = self.config.get_rollout_fragment_length(self.worker_index) * count
-            obs, done = self._first_obs(fresh), 0
+            obs = self._first_obs(fresh)
+            most = math.inf if num_episodes is None else math.ceil(num_episodes / count)  # logged of each row
+            over = torch.zeros(count, dtype=torch.int64, device=env.device)  # how many episodes of each row have ended
             steps: list[dict[str, Tensor]] = []
             ended: list[dict[str, Tensor]] = []
             before = self.num_env_steps_sampled_lifetime
-            while len(steps) * count < num_timesteps if num_timesteps is not None else done < (num_episodes or 0):
+            while len(steps) * count < num_timesteps if num_timesteps is not None else bool((over < most).any()):
                 step = self._decide(obs, before + len(steps) * count, explore, random_actions)
                 following, rewards, terminated, info = env.step_tensors(step["actions"])
                 steps.append({**step, "rewards": rewards, "terminateds": terminated})
                 self._returns += rewards
                 self._lengths += 1
                 if "route" in info:
-                    over = ended_episodes(env, info, self._returns) | {"length": self._lengths[terminated]}
-                    ended.append(over)
-                    done += len(over["return"])
+                    logged = terminated & (over < most)
+                    found = ended_episodes(env, info | {"ended": logged}, self._returns)
+                    ended.append(found | {"length": self._lengths[logged]})
+                    over += terminated
                     self._returns[terminated], self._lengths[terminated] = 0, 0
                 obs = following
             self._obs = obs
-        self._report(len(steps) * count, done, ended)
+        self._report(len(steps) * count, int(over.sum()), ended)
         return self._hand_over(Slab({name: torch.stack([s[name] for s in steps]) for name in steps[0]}, obs).to("cpu"))
 
     def _first_obs(self, fresh: bool) -> Tensor:

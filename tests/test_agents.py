@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -129,6 +130,24 @@ def test_groups_whose_routes_differ_in_length_stay_together():
         assert slab.terminateds[:3].any() and not slab.terminateds[-1].all()  # they do differ
         _, kept = group_advantages(slab.rewards, slab.terminateds, slab.episodes, GROUP)
         assert kept.float().mean() > 0.4
+
+
+def test_which_walks_are_logged_does_not_depend_on_their_length():
+    """By a plain loop over the slab, row by row."""
+    runner = SlabRunner(config=exit_config(num_envs=2 * GROUP), worker_index=0, num_workers=0)
+    nn.init.zeros_(runner.module.net.head.bias)  # no choice is favoured: short walks and long ones
+    torch.manual_seed(0)
+    slab, logged, left = runner.sample(num_episodes=40)[0], [], []
+    for row in range(2 * GROUP):
+        ends = (slab.terminateds[:, row].nonzero().flatten() + 1).tolist()
+        walks = [(end - start, float(slab.rewards[start:end, row].sum())) for start, end in pairwise([0, *ends])]
+        assert len(walks) >= 3
+        logged += walks[:3]
+        left += walks[3:]
+    assert left and len({length for length, _ in logged}) > 1
+    length, earned = np.mean(logged, 0)
+    assert runner.metrics.peek("episode_len_mean") == pytest.approx(length)
+    assert runner.metrics.peek(("route", "reward")) == pytest.approx(earned, abs=1e-5)
 
 
 def test_workers_of_all_seeds_meet_inputs_of_their_own(small_backbone):
