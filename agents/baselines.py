@@ -16,10 +16,11 @@ class Baseline:
     name: ClassVar[str] = "value"
     group: ClassVar[int] = 1  # how many neighbouring rows of the environment meet the same input
     one_look: ClassVar[bool] = False  # whether the baseline is only for walks of one look
+    begins_anew: ClassVar[bool] = False  # whether each rollout begins with new episodes
 
-    def begins_anew(self, lengths: Tensor) -> bool:
-        """Tell whether a rollout must begin with new episodes, when rows are `lengths` [N] steps into theirs."""
-        return False
+    def drawn(self, count: int) -> Tensor:
+        """Return which of `count` rows take actions that are drawn from the policy, and so tell its means: bool."""
+        return torch.ones(count, dtype=torch.bool)
 
     def replace(self, actions: Tensor, likeliest: Tensor, decisions: int) -> Tensor:
         """Return the actions to take [N * decisions], given those drawn and those that the policy finds likeliest."""
@@ -49,18 +50,17 @@ class Group(Baseline):
 
     name = "group"
     group = 8
+    # Rows whose walks differ in length drift apart, until no two rows of a group meet the same input in a slab.
+    begins_anew = True
 
-    def begins_anew(self, lengths: Tensor) -> bool:
-        """Tell whether any episode is under way.
-
-        Rows whose walks differ in length drift apart, until no two rows of a group meet the same input in a slab.
-        """
-        return bool(lengths.any())
+    def drawn(self, count: int) -> Tensor:
+        """Return all rows but the first of each group."""
+        return torch.arange(count) % self.group > 0
 
     def replace(self, actions: Tensor, likeliest: Tensor, decisions: int) -> Tensor:
         """Put the likeliest action into the first row of each group."""
-        rows = torch.arange(len(actions) // decisions, device=actions.device)
-        return torch.where((rows % self.group == 0).repeat_interleave(decisions), likeliest, actions)
+        drawn = self.drawn(len(actions) // decisions).to(actions.device)
+        return torch.where(drawn.repeat_interleave(decisions), actions, likeliest)
 
     def columns(self, env: RoutingVectorEnv, likeliest: Tensor) -> dict[str, Tensor]:
         """Keep the number of each row's episode; all these episodes began in the slab."""

@@ -125,19 +125,19 @@ class SlabRunner(SingleAgentEnvRunner):
             if num_timesteps is None and num_episodes is None:
                 num_timesteps = self.config.get_rollout_fragment_length(self.worker_index) * count
             obs = self._first_obs(fresh)
-            most = math.inf if num_episodes is None else math.ceil(num_episodes / count)  # logged of each row
+            drawn, most = self._baseline.drawn(count).to(env.device), self._logged(num_timesteps, num_episodes)
             over = torch.zeros(count, dtype=torch.int64, device=env.device)  # how many episodes of each row have ended
             steps: list[dict[str, Tensor]] = []
             ended: list[dict[str, Tensor]] = []
             before = self.num_env_steps_sampled_lifetime
-            while len(steps) * count < num_timesteps if num_timesteps is not None else bool((over < most).any()):
+            while len(steps) * count < num_timesteps if num_timesteps is not None else bool((over[drawn] < most).any()):
                 step = self._decide(obs, before + len(steps) * count, explore, random_actions)
                 following, rewards, terminated, info = env.step_tensors(step["actions"])
                 steps.append({**step, "rewards": rewards, "terminateds": terminated})
                 self._returns += rewards
                 self._lengths += 1
                 if "route" in info:
-                    logged = terminated & (over < most)
+                    logged = terminated & drawn & (over < most)
                     found = ended_episodes(env, info | {"ended": logged}, self._returns)
                     ended.append(found | {"length": self._lengths[logged]})
                     over += terminated
@@ -147,11 +147,23 @@ class SlabRunner(SingleAgentEnvRunner):
         self._report(len(steps) * count, int(over.sum()), ended)
         return self._hand_over(Slab({name: torch.stack([s[name] for s in steps]) for name in steps[0]}, obs).to("cpu"))
 
+    def _logged(self, num_timesteps: int | None, num_episodes: int | None) -> float:
+        """Return how many episodes of each row are logged at most; where slabs go on with walks, it is all that end."""
+        env: RoutingVectorEnv = self.env
+        if num_timesteps is None:
+            assert num_episodes is not None
+            return math.ceil(num_episodes / int(self._baseline.drawn(env.num_envs).sum()))
+        if not self._baseline.begins_anew:
+            return math.inf
+        # So many end in the slab, however long they are.
+        return math.ceil(num_timesteps / env.num_envs) // env.sight.looks(env.backbone.max_steps)
+
     def _first_obs(self, fresh: bool) -> Tensor:
         """Return what the rows see before the first step: where they stood, or the beginning of new episodes."""
         env: RoutingVectorEnv = self.env
         # New episodes for a baseline are drawn by a new seed.
-        self._needs_initial_reset = self._needs_initial_reset or self._baseline.begins_anew(self._lengths)
+        anew = self._baseline.begins_anew and bool(self._lengths.any())
+        self._needs_initial_reset = self._needs_initial_reset or anew
         if self._obs is None or fresh or self._needs_initial_reset:
             self._obs = env.reset_tensors(self._new_seed() if self._needs_initial_reset else None)
             self._needs_initial_reset = False
@@ -196,7 +208,7 @@ class SlabRunner(SingleAgentEnvRunner):
         """Log one sample, and count its steps like RLlib's own runner: PPO's training step reads these counts."""
         self._increase_sampled_metrics(steps, episodes)
         self._log_env_steps(metric=self._metrics_num_env_steps_sampled, num_steps=steps)
-        if not ended:
+        if not any(len(part["return"]) for part in ended):
             return
         over = {name: torch.cat([part[name] for part in ended]) for name in ended[0]}
         log = self.metrics.log_value

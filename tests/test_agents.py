@@ -132,19 +132,31 @@ def test_groups_whose_routes_differ_in_length_stay_together():
         assert kept.float().mean() > 0.4
 
 
-def test_which_walks_are_logged_does_not_depend_on_their_length():
+@pytest.mark.parametrize("asked", [{"num_episodes": 40}, {"num_timesteps": 2 * GROUP * 9}])
+@pytest.mark.parametrize("baseline", ["value", "group"])
+def test_which_walks_are_logged_does_not_depend_on_their_length(baseline, asked):
     """By a plain loop over the slab, row by row."""
-    runner = SlabRunner(config=exit_config(num_envs=2 * GROUP), worker_index=0, num_workers=0)
+    config = exit_config(num_envs=2 * GROUP, rollout=9, baseline=baseline)
+    runner = SlabRunner(config=config, worker_index=0, num_workers=0)
+    looks, rows = runner.env.backbone.max_steps, range(2 * GROUP)
+    if baseline == "group":
+        rows = [row for row in rows if row % GROUP]  # the first takes the likeliest route
+        most = 9 // looks
+    else:
+        most = 9
+    if "num_episodes" in asked:
+        most = -(-40 // len(rows))
     nn.init.zeros_(runner.module.net.head.bias)  # no choice is favoured: short walks and long ones
     torch.manual_seed(0)
-    slab, logged, left = runner.sample(num_episodes=40)[0], [], []
-    for row in range(2 * GROUP):
+    slab, logged, left = runner.sample(**asked)[0], [], []
+    for row in rows:
         ends = (slab.terminateds[:, row].nonzero().flatten() + 1).tolist()
         walks = [(end - start, float(slab.rewards[start:end, row].sum())) for start, end in pairwise([0, *ends])]
-        assert len(walks) >= 3
-        logged += walks[:3]
-        left += walks[3:]
-    assert left and len({length for length, _ in logged}) > 1
+        assert len(walks) >= most or (baseline == "value" and "num_timesteps" in asked)
+        logged += walks[:most]
+        left += walks[most:]
+    assert len({length for length, _ in logged}) > 1
+    assert bool(left) == (baseline == "group" or "num_episodes" in asked)
     length, earned = np.mean(logged, 0)
     assert runner.metrics.peek("episode_len_mean") == pytest.approx(length)
     assert runner.metrics.peek(("route", "reward")) == pytest.approx(earned, abs=1e-5)
