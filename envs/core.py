@@ -263,30 +263,19 @@ class RoutingVectorEnv(VectorEnv):
     # torch -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def reset_tensors(self, seed: int | Sequence[int] | None = None, rows: Tensor | None = None) -> Tensor:
+    def reset_tensors(self, seed: int | Sequence[int | None] | None = None, rows: Tensor | None = None) -> Tensor:
         """Start new episodes in all rows, or in `rows` [n] only, and return all observations [N, width].
 
         The first call starts all rows.
 
         Args:
             seed: with a number, sub-environment i draws by `seed + i` from episode 0 on; i is the number of its group
-                if there are groups. With a sequence, it draws by `seed[i]`. None continues with the next episodes.
+                if there are groups. With a sequence, it draws by `seed[i]`. None continues with the next episodes,
+                also in a sequence.
             rows: [n] int64, the rows that start; None starts all rows.
         """
         if seed is not None or self._seeds is None:
-            if seed is None:
-                seed = int(np.random.SeedSequence().entropy) % 2**63  # type: ignore[arg-type]
-            each = np.arange(self.num_envs) // self.group
-            asked = each.astype(object) + int(seed) if isinstance(seed, int | np.integer) else np.asarray(seed, object)
-            if asked.shape != (self.num_envs,):
-                raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {asked.shape}")
-            # Gymnasium takes seeds of any size; draws know 64 bits of them.
-            given = np.array([int(one) % 2**64 for one in asked], np.uint64).astype(np.int64)
-            at = slice(None) if rows is None or self._seeds is None else rows.cpu().numpy()
-            if self._seeds is None:
-                self._seeds = given.copy()
-            self._seeds[at] = given[at]
-            self._episodes[at] = 0
+            self._seed([None] * self.num_envs if seed is None else seed, rows)
         if rows is None or (not self._states and self._ended is None):
             self._states, self._ended = {}, None
             self._start(None)
@@ -299,6 +288,22 @@ class RoutingVectorEnv(VectorEnv):
             self._states = merge(left)
             self._start(rows)
         return self._observe()
+
+    def _seed(self, seed: int | Sequence[int | None], rows: Tensor | None) -> None:
+        """Take the seeds of `rows`, or of all rows if None; a row without a seed keeps its own, or draws its first."""
+        each = (np.arange(self.num_envs) // self.group).astype(object)
+        asked = each + int(seed) if isinstance(seed, int | np.integer) else np.asarray(seed, object)
+        if asked.shape != (self.num_envs,):
+            raise ValueError(f"expected a seed for each of {self.num_envs} environments, got {asked.shape}")
+        if self._seeds is None:
+            fresh = each + int(np.random.SeedSequence().entropy) % 2**63  # type: ignore[arg-type]
+            asked = np.array([new if one is None else one for one, new in zip(asked, fresh, strict=True)], object)
+            self._seeds, rows = np.zeros(self.num_envs, np.int64), None
+        at = np.arange(self.num_envs) if rows is None else rows.cpu().numpy()
+        at = np.array([row for row in at if asked[row] is not None], np.int64)
+        # Gymnasium takes seeds of any size; draws know 64 bits of them.
+        self._seeds[at] = np.array([int(one) % 2**64 for one in asked[at]], np.uint64).astype(np.int64)
+        self._episodes[at] = 0
 
     def _start(self, rows: Tensor | None, here: Tensor | None = None) -> None:
         """Draw inputs and prices for `rows`, or for all rows if None, and put them at the first point.
@@ -524,7 +529,7 @@ class RoutingVectorEnv(VectorEnv):
         return masks[:, 0] if self.sight.decisions == 1 else masks
 
     def reset(
-        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Reset for Gymnasium; if autoreset is DISABLED, `options` may hold `reset_mask` [N] bool."""
         unknown = set(options or {}) - {"reset_mask"}

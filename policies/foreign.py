@@ -32,7 +32,8 @@ class ForeignPolicy(Policy):
         """Return the policy of an algorithm, for example `stable_baselines3.PPO("MlpPolicy", RoutingVecEnv(...))`.
 
         Raises:
-            ValueError: it is no such algorithm, has no routing environment, or normalises what its policy sees.
+            ValueError: it is no such algorithm, has no routing environment, or its policy saw other observations than
+                the environment's own, normalised or stacked ones.
         """
         layers = _layers(algorithm)
         env = algorithm.get_env()
@@ -41,8 +42,13 @@ class ForeignPolicy(Policy):
                 "the algorithm has no environment, which says what its policy saw: give it one like that of its "
                 "training by algorithm.set_env(dynrl.agents.sb3.RoutingVecEnv(...))"
             )
-        if algorithm.get_vec_normalize_env() is not None:
-            raise ValueError("the policy saw normalised observations (VecNormalize): train it without, and plug that")
+        around = env
+        while around is not None:
+            if getattr(around, "norm_obs", False):
+                raise ValueError(
+                    "the policy saw normalised observations (VecNormalize): train it with norm_obs=False, and plug that"
+                )
+            around = getattr(around, "venv", None)
         try:
             sight, prices = (env.get_attr(name)[0] for name in ("sight", "price_range"))
         except AttributeError:
@@ -50,6 +56,11 @@ class ForeignPolicy(Policy):
                 "expected an algorithm that was trained on dynrl.agents.sb3.RoutingVecEnv, got one that "
                 f"saw observations of shape {env.observation_space.shape} in a {type(env.unwrapped).__name__}"
             ) from None
+        if env.observation_space.shape != (sight.width,):
+            raise ValueError(
+                f"the policy saw observations of shape {env.observation_space.shape}, expected {(sight.width,)}, which "
+                "the environment shows: train it without what changes them (VecFrameStack, for example), and plug that"
+            )
         return cls(layers, sight, prices)
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:

@@ -300,6 +300,22 @@ def test_seeds_of_any_size_are_taken():
     assert env._seeds.tolist() == [5, -1]
 
 
+def test_rows_without_a_seed_go_on():
+    """As in Gymnasium's own vector environments; before the first reset, they draw a seed."""
+    env, other = (make_vec("skip", 4, group=2) for _ in range(2))
+    first, again = env.reset(seed=[1, 1, None, None])[0], other.reset(seed=[1, 1, None, None])[0]
+    np.testing.assert_allclose(first[:2], again[:2], atol=1e-6)
+    np.testing.assert_allclose(first[2], first[3], atol=1e-6)
+    assert np.abs(first[2:] - again[2:]).max() > 1e-3
+    seeds, drawn = env._seeds.tolist(), env._drawn.clone()
+    second = env.reset(seed=[None, 1, None, None])[0]
+    np.testing.assert_allclose(second[1], first[1], atol=1e-6)
+    assert env._seeds.tolist() == seeds
+    assert env._episodes.tolist() == [2, 1, 2, 2] and not torch.equal(env._drawn, drawn)
+    with pytest.raises(ValueError, match=r"expected a seed for each of 4 environments, got \(2,\)"):
+        env.reset(seed=[None, 1])
+
+
 def test_seeds_reproduce_and_differ():
     def trace(seed):
         env = make_vec("skip", 3)

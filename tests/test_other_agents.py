@@ -11,7 +11,7 @@ import stable_baselines3 as sb3
 import torch
 from gymnasium.vector import AutoresetMode
 from ray.rllib.core.columns import Columns
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
 import dynrl
 from dynrl.agents.base import AGENTS, agent_class, open_agent
@@ -181,7 +181,7 @@ def test_a_policy_that_sb3_trained_plugs_and_chooses_the_same(kind, sight):
     assert (model.last_route.router_macs == looks * hidden).all()
     split = load_dataset("digits").validation.head(64)
     assert len(calibrate(model, split, points=3)) == 1
-    env = RoutingVecEnv(make(backbone=backbone, sight=sight, price_range=(0.1, 1.0)))
+    env = VecNormalize(RoutingVecEnv(make(backbone=backbone, sight=sight, price_range=(0.1, 1.0))), norm_obs=False)
     model = dynrl.plug(backbone, getattr(sb3, kind)("MlpPolicy", env, device="cpu"))
     assert model.price_range == (0.1, 1.0) and len(calibrate(model, split, points=3)) >= 3
 
@@ -195,9 +195,14 @@ def test_what_does_not_plug_is_refused():
         ValueError, match=r"trained on dynrl\.agents\.sb3\.RoutingVecEnv, got one that saw .* shape \(4,\)"
     ):
         dynrl.plug(backbone, algorithm)
-    algorithm = sb3.PPO("MlpPolicy", VecNormalize(RoutingVecEnv(make())), device="cpu")
-    with pytest.raises(ValueError, match="VecNormalize"):
-        dynrl.plug(backbone, algorithm)
+    for env, words in (
+        (VecNormalize(RoutingVecEnv(make())), "VecNormalize"),
+        (VecMonitor(VecNormalize(VecNormalize(RoutingVecEnv(make())), norm_obs=False)), "VecNormalize"),
+        (VecFrameStack(RoutingVecEnv(make()), 2), r"of shape \(\d+,\), expected \(\d+,\).*VecFrameStack"),
+    ):
+        algorithm = sb3.PPO("MlpPolicy", env, device="cpu")
+        with pytest.raises(ValueError, match=words):
+            dynrl.plug(backbone, algorithm)
     algorithm.env = None
     with pytest.raises(ValueError, match="set_env"):
         dynrl.plug(backbone, algorithm)
