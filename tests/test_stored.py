@@ -88,6 +88,68 @@ def test_pairs_are_the_same_from_a_file(transform, monkeypatch):
     assert (mine.low, mine.high, mine.radius) == pytest.approx((other.low, other.high, other.radius), abs=1e-5)
 
 
+class Rows(Dataset):
+    """Some rows, of two classes in turn."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i], i % 2
+
+
+DRAWN = torch.rand(120, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TYPES = {
+    "int16": (DRAWN * 4000).to(torch.int16),
+    "unix seconds": 1_700_000_000 + (DRAWN * 90_000).long(),
+    "unix seconds as float64": 1.7e9 + DRAWN * 9,
+    "float64": DRAWN,
+    "bfloat16": DRAWN.bfloat16(),
+    "bool": DRAWN > 0.5,
+    "far float32": (1e6 + 1000 * DRAWN).float(),
+    "whole numbers, then others": [*(DRAWN[:60] * 9).int(), *DRAWN[60:].float()],
+}
+
+
+@pytest.mark.parametrize("rows", TYPES.values(), ids=TYPES)
+def test_raw_inputs_of_any_type_are_the_same_from_a_file(rows, monkeypatch):
+    theirs = own_dataset(Rows(rows))
+    monkeypatch.setattr(stored, "IN_MEMORY", 0)
+    ours = own_dataset(Rows(rows))
+    assert isinstance(ours.train.inputs, Stored)
+    assert (ours.content, ours.dtype, ours.names) == (theirs.content, theirs.dtype, theirs.names)
+    assert (ours.mean, ours.deviation) == pytest.approx((theirs.mean, theirs.deviation), rel=1e-6)
+    for name in ("train", "unseen", "validation", "test"):
+        read, held = ours.split(name).inputs[:], theirs.split(name).inputs
+        assert len(read.unique()) == len(held.unique())
+        torch.testing.assert_close(read, held, atol=2e-3, rtol=1e-5)
+    raw = torch.stack(list(rows))
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.provenance.preprocess(raw)[order[24:]], ours.train.inputs[:], atol=2e-3, rtol=1e-5)
+
+
+def test_inputs_that_are_refused_in_memory_are_refused_from_a_file(monkeypatch):
+    wrong = {
+        "expected real inputs": DRAWN.to(torch.complex64),
+        "NaN or infinity": DRAWN * 1e300,  # which float32 cannot hold
+        "got torch.float32, torch.uint8": [*(DRAWN[:60] * 9).byte(), *DRAWN[60:].float()],
+        "inputs of one shape": [*DRAWN[:60], *DRAWN[60:, :, :3]],
+    }
+    for limit in (stored.IN_MEMORY, 0):
+        monkeypatch.setattr(stored, "IN_MEMORY", limit)
+        for said, rows in wrong.items():
+            with pytest.raises(ValueError, match=said):
+                own_dataset(Rows(rows))
+
+
+def test_equal_numbers_have_no_deviation_in_a_file():
+    held = store((torch.full((2, 3, 3), 0.3) for _ in range(400)), (2, 3, 3), torch.float32)
+    assert statistics(held)[1] == (1.0, 1.0)
+
+
 def test_each_channel_has_its_own_statistics(photos):
     data = image_folder(str(photos))
     raw = data.train.inputs * torch.tensor(data.deviation).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset, TensorDataset
 
 from dynrl.data.base import Augmentation, Dataset, Split, pieces, scaled
-from dynrl.data.stored import Stored, read_all, statistics, store, too_large
+from dynrl.data.stored import Stored, blurs, read_all, statistics, store, too_large
 from dynrl.files import fingerprint
 from dynrl.inputs import Inputs, Named, as_inputs, parts, placed
-from dynrl.provenance import Numbers, far, standardised
+from dynrl.provenance import Numbers, standardised
 from dynrl.tasks import CLASSIFICATION, Regression, Segmentation, Task
 
 UNCLEAN = "the inputs or targets hold NaN or infinity; clean them first"
@@ -60,7 +60,7 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     maps = (
         targets.dim() == 3 and tuple(inputs.shape[2:]) == tuple(targets.shape[1:]) and not targets.is_floating_point()
     )
-    given = inputs
+    given = inputs.given if isinstance(inputs, Stored) else inputs
     inputs, dtype, content = _ready(inputs)
     raw = pieces(inputs)
     name = "own-" + fingerprint({**content, "targets": targets}, seed)[:12]
@@ -89,12 +89,13 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     deviation: Numbers = 1.0
     if not isinstance(inputs, Named):
         mean, deviation = statistics(_rows(inputs, drawn[0]))
-        if far(mean, deviation) and isinstance(given, Tensor) and given.dtype not in (torch.uint8, torch.float32):
-            raw, exact = pieces(given), given.double()
-            mean, deviation = statistics(exact[drawn[0]])
-            inputs = standardised(exact, mean, deviation)
-        else:
-            inputs = scaled(inputs, mean, deviation)
+        exact = blurs(given.dtype, mean, deviation)
+        if exact:
+            raw = pieces(given)
+            given = given if isinstance(given, Stored) else given.double()
+            mean, deviation = statistics(_rows(given, drawn[0]))
+        held = exact and isinstance(given, Tensor)
+        inputs = standardised(given, mean, deviation) if held else scaled(inputs, mean, deviation)
     task, numbers = _task(targets[drawn[0]], maps), targets.is_floating_point()
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
     if classes < 2 and not numbers:
@@ -139,13 +140,17 @@ def _ready(inputs: Any) -> tuple[Any, Any, dict[str, Tensor]]:
     if isinstance(inputs, Stored):
         digest = torch.frombuffer(bytearray.fromhex(inputs.digest()), dtype=torch.uint8)
         return inputs, str(inputs.raw).removeprefix("torch."), {"inputs": digest}
+    _check_real(parts(inputs).values())
     content = {f"inputs{name and f'.{name}'}": x for name, x in parts(inputs).items()}
     dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in parts(inputs).items()}
-    if any(x.is_complex() for x in parts(inputs).values()):
-        raise ValueError("expected real inputs, got complex ones; torch.view_as_real makes two numbers of each")
     if isinstance(inputs, Named):
         return placed(inputs, "cpu", torch.float32), dtypes, content
     return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float(), dtypes[""], content
+
+
+def _check_real(tensors: Iterable[Tensor]) -> None:
+    if any(x.is_complex() for x in tensors):
+        raise ValueError("expected real inputs, got complex ones; torch.view_as_real makes two numbers of each")
 
 
 def _rows(inputs: Any, rows: Tensor) -> Any:
@@ -228,39 +233,46 @@ class _Pairs(TorchDataset[Any]):
 
 
 def _stored_pairs(data: _Pairs, first: Tensor) -> tuple[Stored, Tensor]:
-    """Read all pairs once; inputs go into a file, as pixels if they are uint8, else as float32."""
-    raw, targets = torch.uint8 if first.dtype == torch.uint8 else torch.float32, list[Any]()
+    """Read all pairs once; inputs go into a file, in the type that they have."""
+    _check_real([first])
+    targets = list[Any]()
 
-    def rows() -> Iterable[Any]:
+    def rows() -> Iterable[Tensor]:
         for given, target in read_all(data):
             row = _tensor(given)
-            if row.shape != first.shape or row.dtype != first.dtype:
-                raise ValueError(
-                    f"expected inputs of one shape and type, {first.dtype} {list(first.shape)}, got {row.dtype} "
-                    f"{list(row.shape)}"
-                )
-            if not row.isfinite().all():
+            _check_shapes({tuple(first.shape), tuple(row.shape)})
+            _check_types({first.dtype, row.dtype})
+            _check_real([row])
+            if not row.float().isfinite().all():
                 raise ValueError(UNCLEAN)
             targets.append(target)
-            yield row.to(raw).numpy()
+            yield row.detach().cpu()
 
-    inputs = store(rows(), tuple(first.shape), raw)
+    inputs = store(rows(), tuple(first.shape), first.dtype)
     return inputs, _stacked(targets)
 
 
-def _stacked(values: Iterable[Any], one_type: bool = False) -> Tensor:
-    tensors = [_tensor(value) for value in values]
-    types = {tensor.dtype for tensor in tensors}
-    if one_type and len(types) > 1 and torch.uint8 in types:  # which counts in 255ths, and all others do not
+def _check_types(types: set[torch.dtype]) -> None:
+    if len(types) > 1 and torch.uint8 in types:  # which counts in 255ths, and all others do not
         raise ValueError(
             f"expected inputs of one shape and type, got {', '.join(sorted(map(str, types)))}; give all as "
             "torch.uint8, or as numbers of one type"
         )
-    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+
+
+def _check_shapes(shapes: set[tuple[int, ...]]) -> None:
     if len(shapes) > 1:
         raise ValueError(
-            f"expected inputs of one shape and targets of one shape, got {shapes[:3]}; resize or pad them before"
+            f"expected inputs of one shape and targets of one shape, got {sorted(shapes)[:3]}; resize or pad them "
+            "before"
         )
+
+
+def _stacked(values: Iterable[Any], one_type: bool = False) -> Tensor:
+    tensors = [_tensor(value) for value in values]
+    if one_type:
+        _check_types({tensor.dtype for tensor in tensors})
+    _check_shapes({tuple(tensor.shape) for tensor in tensors})
     return torch.stack(tensors).cpu()
 
 

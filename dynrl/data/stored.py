@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynrl.progress import progress
-from dynrl.provenance import Numbers, along
+from dynrl.provenance import Numbers, along, far, standardised
 
 IN_MEMORY = 512 << 20  # [bytes] inputs that take more than this as float32 lie in a file
 PIECE = 256  # the rows that are read at a time where all are looked at
@@ -35,6 +35,7 @@ class Stored:
         rows: [n], which rows of the file these are.
         mean, deviation: rows are raw rows less `mean`, divided by `deviation`.
         device, dtype: where rows are brought when they are read, and their type there.
+        untouched: whether rows are read as they are in the file.
     """
 
     file: BinaryIO
@@ -45,6 +46,7 @@ class Stored:
     deviation: Numbers = 1.0
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
+    untouched: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,12 +78,22 @@ class Stored:
         each = np.atleast_1d(chosen)
         raw = torch.empty(len(each), *self.form, dtype=self.raw)
         size = raw[:1].numel() * raw.element_size() if len(each) else 0
-        into = raw.numpy().reshape(-1).view(np.uint8).data
+        into = _bytes(raw).data
         for i, row in enumerate(each.tolist()):  # read, not mapped: mapped pages would count as memory of the process
             os.preadv(self.file.fileno(), [into[i * size : (i + 1) * size]], row * size)
-        read = raw.float() / 255 if self.raw == torch.uint8 else raw.float()
-        read = (read - along(self.mean, read)).div_(along(self.deviation, read)).to(self.device, self.dtype)
+        read = raw if self.untouched else self._standardised(raw).to(self.device, self.dtype)
         return read if np.ndim(chosen) else read[0]
+
+    def _standardised(self, raw: Tensor) -> Tensor:
+        if blurs(self.raw, self.mean, self.deviation):
+            return standardised(raw, self.mean, self.deviation)
+        read = raw.float() / 255 if self.raw == torch.uint8 else raw.float()
+        return (read - along(self.mean, read)).div_(along(self.deviation, read))
+
+    @property
+    def given(self) -> Stored:
+        """The same inputs, which are read as they are in the file."""
+        return replace(self, dtype=self.raw, untouched=True)
 
     def part(self, rows: Any) -> Stored:
         """Return these rows as inputs that are stored; nothing is read."""
@@ -102,8 +114,8 @@ class Stored:
     def digest(self) -> str:
         """Return a hash of the raw rows."""
         found = hashlib.sha256(f"{self.raw}{self.form}".encode())
-        for piece in replace(self, mean=0.0, deviation=1.0).split(PIECE):
-            found.update(piece.numpy().tobytes())
+        for piece in self.given.split(PIECE):
+            found.update(_bytes(piece.float() / 255 if self.raw == torch.uint8 else piece))
         return found.hexdigest()
 
 
@@ -113,13 +125,33 @@ def too_large(count: int, shape: tuple[int, ...]) -> bool:
 
 
 def store(rows: Iterable[Any], shape: tuple[int, ...], raw: torch.dtype) -> Stored:
-    """Write raw rows into a temporary file (in the folder that the variable TMPDIR names) and return them, stored."""
+    """Write raw rows into a temporary file (in the folder that the variable TMPDIR names) and return them, stored.
+
+    Rows of other types than `raw` make all of a type that holds both, as `torch.stack` does.
+    """
     file, count = tempfile.TemporaryFile(), 0  # noqa: SIM115 (it lives as long as the inputs)
-    for row in rows:
-        file.write(np.ascontiguousarray(row).tobytes())
+    for row in map(torch.as_tensor, rows):
+        if (both := torch.promote_types(raw, row.dtype)) != raw:
+            file.flush()
+            before = Stored(file, shape, raw, np.arange(count)).given
+            file, raw = (
+                store((each.to(both) for piece in before.split(PIECE) for each in piece), shape, both).file,
+                both,
+            )
+        file.write(_bytes(row.to(raw)))
         count += 1
     file.flush()
     return Stored(file, shape, raw, np.arange(count))
+
+
+def _bytes(numbers: Tensor) -> np.ndarray:
+    """Return the memory of numbers of any type; NumPy does not have all types of torch."""
+    return numbers.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def blurs(raw: torch.dtype, mean: Numbers, deviation: Numbers) -> bool:
+    """Tell whether float32 would blur raw numbers of a type: they are far from 0, and have more digits."""
+    return raw not in (torch.uint8, torch.float32) and far(mean, deviation)
 
 
 class _Caught(Dataset[Any]):
@@ -172,13 +204,23 @@ def _statistics(inputs: Any) -> tuple[Numbers, Numbers]:
         over = (0, 2, 3) if channels else tuple(range(inputs.dim()))
         mean, deviation = inputs.mean(over), inputs.std(over)
     else:
-        sums = torch.zeros(3, channels or 1, dtype=torch.float64)
-        for piece in inputs.split(PIECE):
-            of = piece.double().view(len(piece), channels or 1, -1).transpose(0, 1).flatten(1)
-            sums += torch.stack([torch.full((channels or 1,), float(of.shape[1])), of.sum(1), of.square().sum(1)])
-        mean = sums[1] / sums[0]
-        deviation = ((sums[2] - sums[0] * mean.square()) / (sums[0] - 1)).clamp_min(0).sqrt()
+        mean, deviation = _added(inputs, channels or 1, torch.zeros(1, dtype=torch.float64))
+        if far(mean, deviation):  # squares of such numbers would lose how they differ
+            mean, deviation = _added(inputs, channels or 1, mean)
         mean, deviation = (mean, deviation) if channels else (mean[0], deviation[0])
     if channels is None:
         return float(mean), float(deviation) or 1.0
     return tuple(mean.tolist()), tuple(each or 1.0 for each in deviation.tolist())
+
+
+def _added(inputs: Any, channels: int, about: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the deviation [channels] of inputs, added up piece by piece as differences from `about`."""
+    sums = torch.zeros(3, channels, dtype=torch.float64)
+    for piece in inputs.split(PIECE):
+        of = piece.double().view(len(piece), channels, -1).transpose(0, 1).flatten(1) - about.unsqueeze(1)
+        sums += torch.stack([torch.full((channels,), float(of.shape[1])), of.sum(1), of.square().sum(1)])
+    mean = sums[1] / sums[0]
+    deviation = ((sums[2] - sums[0] * mean.square()) / (sums[0] - 1)).clamp_min(0).sqrt()
+    mean = about + mean
+    same = deviation <= torch.finfo(torch.float64).eps * mean.abs()  # what rounding makes of equal numbers
+    return mean, deviation.masked_fill(same, 0)
