@@ -340,6 +340,27 @@ def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
     return kinds
 
 
+def check_one_backbone(folder: Path, source: Path) -> None:
+    """Refuse, with a ValueError, a backbone (in the folder `source`) that the runs in `folder` have not learned on."""
+    given = RunFolder(source)
+    for path in sorted(folder.iterdir()):
+        run = RunFolder(path)
+        if not run.config_file.is_file() or not run.backbone_file.is_file():
+            continue
+        if "learning" not in read_json(run.config_file):
+            continue  # a pretrained network is no run
+        if not given.backbone_file.is_file():
+            raise ValueError(
+                f"{run} is there, but not the backbone that it learned on, in {source}; name a folder that holds it "
+                "(--backbone; a run's will do), or choose another --out"
+            )
+        if run.pretrained.fingerprint() != given.pretrained.fingerprint():
+            raise ValueError(
+                f"{run} learned on another backbone than that in {source}; choose another --out, or name a folder that "
+                "holds its own (--backbone; a run's will do)"
+            )
+
+
 @dataclass(frozen=True)
 class Times:
     """The times of choices are the content of a times.json.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynrl.plans import check_source, plan, plan_again
-from dynrl.runs import RunFolder
+from dynrl.runs import RunFolder, check_one_backbone
 
 if TYPE_CHECKING:
     from dynrl.scripts.compare import Args
@@ -52,8 +52,9 @@ def train_cells(folder: Path, decision: str, data: str, args: Args) -> bool:
     """Train the runs that are missing in `folder`, and return whether all are done; False after Ctrl-C."""
     from dynrl.training import pretrain_into, resume, train
 
-    if (backbone := args.backbone) is None:
-        backbone = folder / "backbone"
+    backbone = args.backbone or folder / "backbone"
+    check_one_backbone(folder, backbone)
+    if args.backbone is None:
         backbone.mkdir(parents=True, exist_ok=True)
         pretrain_into(backbone, plan(decision, data, seed=args.seeds[0]))
     for setting in args.plain:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
-from dynrl.deploy import load
+from dynrl.deploy import SHIPPED, load
 from dynrl.evaluation import COMPARED, score
 from dynrl.files import read_json
 from dynrl.policies import load_policy, save_policy
@@ -82,6 +83,25 @@ def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_back
     wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(0,))
     with pytest.raises(ValueError, match="gate-0 does not say what /a/photos held, so digits"):
         cells.train_cells(cell, "skip", "digits", wanted)
+
+
+def test_runs_on_another_backbone_are_refused_before_any_training(tmp_path):
+    cell, other = tmp_path / "cells" / "gate-0", tmp_path / "other"
+    for folder in (cell, other):
+        shutil.copytree(SHIPPED / "skip-digits", folder)
+    backbone, notes = load_backbone(other / "backbone.safetensors")
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1e-3)
+    backbone.save(other / "backbone.safetensors", **notes)
+    for given, reason in (
+        (other, f"{cell} learned on another backbone than that in {other}"),
+        (None, f"{cell} is there, but not the backbone"),
+    ):
+        wanted = compare.Args(("skip",), tmp_path, agents=("gate",), seeds=(1,), backbone=given)
+        with pytest.raises(ValueError, match=reason):
+            cells.train_cells(cell.parent, "skip", "digits", wanted)
+    assert [path.name for path in cell.parent.iterdir()] == ["gate-0"]
+    assert cells.train_cells(cell.parent, "skip", "digits", replace(wanted, seeds=(0,), backbone=cell))
 
 
 @pytest.mark.usefixtures("ray_local")
