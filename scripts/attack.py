@@ -50,7 +50,8 @@ def main(args: Args) -> None:
         args.run, out=out, budget=args.budget, price=args.price, epsilon=args.epsilon, steps=args.steps,
         limit=args.limit, rows=args.rows, data=args.data, device=args.device, show=True,
     )  # fmt: skip
-    print(f"\n{attack_text(report)}\npicture: {out}/attack.png")
+    picture = out / "attack.png"
+    print(f"\n{attack_text(report)}" + (f"\npicture: {picture}" if picture.is_file() else ""))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def report_runs(
         runs, out=out, smaller=smaller, data=data, batch_size=batch_size, device=device, dtype=dtype,
         protocol=protocol, show=True,
     )  # fmt: skip
-    if out in runs:
+    if out in runs and (out / "report.png").is_file():
         show_in_tensorboard(out / "report.png", out)
     print(f"\n{report_text(report)}")
     return report

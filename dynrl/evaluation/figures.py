@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import wraps
 from operator import itemgetter
 from pathlib import Path
 from textwrap import fill
@@ -34,6 +37,29 @@ def style(name: str, kind: dict[str, Any] | None) -> str:
     return marker + line
 
 
+def _or_warn(draw: Callable[..., None]) -> Callable[..., None]:
+    """Let `draw` warn where it fails: a table is printed and training goes on without a picture, too."""
+
+    @wraps(draw)
+    def drawn(*given: Any) -> None:
+        from matplotlib import pyplot
+
+        (path,) = (each for each in given if isinstance(each, Path))
+        open_before = pyplot.get_fignums()
+        try:
+            draw(*given)
+        except Exception as error:
+            path.unlink(missing_ok=True)  # a picture from before would show other figures than the file beside it
+            warnings.warn(
+                f"{path} cannot be drawn ({type(error).__name__}: {error}); the JSON file beside it holds the figures",
+                stacklevel=2,
+            )
+            for number in set(pyplot.get_fignums()) - set(open_before):
+                pyplot.close(number)
+
+    return drawn
+
+
 def _new_figure(**settings: Any) -> Any:
     import matplotlib
 
@@ -46,7 +72,14 @@ def _new_figure(**settings: Any) -> Any:
 def _save(figure: Any, path: Path) -> None:
     """Write a figure as a complete PNG file or not at all, and close the figure."""
     from matplotlib import pyplot
+    from matplotlib.axis import Tick
+    from matplotlib.text import Text
 
+    # Names are a user's own: dollars in them are no formulas. Numbers along axes may be (powers of ten).
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for text in (text for tick in figure.findobj(Tick) for text in tick.findobj(Text)):
+        text.set_parse_math(True)
     with write_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
     pyplot.close(figure)
@@ -61,6 +94,7 @@ def show_in_tensorboard(picture: Path, run: Path) -> None:
         writer.add_image(picture.stem, imread(picture), dataformats="HWC")
 
 
+@_or_warn
 def draw_report(report: dict[str, Any], test: Split, path: Path, pictures: dict[str, Any] | None = None) -> None:
     """Draw the metric against MACs and against measured time, and where one policy spends, and on which inputs.
 
@@ -132,7 +166,7 @@ def _bars(ys: list[float], spread: list[float], task: type[Task]) -> list[list[f
 def _set_names(axis: Any, names: list[str], **settings: Any) -> None:
     """Name the places 0, 1, ... of an axis, as many of them as there is room for."""
     places = range(0, len(names), -(-len(names) // MOST_TICKS))
-    axis.set_ticks(places, [names[place] for place in places], fontsize="x-small", **settings)
+    axis.set_ticks(places, [names[place].replace("$", r"\$") for place in places], fontsize="x-small", **settings)
 
 
 def _short(name: str) -> str:
@@ -189,11 +223,11 @@ def _draw_pictures(pictures: dict[str, Any], task: Task, figure: Any) -> None:
     figure.suptitle(f"{task.heading}; least is spent on the left {half}, most on the right {half}", fontsize="medium")
 
 
+@_or_warn
 def draw_regions(usage: dict[str, Any], test: Split, path: Path) -> None:
     """Draw inputs on which least and most is spent, and for each decision only the parts of theirs that ran."""
-    half = len(usage["cheapest"]) // 2  # fewer than the images of `draw_report`, since each has a row of its own
-    rows = list(zip([*usage["cheapest"], *usage["dearest"]], usage["regions"], strict=True))
-    rows = rows[:half] + rows[2 * half : 3 * half]
+    # Each has a row of its own.
+    rows = _half(usage, list(zip([*usage["cheapest"], *usage["dearest"]], usage["regions"], strict=True)))
     deep = 1 + max(len(regions) for _, regions in rows)
     figure = _new_figure(figsize=(1.2 * deep, 1.3 * len(rows)))
     figure.suptitle(f"{usage['policy']}: what is seen at each decision", fontsize="medium")
@@ -213,18 +247,18 @@ def draw_regions(usage: dict[str, Any], test: Split, path: Path) -> None:
     _save(figure, path)
 
 
+@_or_warn
 def draw_words(usage: dict[str, Any], path: Path) -> None:
     """Draw texts on which least and most is spent: what was read in black, all other words in pale grey."""
-    half = len(usage["cheapest"]) // 2  # fewer than the images of `draw_report`
-    rows = list(zip(usage["words"], usage["regions"], strict=True))
-    texts = [_lines(words, words_read(words, regions)) for words, regions in rows[:half] + rows[2 * half : 3 * half]]
+    rows = _half(usage, list(zip(usage["words"], usage["regions"], strict=True)))
+    texts = [_lines(words, words_read(words, regions)) for words, regions in rows]
     figure = _new_figure(figsize=(11, 0.6 + 0.19 * sum(len(lines) + 1 for lines in texts)))
     figure.suptitle(f"{usage['policy']}: what is read of texts (black)", fontsize="medium")
     axis, at = figure.subplots(), 0
     for lines in texts:
         for read, rest in lines:
             for shown, colour in ((rest, "silver"), (read, "black")):  # letters are equally wide, so both fit together
-                axis.text(0, -at, shown, color=colour, family="monospace", fontsize=8, parse_math=False)
+                axis.text(0, -at, shown, color=colour, family="monospace", fontsize=8)
             at += 1
         at += 1
     axis.set(xlim=(0, 1), ylim=(-at, 1))
@@ -246,6 +280,12 @@ def _lines(words: list[str], read: list[bool]) -> list[tuple[str, str]]:
     return lines if len(lines) <= LINES else [*lines[: LINES - 1], (" " * 3, "...")]
 
 
+def _half(usage: dict[str, Any], rows: list[Any]) -> list[Any]:
+    """Return half of the inputs that least is spent on, and half of the others; `rows` has one for each of both."""
+    least, half = len(usage["cheapest"]), -(-len(usage["cheapest"]) // 2)
+    return rows[:half] + rows[least : least + half]
+
+
 def _picture(test: Split, row: int) -> Tensor:
     """Return an image of a split as a picture's numbers from 0 to 1, [height, width, 1 or 3]."""
     image = test.inputs[row].float().cpu().permute(1, 2, 0)
@@ -265,6 +305,7 @@ def _draw_difficulty(name: str, found: dict[str, Any], task: type[Task], axis: A
     beside.set(ylabel=f"line: test {task.heading}", yscale=task.axis)
 
 
+@_or_warn
 def draw_comparison(result: dict[str, Any], path: Path) -> None:
     """Draw the fronts of a comparison, with the spread over seeds."""
     figure, task = _new_figure(figsize=(7, 4.6)), TASKS[result["metric"]]
@@ -289,6 +330,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+@_or_warn
 def draw_attack(report: dict[str, Any], path: Path) -> None:
     """Draw what share of the inputs is done within a cost, for each kind of inputs; below a limit, too."""
     halves = [("no limit", report["free"])]
