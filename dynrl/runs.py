@@ -254,6 +254,11 @@ class RunFolder:
                 f"{self} was fine-tuned, but its {self.kept_file.name} is not there: evaluate the run it was copied "
                 "from"
             )
+        return self.holds
+
+    @property
+    def holds(self) -> RunKind:
+        """The kind of what the folder holds; unlike `kind`, it needs no backbone from before to compare by."""
         # The backbone's own notes decide: a run that was killed during fine-tuning still has the policy from before.
         return kind_of(self.settings, "rounds" in self._backbone[1], self.finished)
 

@@ -18,7 +18,7 @@ from dynrl.files import check_folder, locked, write_json
 from dynrl.machine import check_device, commit, hardware
 from dynrl.perturb import STEPS, Ball, check_attackable, spending, uncertainty
 from dynrl.progress import progress, talking
-from dynrl.runs import RunFolder, kind_of
+from dynrl.runs import RunFolder
 from dynrl.schema import MOST_ROWS, check_count
 from dynrl.tasks import TASKS
 
@@ -96,7 +96,7 @@ def attack(
         found = _attacked(backbone, model, test, ball, steps, seed)
         report = {
             "decision": folder.decision, "data": dataset.name, "metric": test.task.metric,
-            "policy": kind_of(folder.settings, folder.settings["finetune"], finished=True).label, "seed": folder.seed,
+            "policy": folder.holds.label, "seed": folder.seed,
             "date": f"{date.today()}", "commit": commit(), "inputs": len(test),
             "budget": budget if price is None else None, "price": model.price, "steps": steps,
             "epsilon": ball.radius, "low": ball.low, "high": ball.high,

@@ -10,7 +10,10 @@ from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED
 from dynrl.evaluation import attack
 from dynrl.files import locked, read_json
+from dynrl.policies import load_policy, save_policy
+from dynrl.runs import RunFolder, kind_of
 from dynrl.scripts.cli import main
+from tests.scripts.calls import twin
 
 RUN, ROWS = SHIPPED / "exit-digits", 24
 
@@ -36,6 +39,16 @@ def test_a_report_by_the_command(tmp_path, capsys):
     area = float((spent <= costs[:-1].unsqueeze(1)).double().mean())
     assert clean["efficacy"] == pytest.approx(area, abs=1e-3)
     assert clean["macs_fraction"] == pytest.approx(float(model.last_route.macs_fraction.mean()))
+
+
+def test_a_policy_is_named_by_what_the_folder_holds(tmp_path):
+    """As a kill in the first round of fine-tuning leaves it: the settings ask for what nobody has done yet."""
+    run = twin(RUN, tmp_path / "run", finetune=True)
+    policy, known = load_policy(run / "policy.safetensors")
+    save_policy(run / "policy.safetensors", policy, known | {"finished": False})
+    report = attack(run, rows=4, steps=1, limit=None)
+    kind = kind_of(RunFolder(run).settings, tuned=False, finished=False)
+    assert report["policy"] == kind.label and "tuned" not in kind.label
 
 
 def test_what_cannot_be_attacked_is_refused(tmp_path):
