@@ -14,12 +14,20 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     A row is kept if every report has it; rows of one policy and budget are told apart by their order. Its numbers are
     means over the backbones, and its spread is that of the backbones' means, since backbones differ more than policies
-    on one of them do. `runs` counts all policies. Usage is that of the first backbone.
+    on one of them do. `runs` counts all policies. Usage is that of the first backbone. `left_out` tells on how many
+    backbones there are the rows that not all reports have.
     """
     if len(reports) == 1:
         return reports[0]
     first, metric = reports[0], reports[0]["metric"]
-    points = _merge_rows([report["points"] for report in reports], metric)
+    lists = [report["points"] for report in reports]
+    points = _merge_rows(lists, metric)
+    counts = Counter(key for rows in lists for key in keyed(rows))
+    left_out = [
+        {"policy": policy, "budget": budget, "backbones": count}
+        for (policy, budget, _), count in counts.items()
+        if count < len(reports)
+    ]
     curves = {
         name: _merge_rows([report["budgeted"][name] for report in reports], metric)
         for name in first.get("budgeted", ())
@@ -29,7 +37,8 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seeds = {kind: [seed for report in reports for seed in report["seeds"].get(kind, [])] for kind in sorted(kinds)}
     spread = statistics.stdev(each[metric] for each in dense)
     return first | {
-        "backbones": len(reports), "seeds": seeds, "points": points, "dense": _mean(dense) | {f"{metric}_std": spread},
+        "backbones": len(reports), "seeds": seeds, "points": points, "left_out": left_out,
+        "dense": _mean(dense) | {f"{metric}_std": spread},
         **({"budgeted": curves} if curves else {}),
     }  # fmt: skip
 

@@ -345,18 +345,29 @@ def report_text(report: dict[str, Any]) -> str:
         )
         lines += _words_lines(usage)
         lines += _difficulty_lines(usage, task)
-    for name in report["seeds"]:
-        missed = sorted(set(report["budgets"]) - {p["budget"] for p in report["points"] if p["policy"] == name})
-        if missed:
-            lines.append(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
-        if len(missed) == len(report["budgets"]):
-            lines.append(
-                f"{name} has the one row at its lowest price: it needs none of these budgets, has collapsed, or was "
-                "trained at one price"
-            )
+    lines += [line for name in report["seeds"] for line in _missing_lines(report, name)]
     if "budgeted" in report:
         lines.append(budgeted_text(report))
     return "\n".join(lines)
+
+
+def _missing_lines(report: dict[str, Any], name: str) -> list[str]:
+    """Say at which budgets a learned policy has no row, and why."""
+    lines, mine = [], [p["budget"] for p in report["points"] if p["policy"] == name]
+    apart = {row["budget"]: row["backbones"] for row in report.get("left_out", ()) if row["policy"] == name}
+    if missed := sorted(set(report["budgets"]) - {*mine, *apart}):
+        lines.append(f"budgets out of reach of {name}: {', '.join(map(str, missed))}")
+    if apart:
+        told = [f"{'its lowest price' if at is None else f'{at:g}'} ({count})" for at, count in apart.items()]
+        lines.append(
+            f"{name} has no row where only some of the {report['backbones']} backbones have one: {', '.join(told)}"
+        )
+    if mine == [None]:
+        lines.append(
+            f"{name} has the one row at its lowest price: it needs none of these budgets, has collapsed, or was "
+            "trained at one price"
+        )
+    return lines
 
 
 def words_read(words: Sequence[str], regions: Sequence[Any]) -> list[bool]:

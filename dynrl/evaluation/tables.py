@@ -72,6 +72,8 @@ def _reached(point: Mapping[str, Any], metric: str) -> str:
 def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequence[float]) -> list[str]:
     """Write one row for each report, by its folder: what it says at its share of the dense MACs in `budgets`.
 
+    Of a contender that has no row there, as where not all backbones have one, nothing is said.
+
     The dense network is the best of a report's full networks. The learned policy is the fine-tuned one where there is
     one. The strongest rival is the most accurate of the rest:
     gates, rules of thumb, and smaller plain networks.
@@ -86,15 +88,18 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequenc
         near = [p for p in report["points"] if p["budget"] == budget or (p["budget"] is None and _within(p, budget))]
         best = max if task.rises else min
         mine = [p for p in near if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
-        learned = best(mine, key=itemgetter(metric))
+        learned = best(mine, key=itemgetter(metric), default=None)
         random, static = (_at(report, name, budget) for name in ("random", "static"))
         rest = [p for p in near if p not in mine and p["policy"] not in ("random", "static", "uniform", "oracle")]
         rival = best(sorted(rest, key=lambda p: p["kind"] is not None), key=itemgetter(metric), default=None)
+        shown, macs, speedup = "", "", ""
+        if learned is not None:
+            shown = f"**{task.show(learned[metric])}**" + (" tuned" if learned["kind"]["tuned"] else "")
+            macs, speedup = f"{learned['macs_fraction']:.2f}", f"{learned['speedup']:.2f}"
         cells = [
-            task.show(report["dense"][metric]),
-            f"**{task.show(learned[metric])}**" + (" tuned" if learned["kind"]["tuned"] else ""),
-            f"{learned['macs_fraction']:.2f}", task.show(random[metric]), task.show(static[metric]),
-            "" if rival is None else f"{rival['policy']} {task.show(rival[metric])}", f"{learned['speedup']:.2f}",
+            task.show(report["dense"][metric]), shown, macs,
+            *("" if row is None else task.show(row[metric]) for row in (random, static)),
+            "" if rival is None else f"{rival['policy']} {task.show(rival[metric])}", speedup,
         ]  # fmt: skip
         lines.append(f"| [{report['decision']}, {report['data']}](results/{folder}) | {' | '.join(cells)} |")
     return lines
@@ -105,10 +110,13 @@ def _within(point: Mapping[str, Any], budget: float) -> bool:
     return point["kind"] is not None or point["macs_fraction"] <= 1.1 * budget
 
 
-def _at(report: Mapping[str, Any], name: str, budget: float) -> Mapping[str, Any]:
-    """Return a contender's row at `budget`, or beside the one row of a learned policy that no budget asks for."""
+def _at(report: Mapping[str, Any], name: str, budget: float) -> Any:
+    """Return a contender's row at `budget`, or beside the one row of a learned policy that no budget asks for.
+
+    None is returned of one that has no rows.
+    """
     found = [p for p in report["points"] if p["policy"] == name]
-    return min(found, key=lambda p: 0 if p["budget"] is None else abs(p["budget"] - budget))
+    return min(found, key=lambda p: 0 if p["budget"] is None else abs(p["budget"] - budget), default=None)
 
 
 def comparison_table(results: list[dict[str, Any]]) -> list[str]:

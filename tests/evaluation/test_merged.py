@@ -1,11 +1,16 @@
 """Reports on several pretrained backbones become one, with means over them."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
 from dynrl.evaluation.merged import merge_reports
-from dynrl.evaluation.tables import report_table
+from dynrl.evaluation.report import report_text
+from dynrl.evaluation.tables import by_decision_table, report_table
+from dynrl.files import read_json
+
+ROOT = Path(__file__).parents[2]
 
 REPORT = {
     "decision": "skip", "data": "digits", "metric": "accuracy", "seeds": {"learned": [0, 1]},
@@ -35,6 +40,28 @@ def test_numbers_are_means_over_backbones_and_spreads_are_theirs():
     assert row["macs_fraction"] == pytest.approx(0.45) and row["spearman"]["length"] == pytest.approx(0.6)
     assert (row["runs"], row["distinct_routes"], row["kind"]) == (3, 3, {"tuned": True})
     assert merged["usage"] == REPORT["usage"]
+
+
+def test_what_only_some_backbones_have_is_told():
+    """One policy reaches budgets, that on the other backbone has collapsed: they share no row."""
+    whole = read_json(ROOT / "results" / "exit-fashion-mnist" / "report.json")
+    whole |= {"usage": None, "seeds": {"learned": [0]}, "budgets": [0.3, 0.5]}
+    base = next(p for p in whole["points"] if p["policy"] == "learned") | {"runs": 1}
+    static = base | {"policy": "static", "kind": None, "budget": 0.5}
+    asked = whole | {"points": [base | {"budget": 0.3}, base | {"budget": 0.5}, static]}
+    deaf = whole | {"points": [base | {"budget": None}, static]}
+    merged = merge_reports([asked, deaf])
+    text = report_text(merged)
+    assert (
+        "learned has no row where only some of the 2 backbones have one: 0.3 (1), 0.5 (1), its lowest price (1)" in text
+    )
+    assert "one row at its lowest price" not in text and "out of reach" not in text
+    assert "one row at its lowest price" in report_text(merge_reports([deaf, deaf]))
+    assert "budgets out of reach of learned: 0.3" in report_text(
+        merge_reports([whole | {"points": asked["points"][1:]}] * 2)
+    )
+    (row,) = by_decision_table({"x": merged}, [0.5])[2:]
+    assert row.split(" | ")[2:5] == ["", "", ""] and "static" not in row
 
 
 def test_one_report_stays_as_it_is():
