@@ -12,7 +12,7 @@ from typing import Any
 
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, as_dataset, load_dataset
-from dynrl.deploy import LATENCY, RoutedModel, plug
+from dynrl.deploy import LATENCY, RoutedModel, plug, policy_fingerprint
 from dynrl.files import read_json, reading
 from dynrl.plugins import find_again
 from dynrl.policies import load_policy
@@ -84,6 +84,8 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
 # The settings in which runs of one kind may differ: backbones are compared by content, not by how they were made.
 FREE = {"seed", *PRETRAINED_HERE}
 FOUND = {"price_range"}  # what is found on each backbone, and may be another on each
+# What is measured on a policy: the files that tell its fingerprint, and the pictures beside them.
+MEASURED = {"report.json": ("report.png", "words.png", "regions.png"), "attack.json": ("attack.png",)}
 
 
 class RunFolder:
@@ -261,6 +263,22 @@ class RunFolder:
         """The kind of what the folder holds; unlike `kind`, it needs no backbone from before to compare by."""
         # The backbone's own notes decide: a run that was killed during fine-tuning still has the policy from before.
         return kind_of(self.settings, "rounds" in self._backbone[1], self.finished)
+
+    @property
+    def policy(self) -> str | None:
+        """The fingerprint of the policy in the folder; None if there is none that fits the backbone."""
+        try:
+            return policy_fingerprint(plug(load_backbone(self.backbone_file)[0], self.policy_file))
+        except ValueError:
+            return None
+
+    def drop_measured(self, policy: str) -> None:
+        """Remove reports and attacks, with their pictures, that do not tell the fingerprint `policy`."""
+        for name, pictures in MEASURED.items():
+            file = self.path / name
+            if file.is_file() and policy.encode() not in file.read_bytes():
+                for each in (file, *(self.path / picture for picture in pictures)):
+                    each.unlink(missing_ok=True)
 
     def drop_half_made(self) -> None:
         """Remove the folder if a kill left it without settings, which are written before anything is trained.

@@ -25,7 +25,7 @@ from dynrl.agents.base import train_policy
 from dynrl.agents.joint import train_jointly, tuning_file
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split
-from dynrl.deploy import RoutedModel
+from dynrl.deploy import RoutedModel, policy_fingerprint
 from dynrl.envs.rewards import REWARDS
 from dynrl.evaluation import calibrate, collapse, find_price_range, step_times
 from dynrl.evaluation.scores import mean_metric
@@ -376,6 +376,8 @@ def _learn(run: RunFolder, planned: Plan) -> bool:
     model = RoutedModel(backbone, router)
     with progress(desc="calibrating budgets", unit="price") as bar:
         curve = calibrate(model, validation, tick=bar.update)
+    if (now := policy_fingerprint(model)) != run.policy:
+        run.drop_measured(now)  # before the policy is saved: a kill must not leave another one's report beside it
     if newest != run.backbone_file:  # only now: a policy that the folder may hold fits the backbone it has until here
         backbone.save(run.backbone_file, **notes)
     save_policy(

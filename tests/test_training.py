@@ -19,7 +19,8 @@ from dynrl.agents.joint import tuning_file
 from dynrl.backbones import FAMILIES, SkipModule, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
 from dynrl.data.own import SHARE
-from dynrl.files import load_tensors, read_json
+from dynrl.deploy import policy_fingerprint
+from dynrl.files import load_tensors, read_json, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.inputs import Named
 from dynrl.plans import plan, plan_again
@@ -501,7 +502,17 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dynrl.training._learn", lambda folder, planned: folder.finished)
         assert not learn(run, plan_again(run, steps=3 * steps)), "what was learned is not what the settings say"
+    # What was measured on the policy of before is gone with it; what tells no policy is kept while that stays as it is.
+    measured = {"report": ["report.png", "regions.png"], "attack": ["attack.png"]}
+    for name, pictures in measured.items():
+        for each in (f"{name}.json", *pictures):
+            (run.path / each).write_text("{}")
+    assert resume(run.path).finished and (run.path / "report.json").exists()
+    old = policy_fingerprint(dynrl.load(run.path))
+    write_json(run.path / "report.json", {"policies": {"gate": [old]}})
     resumed = resume(run.path, steps=3 * steps)
+    assert policy_fingerprint(dynrl.load(run.path)) != old
+    assert not [path.name for path in run.path.iterdir() if path.stem in (*measured, "regions")]
     assert resumed.finished and resumed.settings["steps"] == 3 * steps
     assert load_tensors(resumed.checkpoints / "gate.safetensors", "checkpoint")[1]["done"] >= 3 * steps
 

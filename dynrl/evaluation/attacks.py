@@ -12,7 +12,7 @@ import torch
 
 from dynrl.backbones import Backbone
 from dynrl.data import Split
-from dynrl.deploy import RoutedModel
+from dynrl.deploy import RoutedModel, policy_fingerprint
 from dynrl.evaluation.scores import score_rows
 from dynrl.files import check_folder, locked, write_json
 from dynrl.machine import check_device, commit, hardware
@@ -97,6 +97,7 @@ def attack(
         report = {
             "decision": folder.decision, "data": dataset.name, "metric": test.task.metric,
             "policy": folder.holds.label, "seed": folder.seed,
+            "policies": {folder.holds.label: [policy_fingerprint(model)]},
             "date": f"{date.today()}", "commit": commit(), "inputs": len(test),
             "budget": budget if price is None else None, "price": model.price, "steps": steps,
             "epsilon": ball.radius, "low": ball.low, "high": ball.high,

@@ -33,11 +33,14 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name in first.get("budgeted", ())
     }
     dense = [report["dense"] for report in reports]
-    kinds = {kind for report in reports for kind in report["seeds"]}
-    seeds = {kind: [seed for report in reports for seed in report["seeds"].get(kind, [])] for kind in sorted(kinds)}
+    kinds = sorted({kind for report in reports for kind in report["seeds"]})
+    seeds, policies = (
+        {kind: [one for report in reports for one in report.get(of, {}).get(kind, [])] for kind in kinds}
+        for of in ("seeds", "policies")
+    )
     spread = statistics.stdev(each[metric] for each in dense)
     return first | {
-        "backbones": len(reports), "seeds": seeds, "points": points, "left_out": left_out,
+        "backbones": len(reports), "seeds": seeds, "policies": policies, "points": points, "left_out": left_out,
         "dense": _mean(dense) | {f"{metric}_std": spread},
         **({"budgeted": curves} if curves else {}),
     }  # fmt: skip

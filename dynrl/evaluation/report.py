@@ -14,6 +14,7 @@ import torch
 
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset
+from dynrl.deploy import policy_fingerprint
 from dynrl.evaluation.budgeted import budgeted, budgeted_text, check_leaving
 from dynrl.evaluation.contenders import (
     Contender,
@@ -102,10 +103,11 @@ def evaluate(
         exits = check_leaving(ground) if protocol == "budgeted" else None
         learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]
         seeds = {kind.label: [run.seed for run in alike] for kind, alike in kinds.items()}
+        told = {kind.label: [policy_fingerprint(run.model) for run in alike] for kind, alike in kinds.items()}
         measured = measure(ground, learned, mine[0].plain, beside, batch_size, budgets, show)
         if exits is not None:
             measured["budgeted"] = budgeted(ground, learned, exits, show)
-        found.append(common | {"seeds": seeds} | measured)
+        found.append(common | {"seeds": seeds, "policies": told} | measured)
         if dataset.task.pictures and shown is None and learned:
             shown = _pictures(learned[0], ground, measured["usage"])
     report = merge_reports(found)

@@ -7,7 +7,7 @@ import torch
 
 import dynrl
 from dynrl.data import load_dataset
-from dynrl.deploy import SHIPPED
+from dynrl.deploy import SHIPPED, policy_fingerprint
 from dynrl.evaluation import attack
 from dynrl.files import locked, read_json
 from dynrl.policies import load_policy, save_policy
@@ -49,6 +49,7 @@ def test_a_policy_is_named_by_what_the_folder_holds(tmp_path):
     report = attack(run, rows=4, steps=1, limit=None)
     kind = kind_of(RunFolder(run).settings, tuned=False, finished=False)
     assert report["policy"] == kind.label and "tuned" not in kind.label
+    assert report["policies"] == {kind.label: [policy_fingerprint(dynrl.load(run))]}
 
 
 def test_what_cannot_be_attacked_is_refused(tmp_path):
