@@ -27,7 +27,7 @@ class Args:
 def main(args: Args) -> None:
     """Time a batch of validation data at each price that the policy was calibrated at."""
     from dynrl.deploy import policy_fingerprint
-    from dynrl.evaluation import calibrate_latency
+    from dynrl.evaluation import calibrate_latency, is_deaf
     from dynrl.files import write_json
     from dynrl.machine import hardware
     from dynrl.runs import RunFolder
@@ -51,6 +51,12 @@ def main(args: Args) -> None:
         },
     )  # fmt: skip
     slow, fast = curve[0][1], curve[-1][1]
+    if is_deaf(model):
+        print(
+            f"{run.latency_file}: a batch of {args.batch_size} takes {(fast + slow) / 2:.1f} ms at every price, since "
+            "the price changes nothing; train for more steps, or over a wider --price-range"
+        )
+        return
     print(f"{run.latency_file}: a batch of {args.batch_size} takes {fast:.1f} to {slow:.1f} ms")
     print(f"use it:  model = dynrl.load({str(run)!r}); model.set_milliseconds({(fast + slow) / 2:.1f})")
 

@@ -231,6 +231,13 @@ def test_an_uncalibrated_policy_says_so(small_backbone):
     backbone, _ = load_backbone(small_backbone)
     with pytest.raises(ValueError, match="no calibrated budgets"):
         dynrl.plug(backbone, make_router(backbone)).set_budget(0.5)
+    model = dynrl.load("skip-digits")
+    for setter in (model.set_budget, model.set_price, model.set_limit):
+        for wrong in ("0.5", [0.5], torch.zeros(2), None):
+            if wrong is not None or setter != model.set_limit:
+                with pytest.raises(ValueError, match="as a number, got"):
+                    setter(wrong)
+        setter(torch.tensor(0.6))
     with pytest.raises(ValueError, match="knows no price"):
         dynrl.plug(backbone, StaticPolicy(backbone.full_route)).set_price(0.1)
 

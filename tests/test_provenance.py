@@ -239,6 +239,10 @@ def test_names_and_pixels_of_a_torch_dataset_are_kept():
     torch.testing.assert_close(data.provenance.preprocess(raw), (raw / 255 - data.mean) / data.deviation)
     part, _ = random_split(Named(), [30, 10])
     assert own_dataset(part).names == Named.classes
+    few = Named()
+    few.classes = ("cat",)
+    with pytest.raises(ValueError, match="got 1 names and targets up to 1"):
+        own_dataset(few)
     floats = own_dataset((torch.randn(20, 3), torch.arange(20) % 2))
     assert floats.names == ("0", "1") and own_dataset((torch.randn(20, 3), torch.randn(20))).names == ()
     with pytest.raises(ValueError, match="raw inputs of torch.float32, .* got torch.uint8"):

@@ -98,12 +98,17 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
         inputs = standardised(given, mean, deviation) if held else scaled(inputs, mean, deviation)
     task, numbers = _task(targets[drawn[0]], maps), targets.is_floating_point()
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
+    if names and not numbers and len(names) < classes:
+        raise ValueError(
+            f"expected a name in `classes` for each class, got {len(names)} names and targets up to {classes - 1}; "
+            "name all of them, or give the pairs without the names"
+        )
     if classes < 2 and not numbers:
         raise ValueError(
             "expected two classes or more, but all targets are 0; a regression needs floating-point targets"
         )
     train, validation, test = (Split(_rows(inputs, part), targets[part], task) for part in drawn)
-    names = names if len(names) == classes and not numbers else ()
+    names = () if numbers else names
     made = Dataset(name, classes, train, validation, test, Augmentation(), mean, deviation, names=names, dtype=dtype)
     # Rounding blurs what is standardised already, so the content is told by the numbers that were given.
     vars(made)["content"] = fingerprint({"targets": targets}, [raw, seed, dtype, made.names])

@@ -123,6 +123,7 @@ class RoutedModel(nn.Module):
         """
         if self.price_range is None:
             raise ValueError(f"{type(self.policy).__name__} knows no price; only learned policies do")
+        _check_number("a price", price)
         if not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(f"the price {price} is outside the policy's range {self.price_range}")
         self._price = float(price)
@@ -137,6 +138,7 @@ class RoutedModel(nn.Module):
             raise ValueError(
                 "this policy has no calibrated budgets (it was trained at one price, or not by dynrl); use set_price"
             )
+        _check_number("a budget", budget)
         self.set_price(price_at(self.curve, budget, "of the dense MACs"))
 
     def set_milliseconds(self, budget: float) -> None:
@@ -150,6 +152,7 @@ class RoutedModel(nn.Module):
             raise ValueError(
                 f"no times are known of this machine with {count} threads; run: dynrl calibrate RUN --threads {count}"
             )
+        _check_number("a budget in milliseconds", budget)
         self.set_price(price_at(self.latency, budget, "milliseconds"))
 
     @property
@@ -194,6 +197,7 @@ class RoutedModel(nn.Module):
             ValueError: `share` is less than the cheapest walk costs; the message says how much that is.
         """
         if share is not None:
+            _check_number("a limit", share)
             self._limited(self.chooser, float(share))  # made only to refuse what cannot be kept
         self._limit = None if share is None else float(share)
 
@@ -323,6 +327,16 @@ class RoutedModel(nn.Module):
         from dynrl.deploy.capture import CapturedModel
 
         return CapturedModel(self, batch_size)
+
+
+def _check_number(what: str, value: Any) -> None:
+    """Refuse, with a ValueError, what is no number; NumPy's and one in a tensor are."""
+    if (
+        isinstance(value, str | bytes)
+        or not hasattr(value, "__float__")
+        or getattr(value, "shape", ()) not in ((), (1,))
+    ):
+        raise ValueError(f"expected {what} as a number, got {value!r}")
 
 
 def plug(backbone: Backbone, policy: Any) -> RoutedModel:

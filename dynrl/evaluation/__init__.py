@@ -1,7 +1,7 @@
 """This package measures routed models: scores, calibration, rivals, how sure differences are, and reports."""
 
 from dynrl.evaluation.attacks import attack, attack_text
-from dynrl.evaluation.calibration import calibrate, calibrate_latency, collapse
+from dynrl.evaluation.calibration import calibrate, calibrate_latency, collapse, is_deaf
 from dynrl.evaluation.comparison import COMPARED, compare, comparison_text
 from dynrl.evaluation.contenders import (
     BUDGETS,
@@ -42,9 +42,9 @@ from dynrl.evaluation.timing import captured, dense_sides, medians_in_turn, step
 __all__ = [
     "BUDGETS", "COMPARED", "ORACLE_PRICE", "RULES", "Constant", "Contender", "Dense", "Front", "Ground", "Learned",
     "Oracle", "Plain", "Random", "Reached", "Ruled", "Score", "Smaller", "Static", "Usage", "Walked", "affordable",
-    "area", "attack", "attack_text", "by_difficulty", "calibrate", "calibrate_latency", "captured", "cheapest_choices",
-    "collapse", "compare", "comparison_text", "dense_sides", "differences", "evaluate", "find_price_range", "measure",
-    "measured_routes", "medians_in_turn", "oracle_candidates", "oracle_routes", "paired", "random_rate", "report_text",
-    "rivals", "rules_of", "score", "score_routes", "score_rows", "spaced_routes", "spearman", "static_routes",
-    "static_tries", "step_times", "verdict",
+    "area", "attack", "attack_text", "by_difficulty", "calibrate", "calibrate_latency", "captured",
+    "cheapest_choices", "collapse", "compare", "comparison_text", "dense_sides", "differences", "evaluate",
+    "find_price_range", "is_deaf", "measure", "measured_routes", "medians_in_turn", "oracle_candidates",
+    "oracle_routes", "paired", "random_rate", "report_text", "rivals", "rules_of", "score", "score_routes",
+    "score_rows", "spaced_routes", "spearman", "static_routes", "static_tries", "step_times", "verdict",
 ]  # fmt: skip

@@ -61,6 +61,12 @@ def calibrate(
     return curve
 
 
+def is_deaf(model: RoutedModel) -> bool:
+    """Tell whether the price changes nothing: a calibrated policy spends the same at all prices."""
+    macs = [spent for _, spent in model.curve]
+    return len(macs) > 1 and max(macs) - min(macs) < COLLAPSED * max(macs)
+
+
 def collapse(model: RoutedModel, split: Split) -> str | None:
     """Say what a calibrated policy has failed to learn, with advice; return None if nothing is wrong.
 
@@ -70,7 +76,7 @@ def collapse(model: RoutedModel, split: Split) -> str | None:
     """
     macs = [spent for _, spent in model.curve]
     reach = f"{min(macs):.2g} to {max(macs):.2g} of the dense MACs"
-    if len(macs) > 1 and max(macs) - min(macs) < COLLAPSED * max(macs):
+    if is_deaf(model):
         return (
             f"collapsed: the price changes nothing (the policy spends {reach}). Widen the price range "
             "(--price-range): the lowest price should make the policy spend everything, the highest almost nothing. "

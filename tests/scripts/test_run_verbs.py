@@ -9,7 +9,9 @@ import torch
 
 import dynrl
 from dynrl.data import load_dataset
+from dynrl.deploy import SHIPPED
 from dynrl.files import read_json, write_json
+from dynrl.policies import load_policy, save_policy
 from dynrl.scripts.cli import main
 
 
@@ -19,6 +21,21 @@ def test_an_exported_run_is_the_plugged_one(run, tmp_path):
     model.set_budget(0.7)
     exported = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(exported(inputs), model(inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_price_that_changes_nothing_promises_no_range(tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(SHIPPED / "skip-digits", folder)
+    policy, known = load_policy(folder / "policy.safetensors")
+    flat = [(price, 0.5) for price, _ in known["curve"]]
+    for curve, said in (
+        (known["curve"], "set_milliseconds("),
+        (flat, "ms at every price, since the price changes nothing"),
+    ):
+        save_policy(folder / "policy.safetensors", policy, known | {"curve": curve})
+        main(["calibrate", str(folder), "--batch-size", "16"])
+        shown = capsys.readouterr().out
+        assert said in shown and ("set_milliseconds(" in shown) == (curve is not flat)
 
 
 def test_budgets_in_milliseconds(run, tmp_path, monkeypatch, capsys):
