@@ -499,9 +499,6 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     run = train("skip", "digits", out=tmp_path / "run", backbone=backbone_of(tmp_path), **SHORT)
     steps = run.settings["steps"]
     assert run.finished
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynrl.training._learn", lambda folder, planned: folder.finished)
-        assert not learn(run, plan_again(run, steps=3 * steps)), "what was learned is not what the settings say"
     # What was measured on the policy of before is gone with it; what tells no policy is kept while that stays as it is.
     measured = {"report": ["report.png", "regions.png"], "attack": ["attack.png"]}
     for name, pictures in measured.items():
@@ -510,6 +507,9 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     assert resume(run.path).finished and (run.path / "report.json").exists()
     old = policy_fingerprint(dynrl.load(run.path))
     write_json(run.path / "report.json", {"policies": {"gate": [old]}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynrl.training._learn", lambda folder, planned: folder.finished)
+        assert not learn(run, plan_again(run, steps=3 * steps)), "what was learned is not what the settings say"
     resumed = resume(run.path, steps=3 * steps)
     assert policy_fingerprint(dynrl.load(run.path)) != old
     assert not [path.name for path in run.path.iterdir() if path.stem in (*measured, "regions")]

@@ -60,9 +60,8 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     maps = (
         targets.dim() == 3 and tuple(inputs.shape[2:]) == tuple(targets.shape[1:]) and not targets.is_floating_point()
     )
-    given = inputs.given if isinstance(inputs, Stored) else inputs
+    given: Any = inputs.given if isinstance(inputs, Stored) else inputs
     inputs, dtype, content = _ready(inputs)
-    raw = pieces(inputs)
     name = "own-" + fingerprint({**content, "targets": targets}, seed)[:12]
     if targets.is_floating_point():
         targets = _numbers(targets.view(len(targets), -1))
@@ -87,15 +86,9 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     drawn = order[2 * few :], order[few : 2 * few], order[:few]
     mean: Numbers = 0.0
     deviation: Numbers = 1.0
+    raw = pieces(inputs)
     if not isinstance(inputs, Named):
-        mean, deviation = statistics(_rows(inputs, drawn[0]))
-        exact = blurs(given.dtype, mean, deviation)
-        if exact:
-            raw = pieces(given)
-            given = given if isinstance(given, Stored) else given.double()
-            mean, deviation = statistics(_rows(given, drawn[0]))
-        held = exact and isinstance(given, Tensor)
-        inputs = standardised(given, mean, deviation) if held else scaled(inputs, mean, deviation)
+        raw, inputs, mean, deviation = _standardised(raw, given, inputs, drawn[0])
     task, numbers = _task(targets[drawn[0]], maps), targets.is_floating_point()
     classes = targets.shape[1] if numbers else max(int(targets.max()) + 1, len(names))
     if names and not numbers and len(names) < classes:
@@ -113,6 +106,23 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
     # Rounding blurs what is standardised already, so the content is told by the numbers that were given.
     vars(made)["content"] = fingerprint({"targets": targets}, [raw, seed, dtype, made.names])
     return made
+
+
+def _standardised(raw: list[str], given: Any, inputs: Any, train: Tensor) -> tuple[list[str], Any, Numbers, Numbers]:
+    """Return what tells the content, and inputs standardised by their rows `train`, with the mean and the deviation.
+
+    Both are of the numbers as they were `given` where float32 (`inputs`, of which `raw` tells) would blur these.
+    """
+    mean, deviation = statistics(_rows(inputs, train))
+    if not blurs(given.dtype, mean, deviation):
+        return raw, scaled(inputs, mean, deviation), mean, deviation
+    raw = pieces(given)
+    if isinstance(given, Stored):
+        mean, deviation = statistics(_rows(given, train))
+        return raw, scaled(inputs, mean, deviation), mean, deviation
+    exact = given.double()
+    mean, deviation = statistics(exact[train])
+    return raw, standardised(exact, mean, deviation), mean, deviation
 
 
 def _numbers(targets: Tensor) -> Tensor:

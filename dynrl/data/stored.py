@@ -129,7 +129,8 @@ def store(rows: Iterable[Any], shape: tuple[int, ...], raw: torch.dtype) -> Stor
 
     Rows of other types than `raw` make all of a type that holds both, as `torch.stack` does.
     """
-    file, count = tempfile.TemporaryFile(), 0  # noqa: SIM115 (it lives as long as the inputs)
+    file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the inputs)
+    count = 0
     for row in map(torch.as_tensor, rows):
         if (both := torch.promote_types(raw, row.dtype)) != raw:
             file.flush()
@@ -205,7 +206,7 @@ def _statistics(inputs: Any) -> tuple[Numbers, Numbers]:
         mean, deviation = inputs.mean(over), inputs.std(over)
     else:
         mean, deviation = _added(inputs, channels or 1, torch.zeros(1, dtype=torch.float64))
-        if far(mean, deviation):  # squares of such numbers would lose how they differ
+        if far(tuple(mean.tolist()), tuple(deviation.tolist())):  # squares of such numbers would lose how they differ
             mean, deviation = _added(inputs, channels or 1, mean)
         mean, deviation = (mean, deviation) if channels else (mean[0], deviation[0])
     if channels is None:

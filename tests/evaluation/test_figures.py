@@ -18,8 +18,19 @@ PNG = b"\x89PNG"
 DOLLARS = ["$", "$$", "a_$x_", r"\frac$1$", r"\$", "100% {x}", "^", "$\\alpha$", "$$$", "b$c$d"]
 
 
+USAGE = {
+    "policy": "$\\p$", "price": 1.0, "groups": [{"class": i, "macs_fraction": 0.5} for i in range(10)],
+    "columns": ["$\\gate$", "b"], "by_column": [[0.2, 0.7]] * 10, "cheapest": [0, 1], "dearest": [3, 2],
+    "regions": [[[(0, 0, 1, 1)]]] * 4, "words": [["$\\x$"]] * 4, "distinct_routes": 2, "commonest": 0.9,
+    "difficulty": {"$\\size$": {"spearman": None, "bins": [
+        {"from": 0.0, "to": 1.0, "inputs": 5, "macs_fraction": 0.5, "accuracy": 0.5},
+    ]}},
+}  # fmt: skip
+
+
 def read(folder, file):
-    return read_json(RESULTS / folder / f"{file}.json") | {"data": "some/$\\nosuch$"}
+    found = read_json(RESULTS / folder / f"{file}.json")
+    return found | {"data": "some/$\\nosuch$", "classes": DOLLARS, "usage": USAGE}
 
 
 def split(rows=10_000):
@@ -27,26 +38,14 @@ def split(rows=10_000):
 
 
 def test_names_are_no_formulas(tmp_path):
-    report = read("exit-fashion-mnist", "report") | {"classes": DOLLARS}
-    report["usage"]["columns"] = [f"${name}$" for name in report["usage"]["columns"]]
-    report["usage"]["difficulty"] = {
-        "$\\size$": {"bins": [{"from": 0.0, "to": 1.0, "inputs": 5, "macs_fraction": 0.5, "accuracy": 0.5}], "spearman": None}
-    }  # fmt: skip
-    usage = {
-        "policy": "$\\p$",
-        "cheapest": [0],
-        "dearest": [1],
-        "regions": [[[(0, 0, 1, 1)]]] * 2,
-        "words": [["$\\x$"]] * 2,
-    }
     compared, attacked = (next(RESULTS.glob(f"*/{name}.json")).parent.name for name in ("comparison", "attack"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures.draw_report(report, split(), tmp_path / "report.png")
+        figures.draw_report(read("exit-fashion-mnist", "report"), split(), tmp_path / "report.png")
         figures.draw_comparison(read(compared, "comparison"), tmp_path / "comparison.png")
         figures.draw_attack(read(attacked, "attack"), tmp_path / "attack.png")
-        figures.draw_words(usage, tmp_path / "words.png")
-        figures.draw_regions(usage, split(), tmp_path / "regions.png")
+        figures.draw_words(USAGE, tmp_path / "words.png")
+        figures.draw_regions(USAGE, split(), tmp_path / "regions.png")
     assert [path.read_bytes()[:4] for path in tmp_path.iterdir()] == [PNG] * 5
 
 
