@@ -144,7 +144,8 @@ class CellResNet(Positions, ResNet):
     @property
     def whole_macs(self) -> int:
         """The MACs of `whole` for one row: no cell is scored."""
-        return self.dense_macs - self._counts[-1] * sum(scorer.score.in_features for scorer in self.scorers)
+        weights = sum(scorer.score.in_features for scorer in self.scorers)  # type: ignore[union-attr, misc]
+        return self.dense_macs - self._counts[-1] * weights
 
     def ideal(self, inputs: Tensor, route: Tensor) -> Callable[[], Tensor]:
         """Return `Backbone.ideal`: each block runs on the first rows of the batch, which have as many cells in all.

@@ -322,7 +322,8 @@ class ResNet(Backbone):
     @property
     def whole_macs(self) -> int:
         """The MACs of `whole` for one row: no early classifier runs."""
-        return self.dense_macs - sum(head.weight.numel() for head in self.heads)
+        heads: list[nn.Linear] = list(self.heads)  # type: ignore[arg-type]
+        return self.dense_macs - sum(head.weight.numel() for head in heads)
 
     def for_inference(self) -> Self:
         """Return a frozen copy with batch norm, ReLU and residual folded into the convolutions.

@@ -135,19 +135,17 @@ def store(rows: Iterable[Any], shape: tuple[int, ...], raw: torch.dtype) -> Stor
         if (both := torch.promote_types(raw, row.dtype)) != raw:
             file.flush()
             before = Stored(file, shape, raw, np.arange(count)).given
-            file, raw = (
-                store((each.to(both) for piece in before.split(PIECE) for each in piece), shape, both).file,
-                both,
-            )
+            file = store((each.to(both) for piece in before.split(PIECE) for each in piece), shape, both).file
+            raw = both
         file.write(_bytes(row.to(raw)))
         count += 1
     file.flush()
     return Stored(file, shape, raw, np.arange(count))
 
 
-def _bytes(numbers: Tensor) -> np.ndarray:
+def _bytes(numbers: Tensor) -> memoryview:
     """Return the memory of numbers of any type; NumPy does not have all types of torch."""
-    return numbers.contiguous().view(-1).view(torch.uint8).numpy()
+    return numbers.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def blurs(raw: torch.dtype, mean: Numbers, deviation: Numbers) -> bool:
