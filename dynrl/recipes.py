@@ -215,7 +215,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("skip", "trace"): Defaults(
         family="skip_resnet",
-        backbone={"layers": (1, 7), "widths": (8, 16), "auxiliary": True},
+        backbone={"layers": (1, 7), "widths": (12, 24), "auxiliary": True},
         pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.35, 0.35), plain_epochs=24),
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
@@ -257,7 +257,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("exit", "trace"): Defaults(
         family="exit_resnet",
-        backbone={"layers": (1, 7), "widths": (8, 16), "exits": (0, 1, 2, 3, 4, 5, 6)},
+        backbone={"layers": (1, 7), "widths": (12, 24), "exits": (0, 1, 2, 3, 4, 5, 6)},
         pretraining=Recipe(epochs=6, batch_size=128, plain_epochs=24),
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),
@@ -298,7 +298,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("channel", "trace"): Defaults(
         family="slimmable_resnet",
-        backbone={"layers": (1, 7), "widths": (8, 16), "auxiliary": True},
+        backbone={"layers": (1, 7), "widths": (12, 24), "auxiliary": True},
         pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.3, 0.3), plain_epochs=24),
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),

@@ -78,7 +78,7 @@ class Stored:
         each = np.atleast_1d(chosen)
         raw = torch.empty(len(each), *self.form, dtype=self.raw)
         size = raw[:1].numel() * raw.element_size() if len(each) else 0
-        into = _bytes(raw).data
+        into = _bytes(raw)
         for i, row in enumerate(each.tolist()):  # read, not mapped: mapped pages would count as memory of the process
             os.preadv(self.file.fileno(), [into[i * size : (i + 1) * size]], row * size)
         read = raw if self.untouched else self._standardised(raw).to(self.device, self.dtype)
