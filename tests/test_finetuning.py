@@ -151,7 +151,7 @@ def test_both_optimizers_descend_and_others_are_refused():
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0]
-    with pytest.raises(ValueError, match="expected 'sgd' or 'adam'"):
+    with pytest.raises(ValueError, match="expected one of sgd, adam"):
         make_optimizer(backbone, "nosuch", 1e-2, 0.0)
 
 

@@ -217,8 +217,8 @@ def test_rules_are_charged_the_looks_that_they_take(monkeypatch):
     """The coarse scale has fewer windows than a row may take looks."""
     backbone, inputs = network(), images(40)
     split, offers = Split(inputs, torch.arange(40) % 4), []
-    monkeypatch.setattr(looking, "affordable", lambda found, budget, task: offers.extend(found))
-    fit_order(backbone, split, "brightest first")(1.0)
+    monkeypatch.setattr(looking, "best_within", lambda found, task: offers.extend(found))
+    fit_order(backbone, split, "brightest first")
     never = [found for found in offers if found.what.threshold == torch.inf]
     assert {found.what.scale for found in never} == {1, 3} and int((backbone.scale == 3).sum()) < LOOKS
     for found in never:
