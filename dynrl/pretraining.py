@@ -38,7 +38,7 @@ class Recipe:
         weight_decay: of all weights but biases and normalisation.
         label_smoothing: see `Task.loss`.
         rates: the least rates of random routes. The epochs are cut into as many equal parts, and in each part an image
-            draws the rate of its route (`draw_routes`) between that part's least rate and 1.
+            draws the rate of its route (`Backbone.draw`) between that part's least rate and 1.
         full_share: this share of the images has rate 1.
         optimizer: "sgd" (with momentum) or "adam" (AdamW).
         plain_epochs: of the plain network, on its full route; None: as many as on random routes.

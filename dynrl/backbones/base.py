@@ -302,6 +302,18 @@ class Backbone(nn.Module):
         A family in whose plain network some parts never run may give these the weights of others that do.
         """
 
+    def draw(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the random routes that pretraining takes; here, choices are independent (`draw_routes`).
+
+        Args:
+            rate: [B] in [0, 1], from the cheapest choices to the dearest.
+            generator: the source of the draws.
+
+        Returns:
+            [B, columns] int64, a choice for each column of each route.
+        """
+        return draw_routes(self.thrift, rate, generator)
+
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[list[Answer]]:
@@ -311,8 +323,7 @@ class Backbone(nn.Module):
 
         Args:
             inputs: [B, *input_shape].
-            rate: [B] in [0, 1], from the cheapest choices to the dearest (see `draw_routes`); None takes the full route
-                only.
+            rate: [B] in [0, 1], from the cheapest choices to the dearest (see `draw`); None takes the full route only.
             generator: the source of the draws of routes.
 
         Yields:
@@ -321,7 +332,7 @@ class Backbone(nn.Module):
         if rate is None:
             yield [Answer(self(inputs), torch.arange(len(inputs), device=inputs.device))]
             return
-        route = draw_routes(self.thrift, rate, generator).to(inputs.device)
+        route = self.draw(rate, generator).to(inputs.device)
         yield self.run_training(inputs, lambda state: state.along(route))[1]
 
     def lengthen(self, max_steps: int) -> None:

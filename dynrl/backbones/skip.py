@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone
@@ -15,6 +16,8 @@ from dynrl.cost import count_macs
 from dynrl.ops.gated_residual import gated_residual, run_rows
 from dynrl.ops.move import beside, each
 from dynrl.ops.pooled import pooled_keeping, summary
+
+SHALLOW = 0.5  # the share of pretraining's random routes that run their first blocks only
 
 
 class Skipping(Backbone):
@@ -57,6 +60,16 @@ class Skipping(Backbone):
             full_route=(1,) * len(names),
             feature_width=width,
         )
+
+    def draw(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw routes as `Backbone.draw` does, but let some of them run their first blocks only, as many as were drawn.
+
+        A policy that has seen enough skips all that follows. Independent choices hardly ever do.
+        """
+        route = super().draw(rate, generator)
+        first = torch.arange(self.columns) < route.sum(1, keepdim=True)
+        shallow = torch.rand(len(route), 1, generator=generator) < SHALLOW
+        return torch.where(shallow, first.long(), route)
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, self._lead(inputs))
