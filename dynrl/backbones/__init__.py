@@ -12,14 +12,15 @@ from dynrl.backbones.base import Backbone
 from dynrl.backbones.cells import CellResNet
 from dynrl.backbones.channel import SlimmableResNet
 from dynrl.backbones.exit import ExitResNet
+from dynrl.backbones.exit_module import ExitModule
 from dynrl.backbones.expert import ExpertNet
+from dynrl.backbones.expert_module import ExpertModule
 from dynrl.backbones.frames import Frames
 from dynrl.backbones.glimpses import Glimpses
 from dynrl.backbones.grid import ScaleGrid
 from dynrl.backbones.hierarchical import MultiScaleRNN
 from dynrl.backbones.looks import Looks
 from dynrl.backbones.models import Members, Models, Resolutions
-from dynrl.backbones.module import ExitModule, ExpertModule, SkipModule, TokenModule
 from dynrl.backbones.multipath import MultiPathResNet
 from dynrl.backbones.multiscale import MultiScaleNet
 from dynrl.backbones.neural_modules import NeuralModules
@@ -28,6 +29,8 @@ from dynrl.backbones.recurrent import SkipGRU, SkipLSTM
 from dynrl.backbones.resolution import ResolutionNet
 from dynrl.backbones.routing import RoutingNet
 from dynrl.backbones.skip import SkipResNet
+from dynrl.backbones.skip_module import SkipModule
+from dynrl.backbones.token_module import TokenModule
 from dynrl.backbones.tree import NeuralTree
 from dynrl.backbones.unroll import RecallNet, Restorer, Unrolled
 from dynrl.backbones.vit import TokenViT
