@@ -43,9 +43,8 @@ class QRouterModule(FormerModule, QNetAPI):
         """Name what runners do not need: the former network."""
         return ["_old"]
 
-    def logits(self, observation: Tensor) -> Tensor:
-        """Return the scores [n, choices], without the policy's cap on logits, since returns have no such bound."""
-        scores: Tensor = self.net.scores(observation)
+    def logits(self, scores: Tensor) -> Tensor:
+        """Return the scores [n, choices] as they are, without the cap on logits, since returns have no such bound."""
         return scores
 
     def explore(self, log_probs: Tensor, steps: int) -> Tensor:
@@ -67,12 +66,12 @@ class QRouterModule(FormerModule, QNetAPI):
 
     def compute_q_values(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the returns that the network expects."""
-        return {QF_PREDS: self.logits(batch[Columns.OBS])}
+        return {QF_PREDS: self.net.scores(batch[Columns.OBS])}
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         following = batch[Columns.NEXT_OBS]
         return {
-            QF_PREDS: self.logits(batch[Columns.OBS]),
+            QF_PREDS: self.net.scores(batch[Columns.OBS]),
             QF_NEXT_PREDS: self.logits(following),
             QF_TARGET_NEXT_PREDS: self._former(following),
         }

@@ -83,9 +83,9 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
         """Return an empty state, since policies are stateless."""
         return {}
 
-    def logits(self, observation: Tensor) -> Tensor:
-        """Return the logits [n, decisions * choices] by which choices are drawn."""
-        logits: Tensor = self.net(observation)
+    def logits(self, scores: Tensor) -> Tensor:
+        """Return the logits [n, decisions * choices] by which choices are drawn, given the policy's scores."""
+        logits: Tensor = self.net.capped(scores)
         return logits
 
     def explore(self, log_probs: Tensor, steps: int) -> Tensor:
@@ -94,7 +94,7 @@ class RouterModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
         return (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(1)
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return {Columns.ACTION_DIST_INPUTS: self.logits(batch[Columns.OBS])}
+        return {Columns.ACTION_DIST_INPUTS: self.net(batch[Columns.OBS])}
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
         """Return the return [n] expected from each observation."""
@@ -170,7 +170,7 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
     """Start a quiet local ray, or join the cluster at `address`, and return True; return False if ray runs already.
 
     Raises:
-        ValueError: there is no cluster at `address`.
+        ValueError: there is no cluster at `address`, or ray could not start.
     """
     if ray.is_initialized():
         return False
@@ -185,7 +185,14 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
                 raise ValueError(f"expected a ray cluster at {address!r}, found none: {error}") from None
             return True
         # Without the word "local", ray would join whatever RAY_ADDRESS or an earlier cluster's file names.
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            ray.init("local", num_cpus=num_cpus, **quiet)
+        except Exception as error:  # of no narrower type where its processes are too slow
+            raise ValueError(
+                f"ray could not start on this machine ({str(error).splitlines()[0]}); try again when it is less busy, "
+                "or take an agent that needs no ray, such as --agent sb3-ppo"
+            ) from error
         return True
 
 

@@ -177,10 +177,11 @@ class SlabRunner(SingleAgentEnvRunner):
         module: Any = self.module
         net = module.net
         shape: Any = env.action_space.shape
-        logits = module.logits(obs)
+        scores = net.scores(obs)
+        logits = module.logits(scores)
         # There is one row for each decision: one an observation, or all decisions of a walk.
         log_probs = torch.log_softmax(logits.view(-1, net.sight.choices), 1)
-        likeliest = log_probs.argmax(1)
+        likeliest = scores.view(-1, net.sight.choices).argmax(1)
         if random_actions:
             actions = torch.randint(env.backbone.num_choices, likeliest.shape, device=env.device)
         else:

@@ -145,7 +145,10 @@ class Finetuner:
         first, until = self.batches, rounds * self._round
         self.backbone.train()
         while self.batches < until and not stopped():
-            for name, value in self._step(policy).items():
+            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+                torch.manual_seed(1_000_003 * self._seed + self.batches)  # of what a user's network draws, as dropout
+                done = self._step(policy)
+            for name, value in done.items():
                 sums[name] = sums.get(name, 0.0) + value
             self.batches += 1
             tick()
@@ -217,16 +220,17 @@ class Finetuner:
 
     def _chooser(self, policy: LearnedPolicy, prices: Tensor) -> Callable[[State], Tensor]:
         """Return the function from a state to the policy's choices, likeliest or drawn."""
+        drawing, backbone = self._plan.sampled, self.backbone
         with torch.no_grad():  # a sight may prepare products of the backbone's weights
-            logits_at = policy.logits_on(self.backbone, prices)
+            at = policy.logits_on(backbone, prices) if drawing else policy.sight.follow(backbone, policy.act, prices)
 
         @torch.no_grad()
         def choose(state: State) -> Tensor:
             with torch.autocast(prices.device.type, enabled=False):
-                logits = logits_at(state)
-            if not self._plan.sampled:
-                return logits.argmax(1)
-            drawn = torch.multinomial(logits.softmax(1).cpu(), 1, generator=self._generator)
+                said = at(state)
+            if not drawing:
+                return said
+            drawn = torch.multinomial(said.softmax(1).cpu(), 1, generator=self._generator)
             return drawn.squeeze(1).to(prices.device)
 
         return choose

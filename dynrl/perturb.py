@@ -83,10 +83,14 @@ class Ball:
         return self.radius / along(self.deviation, inputs)
 
     def clamp(self, inputs: Tensor, centre: Tensor) -> Tensor:
-        """Return the points of the ball around `centre` nearest to `inputs`, both [B, ...]."""
+        """Return the points of the ball around `centre` nearest to `inputs`, both [B, ...].
+
+        A number of the centre that lies beyond `low` or `high` itself may move back towards them.
+        """
         radius, mean, deviation = self.reach(inputs), along(self.mean, inputs), along(self.deviation, inputs)
         near = torch.minimum(torch.maximum(inputs, centre - radius), centre + radius)
-        return near.clamp((self.low - mean) / deviation, (self.high - mean) / deviation)
+        least, most = (torch.as_tensor((end - mean) / deviation).to(inputs) for end in (self.low, self.high))
+        return near.clamp(torch.minimum(least, centre), torch.maximum(most, centre))
 
     def noise(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return `inputs` [B, ...] with each number moved by the radius, up or down at random."""

@@ -144,8 +144,13 @@ def pretrain(
         schedule.load_state_dict(schedule.state_dict() | there)
     if random_routes and not first:
         backbone.open_up()
-    with progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
+    # A user's network may draw numbers itself, as dropout does. It draws them from torch's own generator.
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar,
+    ):
         for epoch in range(first, epochs):
+            torch.manual_seed(1_000_003 * seed + before + epoch)
             least_rate = recipe.least_rate(epoch) if random_routes else None
             backbone.train()
             drawn = dataset.in_epoch(seed, before + epoch)

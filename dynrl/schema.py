@@ -8,6 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal
 
 MOST_THREADS, MOST_ROWS = 1_000, 100_000  # what no machine of today has or holds
@@ -146,7 +147,9 @@ def check_known(what: str, name: Any, registry: typing.Collection[str], also: st
 
 
 def check_count(name: str, value: int, least: int, limit: int = 2**31) -> None:
-    """Refuse, with a ValueError, a count below `least`, or of `limit` or more."""
+    """Refuse, with a ValueError, what is no whole number, or is below `least`, or `limit` or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"expected {name} as a whole number, got {value!r}")
     if not least <= value < limit:
         below = "and below 2^31" if limit == 2**31 else f"and below {limit:,}" if value >= limit else ""
         raise ValueError(f"expected {' '.join([name, 'of at least', str(least), below]).rstrip()}, got {value}")
@@ -160,12 +163,17 @@ def check_counts(name: str, values: typing.Sequence[int], least: int = 1, limit:
         check_count(f"each number in {name}", value, least, limit)
 
 
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a real number; truth values are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_price_range(prices: typing.Sequence[float]) -> tuple[float, float]:
     """Return `(low, high)`, or raise a ValueError if this is no range of positive prices.
 
     Prices beyond twelve orders of magnitude have no use, and their products and quotients overflow.
     """
-    if len(prices) != 2 or not 0 < prices[0] <= prices[1] < math.inf:
+    if len(prices) != 2 or not all(map(is_number, prices)) or not 0 < prices[0] <= prices[1] < math.inf:
         raise ValueError(f"expected a price range (low, high) with 0 < low <= high, got {tuple(prices)}")
     if not 1e-12 <= prices[0] <= prices[1] <= 1e12:
         raise ValueError(f"expected a price range (low, high) within 1e-12 and 1e12, got {tuple(prices)}")

@@ -30,7 +30,7 @@ from dynrl.files import load_tensors
 from dynrl.machine import check_device, check_dtype
 from dynrl.ops.backend import float32
 from dynrl.policies import SIGHTS
-from dynrl.schema import check_one_of, check_price_range
+from dynrl.schema import check_count, check_one_of, check_price_range, is_number
 
 Info = dict[str, Tensor]
 
@@ -177,9 +177,9 @@ class RoutingVectorEnv(VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"expected at least one environment, got num_envs={num_envs}")
-        if group < 1 or num_envs % group:
+        check_count("num_envs", num_envs, 1)
+        check_count("group", group, 1)
+        if num_envs % group:
             raise ValueError(f"expected a group that divides the {num_envs} environments, got {group}")
         self.group = group
         mode = check_autoreset(autoreset_mode)
@@ -188,6 +188,8 @@ class RoutingVectorEnv(VectorEnv):
         self.num_envs = num_envs
         self.render_mode = check_render(render_mode)
         self.price_range = check_price_range(price_range)
+        if price is not None and not is_number(price):
+            raise ValueError(f"expected a price as a number, got {price!r}")
         if price is not None and not self.price_range[0] <= price <= self.price_range[1]:
             raise ValueError(
                 f"the price {price} is outside its range {self.price_range}; widen price_range or change it"
@@ -301,6 +303,8 @@ class RoutingVectorEnv(VectorEnv):
             self._seeds, rows = np.zeros(self.num_envs, np.int64), None
         at = np.arange(self.num_envs) if rows is None else rows.cpu().numpy()
         at = np.array([row for row in at if asked[row] is not None], np.int64)
+        if wrong := [one for one in asked[at] if not isinstance(one, int | np.integer) or isinstance(one, bool)]:
+            raise ValueError(f"expected seeds as whole numbers, got {wrong[0]!r}")
         # Gymnasium takes seeds of any size; draws know 64 bits of them.
         self._seeds[at] = np.array([int(one) % 2**64 for one in asked[at]], np.uint64).astype(np.int64)
         self._episodes[at] = 0

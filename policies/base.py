@@ -14,6 +14,7 @@ from dynrl.policies.sight import Sight
 from dynrl.schema import check_price_range
 
 CAP = 5.0  # logits stay within +-CAP, so that no probability becomes 0 and every logarithm stays finite
+CLOSED = -1e9  # is added to the scores of choices that are closed
 EDITS = attrgetter("_version")  # of a tensor: how often it was written to
 
 
@@ -187,10 +188,18 @@ class LearnedPolicy(Policy):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map [n, width] float32 to logits [n, decisions * choices] within +-CAP; closed choices get -1e9."""
-        return CAP * torch.tanh(self._scores(observation) / CAP) + self._closed(observation)
+        return self.capped(self.scores(observation))
+
+    @staticmethod
+    def capped(scores: Tensor) -> Tensor:
+        """Return `scores` as logits within +-CAP, closed choices as they are.
+
+        The likeliest choice is to be read off the scores: far beyond the cap, logits are equal by rounding.
+        """
+        return torch.where(scores > CLOSED / 2, CAP * torch.tanh(scores / CAP), scores)
 
     def act(self, observation: Tensor) -> Tensor:
-        """Return the likeliest choices of each row: [n, decisions]. The cap is left out, as it changes no order."""
+        """Return the likeliest choices of each row: [n, decisions], by scores without the cap (see `capped`)."""
         return self.scores(observation).unflatten(1, (self.sight.decisions, self.sight.choices)).argmax(2)
 
     def chooser(self, backbone: Any, price: float) -> Callable[[Any], Tensor]:
@@ -208,4 +217,4 @@ class LearnedPolicy(Policy):
 
     def _closed(self, observation: Tensor) -> Tensor:
         """Return what is added to scores, [n, decisions * choices]: 0 for open choices, -1e9 for closed ones."""
-        return ((self.sight.mask(observation) - 1) * 1e9).flatten(1)
+        return ((1 - self.sight.mask(observation)) * CLOSED).flatten(1)

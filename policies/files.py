@@ -101,7 +101,12 @@ def check_curve(curve: Sequence[tuple[float, float]], price_range: tuple[float, 
 
 def save_policy(path: str | Path, policy: LearnedPolicy, metadata: dict[str, Any]) -> None:
     """Write a policy and, as JSON, what it was trained for; `metadata` has fields of `PolicyNotes`."""
-    kind = next(name for name, row in POLICIES.items() if row is type(policy))
+    kind = next((name for name, row in POLICIES.items() if row is type(policy)), None)
+    if kind is None:
+        raise ValueError(
+            f"no row of POLICIES holds {type(policy).__name__}, so a file of it could not be read again; add one, "
+            f"POLICIES['NAME'] = {type(policy).__name__}, in a plugin"
+        )
     notes = asdict(PolicyNotes(**metadata | {"kind": kind, "config": policy.config}))
     check_curve(notes["curve"], policy.price_range)
     save_tensors(path, "policy", policy.state_dict(), notes)

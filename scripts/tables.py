@@ -46,6 +46,8 @@ def main(args: Args) -> None:
 
     written = {}
     for page in pages:
+        if not page.is_file():
+            raise ValueError(f"expected pages to rewrite, got no file {page}; name pages, or run it in the repository")
         text = page.read_text()
         new = re.sub(r"<!-- table:([\w-]+) -->.*?<!-- end -->", marked, text, flags=re.DOTALL)
         if new != text:

@@ -112,6 +112,21 @@ def test_a_group_meets_one_input_and_its_first_takes_the_likeliest_route(small_b
         config_for(backbone, small_backbone, num_envs=12, baseline="group")
 
 
+def test_the_likeliest_action_is_the_deployed_ones_beyond_the_cap(small_backbone):
+    """There all logits are equal by rounding."""
+    backbone, _ = load_backbone(small_backbone)
+    config = config_for(backbone, small_backbone, num_envs=GROUP, rollout=3, baseline="group")
+    runner = SlabRunner(config=config, worker_index=0, num_workers=0)
+    net = runner.module.net
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.copy_(torch.tensor([300.0, 400.0]))
+    (slab,) = runner.sample(num_timesteps=3 * GROUP)
+    assert torch.equal(slab.logits, torch.full_like(slab.logits, 5.0))
+    assert (slab.actions[:, 0] == 1).all() and (net.act(slab.obs[0]) == 1).all()
+    assert (slab.actions == 0).any(), "others are drawn from equal logits"
+
+
 def exit_config(**changes):
     backbone = make_backbone("exit")
     config = config_for(backbone, "unused", **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import warnings
@@ -74,6 +75,12 @@ def test_gymnasiums_checker(name):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*Box observation space (minimum|maximum) value is -?infinity.*")
         check_env(env.unwrapped)
+
+
+def test_an_environment_is_pickled():
+    env = gym.make("dynrl/Exit-v0").unwrapped
+    again = pickle.loads(pickle.dumps(env))
+    assert type(again) is type(env) and np.array_equal(again.reset(seed=3)[0], env.reset(seed=3)[0])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -298,6 +305,9 @@ def test_seeds_of_any_size_are_taken():
     assert np.array_equal(first[2**64], first[0]) and not np.array_equal(first[2**63], first[0])
     assert np.array_equal(env.reset(seed=[2**100 + 5, np.int64(-1)])[0][0], first[2**100 + 5][0])
     assert env._seeds.tolist() == [5, -1]
+    for bad in ([5.5, 1], ["1", 2], [True, 0]):
+        with pytest.raises(ValueError, match="seeds as whole numbers, got"):
+            env.reset(seed=bad)
 
 
 def test_rows_without_a_seed_go_on():
@@ -490,7 +500,13 @@ def test_one_backbone_file_is_loaded_once(small_backbone):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_envs": 0}, "at least one environment"),
+        ({"num_envs": 0}, "num_envs of at least 1"),
+        ({"num_envs": 2.0}, "num_envs as a whole number, got 2.0"),
+        ({"num_envs": True}, "num_envs as a whole number, got True"),
+        ({"price": "0.1"}, "a price as a number, got '0.1'"),
+        ({"price": True}, "a price as a number, got True"),
+        ({"price_range": (0.1, "2")}, "price range"),
+        ({"price_range": "ab"}, "price range"),
         ({"num_envs": 6, "group": 4}, "a group that divides the 6"),
         ({"data": "nosuch"}, "unknown data set"),
         ({"split": "nosuch"}, "unknown split"),

@@ -23,7 +23,7 @@ from dynrl.perturb import Ball
 from dynrl.pretraining import make_optimizer
 from dynrl.settings import Learning, Problem, Settings
 from tests.cases import BACKBONES, answered_by, full_metric, make_backbone, make_policy
-from tests.toys import Exiting
+from tests.toys import Exiting, dropping
 
 PRICES = (0.01, 1.0)
 
@@ -90,6 +90,29 @@ def test_routes_are_drawn_from_the_policy_where_the_plan_says_so(tmp_path):
     floor = (backbone.start_macs + int(backbone.costs[:, 0].sum())) / backbone.dense_macs
     assert spent[False] == pytest.approx(floor)
     assert spent[True] - floor == pytest.approx((1 - floor) / (1 + math.exp(2)), rel=0.1)
+
+
+def test_routes_are_those_that_are_deployed_beyond_the_cap_of_logits(tmp_path):
+    backbone = make_backbone("skip")
+    data, router = answered_by(backbone), untrained_policy(backbone)
+    with torch.no_grad():
+        router.head.weight.zero_()
+        router.head.bias.copy_(torch.tensor([300.0, 400.0]))
+    assert float(RoutedModel(backbone, router).walk(data.train.inputs).macs.float().mean()) == backbone.dense_macs
+    plan = Finetuning(rounds=1, epochs=1, batch_size=32, full_share=0.0)
+    tuner = Finetuner(make_backbone("skip"), backbone, data, plan, PRICES, 0, tmp_path / "c.safetensors")
+    assert tuner.train(router, 1)["macs_fraction"] == 1.0
+
+
+def test_a_network_that_draws_for_itself_is_tuned_by_the_seed(tmp_path):
+    backbone = make_backbone("skip")
+    data, router, found = answered_by(backbone), random_policy(backbone), []
+    for name in ("first", "second"):
+        tuned = dropping(make_backbone("skip"))
+        plan = Finetuning(rounds=1, epochs=1, batch_size=32)
+        Finetuner(tuned, backbone, data, plan, PRICES, 0, tmp_path / f"{name}.safetensors").train(router, 1)
+        found.append(tuned.fingerprint())
+    assert found[0] == found[1]
 
 
 def test_each_epoch_has_inputs_of_its_own_where_they_can_be_drawn(tmp_path):

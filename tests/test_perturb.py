@@ -46,6 +46,16 @@ def test_noise_moves_every_number_as_far_as_it_may():
     assert noisy[:, 0].unique().tolist() == [-1.0, 1.0] and noisy[:, 1].max() == 3.0 and noisy[:, 2].min() == -3.0
 
 
+def test_a_number_beyond_the_range_moves_no_farther_than_others():
+    inputs = torch.tensor([[5.0, -9.0, 2.5]])
+    assert WIDE.clamp(inputs + 2, inputs).tolist() == [[5.0, -8.0, 3.0]]
+    assert WIDE.clamp(inputs - 2, inputs).tolist() == [[4.0, -9.0, 1.5]]
+    pictures = Ball(0.5, 0.0, 1.0, (1.0, 2.0), (0.5, 0.25))  # for each channel its own
+    seen = torch.tensor([-2.0, -8.0]).view(1, 2, 1, 1)  # both are black
+    assert pictures.clamp(seen + 9, seen).flatten().tolist() == [-1.0, -6.0]
+    assert torch.equal(pictures.clamp(seen - 9, seen), seen)
+
+
 def test_a_climb_finds_the_top_of_the_ball_and_keeps_the_best():
     inputs = torch.tensor([[0.0, 2.5], [1.0, 0.0]])
     best = WIDE.climb(inputs, lambda x: (x.sum(1), x.sum(1).detach()), 4)

@@ -138,6 +138,10 @@ def test_a_policy_file_brings_a_linear_router_back(tmp_path):
     backbone = Exiting().eval()
     router = make_router(backbone, hidden=0)
     save_policy(tmp_path / "policy.safetensors", router, {})
+    own = type("Mine", (Router,), {})(router.sight, router.price_range)
+    with pytest.raises(ValueError, match=r"no row of POLICIES holds Mine, .* POLICIES\['NAME'\] = Mine, in a plugin"):
+        save_policy(tmp_path / "own.safetensors", own, {})
+    assert not (tmp_path / "own.safetensors").exists()
     again, _ = load_policy(tmp_path / "policy.safetensors")
     assert count_macs(again, (again.sight.width,))[0] == (again.sight.price + 1) * 2
     seen = torch.rand(20, router.sight.width) + 0.01

@@ -22,7 +22,7 @@ from dynrl.recipes import DEFAULTS, defaults
 from dynrl.routes import draw_routes
 from dynrl.tasks import Regression, Restoration
 from tests.cases import full_metric
-from tests.toys import Looping
+from tests.toys import Looping, dropping
 
 RECIPE = Recipe(epochs=3, batch_size=100)
 
@@ -55,19 +55,21 @@ class Killed(Augmentation):
 def test_resumed_pretraining_ends_as_if_never_stopped(tmp_path):
     digits = load_dataset("digits")
     plain = replace(digits, augmentation=Augmentation(shift=1))
-    whole = pretrain(fresh(), plain, RECIPE, seed=1)
+    whole = pretrain(dropping(fresh()), plain, RECIPE, seed=1)
     checkpoint = tmp_path / "backbone.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        pretrain(fresh(), replace(digits, augmentation=Killed(shift=1)), RECIPE, seed=1, checkpoint=checkpoint)
+        pretrain(
+            dropping(fresh()), replace(digits, augmentation=Killed(shift=1)), RECIPE, seed=1, checkpoint=checkpoint
+        )
     assert checkpoint.exists()
     for _ in range(2):  # at the end, too: a kill before the result is written loses nothing
-        resumed = pretrain(fresh(), plain, RECIPE, seed=1, checkpoint=checkpoint)
+        resumed = pretrain(dropping(fresh()), plain, RECIPE, seed=1, checkpoint=checkpoint)
         assert list(tmp_path.iterdir()) == [checkpoint]
         for name, tensor in whole.state_dict().items():
             torch.testing.assert_close(resumed.state_dict()[name], tensor)
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"backbone.safetensors is damaged .*; take it away"):
-        pretrain(fresh(), plain, RECIPE, seed=1, checkpoint=checkpoint)
+        pretrain(dropping(fresh()), plain, RECIPE, seed=1, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("count", [1257, 900, 400])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from dynrl.data.own import SHARE
 from dynrl.deploy import policy_fingerprint
 from dynrl.files import load_tensors, read_json, write_json
 from dynrl.finetuning import Finetuning
-from dynrl.inputs import Named
+from dynrl.inputs import Named, parts
 from dynrl.plans import plan, plan_again
 from dynrl.pretraining import Recipe
 from dynrl.progress import talking
@@ -99,6 +100,18 @@ class Broken(Pairs):
         return super().__getitem__(i)
 
 
+class Backwards(Pairs):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return np.asarray(x)[::-1], y
+
+
+def test_inputs_that_another_network_made_carry_no_graph():
+    made = torch.nn.Linear(4, 4)(torch.rand(20, 4))
+    for data in ((made, torch.arange(20) % 2), ({"x": made}, torch.arange(20) % 2), Pairs(made, torch.arange(20) % 2)):
+        assert not any(x.requires_grad for x in parts(own_dataset(data).train.inputs).values())
+
+
 def test_all_ways_to_hold_pairs_are_the_same_data():
     inputs, labels = small_images(40)
     names = {
@@ -161,6 +174,9 @@ def test_classes_of_pixels_make_a_segmentation():
         ((torch.randn(20, 4), torch.eye(4).repeat(5, 1)), r"of zeros with a 1 in each row; give targets\.argmax"),
         ((torch.randn(20, 4).numpy(), torch.zeros(20)), "got tuple of 2, the first of them ndarray, Tensor"),
         ((torch.randn(20, 4), torch.zeros(20).long()), "two classes or more"),
+        ((torch.randn(20, 4), torch.ones(20).long()), "two classes or more .* are 1; a regression"),
+        ((torch.randn(20, 4), 10**9 * (torch.arange(20) % 2)), "got 1,000,000,000 in 20 targets, of which 2 differ; "),
+        (Backwards(torch.rand(20, 4), torch.zeros(20)), r"got ndarray \(.*negative.*\); .* np.ascontiguousarray"),
         ((torch.full((20, 4), torch.nan), torch.arange(20) % 2), "NaN or infinity"),
         *(((torch.randn(20, 4), torch.arange(20).to(kind)), f"got targets torch.{name} .* targets.long.. makes classes")
           for name in ("uint16", "uint32", "uint64", "complex64") for kind in [getattr(torch, name)]),

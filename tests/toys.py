@@ -17,6 +17,12 @@ from dynrl.backbones.gated import GatedWalk
 from dynrl.ops.gated_residual import gated_residual
 
 
+def dropping(backbone: Any) -> Any:
+    """Let a residual network drop features before its last layer in training, as a user's network may."""
+    backbone.fc.register_forward_pre_hook(lambda layer, given: F.dropout(given[0], 0.3, layer.training))
+    return backbone
+
+
 class Exiting(Backbone):
     """Three linear stages with an exit after each: choice 0 goes on, 1 stops with that exit's output."""
 

@@ -22,6 +22,7 @@ from dynrl.tasks import CLASSIFICATION, Regression, Segmentation, Task
 UNCLEAN = "the inputs or targets hold NaN or infinity; clean them first"
 CLASSES = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64  # the types that classes may have
 BLURRED = 0.01  # the share of a deviation by which rounding may change a target
+MOST_CLASSES = 10_000  # of targets that are fewer; more would be ids, whose names alone fill the memory
 SHARE = 0.1  # the share of the pairs for validation, and the same share for the test
 
 
@@ -47,7 +48,8 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
 
     Raises:
         ValueError: there are no or too few pairs, they differ in shape, some inputs are uint8 and others not, inputs or
-            targets are not finite, or targets are neither classes nor floating-point numbers that differ.
+            targets are not finite, or targets are neither classes numbered from 0 on nor floating-point numbers, or do
+            not differ.
     """
     names, (inputs, targets) = _names(data), _pairs(data)
     flat = not isinstance(inputs, Named) and (inputs.dim() < 2 or 0 in inputs.shape[1:])
@@ -96,9 +98,10 @@ def own_dataset(data: Any, seed: int = 0) -> Dataset:
             f"expected a name in `classes` for each class, got {len(names)} names and targets up to {classes - 1}; "
             "name all of them, or give the pairs without the names"
         )
-    if classes < 2 and not numbers:
+    if not numbers and classes > max(len(targets), MOST_CLASSES):
         raise ValueError(
-            "expected two classes or more, but all targets are 0; a regression needs floating-point targets"
+            f"expected classes numbered from 0 on, got {classes - 1:,} in {len(targets):,} targets, of which "
+            f"{len(targets.unique()):,} differ; targets.unique(return_inverse=True)[1] numbers them"
         )
     train, validation, test = (Split(_rows(inputs, part), targets[part], task) for part in drawn)
     names = () if numbers else names
@@ -138,8 +141,13 @@ def _numbers(targets: Tensor) -> Tensor:
 
 
 def _task(targets: Tensor, maps: bool) -> Task:
-    """Return what is learned from training targets; refuse, with a ValueError, numbers with nothing to learn."""
+    """Return what is learned from training targets; refuse, with a ValueError, those with nothing to learn."""
     if not targets.is_floating_point():
+        if len(found := targets.unique()) < 2:
+            raise ValueError(
+                f"expected two classes or more to learn, but all targets of the training inputs are {int(found)}; a "
+                "regression needs floating-point targets"
+            )
         return Segmentation() if maps else CLASSIFICATION
     task = Regression.of(targets)
     if not 0 < task.variance < math.inf:
@@ -186,7 +194,8 @@ def _pairs(data: Any) -> tuple[Inputs | Stored, Tensor]:
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
         inputs = as_inputs(data[0])
         if isinstance(inputs, Inputs):
-            return placed(inputs, "cpu"), data[1].detach().cpu()
+            tensors = {name: x.detach().cpu() for name, x in parts(inputs).items()}
+            return Named(tensors) if isinstance(inputs, Named) else tensors[""], data[1].detach().cpu()
     if not isinstance(data, TorchDataset) or not hasattr(data, "__len__"):
         what = type(data).__name__
         if isinstance(data, tuple | list):
@@ -214,10 +223,11 @@ def _pairs(data: Any) -> tuple[Inputs | Stored, Tensor]:
 def _tensor(value: Any) -> Tensor:
     try:
         return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"expected tensors, arrays or numbers, got {type(value).__name__}; give the Dataset a transform that makes "
-            "tensors of it, such as torchvision's PILToTensor"
+            f"expected tensors, or arrays or numbers of which torch makes them, got {type(value).__name__} ({error}); "
+            "give the Dataset a transform that makes tensors, such as torchvision's PILToTensor; of an array that "
+            "torch does not take, np.ascontiguousarray(array, np.float32) makes one"
         ) from None
 
 
@@ -288,7 +298,7 @@ def _stacked(values: Iterable[Any], one_type: bool = False) -> Tensor:
     if one_type:
         _check_types({tensor.dtype for tensor in tensors})
     _check_shapes({tuple(tensor.shape) for tensor in tensors})
-    return torch.stack(tensors).cpu()
+    return torch.stack(tensors).detach().cpu()
 
 
 def is_own(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
@@ -79,10 +80,11 @@ def attack(
     check_count("steps", steps, 1)
     check_count("rows", rows, 1, MOST_ROWS)
     check_folder(out)
-    backbone = folder.backbone.to(check_device(device)).requires_grad_(False)
+    # Copies: the run's own backbone and model stay as they are.
+    backbone = copy.deepcopy(folder.backbone).to(check_device(device)).requires_grad_(False)
     check_attackable(backbone)
     dataset = folder.dataset(data).seen_by(backbone.known)
-    ball, model = Ball.of(dataset, epsilon), folder.model.to(device)
+    ball, model = Ball.of(dataset, epsilon), copy.deepcopy(folder.model).to(device)
     if price is None:
         model.set_budget(budget)
     else:

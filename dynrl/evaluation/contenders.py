@@ -6,6 +6,7 @@ test split. Reports average these results; comparisons pair them input by input.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -158,17 +159,18 @@ class Learned(Contender):
 
     Args:
         kind: the kind of the runs.
-        models: the models, calibrated. A model that knows one price only has one point and needs no calibration.
+        models: the models, calibrated, of which copies are measured. A model that knows one price only has one point
+            and needs no calibration.
         ground: the network and data that the models are measured on.
     """
 
     kind: RunKind
 
     def __init__(self, kind: RunKind, models: Sequence[RoutedModel], ground: Ground) -> None:
-        self.kind, self.name, self.models, self._ground = kind, kind.label, list(models), ground
+        self.kind, self.name, self._ground = kind, kind.label, ground
+        # Copies: their prices are set here, and a user's own models must answer afterwards as they did before.
+        self.models = [copy.deepcopy(model).to(*ground.place) for model in models]
         self.asked = all(len(model.curve) > 1 for model in self.models)
-        for model in self.models:
-            model.to(*ground.place)
         self._known: list[tuple[float, Reached] | None] = [None] * len(self.models)  # the last price and its answer
 
     @property

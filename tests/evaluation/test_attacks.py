@@ -52,6 +52,15 @@ def test_a_policy_is_named_by_what_the_folder_holds(tmp_path):
     assert report["policies"] == {kind.label: [policy_fingerprint(dynrl.load(run))]}
 
 
+def test_an_attack_leaves_the_runs_own_networks_as_they_are():
+    run = RunFolder(RUN)
+    run.model.set_budget(0.8)
+    price = run.model.price
+    attack(run, rows=4, steps=1)
+    assert (run.model.price, run.model.limit) == (price, None)
+    assert all(weight.requires_grad for weight in run.backbone.parameters())
+
+
 def test_what_cannot_be_attacked_is_refused(tmp_path):
     for settings, reason in (
         ({"limit": 0.01}, "expected a limit of at least"), ({"budget": 0.01}, "reaches"), ({"rows": 0}, "rows"),

@@ -7,7 +7,9 @@ import torch
 
 from dynrl.backbones import SkipResNet
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.evaluation import BUDGETS, Dense, Ground, Plain, Smaller, measure, rivals
+from dynrl.deploy import SHIPPED
+from dynrl.evaluation import BUDGETS, Dense, Ground, Learned, Plain, Smaller, measure, rivals
+from dynrl.runs import RunFolder
 from dynrl.tasks import Regression
 from tests.cases import TOYS, make_backbone
 
@@ -79,6 +81,15 @@ def test_a_report_of_rivals_alone(name, monkeypatch):
     uniform = [name for name, _ in ground.network.constant_routes()]
     assert [p["policy"] for p in points if p["budget"] is None] == [*uniform, "oracle"]
     assert all(p["kind"] is None for p in points)
+
+
+def test_policies_are_measured_on_copies():
+    run = RunFolder(SHIPPED / "exit-digits")
+    run.model.set_budget(0.8)
+    price, ground = run.model.price, Ground(run.pretrained, run.dataset(None), "cpu", torch.bfloat16)
+    (reached,) = Learned(run.kind, [run.model], ground).reach(0.3)
+    assert float(reached.macs.mean()) < 0.5
+    assert run.model.price == price and run.model(torch.rand(2, *run.model.input_shape)).dtype == torch.float32
 
 
 def says(layers, answer):

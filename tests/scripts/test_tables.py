@@ -72,3 +72,10 @@ def test_all_tables_come_from_what_is_there(name, pages):
     (pages / "page.md").write_text(BLOCK.format(name))
     main(["tables", "page.md"])
     assert (pages / "page.md").read_text().count("\n") > 7
+
+
+def test_pages_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["tables"])
+    assert "got no file README.md; name pages, or run it in the repository" in capsys.readouterr().err
