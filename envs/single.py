@@ -73,7 +73,7 @@ def __getattr__(decision: str) -> type[RoutingEnv]:
     """Return the single environment of a decision, which is made when it is first needed."""
     if decision not in DECISIONS:
         raise AttributeError(f"no decision {decision!r}; there are {sorted(DECISIONS)}")
-    # Under the name that this module knows it by, so that it can be pickled.
+    # Under the name that this module knows it by, by which other processes find it, too.
     made = type(decision, (RoutingEnv,), {"decision": decision, "__module__": __name__, "__qualname__": decision})
     globals()[decision] = made
     return made
