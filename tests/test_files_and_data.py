@@ -7,6 +7,7 @@ import hashlib
 import io
 import shutil
 import struct
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from dynrl.data import (
     load_dataset,
     standardised,
 )  # fmt: skip
+from dynrl.data.base import drawn
 from dynrl.data.images import CANVAS, PIECE, PIECES, clutter, parse_idx
 from dynrl.data.stored import store
 from dynrl.files import load_tensors, read_json, save_tensors, write_aside, write_json
@@ -119,22 +121,30 @@ def test_idx_format():
             parse_idx(bad)
 
 
-@pytest.fixture
-def fashion_folder(tmp_path, monkeypatch):
-    """Small stand-ins for the files of fashion-mnist, in the cache."""
+@pytest.fixture(scope="module")
+def fashion_files():
+    """Small stand-ins for the files of fashion-mnist: their packed content, and its digests."""
     contents = {
         "train-images-idx3-ubyte": idx((5100, 28, 28), bytes(i % 256 for i in range(5100 * 784))),
         "train-labels-idx1-ubyte": idx((5100,), bytes(i % 10 for i in range(5100))),
         "t10k-images-idx3-ubyte": idx((10, 28, 28), bytes(i % 251 for i in range(10 * 784))),
         "t10k-labels-idx1-ubyte": idx((10,), bytes([1, 2, 3, 4, 5, 6, 7, 8, 9, 0])),
     }
+    packed = {name: gzip.compress(content, 1) for name, content in contents.items()}
+    return packed, {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+@pytest.fixture
+def fashion_folder(fashion_files, tmp_path, monkeypatch):
+    """The stand-ins of fashion-mnist in the cache."""
+    packed, digests = fashion_files
     folder = tmp_path / "dynrl" / "fashion-mnist"
     folder.mkdir(parents=True)
-    for name, content in contents.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+    for name, content in packed.items():
+        (folder / f"{name}.gz").write_bytes(content)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(images, "_FASHION_MNIST_DEBIAN", tmp_path / "nosuch")
-    monkeypatch.setattr(images, "_FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()})
+    monkeypatch.setattr(images, "_FASHION_MNIST", digests)
     return folder
 
 
@@ -158,19 +168,24 @@ def records(count, labels):
     return b"".join(rows)
 
 
-@pytest.fixture
-def cifar_folder(tmp_path, monkeypatch):
-    """Small stand-ins for the archives of CIFAR, in the cache."""
-    folder = tmp_path / "dynrl"
-    folder.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def cifar_files():
+    """Small stand-ins for the archives of CIFAR, by their number of classes."""
+    made = {}
     for classes, labels, train, test in (
         (10, 1, [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin"), (100, 2, ["train.bin"], "test.bin")
     ):  # fmt: skip
-        files = {name: records(5010 // len(train), labels) for name in train} | {
-            test: records(12, labels),
-            "readme": b"",
-        }
-        content = archive(files)
+        files = {name: records(5010 // len(train), labels) for name in train}
+        made[classes] = archive(files | {test: records(12, labels), "readme": b""})
+    return made
+
+
+@pytest.fixture
+def cifar_folder(cifar_files, tmp_path, monkeypatch):
+    """The stand-ins of CIFAR in the cache."""
+    folder = tmp_path / "dynrl"
+    folder.mkdir(exist_ok=True)
+    for classes, content in cifar_files.items():
         (folder / f"cifar-{classes}-binary.tar.gz").write_bytes(content)
         monkeypatch.setitem(cifar._DIGESTS, classes, hashlib.md5(content).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -210,7 +225,7 @@ def test_fashion_mnist_is_read_from_the_cache_checked(fashion_folder):
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_data_set_fits_its_task(name):
     """Three splits of one shape and task; a network of `classes` outputs can be trained on a batch of it."""
-    made, again = DATASETS[name](), DATASETS[name]()
+    made = DATASETS[name]()
     assert made.name == name
     for part in ("train", "validation", "test"):
         split = made.split(part)
@@ -219,8 +234,6 @@ def test_every_data_set_fits_its_task(name):
         assert split.inputs.isfinite().all()
         assert split.task == made.task
         assert split.head(3).task == made.task
-        assert torch.equal(split.inputs, again.split(part).inputs)
-        assert torch.equal(split.targets, again.split(part).targets)
         classes = () if split.targets.is_floating_point() else (made.classes,)
         outputs = torch.zeros(len(split), *classes, *split.targets.shape[1:])
         assert made.task.loss(outputs, split.targets, 0.1).isfinite()
@@ -230,6 +243,21 @@ def test_every_data_set_fits_its_task(name):
     if made.mean:
         assert abs(float(made.train.inputs.mean())) < 1e-3
         assert float(made.train.inputs.std()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.usefixtures("fashion_folder", "cifar_folder")
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_data_set_is_the_same_each_time(name, monkeypatch):
+    """Those that are drawn, by their first draws; a tenth of the rows is enough to tell."""
+
+    def fewer(name, classes, sizes, *more, **settings):
+        return drawn(name, classes, tuple(count // 10 for count in sizes), *more, **settings)
+
+    monkeypatch.setattr(sys.modules[DATASETS[name].__module__], "drawn", fewer, raising=False)
+    made, again = DATASETS[name](), DATASETS[name]()
+    for part in ("train", "validation", "test"):
+        assert torch.equal(made.split(part).inputs, again.split(part).inputs)
+        assert torch.equal(made.split(part).targets, again.split(part).targets)
 
 
 def test_the_adding_task():
