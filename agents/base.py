@@ -7,19 +7,23 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from dynrl.agents.metrics import TrainingLog
-from dynrl.backbones import Backbone
+from dynrl.backbones import Backbone, State
+from dynrl.data import Split, load_dataset
+from dynrl.files import read_json, write_json
 from dynrl.policies import LearnedPolicy, PolicySpec, Sight
 from dynrl.policies.files import check_kind
 from dynrl.progress import progress
+from dynrl.routes import draw_routes
 from dynrl.schema import check_known
 from dynrl.settings import Learning, Place, Settings
 from dynrl.tasks import TASKS
@@ -31,6 +35,7 @@ AGENTS = {
     "sb3-ppo": "dynrl.agents.sb3:SB3PPO", "sb3-dqn": "dynrl.agents.sb3:SB3DQN", "gate": "dynrl.agents.gates:Gates",
 }  # fmt: skip
 WALKS, ENOUGH_STEPS, LEAST_STEPS = 8, 72, 16  # see `rollout`
+MEASURED, LARGE = 256, 8.0  # see `feature_units`
 FREE_STEPS = 8  # walks of at most this many decisions get the whole entropy bonus (see `entropy_bonus`)
 
 
@@ -112,6 +117,15 @@ class Agent:
         raise NotImplementedError
 
     # the same for all --------------------------------------------------------------------------------------
+
+    def ground_on(self, backbone: Backbone) -> Ground:
+        """Return what there is to learn on `backbone`; the units of its features stay those of the first start."""
+        kept = self.checkpoints / "units.json"
+        if not kept.exists():
+            data = load_dataset(self.settings.problem.data).seen_by(backbone.known)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, feature_units(backbone, data.unseen))
+        return Ground.of(self.settings.learning, backbone, read_json(kept))
 
     def __enter__(self) -> Self:
         with ExitStack() as held:
@@ -243,13 +257,39 @@ class Ground:
     spec: PolicySpec
 
     @classmethod
-    def of(cls, learning: Learning, backbone: Backbone) -> Ground:
-        """Return the ground of a training on `backbone`."""
+    def of(cls, learning: Learning, backbone: Backbone, units: Sequence[float] | None = None) -> Ground:
+        """Return the ground of a training on `backbone`, whose features have these units (see `feature_units`)."""
         sight = sight_of(learning.policy, backbone)
         looks = sight.looks(backbone.max_steps)
         known = learning.price_range or (1.0, 1.0)  # a plan is checked before prices are found
-        spec = PolicySpec.of(learning.policy, backbone, known, learning.hidden)
+        spec = PolicySpec.of(learning.policy, backbone, known, learning.hidden, units)
         return cls(looks, min(sight.span, backbone.max_steps), rollout(backbone, looks), spec)
+
+
+@torch.inference_mode()
+def feature_units(backbone: Backbone, split: Split) -> list[float] | None:
+    """Return what to divide each feature of a backbone by, so that policies can learn from it.
+
+    A feature whose root mean square over random routes of all rates is beyond `LARGE` is divided by that, rounded to a
+    power of 2; all others stay as they are. None stands for a backbone without such features. What a backbone suggests
+    stays, since scores are made of it.
+    """
+    network, split = backbone.for_inference(), split.head(MEASURED)
+    rates = torch.linspace(0, 1, len(split))
+    route = draw_routes(backbone.thrift, rates, torch.Generator().manual_seed(0))
+    squares, rows = torch.zeros(2, backbone.feature_width, dtype=torch.float64)
+
+    def choose(state: State) -> Tensor:
+        features = network.observe(state).double()
+        squares[: features.shape[1]] += features.square().sum(0)
+        rows[: features.shape[1]] += len(features)
+        return state.along(route)
+
+    network.run(split.inputs[:], choose)
+    size = (squares / rows.clamp_min(1)).sqrt()
+    size[backbone.feature_width - backbone.suggested :] = 0
+    large = size > LARGE
+    return size.log2().round().exp2().where(large, 1.0).tolist() if large.any() else None
 
 
 def sight_of(kind: str, backbone: Backbone) -> Sight:

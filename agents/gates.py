@@ -19,7 +19,7 @@ from dynrl.envs.rewards import REWARDS
 from dynrl.finetuning import ATTACK_STEPS
 from dynrl.inputs import training_format
 from dynrl.perturb import Ball, spending
-from dynrl.policies import LearnedPolicy, PolicySpec
+from dynrl.policies import LearnedPolicy
 from dynrl.routes import draw_prices
 from dynrl.settings import Settings
 
@@ -67,7 +67,7 @@ class Gates(Agent):
         self.reload()
         with torch.random.fork_rng():
             torch.manual_seed(problem.seed)
-            self._router = PolicySpec.of(learning.policy, self._backbone, learning.prices, learning.hidden).build()
+            self._router = self.ground_on(self._backbone).spec.build()
         self._rate = learning.learning_rate or LEARNING_RATE
         self._optimizer = torch.optim.Adam(self._router.parameters(), self._rate)
         parts = {"router": self._router, "optimizer": self._optimizer, "generator": self._generator}

@@ -37,7 +37,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
-from dynrl.agents.base import Agent, Ground, env_arguments
+from dynrl.agents.base import Agent, env_arguments
 from dynrl.agents.numbers import value_network
 from dynrl.agents.slab import SlabRunner
 from dynrl.backbones import Backbone, load_backbone
@@ -273,7 +273,7 @@ class RLlibAgent(Agent):
         (backbone, _), learning, place = load_backbone(self.backbone_file), self.settings.learning, self.settings.place
         if start_ray(max(2, place.num_env_runners + place.num_learners + 1), place.address):
             self._held.callback(ray.shutdown)  # timings follow, which ray's processes should not disturb
-        self.backbone, self.ground = backbone, Ground.of(learning, backbone)
+        self.backbone, self.ground = backbone, self.ground_on(backbone)
         config = self.configure(
             decision(self.settings.problem.decision).env_id,
             env_arguments(self.settings, self.backbone_file, self.times), self.ground.spec,

@@ -181,7 +181,7 @@ class SB3Agent(Agent):
     def start(self) -> None:
         """Build the environment and the algorithm."""
         self.backbone, _ = load_backbone(self.backbone_file)
-        self.ground = Ground.of(self.settings.learning, self.backbone)
+        self.ground = self.ground_on(self.backbone)
         self._env, self.steps = self._make_env(), 0
         self._algorithm = self.build(self._env, self.ground)
         policy = self._algorithm.policy

@@ -16,7 +16,7 @@ from dynrl.ops.backend import float32
 from dynrl.policies.base import LearnedPolicy
 from dynrl.policies.router import Router
 from dynrl.policies.upfront import UpfrontRouter
-from dynrl.schema import arguments, check_known, parse
+from dynrl.schema import accepted, arguments, check_known, parse
 
 # The kinds of learned policies, by their names in files and in `dynrl train --policy`. A plugin adds a row.
 POLICIES: dict[str, type[LearnedPolicy]] = {"sequential": Router, "upfront": UpfrontRouter}
@@ -35,8 +35,17 @@ class PolicySpec:
     config: dict[str, Any]
 
     @classmethod
-    def of(cls, kind: str, backbone: Any, price_range: tuple[float, float], hidden: int) -> PolicySpec:
+    def of(
+        cls,
+        kind: str,
+        backbone: Any,
+        price_range: tuple[float, float],
+        hidden: int,
+        units: Sequence[float] | None = None,
+    ) -> PolicySpec:
         """Return the specification of a policy for `backbone` that favours the full route at the start.
+
+        A kind that takes no `units` of features (see `Router`) is built without them.
 
         Raises:
             ValueError: the kind is unknown, or its policies cannot see such inputs.
@@ -44,6 +53,8 @@ class PolicySpec:
         sight = check_kind(kind).sight_class.of(backbone)
         start = sight.start(backbone.full_route)
         config = {"sight": sight.config(), "price_range": list(price_range), "hidden": hidden, "start": start}
+        if units is not None and "units" in (accepted(POLICIES[kind]) or ()):
+            config["units"] = list(units)
         return cls(kind, config)
 
     def build(self) -> LearnedPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +20,34 @@ class Router(LearnedPolicy):
     Where a backbone suggests choices (`StepSight.suggested`), its log-odds are added to the scores, times one learned
     weight, which is 1 at first. No other choices are favoured then.
 
-    The arguments are those of `LearnedPolicy`.
+    Args:
+        sight, price_range, hidden, start: the arguments of `LearnedPolicy`.
+        units: [features], what each feature is divided by before the first layer; None divides none. Large features
+            would drown the price and put scores far beyond the cap.
+
+    Raises:
+        ValueError: also, if there is not one unit above 0 for each feature.
     """
 
     sight_class = StepSight
     sight: StepSight
+    units: Tensor | None
 
     def __init__(
-        self, sight: StepSight, price_range: tuple[float, float], hidden: int = 64, start: list[int] | None = None
+        self,
+        sight: StepSight,
+        price_range: tuple[float, float],
+        hidden: int = 64,
+        start: list[int] | None = None,
+        units: list[float] | None = None,
     ) -> None:
         super().__init__(sight, price_range, hidden, start or [0])
+        if units is not None:
+            if len(units) != sight.features or not all(0 < unit < math.inf for unit in units):
+                raise ValueError(f"expected a unit above 0 for each of {sight.features} features, got {units}")
+            self.config["units"] = list(units)
+        known = None if units is None else torch.tensor(units, dtype=torch.float32)
+        self.register_buffer("units", known, persistent=False)  # the configuration has them
         self.hidden = nn.Linear(sight.price + 1, hidden) if hidden else None
         self.head = nn.Linear(hidden or sight.price + 1, sight.choices)
         self._favour(self.head)
@@ -36,6 +55,13 @@ class Router(LearnedPolicy):
         if self.trust is not None:
             nn.init.ones_(self.trust.weight)
             nn.init.zeros_(self.head.bias)
+
+    def trunk(self, observation: Tensor) -> Tensor:
+        """Return `LearnedPolicy.trunk` with features in their units."""
+        seen = super().trunk(observation)
+        if self.units is not None:
+            seen[:, : self.sight.features] /= self.units
+        return seen
 
     def _scores(self, observation: Tensor) -> Tensor:
         seen, features = self.trunk(observation), self.sight.features
@@ -56,6 +82,8 @@ class Router(LearnedPolicy):
         """
         first = self.head if self.hidden is None else self.hidden
         weight = first.weight[:, : self.sight.price]
+        if self.units is not None:
+            weight = torch.cat([weight[:, : len(self.units)] / self.units, weight[:, len(self.units) :]], 1)
         bias = first.bias + self.told(price) * first.weight[:, self.sight.price]
         folded = Folded(backbone, self, weight, bias)
         if self.hidden is None or backbone.may_close or self.trust is not None:

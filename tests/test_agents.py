@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from dynrl.agents.base import Agent, open_agent, train_policy
+from dynrl.agents.base import Agent, feature_units, open_agent, train_policy
 from dynrl.agents.baselines import BASELINES, gae, group_advantages
 from dynrl.agents.metrics import TrainingLog, ended_episodes, episode_scalars
 from dynrl.agents.ppo import SlabGAE, ppo_config
@@ -22,7 +23,7 @@ from dynrl.backbones import Point, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import score
-from dynrl.policies import PolicySpec
+from dynrl.policies import PolicySpec, StaticPolicy
 from dynrl.settings import Learning, Place, Problem, Settings
 from tests.cases import make_backbone, numbers_split
 
@@ -125,6 +126,42 @@ def test_the_likeliest_action_is_the_deployed_ones_beyond_the_cap(small_backbone
     assert torch.equal(slab.logits, torch.full_like(slab.logits, 5.0))
     assert (slab.actions[:, 0] == 1).all() and (net.act(slab.obs[0]) == 1).all()
     assert (slab.actions == 0).any(), "others are drawn from equal logits"
+
+
+def test_large_features_are_measured_once_and_divided_by_a_power_of_two(monkeypatch, tmp_path):
+    backbone, split = make_backbone("skip"), load_dataset("digits").validation
+    assert feature_units(backbone, split) is None
+    observe, scales = SkipResNet.observe, torch.ones(backbone.feature_width)
+    scales[3] = 1000.0
+    monkeypatch.setattr(
+        SkipResNet, "observe", lambda self, state: observe(self, state) * scales[: state.features.shape[1]]
+    )
+    units = feature_units(backbone, split)
+    assert units[3] > 64 and math.log2(units[3]).is_integer() and units[:3] + units[4:] == [1.0] * (len(units) - 1)
+    seen = list[torch.Tensor]()
+    choose = StaticPolicy(backbone.full_route).chooser(backbone, 1.0)
+    backbone.run(
+        split.inputs[:256], lambda state: (seen.append(backbone.observe(state)[:, 3].detach()), choose(state))[1]
+    )
+    assert 0.1 < float(torch.cat(seen).square().mean().sqrt()) / units[3] < 10
+
+    file = tmp_path / "backbone.safetensors"
+    backbone.save(file)
+    agents = [
+        open_agent(
+            Settings(Problem("skip", "digits"), Learning(agent, price_range=PRICES)), file, tmp_path / "run", 100
+        )
+        for agent in ("gate", "sb3-ppo")
+    ]
+    assert agents[0].ground_on(backbone).spec.build().units.tolist() == units
+    scales[3] = 1.0
+    assert agents[1].ground_on(backbone).spec.build().units.tolist() == units, "a run that goes on keeps its own"
+    suggesting = make_backbone("look")
+    monkeypatch.setattr(
+        type(suggesting), "observe", lambda self, state: torch.full((state.count, self.feature_width), 99.0)
+    )
+    found = feature_units(suggesting, load_dataset("digit-scenes").validation.head(8))
+    assert found == [128.0] * (suggesting.feature_width - suggesting.suggested) + [1.0] * suggesting.suggested
 
 
 def exit_config(**changes):

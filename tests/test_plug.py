@@ -36,7 +36,7 @@ from dynrl.evaluation import (
     static_tries,
 )  # fmt: skip
 from dynrl.files import read_json
-from dynrl.policies import RandomPolicy, Router, StaticPolicy, StepSight, load_policy, save_policy
+from dynrl.policies import PolicySpec, RandomPolicy, Router, StaticPolicy, StepSight, load_policy, save_policy
 from dynrl.policies.router import Folded, Fused
 from dynrl.runs import RunFolder
 from dynrl.tasks import CLASSIFICATION, Segmentation
@@ -574,6 +574,40 @@ def test_choices_without_an_observation_are_the_routers(name, kind, hidden):
 
         backbone.run(inputs, choose)
     assert len(torch.cat(met).unique()) == backbone.num_choices
+
+
+@pytest.mark.parametrize("hidden", [0, 64])
+@torch.no_grad()
+def test_features_in_units_of_their_own_are_as_smaller_weights(hidden, tmp_path):
+    backbone = make_backbone("skip")
+    features = backbone.feature_width
+    units = [2.0 ** (i % 5) for i in range(features)]
+    router = PolicySpec.of("sequential", backbone, PRICES, hidden, units).build()
+    for layer in router.children():
+        nn.init.normal_(layer.weight)
+    nn.init.zeros_(router.head.bias)
+    without, twin = make_policy(backbone, PRICES, hidden), make_policy(backbone, PRICES, hidden)
+    for other in (without, twin):
+        other.load_state_dict(router.state_dict())
+    (twin.head if twin.hidden is None else twin.hidden).weight[:, :features] /= torch.tensor(units)
+    seen = torch.rand(50, router.sight.width)
+    seen[:, router.sight.price + 1 :] = 1  # all choices are open
+    assert torch.equal(router.scores(seen), twin.scores(seen))
+    assert not torch.equal(router.scores(seen), without.scores(seen))
+    save_policy(tmp_path / "policy.safetensors", router, {})
+    again, _ = load_policy(tmp_path / "policy.safetensors")
+    assert again.config["units"] == units
+    inputs, chosen = backbone.random_inputs(40), []
+    for policy in (router, again, twin):
+        chosen.append(torch.cat([backbone.run(inputs, policy.chooser(backbone, price)).route for price in PRICES]))
+        sights = [policy.sight.follow(backbone, policy.act, price) for price in PRICES]
+        assert torch.equal(chosen[-1], torch.cat([backbone.run(inputs, choose).route for choose in sights]))
+    assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])
+    assert len(chosen[0].unique(dim=0)) > 1 or not hidden
+    for bad in (units[1:], [0.0, *units[1:]], [-1.0, *units[1:]]):
+        with pytest.raises(ValueError, match=f"a unit above 0 for each of {features} features"):
+            PolicySpec.of("sequential", backbone, PRICES, hidden, bad).build()
+    assert "units" not in PolicySpec.of("upfront", backbone, PRICES, hidden, units).config
 
 
 def test_collapsed_policies_are_told_of():
