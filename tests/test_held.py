@@ -306,6 +306,50 @@ def test_caches_are_refused_by_name():
         SkipModule(Cached(""), (4,), ["blocks.0", "blocks.1"])
 
 
+class Folded(nn.Module):
+    """Tokens are folded into rows: those of one input behind those of another, or the first of each before the others.
+
+    Between the blocks there may be attention that wants the tokens first, and is given a mask with the rows first.
+    """
+
+    def __init__(self, tokens_first, attends=False):
+        super().__init__()
+        self.tokens_first, self.attends = tokens_first, attends
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+        self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x, mask=None):
+        turned = x.transpose(0, 1) if self.tokens_first else x
+        folded, shape = turned.reshape(-1, 4), turned.shape
+        for block in self.blocks:
+            folded = block(folded)
+            if self.attends:
+                y = folded.view(shape).transpose(0, 1)
+                folded = folded + self.attention(y, y, y, key_padding_mask=mask)[0].transpose(0, 1).reshape(-1, 4)
+        return self.head(folded.view(shape).mean(0 if self.tokens_first else 1))
+
+
+@pytest.mark.parametrize("kind", [SkipModule, ExitModule])
+@torch.no_grad()
+def test_tokens_are_folded_into_rows_input_by_input(kind):
+    torch.manual_seed(0)
+    module, x, route = Folded(False).eval(), torch.randn(7, 5, 4), torch.randint(0, 2, (7, 3))
+    backbone = kind(module, {"x": x}, BLOCKS)
+    together = backbone({"x": x}, route)
+    for row in range(7):
+        mine = slice(row, row + 1)
+        torch.testing.assert_close(backbone({"x": x[mine]}, route[mine]), together[mine])
+    with pytest.raises(ValueError, match=r"Folded cannot be routed row by row.*rows first.*behind those of another"):
+        kind(Folded(True), {"x": x}, BLOCKS)
+
+
+def test_exits_before_a_layer_that_does_not_know_its_rows_are_refused():
+    given = {"x": torch.randn(7, 5, 4), "mask": torch.zeros(7, 5, dtype=torch.bool)}
+    SkipModule(Folded(False, attends=True), given, BLOCKS)
+    with pytest.raises(ValueError, match=r"cannot be routed row by row.*\(AssertionError: .*key_padd.*rows first"):
+        ExitModule(Folded(False, attends=True), given, BLOCKS)
+
+
 class Silent(nn.Module):
     """No op tells whether its features are [n, C, L] or [n, T, C]."""
 

@@ -78,6 +78,7 @@ class ExitModule(OfModule, Exits):
             before, stand = executed(lambda: stand.follow(x))  # noqa: B023
         stage_macs.append(macs_of(before))
         self._set_points(list(layers), stage_macs, widths, sees)
+        self._check_routes()
 
     def _exit(self, k: int, x: Tensor) -> Tensor:
         return self.heads[k](early_inputs(x, self._lasts[k]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynrl.backbones.channels import takes_channels_last
 from dynrl.backbones.mixture import Mix, Run, by_choice, by_gates, kinds_of, mixed, own_count, side_by_side
-from dynrl.backbones.module import Channels, OfModule, arrived, same
+from dynrl.backbones.module import Channels, OfModule, arrived
 from dynrl.backbones.walk import Point, State, Walk
 from dynrl.cost import executed, macs_of
 from dynrl.ops.pooled import summary
@@ -86,24 +86,7 @@ class ExpertModule(OfModule):
             full_route=(len(self._counts) - 1,) * len(blocks),
             feature_width=width,
         )
-        self._check_mixed()
-
-    @torch.no_grad()
-    def _check_mixed(self) -> None:
-        """Refuse layers that are not given the rows one behind the other: rows would take the experts of others."""
-        inputs, route = self._example(2, alike=False), torch.zeros(2, self.columns, dtype=torch.int64)
-        route[1] = len(self._counts) - 1
-        route = route.to(next(self.parameters()).device)
-        try:
-            fits = same(self.run_route(inputs, route).outputs[1:], self.run_route(inputs[1:], route[1:]).outputs)  # type: ignore[index, arg-type]
-        except RuntimeError:  # what a layer is given cannot be parted into rows
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"expected the mixtures in {self._names} to be given features with the rows first, [batch, tokens, "
-                "channels] or the tokens of one row behind those of another; with other rows beside it, a row takes "
-                "their number of experts. Let the block hand its mixture the rows first"
-            )
+        self._check_routes()
 
     def _known_counts(self, counts: tuple[int, ...] | None) -> tuple[int, ...]:
         """Return the numbers of experts, checked against the layers' own."""

@@ -19,16 +19,15 @@ from dynrl.backbones.base import Backbone
 from dynrl.backbones.channels import CHANNELS
 from dynrl.backbones.forward import Stand
 from dynrl.backbones.held import Held
+from dynrl.backbones.rows import check_rows, same
 from dynrl.backbones.traced import Traced, TracedStand, Untraceable, fold_norms
 from dynrl.backbones.walk import END, State, Walk
 from dynrl.inputs import Form
-from dynrl.inputs import parts as tensors_of
 
 Standing = Stand | TracedStand
 Channels = Literal["first", "last"]
 TIMED_ROWS, ROUNDS = 8, 3  # memory formats are timed on so many rows, so often in turn
 CLEARLY = 0.75  # how much of the time of channels_last contiguous maps must take to be preferred: timings are noisy
-ROUNDED = 0.01  # outputs that change by more than this share of the largest one are not just rounded
 LEAST_MACS = 10**7  # below this, Python takes most of the time in either format
 
 
@@ -77,7 +76,7 @@ class OfModule(Backbone):
         self.eval()
         try:
             self._cut_up(leaving)
-            self._check_rows()
+            check_rows(type(module).__name__, self._cut.output, self._example(3, alike=False))
         except ValueError:
             raise
         except Exception as error:  # a user's forward may raise anything
@@ -122,24 +121,46 @@ class OfModule(Backbone):
             self._cut = Held(self.module, self._names, self._example, leaving)
 
     @torch.no_grad()
-    def _check_rows(self) -> None:
-        """Refuse a module whose answer to an input depends on those beside it: blocks run on any of the rows."""
-        both, kind = self._example(2, alike=False), type(self.module).__name__
-        given = both.clone()
-        alone, together = self._cut.output(both[:1].clone()), self._cut.output(given)
-        if any(not torch.equal(x, tensors_of(both)[name]) for name, x in tensors_of(given).items()):
-            raise ValueError(
-                f"{kind} writes into its inputs, which are needed again where rows go on apart; write into a copy there"
+    def _check_routes(self) -> None:
+        """Refuse a module in which an input's way depends on the routes of those beside it; a family's last check.
+
+        Rows may lie where nobody looks for them: one behind the other at no block, or with a dimension in front.
+        """
+        inputs, full = self._example(3, alike=False), torch.tensor(self.full_route)
+        even = torch.arange(self.columns) % 2 == 0
+        route = torch.stack([full, full * even, full * ~even]).to(inputs.device)
+        try:
+            together = self._watched(inputs, route)
+            alone = [self._watched(inputs[row : row + 1], route[row : row + 1])[0] for row in range(3)]
+            fits = all(
+                len(ours) == len(theirs) and all(map(same, ours, theirs))
+                for ours, theirs in zip(together, alone, strict=True)
             )
-        if not alone.dim() or together.shape != (2 * alone.shape[0], *alone.shape[1:]):
-            shapes = f"{tuple(alone.shape)} for one input and {tuple(together.shape)} for two"
-            raise ValueError(f"expected {kind} to return a row for each input, got {shapes}")
-        rounding, alone = _rounding(alone.dtype), alone.float()
-        if float((together[: len(alone)].float() - alone).abs().max()) > rounding * float(alone.abs().max()):
+            why = ""
+        except ValueError:
+            raise
+        except Exception as error:  # a user's layer may raise anything on rows that are not its own
+            fits, why = False, f" ({type(error).__name__}: {error})"
+        if not fits:
             raise ValueError(
-                f"expected what {kind} returns for an input to depend on that input only, but it changes with the "
-                "inputs beside it (or by chance); a network that mixes the rows of a batch cannot be routed row by row"
+                f"{type(self.module).__name__} cannot be routed row by row: an input's features at {self._names} are "
+                f"others where inputs beside it take other routes{why}. Hand on tensors with the rows first there and "
+                "in between, [batch, tokens, channels], or with the tokens of one row behind those of another"
             )
+
+    def _watched(self, inputs: Any, route: Tensor) -> list[list[Tensor]]:
+        """Return, for each row, its features at all points that it comes to, and its output."""
+        seen: list[list[Tensor]] = [[] for _ in range(len(inputs))]
+
+        def watch(state: State) -> Tensor:
+            x = state.features[0] if isinstance(state.features, tuple) else state.features
+            for row, mine in zip(state.rows.tolist(), x.clone(), strict=True):
+                seen[row].append(mine)
+            return state.along(route)
+
+        outputs = self.run(inputs.clone(), watch).outputs
+        assert outputs is not None
+        return [[*mine, output] for mine, output in zip(seen, outputs, strict=True)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -240,23 +261,6 @@ class OfModule(Backbone):
                 f"expected a module with outputs [batch, {wanted}], got {tuple(output.shape)} for one input"
             )
         self.config["classes"] = output.shape[-1]
-
-
-def close(got: Tensor, expected: Tensor, by: float = 1e-2) -> bool:
-    """Tell whether two tensors agree up to this share, or up to this share of the largest number expected."""
-    # Tokens that see padding only may be NaN.
-    close = {"rtol": by, "atol": by * float(expected.nan_to_num().abs().max())}
-    return got.shape == expected.shape and torch.allclose(got, expected, equal_nan=True, **close)
-
-
-def same(got: Tensor, expected: Tensor) -> bool:
-    """Tell whether two tensors differ by no more than rounding in their number type."""
-    return close(got, expected, _rounding(expected.dtype))
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """Return the share of the largest output by which rounding may change outputs; CUDA rounds float32 to TF32."""
-    return max(ROUNDED, torch.finfo(dtype).eps ** 0.5)
 
 
 def _check_names(module: nn.Module, names: Any) -> None:

@@ -79,6 +79,7 @@ class SkipModule(OfModule, Skipping):
             fixed_macs.append(macs_of(ops))
         self._set_classes(stand, classes)
         self._set_points(list(blocks), block_macs, fixed_macs, width)
+        self._check_routes()
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Any) -> State:
         return arrived(walk, rows, self._cut.enter(inputs))

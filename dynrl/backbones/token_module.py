@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.forward import Stand
-from dynrl.backbones.module import OfModule, Standing, close
+from dynrl.backbones.module import OfModule, Standing
 from dynrl.backbones.positions import SHARES, Positions
+from dynrl.backbones.rows import close
 from dynrl.backbones.walk import State
 from dynrl.cost import executed, macs_of
 from dynrl.ops.gated_positions import Block
@@ -83,6 +84,7 @@ class TokenModule(OfModule, Positions):
         widths = [width] * len(stands)
         self._set_points(list(blocks), tuple(shares), tokens, widths, block_macs, fixed_macs, padded)
         self.scorers.to(stands[0].x.detach())
+        self._check_routes()
 
     @torch.no_grad()
     def _check_mask(self, inputs: Any, tokens: int) -> None:
