@@ -216,8 +216,9 @@ class Form:
     def example(self, rows: int, weight: Tensor, alike: bool = True) -> Any:
         """Make inputs of this form where `weight` is: numbers of its type, always the same ones; integers are 1.
 
-        The integer 1 is a token of every vocabulary, and in a mask it shows what the mask is over. Unless integers may
-        be `alike` in all rows, every second row has 1 and 0 in turn, but for inputs that are called a mask.
+        The integer 1 is a token of every vocabulary, and in a mask it shows what the mask is over. Unless rows may be
+        `alike`, every second one has integers 1 and 0 in turn, and numbers of another mean and deviation. Inputs that
+        are called a mask are always alike.
         """
         if isinstance(self.shape, dict):
             assert isinstance(self.dtype, dict)
@@ -229,6 +230,8 @@ class Form:
                 ones[1::2, ..., 1::2] = 0
             return ones
         drawn = torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(0))
+        if not alike:
+            drawn[1::2] = 3 * drawn[1::2] + 2
         return drawn.to(weight.device, weight.dtype)
 
     def check(self, inputs: Any, weights: torch.dtype, what: str = "inputs") -> None:

@@ -264,6 +264,41 @@ def test_tokens_that_see_those_of_other_rows_are_noticed():
     torch.testing.assert_close(backbone(ids), backbone.module(ids))
 
 
+class Centred(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.share, self.inner = share, nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.inner(x)
+        return x - self.share * x.mean(0, keepdim=True)
+
+
+class NormedByBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x)).relu()
+
+
+def normed_by_batch():
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 8, 3, 2), NormedByBatch(), NormedByBatch()
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "part"),
+    [(normed_by_batch(), (3, 128, 128), "1"), (nn.Sequential(Centred(0.002), nn.Linear(4, 2)), (4,), "0")],
+)
+def test_rows_that_see_a_little_of_each_other_are_noticed(net, shape, part):
+    """Large images of one noise have the same mean and deviation, and a small share of a mean looks like rounding."""
+    with pytest.raises(ValueError, match="mixes the rows"):
+        SkipModule(net, shape, [part])
+
+
 def test_a_forward_that_writes_into_its_inputs_is_refused():
     class Writing(Net):
         def forward(self, x):
