@@ -57,6 +57,20 @@ def test_each_row_gets_the_answer_of_the_last_model_it_asked_and_pays_for_all(si
     assert backbone.dense_macs == macs[2]
 
 
+def test_models_whose_rows_see_each_other_are_refused():
+    def normed(**settings):
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, **settings), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+        )
+
+    networks = [network(2), normed(), normed(track_running_stats=False)]
+    for each in networks:
+        each(torch.randn(2, *SHAPE))
+    Models(networks[:2], SHAPE)
+    with pytest.raises(ValueError, match="expected what model 1 returns for an input to depend on that input only"):
+        Models(networks[::2], SHAPE)
+
+
 @torch.no_grad()
 def test_a_model_runs_once_a_walk_on_all_rows_that_ask_it():
     """Wherever they come from; a walk step by step runs it as often as rows come, and says the same."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,9 +15,11 @@ from torch.compiler import is_compiling
 from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import EXIT_SCORES, SCORES, early_inputs
 from dynrl.backbones.gated import GatedWalk
+from dynrl.backbones.rows import check_rows
 from dynrl.backbones.traced import BATCH_NORMS
 from dynrl.backbones.walk import END, STOP, Point, State, Walk, merge
 from dynrl.cost import executed, macs_of
+from dynrl.inputs import Form
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import keep_rows, take_rows
 from dynrl.schema import arguments, check_counts
@@ -44,7 +47,8 @@ class Models(Backbone):
 
     Raises:
         ValueError: there are fewer than two models, their MACs fall, their outputs differ or are no classes, the
-            compute of one cannot be counted, or sizes fit neither the models nor the inputs.
+            compute of one cannot be counted, what one says of an input depends on those beside it, or sizes fit neither
+            the models nor the inputs.
 
     The sources are IDK cascades (Wang et al. 2018, UAI) and model choice by a policy (Bolukbasi et al. 2017, ICML).
     """
@@ -91,6 +95,10 @@ class Models(Backbone):
         walked = [of.dense_macs if isinstance(of, Backbone) else cost for of, cost in zip(modules, macs, strict=True)]
         if list(macs) != sorted(macs) and walked != sorted(walked):
             raise ValueError(f"expected models from cheap to dear, got {list(macs)} MACs; give them in another order")
+        for k, module in enumerate(modules):
+            if not isinstance(module, Backbone):  # which has been checked, or is ours
+                examples = Form(self.input_shape).example(3, next(module.parameters()), alike=False)
+                check_rows(f"model {k}", partial(self._answer, k), examples)
         self.config["classes"] = shape[0]
         count = len(modules)
         self._pose(
