@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,6 +172,63 @@ def test_a_module_that_returns_more_in_training_runs_in_place():
     assert "training" in backbone.why
     torch.testing.assert_close(backbone.train()(x), net(x)[0])
     assert not backbone.eval().training
+
+
+class Jittered(Net):
+    """This network scales its features by chance in training."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.training:
+            x = x * (1 + self.draw())
+        return self.head(F.dropout(self.blocks(x), 0.5, self.training).flatten(1))
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), random.random, np.random.rand])
+def test_what_a_forward_draws_in_training_is_drawn_anew(draw):
+    net, x = Jittered(draw), images()
+    python, numbers = random.getstate(), torch.get_rng_state()
+    backbone = SkipModule(net, SHAPE, BLOCKS)
+    assert backbone.way == "in place" and "draws random numbers" in backbone.why
+    assert random.getstate() == python and torch.equal(torch.get_rng_state(), numbers)
+    backbone.train().module.blocks.eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", lambda x, *_: x)
+        assert not torch.equal(backbone(x), backbone(x))
+
+
+class Dropping(Net):
+    """This network has layer drop: training leaves blocks out by chance."""
+
+    def __init__(self, rate, draw=random.random):
+        super().__init__()
+        self.rate, self.draw, self.norm = rate, draw, nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        for block in self.blocks:
+            if self.training and self.draw() < self.rate:
+                continue
+            x = block(x)
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand([]).item()])
+@pytest.mark.parametrize("given", [SHAPE, {"x": SHAPE}])
+def test_layer_drop_is_refused(draw, given):
+    with pytest.raises(ValueError, match=r"Dropping did not run 'blocks\.\d'.*by chance.*rate of layer drop to 0"):
+        SkipModule(Dropping(0.1, draw), given, BLOCKS)
+    net = Dropping(0.0, draw)
+    backbone, statistics = SkipModule(net, given, BLOCKS), copy.deepcopy(net.norm.state_dict())
+    assert torch.equal(statistics["running_mean"], torch.zeros(4)) and statistics["num_batches_tracked"] == 0
+    assert not net.training and backbone.way == "in place"
+    net.rate = 1.0
+    with pytest.raises(ValueError, match="rate of layer drop to 0"):
+        backbone.train()(images() if given is SHAPE else {"x": images()})
 
 
 # batch norms

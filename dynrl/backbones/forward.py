@@ -51,6 +51,10 @@ def answer(output: Any, kind: str) -> Tensor:
     return said
 
 
+class LeftOut(ValueError):
+    """This says that a forward left out one of the parts."""
+
+
 class Forward:
     """One run of a held module on a batch.
 
@@ -72,15 +76,18 @@ class Forward:
 
     def run(self, nothing: None) -> Any:
         """Run the module, in a greenlet of its own."""
-        return call(self.held.twin(self._gate), self.inputs)
+        return call(self.held.twin(self.gate), self.inputs)
 
-    def _gate(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def gate(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Take a call of a module: stop there if it is a part, else run it on the rows that are left."""
         count = self._counts.get(name, 0)
         self._counts[name] = count + 1
         if name not in self.held.parts:
             return self._between((name, count), module, args, kwargs)
         k = self.held.names.index(name)
-        if k != self.next:
+        if k > self.next:
+            raise self.left_out()
+        if k < self.next:
             raise ValueError(f"{self.held.kind} ran {name!r} in another order, or more often, for these inputs")
         self.next += 1
         here = Modes.now()
@@ -106,6 +113,14 @@ class Forward:
         for i, each in held.rows_at(key, "made", leaves, len(left), self.inputs).items():
             values[i] = _joined(self.spread(_parted(values[i], each)), each)
         return tree_unflatten(values, spec)
+
+    def left_out(self) -> LeftOut:
+        """Return the error that the next part was not run."""
+        drop = "; a block that training leaves out by chance cannot be routed: set the rate of layer drop to 0"
+        return LeftOut(
+            f"{self.held.kind} did not run {self.held.names[self.next]!r} for these inputs"
+            f"{drop if self.held.module.training else ''}"
+        )
 
     def spread(self, x: Tensor) -> Tensor:
         """Return rows that are left as a tensor of all rows, with zeros for the others."""
@@ -160,7 +175,7 @@ def go(runner: Runner, forward: Forward, value: Any = None) -> Stand | Tensor:
             )
         return Stand(runner, forward, *got)
     if forward.next < len(held.names):
-        raise ValueError(f"{held.kind} did not run {held.names[forward.next]!r} for these inputs")
+        raise forward.left_out()
     said = answer(got, held.kind)
     return said if forward.left is None else take_rows(said, forward.left)
 

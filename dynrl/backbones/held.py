@@ -7,7 +7,8 @@ that hold the parts. Runs of two sizes tell which tensors have a row for each in
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from dynrl.backbones.forward import Forward, Stand, answer, begin, call
+from dynrl.backbones.chance import drawing
+from dynrl.backbones.forward import Forward, LeftOut, Stand, answer, begin, call
 from dynrl.backbones.traced import holders
 
+PASSES = 32  # how often a forward that draws in training is asked whether it leaves a part out
 PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
 
@@ -48,8 +51,8 @@ class Held:
         leaving: whether rows may leave behind a part. Then, every module between parts is run on the other rows only.
 
     Raises:
-        ValueError: the module fails on the examples; a part is not run exactly once and in this order; what it is
-            given or returns cannot be followed row by row; or something passes it by.
+        ValueError: the module fails on the examples; a part is not run exactly once and in this order, or is left out
+            in training; what it is given or returns cannot be followed row by row; or something passes it by.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Held:
                 self.learn(k, list(seen.given.values()), seen.value)
             self.shapes = [tensors(seen.made)[0].shape[1:] for seen in calls]
             self._check_chain(inputs)
+            self._check_drop(examples(2))
 
     @property
     def kind(self) -> str:
@@ -106,21 +110,26 @@ class Held:
 
     # what the forward runs on ------------------------------------------------------------------------------
 
-    def twin(self, gate: Callable[..., Any]) -> nn.Module:
-        """Return a shallow copy of the module whose gated parts call `gate(name, module, *args, **kwargs)` instead."""
-        return self._twin_of(self.module, "", gate, {})
+    def twin(self, gate: Callable[..., Any], between: bool | None = None) -> nn.Module:
+        """Return a shallow copy of the module whose gated parts call `gate(name, module, *args, **kwargs)` instead.
 
-    def _twin_of(self, module: nn.Module, name: str, gate: Callable[..., Any], made: dict[int, nn.Module]) -> nn.Module:
+        So do the modules between parts if rows may leave, or if `between` says so.
+        """
+        return self._twin_of(self.module, "", gate, self.leaving if between is None else between, {})
+
+    def _twin_of(
+        self, module: nn.Module, name: str, gate: Callable[..., Any], between: bool, made: dict[int, nn.Module]
+    ) -> nn.Module:
         if id(module) in made:
             return made[id(module)]
         opened = name in self._opened
-        if not opened and name not in self.parts and not self.leaving:
+        if not opened and name not in self.parts and not between:
             return module
         made[id(module)] = twin = shallow(module)
         if opened:
             inside = f"{name}." if name else ""
             twin.__dict__["_modules"] = {
-                at: None if child is None else self._twin_of(child, inside + at, gate, made)
+                at: None if child is None else self._twin_of(child, inside + at, gate, between, made)
                 for at, child in module._modules.items()
             }
             return twin
@@ -197,6 +206,33 @@ class Held:
                     f"{self.kind} needs something that was made before {self.names[k]!r} after it, too: such a part is "
                     "no whole block; name the block that has its shortcut inside"
                 )
+
+    def _check_drop(self, inputs: Any) -> None:
+        """Refuse a module that leaves parts out in training, as layer drop does: no row could stand before them."""
+        device = inputs.device
+
+        def gate(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if name in self.parts:
+                return forward.gate(name, module, *args, **kwargs)
+            with drawing(device):  # what a layer draws, such as dropout, decides nothing
+                return module(*args, **kwargs)
+
+        self.module.train()
+        try:
+            with drawing(device) as drawn, _unchanged_buffers(self.module):
+                for _ in range(PASSES):
+                    forward = Forward(self, inputs, len(self.names))  # so that no part runs
+                    call(self.twin(gate, between=True), inputs.clone())
+                    if forward.next < len(self.names):
+                        raise forward.left_out()
+                    if not drawn():
+                        break
+        except LeftOut:
+            raise
+        except Exception:  # a user's forward may want more than examples in training, such as targets
+            return
+        finally:
+            self.module.eval()
 
     # what the parts are given and return -------------------------------------------------------------------
 
@@ -283,6 +319,20 @@ def calling(twin: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     for hooks in _HOOKS:
         twin.__dict__[hooks] = OrderedDict()
     return twin
+
+
+@contextmanager
+def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Behind the block, a module has the buffers of before, such as the statistics of batch norms."""
+    owners = [(part, name, x) for part in module.modules() for name, x in part._buffers.items() if x is not None]
+    copies = [x.clone() for _, _, x in owners]
+    try:
+        yield
+    finally:
+        for (part, name, x), copy in zip(owners, copies, strict=True):
+            part._buffers[name] = x
+            if not torch.equal(x, copy):
+                x.copy_(copy)
 
 
 def _missing(leaves: list[Any]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrl.backbones.base import Backbone
+from dynrl.backbones.chance import drawing
 from dynrl.backbones.channels import CHANNELS
 from dynrl.backbones.forward import Stand
 from dynrl.backbones.held import Held
@@ -286,10 +287,16 @@ def _check_names(module: nn.Module, names: Any) -> None:
 
 
 def _check_training(module: nn.Module, names: Sequence[str]) -> None:
-    """Raise `Untraceable` if the module can be cut in eval mode alone, for example as it returns more in training."""
+    """Raise `Untraceable` if the module can be cut in eval mode alone, for example as it returns more in training.
+
+    What its own forward draws while it is traced would be drawn once for all. Layers draw anew whenever they run.
+    """
     module.train()
     try:
-        Traced(module, names)
+        with drawing(next(module.parameters()).device) as drawn:
+            Traced(module, names)
+            if drawn():
+                raise Untraceable(f"{type(module).__name__} draws random numbers in its own forward")
     except ValueError as error:
         raise Untraceable(f"in training mode, {error}") from error
     finally:
