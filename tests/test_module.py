@@ -360,6 +360,53 @@ def test_a_shortcut_around_a_part_is_refused():
         SkipModule(Convolutional(), SHAPE, ["stage1.1.norm"])
 
 
+class Sized(nn.Module):
+    """What it computes after its blocks takes more than their features: the number of rows, or what an input says."""
+
+    def __init__(self, further):
+        super().__init__()
+        self.further, self.blocks = further, nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+        self.place, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        rows, tokens, _ = x.shape
+        known, y = self.head(x).mean(1), x + self.place
+        for block in self.blocks:
+            y = block(y)
+            if self.further == "tokens":
+                y = y / tokens + self.place
+        said = self.head(y.reshape(rows, -1, 4).mean(1))
+        return said + known if self.further == "input" else said
+
+
+@pytest.mark.parametrize("further", ["rows", "tokens", "input"])
+@torch.no_grad()
+def test_sizes_and_what_the_inputs_say_may_pass_the_blocks_by(further):
+    module, x, route = Sized(further).eval(), torch.randn(4, 5, 4), torch.tensor([[0, 1, 1], [1, 0, 0]]).repeat(2, 1)
+    for kind in (SkipModule, ExitModule):
+        backbone = kind(module, (5, 4), BLOCKS)
+        assert backbone.way == "in place" and "made before 'blocks." in backbone.why
+        torch.testing.assert_close(backbone(x), module(x))
+        torch.testing.assert_close(backbone(x, route)[1:2], backbone(x[1:2], route[1:2]))
+
+
+class Around(Sized):
+    """The shortcuts of its parts are outside of them; the first one's is the input itself."""
+
+    def forward(self, x):
+        x = x * self.place if self.further == "features" else x
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("further", ["features", "input"])
+@pytest.mark.parametrize("names", [BLOCKS, BLOCKS[:1]])
+def test_shortcuts_around_parts_are_refused(further, names):
+    with pytest.raises(ValueError, match=r"made before 'blocks\.\d' after it, too: .* has its shortcut inside"):
+        SkipModule(Around(further), (5, 4), names)
+
+
 def test_options_have_their_defaults():
     module, x = Odd("").eval(), torch.randn(3, 4)
     torch.testing.assert_close(SkipModule(module, (4,), ["inner.0"])(x), module(x))

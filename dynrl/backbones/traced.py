@@ -74,10 +74,11 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
         Both hold the weights of `module` themselves, not copies.
 
     Raises:
-        ValueError: a part is not run exactly once, on one tensor, in this order; or a tensor passes a part by (a
-            shortcut around it).
+        ValueError: a part is not run exactly once, on one tensor, in this order; or what a part's features are made of
+            passes it by (a shortcut around it).
         Untraceable: the module takes, hands to its parts, or returns more than one tensor; it decides by the values of
-            its inputs, or has hooks or modes of its own, so that torch.fx cannot trace it.
+            its inputs, or has hooks or modes of its own, so that torch.fx cannot trace it; or something else passes a
+            part by, such as the number of rows.
     """
     parts, kind = dict(module.named_modules()), type(module).__name__
     options = {
@@ -110,13 +111,16 @@ def cut(module: nn.Module, names: Sequence[str]) -> tuple[list[fx.GraphModule], 
     if at != sorted(at):
         in_order = [name for _, name in sorted(zip(at, names, strict=True))]
         raise ValueError(f"expected the parts in the order in which {kind} runs them: {in_order}")
+    feeding = _feeding(nodes, [call.args[0] for call in calls])
     between = []
     for k in range(len(calls) + 1):
         first = 0 if k == 0 else at[k - 1]
         last = at[k] if k < len(calls) else len(nodes) - 1
         entry = nodes[0] if k == 0 else calls[k - 1]
         result = calls[k].args[0] if k < len(calls) else nodes[-1].args[0]
-        between.append(fx.GraphModule(module, _copied(nodes[first + 1 : last], entry, result, names, kind)))
+        between.append(
+            fx.GraphModule(module, _copied(nodes[first + 1 : last], entry, result, feeding, names[k - 1], kind))
+        )
     return between, [Part(parts[name], call) for name, call in zip(names, calls, strict=True)]
 
 
@@ -126,18 +130,39 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _copied(nodes: list[fx.Node], entry: fx.Node, result: Any, names: Sequence[str], kind: str) -> fx.Graph:
-    """Copy `nodes` into a graph that runs from `entry` to `result`."""
+def _feeding(nodes: list[fx.Node], features: Sequence[Any]) -> set[fx.Node]:
+    """Return the nodes that the parts' features are made of, but not those of sizes, nor the inputs themselves."""
+    sizes, found, waiting = set[fx.Node](), set[fx.Node](), list(features)
+    for node in nodes:
+        shape = node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
+        computed = node.op.startswith("call") and node.all_input_nodes
+        if shape or node.target == "size" or (computed and sizes.issuperset(node.all_input_nodes)):
+            sizes.add(node)
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node not in sizes and (node.op != "placeholder" or node in features):
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _copied(
+    nodes: list[fx.Node], entry: fx.Node, result: Any, feeding: set[fx.Node], behind: str, kind: str
+) -> fx.Graph:
+    """Copy `nodes` into a graph that runs from `entry`, the part `behind` which they are, to `result`.
+
+    No node from before may be needed, least of all one of those that are `feeding` the parts.
+    """
     graph = fx.Graph()
     made = {entry: graph.placeholder("x")}
 
     def known(node: fx.Node) -> fx.Node:
         if node not in made:
             if node.op != "get_attr":
-                raise ValueError(
-                    f"{kind} needs what {str(node.target)!r} made before one of {list(names)} after it, too: such a "
-                    "part is no whole block; name the block that has its shortcut inside"
-                )
+                what = f"{kind} needs what {str(node.target)!r} made before {behind!r} after it, too"
+                if node not in feeding:
+                    raise Untraceable(what)
+                raise ValueError(f"{what}: such a part is no whole block; name the block that has its shortcut inside")
             made[node] = graph.node_copy(node)
         return made[node]
 
