@@ -19,7 +19,7 @@ from dynrl.envs.rewards import check_reward
 from dynrl.files import read_json, reading
 from dynrl.machine import check_device
 from dynrl.perturb import Ball, check_attackable
-from dynrl.pretraining import Recipe
+from dynrl.pretraining import Recipe, check_learns
 from dynrl.recipes import FAMILY, Defaults, defaults
 from dynrl.runs import RunFolder, read_times
 from dynrl.schema import parse
@@ -203,6 +203,8 @@ def _checked(planned: Plan) -> Plan:
             f"expected a backbone with weights of torch.float32, as learning needs, got {', '.join(sorted(kinds))}; "
             "train it so, and convert the plugged model: model.to(dtype=torch.bfloat16)"
         )
+    if learning.finetune:
+        check_learns(backbone)
     sight = sight_of(learning.policy, backbone)
     check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
     if settings.place.num_env_runners and is_own(dataset.name):

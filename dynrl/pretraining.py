@@ -123,8 +123,11 @@ def pretrain(
         device: the device to train on; batches are augmented on the CPU.
 
     Raises:
-        ValueError: there is no such device, or the loss is no longer finite; the last checkpoint stays.
+        ValueError: there is no such device, nothing can be learned, or the loss is no longer finite; the last
+            checkpoint stays.
     """
+    if recipe.length(random_routes):
+        check_learns(backbone)
     generator, device = torch.Generator().manual_seed(seed), check_device(device)
     backbone.to(device)
     optimizer = make_optimizer(backbone, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
@@ -170,6 +173,15 @@ def pretrain(
     return backbone.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
+def check_learns(backbone: Backbone) -> None:
+    """Refuse, with a ValueError, a backbone that cannot learn, since all of its parameters are frozen."""
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError(
+            f"expected parameters to train in {type(backbone).__name__}, but none of them needs a gradient; call "
+            "requires_grad_(True) on what is to learn, or take the weights as they are: pretrain=False, no finetune"
+        )
+
+
 def _learn_batch(
     backbone: Backbone,
     dataset: Dataset,
@@ -190,7 +202,7 @@ def _learn_batch(
         rate = least_rate + (1 - least_rate) * torch.rand(len(index), generator=generator)
         rate[torch.rand(len(index), generator=generator) < recipe.full_share] = 1.0
     passes = backbone.training_outputs(images, rate, generator)
-    total = 0.0
+    total, learned = 0.0, False
     while True:
         with autocast(device):
             answers = next(passes, None)
@@ -200,8 +212,16 @@ def _learn_batch(
             loss = loss_of_best(answers, labels, dataset.task)
         else:
             loss = loss_of(answers, labels, dataset.task, recipe.label_smoothing)
-        loss.backward()
+        if loss.requires_grad:  # one of several models may be frozen
+            loss.backward()
+            learned = True
         total += loss.item()
+    if not learned:
+        raise ValueError(
+            "nothing that these answers are made by needs a gradient, so they cannot be trained; call "
+            "requires_grad_(True) on what is to learn"
+            + (", or leave the plain network as it is: plain=False" if least_rate is None else "")
+        )
     nn.utils.clip_grad_norm_(backbone.parameters(), 5.0)
     return total
 

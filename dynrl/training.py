@@ -34,7 +34,7 @@ from dynrl.machine import check_dtype, hardware
 from dynrl.plans import Plan, check_source, join_sources, plan, plan_again
 from dynrl.plugins import given_plugins
 from dynrl.policies import LearnedPolicy, load_policy, save_policy
-from dynrl.pretraining import Recipe
+from dynrl.pretraining import Recipe, check_learns
 from dynrl.progress import progress, say, talking
 from dynrl.runs import RunFolder, read_times
 from dynrl.settings import Settings
@@ -90,6 +90,8 @@ def train(
     planned = plan(decision, data, backbone if isinstance(backbone, str | Path) else None, **settings)
     if isinstance(pretrain, Recipe):
         planned = replace(planned, recipe=replace(planned.recipe, pretraining=pretrain))
+    if own and pretrain is not False:
+        check_learns(planned.backbone)
     with talking(show):
         run = make_run(planned, out, backbone)
         if isinstance(pretrain, Recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 import dynrl
 from dynrl.agents.joint import tuning_file
-from dynrl.backbones import FAMILIES, SkipModule, SkipResNet, load_backbone
+from dynrl.backbones import FAMILIES, ExitModule, Models, SkipModule, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
 from dynrl.data.own import SHARE
 from dynrl.deploy import policy_fingerprint
@@ -25,7 +26,7 @@ from dynrl.files import load_tensors, read_json, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.inputs import Named, parts
 from dynrl.plans import plan, plan_again
-from dynrl.pretraining import Recipe
+from dynrl.pretraining import Recipe, pretrain
 from dynrl.progress import talking
 from dynrl.provenance import Provenance
 from dynrl.runs import RunFolder
@@ -319,6 +320,24 @@ def test_a_trained_backbone_is_taken_as_it_is(tmp_path):
     assert load_backbone(run.backbone_file)[0].fingerprint() == backbone.fingerprint()
     assert not run.plain_file.exists()
     dynrl.plug(backbone, run.policy_file)(data[0])  # fits the user's own
+
+
+def test_what_is_frozen_is_taken_as_it_is(tmp_path):
+    frozen, recipe = own_backbone().requires_grad_(False), Recipe(1, 32)
+    for more in ({}, {"pretrain": recipe}, {"pretrain": False, "finetune": True}):
+        with pytest.raises(ValueError, match=r"train in SkipModule, .* none .* needs a gradient.*pretrain=False"):
+            dynrl.train(frozen, small_images(), out=tmp_path / "run", **SHORT, **more)
+    exits = ExitModule(frozen.module, (1, 8, 8), ["2", "3"])
+    data = as_dataset(small_images())
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"needs a gradient, .* leave the plain network as it is: plain=False"):
+        pretrain(copy.deepcopy(exits), data, recipe, random_routes=False)
+    trained = pretrain(copy.deepcopy(exits), data, replace(recipe, plain_epochs=0))
+    assert not torch.equal(trained.heads[0].weight, exits.heads[0].weight)
+    mixed = Models([nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), frozen.module], (1, 8, 8))
+    before = copy.deepcopy(mixed.state_dict())
+    after = pretrain(mixed, data, recipe).state_dict()
+    assert {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])} == {"0"}
 
 
 def test_a_program_may_train_several_of_one_family(tmp_path):
