@@ -56,6 +56,16 @@ def test_the_full_route_is_the_module_by_its_own_weights(family, module, names):
     assert not torch.allclose(plugged(x), module(x))
 
 
+def test_what_an_expanded_buffer_holds_is_loaded():
+    module = Transformer()
+    module.register_buffer("scale", torch.rand(1, 3).expand(4, 3))
+    backbone, kept = SkipModule(module, SHAPE, BLOCKS), module.scale.clone()
+    other = Transformer()
+    other.register_buffer("scale", torch.zeros(1, 3).expand(4, 3))
+    SkipModule(other, SHAPE, BLOCKS).load_state_dict(backbone.state_dict())
+    assert torch.equal(other.scale, kept)
+
+
 @torch.no_grad()
 def test_skipped_blocks_are_left_out_and_inputs_stay_as_they_are():
     module = Convolutional().eval()

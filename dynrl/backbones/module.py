@@ -66,6 +66,7 @@ class OfModule(Backbone):
         if channels not in (None, *CHANNELS):
             raise ValueError(f"expected channels={' or '.join(map(repr, CHANNELS))}, or None, got {channels!r}")
         form = Form.of(input_shape, input_dtype)
+        _unfold_buffers(module)
         self.module, self._names, self._channels = module, list(parts), channels
         if family is not None:
             self.family = family  # type: ignore[misc]
@@ -284,6 +285,14 @@ def _check_names(module: nn.Module, names: Any) -> None:
             f"expected a list of different names of parts of {type(module).__name__}, none inside another, got {wrong}"
             f"; names are such as {', '.join(map(repr, dict.fromkeys(near)))}: named_modules() gives all of them"
         )
+
+
+def _unfold_buffers(module: nn.Module) -> None:
+    """Give expanded buffers memory of their own, since torch could load no file into them."""
+    for part in module.modules():
+        for name, x in part._buffers.items():
+            if x is not None and 0 in x.stride():
+                part._buffers[name] = x.clone(memory_format=torch.contiguous_format)
 
 
 def _check_training(module: nn.Module, names: Sequence[str]) -> None:
