@@ -350,6 +350,21 @@ def test_exits_before_a_layer_that_does_not_know_its_rows_are_refused():
         ExitModule(Folded(False, attends=True), given, BLOCKS)
 
 
+class Strict(nn.MultiheadAttention):
+    def forward(self, x, *_, key_padding_mask):
+        if len(key_padding_mask) != x.shape[1]:
+            raise ValueError("a mask for each row, please")
+        return (x,)
+
+
+def test_what_a_layer_says_of_rows_that_are_not_its_own_is_passed_on():
+    module = Folded(False, attends=True)
+    module.attention = Strict(4, 2)
+    given = {"x": torch.randn(7, 5, 4), "mask": torch.zeros(7, 5, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"cannot be routed row by row.*\(ValueError: a mask for each row, please\)"):
+        ExitModule(module, given, BLOCKS)
+
+
 class Silent(nn.Module):
     """No op tells whether its features are [n, C, L] or [n, T, C]."""
 

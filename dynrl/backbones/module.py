@@ -139,8 +139,6 @@ class OfModule(Backbone):
                 for ours, theirs in zip(together, alone, strict=True)
             )
             why = ""
-        except ValueError:
-            raise
         except Exception as error:  # a user's layer may raise anything on rows that are not its own
             fits, why = False, f" ({type(error).__name__}: {error})"
         if not fits:
