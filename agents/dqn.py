@@ -72,7 +72,7 @@ class QRouterModule(FormerModule, QNetAPI):
         following = batch[Columns.NEXT_OBS]
         return {
             QF_PREDS: self.net.scores(batch[Columns.OBS]),
-            QF_NEXT_PREDS: self.logits(following),
+            QF_NEXT_PREDS: self.net.scores(following),
             QF_TARGET_NEXT_PREDS: self._former(following),
         }
 

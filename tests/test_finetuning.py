@@ -273,7 +273,7 @@ def jointly(monkeypatch, tmp_path):
     monkeypatch.setitem(FAMILIES, Exiting.family, Exiting)
     monkeypatch.setattr("dynrl.finetuning.CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(Agent, "checkpoint_every", 1)
-    for module in ("gates", "joint"):
+    for module in ("base", "gates", "joint"):
         monkeypatch.setattr(f"dynrl.agents.{module}.load_dataset", lambda name: data)
 
     def train(folder, attacked=0.0):
