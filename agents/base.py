@@ -124,7 +124,7 @@ class Agent:
         if not kept.exists():
             data = load_dataset(self.settings.problem.data).seen_by(backbone.known)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, feature_units(backbone, data.unseen))
+            write_json(kept, feature_units(backbone, data.validation))
         return Ground.of(self.settings.learning, backbone, read_json(kept))
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ from dynrl.data import Dataset, Split
 from dynrl.inputs import laid_out, training_format
 from dynrl.perturb import Ball, spending
 from dynrl.policies import LearnedPolicy
-from dynrl.pretraining import autocast, loss_of, make_optimizer
+from dynrl.pretraining import autocast, loss_of, make_optimizer, seeded
 from dynrl.routes import draw_prices
 
 CHECKPOINT_EVERY = 100  # the number of batches between checkpoints
@@ -145,8 +145,7 @@ class Finetuner:
         first, until = self.batches, rounds * self._round
         self.backbone.train()
         while self.batches < until and not stopped():
-            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-                torch.manual_seed(1_000_003 * self._seed + self.batches)  # of what a user's network draws, as dropout
+            with seeded(1_000_003 * self._seed + self.batches, self._device):
                 done = self._step(policy)
             for name, value in done.items():
                 sums[name] = sums.get(name, 0.0) + value

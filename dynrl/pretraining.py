@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,6 +87,14 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block, what a user's network draws for itself, as dropout does, follows from `seed`."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def make_optimizer(backbone: Backbone, name: str, learning_rate: float, weight_decay: float) -> Optimizer:
     """Make an optimiser, "sgd" (Nesterov momentum 0.9) or "adam"; biases and normalisation do not decay."""
     decay = [p for p in backbone.parameters() if p.dim() > 1]
@@ -147,24 +156,20 @@ def pretrain(
         schedule.load_state_dict(schedule.state_dict() | there)
     if random_routes and not first:
         backbone.open_up()
-    # A user's network may draw numbers itself, as dropout does. It draws them from torch's own generator.
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar,
-    ):
+    with progress(total=epochs * batches, initial=first * batches, desc=label, unit="batch") as bar:
         for epoch in range(first, epochs):
-            torch.manual_seed(1_000_003 * seed + before + epoch)
             least_rate = recipe.least_rate(epoch) if random_routes else None
             backbone.train()
             drawn = dataset.in_epoch(seed, before + epoch)
             order = torch.randperm(len(train), generator=generator)
             total = 0.0
-            for index in order.split(recipe.batch_size)[:batches]:
-                optimizer.zero_grad()
-                total += _learn_batch(backbone, drawn, recipe, index, least_rate, generator)
-                optimizer.step()
-                schedule.step()
-                bar.update()
+            with seeded(1_000_003 * seed + before + epoch, device):
+                for index in order.split(recipe.batch_size)[:batches]:
+                    optimizer.zero_grad()
+                    total += _learn_batch(backbone, drawn, recipe, index, least_rate, generator)
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
             if not torch.isfinite(torch.tensor(total)):
                 raise ValueError(f"the loss is {total} after epoch {epoch + 1}; lower the learning rate")
             bar.set_postfix(loss=f"{total / batches:.3f}", refresh=False)

@@ -126,7 +126,7 @@ class OfModule(Backbone):
     def _check_routes(self) -> None:
         """Refuse a module in which an input's way depends on the routes of those beside it; a family's last check.
 
-        Rows may lie where nobody looks for them: one behind the other at no block, or with a dimension in front.
+        Blocks run on the rows that lie one behind the other in the first dimension; a module may lay them otherwise.
         """
         inputs, full = self._example(3, alike=False), torch.tensor(self.full_route)
         even = torch.arange(self.columns) % 2 == 0
