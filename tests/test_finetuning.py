@@ -109,6 +109,7 @@ def test_a_network_that_draws_for_itself_is_tuned_by_the_seed(tmp_path):
     data, router, found = answered_by(backbone), random_policy(backbone), []
     for name in ("first", "second"):
         tuned = dropping(make_backbone("skip"))
+        torch.rand(1)  # what a program has drawn before changes nothing
         plan = Finetuning(rounds=1, epochs=1, batch_size=32)
         Finetuner(tuned, backbone, data, plan, PRICES, 0, tmp_path / f"{name}.safetensors").train(router, 1)
         found.append(tuned.fingerprint())
