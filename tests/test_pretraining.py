@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from dynrl.backbones import Point, SkipResNet, choice_rates, load_backbone
+from dynrl.backbones import Point, SkipModule, SkipResNet, SlimmableResNet, choice_rates, load_backbone
 from dynrl.backbones.base import Answer
+from dynrl.backbones.skip import EXTRA
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import score_routes
@@ -161,7 +163,7 @@ def test_routes_are_opened_up_step_by_step():
 def test_training_outputs_are_those_of_random_routes():
     backbone, inputs = fresh(), torch.randn(6, 1, 24, 24)
     rate = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])
-    ((answer,),) = backbone.training_outputs(inputs, rate, torch.Generator().manual_seed(4))
+    ((answer, *_),) = backbone.training_outputs(inputs, rate, torch.Generator().manual_seed(4))
     route = backbone.draw(rate, torch.Generator().manual_seed(4))
     torch.testing.assert_close(answer.output, backbone(inputs, route))
     ((full,),) = backbone.training_outputs(inputs, None)
@@ -178,6 +180,41 @@ def test_half_of_the_routes_of_skippable_blocks_run_the_first_ones_only():
     moved = (route != independent).any(1)
     assert bool(_shallow(route[moved]).all())
     assert float(moved.float().mean()) == pytest.approx(float((~_shallow(independent)).float().mean()) / 2, abs=0.03)
+
+
+def test_routes_through_widths_are_drawn_independently():
+    backbone, rate = (
+        SlimmableResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2),
+        torch.linspace(0, 1, 50),
+    )
+    route = backbone.draw(rate, torch.Generator().manual_seed(0))
+    assert torch.equal(route, draw_routes(backbone.thrift, rate, torch.Generator().manual_seed(0)))
+    assert len(backbone.run_training(torch.randn(2, 1, 24, 24), lambda state: state.along(route[-2:]))[1]) == 1
+
+
+def test_early_answers_leave_features_that_a_module_writes_to():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x * 1.0).relu_()).relu_())
+
+    backbone = SkipModule(Net(), (8,), ["first", "second"])
+    inputs, route = torch.randn(6, 8), torch.tensor([[0, 1]]).expand(6, -1)
+    walk, answers = backbone.run_training(inputs, lambda state: state.along(route))
+    assert len(answers) == 3
+    torch.testing.assert_close(walk.outputs, backbone(inputs, route))
+    sum(answer.output.sum() for answer in answers).backward()
+
+
+def test_early_answers_cost_at_most_a_third_of_the_dense_network():
+    """The first points of a network of stages are followed by the first blocks of all later ones, so they get none."""
+    backbone = SkipResNet((1, 28, 28), layers=(3, 4, 4), widths=(8, 16, 32))
+    assert backbone._early == [False] * 3 + [True] * 6
+    tails = [int(backbone.costs[point:, 0].sum()) for point in range(len(backbone.points))]
+    assert sum(tails[3:]) <= EXTRA * backbone.dense_macs < sum(tails[2:])
 
 
 def _shallow(route: torch.Tensor) -> torch.Tensor:

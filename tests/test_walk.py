@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynrl.backbones import END, CostTable, Point, State, Walk, choice_rates, load_backbone, merge
+from dynrl.backbones.skip import EARLY
 from dynrl.ops.costs import COSTS
 from dynrl.ops.move import each
 from dynrl.policies import PolicySpec, StepSight
 from dynrl.routes import draw_routes
-from tests.cases import BACKBONES, BUILT, GATED, HELD, REGISTERED, make_backbone, trained
+from tests.cases import BACKBONES, BUILT, EXAMPLES, GATED, HELD, REGISTERED, make_backbone, trained
 from tests.ops_cases import COMPACT
 from tests.toys import Branching, Exiting, Looping, Roundabout
 
@@ -259,6 +260,22 @@ def test_compacted_walk_trains_every_parameter_it_ran(name):
     torch.stack([answer.output.square().sum() for answer in answers]).sum().backward()
     missing = [n for n, p in backbone.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not missing
+
+
+@pytest.mark.parametrize("name", [name for name, backbone in EXAMPLES.items() if backbone.decision == "skip"])
+def test_early_answers_are_those_of_rows_that_skip_all_that_follows(name):
+    backbone = make_backbone(name)
+    inputs, route = inputs_for(backbone), random_routes(backbone)
+    walk, answers = backbone.run_training(inputs.clone(), lambda state: state.along(route))
+    whole = backbone.run_route(inputs.clone(), route)
+    assert torch.equal(walk.route, route) and torch.equal(walk.macs, whole.macs)  # nothing else is recorded
+    torch.testing.assert_close(walk.outputs, whole.outputs)
+    points = [point for point, given in enumerate(backbone._early) if given]
+    assert len(backbone.points) - 1 in points
+    for point, early in zip(points, answers[-len(points) :], strict=True):
+        kept = torch.arange(backbone.columns) < point
+        torch.testing.assert_close(early.output, backbone.run_route(inputs.clone(), route * kept).outputs)
+        assert early.weight == EARLY / len(backbone.points)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT if name in GATED])

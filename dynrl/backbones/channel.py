@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynrl.backbones.base import Backbone
 from dynrl.backbones.resnet import Block
 from dynrl.backbones.skip import SkipResNet
 from dynrl.backbones.walk import Point, State, Walk
@@ -118,6 +119,7 @@ class SlimmableResNet(SkipResNet):
     decision = "channel"
     captures: ClassVar[tuple[str, ...]] = ("kernels", "select")
     exports = False  # the number of rows of each width sets tensor sizes, which torch.export cannot express
+    draw, run_training = Backbone.draw, Backbone.run_training  # the narrowest choice skips nothing
 
     def __init__(
         self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Backbone
+from dynrl.backbones.base import Answer, Backbone
 from dynrl.backbones.early import SCORES, early_classifier, early_inputs, seen_early
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
@@ -18,6 +19,8 @@ from dynrl.ops.move import beside, each
 from dynrl.ops.pooled import pooled_keeping, summary
 
 SHALLOW = 0.5  # the share of pretraining's random routes that run their first blocks only
+EARLY = 3.0  # the weight of answers that skip all that follows, of all points together, where that of whole walks is 1
+EXTRA = 1 / 3  # the most that such answers may cost in all, as a share of the dense network; later points come first
 
 
 class Skipping(Backbone):
@@ -60,6 +63,8 @@ class Skipping(Backbone):
             full_route=(1,) * len(names),
             feature_width=width,
         )
+        tails = [sum(fixed_macs[point + 1 :]) for point in range(len(names))]  # what skipping on from there costs
+        self._early = [sum(tails[point:]) <= EXTRA * self.dense_macs for point in range(len(names))]
 
     def draw(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw routes as `Backbone.draw` does, but let some of them run their first blocks only, as many as were drawn.
@@ -70,6 +75,30 @@ class Skipping(Backbone):
         first = torch.arange(self.columns) < route.sum(1, keepdim=True)
         shallow = torch.rand(len(route), 1, generator=generator) < SHALLOW
         return torch.where(shallow, first.long(), route)
+
+    def run_training(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> tuple[Walk, list[Answer]]:
+        """Do `Backbone.run_training`, with answers that rows at a point would give if they skipped all that follows.
+
+        So one walk trains many depths, by the network's own end, as in LayerSkip (Elhoushi et al. 2024, ACL, section
+        4.1). Where much would run behind a point all the same, as in front of a stage's first block, none is given.
+        """
+        early: list[Answer] = []
+
+        def listen(state: State) -> Tensor:
+            if self._early[state.point]:
+                early.append(Answer(self._skipping_on(state), state.rows, EARLY / len(self.points)))
+            return choose(state)
+
+        walk, answers = super().run_training(inputs, listen)
+        return walk, [*answers, *early]
+
+    def _skipping_on(self, state: State) -> Tensor:
+        """Return the output of rows that skip everything from here on; nothing is recorded, and the state stays."""
+        # A module of a user may write to what it is given.
+        rest = State(copy.copy(state.walk), state.point, state.rows, each(Tensor.clone, state.features))
+        while rest.point != END:
+            rest = self._run_rest(rest)
+        return rest.get(rest.walk.outputs)  # type: ignore[no-any-return]
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, self._lead(inputs))
