@@ -20,7 +20,7 @@ from dynrl.ops.pooled import pooled_keeping, summary
 
 SHALLOW = 0.5  # the share of pretraining's random routes that run their first blocks only
 EARLY = 3.0  # the weight of answers that skip all that follows, of all points together, where that of whole walks is 1
-EXTRA = 1 / 3  # the most that such answers may cost in all, as a share of the dense network; later points come first
+TAIL = 0.02  # such answers are given where what runs all the same costs at most this share of the dense network
 
 
 class Skipping(Backbone):
@@ -63,8 +63,7 @@ class Skipping(Backbone):
             full_route=(1,) * len(names),
             feature_width=width,
         )
-        tails = [sum(fixed_macs[point + 1 :]) for point in range(len(names))]  # what skipping on from there costs
-        self._early = [sum(tails[point:]) <= EXTRA * self.dense_macs for point in range(len(names))]
+        self._early = [sum(fixed_macs[point + 1 :]) <= TAIL * self.dense_macs for point in range(len(names))]
 
     def draw(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw routes as `Backbone.draw` does, but let some of them run their first blocks only, as many as were drawn.
@@ -80,7 +79,7 @@ class Skipping(Backbone):
         """Do `Backbone.run_training`, with answers that rows at a point would give if they skipped all that follows.
 
         So one walk trains many depths, by the network's own end, as in LayerSkip (Elhoushi et al. 2024, ACL, section
-        4.1). Where much would run behind a point all the same, as in front of a stage's first block, none is given.
+        4.1). Where more than that end runs behind a point all the same, as a later stage's first block, none is given.
         """
         early: list[Answer] = []
 
