@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -143,6 +144,12 @@ def _going_on(run: RunFolder, settings: Settings, given: Mapping[str, Any]) -> S
                     f"{run} was begun with {name}={was!r}, not {said!r}; leave it out, or train a new run (a run goes "
                     "on with more steps, with fine-tuning, and elsewhere)"
                 )
+    if learning.finetune and not settings.learning.finetune and run.backbone_file.is_file() and run.holds.tuned:
+        # It would be tuned from the backbone of before, on which its policy has not learned.
+        raise ValueError(
+            f"{run} learned on a backbone that was tuned with another policy; to tune one with a policy of its own, "
+            f"train a new run: dynrl train {run.decision} --backbone {quote(str(run))} --finetune"
+        )
     return replace(settings, learning=learning)
 
 

@@ -345,20 +345,46 @@ def nothing_learned(split: Split, value: float) -> str | None:
 def learn(run: RunFolder, planned: Plan) -> bool:
     """Train the run's backbone and policy, and return whether training is done; False after Ctrl-C or SIGTERM.
 
-    After these, the folder holds the policy that was learned so far.
+    After these, the folder holds the policy that was learned so far. A run that is done stays as it is.
 
     Raises:
-        ValueError: another process works in the folder.
+        ValueError: another process works in the folder; or a finished run is to go on, and its checkpoints are gone.
     """
     with held(run.path):
+        run.forget()
         before = Settings.read(run.config_file, planned.settings.place)
+        done = before.learning == planned.settings.learning and _done(run, planned)
+        if not done and _ended(run) and not _begun(run):
+            raise ValueError(
+                f"{run} is finished and its {run.checkpoints.name}/ is gone, so it cannot go on: its policy would be "
+                f"learned anew, and replaced. Train a new run: dynrl train {before.problem.decision} --backbone "
+                f"{quote(str(run))}"
+            )
         if before != planned.settings:
             if planned.settings.learning.steps > before.learning.steps and run.finished:
                 policy, metadata = load_policy(run.policy_file)
                 save_policy(run.policy_file, policy, metadata | {"finished": False})
             planned.settings.save(run.config_file)
             run.forget()
-        return _learn(run, planned)
+        if done:
+            say(f"policy: {run.policy_file} is finished, and stays as it is")
+        return done or _learn(run, planned)
+
+
+def _ended(run: RunFolder) -> bool:
+    """Return whether the folder holds a policy that fits its backbone and whose training came to its end."""
+    return run.policy is not None and run.finished
+
+
+def _begun(run: RunFolder) -> bool:
+    """Return whether there is a checkpoint to go on from."""
+    return run.checkpoints.is_dir() and any(path.name != "units.json" for path in run.checkpoints.iterdir())
+
+
+def _done(run: RunFolder, planned: Plan) -> bool:
+    """Return whether a run has done all that its settings say; one that was killed in tuning still has a policy."""
+    rounds = planned.recipe.finetuning.rounds if planned.settings.learning.finetune else 0
+    return _ended(run) and load_backbone(run.backbone_file)[1].get("rounds", 0) >= rounds
 
 
 def _learn(run: RunFolder, planned: Plan) -> bool:
@@ -389,6 +415,7 @@ def _learn(run: RunFolder, planned: Plan) -> bool:
             "curve": curve, "finished": finished,
         },
     )  # fmt: skip
+    run.forget()
     low, high = min(macs for _, macs in curve), max(macs for _, macs in curve)
     say(f"policy: {run.policy_file}, budgets from {low:.2g} to {high:.2g} of the dense MACs")
     if advice := collapse(model, validation):

@@ -391,6 +391,8 @@ def test_what_was_tuned_is_not_tuned_again_when_checkpoints_are_gone(tmp_path, c
     twice = tuned(make_run(planned(2), tmp_path / "twice", run.path), 2)
     capfd.readouterr()
     shutil.rmtree(run.checkpoints)
+    assert tuned(run, 1) == once and not run.checkpoints.exists(), "what is done stays"
+    run.policy_file.unlink()
     assert tuned(run, 1) == once
     assert "begin again" not in capfd.readouterr().err
     tuning_file(run.checkpoints).unlink()
@@ -555,6 +557,46 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     assert not [path.name for path in run.path.iterdir() if path.stem in (*measured, "regions")]
     assert resumed.finished and resumed.settings["steps"] == 3 * steps
     assert load_tensors(resumed.checkpoints / "gate.safetensors", "checkpoint")[1]["done"] >= 3 * steps
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_finished_run_without_checkpoints_keeps_its_policy(tuned, tmp_path):
+    """Where it could go on only from the beginning, Ctrl-C would leave less than there was."""
+
+    def planned(**more):
+        tuning = Finetuning(1, epochs=1, steps=64, batch_size=32)
+        found = plan_again(run, small_images(), own_backbone(), **more)
+        return replace(found, recipe=replace(found.recipe, finetuning=tuning))
+
+    run = make_run(plan(own_backbone(), small_images(), finetune=tuned, **SHORT | {"steps": 64}), tmp_path / "run")
+    own_backbone().save(run.backbone_file)
+    assert learn(run, planned())
+    shutil.rmtree(run.checkpoints)
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
+    run.forget()
+    assert learn(run, planned())
+    for more in ({"steps": 128}, {"finetune": True})[: 1 if tuned else 2]:
+        with pytest.raises(ValueError, match="checkpoints/ is gone, so it cannot go on.*dynrl train skip --backbone"):
+            learn(run, planned(**more))
+    assert before == {path: path.read_bytes() for path in run.path.iterdir()}
+    run.policy_file.unlink()
+    assert learn(run, planned(steps=128)), "what holds no policy is learned anew"
+
+
+def test_a_policy_of_one_tuned_backbone_is_not_put_on_another(tmp_path):
+    tuning = Finetuning(1, epochs=1, steps=64, batch_size=32)
+    planned = plan(own_backbone(), small_images(), finetune=True, **SHORT | {"steps": 64})
+    planned = replace(planned, recipe=replace(planned.recipe, finetuning=tuning, pretraining=replace(RECIPE, epochs=1)))
+    first = make_run(planned, tmp_path / "first")
+    learn(first, planned)
+    frozen = plan(own_backbone(), small_images(), **SHORT | {"steps": 64})
+    for source in (first.path, tmp_path / "second"):  # a copy of a copy is none of its own, either
+        run = make_run(frozen, tmp_path / ("third" if source != first.path else "second"), source)
+        learn(run, frozen)
+        with pytest.raises(ValueError, match="tuned with another policy.*dynrl train skip --backbone .* --finetune"):
+            plan_again(run, small_images(), own_backbone(), finetune=True)
+    again = make_run(planned, tmp_path / "again", run.path)
+    assert load_backbone(again.backbone_file)[0].fingerprint() == first.pretrained.fingerprint()
 
 
 def backbone_of(folder):
