@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ class RunKind:
         words += [word for word, usual in ((self.policy, "sequential"), (self.baseline, "value")) if word != usual]
         words += [self.reward] if self.reward != "distillation" else []
         words += [f"by {self.cost}"] if self.cost != "macs" else []
-        words += [f"at {self.price:g}"] if self.price is not None else []
+        words += [f"at {price_word(self.price)}"] if self.price is not None else []
         words += ["tuned"] if self.tuned else []
         words += ["on attacks"] if self.attacked else []
         words += [] if self.finished else ["unfinished"]
@@ -79,6 +79,11 @@ def kind_of(settings: Mapping[str, Any], tuned: bool, finished: bool) -> RunKind
         attacked=tuned and settings["attacked"] > 0,
         finished=finished,
     )
+
+
+def price_word(price: float) -> str:
+    """Return a price in as many digits as tell it from all others: 2, 0.1, 0.1000000001."""
+    return repr(price).removesuffix(".0")
 
 
 # The settings in which runs of one kind may differ: backbones are compared by content, not by how they were made.
@@ -363,15 +368,56 @@ def by_kind(runs: Iterable[RunFolder]) -> dict[RunKind, list[RunFolder]]:
     return kinds
 
 
+def runs_in(folder: Path) -> Iterator[RunFolder]:
+    """Yield the run folders in `folder`, begun or finished."""
+    for path in sorted(folder.glob("*")):
+        run = RunFolder(path)
+        if run.config_file.is_file() and "learning" in read_json(run.config_file):  # a pretrained network is no run
+            yield run
+
+
+def steps_beside(folder: Path, cells: Mapping[str, Settings], steps: int | None) -> dict[str, int]:
+    """Return how many steps each of `cells` learns from, so that those of one kind learn alike with runs in `folder`.
+
+    Args:
+        folder: the folder of runs that will be compared; it need not exist.
+        cells: the settings that each run of a matrix would have, by the name of its folder.
+        steps: what is asked for; None takes what the runs in the folder have, and where there are none, the settings'.
+
+    Raises:
+        ValueError: a run in the folder could not be compared with a cell, also once that has gone on.
+    """
+    there = {run.path.name: run.settings for run in runs_in(folder) if run.path.name in cells or run.finished}
+    found: dict[str, int] = {}
+    for name, planned in cells.items():
+        settings = there.get(name, flat(asdict(planned)))
+        alike = {other: each for other, each in there.items() if _trained_for(each) == _trained_for(settings)}
+        near = alike or {other: each for other, each in there.items() if each["agent"] == settings["agent"]}
+        found[name] = steps or max((each["steps"] for each in near.values()), default=settings["steps"])
+        wanted = {**settings, "steps": found[name]}
+        for other, each in alike.items():
+            differ = {key for key, value in each.items() if value != wanted[key]} - FREE - FOUND - {"data"}
+            if other in cells and each["steps"] < found[name]:
+                differ -= {"steps"}  # it goes on
+            if differ:
+                told = ", ".join(f"{key}={each[key]!r}, not {wanted[key]!r}" for key in sorted(differ))
+                raise ValueError(
+                    f"{folder / other} was trained with {told} as this command would, so they could not be compared: "
+                    "leave out --steps, give more with all seeds that are there, or choose another --out"
+                )
+    return found
+
+
+def _trained_for(settings: Mapping[str, Any]) -> RunKind:
+    return kind_of(settings, settings["finetune"], finished=True)
+
+
 def check_one_backbone(folder: Path, source: Path) -> None:
     """Refuse, with a ValueError, a backbone (in the folder `source`) that the runs in `folder` have not learned on."""
     given = RunFolder(source)
-    for path in sorted(folder.iterdir()):
-        run = RunFolder(path)
-        if not run.config_file.is_file() or not run.backbone_file.is_file():
+    for run in runs_in(folder):
+        if not run.backbone_file.is_file():
             continue
-        if "learning" not in read_json(run.config_file):
-            continue  # a pretrained network is no run
         if not given.backbone_file.is_file():
             raise ValueError(
                 f"{run} is there, but not the backbone that it learned on, in {source}; name a folder that holds it "

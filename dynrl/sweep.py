@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from dynrl.deploy import RoutedModel
 from dynrl.evaluation import COMPARED, calibrate, cheapest_choices, score_routes, score_rows
 from dynrl.evaluation.intervals import Front, area
 from dynrl.files import locked, read_json, reading, write_json
+from dynrl.plans import check_source, plan
 from dynrl.policies import LearnedPolicy
 from dynrl.runs import RunFolder
 from dynrl.schema import parse
@@ -51,6 +52,26 @@ def combinations(vary: Sequence[str]) -> list[dict[str, Any]]:
         if len(set(choices[name])) < len(choices[name]):
             raise ValueError(f"expected each value of {name} once, got {words}")
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def trainings(
+    decision: str, data: str | None, backbone: Path | None, vary: Sequence[str], given: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the settings of each training: those `given`, and each combination of `vary` (see `combinations`).
+
+    Raises:
+        ValueError: a training would be refused, or would tune the backbone that all share.
+    """
+    varied = combinations(vary)
+    for values in varied:
+        planned = plan(decision, data, **{**given, **values})
+        if backbone is not None:
+            check_source(planned, backbone)
+        if planned.settings.learning.finetune:
+            raise ValueError(
+                f"{decision} on {data} is trained with its backbone; a sweep is for policies on a frozen one"
+            )
+    return [{**given, **values} for values in varied]
 
 
 def check_same(out: Path, common: dict[str, Any]) -> None:

@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; bad input ends with a reason of one line and exit code 2."""
     given, plugins = list(sys.argv[1:] if argv is None else argv), []
     while given[:1] == ["--plugin"] and len(given) > 1:
-        plugins.append(given[1])
-        given = given[2:]
+        given, plugins = given[2:], [*plugins, given[1]]
     if given and given[0] in ("-h", "--help"):
         print("usage: dynrl [--plugin FILE.py] VERB ...; `dynrl VERB --help` shows its settings\n")
         print(*(f"  {verb:10} {what}" for verb, what in VERBS.items()), sep="\n")
@@ -63,7 +62,8 @@ def run(verb: str, argv: Sequence[str] | None = None, plugins: Sequence[str] = (
         print(f"dynrl {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        print(f"dynrl {verb}: interrupted; {stopped or 'to begin anew, give the same command'}", file=sys.stderr)
+        again = "go on" if verb in ("compare", "sweep") else "begin anew"
+        print(f"dynrl {verb}: interrupted; {f'{stopped}' or f'to {again}, give the same command'}", file=sys.stderr)
         sys.exit(130)
 
 

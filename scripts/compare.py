@@ -52,35 +52,41 @@ def main(args: Args) -> None:
     """Train the missing runs, then compare all of them."""
     from dynrl.data import check_dataset
     from dynrl.envs import decision
-    from dynrl.scripts.cells import check, train_cells
+    from dynrl.scripts.cells import check, train_cells, tunes
     from dynrl.scripts.common import use_threads
     from dynrl.training import folder_name, held
 
     if not args.decisions or not args.agents or not args.seeds:
         raise ValueError("expected at least one decision, one agent and one seed")
-    matrix = [(name, check_dataset(args.data or decision(name).data)) for name in args.decisions]
+    posed = [(name, check_dataset(args.data or decision(name).data)) for name in args.decisions]
+    matrix = [(args.out / f"{name}-{folder_name(data)}", name, data) for name, data in posed]
     check(args, matrix)
     use_threads(args.threads)
-    for name, data in matrix:
-        folder = args.out / f"{name}-{folder_name(data)}"
+    for folder, name, data in matrix:
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder):
             if not train_cells(folder, name, data, args):
-                raise KeyboardInterrupt("to go on, give the same command")
-            compare_runs(folder)
+                raise KeyboardInterrupt
+            compare_runs(folder, tunes(name, data, args))
 
 
-def compare_runs(folder: Path) -> dict[str, Any]:
-    """Compare all finished runs and plain networks in `folder`; write, print and return the comparison."""
+def compare_runs(folder: Path, tuned: bool = False) -> dict[str, Any]:
+    """Compare all finished runs in `folder`, and plain networks that trained as long as backbones that are `tuned`.
+
+    The comparison is written, printed and returned; what is left out is named.
+    """
     from dynrl.evaluation import compare, comparison_text
     from dynrl.runs import RunFolder
+    from dynrl.scripts.cells import TUNED
 
-    runs = [run for path in sorted(folder.iterdir()) if (run := RunFolder(path)).policy_file.is_file()]
-    for run in runs:
-        if not run.finished:
-            print(f"left out, because it was stopped early: {run}", file=sys.stderr)
-    finished, smaller = [run for run in runs if run.finished], sorted(folder.glob("plain-*"))
-    result = compare(finished, out=folder, smaller=smaller, show=True)
+    folders = [RunFolder(path) for path in sorted(folder.iterdir())]
+    runs, plain = [f for f in folders if f.policy_file.is_file()], [f for f in folders if f.path.match("plain-*")]
+    alike = [f for f in plain if f.path.name.endswith(TUNED) == tuned]
+    finished, smaller = [run for run in runs if run.finished], [f for f in alike if f.plain_file.is_file()]
+    early, other = "it was stopped early", f"it did not train as long as {'tuned' if tuned else 'these'} backbones"
+    for left in (f for f in [*runs, *plain] if f not in [*finished, *smaller]):
+        print(f"left out, because {early if left in [*runs, *alike] else other}: {left}", file=sys.stderr)
+    result = compare(finished, out=folder, smaller=[f.path for f in smaller], show=True)
     print(f"\n{comparison_text(result)}")
     return result
 

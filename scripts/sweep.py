@@ -44,14 +44,14 @@ class Args:
 def main(args: Args) -> None:
     """Check all combinations, train them and rank them."""
     from dynrl.schema import check_count
-    from dynrl.scripts.cells import trainings
     from dynrl.scripts.common import use_threads
-    from dynrl.sweep import check_same
+    from dynrl.sweep import check_same, trainings
     from dynrl.training import held
 
     check_count("--side-by-side", 1 if args.side_by_side is None else args.side_by_side, 1, 1_000)
     use_threads(None)
-    found = trainings(args)
+    given = {"agent": args.agent, "seed": args.seed} | ({} if args.steps is None else {"steps": args.steps})
+    found = trainings(args.decision, args.data, args.backbone, args.vary, given)
     common = {name: value for name, value in asdict(args).items() if name not in ("out", "vary", "side_by_side")}
     check_same(args.out, common | {"backbone": args.backbone and str(args.backbone.resolve())})
     with held(args.out):
@@ -85,7 +85,7 @@ def train_and_rank(args: Args, found: list[dict[str, Any]]) -> None:
     start_ray(args.side_by_side or torch.get_num_threads())
     rows = search(runs, args.out.resolve())
     if not rows:
-        raise KeyboardInterrupt("to go on, give the same command")
+        raise KeyboardInterrupt
     write_json(args.out / "sweep.json", rows)
     print(f"\n{'area':>8} {'steps':>10} {'seconds':>8}  run")
     for row in rows:

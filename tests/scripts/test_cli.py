@@ -91,6 +91,23 @@ def test_help(words, expected, capsys):
     assert not {"NONETYPE", "ignore[valid-type]"} & {*shown.split()}
 
 
+@pytest.mark.parametrize(
+    ("verb", "said", "told"),
+    [
+        ("compare", (), "to go on, give the same command"), ("sweep", (), "to go on, give the same command"),
+        ("list", (), "to begin anew, give the same command"), ("list", ("so it is",), "so it is"),
+    ],
+)  # fmt: skip
+def test_who_interrupts_is_told_how_to_go_on(verb, said, told, monkeypatch, capsys):
+    def stop(*given):
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setattr("dynrl.scripts.cli._run", stop)
+    with pytest.raises(SystemExit) as left:
+        main([verb])
+    assert left.value.code == 130 and capsys.readouterr().err == f"dynrl {verb}: interrupted; {told}\n"
+
+
 def test_scripts_are_the_same_programs(tmp_path):
     shown = subprocess.run(
         [sys.executable, ROOT / "scripts" / "list.py"], capture_output=True, text=True, cwd=tmp_path, check=True

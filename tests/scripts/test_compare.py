@@ -13,13 +13,15 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED, load
 from dynrl.evaluation import COMPARED, score
-from dynrl.files import read_json
+from dynrl.files import read_json, write_json
 from dynrl.policies import load_policy, save_policy
 from dynrl.recipes import DEFAULTS
+from dynrl.runs import RunKind
 from dynrl.scripts import cells, compare
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Problem, Settings
 from dynrl.training import train
+from tests.scripts.calls import twin
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -145,19 +147,87 @@ def test_policies_learn_on_a_given_backbone_and_a_collapsed_one_is_a_row(small_b
         compare.main(compare.Args(("skip", "exit"), tmp_path / "x", backbone=given))
 
 
-def test_plain_networks_differ_in_several_settings(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tuned", [False, True])
+def test_plain_networks_differ_in_several_settings_and_train_as_long_as_backbones(tuned, tmp_path, monkeypatch):
     made = {}
-    monkeypatch.setattr("dynrl.training.pretrain_into", lambda folder, planned, plain_only=False: made.update(
-        {folder.name: (plain_only, planned.settings.problem.network, planned.backbone.config["layers"])}
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        "dynrl.training.pretrain_into",
+        lambda folder, planned, plain_only=False, finetune=False: made.update(
+            {folder.name: (plain_only, finetune, planned.settings.problem.network, planned.backbone.config["layers"])}
+        ),
+    )
     given = ("layers=[1, 2, 1] widths=[8,16,32]", "layers=[2,2,2]")
-    wanted = compare.Args(("skip",), tmp_path, agents=(), plain=given)
-    assert cells.train_cells(tmp_path, "skip", "digits", wanted)
-    assert made == {
-        "backbone": (False, (), [3, 4, 4]),
-        "plain-layers-1-2-1-widths-8-16-32": (True, ("layers=[1, 2, 1]", "widths=[8,16,32]"), [1, 2, 1]),
-        "plain-layers-2-2-2": (True, ("layers=[2,2,2]",), [2, 2, 2]),
+    row = DEFAULTS["skip", "digits"]
+    for always in (False, True):
+        monkeypatch.setitem(DEFAULTS, ("skip", "digits"), replace(row, joint=always))
+        wanted = compare.Args(("skip",), tmp_path, agents=(), plain=given, finetune=tuned)
+        assert cells.train_cells(tmp_path, "skip", "digits", wanted)
+        end = "-tuned" if tuned or always else ""
+        assert made == {
+            "backbone": (False, False, (), [3, 4, 4]),
+            f"plain-layers-1-2-1-widths-8-16-32{end}": (True, bool(end), ("layers=[1, 2, 1]", "widths=[8,16,32]"), [1, 2, 1]),
+            f"plain-layers-2-2-2{end}": (True, bool(end), ("layers=[2,2,2]",), [2, 2, 2]),
+        }  # fmt: skip
+        made.clear()
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_only_plain_networks_that_are_done_and_trained_as_long_are_compared(tuned, tmp_path, monkeypatch, capsys):
+    given = {}
+    monkeypatch.setattr("dynrl.evaluation.compare", lambda runs, **more: given.update(more, runs=runs) or given)
+    monkeypatch.setattr("dynrl.evaluation.comparison_text", lambda result: "")
+    for name in ("plain-a", "plain-b", "plain-a-tuned", "plain-b-tuned"):
+        (tmp_path / name).mkdir()
+        if "-a" in name:
+            (tmp_path / name / "plain.safetensors").touch()
+    compare.compare_runs(tmp_path, tuned)
+    end, other = ("-tuned", "") if tuned else ("", "-tuned")
+    assert given["smaller"] == [tmp_path / f"plain-a{end}"]
+    said = capsys.readouterr().err
+    assert f"left out, because it was stopped early: {tmp_path}/plain-b{end}\n" in said
+    assert f"not train as long as {'tuned' if tuned else 'these'} backbones: {tmp_path}/plain-a{other}\n" in said
+
+
+def matrix_of(folder, **steps):
+    """A folder that has shipped runs as cells, each of so many steps."""
+    for name, count in steps.items():
+        twin(
+            SHIPPED / "exit-digits", folder / name.replace("_", "-"), steps=count, seed=int(name[-1]), price_range=None
+        )
+    return {
+        "agents": (read_json(SHIPPED / "exit-digits" / "config.json")["learning"]["agent"],),
+        "backbone": SHIPPED / "exit-digits",
     }
+
+
+@pytest.mark.parametrize(
+    ("seeds", "steps", "expected"),
+    [
+        ((0, 1), None, 1000), ((0, 1), 1000, 1000), ((0, 1), 2000, 2000), ((0,), None, 1000),
+        ((0, 1), 512, "ppo-0 was trained with steps=1000, not 512"),
+        ((1,), 512, "ppo-0 was trained with steps=1000, not 512"),
+        ((1,), 2000, "ppo-0 was trained with steps=1000, not 2000"),  # it is compared, and does not go on
+    ],
+)  # fmt: skip
+def test_cells_that_could_not_be_compared_are_refused_before_they_are_trained(seeds, steps, expected, tmp_path):
+    given = matrix_of(tmp_path / "exit-digits", ppo_0=1000)
+    write_json(tmp_path / "exit-digits" / "comparison.json", {})
+    wanted = compare.Args(("exit",), tmp_path, seeds=seeds, steps=steps, **given)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            compare.main(wanted)
+        return
+    found = cells.planned_cells(tmp_path / "exit-digits", "exit", "digits", wanted)
+    assert {name: settings["steps"] for name, settings in found.items()} == {f"ppo-{s}": expected for s in seeds}
+
+
+def test_each_price_is_a_cell_of_its_own(tmp_path):
+    wanted = compare.Args(("exit",), tmp_path, agents=("ppo",), seeds=(0,), prices=(2.0, 0.1, 0.1000000001), steps=640)
+    found = cells.planned_cells(tmp_path, "exit", "digits", wanted)
+    assert list(found) == ["ppo-0", "ppo-at-2-0", "ppo-at-0.1-0", "ppo-at-0.1000000001-0"]
+    assert [RunKind(price=price).label for price in wanted.prices] == [
+        "learned at 2", "learned at 0.1", "learned at 0.1000000001",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
