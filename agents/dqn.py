@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.dqn.default_dqn_rl_module import QF_NEXT_PREDS, QF_PREDS, QF_TARGET_NEXT_PREDS
@@ -94,6 +95,11 @@ class DQN(RLlibAgent):
         """Also refuse policies that answer with several choices."""
         super().refuse(settings, backbone)
         check_one_choice(settings.learning, backbone)
+
+    def start(self) -> None:
+        """Also seed what is drawn from the buffer, which RLlib leaves unseeded."""
+        super().start()
+        self._algorithm.local_replay_buffer.rng = np.random.default_rng((self.settings.problem.seed, self.steps))
 
     def configure(
         self, env_id: str, env_config: dict[str, Any], spec: PolicySpec, steps: int, **place: Any

@@ -67,9 +67,9 @@ def train_jointly(
             if stop.is_set() or done >= plan.rounds:
                 break
             scalars = tuner.train(agent.router(), done + 1, stop.is_set, bar.update)
-            agent.write({f"finetuning/{tag}": value for tag, value in scalars.items()})
             if stop.is_set():
                 break
+            agent.write({f"finetuning/{tag}": value for tag, value in scalars.items()})
             done += 1
             if plan.attacked and not agent.attacks:
                 moved = tuner.attack(agent.router(), data.unseen)

@@ -189,9 +189,9 @@ def start_ray(num_cpus: int, address: str | None = None) -> bool:
         try:
             ray.init("local", num_cpus=num_cpus, **quiet)
         except Exception as error:  # of no narrower type where its processes are too slow
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"ray could not start on this machine ({str(error).splitlines()[0]}); try again when it is less busy, "
-                "or take an agent that needs no ray, such as --agent sb3-ppo"
+                f"ray could not start on this machine ({reason}); try again when it is less busy"
             ) from error
         return True
 
@@ -271,7 +271,13 @@ class RLlibAgent(Agent):
     def start(self) -> None:
         """Start ray and build the algorithm."""
         (backbone, _), learning, place = load_backbone(self.backbone_file), self.settings.learning, self.settings.place
-        if start_ray(max(2, place.num_env_runners + place.num_learners + 1), place.address):
+        try:
+            started = start_ray(max(2, place.num_env_runners + place.num_learners + 1), place.address)
+        except ValueError as error:
+            if place.address is not None:
+                raise
+            raise ValueError(f"{error}, or take an agent that needs no ray, such as --agent sb3-ppo") from error
+        if started:
             self._held.callback(ray.shutdown)  # timings follow, which ray's processes should not disturb
         self.backbone, self.ground = backbone, self.ground_on(backbone)
         config = self.configure(

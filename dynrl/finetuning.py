@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,36 @@ class Finetuning:
     distillation: float = 1.0
 
 
+class Means:
+    """Means of some numbers over the batches of a round, which a checkpoint keeps where a round is interrupted."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was added."""
+        self.count, self.sums = 0, dict.fromkeys(self._names, 0.0)
+
+    def add(self, numbers: Mapping[str, float]) -> None:
+        """Add the numbers of a batch."""
+        self.count += 1
+        for name, value in numbers.items():
+            self.sums[name] += value
+
+    def __call__(self) -> dict[str, float]:
+        """Return the means."""
+        return {name: value / self.count for name, value in self.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes."""
+        return {"count": self.count, "sums": self.sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.count, self.sums = state["count"], dict(state["sums"])
+
+
 class Finetuner:
     """A fine-tuner trains a backbone on a policy's routes, round by round.
 
@@ -107,11 +138,12 @@ class Finetuner:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, plan.rounds * self._round)
         self._form = training_format(backbone)
         backbone.to(memory_format=self._form)  # type: ignore[call-overload]
+        self._means = Means(("loss", "divergence", dataset.task.metric, "macs_fraction"))
         self._checkpoint = Checkpoint(
             checkpoint,
             {
                 "backbone": self.backbone, "optimizer": self._optimizer, "schedule": self._schedule,
-                "generator": self._generator,
+                "generator": self._generator, "means": self._means,
             },
         )  # fmt: skip
         self.batches = self._checkpoint.restore(MOST_STEPS)
@@ -135,28 +167,27 @@ class Finetuner:
         `tick` is called after each batch.
 
         Returns:
-            means over the batches of `loss`, `divergence` (from the reference), the task's metric and
-            `macs_fraction`, full routes included; empty if there was nothing left to do.
+            means over the batches of the last round of `loss`, `divergence` (from the reference), the task's metric
+            and `macs_fraction`, full routes included; empty if it was stopped before the round's end.
 
         Raises:
             ValueError: the loss is no longer finite; the last checkpoint stays.
         """
-        sums: dict[str, float] = {}
-        first, until = self.batches, rounds * self._round
+        until = rounds * self._round
         self.backbone.train()
         while self.batches < until and not stopped():
+            if self.batches % self._round == 0:
+                self._means.begin()
             with seeded(1_000_003 * self._seed + self.batches, self._device):
-                done = self._step(policy)
-            for name, value in done.items():
-                sums[name] = sums.get(name, 0.0) + value
+                self._means.add(self._step(policy))
             self.batches += 1
             tick()
             if self.batches == until or self.batches % CHECKPOINT_EVERY == 0 or stopped():
-                if not torch.isfinite(torch.tensor(sums["loss"])):
-                    raise ValueError(f"the loss of fine-tuning is {sums['loss']}; lower its learning rate")
+                if not math.isfinite(loss := self._means.sums["loss"]):
+                    raise ValueError(f"the loss of fine-tuning is {loss}; lower its learning rate")
                 self._checkpoint.save(self.batches)
         self.backbone.eval()
-        return {name: value / (self.batches - first) for name, value in sums.items()}
+        return self._means() if self.batches >= until else {}
 
     def _step(self, policy: LearnedPolicy) -> dict[str, float]:
         plan, backbone, task, device = self._plan, self.backbone, self._dataset.task, self._device

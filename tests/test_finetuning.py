@@ -339,6 +339,27 @@ def test_killed_and_resumed_in_turn_ends_as_if_never_stopped(part, attacked, joi
             torch.testing.assert_close(other.state_dict()[name], tensor, msg=name)
 
 
+@pytest.mark.parametrize("number", [7, 8])
+def test_curves_of_rounds_that_were_interrupted_are_those_of_whole_ones(number, jointly, monkeypatch):
+    """A value a round, the mean over all its batches, also where it was stopped within it or at its end."""
+    write, written = Agent.write, {}
+
+    def noted(agent, scalars):
+        if any(tag.startswith("finetuning/") for tag in scalars):
+            written.setdefault(agent.checkpoints.parent.name, []).append((agent.steps, scalars))
+        write(agent, scalars)
+
+    monkeypatch.setattr(Agent, "write", noted)
+    jointly("whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, (Finetuner, "_step"), number, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert not jointly("stopped")[1]
+    assert jointly("stopped")[1]
+    assert len(written["stopped"]) == len(written["whole"]) == PLAN.rounds
+    for (step, scalars), (at, expected) in zip(written["stopped"], written["whole"], strict=True):
+        assert step == at and scalars == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("part", ["backbone", "policy"])
 def test_ctrl_c_in_turn_leaves_a_version_and_its_policy(part, jointly, monkeypatch):
     from dynrl.agents.gates import Gates

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNorma
 
 import dynrl
 from dynrl.agents.base import AGENTS, agent_class, open_agent
+from dynrl.agents.rllib import start_ray
 from dynrl.agents.sb3 import RoutingVecEnv
 from dynrl.agents.slab import EpisodesRunner, SlabRunner
 from dynrl.backbones import load_backbone
@@ -86,6 +87,39 @@ def test_a_high_price_is_obeyed_and_training_goes_on_where_it_stopped(agent, sma
     test = load_dataset("digits").test
     nothing = score_routes(model.backbone, torch.zeros(len(test), backbone.max_steps, dtype=torch.int64), test)
     assert score(model, test).macs_fraction == pytest.approx(float(nothing.macs.mean()), abs=0.05)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_q_learning_is_repeated_by_its_seed(small_backbone, tmp_path):
+    learned = []
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        learning = Learning("dqn", steps=600, num_envs=8, price_range=(0.002, 2.0))
+        settings = Settings(Problem("skip", "digits", seed=seed), learning)
+        with open_agent(settings, small_backbone, tmp_path / name, 600) as trained:
+            start = trained.router().state_dict()
+            trained.learn(600)
+            learned.append(trained.router().state_dict())
+        assert any(not torch.equal(value, start[key]) for key, value in learned[-1].items())
+        np.random.rand(3), torch.rand(3)  # what a program draws changes nothing
+    for key, value in learned[0].items():
+        torch.testing.assert_close(learned[1][key], value, rtol=0, atol=0)
+    assert any(not torch.equal(learned[2][key], value) for key, value in learned[0].items())
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_where_ray_cannot_start_only_agents_are_told_to_do_without(small_backbone, tmp_path, monkeypatch):
+    def slow(*given, **more):
+        raise RuntimeError("too slow\nby far")
+
+    monkeypatch.setattr("ray.init", slow)
+    with pytest.raises(ValueError) as by_a_sweep:
+        start_ray(2)
+    told = "ray could not start on this machine (too slow); try again when it is less busy"
+    assert str(by_a_sweep.value) == told
+    settings = Settings(Problem("skip", "digits"), Learning(price_range=(0.002, 2.0)))
+    with pytest.raises(ValueError) as by_an_agent, open_agent(settings, small_backbone, tmp_path, 8):
+        pass
+    assert str(by_an_agent.value) == f"{told}, or take an agent that needs no ray, such as --agent sb3-ppo"
 
 
 @pytest.mark.usefixtures("ray_local")
