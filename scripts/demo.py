@@ -17,7 +17,7 @@ class Args:
     """Settings of `dynrl demo`."""
 
     out: Path | None = None
-    """Folder to make; default: runs/demo-TIME."""
+    """Folder to make; default: runs/demo-TIME. The same command goes on in it."""
     threads: int | None = None
     """CPU threads; default: all available cores."""
 
@@ -25,20 +25,24 @@ class Args:
 def main(args: Args) -> None:
     """Train a small plain network, then a backbone with its policy; print five rows, and where the picture is."""
     from dynrl import evaluate, train
-    from dynrl.files import make_aside
     from dynrl.scripts.common import use_threads
-    from dynrl.training import folder_for, pretrain
+    from dynrl.training import folder_for, pretrain, resume
 
     use_threads(args.threads)
-    with make_aside(out := folder_for(args.out, "demo")):
-        pass
-    print("1 of 2: a plain network of half of the MACs, trained alone", flush=True)
-    smaller = pretrain(DECISION, DATA, out=out / "smaller", plain=True, network=HALF, show=True)
-    print("2 of 2: a network with exits, and a policy that decides where each image stops", flush=True)
-    run = train(DECISION, DATA, out=out / "run", show=True)
-    if not run.finished:
-        raise KeyboardInterrupt(f"go on with: dynrl train {DECISION} --resume {quote(str(run))}")
-    report = evaluate(run, out=out, smaller=[smaller], budgets=(BUDGET,), show=True)
+    out = folder_for(args.out, "demo")
+    if out.exists() and not (out / "smaller").is_dir():
+        raise ValueError(f"{out} exists, and holds no demo to go on with; choose another --out")
+    try:
+        print("1 of 2: a plain network of half of the MACs, trained alone", flush=True)
+        smaller = pretrain(DECISION, DATA, out=out / "smaller", plain=True, network=HALF, show=True)
+        print("2 of 2: a network with exits, and a policy that decides where each image stops", flush=True)
+        begun = (out / "run").is_dir()
+        run = resume(out / "run", show=True) if begun else train(DECISION, DATA, out=out / "run", show=True)
+        if not run.finished:
+            raise KeyboardInterrupt
+        report = evaluate(run, out=out, smaller=[smaller], budgets=(BUDGET,), show=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"to go on, give the same command with --out {quote(str(out))}") from None
     print(f"\n{DECISION} on {DATA}, test split; times of a batch of {report['dense']['batch_size']}")
     for name, row in rows(report):
         print(
