@@ -99,7 +99,7 @@ ALLOWED = {
     },
     "dynrl.sweep": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.evaluation", "dynrl.files",
-        "dynrl.policies", "dynrl.runs", "dynrl.schema", "dynrl.settings",
+        "dynrl.plans", "dynrl.policies", "dynrl.runs", "dynrl.schema", "dynrl.settings",
     },
     "dynrl.scripts": {"dynrl"},
 }  # fmt: skip
