@@ -29,7 +29,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; bad input ends with a reason of one line and exit code 2."""
-    given, plugins = list(sys.argv[1:] if argv is None else argv), []
+    given, plugins = list(sys.argv[1:] if argv is None else argv), list[str]()
     while given[:1] == ["--plugin"] and len(given) > 1:
         given, plugins = given[2:], [*plugins, given[1]]
     if given and given[0] in ("-h", "--help"):
