@@ -50,7 +50,7 @@ def main(args: Args) -> None:
 
     check_count("--side-by-side", 1 if args.side_by_side is None else args.side_by_side, 1, 1_000)
     use_threads(None)
-    given = {"agent": args.agent, "seed": args.seed} | ({} if args.steps is None else {"steps": args.steps})
+    given = {name: value for name in ("agent", "seed", "steps") if (value := getattr(args, name)) is not None}
     found = trainings(args.decision, args.data, args.backbone, args.vary, given)
     common = {name: value for name, value in asdict(args).items() if name not in ("out", "vary", "side_by_side")}
     check_same(args.out, common | {"backbone": args.backbone and str(args.backbone.resolve())})
