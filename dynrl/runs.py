@@ -193,23 +193,33 @@ class RunFolder:
         """
         if data is None:
             try:
-                return load_dataset(self.data)
+                found = load_dataset(self.data)
             except ValueError as error:
                 raise ValueError(f"{self}: {error}; if its data lie elsewhere now, name that place (--data)") from None
+            return self._kept(found)
         known = self.data_known
-        # A folder, or what a plugin makes, may have grown since. Of a `Dataset` that is handed over, no name tells.
         handed = isinstance(data, Dataset) and data.name == self.data
         if handed and known is not None and known.content not in (None, data.content):
             raise ValueError(f"{self} was trained on other data of the name {data.name!r}; hand those over again")
         found = as_dataset(data)
         if found.name == self.data:
-            return found
+            return self._kept(found)
         if known is None:
             raise ValueError(f"{self} does not say what {self.data} held, so {found.name} cannot take its place")
         try:
             found.check_same(known)
         except ValueError as error:
             raise ValueError(f"{self} was trained on other data: {error}") from None
+        return found
+
+    def _kept(self, found: Dataset) -> Dataset:
+        """Return data of the run's name; refuse, with a ValueError, those whose rows may have changed their parts."""
+        known = self.data_known
+        if known is not None:
+            try:
+                found.check_kept(known)
+            except ValueError as error:
+                raise ValueError(f"{self}: {error}") from None
         return found
 
     @property

@@ -26,10 +26,12 @@ from dynrl.data import (
     image_folder,
     load_dataset,
     own_dataset,
+    standardised,
     text_folder,
 )
 from dynrl.deploy import SHIPPED, shipped
 from dynrl.files import load_tensors, read_json, save_tensors, write_json
+from dynrl.envs.skip import SkipVectorEnv
 from dynrl.finetuning import Finetuning
 from dynrl.plans import plan
 from dynrl.pretraining import Recipe
@@ -446,3 +448,41 @@ def test_inputs_are_not_standardised_twice():
         plan(backbone.standardised_by(RECIPES["a dictionary"]), data)
     ready = plan(backbone.standardised_by((0, 1)), data, agent="gate").dataset
     torch.testing.assert_close(ready.test.inputs, data.raw(data.test.inputs))
+
+
+def unseeded():
+    """Labels of noise, split without a seed."""
+    order = torch.randperm(60)
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.rand(60, 1, 16, 16, generator=generator), torch.randint(2, (60,), generator=generator)
+    return standardised("unseeded", 2, Augmentation(), [(inputs[rows], labels[rows]) for rows in order.split(20)])
+
+
+def test_rows_that_were_trained_on_never_test(tmp_path, monkeypatch):
+    """A plugin's parts may be others in the next process: whoever loads them again is told, wherever that is."""
+    again = "expected unseeded as it was trained on, .* with a fixed seed"
+    monkeypatch.setitem(DATASETS, "unseeded", unseeded)
+    backbone = SkipResNet((1, 16, 16), 2, layers=(2,), widths=(4,), stem_stride=2)
+    short = {"agent": "gate", "steps": 64, "num_envs": 32, "price_range": (0.01, 1.0)}
+    run = train(backbone, "unseeded", out=tmp_path / "run", pretrain=False, **short)
+    assert run.dataset() is load_dataset("unseeded") is run.dataset("unseeded")
+    load_dataset.cache_clear()
+    for refused in (
+        lambda: dynrl.evaluate(run.path), lambda: run.dataset("unseeded"), lambda: resume(run.path, steps=128),
+        lambda: plan("skip", "unseeded", run.path, agent="gate"),
+        lambda: SkipVectorEnv(backbone=run.backbone, data="unseeded"),
+        lambda: load_dataset("unseeded").check_same(run.backbone.trained_on),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=again):
+            refused()
+    old = replace(run.backbone.trained_on, content=None)
+    assert load_dataset("unseeded").seen_by(old), "files of earlier versions do not tell"
+
+
+def test_data_whose_rows_keep_their_parts_may_change():
+    """The digits of another version, say; but not what a plugin makes of them under their name."""
+    digits = load_dataset("digits")
+    known = replace(digits.provenance, content="another version's")
+    assert digits.seen_by(known) is digits and digits.seen_by(replace(known, mean=0.1)).seen_by(known)
+    with pytest.raises(ValueError, match="expected digits as it was trained on"):
+        replace(digits, test=digits.validation).seen_by(known)

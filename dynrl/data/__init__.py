@@ -62,6 +62,7 @@ DATASETS: dict[str, Callable[[], Dataset]] = {
     "trace-long": trace_long,
     "trace-small": trace_small,
 }
+BUILT_IN = dict(DATASETS)  # without what plugins add
 
 
 FOLDERS = "a folder of images or a text file (.txt) for each class"
@@ -92,6 +93,8 @@ def load_dataset(name: str) -> Dataset:
     loaded = DATASETS[name]() if name in DATASETS else _folder(name)
     if not isinstance(loaded, Dataset):
         raise ValueError(f"expected the loader of {name!r} to return a dynrl.data.Dataset, got {type(loaded).__name__}")
+    if name in DATASETS and DATASETS[name] is BUILT_IN.get(name):
+        object.__setattr__(loaded, "_settled", True)
     return loaded
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,7 @@ class Dataset:
     vocabulary: Vocabulary | None = None
     apart: Tensor | None = None
     _original: Dataset | None = field(default=None, init=False, repr=False)  # what a network sees here (`seen_by`)
+    _settled: bool = field(default=False, init=False, repr=False)  # whether rows always keep their parts (`check_kept`)
 
     def __post_init__(self) -> None:
         wanted = self.classes if isinstance(self.task, Classification) else 0
@@ -264,13 +266,15 @@ class Dataset:
         policies are those that were kept from it. Of weights that were trained elsewhere, only the standard is known.
 
         Raises:
-            ValueError: the inputs have another shape or raw type, there are classes that the network does not know, or
-                inputs are no pixels and the network takes pixels.
+            ValueError: the inputs have another shape or raw type, there are classes that the network does not know,
+                inputs are no pixels and the network takes pixels, or these are other data under the name of those that
+                it was trained on (`check_kept`).
         """
         if isinstance(known, Standard):
             known = self._provenance_by(known)
         if known is None:
             return self
+        self.check_kept(known)
         seen = _seen_by(self, known)
         if seen is not self:
             object.__setattr__(seen, "_original", self)
@@ -287,12 +291,31 @@ class Dataset:
         return replace(self.provenance, mean=standard.mean, deviation=standard.deviation)
 
     def check_same(self, known: Provenance) -> None:
-        """Refuse, with a ValueError, data of another name than `known` that are not the same data elsewhere."""
+        """Refuse, with a ValueError, data of another name than `known` that are not the same data elsewhere.
+
+        Of data of that name, see `check_kept`.
+        """
+        self.check_kept(known)
         if self.name != known.data and not self.matches(known):
             raise ValueError(
                 f"expected {known.data}, or the same data elsewhere, got {self.name}, whose inputs or targets are "
                 "others"
             )
+
+    def check_kept(self, known: Provenance) -> None:
+        """Refuse, with a ValueError, other data under the name of `known`, whose parts may be mixed up.
+
+        A function that splits without a seed gives other parts in each process, and rows that a network was trained on
+        would test it, unnoticed. In folders and in dynrl's own data sets, rows keep their parts, so these may change.
+        """
+        settled = (self._original or self)._settled or Path(self.name).is_absolute()
+        if settled or self.name != known.data or known.content in (None, self.content):
+            return
+        raise ValueError(
+            f"expected {self.name} as it was trained on, got other inputs or targets under this name, so rows to test "
+            "on may be rows that were trained on; draw and split with a fixed seed (torch.Generator().manual_seed(0)), "
+            "bring back what made the data then, or train anew"
+        )
 
     def matches(self, known: Provenance) -> bool:
         """Tell whether these are the data that `known` is of; of old, a provenance tells of inputs only."""
