@@ -388,6 +388,25 @@ def test_a_made_data_set_of_ordered_rows_is_shuffled_wherever_its_inputs_are():
         assert torch.equal(shown.long(), made.unseen.targets) and len(shown.unique()) == 10
 
 
+def test_images_are_the_same_data_set_as_bytes_and_in_0_to_1_and_nothing_else_is_taken_for_images():
+    """Else a network would learn on one scale, and `preprocess` would bring images to another."""
+    labels, raw = torch.arange(40) % 2, torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
+    made, again = (
+        standardised("mine", 2, Augmentation(), [(images, labels)] * 3) for images in (raw, raw.double() / 255)
+    )
+    assert made.content == again.content and torch.equal(made.train.inputs, again.train.inputs)
+    assert torch.equal(made.provenance.preprocess(raw), made.train.inputs)
+    parts = [(raw, labels), (raw, labels), (raw, labels)]
+    for wrong, message in (
+        (raw.float(), "images in 0 to 1 .*in mine, got numbers from 0 to 255; divide"), (raw.long(), "from 0 to 255"),
+        (torch.randn(40, 3, 4, 4), "numbers from -"), (torch.full((40, 3, 4, 4), torch.nan), "from nan to nan"),
+        (raw.numpy(), "as tensors, got ndarray"),
+    ):  # fmt: skip
+        for part in range(3):
+            with pytest.raises(ValueError, match=message):
+                standardised("mine", 2, Augmentation(), [*parts[:part], (wrong, labels), *parts[part + 1 :]])
+
+
 @pytest.mark.parametrize(("height", "width"), [(9, 15), (15, 9), (8, 32)])
 def test_augmentation_of_images_that_are_not_square(height, width):
     """Shifts are whole pixels both ways, and what is turned keeps its lengths and angles."""

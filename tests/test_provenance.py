@@ -30,8 +30,8 @@ from dynrl.data import (
     text_folder,
 )
 from dynrl.deploy import SHIPPED, shipped
-from dynrl.files import load_tensors, read_json, save_tensors, write_json
 from dynrl.envs.skip import SkipVectorEnv
+from dynrl.files import load_tensors, read_json, save_tensors, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.plans import plan
 from dynrl.pretraining import Recipe

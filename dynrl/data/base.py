@@ -368,17 +368,38 @@ class Dataset:
         return getattr(self, name)
 
 
-# The inputs [n, ...] in 0 to 1 and the labels [n] of the training, validation and test parts.
+# The inputs [n, ...] in 0 to 1 (or uint8) and the labels [n] of the training, validation and test parts.
 Parts = list[tuple[Any, Tensor]]
 
 
 def standardised(
     name: str, classes: int, augmentation: Augmentation, parts: Parts, names: tuple[str, ...] = ()
 ) -> Dataset:
-    """Make a data set of `parts`, standardised by the training inputs' mean and deviation, for each channel."""
+    """Make a data set of `parts`, standardised by the training inputs' mean and deviation, for each channel.
+
+    Raises:
+        ValueError: inputs are no pixels: numbers in 0 to 1, or uint8. Those of 0 to 255 as floating-point numbers would
+            be learned well, and then nobody could hand over images as they are read.
+    """
+    parts = [(_pixels(name, inputs), labels) for inputs, labels in parts]
     mean, deviation = statistics(parts[0][0])
     train, validation, test = (Split(scaled(inputs, mean, deviation), labels.long()) for inputs, labels in parts)
     return Dataset(name, classes, train, validation, test, augmentation, mean, deviation, names=names, dtype="uint8")
+
+
+def _pixels(name: str, inputs: Any) -> Any:
+    """Return pixels in 0 to 1 as float32."""
+    if isinstance(inputs, Tensor):
+        inputs = inputs.float() / 255 if inputs.dtype is torch.uint8 else inputs.float()
+    elif not isinstance(inputs, Stored):
+        raise ValueError(f"expected the inputs of {name} as tensors, got {type(inputs).__name__}")
+    # What is stored as uint8 is read as 255ths; else, its first rows tell.
+    if found := strays(inputs if isinstance(inputs, Tensor) else inputs[:PIECE]):
+        raise ValueError(
+            f"expected images in 0 to 1 (or uint8) in {name}, got numbers {found}; divide pixels of 0 to 255 by 255. "
+            "Numbers that are no pixels make a `Dataset` with a `dtype`, or dynrl.data.own_dataset takes them"
+        )
+    return inputs
 
 
 Draw = Callable[[int, int], Split]  # from the number of rows and a seed
