@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dynrl.agents.metrics import TrainingLog
 from dynrl.backbones import Backbone, State
-from dynrl.data import Split, load_dataset
+from dynrl.data import Dataset, Split, load_dataset
 from dynrl.files import read_json, write_json
 from dynrl.policies import LearnedPolicy, PolicySpec, Sight
 from dynrl.policies.files import check_kind
@@ -42,7 +42,8 @@ FREE_STEPS = 8  # walks of at most this many decisions get the whole entropy bon
 class Agent:
     """An agent learns a policy for a frozen backbone. It is a context, because it holds open files and maybe processes.
 
-    A subclass writes the methods of the first part below. Checkpoints go to `folder/checkpoints`, TensorBoard's files
+    A subclass writes the methods of the first part below. It learns on `split_on`, or in an environment of
+    `env_arguments`, which takes the same inputs. Checkpoints go to `folder/checkpoints`, TensorBoard's files
     to `folder`.
 
     Args:
@@ -118,13 +119,23 @@ class Agent:
 
     # the same for all --------------------------------------------------------------------------------------
 
+    def data_on(self, backbone: Backbone) -> Dataset:
+        """Return the data set as `backbone` sees it."""
+        return load_dataset(self.settings.problem.data).seen_by(backbone.known)
+
+    def split_on(self, backbone: Backbone) -> Split:
+        """Return what to learn on, as `backbone` sees it: inputs that it was not trained on (`Dataset.unseen`).
+
+        On inputs that it knows by heart, most of the compute would seem needless.
+        """
+        return self.data_on(backbone).unseen
+
     def ground_on(self, backbone: Backbone) -> Ground:
         """Return what there is to learn on `backbone`; the units of its features stay those of the first start."""
         kept = self.checkpoints / "units.json"
         if not kept.exists():
-            data = load_dataset(self.settings.problem.data).seen_by(backbone.known)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, feature_units(backbone, data.validation))
+            write_json(kept, feature_units(backbone, self.data_on(backbone).validation))
         return Ground.of(self.settings.learning, backbone, read_json(kept))
 
     def __enter__(self) -> Self:

@@ -13,7 +13,6 @@ from dynrl.agents.metrics import episode_scalars
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.backbones.gated import straight_through
 from dynrl.checkpoints import MOST_STEPS, Checkpoint
-from dynrl.data import load_dataset
 from dynrl.envs.core import DenseOutputs
 from dynrl.envs.rewards import REWARDS
 from dynrl.finetuning import ATTACK_STEPS
@@ -58,13 +57,11 @@ class Gates(Agent):
     def start(self) -> None:
         """Build the router and its optimiser."""
         problem, learning = self.settings.problem, self.settings.learning
-        dataset = load_dataset(problem.data).seen_by(load_backbone(self.backbone_file)[0].known)
-        self._split = dataset.unseen
-        if learning.attacked:
-            self._ball = Ball.of(dataset)
         self._reward = REWARDS[learning.reward]
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.reload()
+        if learning.attacked:
+            self._ball = Ball.of(self.data_on(self._backbone))
         with torch.random.fork_rng():
             torch.manual_seed(problem.seed)
             self._router = self.ground_on(self._backbone).spec.build()
@@ -78,6 +75,7 @@ class Gates(Agent):
         """Read the backbone without folding its layers, because folded layers are for inference only."""
         self._backbone = load_backbone(self.backbone_file)[0].requires_grad_(False)
         self._backbone.to(memory_format=training_format(self._backbone))  # type: ignore[call-overload]
+        self._split = self.split_on(self._backbone)
         self._dense = DenseOutputs(self._backbone.for_inference(), self._split)
 
     def iterate(self) -> dict[str, float]:

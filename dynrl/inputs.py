@@ -41,6 +41,8 @@ class Named:
         for name, x in self.tensors.items():
             x[rows] = given[name]
 
+    __iter__ = None  # Python would go through the rows by numbers, and a row of its own has no rows
+
     def __len__(self) -> int:
         return self.first.shape[0]
 

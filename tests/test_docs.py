@@ -144,6 +144,7 @@ from dynrl.envs.rewards import REWARDS, check_reward
 from dynrl.evaluation import RULES
 from dynrl.policies import PolicySpec
 from dynrl.deploy import plug
+from dynrl.training import train
 
 assert "repeat" in DECISIONS and "first-blocks" in RULES
 data = load_dataset("stripes")
@@ -162,6 +163,8 @@ logits = torch.tensor([[50.0, 0, 0, 0]]).expand(2, 4)
 earned, paid = reward.terms(data.task, logits, torch.arange(2), None, torch.ones(2), torch.full((2,), 0.5))
 torch.testing.assert_close(torch.stack([earned, paid]), torch.tensor([[0.0, -2], [-0.5, -0.5]]))
 assert agent_class("evolution").__name__ == "Evolution"
+short = {"agent": "evolution", "steps": 2000, "num_envs": 16, "price_range": (0.1, 1.0)}
+assert train(backbone, "stripes", out="run", pretrain=False, **short).finished
 """
 
 

@@ -39,8 +39,7 @@ def gates_for(monkeypatch, tmp_path):
     """Train gates for an untrained backbone, by iterations, to say what its full route says."""
 
     def train(backbone, iterations, folder=tmp_path):
-        for module in ("base", "gates"):
-            monkeypatch.setattr(f"dynrl.agents.{module}.load_dataset", lambda name: answered_by(backbone))
+        monkeypatch.setattr("dynrl.agents.base.load_dataset", lambda name: answered_by(backbone))
         monkeypatch.setattr("dynrl.agents.gates.load_backbone", lambda path: (backbone, {}))
         steps = iterations * 8 * 16 * backbone.max_steps
         learning = Learning("gate", steps=steps, num_envs=16, price_range=(0.01, 1000.0))

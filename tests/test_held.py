@@ -135,6 +135,15 @@ def test_neither_inputs_nor_weights_are_overwritten(weight):
     assert all(map(torch.equal, module.state_dict().values(), state))
 
 
+def test_inputs_by_name_are_taken_by_rows_not_one_by_one():
+    """One number a row is none that has rows."""
+    given = Named({"x": torch.randn(6, 5), "tag": torch.arange(6)})
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(given)
+    _, backbone = reader()
+    assert backbone.regions(given, torch.ones(6, 3).long()) == [[]] * 6
+
+
 @torch.no_grad()
 def test_copies_and_merged_states_enter_the_module_anew(monkeypatch):
     _, backbone = reader()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +15,7 @@ from ray.rllib.core.columns import Columns
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
 import dynrl
-from dynrl.agents.base import AGENTS, agent_class, open_agent
+from dynrl.agents.base import AGENTS, Agent, agent_class, open_agent
 from dynrl.agents.rllib import start_ray
 from dynrl.agents.sb3 import RoutingVecEnv
 from dynrl.agents.slab import EpisodesRunner, SlabRunner
@@ -315,6 +316,15 @@ def test_wrapped_environments_are_refused_by_name():
         for taken in (RoutingVecEnv, stepped_in_torch):
             with pytest.raises(ValueError, match=f"no wrapper around it, got {type(wrapped).__name__}"):
                 taken(wrapped)
+
+
+def test_an_agent_learns_on_inputs_as_the_backbone_sees_them_and_on_none_that_it_knows(tmp_path):
+    digits, backbone = load_dataset("digits"), make_backbone("skip")
+    backbone.trained_on = replace(digits.provenance, mean=0.7, deviation=0.1)
+    agent = Agent(Settings(Problem("skip", "digits"), Learning()), tmp_path / "any", tmp_path, 1)
+    split = agent.split_on(backbone)
+    torch.testing.assert_close(split.inputs, (digits.raw(digits.unseen.inputs) - 0.7) / 0.1)
+    assert torch.equal(split.targets, digits.unseen.targets)
 
 
 def test_an_agent_says_what_it_takes(monkeypatch):

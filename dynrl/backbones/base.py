@@ -259,7 +259,7 @@ class Backbone(nn.Module):
         Each row has a list for each of its decisions, in turn. A part is [top, left, height, width] in pixels; of a
         text, a line of words. Here there is none: most networks see all of their input.
         """
-        return [[] for _ in inputs]
+        return [[] for _ in range(len(inputs))]
 
     def ready(self, state: State) -> State:
         """Return a copied `state` after all that it has to do before it can go on; what follows may then be timed."""
