@@ -178,6 +178,11 @@ class Agent:
             shown = ("reward", *TASKS, "macs_fraction", "routes/distinct")
             self._bar.set_postfix({tag: f"{scalars[tag]:.3g}" for tag in shown if tag in scalars}, refresh=False)
             if not all(torch.isfinite(p).all() for p in self.router().parameters()):
+                if not math.isfinite(scalars.get("reward", 0.0)):  # on a CUDA device, steps do not look at it
+                    raise ValueError(
+                        f"the reward {self.settings.learning.reward!r} gave NaN or infinity by step {self.steps}, and "
+                        "the policy learned from it; rewards are finite for all outputs"
+                    )
                 raise ValueError(
                     f"the policy's weights are no longer finite after {self.steps} steps; lower the learning rate "
                     f"({self.checkpoints} holds the last good checkpoint)"

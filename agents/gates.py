@@ -111,6 +111,11 @@ class Gates(Agent):
         output = walk.outputs.float()
         macs = walk.expected_macs / backbone.dense_macs
         earned, paid = self._reward.terms(task, output, targets, lambda: self._dense(rows), prices, macs)
+        if not earned.requires_grad:  # gates would only learn what compute costs
+            raise ValueError(
+                f"the reward {learning.reward!r} has no gradient for gates, though it does not say has_gradient=False; "
+                "choose another reward or agent"
+            )
         reward = earned + paid
         self._optimizer.zero_grad()
         (-reward.mean()).backward()

@@ -16,7 +16,7 @@ from dynrl.backbones import FAMILIES, Backbone, load_backbone
 from dynrl.data import Dataset, as_dataset, check_dataset, load_dataset
 from dynrl.data.own import is_own
 from dynrl.envs import decision as decision_row
-from dynrl.envs.rewards import check_reward
+from dynrl.envs.rewards import check_reward, try_reward
 from dynrl.files import read_json, reading
 from dynrl.machine import check_device
 from dynrl.perturb import Ball, check_attackable
@@ -214,7 +214,8 @@ def _checked(planned: Plan) -> Plan:
     if learning.finetune:
         check_learns(backbone)
     sight = sight_of(learning.policy, backbone)
-    check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
+    reward = check_reward(learning.reward, dataset.task, sight.span >= backbone.max_steps)
+    try_reward(reward, dataset.task, dataset.validation.targets[:64], dataset.classes)
     if settings.place.num_env_runners and is_own(dataset.name):
         raise ValueError(
             "remote processes do not see the data of this one: bring it by a plugin, or leave out num_env_runners"

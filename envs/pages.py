@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dynrl.backbones import Backbone
 from dynrl.envs import DECISIONS
-from dynrl.envs.rewards import REWARDS
+from dynrl.envs.rewards import REWARDS, Reward
 from dynrl.policies import SIGHTS
 
 EXAMPLE = """```python
@@ -30,7 +30,8 @@ def page(own: str, decision: str) -> str:
             source.
         decision: a name in `DECISIONS`.
     """
-    rewards = [f"| `{reward.name}` | {reward.about} |" for reward in REWARDS.values()]
+    # What a plugin added by mistake is refused where it is asked for (`check_reward`), not here, by every environment.
+    rewards = [f"| `{row.name}` | {row.about} |" for row in REWARDS.values() if isinstance(row, Reward)]
     families = [f"- `{family.__name__}`: {_first_line(family)}" for family in families_of(decision)]
     sections = [inspect.cleandoc(own)]
     for name, sight in SIGHTS.items():

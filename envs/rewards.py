@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dynrl.schema import check_known
@@ -39,11 +42,38 @@ def correct(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
     return task.score(output, target)
 
 
+def _one_each(name: str, given: Any, output: Tensor) -> Tensor:
+    """Return what a reward gives as float32 [n]; refuse, with a ValueError, what environments would pay wrongly.
+
+    A single number would be paid to every row, and NaN would be learned from. On a CUDA device, whether numbers are
+    finite is not looked at: each step would wait for it.
+    """
+    if not isinstance(given, Tensor) or given.shape != output.shape[:1]:
+        got = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"expected the reward {name!r} to give one number for each of {len(output)} outputs, a tensor of shape "
+            f"({len(output)},), got {got}; dimension 0 is that of the outputs, over which nothing is summed"
+        )
+    given = given.to(output.device, torch.float32)
+    if not given.is_cuda and not given.sum(dtype=torch.float64).isfinite():
+        whose = f"the reward {name!r} gives" if output.isfinite().all() else "the network's outputs are"
+        raise ValueError(
+            f"{whose} NaN or infinity, from which nothing can be learned; rewards are finite for all finite outputs "
+            "(where there is a logarithm or a quotient, clamp what it takes)"
+        )
+    return given
+
+
+def _checked(name: str, accuracy: Any, task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
+    return _one_each(name, accuracy(task, output, target, dense), output)
+
+
 @dataclass(frozen=True)
 class Reward:
     """A reward has an accuracy term. The return of a walk is this term less price x compute.
 
-    A subclass may write `terms`, for a cost of its own. Environments charge it with the last step of a walk.
+    A subclass may write `terms`, for a cost of its own. Environments charge it with the last step of a walk. Whoever
+    calls `accuracy` or `terms`, what they return is checked: numbers [n] that are finite; they become float32.
 
     Attributes:
         name: the name in `REWARDS`.
@@ -63,6 +93,24 @@ class Reward:
     has_gradient: bool = True
     per_step: bool = False
     whole_route: bool = False
+
+    def __post_init__(self) -> None:
+        given: Any = self.accuracy
+        while isinstance(given, partial) and given.func is _checked:  # of the reward that this one replaces
+            given = given.args[1]
+        object.__setattr__(self, "accuracy", partial(_checked, self.name, given))
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if (own := vars(cls).get("terms")) is None:
+            return
+
+        @wraps(own)
+        def terms(self: Reward, task: Task, output: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+            earned, paid = own(self, task, output, *more, **named)
+            return _one_each(self.name, earned, output), _one_each(self.name, paid, output)
+
+        cls.terms = terms  # type: ignore[method-assign]
 
     @property
     def own_cost(self) -> bool:
@@ -143,6 +191,11 @@ def check_reward(name: str, task: Task, whole_route: bool) -> Reward:
     """
     check_known("reward", name, REWARDS)
     reward = REWARDS[name]
+    if not isinstance(reward, Reward):
+        raise ValueError(
+            f"expected REWARDS[{name!r}] to be a Reward, got a {type(reward).__name__}; write REWARDS[{name!r}] = "
+            f'Reward({name!r}, "what it is worth", the_function)'
+        )
     if reward.for_classes and not task.share_right:
         others = [other for other, row in REWARDS.items() if not row.for_classes]
         raise ValueError(
@@ -151,3 +204,29 @@ def check_reward(name: str, task: Task, whole_route: bool) -> Reward:
     if reward.whole_route and not whole_route:
         raise ValueError(f"the reward {name!r} has no share for each step; choose a policy that decides upfront")
     return reward
+
+
+def try_reward(reward: Reward, task: Task, targets: Tensor, outputs: int) -> None:
+    """Ask a reward once, before anything is trained, what outputs drawn at random are worth.
+
+    Args:
+        reward: the reward.
+        task: what outputs and targets mean.
+        targets: some targets [n, ...].
+        outputs: the number of outputs that a network has (`Dataset.classes`).
+
+    Raises:
+        ValueError: the reward raises an error, or does not give a finite number for each output.
+    """
+    shape = targets.shape if targets.is_floating_point() else (len(targets), outputs, *targets.shape[1:])
+    generator, half = torch.Generator().manual_seed(0), torch.full((len(targets),), 0.5)
+    said, dense = (torch.randn(shape, generator=generator) for _ in range(2))
+    try:
+        reward.terms(task, said, targets, lambda: dense, half, half)
+    except Exception as error:  # a reward of one's own may raise anything
+        if isinstance(error, ValueError) and "reward" in str(error):
+            raise
+        raise ValueError(
+            f"the reward {reward.name!r} cannot be computed ({type(error).__name__}: {error}); it is a function of the "
+            f"task, outputs {tuple(shape)}, targets {tuple(targets.shape)} and a function `dense` without arguments"
+        ) from error

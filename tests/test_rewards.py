@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dynrl.envs.rewards import REWARDS, Reward, check_reward
+from dynrl.envs.core import RoutingVectorEnv
+from dynrl.envs.rewards import REWARDS, Reward, check_reward, try_reward
+from dynrl.plans import plan
 from dynrl.tasks import CLASSIFICATION, Detection, Regression, Segmentation
 
 LOGITS, DENSE = [[2.0, 0.0, -1.0], [0.5, 1.0, 0.0]], [[3.0, 0.0, 0.0], [0.0, 2.0, 1.0]]
@@ -119,3 +122,73 @@ def test_a_reward_of_ones_own_is_one_row(monkeypatch):
     earned, paid = terms(check_reward("mine", Regression(1.0), False))
     torch.testing.assert_close(earned, 2 * terms(REWARDS["log_likelihood"])[0])
     torch.testing.assert_close(paid, -torch.tensor(PRICES) * torch.tensor(SHARES))
+
+
+def right(output, target):
+    return (output.argmax(1) == target).float()
+
+
+WRONG = {  # what functions of (output, target) give instead of a finite number for each row
+    "one for all": (lambda o, t: right(o, t).mean(), r"a tensor of shape \(2,\), got a tensor of shape \(\)"),
+    "a column": (lambda o, t: right(o, t).unsqueeze(1), r"got a tensor of shape \(2, 1\)"),
+    "each with each": (lambda o, t: right(o, t) - t.unsqueeze(1), r"got a tensor of shape \(2, 2\)"),
+    "a float": (lambda o, t: 1.0, "got a float"), "an array": (lambda o, t: right(o, t).numpy(), "got a ndarray"),
+    "nan": (lambda o, t: right(o, t) * math.nan, "the reward 'mine' gives NaN or infinity"),
+    "infinity": (lambda o, t: right(o, t).log(), "the reward 'mine' gives NaN or infinity"),
+}  # fmt: skip
+
+
+def of(function, kind=Reward, **more):
+    return kind("mine", "mine", lambda task, output, target, dense: function(output, target), **more)
+
+
+class Doubled(Reward):
+    """It charges nothing."""
+
+    def terms(self, task, output, target, dense, price, share):
+        """Return both terms."""
+        return target * 2.0, self.accuracy.args[1](task, output, target, dense)
+
+
+@pytest.mark.parametrize("kind", [Reward, Doubled])
+@pytest.mark.parametrize(("function", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_no_finite_number_for_each_output_is_refused(function, message, kind):
+    """Whoever asks: by either term, by the accuracy alone, and once before anything is trained."""
+    reward = of(function, kind)
+    asked = CLASSIFICATION, torch.tensor(LOGITS), torch.tensor(TARGETS)
+    for ask in (
+        lambda: terms(reward), lambda: reward.accuracy(*asked, None),
+        lambda: replace(reward, name="mine").accuracy(*asked, None), lambda: try_reward(reward, *asked[::2], 3),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ask()
+
+
+def test_one_row_is_one_row_and_outputs_that_are_nan_are_the_networks_fault():
+    one = torch.randn(1, 3), torch.zeros(1).long()
+    for name in ("one for all", "a column", "each with each"):
+        with pytest.raises(ValueError, match="expected the reward 'mine' to give one number for each of 1 outputs"):
+            of(WRONG[name][0]).accuracy(CLASSIFICATION, *one, None)
+    with pytest.raises(ValueError, match="the network's outputs are NaN or infinity"):
+        REWARDS["log_likelihood"].accuracy(CLASSIFICATION, one[0] / 0, one[1], None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64, torch.float16])
+def test_numbers_of_any_type_are_float32(dtype):
+    earned, paid = terms(of(lambda output, target: right(output, target).to(dtype)))
+    assert earned.dtype == paid.dtype == torch.float32 and torch.equal(earned, terms(REWARDS["correct"])[0])
+
+
+def test_a_function_is_no_reward_and_its_mistakes_are_told_before_anything_is_trained(monkeypatch):
+    monkeypatch.setitem(REWARDS, "mine", lambda task, output, target, dense: right(output, target))
+
+    class Any(RoutingVectorEnv):
+        """Its page is made while the function is there."""
+
+        decision = "skip"
+
+    with pytest.raises(ValueError, match=r"expected REWARDS\['mine'\] to be a Reward, got a function; write"):
+        plan("skip", "digits", reward="mine")
+    monkeypatch.setitem(REWARDS, "mine", Reward("mine", "mine", lambda task, output, target: right(output, target)))
+    with pytest.raises(ValueError, match=r"reward 'mine' cannot be computed \(TypeError: .* outputs \(64, 10\)"):
+        plan("skip", "digits", reward="mine")
