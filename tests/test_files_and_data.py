@@ -21,6 +21,7 @@ from dynrl.data import (
     Augmentation,
     Dataset,
     Split,
+    as_dataset,
     check_dataset,
     cifar,
     folder,
@@ -33,6 +34,7 @@ from dynrl.data.base import drawn
 from dynrl.data.images import CANVAS, PIECE, PIECES, clutter, parse_idx
 from dynrl.data.stored import store
 from dynrl.files import load_tensors, read_json, save_tensors, write_aside, write_json
+from dynrl.tasks import Regression, Task
 
 
 @pytest.fixture
@@ -334,7 +336,8 @@ def test_augmentation_shifts_by_whole_pixels_and_flips():
 def numbered(targets):
     """A split whose inputs, texts and difficulty are the numbers of its rows."""
     rows = torch.arange(float(len(targets)))
-    return Split(rows.view(-1, 1), targets, difficulty={"row": rows}, texts=tuple(f"{int(row)}" for row in rows))
+    texts = tuple(f"{int(row)}" for row in rows)
+    return Split(rows.view(-1, 1), targets, Task(), {"row": rows}, texts)
 
 
 BY_CLASS = torch.arange(10).repeat_interleave(100)
@@ -744,6 +747,70 @@ def test_sizes_that_no_image_has_are_refused(photos):
     for size in ("0", "9999"):
         with pytest.raises(ValueError, match="1 to 4096 pixels"):
             check_dataset(f"{photos}@{size}")
+
+
+GOOD = Split(torch.rand(40, 1, 4, 4), torch.arange(40) % 3)
+NUMBERS = replace(GOOD, targets=torch.rand(40, 3), task=Regression(1.0))
+FAULTS = {  # what is wrong with one of three splits, and what is said of it
+    "a class too much": (replace(GOOD, targets=GOOD.targets + 1), "classes from 0 to 2, got 1 to 3"),
+    "a class below 0": (replace(GOOD, targets=GOOD.targets - 1), "classes from 0 to 2, got -1 to 1"),
+    "classes as numbers": (replace(GOOD, targets=GOOD.targets.float()), r"classes as integers \[n\], got torch.float32"),
+    "classes in a column": (replace(GOOD, targets=GOOD.targets.view(-1, 1)), r"got torch.int64 \[40, 1\]"),
+    "too many targets": (replace(GOOD, inputs=GOOD.inputs[:30]), "one row of each .* got {'inputs': 30, 'targets': 40"),
+    "too few targets": (replace(GOOD, targets=GOOD.targets[:30]), "got {'inputs': 40, 'targets': 30"),
+    "no rows": (GOOD.head(0), "at least one, got {'inputs': 0"),
+    "nan": (replace(GOOD, inputs=GOOD.inputs / 0), "the inputs of .* hold NaN or infinity; clean"),
+    "other images": (replace(GOOD, inputs=GOOD.inputs[:, :, 1:]), r"one form of inputs .* got .*\(1, 3, 4\)"),
+    "other types": (replace(GOOD, inputs=GOOD.inputs.long()), "one form of inputs .* of int64"),
+    "arrays": (replace(GOOD, inputs=GOOD.inputs.numpy()), "expected tensors .* got ndarray and Tensor"),
+    "another task": (NUMBERS, r"one task in all splits of mine, .*Regression\(variance=1.0\)"),
+    "numbers in a row": (replace(NUMBERS, targets=torch.rand(40)), r"floating-point targets \[n, 3\]"),
+    "targets of nan": (replace(NUMBERS, targets=torch.full((40, 3), torch.nan)), "the targets of .* hold NaN"),
+}  # fmt: skip
+
+
+def whole(split):
+    """A copy, which shares no memory."""
+    return replace(split, inputs=split.inputs.clone())
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS)
+def test_what_is_wrong_with_a_split_is_told_when_the_data_set_is_made(fault, message, at):
+    """Not when a network first meets it, which for the test is after all training."""
+    splits = [whole(GOOD) for _ in range(3)]
+    splits[at] = fault
+    with pytest.raises(ValueError, match=message):
+        Dataset("mine", 3, *splits, Augmentation())
+
+
+def test_types_that_lose_nothing_are_brought_to_those_that_networks_take():
+    inputs, targets = GOOD.inputs.double(), GOOD.targets.to(torch.uint8)
+    data = Dataset("mine", 3, *(Split(inputs.clone(), targets) for _ in range(3)), Augmentation())
+    assert data.train.inputs.dtype == torch.float32 and torch.equal(data.test.targets, GOOD.targets)
+    named = {"x": inputs, "ids": torch.arange(40)}
+    data = Dataset("mine", 3, *(Split(named, targets) for _ in range(3)), Augmentation())
+    assert [x.dtype for x in data.train.inputs.tensors.values()] == [torch.float32, torch.int64]
+    numbers = replace(NUMBERS, targets=NUMBERS.targets.double())
+    assert Dataset("mine", 3, *[numbers] * 3, Augmentation()).test.targets.dtype == torch.float32
+
+
+def test_large_inputs_are_looked_at_once(monkeypatch):
+    data = Dataset("mine", 3, *(whole(GOOD) for _ in range(3)), Augmentation())
+    monkeypatch.setattr("dynrl.data.base.checked", None)
+    assert replace(data, name="other").train is data.train
+
+
+def test_splits_that_share_rows_are_no_data_set():
+    """As far as the memory tells: every second row is not the others."""
+    x, y = torch.rand(90, 1, 4, 4), torch.arange(90) % 3
+    apart = Dataset("apart", 3, *(Split(x[i::3], y[i::3]) for i in range(3)), Augmentation())
+    assert as_dataset(apart) is apart
+    for parts, rows in (((0, 40), (40, 70), (60, 90)), 10), (((0, 30), (30, 60), (0, 30)), 30):
+        splits = [Split(x[low:high], y[low:high]) for low, high in parts]
+        with pytest.raises(ValueError, match=f"expected disjoint splits in mine, but .* and test have {rows} rows"):
+            as_dataset(Dataset("mine", 3, *splits, Augmentation()))
+    del DATASETS["apart"]
 
 
 def test_a_loader_that_returns_no_data_set_is_refused(monkeypatch):

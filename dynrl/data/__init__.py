@@ -93,6 +93,7 @@ def load_dataset(name: str) -> Dataset:
     loaded = DATASETS[name]() if name in DATASETS else _folder(name)
     if not isinstance(loaded, Dataset):
         raise ValueError(f"expected the loader of {name!r} to return a dynrl.data.Dataset, got {type(loaded).__name__}")
+    loaded.check_disjoint()
     if name in DATASETS and DATASETS[name] is BUILT_IN.get(name):
         object.__setattr__(loaded, "_settled", True)
     return loaded
@@ -114,6 +115,7 @@ def as_dataset(data: Any) -> Dataset:
     if isinstance(data, str | Path):
         return load_dataset(check_dataset(str(data)))
     dataset = data if isinstance(data, Dataset) else own_dataset(data)
+    dataset.check_disjoint()
     if dataset.name in DATASETS:
         known = load_dataset(dataset.name)
         if known.content == dataset.content:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynrl.data.checks import check_alike, checked, shared
 from dynrl.data.stored import PIECE, Stored, statistics
 from dynrl.files import fingerprint
 from dynrl.inputs import Form, parts, placed
@@ -49,6 +50,7 @@ class Split:
     task: Task = CLASSIFICATION
     difficulty: dict[str, Tensor] = field(default_factory=dict)
     texts: tuple[str, ...] = field(default=(), repr=False)
+    _checked: int = field(default=0, init=False, repr=False, compare=False)  # for how many classes it was (`checked`)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -204,6 +206,7 @@ class Dataset:
     vocabulary: Vocabulary | None = None
     apart: Tensor | None = None
     _original: Dataset | None = field(default=None, init=False, repr=False)  # what a network sees here (`seen_by`)
+    _shared: str = field(default="", init=False, repr=False)  # which splits have rows in common (`check_disjoint`)
     _settled: bool = field(default=False, init=False, repr=False)  # whether rows always keep their parts (`check_kept`)
 
     def __post_init__(self) -> None:
@@ -212,8 +215,15 @@ class Dataset:
             raise ValueError(f"{self.name}: expected {wanted} different names of classes, got {list(self.names)}")
         if not self.names:
             object.__setattr__(self, "names", tuple(map(str, range(wanted))))
-        for part in ("train", "validation", "test"):
-            object.__setattr__(self, part, getattr(self, part).shuffled)
+        splits = {part: getattr(self, part) for part in ("train", "validation", "test")}
+        object.__setattr__(self, "_shared", shared(splits))
+        for part, split in splits.items():
+            if split._checked != self.classes:  # inputs may be large: each is looked at once
+                split = checked(f"{self.name}, {part}", split, self.classes).shuffled
+                object.__setattr__(split, "_checked", self.classes)
+            splits[part] = split
+            object.__setattr__(self, part, split)
+        check_alike(self.name, splits)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -300,6 +310,14 @@ class Dataset:
             raise ValueError(
                 f"expected {known.data}, or the same data elsewhere, got {self.name}, whose inputs or targets are "
                 "others"
+            )
+
+    def check_disjoint(self) -> None:
+        """Refuse, with a ValueError, splits that were made of the same rows: what tests would be known by heart."""
+        if self._shared:
+            raise ValueError(
+                f"expected disjoint splits in {self.name}, but {self._shared}; part the rows anew "
+                "(dynrl.data.own_dataset does)"
             )
 
     def check_kept(self, known: Provenance) -> None:

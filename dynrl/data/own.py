@@ -13,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset, TensorDataset
 
 from dynrl.data.base import Augmentation, Dataset, Split, pieces, scaled
+from dynrl.data.checks import CLASSES
 from dynrl.data.stored import Stored, blurs, read_all, statistics, store, too_large
 from dynrl.files import fingerprint
 from dynrl.inputs import Inputs, Named, as_inputs, parts, placed
@@ -20,7 +21,6 @@ from dynrl.provenance import Numbers, standardised
 from dynrl.tasks import CLASSIFICATION, Regression, Segmentation, Task
 
 UNCLEAN = "the inputs or targets hold NaN or infinity; clean them first"
-CLASSES = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64  # the types that classes may have
 BLURRED = 0.01  # the share of a deviation by which rounding may change a target
 MOST_CLASSES = 10_000  # of targets that are fewer; more would be ids, whose names alone fill the memory
 SHARE = 0.1  # the share of the pairs for validation, and the same share for the test
