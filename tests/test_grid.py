@@ -210,8 +210,8 @@ def two_kinds(grid: ScaleGrid) -> Dataset:
     taken = torch.tensor([routes["scale 1"], routes["scale 0"]])[bright]
     with torch.no_grad():
         classes = grid(images, taken).argmax(1)
-    split = Split(images, classes, Segmentation(), {"bright": bright.float()})
-    return Dataset("two kinds of maps", 4, split, split, split, Augmentation())
+    splits = [Split(images.clone(), classes, Segmentation(), {"bright": bright.float()}) for _ in range(3)]
+    return Dataset("two kinds of maps", 4, *splits, Augmentation())
 
 
 def test_two_kinds_of_images_get_two_scales_and_a_report_shows_their_maps(tmp_path):

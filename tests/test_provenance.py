@@ -367,8 +367,8 @@ def test_a_second_data_set_of_a_name_never_has_the_labels_of_the_first():
 
 def test_a_run_takes_no_other_data_of_its_name(tmp_path):
     """Not even in another process, which never saw the first; files of earlier versions tell of inputs only."""
-    split = Split(torch.rand(60, 1, 16, 16), torch.arange(60) % 2)
-    data = Dataset("mine", 2, split, split, split, Augmentation())
+    splits = [Split(torch.rand(60, 1, 16, 16), torch.arange(60) % 2) for _ in range(3)]
+    data = Dataset("mine", 2, *splits, Augmentation())
     backbone = SkipResNet((1, 16, 16), 2, layers=(2,), widths=(4,), stem_stride=2)
     short = {"agent": "gate", "steps": 64, "num_envs": 32, "price_range": (0.01, 1.0)}
     run = train(backbone, data, out=tmp_path / "run", pretrain=False, **short)

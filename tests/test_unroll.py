@@ -253,8 +253,8 @@ def noisy(count=120):
     clean = (torch.arange(12) // 3 % 2).float().expand(count, 1, 12, 12)
     level = 0.02 + 0.3 * (torch.arange(count) % 2).float()
     inputs = clean + level.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=generator)
-    split = Split(inputs, clean.clone(), Restoration(), {"noise": level})
-    return Dataset("stripes in noise", 1, split, split, split, Augmentation(flip=True, shift=2))
+    splits = [Split(inputs.clone(), clean.clone(), Restoration(), {"noise": level}) for _ in range(3)]
+    return Dataset("stripes in noise", 1, *splits, Augmentation(flip=True, shift=2))
 
 
 def test_a_report_shows_what_was_restored(tmp_path):

@@ -115,7 +115,6 @@ def as_dataset(data: Any) -> Dataset:
     if isinstance(data, str | Path):
         return load_dataset(check_dataset(str(data)))
     dataset = data if isinstance(data, Dataset) else own_dataset(data)
-    dataset.check_disjoint()
     if dataset.name in DATASETS:
         known = load_dataset(dataset.name)
         if known.content == dataset.content:
@@ -126,5 +125,6 @@ def as_dataset(data: Any) -> Dataset:
                 "give yours another name"
             )
         load_dataset.cache_clear()  # the same pairs, whose classes have other names now
+    dataset.check_disjoint()
     DATASETS[dataset.name] = lambda: dataset
     return dataset
