@@ -195,19 +195,35 @@ def agent_class(name: str) -> type[Agent]:
     """Return the class of the agent `name` in `AGENTS`.
 
     Raises:
-        ValueError: there is no such agent (the message lists all), or what it takes is not installed.
+        ValueError: there is no such agent (the message lists all), its row names no class of an agent, the class lacks
+            a hook, or what it takes is not installed.
     """
     check_known("agent", name, AGENTS)
-    module, kind = AGENTS[name].split(":")
+    row: Any = AGENTS[name]
+    module, _, kind = row.partition(":") if isinstance(row, str) else ("", "", "")
+    if not module or not kind:
+        raise ValueError(
+            f"AGENTS[{name!r}]: expected 'module:Class', which is imported where it is needed, got {row!r}"
+        )
     try:
-        found: type[Agent] = getattr(importlib.import_module(module), kind)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or module).partition(".")[0] == module.partition(".")[0]:
-            raise
+            raise ValueError(
+                f"AGENTS[{name!r}] is {row!r}, but there is no module {error.name!r} here; a plugin's module is its "
+                "file's name without .py"
+            ) from None
         raise ValueError(
             f"the agent {name!r} takes {error.name}, which is not installed: pip install 'dynrl[train]' (from a "
             "checkout: pip install '.[train]')"
         ) from None
+    found: Any = getattr(imported, kind, None)
+    if not isinstance(found, type) or not issubclass(found, Agent):
+        got = f"has no {kind}" if found is None else f"has {found!r}"
+        raise ValueError(f"AGENTS[{name!r}] is {row!r}: expected a class of Agent, but {module} {got}")
+    hooks = ("start", "iterate", "router", "save")  # and `reload`, which not every training calls
+    if missing := [hook for hook in hooks if getattr(found, hook) is getattr(Agent, hook)]:
+        raise ValueError(f"the agent {name!r} cannot learn: {kind} has no {', '.join(missing)}; write these hooks")
     return found
 
 

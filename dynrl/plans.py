@@ -25,6 +25,7 @@ from dynrl.recipes import FAMILY, Defaults, defaults
 from dynrl.runs import RunFolder, read_times
 from dynrl.schema import parse
 from dynrl.settings import PRETRAINED_HERE, Learning, Place, Problem, Settings, names
+from dynrl.trial import try_out
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _checked(planned: Plan) -> Plan:
             "the data to that form (images by FOLDER@SIZE or by a Dataset's transforms, texts by padding), or make the "
             "backbone for theirs. Integers such as token ids keep their type in inputs by name"
         )
-    if (outputs := backbone.config["classes"]) != dataset.classes:
+    if (outputs := backbone.config.get("classes")) != dataset.classes:
         what = "classes" if dataset.names else "numbers as a target"
         raise ValueError(
             f"expected {outputs} {what}, as many as the backbone has outputs, got {dataset.classes} in {dataset.name}; "
@@ -224,6 +225,7 @@ def _checked(planned: Plan) -> Plan:
     if learning.attacked:
         check_attackable(backbone)
         Ball.of(dataset)
+    try_out(learning, backbone, dataset.validation)
     return planned
 
 

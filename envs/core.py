@@ -20,7 +20,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynrl.backbones import END, Backbone, State, merge, shared_backbone
-from dynrl.data import Dataset, Split, load_dataset
+from dynrl.data import Dataset, Split, as_dataset
 from dynrl.envs import DECISIONS
 from dynrl.envs.pages import page
 from dynrl.envs.render import MODES, Shown
@@ -112,7 +112,8 @@ class RoutingVectorEnv(VectorEnv):
         num_envs: the number of inputs, each a row.
         backbone: a backbone file, a `Backbone`, or None for a small untrained one with fixed weights. A file is loaded
             once a process, however many environments use it. A frozen `for_inference` copy is run.
-        data: the data set that the inputs come from, or its name; None takes the decision's own (`Decision.data`).
+        data: the data set that the inputs come from, or what makes one (a name, a pair of tensors: see
+            `dynrl.data.as_dataset`); None takes the decision's own (`Decision.data`).
         split: the name of a split of the data set.
         reward: a name in `dynrl.envs.rewards.REWARDS`, which says what an answer is worth.
         sight: a name in `dynrl.policies.SIGHTS`, which says what the policy sees. With "step", it looks at every
@@ -163,7 +164,7 @@ class RoutingVectorEnv(VectorEnv):
         num_envs: int = 1,
         *,
         backbone: str | Path | Backbone | None = None,
-        data: str | Dataset | None = None,
+        data: Any = None,
         split: str = "train",
         reward: str = "distillation",
         sight: str = "step",
@@ -197,7 +198,8 @@ class RoutingVectorEnv(VectorEnv):
         if price is not None:  # who asks for the range must not read prices that no episode has
             self.price_range = (float(price), float(price))
         self._fixed_price = price
-        dataset = data if isinstance(data, Dataset) else load_dataset(data or DECISIONS[self.decision].data)
+        data = DECISIONS[self.decision].data if data is None else data
+        dataset = data if isinstance(data, Dataset) else as_dataset(data)
         check_one_of("sight", sight, SIGHTS)
         self.device, kind = check_device(device), check_dtype(dtype)
         self.backbone = self._open(backbone, dataset)

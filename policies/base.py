@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dynrl.ops.backend import may_look
 from dynrl.policies.sight import Sight
 from dynrl.schema import check_price_range
 
@@ -119,6 +120,11 @@ class RoutePolicy(Policy):
                         f"expected integer actions of shape {tuple(walk.route.shape)}, got {walk.answer.dtype} "
                         f"{tuple(walk.answer.shape)}"
                     )
+                if may_look() and ((walk.answer < 0) | (walk.answer >= backbone.num_choices)).any():
+                    raise ValueError(
+                        f"expected of {type(self).__name__} choices from 0 to {backbone.num_choices - 1}, got "
+                        f"{int(walk.answer.min())} to {int(walk.answer.max())}"
+                    )
             return state.along(walk.answer)
 
         return at
@@ -184,7 +190,13 @@ class LearnedPolicy(Policy):
 
     def scores(self, observation: Tensor) -> Tensor:
         """Map [n, width] float32 to scores [n, decisions * choices] without the cap; closed choices get -1e9."""
-        return self._scores(observation) + self._closed(observation)
+        scores, closed = self._scores(observation), self._closed(observation)
+        if scores.shape[1:] != closed.shape[1:]:  # one score would stand for all choices, and the first would be taken
+            raise ValueError(
+                f"expected of {type(self).__name__}._scores a score for each choice of each decision, "
+                f"[n, {closed.shape[1]}], got {list(scores.shape)}"
+            )
+        return scores + closed
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map [n, width] float32 to logits [n, decisions * choices] within +-CAP; closed choices get -1e9."""

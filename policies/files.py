@@ -15,6 +15,7 @@ from dynrl.files import filled, load_tensors, reading, save_tensors
 from dynrl.ops.backend import float32
 from dynrl.policies.base import LearnedPolicy
 from dynrl.policies.router import Router
+from dynrl.policies.sight import Sight
 from dynrl.policies.upfront import UpfrontRouter
 from dynrl.schema import accepted, arguments, check_known, parse
 
@@ -88,9 +89,17 @@ class PolicyNotes:
 
 
 def check_kind(kind: str) -> type[LearnedPolicy]:
-    """Return the class of that kind of policy, or raise a ValueError that lists the kinds."""
+    """Return the class of that kind of policy, or raise a ValueError that lists the kinds, or says what a row lacks."""
     check_known("kind of policy", kind, POLICIES)
-    return POLICIES[kind]
+    found: Any = POLICIES[kind]
+    if not isinstance(found, type) or not issubclass(found, LearnedPolicy):
+        raise ValueError(f"POLICIES[{kind!r}]: expected a class of LearnedPolicy, got {found!r}")
+    sight = getattr(found, "sight_class", None)
+    if not isinstance(sight, type) or not issubclass(sight, Sight):
+        raise ValueError(f"{found.__name__}: expected a `sight_class`, StepSight or RouteSight, got {sight!r}")
+    if found._scores is LearnedPolicy._scores:
+        raise ValueError(f"{found.__name__} has no `_scores`, which maps observations to scores of choices; write it")
+    return found
 
 
 def check_curve(curve: Sequence[tuple[float, float]], price_range: tuple[float, float]) -> None:

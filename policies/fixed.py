@@ -35,13 +35,26 @@ class RandomPolicy(RoutePolicy):
 
 
 class StaticPolicy(RoutePolicy):
-    """This policy gives every input the same route, which is a smaller network; unvisited columns may hold -1."""
+    """This policy gives every input the same route, which is a smaller network; unvisited columns may hold -1.
+
+    Args:
+        route: [columns], whole numbers: the choice in each column.
+
+    Raises:
+        ValueError: the route is something else, such as probabilities.
+    """
 
     fixed: Tensor
 
     def __init__(self, route: Tensor | tuple[int, ...]) -> None:
         super().__init__()
-        self.register_buffer("fixed", torch.as_tensor(route, dtype=torch.int64).clamp_min(0))
+        given = torch.as_tensor(route)
+        if given.dim() != 1 or given.is_floating_point() or given.is_complex() or (given < -1).any():
+            raise ValueError(
+                f"expected a route [columns] of choices as whole numbers, got {given.dtype} {list(given.shape)}"
+                f"{' with choices below -1' if given.dtype == torch.int64 and (given < -1).any() else ''}"
+            )
+        self.register_buffer("fixed", given.long().clamp_min(0))
 
     def route(self, inputs: Tensor) -> Tensor:
         """Return the route once for each input: [B, columns]."""

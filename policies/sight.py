@@ -190,6 +190,11 @@ class StepSight(Sight):
         torch.div(state.get(walk.macs).float(), backbone.dense_macs, out=view[:, self.spent])
         if not state.ended:  # this comes last: features of a gated walk have a graph, and `out=` refuses such tensors
             features = backbone.observe(state)
+            if features.shape[1] > self.features:  # they would lie over the columns behind them, the price among these
+                raise ValueError(
+                    f"expected {type(backbone).__name__}.observe to show at most {self.features} numbers of a row, its "
+                    f"feature_width, got {features.shape[1]}"
+                )
             view[:, : features.shape[1]] = features
         return view
 

@@ -509,6 +509,8 @@ def test_one_backbone_file_is_loaded_once(small_backbone):
         ({"price_range": "ab"}, "price range"),
         ({"num_envs": 6, "group": 4}, "a group that divides the 6"),
         ({"data": "nosuch"}, "unknown data set"),
+        ({"data": 3}, "expected .*got int"),
+        ({"data": np.zeros(3)}, "expected .*got ndarray"),
         ({"split": "nosuch"}, "unknown split"),
         ({"reward": "nosuch"}, "unknown accuracy term|unknown reward"),
         ({"price": 3.0}, "outside its range"),
@@ -523,6 +525,19 @@ def test_one_backbone_file_is_loaded_once(small_backbone):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         vector_env("skip")(**settings)
+
+
+@pytest.mark.usefixtures("registries")
+def test_pairs_of_tensors_are_data():
+    env = vector_env("skip")(2, data=(torch.rand(100, 1, 16, 16), torch.arange(100) % 4))
+    env.reset(seed=0)
+    assert env._data.classes == 4 and env.backbone.input_shape == (1, 16, 16)
+
+
+def test_more_than_is_stated_does_not_lie_over_the_price(monkeypatch):
+    monkeypatch.setattr(type(TOYS["exiting"]), "observe", lambda self, state: state.features.repeat(1, 3))
+    with pytest.raises(ValueError, match="observe to show at most 4 numbers of a row, its feature_width, got 12"):
+        make_vec("exiting", 2).reset(seed=0)
 
 
 def test_a_backbone_for_other_inputs_is_refused():

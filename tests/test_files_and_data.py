@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import struct
 import sys
@@ -811,6 +812,20 @@ def test_splits_that_share_rows_are_no_data_set():
         with pytest.raises(ValueError, match=f"expected disjoint splits in mine, but .* and test have {rows} rows"):
             as_dataset(Dataset("mine", 3, *splits, Augmentation()))
     del DATASETS["apart"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (3, r"DATASETS\['wrong'\]: expected a function without arguments, got a int"),
+        (lambda name: name, r"the data set 'wrong' cannot be made \(TypeError: "),
+        (lambda: os.stat("no such file"), r"the data set 'wrong' cannot be made \(FileNotFoundError: "),
+    ],
+)
+def test_a_loader_that_fails_is_named(row, said, monkeypatch):
+    monkeypatch.setitem(DATASETS, "wrong", row)
+    with pytest.raises(ValueError, match=said):
+        load_dataset("wrong")
 
 
 def test_a_loader_that_returns_no_data_set_is_refused(monkeypatch):

@@ -91,6 +91,10 @@ ALLOWED = {
     "dynrl.plans": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.envs", "dynrl.files", "dynrl.machine",
         "dynrl.perturb", "dynrl.pretraining", "dynrl.recipes", "dynrl.runs", "dynrl.schema", "dynrl.settings",
+        "dynrl.trial",
+    },
+    "dynrl.trial": {
+        "dynrl.agents", "dynrl.backbones", "dynrl.cost", "dynrl.data", "dynrl.policies", "dynrl.settings",
     },
     "dynrl.training": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation",

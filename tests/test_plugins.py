@@ -13,15 +13,18 @@ import pytest
 import torch
 
 import dynrl
+from dynrl.agents.base import AGENTS, Agent, agent_class
 from dynrl.agents.rllib import start_ray
+from dynrl.backbones import END, State
 from dynrl.data import DATASETS, load_dataset
 from dynrl.files import load_tensors, read_json
 from dynrl.plans import plan
 from dynrl.plugins import VARIABLE, load_plugins
-from dynrl.policies import POLICIES
+from dynrl.policies import POLICIES, LearnedPolicy, StepSight
 from dynrl.runs import RunFolder
 from dynrl.scripts.cli import main
 from dynrl.training import make_run
+from tests.toys import Exiting
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 QUICKLY = """
@@ -267,3 +270,222 @@ def test_without_its_plugin_an_agent_is_unknown(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "skip", "--agent", "evolution", "--out", str(tmp_path / "run")])
     assert "unknown agent 'evolution'; expected one of appo" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+PAIRS = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)), torch.arange(80) % 2
+
+
+class Mine(Exiting):
+    """A backbone of a user's own, right in all that it states: `stated` changes it."""
+
+    family, decision = "mine", "exit"
+    stated = {}
+
+    def _pose(self, points, **facts):
+        self.config = {"classes": 2}
+        super()._pose(points, **facts | self.stated)
+
+    def ideal(self, inputs, route):
+        return lambda: self.stages[0](inputs)
+
+
+def planned(backbone, **given):
+    return plan(backbone, PAIRS, **given)
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_backbone_of_ones_own_is_walked_before_it_is_trained():
+    state = torch.get_rng_state()
+    backbone = Mine()
+    torch.set_rng_state(state)
+    planned(backbone)
+    assert torch.equal(torch.get_rng_state(), state), "what is tried out must not change what is drawn afterwards"
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"costs": [[24, -2], [24, 0]]}, r"costs of 'exit1': expected whole numbers .* at least 0 .*got \[24, -2\]"),
+        ({"costs": [[24, 0], [24.5, 0]]}, r"costs of 'exit2': expected whole numbers .*got \[24.5, 0\]"),
+        ({"costs": [[24, 0], [24, float("nan")]]}, "costs of 'exit2': expected whole numbers"),
+        ({"start_macs": -1}, "start_macs and charged_macs: expected whole numbers"),
+        ({"costs": [[24, 0, 5], [24, 0]]}, r"costs: expected a row for each point.*\[2, 2\], got rows of \[3, 2\]"),
+        ({"costs": [[24, 0]]}, r"costs: expected a row for each point"),
+        ({"thrift": [[1, 0]]}, r"thrift: expected a row for each point"),
+        ({"full_route": (0,)}, r"full_route: expected a choice for each column"),
+        ({"full_route": (0, 2)}, r"full_route: expected a choice for each column"),
+        ({"costs": [[24, 0], [-1, 0]]}, r"full_route: expected choices that there are"),
+        ({"max_steps": 3}, "max_steps: expected 1 to 2"),
+    ],
+)  # fmt: skip
+def test_what_a_backbone_states_is_checked(stated, said, monkeypatch):
+    monkeypatch.setattr(Mine, "stated", stated)
+    with pytest.raises(ValueError, match=said):
+        Mine()
+
+
+def _wide(self, state):
+    return state.features.repeat(1, 2)
+
+
+def _mixed(self, state):
+    return state.features - state.features.mean(0)
+
+
+def _forgetful(self, state, action):
+    return [part for part in Exiting._run(self, state, action) if part.point != END]
+
+
+def _silent(self, walk, k, rows, x):
+    return State(walk, k if k < 2 else END, rows, torch.tanh(self.stages[k](x)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stated": {"costs": [[4, 0], [4, 0]]}}, r"charges 32 MACs and computes 72 .*state in `costs`"),
+        ({"stated": {"start_macs": 0}}, r"charges 48 MACs and computes 72 .*and `start_macs`"),
+        ({"observe": _wide}, r"observe at the point 'exit1' at most 4 numbers a row .*got \[3, 8\]"),
+        ({"observe": lambda self, state: state.features.double()}, "of torch.float32, got .*float64"),
+        ({"observe": lambda self, state: state.features / 0}, "expected finite numbers"),
+        ({"observe": _mixed}, "to depend on that row only"),
+        ({"_run": _forgetful}, r"each row in one state until it has ended"),
+        ({"_arrive": _silent}, r"an output \[2\] of each row .*got none"),
+        ({"ideal": dynrl.backbones.Backbone.ideal}, "has no ideal; write it"),
+        ({"ideal": lambda self, inputs, route: None}, "ideal to return a function"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("registries")
+def test_a_backbone_is_held_to_what_it_states(changes, said, monkeypatch):
+    """Else nothing fails, and observations and all shares of compute are wrong; or it fails when all is trained."""
+    for name, value in changes.items():
+        monkeypatch.setattr(Mine, name, value)
+    with pytest.raises(ValueError, match=said):
+        planned(Mine())
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_bill_above_what_is_seen_is_doubted_only(monkeypatch):
+    """A network of one's own may look up what another computed."""
+    monkeypatch.setattr(Mine, "stated", {"costs": [[1000, 0], [1000, 0]]})
+    with pytest.warns(UserWarning, match="charges 2,024 MACs and computes 72 for a row, as far as"):
+        planned(Mine())
+
+
+@pytest.mark.usefixtures("registries")
+def test_weights_made_for_a_whole_batch_are_in_no_rows_bill(monkeypatch):
+    class Factored(torch.nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight @ torch.eye(4), self.bias)
+
+    backbone = Mine()
+    backbone.stages[1] = Factored(4, 4)
+    planned(backbone)
+
+
+class Scored(LearnedPolicy):
+    """A policy of a user's own, right in all."""
+
+    sight_class = StepSight
+
+    def __init__(self, sight, price_range, hidden=0, start=None):
+        super().__init__(sight, price_range, hidden, start or [0])
+        self.head = torch.nn.Linear(sight.price + 1, sight.choices)
+
+    def _scores(self, observation):
+        return self.head(self.trunk(observation))
+
+
+class Normed(Scored):
+    """It learns, but cannot be plugged."""
+
+    def __init__(self, sight, price_range, hidden=0, start=None):
+        super().__init__(sight, price_range, hidden, start)
+        self.head = torch.nn.Sequential(torch.nn.BatchNorm1d(sight.price + 1), self.head)
+
+
+class Exact(Scored):
+    """It learns, but cannot be loaded."""
+
+    def __init__(self, sight, price_range, hidden=0, start=None):
+        super().__init__(sight, price_range, hidden, start)
+        self.head.double()
+
+    def _scores(self, observation):
+        return self.head(self.trunk(observation).double()).float()
+
+
+def scored(function):
+    return type("Odd", (Scored,), {"_scores": function})
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (Normed, "compute of Normed cannot be counted: no MAC formula for BatchNorm1d"),
+        (Exact, "weights of torch.float32, got torch.float64 in Exact"),
+        (scored(lambda self, seen: self.head(self.trunk(seen))[:, :1]), r"finite scores \[6, 2\] .*got \[6, 1\]"),
+        (scored(lambda self, seen: self.head(self.trunk(seen)).repeat(1, 2)), r"scores \[6, 2\] .*got \[6, 4\]"),
+        (scored(lambda self, seen: self.head(self.trunk(seen)) * torch.nan), "got .*, with NaN or infinity"),
+        (scored(lambda self, seen: self.head(self.trunk(seen)).int()), "of torch.float32 .*got .*int32"),
+        (scored(LearnedPolicy._scores), "Odd has no `_scores`"),
+        (type("Blind", (Scored,), {"sight_class": None}), "Blind: expected a `sight_class`, StepSight or RouteSight"),
+        (torch.nn.Linear, "expected a class of LearnedPolicy"),
+        (3, "expected a class of LearnedPolicy, got 3"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("registries")
+def test_a_policy_is_tried_before_anything_is_trained(policy, said):
+    POLICIES["odd"] = policy
+    with pytest.raises(ValueError, match=said):
+        planned(Mine(), policy="odd")
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_policy_of_ones_own_is_let_through():
+    POLICIES["mine"] = Scored
+    assert planned(Mine(), policy="mine").settings.learning.policy == "mine"
+
+
+def test_one_score_does_not_stand_for_all_choices(small_backbone):
+    backbone = dynrl.backbones.load_backbone(small_backbone)[0]
+    policy = scored(lambda self, seen: seen[:, :1])(StepSight.of(backbone), (0.1, 1.0))
+    with pytest.raises(ValueError, match=r"a score for each choice of each decision, \[n, 2\], got \[5, 1\]"):
+        policy(torch.ones(5, policy.sight.width))
+
+
+class Lazy(Agent):
+    """It has no hooks."""
+
+
+class Frozen(Lazy):
+    """It has the hooks that every training needs."""
+
+    start = iterate = router = save = lambda self: None
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("tests.test_plugins", "expected 'module:Class'"),
+        (Lazy, "expected 'module:Class'"),
+        ("tests.test_plugins:Nope", "tests.test_plugins has no Nope"),
+        ("no_such_module:Lazy", "there is no module 'no_such_module'"),
+        ("tests.test_plugins:PAIRS", "expected a class of Agent"),
+        ("tests.test_plugins:Scored", "expected a class of Agent"),
+        ("tests.test_plugins:Lazy", "has no start, iterate, router, save"),
+    ],
+)
+@pytest.mark.usefixtures("registries")
+def test_a_row_for_an_agent_is_checked(row, said):
+    AGENTS["odd"] = row
+    with pytest.raises(ValueError, match=said):
+        agent_class("odd")
+
+
+@pytest.mark.usefixtures("registries")
+def test_what_fine_tuning_needs_of_an_agent_is_asked_before():
+    AGENTS["frozen"] = "tests.test_plugins:Frozen"
+    planned(Mine(), agent="frozen")
+    with pytest.raises(ValueError, match="Frozen has no `reload`, which fine-tuning needs"):
+        planned(Mine(), agent="frozen", finetune=True)

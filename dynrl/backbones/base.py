@@ -36,6 +36,19 @@ def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
     return distance.masked_fill(~mask.unsqueeze(1), torch.iinfo(torch.int64).max).argmin(2)
 
 
+def _whole(what: str, values: Sequence[Any], least: int = 0) -> list[int]:
+    """Return `values` as whole numbers of at least `least`; anything else would be in every bill without a word."""
+    try:
+        found = [int(value) for value in values]
+        fits = all(value >= least and value == given for value, given in zip(found, values, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        closed = " (-1 where there is no such choice)" if least < 0 else ""
+        raise ValueError(f"{what}: expected whole numbers of MACs, at least 0{closed}, got {list(values)}")
+    return found
+
+
 @dataclass(frozen=True)
 class Answer:
     """An answer is an output of some rows of a batch, to be trained on.
@@ -366,7 +379,8 @@ class Backbone(nn.Module):
 
         Args:
             points: the points, in an order in which rows meet them; loops return to a point.
-            costs: for each point, the MACs of each choice, including the fixed parts that a row then passes.
+            costs: for each point, the MACs of each choice, including the fixed parts that a row then passes; -1 where
+                there is no such choice.
             start_macs: the MACs that every row pays, whatever it decides; they are charged before the first decision.
             full_route: the dense network's choice in each column (one for each visit of each point); -1 in columns that
                 the dense network never visits.
@@ -375,16 +389,42 @@ class Backbone(nn.Module):
                 a choice may cost now what it saves later. Random routes draw by it.
             max_steps: the number of decisions of the longest walk, if that is less than all columns.
             charged_macs: the MACs that the full route is charged beyond `costs` (`walk.charge`).
+
+        Raises:
+            ValueError: costs are no whole numbers of at least 0, or a list has another length than the points ask for.
         """
-        self.points, self.full_route, self.feature_width = tuple(points), tuple(full_route), feature_width
-        self.num_choices = max(point.n for point in points)
-        self.max_steps = max_steps or self.columns
-        assert len(self.full_route) == self.columns and len(costs) == len(points), "a choice a column, costs a point"
-        self.register_buffer("costs", self._table(costs).long(), persistent=False)
+        self.points, self.num_choices = tuple(points), max(point.n for point in points)
+        counts = [point.n for point in points]
+        for what, rows in (("costs", costs), ("thrift", costs if thrift is None else thrift)):
+            if (given := [len(row) for row in rows]) != counts:
+                raise ValueError(
+                    f"{what}: expected a row for each point, a number for each choice, {counts}, got rows of {given}"
+                )
+        table = [_whole(f"costs of {point.name!r}", row, -1) for point, row in zip(points, costs, strict=True)]
+        self.start_macs, charged_macs = _whole("start_macs and charged_macs", [start_macs, charged_macs])
+        self.feature_width = feature_width
+        self.full_route = tuple(full_route)
+        choices = [counts[point] for point in self.column_point.tolist()]
+        if len(self.full_route) != self.columns or not all(
+            -1 <= choice < n for choice, n in zip(self.full_route, choices, strict=True)
+        ):
+            raise ValueError(
+                f"full_route: expected a choice for each column (one for each visit of each point), of {choices} "
+                f"choices, or -1 where the dense network never is, got {self.full_route}"
+            )
+        self.max_steps = self.columns if max_steps is None else max_steps
+        if not 1 <= self.max_steps <= self.columns:
+            raise ValueError(f"max_steps: expected 1 to {self.columns}, the number of columns, got {max_steps}")
+        self.register_buffer("costs", self._table(table).long(), persistent=False)
         self.thrift = self.column_costs.double() if thrift is None else self._table(thrift)[self.column_point]
-        self.start_macs = start_macs
         full = zip(self.column_point.tolist(), self.full_route, strict=True)
-        self.dense_macs = start_macs + charged_macs + sum(costs[point][choice] for point, choice in full if choice >= 0)
+        dense = [table[point][choice] for point, choice in full if choice >= 0]
+        self.dense_macs = self.start_macs + charged_macs + sum(dense)
+        if -1 in dense or not self.dense_macs:
+            raise ValueError(
+                f"full_route: expected choices that there are, and some MACs, as other routes cost shares of them, got "
+                f"choices of {dense} MACs and {self.start_macs} at the start"
+            )
 
     def _table(self, rows: Sequence[Sequence[float]]) -> Tensor:
         """Return `rows`, one a point, as [points, num_choices] float64, with -1 where a row is shorter."""

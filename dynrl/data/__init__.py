@@ -90,13 +90,25 @@ def load_dataset(name: str) -> Dataset:
     The tensors are shared, so do not write into them.
     """
     name = check_dataset(name)
-    loaded = DATASETS[name]() if name in DATASETS else _folder(name)
+    loaded = _made(name, DATASETS[name]) if name in DATASETS else _folder(name)
     if not isinstance(loaded, Dataset):
         raise ValueError(f"expected the loader of {name!r} to return a dynrl.data.Dataset, got {type(loaded).__name__}")
     loaded.check_disjoint()
     if name in DATASETS and DATASETS[name] is BUILT_IN.get(name):
         object.__setattr__(loaded, "_settled", True)
     return loaded
+
+
+def _made(name: str, function: Any) -> Any:
+    """Call the function of a row of `DATASETS`; whatever it raises, it is said whose it is."""
+    if not callable(function):
+        raise ValueError(f"DATASETS[{name!r}]: expected a function without arguments, got a {type(function).__name__}")
+    try:
+        return function()
+    except Exception as error:
+        if getattr(function, "__module__", "").partition(".")[0] == "dynrl":
+            raise
+        raise ValueError(f"the data set {name!r} cannot be made ({type(error).__name__}: {error})") from error
 
 
 def _folder(name: str) -> Dataset:

@@ -21,6 +21,7 @@ from dynrl.evaluation.contenders import (
     Learned,
     by_chance,
     check_budgets,
+    check_rules,
     rivals,
 )
 from dynrl.evaluation.intervals import Front, better, differences, verdict
@@ -81,6 +82,7 @@ def compare(
     *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller])
     chance = by_chance(learned, ground)
     others = [*chance, *others]
+    check_rules([dense, *everyone, *others, oracle])
     others = [rival for rival in others if rival.asked]  # uniform routes heed no budget; the static ones include them
     fronts, one_price = _ask([*learned, *others, dense, oracle], learned, alone, ground, budgets, show)
     result = {

@@ -357,8 +357,13 @@ class Ruled(Contender):
         self.name, self._fit, self._ground = name, fit, ground
 
     def prepare(self, tick: Tick) -> None:
-        """Fit the rule."""
+        """Fit the rule; raise a ValueError if that gives no function from budgets to policies."""
         self._policy_for = self._fit(self._ground.network, self._ground.validation)
+        if hasattr(self._policy_for, "chooser") or not callable(self._policy_for):
+            raise ValueError(
+                f"expected the rule {self.name!r} to return a function from a budget to a policy (or None), got a "
+                f"{type(self._policy_for).__name__}"
+            )
         tick()
 
     def reach(self, budget: float | None) -> list[Reached] | None:
@@ -367,6 +372,11 @@ class Ruled(Contender):
         policy = self._policy_for(budget)
         if policy is None:
             return None
+        if not hasattr(policy, "chooser"):
+            raise ValueError(
+                f"expected the rule {self.name!r} to return a policy for the budget {budget:g}, or None, got a "
+                f"{type(policy).__name__}; StaticPolicy makes one of a route"
+            )
         model = RoutedModel(self._ground.network, policy)
         metric, route = score_rows(model, self._ground.test)
 
@@ -507,6 +517,17 @@ class Dense(Contender):
     def reach(self, budget: float | None) -> list[Reached] | None:
         """Return the same at every budget."""
         return [_whole(network, self.ground) for network in self.networks[self.best]]
+
+
+def check_rules(contenders: Sequence[Contender]) -> None:
+    """Refuse, with a ValueError, a rule that bears another contender's name, as rows are told apart by names."""
+    others = [contender.name for contender in contenders if not isinstance(contender, Ruled)]
+    for rule in contenders:
+        if isinstance(rule, Ruled) and rule.name in others:
+            raise ValueError(
+                f"a rule of thumb is named {rule.name!r}, as another row of the report is; expected another name than "
+                f"{', '.join(dict.fromkeys(others))}: rename it in dynrl.evaluation.RULES"
+            )
 
 
 def rivals(ground: Ground, smaller: Sequence[Backbone] = ()) -> list[Contender]:

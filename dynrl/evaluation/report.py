@@ -24,6 +24,7 @@ from dynrl.evaluation.contenders import (
     Reached,
     by_chance,
     check_budgets,
+    check_rules,
     rivals,
 )
 from dynrl.evaluation.difficulty import bin_name, correlations
@@ -165,6 +166,7 @@ def measure(
     random, *others = rivals(ground, smaller)
     others = [*by_chance(learned, ground), *others]
     everybody: list[Contender] = [dense, *learned, random, *others]
+    check_rules(everybody)
     points = _Points(ground, ground.test.inputs[:batch_size])
     total = sum(contender.passes(budgets) for contender in everybody) + ROUNDS
     with talking(show), progress(total=total, desc="evaluating", unit="pass") as bar:

@@ -8,7 +8,8 @@ import torch
 from dynrl.backbones import SkipResNet
 from dynrl.data import Augmentation, Dataset, Split
 from dynrl.deploy import SHIPPED
-from dynrl.evaluation import BUDGETS, Dense, Ground, Learned, Plain, Smaller, measure, rivals
+from dynrl.evaluation import BUDGETS, RULES, Dense, Ground, Learned, Plain, Smaller, compare, measure, rivals
+from dynrl.policies import StaticPolicy
 from dynrl.runs import RunFolder
 from dynrl.tasks import Regression
 from tests.cases import TOYS, make_backbone
@@ -58,6 +59,45 @@ def test_the_same_choice_everywhere_is_shown_where_there_are_more_than_two():
     named = [contender.name for contender in rivals(ground_of("branching"))]
     assert named == ["random", "static", *["uniform"] * 3, "oracle"]
     assert [contender.name for contender in rivals(ground_of("looping"))] == ["random", "static", "oracle"]
+
+
+@pytest.mark.parametrize("name", ["static", "random", "dense", "oracle", "learned"])
+def test_a_rule_of_another_rows_name_is_refused(name, monkeypatch):
+    """Its figures would stand as those of the other, such as a learned policy's."""
+    run = RunFolder(SHIPPED / "exit-digits")
+    monkeypatch.setitem(RULES, run.pretrained.rule, lambda backbone: {name: lambda network, split: lambda budget: None})
+    ground = Ground(run.pretrained, run.dataset(None))
+    said = f"a rule of thumb is named '{name}', as another row of the report is"
+    with pytest.raises(ValueError, match=said):
+        measure(ground, [Learned(run.kind, [run.model], ground)], batch_size=8)
+    if name == "learned":
+        with pytest.raises(ValueError, match=said):
+            compare([run])
+
+
+@pytest.mark.parametrize(
+    ("fit", "said"),
+    [
+        (lambda network, split: StaticPolicy((0, 0)), "return a function from a budget to a policy .*got a StaticPolicy"),
+        (lambda network, split: None, "return a function from a budget to a policy .*got a NoneType"),
+        (lambda network, split: lambda budget: [0, 0], "'odd' to return a policy for the budget 0.5, .*got a list"),
+        (lambda network, split: lambda budget: torch.zeros(2), "return a policy .*got a Tensor; StaticPolicy makes one"),
+        (lambda network, split: lambda budget: StaticPolicy((0, 7)), "of StaticPolicy choices from 0 to 1, got 0 to 7"),
+    ],
+)  # fmt: skip
+def test_what_a_rule_returns_is_checked(fit, said, monkeypatch):
+    monkeypatch.setattr(TOYS["exiting"], "rule", "odd")
+    monkeypatch.setitem(RULES, "odd", lambda backbone: {"odd": fit})
+    odd = next(of for of in rivals(ground_of("exiting")) if of.name == "odd")
+    with pytest.raises(ValueError, match=said):
+        odd.prepare(lambda: None)
+        odd.reach(0.5)
+
+
+@pytest.mark.parametrize("route", [torch.ones(3) * 0.5, torch.ones(9, 3).long(), torch.tensor([0, -2, 1])])
+def test_a_static_route_is_one_of_choices(route):
+    with pytest.raises(ValueError, match=r"expected a route \[columns\] of choices as whole numbers, got torch"):
+        StaticPolicy(route)
 
 
 def test_the_dense_network_is_chosen_on_validation_data():
