@@ -142,6 +142,10 @@ class Agent:
         with ExitStack() as held:
             self._held = held
             self.start()
+            if not hasattr(self, "steps"):
+                raise ValueError(
+                    f"expected {type(self).__name__}.start to set `steps`, the decisions learned from so far"
+                )
             self._log = held.enter_context(TrainingLog(self._folder, begins_after=self.steps))
             self._bar = held.enter_context(
                 progress(total=self.total, initial=self.steps, desc="learning", unit="step", unit_scale=True)
@@ -171,6 +175,11 @@ class Agent:
         while self.steps < until and not stop.is_set():
             before, start = self.steps, time.perf_counter()
             scalars = self.iterate()
+            if not isinstance(scalars, dict):
+                raise ValueError(
+                    f"expected {type(self).__name__}.iterate to return numbers by their names in TensorBoard, a dict, "
+                    f"got a {type(scalars).__name__}"
+                )
             self._iteration += 1
             scalars["throughput/steps_per_s"] = (self.steps - before) / (time.perf_counter() - start)
             self.write(scalars)

@@ -200,7 +200,12 @@ def _checked(planned: Plan) -> Plan:
             "the data to that form (images by FOLDER@SIZE or by a Dataset's transforms, texts by padding), or make the "
             "backbone for theirs. Integers such as token ids keep their type in inputs by name"
         )
-    if (outputs := backbone.config.get("classes")) != dataset.classes:
+    if "classes" not in backbone.config:
+        raise ValueError(
+            f"expected the config of {type(backbone).__name__} to say how many outputs it has, as `classes`, got "
+            f"{backbone.config}"
+        )
+    if (outputs := backbone.config["classes"]) != dataset.classes:
         what = "classes" if dataset.names else "numbers as a target"
         raise ValueError(
             f"expected {outputs} {what}, as many as the backbone has outputs, got {dataset.classes} in {dataset.name}; "

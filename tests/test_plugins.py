@@ -353,13 +353,14 @@ def _silent(self, walk, k, rows, x):
         ({"_arrive": _silent}, r"an output \[2\] of each row .*got none"),
         ({"ideal": dynrl.backbones.Backbone.ideal}, "has no ideal; write it"),
         ({"ideal": lambda self, inputs, route: None}, "ideal to return a function"),
+        ({"config": property(lambda self: {}, lambda self, given: None)}, "to say how many outputs it has, as `classes`"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("registries")
 def test_a_backbone_is_held_to_what_it_states(changes, said, monkeypatch):
     """Else nothing fails, and observations and all shares of compute are wrong; or it fails when all is trained."""
     for name, value in changes.items():
-        monkeypatch.setattr(Mine, name, value)
+        monkeypatch.setattr(Mine, name, value, raising=False)
     with pytest.raises(ValueError, match=said):
         planned(Mine())
 
@@ -481,6 +482,16 @@ def test_a_row_for_an_agent_is_checked(row, said):
     AGENTS["odd"] = row
     with pytest.raises(ValueError, match=said):
         agent_class("odd")
+
+
+def test_what_an_agents_hooks_must_do_is_said(tmp_path):
+    given = plan("skip").settings, tmp_path / "backbone.safetensors", tmp_path, 10
+    with pytest.raises(ValueError, match="Frozen.start to set `steps`"), Frozen(*given):
+        pass
+    agent = Frozen(*given)
+    agent.steps = 0
+    with pytest.raises(ValueError, match=r"Frozen.iterate to return numbers .* a dict, got a NoneType"), agent:
+        agent.learn(10)
 
 
 @pytest.mark.usefixtures("registries")
