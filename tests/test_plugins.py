@@ -353,7 +353,7 @@ def _silent(self, walk, k, rows, x):
         ({"_arrive": _silent}, r"an output \[2\] of each row .*got none"),
         ({"ideal": dynrl.backbones.Backbone.ideal}, "has no ideal; write it"),
         ({"ideal": lambda self, inputs, route: None}, "ideal to return a function"),
-        ({"config": property(lambda self: {}, lambda self, given: None)}, "to say how many outputs it has, as `classes`"),
+        ({"family": "unsaid", "config": property(lambda self: {}, lambda self, given: None)}, "how many outputs it has"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("registries")
@@ -448,9 +448,8 @@ def test_a_policy_of_ones_own_is_let_through():
     assert planned(Mine(), policy="mine").settings.learning.policy == "mine"
 
 
-def test_one_score_does_not_stand_for_all_choices(small_backbone):
-    backbone = dynrl.backbones.load_backbone(small_backbone)[0]
-    policy = scored(lambda self, seen: seen[:, :1])(StepSight.of(backbone), (0.1, 1.0))
+def test_one_score_does_not_stand_for_all_choices():
+    policy = scored(lambda self, seen: seen[:, :1])(StepSight(4, 2, 2), (0.1, 1.0))
     with pytest.raises(ValueError, match=r"a score for each choice of each decision, \[n, 2\], got \[5, 1\]"):
         policy(torch.ones(5, policy.sight.width))
 
