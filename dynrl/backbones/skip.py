@@ -97,7 +97,7 @@ class Skipping(Backbone):
         rest = State(copy.copy(state.walk), state.point, state.rows, each(Tensor.clone, state.features))
         while rest.point != END:
             rest = self._run_rest(rest)
-        return rest.get(rest.walk.outputs)  # type: ignore[no-any-return]
+        return rest.get(rest.walk.outputs)
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, self._lead(inputs))

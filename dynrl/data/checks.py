@@ -106,4 +106,5 @@ def _lying(inputs: Any) -> tuple[int, np.ndarray]:
     first = next(iter(parts(as_inputs(inputs)).values()))
     if not isinstance(first, Tensor) or not first.dim() or not first.stride(0):  # rows of one memory do not tell
         return id(inputs), np.arange(0)
-    return first.untyped_storage().data_ptr(), first.storage_offset() + first.stride(0) * np.arange(len(first))
+    begins = int(first.storage_offset()) + int(first.stride(0)) * np.arange(len(first))
+    return first.untyped_storage().data_ptr(), begins
