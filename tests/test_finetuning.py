@@ -274,7 +274,7 @@ def jointly(monkeypatch, tmp_path):
     monkeypatch.setitem(FAMILIES, Exiting.family, Exiting)
     monkeypatch.setattr("dynrl.finetuning.CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(Agent, "checkpoint_every", 1)
-    for module in ("base", "gates", "joint"):
+    for module in ("base", "joint"):
         monkeypatch.setattr(f"dynrl.agents.{module}.load_dataset", lambda name: data)
 
     def train(folder, attacked=0.0):
