@@ -42,6 +42,11 @@ def correct(task: Task, output: Tensor, target: Tensor, dense: Dense) -> Tensor:
     return task.score(output, target)
 
 
+def _is_waited_for(x: Tensor) -> bool:
+    """Tell whether a look at numbers would wait for their device."""
+    return x.is_cuda
+
+
 def _one_each(name: str, given: Any, output: Tensor) -> Tensor:
     """Return what a reward gives as float32 [n]; refuse, with a ValueError, what environments would pay wrongly.
 
@@ -55,7 +60,7 @@ def _one_each(name: str, given: Any, output: Tensor) -> Tensor:
             f"({len(output)},), got {got}; dimension 0 is that of the outputs, over which nothing is summed"
         )
     given = given.to(output.device, torch.float32)
-    if not given.is_cuda and not given.sum(dtype=torch.float64).isfinite():
+    if not _is_waited_for(given) and not given.sum(dtype=torch.float64).isfinite():
         whose = f"the reward {name!r} gives" if output.isfinite().all() else "the network's outputs are"
         raise ValueError(
             f"{whose} NaN or infinity, from which nothing can be learned; rewards are finite for all finite outputs "

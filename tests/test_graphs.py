@@ -595,6 +595,7 @@ def test_rows_of_a_chain_that_have_parted_may_be_recorded_again(monkeypatch):
 
 def test_a_step_waits_once_for_the_device(monkeypatch):
     """For all points together, and for what begins anew; nothing else asks for values."""
+    monkeypatch.setattr("dynrl.envs.rewards._is_waited_for", lambda x: True)  # as on a CUDA device
     envs = environments(
         "exits in a network", TapeRecorder, monkeypatch, autoreset_mode="SameStep", price=0.1, reward="correct"
     )

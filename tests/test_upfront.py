@@ -267,7 +267,7 @@ def test_decisions_are_counted_not_steps(small_backbone, tmp_path):
 
 def test_gates_learn_upfront_too(small_backbone, tmp_path):
     """A high price takes the cheapest route, a low one keeps what accuracy needs."""
-    learning = Learning("gate", "upfront", steps=80_000, num_envs=32, learning_rate=1e-3, price_range=(1e-3, 30.0))
+    learning = Learning("gate", "upfront", steps=80_000, num_envs=32, learning_rate=3e-3, price_range=(1e-3, 30.0))
     settings = Settings(Problem("skip", "digits"), learning)
     policy, finished = train_policy(settings, small_backbone, tmp_path)
     assert finished

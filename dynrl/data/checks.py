@@ -72,10 +72,10 @@ def _targets(where: str, task: Any, targets: Tensor, classes: int) -> Tensor:
         if low < 0 or high >= classes:
             raise ValueError(f"expected classes from 0 to {classes - 1}, got {low} to {high} in {where}")
         return targets.long()
-    if isinstance(task, Regression) and (not targets.is_floating_point() or targets.shape[1:] != (classes,)):
+    if isinstance(task, Regression) and (not targets.is_floating_point() or targets.shape[1:2] != (classes,)):
         raise ValueError(
-            f"expected floating-point targets [n, {classes}], as many numbers as the data set has `classes`, {got}; "
-            "unsqueeze(1) makes [n, 1] of [n]"
+            f"expected floating-point targets [n, {classes}] (or [n, {classes}, ...]), as many numbers as the data set "
+            f"has `classes`, {got}; unsqueeze(1) makes [n, 1] of [n]"
         )
     return targets.float() if targets.is_floating_point() else targets
 

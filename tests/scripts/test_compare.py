@@ -48,7 +48,7 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
         means.append(score(model, load_dataset("digits").test).metric)
     assert result["fronts"]["gate"]["metric"][at] == pytest.approx(np.mean(means), abs=1e-6)
     # One more beside them, trained at one price: it is no contender, but held against those for all prices.
-    given = {"agent": "gate", "steps": 12_000, "price_range": (2.0, 2.0)}
+    given = {"agent": "gate", "steps": 12_000, "price_range": (2.5, 2.5)}
     assert train("skip", "digits", backbone=cells / "backbone", out=cells / "alone", **given).finished
     # A second time nothing is trained: what is there stays as it is.
     before = {p: p.stat().st_mtime_ns for p in cells.glob("gate-*/policy.safetensors")}
@@ -63,7 +63,7 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
         model = load(cells / f"gate-{seed}")
         model.set_budget(alone_score.macs_fraction)
         found.append(score(model, load_dataset("digits").test))
-    assert at_one["policy"] == "gate at 2" and at_one["one_price_metric"] == pytest.approx(alone_score.metric)
+    assert at_one["policy"] == "gate at 2.5" and at_one["one_price_metric"] == pytest.approx(alone_score.metric)
     assert at_one["metric"] == pytest.approx(np.mean([s.metric for s in found]), abs=1e-6)
     assert at_one["macs_fraction"] == pytest.approx(alone_score.macs_fraction, abs=0.1)
     assert at_one["difference"] == pytest.approx(at_one["metric"] - at_one["one_price_metric"], abs=1e-6)
