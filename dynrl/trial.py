@@ -17,6 +17,7 @@ from torch import Tensor
 from dynrl.agents.base import Agent, Ground, agent_class
 from dynrl.backbones import END, Backbone, merge
 from dynrl.backbones.chance import drawing
+from dynrl.backbones.rows import same
 from dynrl.cost import count_macs, executed, macs_of
 from dynrl.data import Split
 from dynrl.policies import LearnedPolicy
@@ -84,15 +85,11 @@ def _check_rows(network: Backbone, inputs: Any, routes: Tensor) -> None:
         if drawn():  # by chance, a row differs from itself
             return
     for mine, theirs in zip(found, expected, strict=True):
-        if [x.shape for x in mine] != [x.shape for x in theirs] or not all(map(_alike, mine, theirs)):
+        if len(mine) != len(theirs) or not all(map(same, mine, theirs)):
             raise ValueError(
                 f"expected what {type(network).__name__} shows of a row, and answers, to depend on that row only, but "
                 "it changes with the rows beside it; in batches and environments, any rows may be side by side"
             )
-
-
-def _alike(got: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(got, expected, rtol=0.01, atol=1e-4 + 0.01 * float(expected.abs().max()))
 
 
 def _walked(network: Backbone, inputs: Any, routes: Tensor) -> list[list[Tensor]]:

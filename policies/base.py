@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dynrl.ops.backend import may_look
 from dynrl.policies.sight import Sight
 from dynrl.schema import check_price_range
 
@@ -120,7 +119,8 @@ class RoutePolicy(Policy):
                         f"expected integer actions of shape {tuple(walk.route.shape)}, got {walk.answer.dtype} "
                         f"{tuple(walk.answer.shape)}"
                     )
-                if may_look() and ((walk.answer < 0) | (walk.answer >= backbone.num_choices)).any():
+                # On a CUDA device a look would wait for it, in each call, and rivals are timed.
+                if not walk.answer.is_cuda and ((walk.answer < 0) | (walk.answer >= backbone.num_choices)).any():
                     raise ValueError(
                         f"expected of {type(self).__name__} choices from 0 to {backbone.num_choices - 1}, got "
                         f"{int(walk.answer.min())} to {int(walk.answer.max())}"

@@ -305,10 +305,10 @@ def test_a_backbone_of_ones_own_is_walked_before_it_is_trained():
 @pytest.mark.parametrize(
     ("stated", "said"),
     [
-        ({"costs": [[24, -2], [24, 0]]}, r"costs of 'exit1': expected whole numbers .* at least 0 .*got \[24, -2\]"),
-        ({"costs": [[24, 0], [24.5, 0]]}, r"costs of 'exit2': expected whole numbers .*got \[24.5, 0\]"),
-        ({"costs": [[24, 0], [24, float("nan")]]}, "costs of 'exit2': expected whole numbers"),
-        ({"start_macs": -1}, "start_macs and charged_macs: expected whole numbers"),
+        ({"costs": [[24, -2], [24, 0]]}, "in the costs of 'exit1' of at least -1.*got -2"),
+        ({"costs": [[24, 0], [24.5, 0]]}, "in the costs of 'exit2' as a whole number, got 24.5"),
+        ({"costs": [[24, 0], [24, float("nan")]]}, "in the costs of 'exit2' as a whole number, got nan"),
+        ({"start_macs": -1}, "in start_macs and charged_macs of at least 0, got -1"),
         ({"costs": [[24, 0, 5], [24, 0]]}, r"costs: expected a row for each point.*\[2, 2\], got rows of \[3, 2\]"),
         ({"costs": [[24, 0]]}, r"costs: expected a row for each point"),
         ({"thrift": [[1, 0]]}, r"thrift: expected a row for each point"),

@@ -23,6 +23,7 @@ from dynrl.inputs import Form, as_inputs
 from dynrl.ops.backend import may_look
 from dynrl.provenance import Provenance, Standard
 from dynrl.routes import draw_routes
+from dynrl.schema import check_counts
 
 OUT_OF_REACH = 2**62  # more MACs than any walk costs
 
@@ -34,19 +35,6 @@ def nearest_open(mask: Tensor, wanted: Tensor) -> Tensor:
     choices = torch.arange(mask.shape[1], device=mask.device)
     distance = (choices - wanted.unsqueeze(2)).abs()
     return distance.masked_fill(~mask.unsqueeze(1), torch.iinfo(torch.int64).max).argmin(2)
-
-
-def _whole(what: str, values: Sequence[Any], least: int = 0) -> list[int]:
-    """Return `values` as whole numbers of at least `least`; anything else would be in every bill without a word."""
-    try:
-        found = [int(value) for value in values]
-        fits = all(value >= least and value == given for value, given in zip(found, values, strict=True))
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        closed = " (-1 where there is no such choice)" if least < 0 else ""
-        raise ValueError(f"{what}: expected whole numbers of MACs, at least 0{closed}, got {list(values)}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -400,9 +388,10 @@ class Backbone(nn.Module):
                 raise ValueError(
                     f"{what}: expected a row for each point, a number for each choice, {counts}, got rows of {given}"
                 )
-        table = [_whole(f"costs of {point.name!r}", row, -1) for point, row in zip(points, costs, strict=True)]
-        self.start_macs, charged_macs = _whole("start_macs and charged_macs", [start_macs, charged_macs])
-        self.feature_width = feature_width
+        for point, row in zip(points, costs, strict=True):
+            check_counts(f"the costs of {point.name!r}", row, -1, OUT_OF_REACH)
+        check_counts("start_macs and charged_macs", (start_macs, charged_macs), 0, OUT_OF_REACH)
+        self.start_macs, self.feature_width = start_macs, feature_width
         self.full_route = tuple(full_route)
         choices = [counts[point] for point in self.column_point.tolist()]
         if len(self.full_route) != self.columns or not all(
@@ -415,10 +404,10 @@ class Backbone(nn.Module):
         self.max_steps = self.columns if max_steps is None else max_steps
         if not 1 <= self.max_steps <= self.columns:
             raise ValueError(f"max_steps: expected 1 to {self.columns}, the number of columns, got {max_steps}")
-        self.register_buffer("costs", self._table(table).long(), persistent=False)
+        self.register_buffer("costs", self._table(costs).long(), persistent=False)
         self.thrift = self.column_costs.double() if thrift is None else self._table(thrift)[self.column_point]
         full = zip(self.column_point.tolist(), self.full_route, strict=True)
-        dense = [table[point][choice] for point, choice in full if choice >= 0]
+        dense = [costs[point][choice] for point, choice in full if choice >= 0]
         self.dense_macs = self.start_macs + charged_macs + sum(dense)
         if -1 in dense or not self.dense_macs:
             raise ValueError(
