@@ -173,14 +173,14 @@ def spending(
 def uncertainty(backbone: Backbone, task: Task) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """Return DeepSloth's goal for `Ball.climb`: that a network is unsure wherever it says something before its end.
 
-    It is the sum, over all points on the full route, of how near the output there (of an exit, or of an auxiliary
-    classifier) is to one that knows nothing. It knows no policy. None if the network says nothing before its end.
+    It is the sum, over all points on the full route, of how near the output there (`Backbone.output`, or `auxiliary`) is
+    to one that knows nothing. It knows no policy. None if the network says nothing before its end.
 
     Source: Hong et al. 2021 (ICLR), section 4.
     """
 
-    def goal(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        full, sure = backbone.dense_actions(len(inputs), inputs.device), []
+    def heard(inputs: Tensor) -> list[Tensor]:
+        full, sure = backbone.dense_actions(len(inputs), inputs.device), list[Tensor]()
 
         def listen(state: State) -> Tensor:
             said = backbone.output(state) if backbone.speaks else backbone.auxiliary(state)
@@ -189,10 +189,12 @@ def uncertainty(backbone: Backbone, task: Task) -> Callable[[Tensor], tuple[Tens
             return F.one_hot(state.along(full), backbone.num_choices).float()
 
         backbone.gated(inputs, listen)
-        unsure = -torch.stack(sure).sum(0) if sure else inputs.new_zeros(len(inputs))
+        return sure
+
+    def goal(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        unsure = -torch.stack(heard(inputs)).sum(0)
         return unsure, unsure.detach()
 
     with torch.no_grad():
         example: Any = next(backbone.parameters()).new_zeros(1, *backbone.input_shape)
-        speaks = backbone.speaks or backbone.auxiliary(backbone.begin(example)) is not None
-    return goal if speaks else None
+        return goal if heard(example) else None

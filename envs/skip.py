@@ -10,10 +10,10 @@ class SkipVectorEnv(RoutingVectorEnv):
     """At each identity block of a residual network, does the block run or do the features pass it by?
 
     ## Features
-    The mean of each channel of the features before the block. If the network has auxiliary classifiers (the setting
-    `auxiliary`), how sure the one in front of the block is comes before: its highest probability, the lead over the
-    second one, and the entropy divided by log(classes). Of a block of several paths: which of them ran so far, and the
-    mean of each channel of their sum.
+    How sure the network's last layer is of a row that skips all that follows: its highest probability, the lead over
+    the second one, and the entropy divided by log(classes); three zeros where a later stage comes. Then the mean of
+    each channel of the features before the block. Of a block of several paths: which of them ran so far, and the mean
+    of each channel of their sum; how sure an auxiliary classifier is comes before, if there are some.
 
     ## Action
     `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and pose no decision. Where
@@ -25,7 +25,8 @@ class SkipVectorEnv(RoutingVectorEnv):
 
     ## Source
     SkipNet: Learning Dynamic Routing in Convolutional Networks, Wang et al., ECCV 2018 (sequential decisions from
-    running features). Dynamic Multi-path Neural Network, Su et al., 2019 (an auxiliary class task for the controller).
+    running features). LayerSkip, Elhoushi et al., ACL 2024 (one last layer for all depths). Dynamic Multi-path Neural
+    Network, Su et al., 2019 (an auxiliary class task for the controller).
     The price in the observation follows Odena et al. 2017.
 
     ## Version history

@@ -56,14 +56,13 @@ OWN = {  # modules of a user's
     "exits in place": lambda: ExitModule(Reader(depth=4), (5, 8), ["blocks.0", "blocks.2"]),
 }
 KINDS = [  # settings of models whose own walks are charged more than the models alone
-    {"family": "skip_resnet", "layers": [1], "widths": [4], "auxiliary": True},
+    {"family": "skip_resnet", "layers": [1], "widths": [4]},
     {"family": "exit_resnet", "layers": [2, 1], "widths": [4, 8], "exits": [0, 1]},
     {"family": "cell_resnet", "layers": [2, 2], "widths": [4, 8], "grid": 2},
     {"family": "slimmable_resnet", "layers": [2, 2], "widths": [4, 8], "auxiliary": True},
 ]
 SET = {  # networks of ours whose settings change how they are walked
-    "skip with auxiliary": lambda: SkipResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
-    "skip of paths": lambda: MultiPathResNet((1, 8, 8), 4, (1, 1), (6, 12), paths=3, auxiliary=True),
+    "skip of paths": lambda: MultiPathResNet((1, 8, 8), 4, (1, 1), (6, 12), paths=3),
     "exits at scales": lambda: MultiScaleNet((1, 8, 8), 4, (1, 1, 2), width=4, growth=3),
     "exits of resolutions": lambda: ResolutionNet((1, 8, 8), 4, layers=1, width=4, growth=4),
     "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),

@@ -50,7 +50,7 @@ def gates_for(monkeypatch, tmp_path):
 
 
 # Not all of the registry: an untrained network of many choices or steps takes a minute to show it.
-@pytest.mark.parametrize("name", ["exiting", "looping", "branching", "skip with auxiliary", "exit"])
+@pytest.mark.parametrize("name", ["exiting", "looping", "branching", "skip", "exit"])
 def test_a_high_price_takes_the_cheapest_and_no_price_keeps_what_accuracy_needs(name, gates_for):
     """Invariant 5: the same policy, told the two ends of its price range."""
     backbone = make_backbone(name)

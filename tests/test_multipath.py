@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dynrl.backbones import MultiPathResNet, SkipResNet
+from dynrl.ops.exit_scores import exit_scores
 from tests.cases import trained
 
 SHAPE = {"input_shape": (1, 8, 8), "classes": 5, "layers": (1, 2), "widths": (6, 12)}
@@ -39,19 +40,19 @@ def test_all_paths_together_are_a_plain_block_and_none_is_its_shortcut():
 
 
 def test_all_paths_cost_what_plain_blocks_do():
-    assert make(paths=2).dense_macs == make(paths=3).dense_macs == SkipResNet(**SHAPE).dense_macs
+    assert make(paths=2).whole_macs == make(paths=3).whole_macs == SkipResNet(**SHAPE).whole_macs
 
 
 @torch.no_grad()
-def test_a_router_sees_which_paths_of_the_block_ran_and_how_sure_the_classifier_before_it_is():
-    backbone, seen = make(paths=3, auxiliary=True), []
-    route = torch.tensor([[1, 0, 1, 0, 1, 0, 1, 1, 1]])
-    backbone.run(torch.randn(1, 1, 8, 8), lambda s: seen.append(backbone.observe(s)[0]) or s.along(route))
-    told = [row[3:5].tolist() for row in seen]
+def test_a_router_sees_which_paths_of_the_block_ran_and_how_sure_the_last_layer_is():
+    backbone, seen = make(paths=3), []
+    inputs, route = torch.randn(1, 1, 8, 8), torch.tensor([[1, 0, 1, 0, 1, 0, 1, 1, 1]])
+    backbone.run(inputs, lambda s: seen.append(backbone.observe(s)[0]) or s.along(route))
+    told = [row[:2].tolist() for row in seen]
     assert told == [[0, 0], [1, 0], [1, 0], [0, 0], [0, 0], [0, 1], [0, 0], [1, 0], [1, 1]]
-    for first in (0, 3, 6):
-        assert all(torch.equal(seen[first][:3], seen[first + path][:3]) for path in range(3))
-    assert len({tuple(seen[first][:3].tolist()) for first in (0, 3, 6)}) == 3
+    for point in range(9):
+        said = exit_scores(backbone(inputs, route * (torch.arange(9) < point)))[0]
+        torch.testing.assert_close(seen[point][2:5], said if point >= 3 else torch.zeros(3))
 
 
 @pytest.mark.parametrize(

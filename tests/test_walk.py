@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynrl.backbones import END, CostTable, Point, State, Walk, choice_rates, load_backbone, merge
-from dynrl.backbones.skip import EARLY
+from dynrl.backbones.skip import Skipping
 from dynrl.ops.costs import COSTS
 from dynrl.ops.move import each
 from dynrl.policies import PolicySpec, StepSight
@@ -275,7 +275,7 @@ def test_early_answers_are_those_of_rows_that_skip_all_that_follows(name):
     for point, early in zip(points, answers[-len(points) :], strict=True):
         kept = torch.arange(backbone.columns) < point
         torch.testing.assert_close(early.output, backbone.run_route(inputs.clone(), route * kept).outputs)
-        assert early.weight == EARLY / len(backbone.points)
+        assert early.weight == Skipping.auxiliary_weight / len(backbone.points)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT if name in GATED])

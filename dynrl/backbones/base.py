@@ -68,6 +68,7 @@ class Backbone(nn.Module):
         speaks: whether there is an output at every point, not only at the end.
         hindsight: whether pretraining counts each row's best answer only, since a policy will stop there; if not, it
             adds up the losses of all answers.
+        auxiliary_weight: how much answers of `auxiliary` weigh in training, at all points together, where outputs weigh 1.
         gates: whether gates can be trained on the family, so that a differentiable walk makes sense.
         exports: whether a routed model can be written as a torch.export or ONNX program.
         captures: the ways in which points can run where what a routed model runs is recorded as CUDA graphs, names in
@@ -85,6 +86,7 @@ class Backbone(nn.Module):
     stops: ClassVar[int | None] = None
     speaks: ClassVar[bool] = False
     hindsight: ClassVar[bool] = False
+    auxiliary_weight: ClassVar[float] = 1.0
     gates: ClassVar[bool] = True
     exports: ClassVar[bool] = False
     why: str = ""
@@ -274,23 +276,23 @@ class Backbone(nn.Module):
         return None
 
     def auxiliary(self, state: State) -> Tensor | None:
-        """Return what auxiliary classifiers say of the rows at this point, [n, ...] like an output; None without any.
+        """Return what is said of the rows at this point beside the walk, [n, ...] like an output; None if nothing is.
 
-        They are trained with the network, so that `observe` can show what they say.
+        It is trained with the network: auxiliary classifiers, so that `observe` can show what they say.
         """
         return None
 
     def run_training(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> tuple[Walk, list[Answer]]:
-        """Do `run`, and return the walk with all answers to train on: its outputs, and the auxiliary classifiers'.
+        """Do `run`, and return the walk with all answers to train on: its outputs, and `auxiliary` ones.
 
-        The auxiliary answers at all points weigh as much together as the outputs do.
+        The auxiliary answers at all points together weigh `auxiliary_weight` times as much as the outputs do.
         """
         answers: list[Answer] = []
 
         def listen(state: State) -> Tensor:
             said = self.auxiliary(state)
             if said is not None:
-                answers.append(Answer(said, state.rows, 1 / len(self.points)))
+                answers.append(Answer(said, state.rows, self.auxiliary_weight / len(self.points)))
             return choose(state)
 
         walk = self.run(inputs, listen)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Backbone
-from dynrl.backbones.resnet import Block
-from dynrl.backbones.skip import SkipResNet
-from dynrl.backbones.walk import Point, State, Walk
+from dynrl.backbones.early import SCORES, early_classifier, early_inputs, seen_early
+from dynrl.backbones.resnet import Block, ResNet
+from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.move import take_rows
 from dynrl.ops.partition import partition
+from dynrl.ops.pooled import pooled_keeping
 from dynrl.ops.sliced_conv import SlicedBlock, sliced_conv
 
 # In training mode, groups of fewer rows are normalised by the running statistics and not counted in them. The mean and
@@ -103,7 +103,7 @@ def normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return norm(x)
 
 
-class SlimmableResNet(SkipResNet):
+class SlimmableResNet(ResNet):
     """A ResNet whose identity blocks are decision points: action c computes the share shares[c] of inner channels.
 
     The features between blocks keep their full width, so rows of different choices continue together. Blocks that
@@ -112,32 +112,41 @@ class SlimmableResNet(SkipResNet):
     Args:
         input_shape: (channels, height, width) of one image.
         shares: the shares of a block's inner channels, one for each choice, rising to 1.
-        network: the other arguments of `SkipResNet`.
+        auxiliary: whether there is an early classifier in front of each decision point, for the router to see how sure
+            it is. It is trained with the network, and every row pays for it.
+        network: the other arguments of `ResNet`.
     """
 
     family = "slimmable_resnet"
     decision = "channel"
     captures: ClassVar[tuple[str, ...]] = ("kernels", "select")
-    exports = False  # the number of rows of each width sets tensor sizes, which torch.export cannot express
-    draw, run_training = Backbone.draw, Backbone.run_training  # the narrowest choice skips nothing
 
     def __init__(
-        self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any
+        self,
+        input_shape: tuple[int, int, int],
+        shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0),
+        auxiliary: bool = False,
+        **network: Any,
     ) -> None:
         super().__init__(input_shape, **network)
-        self.config = {**self.config, "shares": list(shares)}
+        self.config = {**self.config, "auxiliary": auxiliary, "shares": list(shares)}
+        shapes, block_macs, fixed_macs = self._identities()
+        for k, shape in enumerate(shapes if auxiliary else []):
+            head = early_classifier(shape, self.config["classes"])
+            self.heads.append(head)
+            fixed_macs[k] += head.weight.numel()
         costs = []
-        for i, point, (floor, dense) in zip(self._skippable, self.points, self.costs.tolist(), strict=True):
+        for i, macs, fixed in zip(self._skippable, block_macs, fixed_macs[1:], strict=True):
             block = self._blocks[i] = SlimmableBlock(self._blocks[i], tuple(shares))
-            self.set_submodule(point.name, block)
+            self.set_submodule(self._names[i], block)
             sizes = [sum(weight.numel() for weight in block.weights(c)) for c in range(len(shares))]
-            costs.append([floor + (dense - floor) * size // sizes[-1] for size in sizes])
+            costs.append([fixed + macs * size // sizes[-1] for size in sizes])
         self._pose(
-            [Point(point.name, len(shares)) for point in self.points],
+            [Point(self._names[i], len(shares)) for i in self._skippable],
             costs=costs,
-            start_macs=self.start_macs,
-            full_route=(len(shares) - 1,) * len(self.points),
-            feature_width=self.feature_width,
+            start_macs=fixed_macs[0],
+            full_route=(len(shares) - 1,) * len(shapes),
+            feature_width=SCORES * auxiliary + max(shape[0] for shape in shapes),
         )
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,16 +161,40 @@ class SlimmableResNet(SkipResNet):
                 renamed[name] = value
         return renamed
 
+    def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
+        return State(walk, 0, rows, self._between(-1, inputs))
+
     def _run(self, state: State, action: Tensor) -> list[State]:
         x, block = self._standing(state)
         if not isinstance(block, SlicedBlock):
             return [self._go_on(state, block.mixed(x, action))]
-        return [self._passed(state, sliced_conv(x, action, block, state.held))]
+        return [self._go_on(state, sliced_conv(x, action, block, state.held))]
+
+    def _go_on(self, state: State, x: Tensor) -> State:
+        """Go on from behind a block; what is known of the sums of `x` comes along if nothing runs up to the next."""
+        y = self._between(state.point, x)
+        if state.point + 1 < len(self.points):
+            return State(state.walk, state.point + 1, state.rows, y, state.held if y is x else None)
+        state.walk.put_output(state.rows, y)
+        return State(state.walk, END, state.rows)
 
     def _gated_run(self, state: State, gates: Tensor) -> State:
         x, block = self._standing(state)
         weighted = [gate.view(-1, 1, 1, 1) * block.sliced(x, choice) for choice, gate in enumerate(gates.unbind(1))]
         return self._go_on(state, torch.stack(weighted).sum(0))
+
+    def auxiliary(self, state: State) -> Tensor | None:
+        """Return what the early classifier in front of the state's point says, [n, classes], if there is one."""
+        return self.heads[state.point](early_inputs(state.features)) if len(self.heads) else None
+
+    def observe(self, state: State) -> Tensor:
+        """Return the mean of each channel; if there are early classifiers, how sure one is comes before."""
+        if not len(self.heads):
+            means, state.held = pooled_keeping(state.features, state.held)
+            return means
+        head = self.heads[state.point]
+        assert isinstance(head, nn.Linear)
+        return seen_early(state.features, head)
 
     def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
         """Return the features of a state and the block that comes next."""

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.early import SCORES, early_classifier, early_inputs
+from dynrl.backbones.early import SCORES
 from dynrl.backbones.resnet import Normed, folded
 from dynrl.backbones.skip import Skipping
 from dynrl.backbones.walk import State
 from dynrl.cost import count_macs
-from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import add_rows, keep_rows
 from dynrl.ops.pooled import summary
 from dynrl.schema import MOST_ROWS, check_count, check_counts
@@ -22,7 +21,7 @@ from dynrl.schema import MOST_ROWS, check_count, check_counts
 RUN = 1
 MOST_PATHS = 4
 
-Features = tuple[Tensor, ...]  # a block's input, its sum so far, and, with auxiliary classifiers, how sure one is
+Features = tuple[Tensor, Tensor]  # a block's input, and its sum so far
 
 
 class MultiPath(nn.Module):
@@ -62,8 +61,6 @@ class MultiPathResNet(Skipping):
         widths: the number of channels of each stage.
         paths: the number of paths of a block, 2 to 4, which divides all widths.
         stem_stride: the stride of the first convolution.
-        auxiliary: whether there is an early classifier in front of each block, for the router to see how sure it is. It
-            is trained with the network, and every row pays for it.
 
     Source: Dynamic Multi-path Neural Network (Su et al. 2019).
     """
@@ -79,7 +76,6 @@ class MultiPathResNet(Skipping):
         widths: tuple[int, ...] = (16, 32, 64),
         paths: int = 2,
         stem_stride: int = 1,
-        auxiliary: bool = False,
     ) -> None:
         super().__init__()
         check_counts("input_shape", input_shape)
@@ -98,24 +94,16 @@ class MultiPathResNet(Skipping):
         self.input_shape = tuple(input_shape)
         self.config = {
             "input_shape": list(input_shape), "classes": classes, "layers": list(layers), "widths": list(widths),
-            "paths": paths, "stem_stride": stem_stride, "auxiliary": auxiliary,
+            "paths": paths, "stem_stride": stem_stride,
         }  # fmt: skip
         self._paths = paths
-        self.stem, self.blocks, self.heads = (
-            Normed(input_shape[0], widths[0], 3, stem_stride),
-            nn.ModuleList(),
-            nn.ModuleList(),
-        )
+        self.stem, self.blocks = Normed(input_shape[0], widths[0], 3, stem_stride), nn.ModuleList()
         cost, size = count_macs(self.stem, self.input_shape)
         names, path_macs, fixed_macs = list[str](), list[int](), [cost]
         for stage, (depth, width) in enumerate(zip(layers, widths, strict=True), start=1):
             for i in range(depth):
                 block = MultiPath(size[0], width, 2 if stage > 1 and i == 0 else 1, paths)
                 self.blocks.append(block)
-                if auxiliary:
-                    head = early_classifier(size, classes)
-                    self.heads.append(head)
-                    fixed_macs[-1] += count_macs(head, (head.in_features,))[0]
                 if block.shortcut is not None:
                     fixed_macs[-1] += count_macs(block.shortcut, size)[0]
                 names += [f"layer{stage}.{i}.path{k}" for k in range(paths)]
@@ -124,15 +112,12 @@ class MultiPathResNet(Skipping):
                 size = count_macs(block.paths[0], size)[1]
         self.fc = nn.Linear(size[0], classes)
         fixed_macs[-1] += count_macs(self.fc, (size[0],))[0]
-        self._set_points(names, path_macs, fixed_macs, SCORES * auxiliary + paths - 1 + max(widths))
+        self._set_points(names, path_macs, fixed_macs, paths - 1 + SCORES + max(widths), self.fc)
 
     def _enter(self, block: int, x: Tensor) -> Features:
         """Return the features in front of the first path of a block whose input is `x`."""
         shortcut: Any = self.blocks[block].shortcut
-        total = x.clone() if shortcut is None else shortcut(x)  # the sum is overwritten, the input is not
-        if not len(self.heads):
-            return x, total
-        return x, total, exit_scores(self.heads[block](early_inputs(x)))
+        return x, x.clone() if shortcut is None else shortcut(x)  # the sum is overwritten, the input is not
 
     def _path(self, point: int) -> Callable[[Tensor], Tensor]:
         block, path = divmod(point, self._paths)
@@ -144,8 +129,8 @@ class MultiPathResNet(Skipping):
 
     def _block(self, point: int) -> Callable[[Features], Features]:
         def add(features: Features) -> Features:
-            x, total, *told = features
-            return x, total + self._path(point)(x), *told
+            x, total = features
+            return x, total + self._path(point)(x)
 
         return add
 
@@ -157,27 +142,22 @@ class MultiPathResNet(Skipping):
         return self._enter(block + 1, x) if block + 1 < len(self.blocks) else self.fc(x.mean((2, 3)))
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        x, total, *told = state.features
+        x, total = state.features
         kept = keep_rows(action == RUN, torch.arange(x.shape[0], device=x.device), x)
         if kept is not None:
             index, rows = kept
             total = add_rows(total, index, self._path(state.point)(rows))
-        return [self._go_on(state, (x, total, *told))]
-
-    def auxiliary(self, state: State) -> Tensor | None:
-        """Return what the early classifier in front of a block says, [n, classes], at the block's first path."""
-        block, path = divmod(state.point, self._paths)
-        return self.heads[block](early_inputs(state.features[0])) if len(self.heads) and not path else None
+        return [self._go_on(state, (x, total))]
 
     def observe(self, state: State) -> Tensor:
-        """Return which of the block's other paths ran so far, and the mean of each channel of its sum.
+        """Return which of the block's other paths ran so far, how sure the last layer is, and each channel's mean.
 
-        If there are auxiliary classifiers, how sure the one in front of the block is comes before.
+        Means are taken over what the block would return if none of its paths were to run from here on.
         """
-        _, total, *told = state.features
         path = state.point % self._paths
         ran = state.get(state.walk.route)[:, state.point - path : state.point] == RUN
-        return torch.cat([*told, F.pad(ran.float(), (0, self._paths - 1 - path)), summary(total)], 1)
+        sure = self._with_end(state.point, summary(F.relu(state.features[1])), self.fc)
+        return torch.cat([F.pad(ran.float(), (0, self._paths - 1 - path)), sure], 1)
 
     def for_inference(self) -> Self:
         """Return a frozen copy with batch norm and ReLU folded into the convolutions, and maps in channels_last."""

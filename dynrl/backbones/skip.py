@@ -7,20 +7,20 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.base import Answer, Backbone
-from dynrl.backbones.early import SCORES, early_classifier, early_inputs, seen_early
+from dynrl.backbones.base import Backbone
+from dynrl.backbones.early import SCORES
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
-from dynrl.cost import count_macs
+from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_residual import gated_residual, run_rows
 from dynrl.ops.move import beside, each
 from dynrl.ops.pooled import pooled_keeping, summary
 
 SHALLOW = 0.5  # the share of pretraining's random routes that run their first blocks only
-EARLY = 3.0  # the weight of answers that skip all that follows, of all points together, where that of whole walks is 1
-TAIL = 0.02  # such answers are given where what runs all the same costs at most this share of the dense network
+TAIL = 0.02  # rows may skip to the end where what runs all the same costs at most this share of the dense network
 
 
 class Skipping(Backbone):
@@ -31,6 +31,7 @@ class Skipping(Backbone):
     """
 
     decision = "skip"
+    auxiliary_weight = 3.0
     exports = True
     captures: ClassVar[tuple[str, ...]] = ("select", "pieces")
 
@@ -46,7 +47,14 @@ class Skipping(Backbone):
         """Run what comes behind the block of `point`, up to the next point or to the output."""
         raise NotImplementedError
 
-    def _set_points(self, names: list[str], block_macs: list[int], fixed_macs: list[int], width: int) -> None:
+    def _set_points(
+        self,
+        names: list[str],
+        block_macs: list[int],
+        fixed_macs: list[int],
+        width: int,
+        end: nn.Linear | None = None,
+    ) -> None:
         """Pose a point for each block.
 
         Args:
@@ -54,7 +62,14 @@ class Skipping(Backbone):
             block_macs: the MACs of each block.
             fixed_macs: the MACs before the first block and behind each block, one more than blocks.
             width: the most numbers that `observe` shows.
+            end: the last layer, if `observe` tells how sure it is (`_with_end`).
         """
+        dense = sum(block_macs) + sum(fixed_macs)
+        rests = [sum(fixed_macs[point + 1 :]) for point in range(len(names))]
+        self._early = [rest <= TAIL * dense for rest in rests]
+        told = 0 if end is None or end.out_features == 1 else end.weight.numel()
+        self._end_macs = [told * (rest == told) for rest in rests]
+        fixed_macs = [fixed + end for fixed, end in zip(fixed_macs, [*self._end_macs, 0], strict=True)]
         behind = zip(block_macs, fixed_macs[1:], strict=True)
         self._pose(
             [Point(name, 2) for name in names],
@@ -63,7 +78,25 @@ class Skipping(Backbone):
             full_route=(1,) * len(names),
             feature_width=width,
         )
-        self._early = [sum(fixed_macs[point + 1 :]) <= TAIL * self.dense_macs for point in range(len(names))]
+
+    @property
+    def whole_macs(self) -> int:
+        """The MACs of `whole` for one row: the last layer runs once."""
+        return super().whole_macs - sum(self._end_macs)
+
+    def _with_end(self, point: int, means: Tensor, end: nn.Linear) -> Tensor:
+        """Return how sure the last layer is of `means` [n, C], and then these, for a router to see at a point.
+
+        It is how sure the network would be of rows that skip all that follows. Where a later stage comes, or if there
+        is one output, zeros stand for it.
+
+        Returns:
+            [n, SCORES + C] float32.
+        """
+        if not self._end_macs[point]:
+            return F.pad(means, (SCORES, 0))
+        # While a backbone is fine-tuned, its maps may be bfloat16 where a policy looks at them without autocast.
+        return torch.cat([exit_scores(end(means.to(end.weight.dtype))), means], 1)
 
     def draw(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw routes as `Backbone.draw` does, but let some of them run their first blocks only, as many as were drawn.
@@ -75,29 +108,20 @@ class Skipping(Backbone):
         shallow = torch.rand(len(route), 1, generator=generator) < SHALLOW
         return torch.where(shallow, first.long(), route)
 
-    def run_training(self, inputs: Tensor, choose: Callable[[State], Tensor]) -> tuple[Walk, list[Answer]]:
-        """Do `Backbone.run_training`, with answers that rows at a point would give if they skipped all that follows.
+    def auxiliary(self, state: State) -> Tensor | None:
+        """Return the output of rows that skip all that follows; None where a later stage's first block runs for them.
 
         So one walk trains many depths, by the network's own end, as in LayerSkip (Elhoushi et al. 2024, ACL, section
-        4.1). Where more than that end runs behind a point all the same, as a later stage's first block, none is given.
+        4.1). Nothing is recorded, and the state stays as it is.
         """
-        early: list[Answer] = []
-
-        def listen(state: State) -> Tensor:
-            if self._early[state.point]:
-                early.append(Answer(self._skipping_on(state), state.rows, EARLY / len(self.points)))
-            return choose(state)
-
-        walk, answers = super().run_training(inputs, listen)
-        return walk, [*answers, *early]
-
-    def _skipping_on(self, state: State) -> Tensor:
-        """Return the output of rows that skip everything from here on; nothing is recorded, and the state stays."""
+        if not self._early[state.point]:
+            return None
         # A module of a user may write to what it is given.
         rest = State(copy.copy(state.walk), state.point, state.rows, each(Tensor.clone, state.features))
         while rest.point != END:
             rest = self._run_rest(rest)
-        return rest.get(rest.walk.outputs)
+        said: Tensor = rest.get(rest.walk.outputs)
+        return said
 
     def _start(self, walk: Walk, rows: Tensor, inputs: Tensor) -> State:
         return State(walk, 0, rows, self._lead(inputs))
@@ -156,24 +180,20 @@ class SkipResNet(Skipping, ResNet):
     Blocks that change the shape have no identity to fall back on. They always run, and no route costs less than they
     do. The state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
 
+    In the last stage, the router sees how sure the last layer is of a row that skips all that follows.
+
     Args:
         shape, settings: the arguments of `ResNet`.
-        auxiliary: whether there is an early classifier in front of each decision point, for the router to see how sure
-            it is. It is trained with the network, and every row pays for it.
     """
 
     family = "skip_resnet"
     captures: ClassVar[tuple[str, ...]] = ("kernels", "select", "pieces")
 
-    def __init__(self, *shape: Any, auxiliary: bool = False, **settings: Any) -> None:
+    def __init__(self, *shape: Any, **settings: Any) -> None:
         super().__init__(*shape, **settings)
-        self.config["auxiliary"] = auxiliary
         shapes, block_macs, fixed_macs = self._identities()
-        self.heads = nn.ModuleList(early_classifier(shape, self.config["classes"]) for shape in shapes if auxiliary)
-        for k, head in enumerate(self.heads):
-            fixed_macs[k] += count_macs(head, (head.in_features,))[0]  # type: ignore[arg-type]
-        width = max(shape[0] for shape in shapes)
-        self._set_points([self._names[i] for i in self._skippable], block_macs, fixed_macs, width + SCORES * auxiliary)
+        names, width = [self._names[i] for i in self._skippable], max(shape[0] for shape in shapes)
+        self._set_points(names, block_macs, fixed_macs, SCORES + width, self.fc)
 
     def _lead(self, inputs: Tensor) -> Tensor:
         return self._between(-1, inputs)
@@ -185,24 +205,13 @@ class SkipResNet(Skipping, ResNet):
         return self._between(point, x)
 
     def _run(self, state: State, action: Tensor) -> list[State]:
-        return [self._passed(state, gated_residual(state.features, action, self._block(state.point), state.held))]
-
-    def _passed(self, state: State, x: Tensor) -> State:
-        """Go on from behind the block of a state; the sums of `x` come along if nothing runs up to the next point."""
+        x = gated_residual(state.features, action, self._block(state.point), state.held)
         reached = self._go_on(state, x)
-        if reached.features is x:
+        if reached.features is x:  # nothing runs up to the next point, so what is known of the sums of x comes along
             reached.held = state.held
-        return reached
-
-    def auxiliary(self, state: State) -> Tensor | None:
-        """Return what the early classifier in front of the state's point says, [n, classes], if there is one."""
-        return self.heads[state.point](early_inputs(state.features)) if len(self.heads) else None
+        return [reached]
 
     def observe(self, state: State) -> Tensor:
-        """Return the mean of each channel; if there are auxiliary classifiers, how sure one is comes before."""
-        if not len(self.heads):
-            features, state.held = pooled_keeping(state.features, state.held)
-            return features
-        head = self.heads[state.point]
-        assert isinstance(head, nn.Linear)
-        return seen_early(state.features, head)
+        """Return how sure the last layer is (`_with_end`), and then the mean of each channel."""
+        means, state.held = pooled_keeping(state.features, state.held)
+        return self._with_end(state.point, means, self.fc)
