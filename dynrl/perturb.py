@@ -173,8 +173,8 @@ def spending(
 def uncertainty(backbone: Backbone, task: Task) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """Return DeepSloth's goal for `Ball.climb`: that a network is unsure wherever it says something before its end.
 
-    It is the sum, over all points on the full route, of how near the output there (`Backbone.output`, or `auxiliary`) is
-    to one that knows nothing. It knows no policy. None if the network says nothing before its end.
+    It is the sum, over all points on the full route, of how near what is said there (`Backbone.output`, or
+    `Backbone.auxiliary`) is to an output that knows nothing. It knows no policy. None if nothing is said anywhere.
 
     Source: Hong et al. 2021 (ICLR), section 4.
     """

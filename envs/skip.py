@@ -12,8 +12,8 @@ class SkipVectorEnv(RoutingVectorEnv):
     ## Features
     How sure the network's last layer is of a row that skips all that follows: its highest probability, the lead over
     the second one, and the entropy divided by log(classes); three zeros where a later stage comes. Then the mean of
-    each channel of the features before the block. Of a block of several paths: which of them ran so far, and the mean
-    of each channel of their sum; how sure an auxiliary classifier is comes before, if there are some.
+    each channel of the features before the block. Where blocks are split into paths, which other paths of the block
+    ran so far comes before, and the means are those of their sum. Of a network of yours, the means alone.
 
     ## Action
     `Discrete(2)`: 1 runs the block, 0 skips it. Blocks that change the shape always run and pose no decision. Where

@@ -29,7 +29,6 @@ from dynrl.backbones import (
     SkipGRU,
     SkipLSTM,
     SkipModule,
-    SkipResNet,
     SlimmableResNet,
     TokenModule,
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynrl.backbones import Point, SkipModule, SkipResNet, SlimmableResNet, choice_rates, load_backbone
+from dynrl.backbones import Point, SkipModule, SkipResNet, choice_rates, load_backbone
 from dynrl.backbones.base import Answer
 from dynrl.data import DATASETS, Augmentation, Dataset, Split, load_dataset
 from dynrl.envs import DECISIONS
@@ -163,32 +163,10 @@ def test_training_outputs_are_those_of_random_routes():
     backbone, inputs = fresh(), torch.randn(6, 1, 24, 24)
     rate = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])
     ((answer, *_),) = backbone.training_outputs(inputs, rate, torch.Generator().manual_seed(4))
-    route = backbone.draw(rate, torch.Generator().manual_seed(4))
+    route = draw_routes(backbone.thrift, rate, torch.Generator().manual_seed(4))
     torch.testing.assert_close(answer.output, backbone(inputs, route))
     ((full,),) = backbone.training_outputs(inputs, None)
     torch.testing.assert_close(full.output, backbone(inputs))
-
-
-def test_half_of_the_routes_of_skippable_blocks_run_the_first_ones_only():
-    backbone, count = fresh(), 4000
-    rate = torch.linspace(0, 1, count)
-    route = backbone.draw(rate, torch.Generator().manual_seed(0))
-    independent = draw_routes(backbone.thrift, rate, torch.Generator().manual_seed(0))
-    assert torch.equal(route.sum(1), independent.sum(1))
-    assert torch.equal(route[-1], torch.ones_like(route[-1])) and torch.equal(route[0], torch.zeros_like(route[0]))
-    moved = (route != independent).any(1)
-    assert bool(_shallow(route[moved]).all())
-    assert float(moved.float().mean()) == pytest.approx(float((~_shallow(independent)).float().mean()) / 2, abs=0.03)
-
-
-def test_routes_through_widths_are_drawn_independently():
-    backbone, rate = (
-        SlimmableResNet((1, 24, 24), layers=(2, 2), widths=(8, 16), stem_stride=2),
-        torch.linspace(0, 1, 50),
-    )
-    route = backbone.draw(rate, torch.Generator().manual_seed(0))
-    assert torch.equal(route, draw_routes(backbone.thrift, rate, torch.Generator().manual_seed(0)))
-    assert len(backbone.run_training(torch.randn(2, 1, 24, 24), lambda state: state.along(route[-2:]))[1]) == 1
 
 
 def test_early_answers_leave_features_that_a_module_writes_to():
@@ -212,10 +190,6 @@ def test_early_answers_are_given_in_the_last_stage():
     """Behind the others, the first blocks of later stages run, whatever is skipped."""
     backbone = SkipResNet((1, 28, 28), layers=(3, 4, 4), widths=(8, 16, 32))
     assert backbone._early == [False] * 6 + [True] * 3
-
-
-def _shallow(route: torch.Tensor) -> torch.Tensor:
-    return (route[:, 1:] <= route[:, :-1]).all(1)
 
 
 def test_numbers_are_learned_from_inputs_that_are_no_images():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dynrl.backbones import SkipResNet
 from dynrl.ops import convolution
+from dynrl.ops.exit_scores import exit_scores
 from tests.cases import trained
 
 RESNET18 = dict(layers=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="imagenet")
@@ -102,6 +103,21 @@ def test_published_costs():
     resnet50 = SkipResNet((3, 224, 224), 1000, "bottleneck", (3, 4, 6, 3), (64, 128, 256, 512), "imagenet")
     assert resnet50.dense_macs == pytest.approx(4.09e9, rel=0.01)
     assert resnet50.max_steps == 12  # 16 blocks, the first of each stage changes the shape
+
+
+@torch.no_grad()
+def test_in_the_last_stage_a_router_sees_how_sure_the_network_is_if_all_that_follows_is_skipped():
+    backbone = trained(SkipResNet((1, 8, 8), 5, layers=(2, 3), widths=(4, 6)))
+    inputs, route, seen = torch.randn(3, 1, 8, 8), torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1]]), []
+    backbone.run(inputs, lambda state: seen.append(backbone.observe(state)) or state.along(route))
+    said = [exit_scores(backbone(inputs, route * (torch.arange(4) < point))) for point in range(4)]
+    torch.testing.assert_close(seen[2][:, :3], said[2])
+    torch.testing.assert_close(seen[3][:, :3], said[3])
+    assert not seen[0][:, :3].any() and not seen[1][:, :3].any()  # the next stage's first block is still to come
+    assert [row.shape[1] for row in seen] == [7, 7, 9, 9]
+    assert backbone.dense_macs - backbone.whole_macs == 2 * 5 * 6
+    one = SkipResNet((1, 8, 8), 1, layers=(1,), widths=(4,)).eval()
+    assert not one.observe(one.begin(inputs))[:, :3].any() and one.dense_macs == one.whole_macs
 
 
 @pytest.mark.parametrize(

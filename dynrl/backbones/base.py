@@ -68,7 +68,8 @@ class Backbone(nn.Module):
         speaks: whether there is an output at every point, not only at the end.
         hindsight: whether pretraining counts each row's best answer only, since a policy will stop there; if not, it
             adds up the losses of all answers.
-        auxiliary_weight: how much answers of `auxiliary` weigh in training, at all points together, where outputs weigh 1.
+        auxiliary_weight: the weight in training of the answers of `auxiliary`, at all points together, where that of
+            outputs is 1.
         gates: whether gates can be trained on the family, so that a differentiable walk makes sense.
         exports: whether a routed model can be written as a torch.export or ONNX program.
         captures: the ways in which points can run where what a routed model runs is recorded as CUDA graphs, names in
@@ -305,18 +306,6 @@ class Backbone(nn.Module):
         A family in whose plain network some parts never run may give these the weights of others that do.
         """
 
-    def draw(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the random routes that pretraining takes; here, choices are independent (`draw_routes`).
-
-        Args:
-            rate: [B] in [0, 1], from the cheapest choices to the dearest.
-            generator: the source of the draws.
-
-        Returns:
-            [B, columns] int64, a choice for each column of each route.
-        """
-        return draw_routes(self.thrift, rate, generator)
-
     def training_outputs(
         self, inputs: Tensor, rate: Tensor | None, generator: torch.Generator | None = None
     ) -> Iterator[list[Answer]]:
@@ -326,7 +315,7 @@ class Backbone(nn.Module):
 
         Args:
             inputs: [B, *input_shape].
-            rate: [B] in [0, 1], from the cheapest choices to the dearest (see `draw`); None takes the full route only.
+            rate: [B] in [0, 1], from the cheapest choices to the dearest (`draw_routes`); None takes the full route only.
             generator: the source of the draws of routes.
 
         Yields:
@@ -335,7 +324,7 @@ class Backbone(nn.Module):
         if rate is None:
             yield [Answer(self(inputs), torch.arange(len(inputs), device=inputs.device))]
             return
-        route = self.draw(rate, generator).to(inputs.device)
+        route = draw_routes(self.thrift, rate, generator).to(inputs.device)
         yield self.run_training(inputs, lambda state: state.along(route))[1]
 
     def lengthen(self, max_steps: int) -> None:

@@ -12,6 +12,7 @@ from dynrl.backbones.reader import Texts
 from dynrl.backbones.recurrent import weights_of
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_cell import gated_cell, gated_cell_macs, recurrent_cell
+from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count
 
 
@@ -141,7 +142,7 @@ class MultiScaleRNN(Texts):
         if rate is None:
             yield [Answer(self.whole(inputs), rows)]
             return
-        route = self.draw(rate, generator).to(inputs.device)
+        route = draw_routes(self.thrift, rate, generator).to(inputs.device)
         route[rows, self.lengths(inputs) - 1] = 1
         yield [Answer(self._along(inputs, route), rows)]
 

@@ -18,6 +18,7 @@ from dynrl.ops.convolution import FoldedConv2d
 from dynrl.ops.gated_residual import ResidualBlock, gated_residual
 from dynrl.ops.partition import run_by_choice
 from dynrl.ops.pooled import summary
+from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 SPREAD = 4.0  # the deviation of the table's logits at first, so that tasks begin on different routes
@@ -250,7 +251,7 @@ class RoutingNet(Backbone):
         if rate is None or not self.tasks:
             yield from super().training_outputs(inputs, rate, generator)
             return
-        route = self.draw(rate, generator).to(inputs.device)
+        route = draw_routes(self.thrift, rate, generator).to(inputs.device)
         dearest = self.kernels.index(self.kernels[-1])  # the first of the dearest choices
         table = self.table.float().cpu().clone().requires_grad_()  # on the CPU, as the generator is
 

@@ -19,7 +19,6 @@ from dynrl.ops.gated_residual import gated_residual, run_rows
 from dynrl.ops.move import beside, each
 from dynrl.ops.pooled import pooled_keeping, summary
 
-SHALLOW = 0.5  # the share of pretraining's random routes that run their first blocks only
 TAIL = 0.02  # rows may skip to the end where what runs all the same costs at most this share of the dense network
 
 
@@ -97,16 +96,6 @@ class Skipping(Backbone):
             return F.pad(means, (SCORES, 0))
         # While a backbone is fine-tuned, its maps may be bfloat16 where a policy looks at them without autocast.
         return torch.cat([exit_scores(end(means.to(end.weight.dtype))), means], 1)
-
-    def draw(self, rate: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw routes as `Backbone.draw` does, but let some of them run their first blocks only, as many as were drawn.
-
-        A policy that has seen enough skips all that follows. Independent choices hardly ever do.
-        """
-        route = super().draw(rate, generator)
-        first = torch.arange(self.columns) < route.sum(1, keepdim=True)
-        shallow = torch.rand(len(route), 1, generator=generator) < SHALLOW
-        return torch.where(shallow, first.long(), route)
 
     def auxiliary(self, state: State) -> Tensor | None:
         """Return the output of rows that skip all that follows; None where a later stage's first block runs for them.
