@@ -22,6 +22,7 @@ from dynrl.cost import count_macs, executed, macs_of
 from dynrl.data import Split
 from dynrl.policies import LearnedPolicy
 from dynrl.policies.files import check_kind
+from dynrl.routes import draw_routes
 from dynrl.settings import Learning
 
 ROWS = 3  # so many rows walk side by side, each on a route of its own
@@ -47,7 +48,8 @@ def try_out(learning: Learning, backbone: Backbone, split: Split) -> None:
     with torch.no_grad(), drawing(weight.device):
         if not _is_ours(type(backbone)):
             _check_hooks(network, learning.agent)
-            routes = network.draw(torch.linspace(1, 0, ROWS), torch.Generator().manual_seed(0)).to(weight.device)
+            drawn = draw_routes(network.thrift, torch.linspace(1, 0, ROWS), torch.Generator().manual_seed(0))
+            routes = drawn.to(weight.device)
             routes[0] = network.dense_actions(1)[0]
             _check_rows(network, inputs, routes)
             _check_bill(network, inputs, routes)

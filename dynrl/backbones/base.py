@@ -315,7 +315,7 @@ class Backbone(nn.Module):
 
         Args:
             inputs: [B, *input_shape].
-            rate: [B] in [0, 1], from the cheapest choices to the dearest (`draw_routes`); None takes the full route only.
+            rate: [B] in [0, 1], from the cheapest choices to the dearest (`draw_routes`); None takes the full route.
             generator: the source of the draws of routes.
 
         Yields:

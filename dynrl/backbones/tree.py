@@ -22,6 +22,7 @@ from dynrl.cost import count_macs
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.move import keep_rows, take_rows
 from dynrl.ops.pooled import summary
+from dynrl.routes import draw_routes
 from dynrl.schema import MOST_ROWS, check_count, check_counts
 
 OWN, BOTH, OTHER = range(3)  # the child that the node's router prefers; both children; the other child
@@ -348,7 +349,7 @@ class NeuralTree(Ways):
         Which child that is, gates draw by the router's probabilities. No row stops before the last tree.
         """
         size, votes = len(inputs), list[Answer]()
-        route = self.dense_actions(size) if rate is None else self.draw(rate, generator)
+        route = self.dense_actions(size) if rate is None else draw_routes(self.thrift, rate, generator)
         route, met = route.to(inputs.device), list[Tensor]()
 
         def choose(state: State) -> Tensor:
