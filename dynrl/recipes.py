@@ -298,7 +298,7 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     ),
     ("channel", "trace"): Defaults(
         family="slimmable_resnet",
-        backbone={"layers": (1, 7), "widths": (12, 24), "auxiliary": True},
+        backbone={"layers": (1, 7), "widths": (12, 24)},
         pretraining=Recipe(epochs=6, batch_size=128, rates=(0.6, 0.3, 0.3), plain_epochs=24),
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),

@@ -29,7 +29,6 @@ from dynrl.backbones import (
     SkipGRU,
     SkipLSTM,
     SkipModule,
-    SlimmableResNet,
     TokenModule,
 )
 from dynrl.data import Augmentation, Dataset, Split, load_dataset
@@ -58,13 +57,12 @@ KINDS = [  # settings of models whose own walks are charged more than the models
     {"family": "skip_resnet", "layers": [1], "widths": [4]},
     {"family": "exit_resnet", "layers": [2, 1], "widths": [4, 8], "exits": [0, 1]},
     {"family": "cell_resnet", "layers": [2, 2], "widths": [4, 8], "grid": 2},
-    {"family": "slimmable_resnet", "layers": [2, 2], "widths": [4, 8], "auxiliary": True},
+    {"family": "slimmable_resnet", "layers": [2, 2], "widths": [4, 8]},
 ]
 SET = {  # networks of ours whose settings change how they are walked
     "skip of paths": lambda: MultiPathResNet((1, 8, 8), 4, (1, 1), (6, 12), paths=3),
     "exits at scales": lambda: MultiScaleNet((1, 8, 8), 4, (1, 1, 2), width=4, growth=3),
     "exits of resolutions": lambda: ResolutionNet((1, 8, 8), 4, layers=1, width=4, growth=4),
-    "channel with auxiliary": lambda: SlimmableResNet((1, 8, 8), layers=(2, 2), widths=(4, 8), auxiliary=True),
     "positions of cells": lambda: CellResNet((1, 8, 8), 2, layers=(2, 2), widths=(4, 8)),
     "branch in a tree": lambda: NeuralTree((1, 8, 8), 4, layers=(1, 1, 1), widths=(4, 6, 8)),
     "branch in a forest": lambda: NeuralTree((1, 8, 8), 4, layers=(1, 1), widths=(4, 6), forest=3),

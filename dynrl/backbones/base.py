@@ -222,7 +222,7 @@ class Backbone(nn.Module):
 
         The decisions are known, and the rows are already sorted: there is no router, no gather and no scatter. So what
         tells where rows go is left out, although walks are charged for it: the scorers of tokens and cells (and the
-        weights that they give), the routers of nodes, and auxiliary classifiers that only routers see. All other layers
+        weights that they give), the routers of nodes, and what a last layer says for routers only. All other layers
         run on exactly as many rows, tokens or cells. What the function computes is meaningless; only its time counts.
 
         Args:
@@ -279,7 +279,7 @@ class Backbone(nn.Module):
     def auxiliary(self, state: State) -> Tensor | None:
         """Return what is said of the rows at this point beside the walk, [n, ...] like an output; None if nothing is.
 
-        It is trained with the network: auxiliary classifiers, so that `observe` can show what they say.
+        It is trained with the network, so that `observe` can show it, or rows may end with it.
         """
         return None
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.early import SCORES, early_classifier, early_inputs, seen_early
+from dynrl.backbones.early import SCORES, SeenEnd
 from dynrl.backbones.resnet import Block, ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.move import take_rows
@@ -103,7 +103,7 @@ def normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return norm(x)
 
 
-class SlimmableResNet(ResNet):
+class SlimmableResNet(SeenEnd, ResNet):
     """A ResNet whose identity blocks are decision points: action c computes the share shares[c] of inner channels.
 
     The features between blocks keep their full width, so rows of different choices continue together. Blocks that
@@ -112,8 +112,6 @@ class SlimmableResNet(ResNet):
     Args:
         input_shape: (channels, height, width) of one image.
         shares: the shares of a block's inner channels, one for each choice, rising to 1.
-        auxiliary: whether there is an early classifier in front of each decision point, for the router to see how sure
-            it is. It is trained with the network, and every row pays for it.
         network: the other arguments of `ResNet`.
     """
 
@@ -122,20 +120,12 @@ class SlimmableResNet(ResNet):
     captures: ClassVar[tuple[str, ...]] = ("kernels", "select")
 
     def __init__(
-        self,
-        input_shape: tuple[int, int, int],
-        shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0),
-        auxiliary: bool = False,
-        **network: Any,
+        self, input_shape: tuple[int, int, int], shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0), **network: Any
     ) -> None:
         super().__init__(input_shape, **network)
-        self.config = {**self.config, "auxiliary": auxiliary, "shares": list(shares)}
+        self.config = {**self.config, "shares": list(shares)}
         shapes, block_macs, fixed_macs = self._identities()
-        for k, shape in enumerate(shapes if auxiliary else []):
-            head = early_classifier(shape, self.config["classes"])
-            self.heads.append(head)
-            fixed_macs[k] += head.weight.numel()
-        costs = []
+        fixed_macs, costs = self._see_end(fixed_macs), []
         for i, macs, fixed in zip(self._skippable, block_macs, fixed_macs[1:], strict=True):
             block = self._blocks[i] = SlimmableBlock(self._blocks[i], tuple(shares))
             self.set_submodule(self._names[i], block)
@@ -146,7 +136,7 @@ class SlimmableResNet(ResNet):
             costs=costs,
             start_macs=fixed_macs[0],
             full_route=(len(shares) - 1,) * len(shapes),
-            feature_width=SCORES * auxiliary + max(shape[0] for shape in shapes),
+            feature_width=SCORES + max(shape[0] for shape in shapes),
         )
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,17 +174,13 @@ class SlimmableResNet(ResNet):
         return self._go_on(state, torch.stack(weighted).sum(0))
 
     def auxiliary(self, state: State) -> Tensor | None:
-        """Return what the early classifier in front of the state's point says, [n, classes], if there is one."""
-        return self.heads[state.point](early_inputs(state.features)) if len(self.heads) else None
+        """Return what the last layer says of the map as it is, where the router sees how sure it is."""
+        return self._head(state.features) if self._end_macs[state.point] else None
 
     def observe(self, state: State) -> Tensor:
-        """Return the mean of each channel; if there are early classifiers, how sure one is comes before."""
-        if not len(self.heads):
-            means, state.held = pooled_keeping(state.features, state.held)
-            return means
-        head = self.heads[state.point]
-        assert isinstance(head, nn.Linear)
-        return seen_early(state.features, head)
+        """Return how sure the last layer is (`SeenEnd`), and then the mean of each channel."""
+        means, state.held = pooled_keeping(state.features, state.held)
+        return self._with_end(state.point, means)
 
     def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
         """Return the features of a state and the block that comes next."""

@@ -1,4 +1,4 @@
-"""Early classifiers tell the class from features before the end of a network: as exits, or for routers to see."""
+"""Early classifiers tell the class from features before the end of a network, as exits or for routers to see."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynrl.backbones.base import Backbone
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.pooled import summary
 
@@ -33,13 +34,31 @@ def early_classifier(size: tuple[int, ...], classes: int) -> nn.Linear:
     return nn.Linear(channels * min(CELLS, height) * min(CELLS, width), classes)
 
 
-def seen_early(x: Tensor, classifier: nn.Linear) -> Tensor:
-    """Return how sure an early classifier is of maps `x` [n, C, H, W], then the mean of each channel's cells.
+class SeenEnd(Backbone):
+    """This base class lets routers see how sure the network's last layer `fc` would be of the map as it is.
 
-    Returns:
-        [n, SCORES + C] float32.
+    They see it at each point behind which no block changes the shape, and every row pays for it. A network of one
+    output is never sure. Where nothing is seen, zeros stand for it.
     """
-    cells = early_inputs(x)
-    means = cells.unflatten(1, (-1, x.shape[1])).mean(1).float()
-    # While a backbone is fine-tuned, its maps may be bfloat16 where a policy looks at them without autocast.
-    return torch.cat([exit_scores(classifier(cells.to(classifier.weight.dtype))), means], 1)
+
+    fc: nn.Linear
+    _end_macs: list[int]  # what is paid for it at each point
+
+    def _see_end(self, fixed_macs: list[int]) -> list[int]:
+        """Return the MACs before the first block and behind each, `fixed_macs`, with those of what is seen."""
+        told = self.fc.weight.numel() if self.fc.out_features > 1 else 0
+        rests = [sum(fixed_macs[k:]) for k in range(1, len(fixed_macs))]
+        self._end_macs = [told if rest == told else 0 for rest in rests]
+        return [fixed + end for fixed, end in zip(fixed_macs, [*self._end_macs, 0], strict=True)]
+
+    def _with_end(self, point: int, means: Tensor) -> Tensor:
+        """Return how sure the last layer is of `means` [n, C], and then these: [n, SCORES + C] float32."""
+        if not self._end_macs[point]:
+            return F.pad(means, (SCORES, 0))
+        # While a backbone is fine-tuned, its maps may be bfloat16 where a policy looks at them without autocast.
+        return torch.cat([exit_scores(self.fc(means.to(self.fc.weight.dtype))), means], 1)
+
+    @property
+    def whole_macs(self) -> int:
+        """The MACs of `whole` for one row: the last layer runs once."""
+        return super().whole_macs - sum(self._end_macs)

@@ -174,6 +174,12 @@ class ExitResNet(Exits, ResNet):
             cost = 0
         self._set_points([f"exit{i}" for i in exits], stage_macs, widths, sees)
 
+    @property
+    def whole_macs(self) -> int:
+        """The MACs of `whole` for one row: no early classifier runs."""
+        heads: list[nn.Linear] = list(self.heads)  # type: ignore[arg-type]
+        return self.dense_macs - sum(head.weight.numel() for head in heads)
+
     def _stage(self, k: int) -> list[Any]:
         """Return the blocks between exit k - 1 (or the stem) and exit k."""
         return self._blocks[self._ends[k] : self._ends[k + 1]]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.early import SCORES
+from dynrl.backbones.early import SCORES, SeenEnd
 from dynrl.backbones.resnet import Normed, folded
 from dynrl.backbones.skip import Skipping
 from dynrl.backbones.walk import State
@@ -47,7 +47,7 @@ class MultiPath(nn.Module):
         )
 
 
-class MultiPathResNet(Skipping):
+class MultiPathResNet(SeenEnd, Skipping):
     """A ResNet whose blocks are split along their width into paths; each path of each block is a decision point.
 
     A path sees the block's input, and its result is added to the block's sum. The sum begins with the shortcut, which
@@ -112,7 +112,7 @@ class MultiPathResNet(Skipping):
                 size = count_macs(block.paths[0], size)[1]
         self.fc = nn.Linear(size[0], classes)
         fixed_macs[-1] += count_macs(self.fc, (size[0],))[0]
-        self._set_points(names, path_macs, fixed_macs, paths - 1 + SCORES + max(widths), self.fc)
+        self._set_points(names, path_macs, self._see_end(fixed_macs), paths - 1 + SCORES + max(widths))
 
     def _enter(self, block: int, x: Tensor) -> Features:
         """Return the features in front of the first path of a block whose input is `x`."""
@@ -156,7 +156,7 @@ class MultiPathResNet(Skipping):
         """
         path = state.point % self._paths
         ran = state.get(state.walk.route)[:, state.point - path : state.point] == RUN
-        sure = self._with_end(state.point, summary(F.relu(state.features[1])), self.fc)
+        sure = self._with_end(state.point, summary(F.relu(state.features[1])))
         return torch.cat([F.pad(ran.float(), (0, self._paths - 1 - path)), sure], 1)
 
     def for_inference(self) -> Self:

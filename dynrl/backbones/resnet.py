@@ -160,7 +160,6 @@ class ResNet(Backbone):
     (64, 128, 256, 512), stem="imagenet"`.
     """
 
-    heads: nn.ModuleList  # the early classifiers of a family that has some
     _skippable: list[int]  # the places of the blocks that are decision points, once `_identities` has found them
 
     def __init__(
@@ -211,7 +210,7 @@ class ResNet(Backbone):
                 blocks.append(make(width, planes, 2 if stage > 1 and i == 0 else 1, kinds))
                 width = planes * make.expansion
             self.add_module(f"layer{stage}", blocks)
-        self.fc, self.heads = nn.Linear(width, classes), nn.ModuleList()
+        self.fc = nn.Linear(width, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -318,12 +317,6 @@ class ResNet(Backbone):
         for block in self._blocks:
             x = block(x)
         return self._head(x)
-
-    @property
-    def whole_macs(self) -> int:
-        """The MACs of `whole` for one row: no early classifier runs."""
-        heads: list[nn.Linear] = list(self.heads)  # type: ignore[arg-type]
-        return self.dense_macs - sum(head.weight.numel() for head in heads)
 
     def for_inference(self) -> Self:
         """Return a frozen copy with batch norm, ReLU and residual folded into the convolutions.

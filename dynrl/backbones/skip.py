@@ -6,15 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynrl.backbones.base import Backbone
-from dynrl.backbones.early import SCORES
+from dynrl.backbones.early import SCORES, SeenEnd
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
-from dynrl.ops.exit_scores import exit_scores
 from dynrl.ops.gated_residual import gated_residual, run_rows
 from dynrl.ops.move import beside, each
 from dynrl.ops.pooled import pooled_keeping, summary
@@ -46,14 +43,7 @@ class Skipping(Backbone):
         """Run what comes behind the block of `point`, up to the next point or to the output."""
         raise NotImplementedError
 
-    def _set_points(
-        self,
-        names: list[str],
-        block_macs: list[int],
-        fixed_macs: list[int],
-        width: int,
-        end: nn.Linear | None = None,
-    ) -> None:
+    def _set_points(self, names: list[str], block_macs: list[int], fixed_macs: list[int], width: int) -> None:
         """Pose a point for each block.
 
         Args:
@@ -61,14 +51,7 @@ class Skipping(Backbone):
             block_macs: the MACs of each block.
             fixed_macs: the MACs before the first block and behind each block, one more than blocks.
             width: the most numbers that `observe` shows.
-            end: the last layer, if `observe` tells how sure it is (`_with_end`).
         """
-        dense = sum(block_macs) + sum(fixed_macs)
-        rests = [sum(fixed_macs[point + 1 :]) for point in range(len(names))]
-        self._early = [rest <= TAIL * dense for rest in rests]
-        told = 0 if end is None or end.out_features == 1 else end.weight.numel()
-        self._end_macs = [told * (rest == told) for rest in rests]
-        fixed_macs = [fixed + end for fixed, end in zip(fixed_macs, [*self._end_macs, 0], strict=True)]
         behind = zip(block_macs, fixed_macs[1:], strict=True)
         self._pose(
             [Point(name, 2) for name in names],
@@ -77,25 +60,7 @@ class Skipping(Backbone):
             full_route=(1,) * len(names),
             feature_width=width,
         )
-
-    @property
-    def whole_macs(self) -> int:
-        """The MACs of `whole` for one row: the last layer runs once."""
-        return super().whole_macs - sum(self._end_macs)
-
-    def _with_end(self, point: int, means: Tensor, end: nn.Linear) -> Tensor:
-        """Return how sure the last layer is of `means` [n, C], and then these, for a router to see at a point.
-
-        It is how sure the network would be of rows that skip all that follows. Where a later stage comes, or if there
-        is one output, zeros stand for it.
-
-        Returns:
-            [n, SCORES + C] float32.
-        """
-        if not self._end_macs[point]:
-            return F.pad(means, (SCORES, 0))
-        # While a backbone is fine-tuned, its maps may be bfloat16 where a policy looks at them without autocast.
-        return torch.cat([exit_scores(end(means.to(end.weight.dtype))), means], 1)
+        self._early = [sum(fixed_macs[point + 1 :]) <= TAIL * self.dense_macs for point in range(len(names))]
 
     def auxiliary(self, state: State) -> Tensor | None:
         """Return the output of rows that skip all that follows; None where a later stage's first block runs for them.
@@ -163,7 +128,7 @@ class Skipping(Backbone):
         return run
 
 
-class SkipResNet(Skipping, ResNet):
+class SkipResNet(SeenEnd, Skipping, ResNet):
     """A ResNet whose identity blocks are decision points.
 
     Blocks that change the shape have no identity to fall back on. They always run, and no route costs less than they
@@ -182,7 +147,7 @@ class SkipResNet(Skipping, ResNet):
         super().__init__(*shape, **settings)
         shapes, block_macs, fixed_macs = self._identities()
         names, width = [self._names[i] for i in self._skippable], max(shape[0] for shape in shapes)
-        self._set_points(names, block_macs, fixed_macs, SCORES + width, self.fc)
+        self._set_points(names, block_macs, self._see_end(fixed_macs), SCORES + width)
 
     def _lead(self, inputs: Tensor) -> Tensor:
         return self._between(-1, inputs)
@@ -203,4 +168,4 @@ class SkipResNet(Skipping, ResNet):
     def observe(self, state: State) -> Tensor:
         """Return how sure the last layer is (`_with_end`), and then the mean of each channel."""
         means, state.held = pooled_keeping(state.features, state.held)
-        return self._with_end(state.point, means, self.fc)
+        return self._with_end(state.point, means)
