@@ -10,9 +10,7 @@ class ChannelVectorEnv(RoutingVectorEnv):
     """At each identity block of a residual network, how many of its inner channels are computed?
 
     ## Features
-    How sure the network's last layer is of the features before the block: its highest probability, the lead over the
-    second one, and the entropy divided by log(classes); three zeros where a later stage comes. Then the mean of each
-    channel of these features.
+    The mean of each channel of the features before the block.
 
     ## Action
     `Discrete(n)`, where n is the number of the backbone's `shares` (4: a quarter, a half, three quarters, all). A

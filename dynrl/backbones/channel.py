@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrl.backbones.early import SCORES, SeenEnd
 from dynrl.backbones.resnet import Block, ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.move import take_rows
@@ -103,7 +102,7 @@ def normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return norm(x)
 
 
-class SlimmableResNet(SeenEnd, ResNet):
+class SlimmableResNet(ResNet):
     """A ResNet whose identity blocks are decision points: action c computes the share shares[c] of inner channels.
 
     The features between blocks keep their full width, so rows of different choices continue together. Blocks that
@@ -125,7 +124,7 @@ class SlimmableResNet(SeenEnd, ResNet):
         super().__init__(input_shape, **network)
         self.config = {**self.config, "shares": list(shares)}
         shapes, block_macs, fixed_macs = self._identities()
-        fixed_macs, costs = self._see_end(fixed_macs), []
+        costs = []
         for i, macs, fixed in zip(self._skippable, block_macs, fixed_macs[1:], strict=True):
             block = self._blocks[i] = SlimmableBlock(self._blocks[i], tuple(shares))
             self.set_submodule(self._names[i], block)
@@ -136,7 +135,7 @@ class SlimmableResNet(SeenEnd, ResNet):
             costs=costs,
             start_macs=fixed_macs[0],
             full_route=(len(shares) - 1,) * len(shapes),
-            feature_width=SCORES + max(shape[0] for shape in shapes),
+            feature_width=max(shape[0] for shape in shapes),
         )
 
     def _renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,14 +172,10 @@ class SlimmableResNet(SeenEnd, ResNet):
         weighted = [gate.view(-1, 1, 1, 1) * block.sliced(x, choice) for choice, gate in enumerate(gates.unbind(1))]
         return self._go_on(state, torch.stack(weighted).sum(0))
 
-    def auxiliary(self, state: State) -> Tensor | None:
-        """Return what the last layer says of the map as it is, where the router sees how sure it is."""
-        return self._head(state.features) if self._end_macs[state.point] else None
-
     def observe(self, state: State) -> Tensor:
-        """Return how sure the last layer is (`SeenEnd`), and then the mean of each channel."""
+        """Return the mean of each channel."""
         means, state.held = pooled_keeping(state.features, state.held)
-        return self._with_end(state.point, means)
+        return means
 
     def _standing(self, state: State) -> tuple[Tensor, SlimmableBlock | SlicedBlock]:
         """Return the features of a state and the block that comes next."""
