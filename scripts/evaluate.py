@@ -29,6 +29,8 @@ class Args:
     """The folder for report.json and report.png; by default, the run folder, if there is only one."""
     data: str | None = None
     """Where the runs' data are now, if they have moved; by default, they are found by the name in the run."""
+    budgets: tuple[float, ...] = ()
+    """The shares of the dense MACs at which policies are asked, rising; by default, those of the family."""
     batch_size: int = 256
     """The number of inputs in the batch that is timed."""
     protocol: Literal["budgeted"] | None = None
@@ -54,7 +56,8 @@ def main(args: Args) -> None:
     if args.out is None and len(args.runs) > 1:
         raise ValueError("several runs make one report: name its folder with --out")
     out = args.out or args.runs[0]
-    report_runs(args.runs, out, args.batch_size, args.smaller, args.device, args.dtype, args.data, args.protocol)
+    given = (args.batch_size, args.smaller, args.device, args.dtype, args.data, args.protocol, args.budgets)
+    report_runs(args.runs, out, *given)
 
 
 def report_runs(
@@ -66,6 +69,7 @@ def report_runs(
     dtype: str = "float32",
     data: str | None = None,
     protocol: Literal["budgeted"] | None = None,
+    budgets: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Evaluate runs and show progress; write, print and return the report (see `dynrl.evaluation.evaluate`)."""
     from dynrl.evaluation import evaluate, report_text
@@ -73,7 +77,7 @@ def report_runs(
 
     report = evaluate(
         runs, out=out, smaller=smaller, data=data, batch_size=batch_size, device=device, dtype=dtype,
-        protocol=protocol, show=True,
+        protocol=protocol, budgets=budgets or None, show=True,
     )  # fmt: skip
     if out in runs and (out / "report.png").is_file():
         show_in_tensorboard(out / "report.png", out)

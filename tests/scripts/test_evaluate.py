@@ -94,6 +94,12 @@ def test_runs_on_several_backbones_make_one_report_of_means(run, tmp_path):
     assert learned(both) == pytest.approx({b: (first[b] + second[b]) / 2 for b in first if b in second})
 
 
+def test_a_report_asks_at_the_budgets_that_are_named(run, tmp_path):
+    main(["evaluate", str(run), "--out", str(tmp_path / "few"), "--batch-size", "16", "--budgets", "0.55", "0.7"])
+    points = read_json(tmp_path / "few" / "report.json")["points"]
+    assert [p["budget"] for p in points if p["policy"] == "learned"] == [0.55, 0.7]
+
+
 def test_a_run_is_evaluated_in_bf16(run, tmp_path):
     main(["evaluate", str(run), "--out", str(tmp_path / "bf16"), "--dtype", "bfloat16", "--batch-size", "16"])
     half, full = read_json(tmp_path / "bf16" / "report.json"), read_json(run / "report.json")
