@@ -33,14 +33,15 @@ def untrained_policy(backbone):
 
 
 def random_policy(backbone):
-    """Its routes hang on the input, and spare some MACs."""
+    """Its routes hang on the input, for a quarter of all at least, and spare some MACs."""
     router, inputs = untrained_policy(backbone), backbone.random_inputs(64)
     for _ in range(100):
         with torch.no_grad():
             router.head.bias.zero_()
             router.head.weight.normal_(std=3)
         route = RoutedModel(backbone, router).walk(inputs)
-        if len(route.route.unique(dim=0)) > 1 and route.macs.double().mean() < 0.9 * backbone.dense_macs:
+        commonest = int(route.route.unique(dim=0, return_counts=True)[1].max())
+        if commonest <= 48 and route.macs.double().mean() < 0.9 * backbone.dense_macs:
             return router
     raise AssertionError("100 draws, and none that spares MACs")
 
