@@ -94,7 +94,7 @@ ALLOWED = {
         "dynrl.trial",
     },
     "dynrl.trial": {
-        "dynrl.agents", "dynrl.backbones", "dynrl.cost", "dynrl.data", "dynrl.policies", "dynrl.settings",
+        "dynrl.agents", "dynrl.backbones", "dynrl.cost", "dynrl.data", "dynrl.policies", "dynrl.routes", "dynrl.settings",
     },
     "dynrl.training": {
         "dynrl.agents", "dynrl.backbones", "dynrl.data", "dynrl.deploy", "dynrl.envs", "dynrl.evaluation",
