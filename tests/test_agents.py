@@ -134,7 +134,7 @@ def test_large_features_are_measured_once_and_divided_by_a_power_of_two(monkeypa
     observe, scales = SkipResNet.observe, torch.ones(backbone.feature_width)
     scales[3] = 1000.0
     monkeypatch.setattr(
-        SkipResNet, "observe", lambda self, state: observe(self, state) * scales[: state.features.shape[1]]
+        SkipResNet, "observe", lambda self, state: (seen := observe(self, state)) * scales[: seen.shape[1]]
     )
     units = feature_units(backbone, split)
     assert units[3] > 64 and math.log2(units[3]).is_integer() and units[:3] + units[4:] == [1.0] * (len(units) - 1)

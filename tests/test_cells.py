@@ -61,7 +61,7 @@ def test_it_holds_the_resnet_that_it_is_made_from_and_costs_as_much():
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(backbone(images), plain(images))
     scoring = 16 * (8 + 16)  # of each cell's channels, in front of both blocks
-    assert backbone.dense_macs == plain.dense_macs + scoring
+    assert backbone.dense_macs == plain.whole_macs + scoring
     block = 2 * 9 * 16 * 16 * 8 * 8  # two convolutions from 16 to 16 channels on maps of 8 x 8
     assert (backbone.costs[1] - backbone.costs[1, 0]).tolist() == [0, block // 4, block // 2, block]
 

@@ -58,8 +58,8 @@ def rewrite(file, kind, changes):
         ({"kind": ...}, "kind: missing setting; expected kind, config, decision"), ({"new": 1}, "new: unknown setting"),
         ({"finished": 1}, "finished: expected bool, got 1"), ({"curve": None}, "curve: expected tuple.*got None"),
         ({"curve": [[1, 2, 3]]}, "curve: expected"), ({"curve": [[0, 1.0], [0.1, 0.5]]}, r"curve: .*got \(0, 1.0\)"),
-        ({"curve": [[-1, 0.5]]}, "prices from 0.002 to 2"), ({"curve": [[0.1, 0.5], [0.01, 0.7]]}, "expected rising prices"),
-        ({"curve": [[0.1, 0.5], [0.1, 0.7]]}, "expected rising prices"), ({"curve": [[3.0, 0.5]]}, "prices from 0.002 to 2"),
+        ({"curve": [[-1, 0.5]]}, "prices from 0.005 to 6"), ({"curve": [[0.1, 0.5], [0.01, 0.7]]}, "expected rising prices"),
+        ({"curve": [[0.1, 0.5], [0.1, 0.7]]}, "expected rising prices"), ({"curve": [[9.0, 0.5]]}, "prices from 0.005 to 6"),
         ({"curve": [[0.1, 0]]}, "a cost above 0"), ({"curve": [[0.1, 10**400]]}, "curve: expected"),
         ({"decision": "exit"}, "decides 'exit'"), ({"backbone": "0"}, "another backbone"), ({"config": {}}, "sight"),
     ],
@@ -77,7 +77,7 @@ def test_a_policys_notes_are_checked(changes, reason, run):
         ({"hidden": 10_000_000}, "more than .* numbers"), ({"hidden": 32}, "tensor 'hidden.weight': expected torch.float32"),
         ({"hidden": 64.0}, "hidden: expected int, got 64.0"), ({"hidden": True}, "hidden: expected int"), ({"start": [9]}, "expected a start"),
         ({"price_range": [1e-320, 2.0]}, "within 1e-12"), ({"price_range": [2.0, 1.0]}, "low <= high"), ({"new": 1}, "new: unknown"),
-        ({"sight": {"features": 31, "points": 10, "most_choices": 2, "suggested": 0}}, "the policy is for StepSight"), ({"sight": None}, "expected an object"),
+        ({"sight": {"features": 34, "points": 10, "most_choices": 2, "suggested": 0}}, "the policy is for StepSight"), ({"sight": None}, "expected an object"),
     ],
 )  # fmt: skip
 def test_a_policys_settings_are_checked(changes, reason, run):

@@ -213,7 +213,7 @@ def test_folders_join_to_one_backbone(tmp_path):
     for k, model in enumerate(reversed(networks)):
         plugged = dynrl.plug(loaded, StaticPolicy((k, 0)))
         torch.testing.assert_close(plugged(inputs), model(inputs), atol=1e-5, rtol=1e-5)
-        assert plugged.last_route.macs.tolist() == [model.dense_macs] * 6
+        assert plugged.last_route.macs.tolist() == [model.whole_macs] * 6
     with pytest.raises(ValueError, match="models of one data set, got inputs and outputs"):
         Members.joined([networks[0], SkipResNet((1, 8, 8), 5, layers=(1,), widths=(4,))])
     with pytest.raises(ValueError, match="expected one folder with a backbone of 'skip', got 2"):

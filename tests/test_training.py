@@ -434,7 +434,7 @@ def test_settings_are_filled_in_by_decision_data_and_agent():
     assert (adding.hidden, adding.num_envs, adding.finetune, adding.price_range) == (3, 256, True, (0.03, 1.0))
     assert plan("hidden-update").settings.problem.data == "sequential-digits"
     assert plan("skip", "digits", network=["widths=[4,4,4]"]).backbone.config["widths"] == [4, 4, 4]
-    assert plan("unroll", "hops", network=["recall=true"]).backbone.config["recall"]
+    assert plan("jump", "needle", network=["follow=true"]).backbone.config["follow"]
     assert plan("skip", "digits", epochs=3).recipe.pretraining.length(False) == 3
     recipe = plan("skip", "digits", epochs=3, plain=False).recipe.pretraining
     assert [recipe.length(routes) for routes in (False, True)] == [0, 3]

@@ -94,12 +94,12 @@ def halves(row: Defaults, dataset: Dataset) -> dict[str, tuple[str, ...]]:
 
     A way that a family does not have, or that meets no such network, is left out.
     """
-    whole, found = row.build(dataset, 0).dense_macs, {}
+    whole, found = row.build(dataset, 0).whole_macs, {}
     for way, changes in WAYS.items():
         fitting = []
         for settings in dict.fromkeys(map(_words, changes(row.backbone))):
             try:
-                share = row.changed(settings).build(dataset, 0).dense_macs / whole
+                share = row.changed(settings).build(dataset, 0).whole_macs / whole
             except ValueError:  # no network of this family
                 continue
             if LEAST <= share <= HALF:
@@ -131,7 +131,7 @@ def bench_tasks(names: Iterable[str], seeds: int, runs: Sequence[Path]) -> list[
             raise ValueError(f"{decision} on {data} has no plain network of about half of the MACs to stand beside it")
         posed.append((data, decision, recipe, {"dense": (), **half}))
     for data, decision, recipe, networks in posed:
-        test, whole = load_dataset(data).test, recipe.build(load_dataset(data), 0).dense_macs
+        test, whole = load_dataset(data).test, recipe.build(load_dataset(data), 0).whole_macs
         for name, settings in networks.items():
             # Networks of another recipe have other folders: nothing of them is gone on with.
             key = fingerprint({}, [asdict(recipe.pretraining), recipe.changed(settings).backbone])[:8]
@@ -154,8 +154,8 @@ def judged(folders: Sequence[Path], test: Split, whole: int) -> dict[str, Any]:
     metric, means = test.task.metric, torch.tensor([float(score.mean()) for score in scores])
     mean = torch.stack(scores).mean(0)
     return {
-        "metric": metric, "macs": networks[0].dense_macs,
-        "macs_fraction": networks[0].dense_macs / whole, "seeds": len(networks), metric: float(means.mean()),
+        "metric": metric, "macs": networks[0].whole_macs,
+        "macs_fraction": networks[0].whole_macs / whole, "seeds": len(networks), metric: float(means.mean()),
         f"{metric}_std": float(means.std()) if len(means) > 1 else 0.0, "error": test.task.error(float(means.mean())),
         "difficulty": {
             name: [{key: row[key] for key in ("from", "to", "inputs", metric)} for row in found["bins"]]

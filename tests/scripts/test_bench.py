@@ -433,10 +433,10 @@ def test_networks_of_half_the_macs_are_the_dearest_of_their_way(dots):
         "depth": ("layers=[3]",), "width": ("widths=[5]",), "stride": ("layers=[2,4]", "widths=[8,8]"),
         "taper": ("layers=[2,1]", "widths=[8,16]"),
     }  # fmt: skip
-    whole = row.build(dots, 0).dense_macs
+    whole = row.build(dots, 0).whole_macs
     for settings in found.values():
-        assert tasks.LEAST <= row.changed(settings).build(dots, 0).dense_macs / whole <= tasks.HALF
-    more = row.changed(["layers=[4]"]).build(dots, 0).dense_macs
+        assert tasks.LEAST <= row.changed(settings).build(dots, 0).whole_macs / whole <= tasks.HALF
+    more = row.changed(["layers=[4]"]).build(dots, 0).whole_macs
     assert more / whole > tasks.HALF, "one block more is too many"
     two_stages = row.changed(["layers=[2,4]", "widths=[8,8]"])
     assert tasks.halves(two_stages, dots)["stride"] == ("layers=[1,1,4]", "widths=[8,8,8]")
