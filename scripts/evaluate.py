@@ -56,8 +56,10 @@ def main(args: Args) -> None:
     if args.out is None and len(args.runs) > 1:
         raise ValueError("several runs make one report: name its folder with --out")
     out = args.out or args.runs[0]
-    given = (args.batch_size, args.smaller, args.device, args.dtype, args.data, args.protocol, args.budgets)
-    report_runs(args.runs, out, *given)
+    report_runs(
+        args.runs, out, batch_size=args.batch_size, smaller=args.smaller, device=args.device, dtype=args.dtype,
+        data=args.data, protocol=args.protocol, budgets=args.budgets,
+    )  # fmt: skip
 
 
 def report_runs(

@@ -53,7 +53,7 @@ OWN = {  # modules of a user's
     ),
     "exits in place": lambda: ExitModule(Reader(depth=4), (5, 8), ["blocks.0", "blocks.2"]),
 }
-KINDS = [  # settings of models whose own walks are charged more than the models alone
+KINDS = [  # settings of models; the own walks of all but the last are charged more than the models alone
     {"family": "skip_resnet", "layers": [1], "widths": [4]},
     {"family": "exit_resnet", "layers": [2, 1], "widths": [4, 8], "exits": [0, 1]},
     {"family": "cell_resnet", "layers": [2, 2], "widths": [4, 8], "grid": 2},

@@ -27,7 +27,7 @@ class Skipping(Backbone):
     """
 
     decision = "skip"
-    auxiliary_weight = 3.0
+    auxiliary_weight = 3.0  # with less, such answers are worse; with more, those of the full route are
     exports = True
     captures: ClassVar[tuple[str, ...]] = ("select", "pieces")
 
