@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ GRADIENT_NORM = 0.5
 class Gates(Agent):
     """This agent trains the same router as PPO, but by gradient through the gated walk of the frozen backbone.
 
-    It maximises the same return as PPO: the accuracy term less price x MACs / dense MACs. Each input takes all
-    branches, forwards and backwards, weighted by its gates. A decision therefore takes more time than in PPO, and tells
-    more.
+    It maximises the same return as PPO: the accuracy term less price x MACs / dense MACs. Each row's is divided by its
+    price plus the middle of the range, so that neither few MACs nor right answers are most of what is learned. Each
+    input takes all branches, forwards and backwards, weighted by its gates. A decision therefore takes more time than
+    in PPO, and tells more.
     """
 
     cannot = {
@@ -118,7 +120,9 @@ class Gates(Agent):
             )
         reward = earned + paid
         self._optimizer.zero_grad()
-        (-reward.mean()).backward()
+        # Undivided, rows of high prices would make up most of the gradient, which is then clipped.
+        middle = math.sqrt(math.prod(learning.prices))
+        (-reward / (middle + prices)).mean().backward()
         torch.nn.utils.clip_grad_norm_(self._router.parameters(), GRADIENT_NORM)
         self._optimizer.step()
         return {

@@ -251,13 +251,13 @@ DEFAULTS: dict[tuple[str, str], Defaults] = {
     # The plain network needs most of the time: exits are soon trained on it.
     ("exit", "trace-small"): Defaults(
         family="exit_resnet",
-        backbone={"layers": (2, 4), "widths": (16, 32), "exits": (0, 1, 2, 3, 4)},
+        backbone={"layers": (2, 4), "widths": (24, 48), "exits": (1, 2, 3, 4)},
         pretraining=Recipe(epochs=4, batch_size=128, plain_epochs=12),
         learning=Learning(steps=150_000),
     ),
     ("exit", "trace"): Defaults(
         family="exit_resnet",
-        backbone={"layers": (1, 7), "widths": (12, 24), "exits": (0, 1, 2, 3, 4, 5, 6)},
+        backbone={"layers": (1, 7), "widths": (12, 24), "exits": (1, 2, 3, 5)},
         pretraining=Recipe(epochs=6, batch_size=128, plain_epochs=24),
         learning=Learning(steps=300_000),
         finetuning=Finetuning(rounds=3, epochs=4, steps=100_000, learning_rate=0.05),

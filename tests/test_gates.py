@@ -42,7 +42,7 @@ def gates_for(monkeypatch, tmp_path):
         monkeypatch.setattr("dynrl.agents.base.load_dataset", lambda name: answered_by(backbone))
         monkeypatch.setattr("dynrl.agents.gates.load_backbone", lambda path: (backbone, {}))
         steps = iterations * 8 * 16 * backbone.max_steps
-        learning = Learning("gate", steps=steps, num_envs=16, price_range=(0.01, 1000.0))
+        learning = Learning("gate", steps=steps, num_envs=16, price_range=(0.01, 1e6), learning_rate=0.01)
         settings = Settings(Problem("any", "any"), learning)
         return train_policy(settings, Path("any"), folder)
 
@@ -59,7 +59,7 @@ def test_a_high_price_takes_the_cheapest_and_no_price_keeps_what_accuracy_needs(
     model, split = RoutedModel(backbone, router), answered_by(backbone).train
     constant = (torch.full((1, backbone.max_steps), choice) for choice in range(backbone.num_choices))
     cheapest = min(int(backbone.run_route(split.inputs[:1], route).macs) for route in constant)
-    model.set_price(1000.0)
+    model.set_price(1e6)
     cheap = score(model, split)
     model.set_price(0.01)
     best = score(model, split)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from dynrl.evaluation.contenders import Contender, Ground, Learned, Reached, Ruled
-from dynrl.evaluation.rules import Leaving, leaving, rules_of
+from dynrl.evaluation.rules import rules_of
 from dynrl.evaluation.scores import score_routes
+from dynrl.evaluation.thresholds import Leaving, leaving, shares_of
 from dynrl.progress import progress, talking
 from dynrl.tasks import TASKS, Task
 
@@ -55,7 +56,8 @@ def budgeted(ground: Ground, learned: Sequence[Learned], exits: Leaving, show: b
     Returns:
         {"points": a row for each contender and budget, "anytime": a row for each exit, where all inputs leave there}.
     """
-    rules = [Ruled(name, fit, ground) for name, fit in rules_of(ground.network).items()]
+    fits = rules_of(ground.network) | shares_of(ground.network)
+    rules = [Ruled(name, fit, [ground.network], ground) for name, fit in fits.items()]
     everybody: list[Contender] = [*learned, *rules]
     asked = budgets(exits, ground.network.dense_macs)
     total = sum(contender.passes(asked) for contender in everybody) + len(exits.macs)

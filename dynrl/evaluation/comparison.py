@@ -79,7 +79,7 @@ def compare(
     everyone = [Learned(kind, [run.model for run in mine], ground) for kind, mine in kinds.items()]
     learned, alone = ([of for of in everyone if of.asked is asked] for asked in (True, False))
     dense = Dense(ground, folders[0].plain, learned)
-    *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller])
+    *others, oracle = rivals(ground, [plain_network(folder, dataset) for folder in smaller], learned)
     chance = by_chance(learned, ground)
     others = [*chance, *others]
     check_rules([dense, *everyone, *others, oracle])

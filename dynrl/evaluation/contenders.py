@@ -348,42 +348,57 @@ class Constant(Contender):
 
 
 class Ruled(Contender):
-    """A rule of thumb is a contender once it is fitted (see `dynrl.evaluation.rules`)."""
+    """A rule of thumb is a contender once it is fitted (see `dynrl.evaluation.rules`), on each of some networks.
 
-    preparing = 1
-    _policy_for: PolicyFor
+    Args:
+        name: the contender's name.
+        fit: the rule.
+        networks: the networks that walk by the rule, each fitted for itself: the pretrained one, or tuned ones.
+        ground: the data.
+    """
 
-    def __init__(self, name: str, fit: Fit, ground: Ground) -> None:
-        self.name, self._fit, self._ground = name, fit, ground
+    _policies_for: list[PolicyFor]
+
+    def __init__(self, name: str, fit: Fit, networks: Sequence[Backbone], ground: Ground) -> None:
+        self.name, self._fit, self._networks, self._ground = name, fit, networks, ground
+        self.preparing = len(networks)
 
     def prepare(self, tick: Tick) -> None:
         """Fit the rule; raise a ValueError if that gives no function from budgets to policies."""
-        self._policy_for = self._fit(self._ground.network, self._ground.validation)
-        if hasattr(self._policy_for, "chooser") or not callable(self._policy_for):
-            raise ValueError(
-                f"expected the rule {self.name!r} to return a function from a budget to a policy (or None), got a "
-                f"{type(self._policy_for).__name__}"
-            )
-        tick()
+        self._policies_for = []
+        for network in self._networks:
+            policy_for = self._fit(network, self._ground.validation)
+            if hasattr(policy_for, "chooser") or not callable(policy_for):
+                raise ValueError(
+                    f"expected the rule {self.name!r} to return a function from a budget to a policy (or None), got a "
+                    f"{type(policy_for).__name__}"
+                )
+            self._policies_for.append(policy_for)
+            tick()
 
     def reach(self, budget: float | None) -> list[Reached] | None:
-        """Take the fitted rule that meets the budget on validation data; return None if none does."""
+        """Take the fitted rules that meet the budget on validation data; return None if one of them does not."""
         assert budget is not None
-        policy = self._policy_for(budget)
-        if policy is None:
-            return None
-        if not hasattr(policy, "chooser"):
-            raise ValueError(
-                f"expected the rule {self.name!r} to return a policy for the budget {budget:g}, or None, got a "
-                f"{type(policy).__name__}; StaticPolicy makes one of a route"
-            )
-        model = RoutedModel(self._ground.network, policy)
+        found = []
+        for network, policy_for in zip(self._networks, self._policies_for, strict=True):
+            policy = policy_for(budget)
+            if policy is None:
+                return None
+            if not hasattr(policy, "chooser"):
+                raise ValueError(
+                    f"expected the rule {self.name!r} to return a policy for the budget {budget:g}, or None, got a "
+                    f"{type(policy).__name__}; StaticPolicy makes one of a route"
+                )
+            found.append(self._follow(RoutedModel(network, policy)))
+        return found
+
+    def _follow(self, model: RoutedModel) -> Reached:
         metric, route = score_rows(model, self._ground.test)
 
         def start(batch: Tensor) -> Callable[[], Any]:
             return lambda: model(batch)
 
-        return [Reached(model.backbone, metric, route.macs_fraction, route.router_fraction, route.actions, start)]
+        return Reached(model.backbone, metric, route.macs_fraction, route.router_fraction, route.actions, start)
 
 
 class Plain(Contender):
@@ -530,18 +545,25 @@ def check_rules(contenders: Sequence[Contender]) -> None:
             )
 
 
-def rivals(ground: Ground, smaller: Sequence[Backbone] = ()) -> list[Contender]:
+def rivals(ground: Ground, smaller: Sequence[Backbone] = (), learned: Sequence[Learned] = ()) -> list[Contender]:
     """List all that learned policies stand beside, in a report's order.
 
     Args:
         ground: with the pretrained network.
         smaller: plain networks of fewer MACs, trained alone; those of one shape are seeds of one another.
+        learned: the learned policies; rules stand beside tuned ones on their networks, too, which are better ones.
 
     Raises:
-        ValueError: one shape of them has more seeds than another.
+        ValueError: one shape of plain networks has more seeds than another.
     """
     static = Static(ground)
+    networks = {"": [ground.network]}
+    networks |= {f" on {of.name}": [model.backbone for model in of.models] for of in learned if of.kind.tuned}
     found: list[Contender] = [Random(ground)]
-    found += [Ruled(name, fit, ground) for name, fit in rules_of(ground.network).items()]
+    found += [
+        Ruled(name + where, fit, mine, ground)
+        for where, mine in networks.items()
+        for name, fit in rules_of(mine[0]).items()
+    ]
     found += [static, *(Constant(name, route, ground) for name, route in ground.network.constant_routes())]
     return [*found, *_plain_front(smaller, ground), Oracle(static, ground)]

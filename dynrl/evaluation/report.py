@@ -163,7 +163,7 @@ def measure(
         show: whether to show progress.
     """
     dense, budgets = Dense(ground, plain, learned), budgets or ground.network.budgets
-    random, *others = rivals(ground, smaller)
+    random, *others = rivals(ground, smaller, learned)
     others = [*by_chance(learned, ground), *others]
     everybody: list[Contender] = [dense, *learned, random, *others]
     check_rules(everybody)

@@ -10,61 +10,101 @@ from dynrl.backbones import ExitResNet
 from dynrl.data import Split
 from dynrl.envs import DECISIONS
 from dynrl.evaluation import RULES, rules_of, score
+from dynrl.evaluation.thresholds import ExitThresholds
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import StaticPolicy, ThresholdPolicy
-from dynrl.policies.threshold import fit_thresholds
 from tests.cases import EXAMPLES, make_backbone
 from tests.toys import Branching, Exiting, Looping
 
-COSTS = torch.tensor([3.0, 4.0, 7.0, 20.0])
+COSTS = torch.tensor([3.0, 4.0, 7.0, 20.0], dtype=torch.float64)
 
 
-def leaves(scores, thresholds, rising=True):
+def leaves(scores, thresholds):
     """[n], the exit at which each input leaves: one input, one exit at a time."""
     found = []
-    for row in scores.tolist():
-        sure = [s >= t if rising else s <= t for s, t in zip(row, thresholds.tolist(), strict=True)]
+    for row in scores.t().tolist():
+        sure = [s >= t for s, t in zip(row, thresholds.tolist(), strict=True)]
         found.append(sure.index(True) if any(sure) else len(row))
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize("rising", [True, False])
+def shares(scores, budget):
+    """MSDNet's thresholds, for which answers are all the same."""
+    return ExitThresholds(scores, torch.zeros(4, scores.shape[1]), COSTS).by_shares(budget)
+
+
 @pytest.mark.parametrize("budget", [3.0, 3.5, 5.0, 8.5, 12.0, 19.0, 20.0])
-def test_fitted_thresholds_meet_the_budget(budget, rising):
-    scores = torch.rand(500, 3)
-    at = leaves(scores, fit_thresholds(scores, COSTS, budget, rising), rising)
+def test_shares_meet_the_budget(budget):
+    scores = torch.rand(3, 500)
+    at = leaves(scores, shares(scores, budget))
     assert float(COSTS[at].mean()) == pytest.approx(budget, rel=0.02)
     assert len(at.unique()) == 4 or budget in (3.0, 20.0, 19.0, 3.5)
 
 
 def test_shares_fall_or_rise_by_one_factor_from_exit_to_exit():
     """q_k = z (1 - q)^(k-1) q: what MSDNet's protocol fixes beside the budget."""
-    scores = torch.rand(20_000, 3)
+    scores = torch.rand(3, 20_000)
     for budget in (5.0, 13.0):
-        share = torch.bincount(leaves(scores, fit_thresholds(scores, COSTS, budget)), minlength=4) / len(scores)
+        share = torch.bincount(leaves(scores, shares(scores, budget)), minlength=4) / scores.shape[1]
         factors = share[1:] / share[:-1]
         torch.testing.assert_close(factors, factors[:1].expand(3), rtol=0.02, atol=0)
         assert (factors[0] > 1) == (budget > float(COSTS.mean()))
 
 
 def test_the_surest_leave_first_and_a_dearer_budget_lets_none_leave_earlier():
-    scores = torch.rand(400, 3)
+    scores = torch.rand(3, 400)
     before = None
     for budget in (4.0, 6.0, 9.0, 15.0):
-        thresholds = fit_thresholds(scores, COSTS, budget)
+        thresholds = shares(scores, budget)
         at = leaves(scores, thresholds)
-        assert scores[at == 0, 0].min() > scores[at > 0, 0].max()
+        assert scores[0, at == 0].min() > scores[0, at > 0].max()
         if before is not None:
             assert thresholds[0] > before
         before = thresholds[0]
 
 
 def test_ties_leave_together_and_the_rest_of_the_fit_goes_on():
-    scores = torch.ones(100, 3)
-    thresholds = fit_thresholds(scores, COSTS, 8.0)
-    assert (leaves(scores, thresholds) == 0).all()
-    with pytest.raises(ValueError, match="out of reach"):
-        fit_thresholds(scores, COSTS, 2.9)
+    scores = torch.ones(3, 100)
+    assert (leaves(scores, shares(scores, 8.0)) == 0).all()
+    assert shares(scores, 2.9) is None
+    assert ExitThresholds(scores, torch.zeros(4, 100), COSTS).within(2.9) is None
+
+
+def test_nobody_leaves_where_an_exit_knows_nothing():
+    """The first exit is chance and the second is right where it is sure: shares would send rows to the first."""
+    generator = torch.Generator().manual_seed(0)
+    sure = torch.rand(2, 2000, generator=generator)
+    wrong = torch.zeros(3, 2000)
+    wrong[0] = torch.rand(2000, generator=generator) < 0.5
+    wrong[1] = sure[1] < 0.5
+    fitted = ExitThresholds(sure, wrong, torch.tensor([0.4, 0.6, 1.0], dtype=torch.float64))
+
+    def error(thresholds):
+        at = leaves(sure, thresholds)
+        return float(wrong.gather(0, at[None]).mean())
+
+    assert error(fitted.within(0.82)) == 0.0
+    assert error(fitted.by_shares(0.82)) > 0.05
+
+
+def test_no_setting_of_thresholds_on_a_grid_is_better_within_the_budget():
+    """Beside all pairs of quantiles, tried one by one, on exits whose scores are on scales of their own."""
+    generator = torch.Generator().manual_seed(1)
+    right = torch.rand(3, 300, generator=generator)
+    sure, wrong = right[:2] * torch.tensor([[1.0], [0.3]]), (right < torch.tensor([[0.7], [0.4], [0.1]])).float()
+    sure += 0.1 * torch.rand(2, 300, generator=generator)
+    costs = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
+    fitted = ExitThresholds(sure, wrong, costs)
+    grid = [[*row.quantile(torch.linspace(0, 1, 40)).tolist(), torch.inf] for row in sure]
+    tried = []
+    for pair in torch.cartesian_prod(*map(torch.tensor, grid)):
+        at = leaves(sure, pair)
+        tried.append((float(costs[at].mean()), float(wrong.gather(0, at[None]).mean())))
+    for budget in (0.3, 0.5, 0.7, 0.9):
+        at = leaves(sure, fitted.within(budget))
+        best = min(error for cost, error in tried if cost <= budget)
+        assert float(costs[at].mean()) <= budget + 1e-9
+        assert float(wrong.gather(0, at[None]).mean()) <= best + 0.015
 
 
 @pytest.mark.parametrize("name", ExitResNet.scores)
@@ -105,7 +145,7 @@ def test_exits_are_known_for_thresholds_on_three_scores():
 
 
 @pytest.mark.parametrize(("decision", "name"), RULED)
-def test_rules_meet_budgets_on_their_data_or_pass(decision, name):
+def test_rules_keep_budgets_on_their_data_or_pass(decision, name):
     backbone = make_backbone(decision).for_inference()
     split = random_split(backbone)
     policy_for = rules_of(backbone)[name](backbone, split)
@@ -114,7 +154,7 @@ def test_rules_meet_budgets_on_their_data_or_pass(decision, name):
         policy = policy_for(budget)
         if policy is not None:
             model = dynrl.plug(backbone, policy)
-            assert score(model, split).macs_fraction == pytest.approx(budget, rel=0.02)
+            assert score(model, split).macs_fraction <= 1.02 * budget
             met += 1
     assert policy_for(0.01) is None
     assert met >= 3
@@ -140,7 +180,10 @@ class RuledBranching(ByFirst, Branching):
 
 @pytest.mark.parametrize("family", [RuledExiting, RuledLooping, RuledBranching])
 def test_any_familys_own_score_is_a_rule(family):
-    """Thresholds meet budgets whether rows leave, come again or go on; the surest are those that take less."""
+    """Thresholds keep budgets whether rows leave, come again or go on; the surest are those that take less.
+
+    Where nobody can leave, the budget is spent. Where rows can, less is spent if more would not be more right.
+    """
     backbone = family().eval()
     split = random_split(backbone, 400)
     (fit,) = rules_of(backbone).values()
@@ -150,8 +193,10 @@ def test_any_familys_own_score_is_a_rule(family):
         policy = policy_for(budget)
         if policy is not None:
             spent.append(score(dynrl.plug(backbone, policy), split).macs_fraction)
-            assert budget - 0.1 <= spent[-1] <= budget + 0.02
+            assert (budget - 0.1) * (family is not RuledExiting) <= spent[-1] <= budget + 0.02
     assert len(spent) >= 2 and spent == sorted(spent)
+    if family is RuledExiting:
+        return
     dearest = score(dynrl.plug(backbone, policy_for(1.2)), split).macs_fraction
     assert dearest == pytest.approx(
         float(backbone.run_route(split.inputs, routes).macs.double().mean()) / backbone.dense_macs
