@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,7 +30,7 @@ CLOSE = 0.005  # random routes cost what is asked but for this share of it
 MOST_STEPS = 8  # how many walks may find the rate of one seed's routes
 WIDEST_STEP = 2.0  # in log-odds
 LEAST = 1e-9  # a cost whose logarithm is taken: where all rows end at once, nothing is spent
-PROBED = 8  # how many rows measure what a static route costs: choices may be closed to some inputs
+PROBED = 64  # on as many rows at most, a change of a static route must lower the cost to be tried on all rows
 
 
 @torch.inference_mode()
@@ -144,6 +145,7 @@ def _greedy_tries(backbone: Backbone) -> int:
     return 1 + steps * (steps + 1) // 2
 
 
+@torch.inference_mode()
 def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None) -> list[Found]:
     """Find smaller networks on validation data; each is one route that all inputs take.
 
@@ -159,35 +161,31 @@ def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = la
     Returns:
         the routes, from dear to cheap; each has an action for every column.
     """
+    probed = split.inputs[:: 1 + len(split) // PROBED]
 
-    def probe(route: Sequence[int]) -> tuple[float, Tensor]:
-        """Return the route's share of the dense MACs, and which columns any row comes to: [columns] bool."""
-        inputs = split.inputs[:PROBED]
-        walk = backbone.run_route(inputs, torch.tensor([route]).expand(len(inputs), -1))
-        return float(walk.macs.double().mean()) / backbone.dense_macs, (walk.route >= 0).any(0)
+    def probe(route: Sequence[int]) -> float:
+        """Return about what the route costs: enough to tell whether a change may lower it."""
+        return float(backbone.run_route(probed, torch.tensor([route]).expand(len(probed), -1)).macs.double().mean())
 
-    def judge(route: tuple[int, ...]) -> tuple[float, float]:
-        """Return the mean log-likelihood and the mean metric of a route."""
+    def judge(route: tuple[int, ...]) -> tuple[float, Found, Tensor]:
+        """Return the mean log-likelihood, the find, and which columns any row comes to: [columns] bool."""
         tick()
         walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
-        return float(walked.likely.mean()), split.task.mean(walked.metric, split.targets)
+        found = Found(route, float(walked.macs.double().mean()), split.task.mean(walked.metric, split.targets))
+        return float(walked.likely.mean()), found, (walked.route >= 0).any(0)
 
     if _greedy_tries(backbone) > MOST_TRIES:
-        found = [Found(route, probe(route)[0], judge(route)[1]) for route in spaced_routes(backbone)]
-        return sorted(found, key=lambda of: -of.macs_fraction)
-    route = _full_route(backbone)
-    cost, reached = probe(route)
-    found = [Found(route, cost, judge(route)[1])]
+        return measured_routes(backbone, split, spaced_routes(backbone), tick)
+    _, at, reached = judge(_full_route(backbone))
+    found = [at]
     while True:
-        tried = []
-        for other in _changes(backbone, route, reached):
-            less, where = probe(other)
-            if less < cost:
-                tried.append((*judge(other), other, less, where))
-        if not tried:
+        most = probe(at.what)
+        tried = [judge(other) for other in _changes(backbone, at.what, reached) if probe(other) < most]
+        cheaper = [each for each in tried if each[1].macs_fraction < at.macs_fraction]
+        if not cheaper:
             return found
-        _, metric, route, cost, reached = max(tried, key=lambda of: of[:3])
-        found.append(Found(route, cost, metric))
+        _, at, reached = max(cheaper, key=itemgetter(0))
+        found.append(at)
 
 
 def _full_route(backbone: Backbone) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from dynrl.backbones import JumpRNN
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel
 from dynrl.evaluation import (
@@ -59,6 +60,20 @@ def test_static_search_changes_one_choice_at_a_time_where_rows_come(name):
     for before, after in itertools.pairwise(static_routes(backbone, split)):
         (column,) = [c for c, (a, b) in enumerate(zip(before.what, after.what, strict=True)) if a != b]
         assert backbone.run_route(split.inputs[:1], torch.tensor([before.what])).route[0, column] >= 0
+
+
+@pytest.mark.parametrize("most", [routes.MOST_TRIES, 0])
+def test_static_routes_cost_what_all_rows_take_on_average(most, monkeypatch):
+    """The first texts are the shortest ones, which cannot jump far; no choice is open at their last words."""
+    monkeypatch.setattr(routes, "MOST_TRIES", most)
+    backbone = JumpRNN((7,), 2, 9, 4, 6, (1, 2)).eval()
+    lengths = torch.arange(2, 8).repeat_interleave(40)
+    texts = torch.randint(1, 9, (240, 7)) * (torch.arange(7) < lengths.unsqueeze(1))
+    split = Split(texts, torch.arange(240) % 2)
+    found = static_routes(backbone, split)
+    spent = [score_routes(backbone, StaticPolicy(of.what).route(texts), split).macs.mean() for of in found]
+    assert [of.macs_fraction for of in found] == pytest.approx([float(macs) for macs in spent])
+    assert found[-1].macs_fraction < 0.3, "all stop at the first word"
 
 
 def test_too_many_tries_are_spaced_routes(monkeypatch):
