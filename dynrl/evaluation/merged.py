@@ -14,7 +14,8 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     A row is kept if every report has it; rows of one policy and budget are told apart by their order. Its numbers are
     means over the backbones, and its spread is that of the backbones' means, since backbones differ more than policies
-    on one of them do. `runs` counts all policies. Usage is that of the first backbone. `left_out` tells on how many
+    on one of them do. `runs` counts all policies. Smaller plain networks are the same beside each backbone, so their
+    rows keep the spread and the runs of one report. Usage is that of the first backbone. `left_out` tells on how many
     backbones there are the rows that not all reports have.
     """
     if len(reports) == 1:
@@ -53,9 +54,16 @@ def _merge_rows(reports: Sequence[Sequence[dict[str, Any]]], metric: str) -> lis
     for key in by_key[0]:
         if all(key in rows for rows in by_key):
             mine = [rows[key] for rows in by_key]
-            spread = statistics.stdev(row[metric] for row in mine)
-            merged.append(_mean(mine) | {f"{metric}_std": spread, "runs": sum(row["runs"] for row in mine)})
+            spread, runs = statistics.stdev(row[metric] for row in mine), sum(row["runs"] for row in mine)
+            if _beside_all(mine[0]["policy"]):
+                spread, runs = mine[0][f"{metric}_std"], mine[0]["runs"]
+            merged.append(_mean(mine) | {f"{metric}_std": spread, "runs": runs})
     return merged
+
+
+def _beside_all(policy: str) -> bool:
+    """Tell whether a row is of networks that stand beside every backbone (`contenders.Plain` and `Smaller`)."""
+    return policy == "smaller" or policy.startswith("plain ")
 
 
 def keyed(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float | None, int], Any]:

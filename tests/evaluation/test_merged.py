@@ -42,6 +42,15 @@ def test_numbers_are_means_over_backbones_and_spreads_are_theirs():
     assert merged["usage"] == REPORT["usage"]
 
 
+@pytest.mark.parametrize("name", ["plain 1 MMACs", "smaller"])
+def test_networks_beside_all_backbones_are_counted_once(name):
+    """Three seeds of one shape stand beside each of two backbones, with the same figures: their spread is not 0."""
+    plain = {"policy": name, "budget": 0.5, "accuracy": 0.9, "accuracy_std": 0.1, "runs": 3, "latency_ms": 1.0}
+    reports = [REPORT | {"points": [*REPORT["points"], plain | {"latency_ms": ms}]} for ms in (1.0, 2.0)]
+    row = merge_reports(reports)["points"][-1]
+    assert (row["accuracy"], row["accuracy_std"], row["runs"], row["latency_ms"]) == (0.9, 0.1, 3, 1.5)
+
+
 def test_what_only_some_backbones_have_is_told():
     """One policy reaches budgets, that on the other backbone has collapsed: they share no row."""
     whole = read_json(ROOT / "results" / "exit-fashion-mnist" / "report.json")
