@@ -22,6 +22,7 @@ from dynrl.backbones import FAMILIES, ExitModule, Models, SkipModule, SkipResNet
 from dynrl.data import Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
 from dynrl.data.own import SHARE
 from dynrl.deploy import policy_fingerprint
+from dynrl.evaluation import score
 from dynrl.files import load_tensors, read_json, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.inputs import Named, parts
@@ -33,6 +34,7 @@ from dynrl.runs import RunFolder
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Detection, Regression, Segmentation
 from dynrl.training import learn, make_run, nothing_learned, pretrain_into, resume, train
+from tests.cases import make_policy
 
 pytestmark = pytest.mark.usefixtures("registries")
 
@@ -418,6 +420,24 @@ def test_prices_are_found_and_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr("dynrl.training.find_price_range", None)
     resumed = resume(run.path, small_images(), backbone=own_backbone())
     assert resumed.model.price_range == found and Settings.read(run.config_file).learning.prices == found
+
+
+def test_budgets_are_what_all_of_validation_costs(tmp_path, monkeypatch):
+    def drawn(settings, backbone, *rest):
+        """A policy whose choices differ from input to input."""
+        policy = make_policy(load_backbone(backbone)[0], settings.learning.prices)
+        for weights in policy.parameters():
+            weights.data = torch.randn_like(weights)
+        return policy, True
+
+    monkeypatch.setattr("dynrl.training.train_policy", drawn)
+    data = small_images(12_000)
+    run = train(own_backbone(), data, out=tmp_path / "run", pretrain=False, **SHORT)
+    model, validation = run.model, run.dataset(data).validation
+    assert len(validation) == 1200
+    for price, macs in model.curve[::4]:
+        model.set_price(price)
+        assert score(model, validation).macs_fraction == pytest.approx(macs, rel=1e-6)
 
 
 def test_a_call_may_talk(tmp_path, capfd):
