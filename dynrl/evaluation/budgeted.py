@@ -23,7 +23,7 @@ POINTS = 39  # of the curve: q = 1/20, 2/20, ... 39/20
 
 def check_leaving(ground: Ground) -> Leaving:
     """Return the ways to leave the ground's network; refuse, with a ValueError, one without exits in a row."""
-    found = leaving(ground.network, ground.searched.inputs, ground.network.dense_actions(1)[0].cpu())
+    found = leaving(ground.network, ground.validation.inputs, ground.network.dense_actions(1)[0].cpu())
     if found is None:
         raise ValueError(
             f"expected a network with exits in a row for the protocol 'budgeted', got {type(ground.network).__name__}, "

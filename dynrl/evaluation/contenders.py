@@ -29,8 +29,7 @@ from dynrl.tasks import Task
 
 BUDGETS = Backbone.budgets  # the shares of the dense MACs at which reports ask of most families
 RANDOM_SEEDS = 3
-VALIDATED = 1024  # how many rows of the validation split searches look at
-RATED = 256  # on how many of those rows the search for the rate of random routes begins
+RATED = 256  # on how many rows of the validation split the search for the rate of random routes begins
 
 Tick = Callable[[], Any]
 
@@ -63,7 +62,6 @@ class Ground:
         self.dataset, self._seen = dataset, (dataset.mean, dataset.deviation, dataset.names, dataset.vocabulary)
         self.network: Backbone = self.put(backbone)
         self.test, self.validation = (split.to(*self.place) for split in (dataset.test, dataset.validation))
-        self.searched = self.validation.head(VALIDATED)
         self.task: Task = dataset.task
 
     def put(self, network: Backbone) -> Backbone:
@@ -287,7 +285,7 @@ class Random(Contender):
         """Draw routes of independent choices that cost the budget on average, or the dearest; None if all cost more."""
         assert budget is not None
         network, ground = self._ground.network, self._ground
-        rate = ways.random_rate(network, ground.searched.inputs[:RATED], budget)
+        rate = ways.random_rate(network, ground.validation.inputs[:RATED], budget)
         if rate is None:
             return None
 
@@ -319,7 +317,7 @@ class Static(Contender):
 
     def prepare(self, tick: Tick) -> None:
         """Search for static routes."""
-        network, split = self._ground.network, self._ground.searched
+        network, split = self._ground.network, self._ground.validation
         self.found = ways.static_routes(network, split, tick)
         self.found += ways.measured_routes(network, split, self._constant, tick)
 
@@ -435,7 +433,7 @@ class Smaller(Contender):
         """Measure each network on validation data."""
         self._known, whole = [], self._ground.network.dense_macs
         for plain in self._plain:
-            metric = mean_metric(plain.networks, self._ground.searched)
+            metric = mean_metric(plain.networks, self._ground.validation)
             self._known.append(ways.Found(plain, plain.networks[0].dense_macs / whole, metric))
             tick()
 

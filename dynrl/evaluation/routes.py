@@ -22,7 +22,8 @@ from dynrl.tasks import Task
 PolicyFor = Callable[[float], Policy | None]
 Fit = Callable[[Backbone, Split], PolicyFor]
 FITTED = 1024  # how many rows of a split a rule of thumb is fitted on, if each try is a walk
-MOST_TRIES = 400  # how many passes over validation data the greedy search for static routes may take
+SEARCHED = 1024  # how many rows the greedy search for static routes looks at
+MOST_TRIES = 400  # how many passes over these rows it may take
 PARTS = 16  # `spaced_routes` keep none, one sixteenth, two sixteenths, ... all of the columns
 ORACLE_DRAWS = 24
 ORACLE_PRICE = 1e-3  # the price of the dense MACs in units of the task's error, lower than what policies are told
@@ -135,57 +136,64 @@ def cheapest_choices(backbone: Backbone) -> Tensor:
 
 
 def static_tries(backbone: Backbone) -> int:
-    """Count the passes over the split that `static_routes` takes at most."""
-    greedy = _greedy_tries(backbone)
-    return greedy if greedy <= MOST_TRIES else len(spaced_routes(backbone))
+    """Count the passes over rows that `static_routes` takes at most: to search, and to measure what it found."""
+    tries = _greedy_tries(backbone)
+    return tries + 1 + _greedy_steps(backbone) if tries <= MOST_TRIES else len(spaced_routes(backbone))
+
+
+def _greedy_steps(backbone: Backbone) -> int:
+    return int((backbone.thrift >= 0).sum()) - backbone.columns  # each step changes the choice of one column
 
 
 def _greedy_tries(backbone: Backbone) -> int:
-    steps = int((backbone.thrift >= 0).sum()) - backbone.columns  # each step changes the choice of one column
+    steps = _greedy_steps(backbone)
     return 1 + steps * (steps + 1) // 2
 
 
-@torch.inference_mode()
 def static_routes(backbone: Backbone, split: Split, tick: Callable[[], Any] = lambda: None) -> list[Found]:
     """Find smaller networks on validation data; each is one route that all inputs take.
 
-    The search is greedy. It begins with the full route. Each step changes one choice: of all changes that lower the
-    cost, it takes the one with the highest log-likelihood. The search ends when no change lowers the cost. If all
-    this may take more than `MOST_TRIES` passes, the routes are those of `spaced_routes`.
+    The search is greedy, on the first `SEARCHED` rows. It begins with the full route. Each step changes one choice: of
+    all changes that lower the cost, it takes the one with the highest log-likelihood. The search ends when no change
+    lowers the cost. If all this may take more than `MOST_TRIES` passes, the routes are those of `spaced_routes`.
 
     Args:
         backbone: the network that walks.
-        split: the validation data.
-        tick: called after each try.
+        split: the validation data, on all of which the routes are measured.
+        tick: called after each pass.
 
     Returns:
         the routes, from dear to cheap; each has an action for every column.
     """
+    few = _greedy_tries(backbone) <= MOST_TRIES
+    routes = _greedy_routes(backbone, split.head(SEARCHED), tick) if few else spaced_routes(backbone)
+    return measured_routes(backbone, split, routes, tick)
+
+
+@torch.inference_mode()
+def _greedy_routes(backbone: Backbone, split: Split, tick: Callable[[], Any]) -> list[tuple[int, ...]]:
     probed = split.inputs[:: 1 + len(split) // PROBED]
 
     def probe(route: Sequence[int]) -> float:
         """Return about what the route costs: enough to tell whether a change may lower it."""
         return float(backbone.run_route(probed, torch.tensor([route]).expand(len(probed), -1)).macs.double().mean())
 
-    def judge(route: tuple[int, ...]) -> tuple[float, Found, Tensor]:
-        """Return the mean log-likelihood, the find, and which columns any row comes to: [columns] bool."""
+    def judge(route: tuple[int, ...]) -> tuple[float, float, tuple[int, ...], Tensor]:
+        """Return the mean log-likelihood, the mean cost, the route, and which columns any row comes to: bool."""
         tick()
         walked = score_routes(backbone, StaticPolicy(route).route(split.inputs), split)
-        found = Found(route, float(walked.macs.double().mean()), split.task.mean(walked.metric, split.targets))
-        return float(walked.likely.mean()), found, (walked.route >= 0).any(0)
+        return float(walked.likely.mean()), float(walked.macs.double().mean()), route, (walked.route >= 0).any(0)
 
-    if _greedy_tries(backbone) > MOST_TRIES:
-        return measured_routes(backbone, split, spaced_routes(backbone), tick)
-    _, at, reached = judge(_full_route(backbone))
-    found = [at]
+    _, cost, route, reached = judge(_full_route(backbone))
+    found = [route]
     while True:
-        most = probe(at.what)
-        tried = [judge(other) for other in _changes(backbone, at.what, reached) if probe(other) < most]
-        cheaper = [each for each in tried if each[1].macs_fraction < at.macs_fraction]
+        most = probe(route)
+        tried = [judge(other) for other in _changes(backbone, route, reached) if probe(other) < most]
+        cheaper = [each for each in tried if each[1] < cost]
         if not cheaper:
             return found
-        _, at, reached = max(cheaper, key=itemgetter(0))
-        found.append(at)
+        _, cost, route, reached = max(cheaper, key=itemgetter(0))
+        found.append(route)
 
 
 def _full_route(backbone: Backbone) -> tuple[int, ...]:

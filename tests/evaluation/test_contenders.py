@@ -141,6 +141,22 @@ def says(layers, answer):
     return network
 
 
+def test_what_is_best_is_decided_by_all_of_validation():
+    """The first 1,024 rows are mostly of class 0, all together of class 1; of something rare, they show too little."""
+    targets = (torch.arange(3000) % 10 < torch.where(torch.arange(3000) < 1024, 4, 8)).long()
+    split = Split(torch.randn(3000, 1, 8, 8), targets)
+    ground = Ground(says(4, 0), Dataset("toy", 3, split.tail(100), split, split.tail(100), Augmentation()))
+    static = next(of for of in rivals(ground) if of.name == "static")
+    static.prepare(lambda: None)
+    right = float((targets == 0).float().mean())
+    assert [of.metric for of in static.found] == pytest.approx([right] * len(static.found))
+    zero, one = (Plain([says(1, answer)], ground) for answer in (0, 1))
+    front = Smaller([zero, one], ground)
+    front.prepare(lambda: None)
+    (best,) = front.reach(0.9)
+    assert best.network is one.networks[0]
+
+
 def test_plain_networks_are_one_front_and_a_row_each():
     """Three blocks are right for half of the inputs, two for a fifth, one for three tenths."""
     targets = torch.tensor([0] * 5 + [1] * 2 + [2] * 3).repeat(8)
