@@ -11,9 +11,11 @@ from dynrl.evaluation.intervals import verdict
 from dynrl.evaluation.merged import keyed
 from dynrl.evaluation.report import seeds_text
 from dynrl.files import read_json
+from dynrl.runs import RunKind
 from dynrl.tasks import TASKS
 
 HALF = 0.5  # the budget of one-row tables, a share of the dense MACs
+NO_RIVALS = ("random", "static", "uniform", "oracle")  # in columns of their own, or none at all
 
 
 def report_table(report: Mapping[str, Any]) -> list[str]:
@@ -74,9 +76,11 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequenc
 
     Of a contender that has no row there, as where not all backbones have one, nothing is said.
 
-    The dense network is the best of a report's full networks. The learned policy is the fine-tuned one where there is
-    one. The strongest rival is the most accurate of the rest:
-    gates, rules of thumb, and smaller plain networks.
+    The dense network is the best of a report's full networks. The learned policy is PPO's, chosen by its kind, whatever
+    it reaches: at the budget before at a price of its own, finished before unfinished, fine-tuned before not, and then
+    the kind that differs least from a default run's. At a price of its own it must be as cheap, unless it is the
+    report's only row. The strongest rival is the most accurate of the rest within the budget: gates, rules of thumb,
+    and smaller plain networks.
     """
     lines = [
         "| report | dense | learned | its MACs | random | static | strongest rival | speed-up |",
@@ -85,12 +89,15 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequenc
     for (folder, report), budget in zip(reports.items(), budgets, strict=True):
         metric = report["metric"]
         task = TASKS[metric]
-        near = [p for p in report["points"] if p["budget"] == budget or (p["budget"] is None and _within(p, budget))]
         best = max if task.rises else min
-        mine = [p for p in near if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
-        learned = best(mine, key=itemgetter(metric), default=None)
+        mine = [p for p in report["points"] if p["kind"] is not None and p["kind"]["agent"] == "ppo"]
+        near = [p for p in mine if p["budget"] == budget or (p["budget"] is None and _as_cheap(p, budget))]
+        if [p["budget"] for p in mine] == [None]:
+            near = mine
+        learned = min(near, key=_precedence, default=None)
         random, static = (_at(report, name, budget) for name in ("random", "static"))
-        rest = [p for p in near if p not in mine and p["policy"] not in ("random", "static", "uniform", "oracle")]
+        others = [p for p in report["points"] if p not in mine and p["policy"] not in NO_RIVALS]
+        rest = [p for p in others if p["budget"] == budget or ((p["budget"] or 0) < budget and _as_cheap(p, budget))]
         rival = best(sorted(rest, key=lambda p: p["kind"] is not None), key=itemgetter(metric), default=None)
         shown, macs, speedup = "", "", ""
         if learned is not None:
@@ -105,9 +112,17 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequenc
     return lines
 
 
-def _within(point: Mapping[str, Any], budget: float) -> bool:
-    """Tell whether a row without a budget stands beside rows at `budget`: a policy's only one, or one as cheap."""
-    return point["kind"] is not None or point["macs_fraction"] <= 1.1 * budget
+def _precedence(point: Mapping[str, Any]) -> tuple[bool, bool, bool, int]:
+    """Return what the learned policy of a row is chosen by, least first: no test figure."""
+    usual = RunKind().to_dict()
+    kind = usual | point["kind"]  # older reports lack what was not there to choose
+    unusual = sum(kind[name] != value for name, value in usual.items())
+    return point["budget"] is None, not kind["finished"], not kind["tuned"], unusual
+
+
+def _as_cheap(point: Mapping[str, Any], budget: float) -> bool:
+    """Tell whether a row of another budget, or of none, costs no more than rows at `budget` do; these miss it, too."""
+    return point["macs_fraction"] <= 1.1 * budget
 
 
 def _at(report: Mapping[str, Any], name: str, budget: float) -> Any:
