@@ -20,8 +20,10 @@ from dynrl.evaluation.routes import Fit, PolicyFor
 from dynrl.ops.exit_scores import exit_scores
 from dynrl.policies import LinearPolicy, Policy, StepSight, ThresholdPolicy
 
-TRIES = 2048  # how many settings of thresholds are tried for a chain of models
-LEVELS = 64  # how many thresholds are tried on one model's score, at most
+TRIES = 256  # how many settings of thresholds are tried for a chain of models at first
+REFINED = 16  # how many of the best are refined at a time
+LEVELS = 256  # how many thresholds are tried then on one model's score, at most
+PASSES = 2  # how often each model of a chain has its turn
 STRICT = torch.linspace(0.8, 1.1, 61).tolist()  # the accuracy of a stage's answers, as a share of the last model's
 FITS = 20  # the iterations of a supervised fit
 PRICES = torch.logspace(-2.5, 0.7, 17).tolist()  # of the dense network's compute, in errors: a supervised rule for each
@@ -63,9 +65,10 @@ class Heard:
         return cls(torch.stack(scores), torch.stack(error), shares)
 
     def sure(self, backbone: Backbone, name: str) -> Tensor:
-        """Return one score, turned so that higher means surer: [K, n]."""
+        """Return one score, turned so that higher means surer, and NaN is the least: [K, n]."""
         column, rising = backbone.scores[name]
-        return self.scores[..., column] * (1 if rising else -1)
+        scores = self.scores[..., column] * (1 if rising else -1)
+        return scores.masked_fill(scores.isnan(), -torch.inf)
 
 
 Hear = Callable[[Backbone, Split], Heard]
@@ -117,8 +120,8 @@ def _best_within(tried: Iterable[Tried], make: Callable[[Any], Policy]) -> Polic
 def fit_cascade(backbone: Backbone, split: Split, name: str, hear: Hear) -> PolicyFor:
     """Fit cascades: models run in turn until one is sure enough (IDK cascades, Wang et al. 2018, UAI).
 
-    All chains of models are tried, each with a grid of thresholds. A budget gets the chain and the thresholds with the
-    least error within it.
+    All chains of models are tried, each with a grid of thresholds, of which the best are refined. A budget gets the
+    chain and the thresholds with the least error within it.
     """
     heard = hear(backbone, split)
     sure, count = heard.sure(backbone, name), len(heard.costs)
@@ -128,20 +131,89 @@ def fit_cascade(backbone: Backbone, split: Split, name: str, hear: Hear) -> Poli
 
 
 def _tried(heard: Heard, sure: Tensor, chain: tuple[int, ...]) -> list[Tried]:
-    """Return the stages of a chain under each setting of thresholds."""
+    """Return the stages of a chain under the settings of thresholds that err less than all cheaper ones tried.
+
+    A coarse grid over all thresholds comes first. Then each stage in turn varies its own threshold finely, with the
+    others as in some of the best settings so far, from the cheapest to the dearest.
+    """
     *asked, last = chain
-    levels = min(LEVELS, int(TRIES ** (1 / max(1, len(asked)))))
-    error, cost = heard.error[last : last + 1], torch.full_like(heard.error[:1], float(heard.costs[last]))
-    grids: list[Tensor] = []
-    for k in reversed(asked):
-        grid = sure[k].quantile(torch.linspace(0, 1, levels)).unique()
-        stops = (sure[k] >= grid.unsqueeze(1)).unsqueeze(1)  # [levels, 1, n]: thresholds of later models vary behind it
-        error = torch.where(stops, heard.error[k], error).flatten(0, 1)
-        cost = float(heard.costs[k]) + torch.where(stops, 0.0, cost).flatten(0, 1)
-        grids.insert(0, grid)
-    settings = torch.cartesian_prod(*grids).view(len(error), -1).tolist() if grids else [[]]
-    means = zip(settings, cost.mean(1).tolist(), error.mean(1).tolist(), strict=True)
-    return [Tried([*zip(asked, at, strict=True), (last, -torch.inf)], macs, wrong) for at, macs, wrong in means]
+    levels = int(TRIES ** (1 / max(1, len(asked))))
+    grids = [sure[k].quantile(_spaced(levels)).unique() for k in asked]
+    settings = torch.cartesian_prod(*grids).view(-1, len(asked)) if asked else torch.empty(1, 0)
+    cost, error = (each.mean(1) for each in _walked(heard, chain, _stops(sure, chain, settings)))
+    for i in [*range(len(asked))] * PASSES:
+        settings, cost, error = _front(settings, cost, error)
+        some = torch.linspace(0, len(settings) - 1, REFINED).long().unique()
+        more = _varied(heard, sure, chain, settings[some], i)
+        settings, cost, error = map(torch.cat, zip((settings, cost, error), more, strict=True))
+    found = zip(*(each.tolist() for each in _front(settings, cost, error)), strict=True)
+    return [Tried([*zip(asked, at, strict=True), (last, -torch.inf)], macs, wrong) for at, macs, wrong in found]
+
+
+def _spaced(count: int) -> Tensor:
+    """Return shares of rows that go on, from none to all: denser where few do, since what they ask may be dear."""
+    return torch.linspace(0, 1, count).square()
+
+
+def _stops(sure: Tensor, chain: tuple[int, ...], settings: Tensor) -> list[Tensor]:
+    """Return where each stage but the last is sure enough under `settings` [s, stages]: [s, n] each."""
+    return [sure[k] >= settings[:, i : i + 1] for i, k in enumerate(chain[:-1])]
+
+
+def _walked(heard: Heard, chain: tuple[int, ...], stops: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what each row costs, and the error of its answer, where stages stop as in `stops`: [s, n] each."""
+    *asked, last = chain
+    error = heard.error[last : last + 1].double()
+    cost = heard.costs[last].expand_as(error)
+    for k, stop in zip(reversed(asked), reversed(stops), strict=True):
+        error = torch.where(stop, heard.error[k].double(), error)
+        cost = heard.costs[k] + cost * ~stop
+    return cost, error
+
+
+def _varied(
+    heard: Heard, sure: Tensor, chain: tuple[int, ...], settings: Tensor, i: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Vary the threshold of stage `i` in each of `settings` [s, stages].
+
+    More and more rows go on, the least sure first, so that sums along them are the costs and errors of all thresholds.
+
+    Returns:
+        settings [t, stages], costs [t] and errors [t], where these are below those of fewer rows that go on.
+    """
+    stops = _stops(sure, chain, settings)
+    stopped, gone = (
+        _walked(heard, chain, [*stops[:i], torch.full_like(stops[i], stop), *stops[i + 1 :]]) for stop in (True, False)
+    )
+    value, order = sure[chain[i]].sort()
+    places = (_spaced(LEVELS) * (len(value) - 1)).long()
+    going = torch.searchsorted(value, value[places]).unique()  # rows of one score go on together
+    going = going[going > 0]
+    cost, error = (
+        before.mean(1, keepdim=True) + (after - before)[:, order].cumsum(1)[:, going - 1] / len(order)
+        for before, after in zip(stopped, gone, strict=True)
+    )
+    lower = _lower(error)
+    setting, place = lower.nonzero(as_tuple=True)
+    least, most = value[going - 1], value[going]
+    between = (least + most) / 2
+    varied = settings[setting]
+    varied[:, i] = torch.where(between > least, between, most)[place]  # between neighbours there may be no number
+    return varied, cost[lower], error[lower]
+
+
+def _lower(error: Tensor) -> Tensor:
+    """Tell which values are below all that come before them in the last dimension."""
+    least = error.cummin(-1).values
+    return torch.cat([torch.ones_like(least[..., :1], dtype=torch.bool), least[..., 1:] < least[..., :-1]], -1)
+
+
+def _front(settings: Tensor, cost: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return those settings, by rising cost, that err less than all cheaper ones."""
+    order = error.argsort(stable=True)
+    order = order[cost[order].argsort(stable=True)]  # of equal costs, the least error comes first
+    order = order[_lower(error[order])]
+    return settings[order], cost[order], error[order]
 
 
 def cascade(backbone: Backbone, name: str, stages: list[Stage]) -> ThresholdPolicy:
