@@ -46,7 +46,7 @@ def test_each_point_is_the_walk_under_thresholds_that_meet_its_budget(ground):
     costs = np.array([int(walk.macs[0]) for walk in walks]) / network.dense_macs
     labels, sure = ground.test.targets.numpy(), outputs.max(2)
     found = budgeted(ground, [], exits)
-    rows = [row for row in found["points"] if row["policy"] == "threshold top-1"]
+    rows = [row for row in found["points"] if row["policy"] == "shares top-1"]
     assert len(rows) == POINTS
     for p, row in enumerate(rows, start=1):
         shares = (p / 20) ** np.arange(3)
@@ -60,7 +60,8 @@ def test_each_point_is_the_walk_under_thresholds_that_meet_its_budget(ground):
             exit_of[order[:count]], left = k, order[count:]
         assert row["macs_fraction"] == pytest.approx(costs[exit_of].mean(), abs=1e-6)
         assert row["accuracy"] == pytest.approx((outputs[exit_of, np.arange(ROWS)].argmax(1) == labels).mean())
-    assert {row["policy"] for row in found["points"]} == {f"threshold {name}" for name in network.scores}
+    kinds = ("threshold", "shares")
+    assert {row["policy"] for row in found["points"]} == {f"{kind} {name}" for kind in kinds for name in network.scores}
     for k, row in enumerate(found["anytime"]):
         assert row["macs_fraction"] == pytest.approx(costs[k])
         assert row["accuracy"] == pytest.approx((outputs[k].argmax(1) == labels).mean())

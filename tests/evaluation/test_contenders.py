@@ -7,12 +7,12 @@ import torch
 
 from dynrl.backbones import SkipResNet
 from dynrl.data import Augmentation, Dataset, Split
-from dynrl.deploy import SHIPPED
-from dynrl.evaluation import BUDGETS, RULES, Dense, Ground, Learned, Plain, Smaller, compare, measure, rivals
+from dynrl.deploy import SHIPPED, RoutedModel
+from dynrl.evaluation import BUDGETS, RULES, Dense, Ground, Learned, Plain, Ruled, Smaller, compare, measure, rivals
 from dynrl.policies import StaticPolicy
-from dynrl.runs import RunFolder
-from dynrl.tasks import Regression
-from tests.cases import TOYS, make_backbone
+from dynrl.runs import RunFolder, RunKind
+from dynrl.tasks import Classification, Regression
+from tests.cases import TOYS, make_backbone, make_policy
 
 
 def ground_of(name):
@@ -59,6 +59,31 @@ def test_the_same_choice_everywhere_is_shown_where_there_are_more_than_two():
     named = [contender.name for contender in rivals(ground_of("branching"))]
     assert named == ["random", "static", *["uniform"] * 3, "oracle"]
     assert [contender.name for contender in rivals(ground_of("looping"))] == ["random", "static", "oracle"]
+
+
+def test_rules_are_fitted_on_each_tuned_network_too():
+    """Tuning makes a network better, so a rule on the one before would be too weak a rival."""
+    networks = [make_backbone("exit") for _ in range(3)]
+    classes, images = networks[0].fc.out_features, networks[0].random_inputs(40, torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(40) % classes, Classification())
+    for seed, network in enumerate(networks):
+        torch.manual_seed(seed)
+        for weight in network.fc.parameters():
+            torch.nn.init.normal_(weight)
+    ground = Ground(networks[0], Dataset("images", classes, split, split, split, Augmentation()))
+    models = [RoutedModel(of, make_policy(of), [(0.01, 1.0), (1.0, 0.2)]) for of in networks[1:]]
+    tuned = Learned(RunKind(tuned=True), models, ground)
+    plain = Learned(RunKind(), models, ground)
+    ruled = {of.name: of for of in rivals(ground, learned=[plain, tuned]) if isinstance(of, Ruled)}
+    names = [f"threshold {name}" for name in networks[0].scores]
+    assert list(ruled) == [*names, *(f"{name} on learned tuned" for name in names)]
+    mine = ruled["threshold top-1 on learned tuned"]
+    mine.prepare(lambda: None)
+    for network, reached in zip(networks[1:], mine.reach(1.0), strict=True):
+        ends = (reached.route == 1).all(1)
+        with torch.no_grad():
+            said = network(split.inputs).argmax(1) == split.targets
+        assert torch.equal(reached.metric[ends].bool(), said[ends])
 
 
 @pytest.mark.parametrize("name", ["static", "random", "dense", "oracle", "learned"])
