@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,11 +38,9 @@ class SeenEnd(Backbone):
     """This base class lets routers see how sure the network's last layer `fc` would be of the map as it is.
 
     They see it at each point behind which no block changes the shape, and every row pays for it. A network of one
-    output is never sure. Where nothing is seen, zeros stand for it. The rule of thumb is to skip where it is sure.
+    output is never sure. Where nothing is seen, zeros stand for it.
     """
 
-    scores: ClassVar = EXIT_SCORES
-    rule = "threshold"
     fc: nn.Linear
     _end_macs: list[int]  # what is paid for it at each point
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dynrl.backbones.base import Backbone
-from dynrl.backbones.early import SCORES, SeenEnd
+from dynrl.backbones.early import EXIT_SCORES, SCORES, SeenEnd
 from dynrl.backbones.resnet import ResNet
 from dynrl.backbones.walk import END, Point, State, Walk
 from dynrl.ops.gated_residual import gated_residual, run_rows
@@ -134,13 +134,16 @@ class SkipResNet(SeenEnd, Skipping, ResNet):
     Blocks that change the shape have no identity to fall back on. They always run, and no route costs less than they
     do. The state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
 
-    In the last stage, the router sees how sure the last layer is of a row that skips all that follows.
+    In the last stage, the router sees how sure the last layer is of a row that skips all that follows. The rule of thumb
+    is to skip where that is sure enough.
 
     Args:
         shape, settings: the arguments of `ResNet`.
     """
 
     family = "skip_resnet"
+    scores: ClassVar = EXIT_SCORES
+    rule = "threshold"
     captures: ClassVar[tuple[str, ...]] = ("kernels", "select", "pieces")
 
     def __init__(self, *shape: Any, **settings: Any) -> None:

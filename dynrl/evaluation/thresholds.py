@@ -254,7 +254,7 @@ def _by_walks(
     """Fit thresholds by walks: one quantile of each point's scores, or one value for all points, if that is better.
 
     Each is bisected to the budget. A budget above the dearest walk gets this walk. A point where all rows score the
-    same tells nothing: no row is sure there.
+    same tells nothing: no row is sure there. If all points are such, there is no rule.
 
     Args:
         backbone, split: the network, and what is walked.
@@ -264,7 +264,9 @@ def _by_walks(
     """
     never = torch.inf if rising else -torch.inf
     told = torch.tensor([bool((scores != scores[0]).any()) for scores in seen])
-    every = torch.cat([scores for scores, tells in zip(seen, told.tolist(), strict=True) if tells] or seen)
+    if not told.any():
+        return lambda budget: None
+    every = torch.cat([scores for scores, tells in zip(seen, told.tolist(), strict=True) if tells])
 
     def at(share: float, alike: bool) -> ThresholdPolicy:
         """Return the policy by which about this share of the rows is sure at each point."""
