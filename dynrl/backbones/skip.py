@@ -134,8 +134,8 @@ class SkipResNet(SeenEnd, Skipping, ResNet):
     Blocks that change the shape have no identity to fall back on. They always run, and no route costs less than they
     do. The state_dict of a torchvision ResNet of the same shape loads unchanged, and the full route is that network.
 
-    In the last stage, the router sees how sure the last layer is of a row that skips all that follows. The rule of thumb
-    is to skip where that is sure enough.
+    In the last stage, the router sees how sure the last layer is of a row that skips all that follows. By the rule of
+    thumb, rows skip where it is sure enough.
 
     Args:
         shape, settings: the arguments of `ResNet`.
