@@ -80,7 +80,7 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequenc
     it reaches: at the budget before at a price of its own, finished before unfinished, fine-tuned before not, and then
     the kind that differs least from a default run's. At a price of its own it must be as cheap, unless it is the
     report's only row. The strongest rival is the most accurate of the rest within the budget: gates, rules of thumb,
-    and smaller plain networks.
+    and smaller plain networks. What is worse than random routes is none.
     """
     lines = [
         "| report | dense | learned | its MACs | random | static | strongest rival | speed-up |",
@@ -98,6 +98,7 @@ def by_decision_table(reports: Mapping[str, Mapping[str, Any]], budgets: Sequenc
         random, static = (_at(report, name, budget) for name in ("random", "static"))
         others = [p for p in report["points"] if p not in mine and p["policy"] not in NO_RIVALS]
         rest = [p for p in others if p["budget"] == budget or ((p["budget"] or 0) < budget and _as_cheap(p, budget))]
+        rest = [p for p in rest if random is None or best(p, random, key=itemgetter(metric)) is p]
         rival = best(sorted(rest, key=lambda p: p["kind"] is not None), key=itemgetter(metric), default=None)
         shown, macs, speedup = "", "", ""
         if learned is not None:

@@ -56,3 +56,9 @@ def test_the_policy_is_chosen_by_its_kind_whatever_it_reaches(accuracy):
 def test_the_only_policy_is_shown_at_what_it_costs():
     assert shown(DEAR, row("threshold", 0.5, 0.91, 0.5)) == ("**95.00**", "1.00", "threshold 91.00")
     assert shown(DEAR, row(RunKind(price=1.0), None, 0.9, 0.8))[:2] == ("", "")
+
+
+def test_what_is_worse_than_random_routes_is_no_rival():
+    gate, random = row(RunKind(agent="gate", tuned=True), 0.5, 0.68, 0.5), row("random", 0.5, 0.91, 0.5)
+    assert shown(TUNED, gate)[2] == "gate tuned 68.00"
+    assert shown(TUNED, gate, random)[2] == ""
