@@ -70,10 +70,15 @@ def make_aside(folder: str | Path) -> Iterator[Path]:
         aside.rename(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
-        for parent in made:  # from the inmost on; one that others write into stays
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove_empty(made)
         raise
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove folders, the inmost first; one that somebody has written into stays."""
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _aside(path: Path) -> Path:
@@ -107,6 +112,30 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def writing_into(folder: str | Path | None) -> Iterator[None]:
+    """Make `folder` if it is missing, and lock it within the block; it is gone again if nothing was written into it.
+
+    Who reads a run and writes what was found into its folder does both in one block: else the policy may be another by
+    then. None is no folder.
+
+    Raises:
+        ValueError: `folder` is no folder and cannot become one, is not writable, or is locked.
+    """
+    if folder is None:
+        yield
+        return
+    check_folder(folder)
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    finally:
+        _remove_empty(made)
 
 
 @contextlib.contextmanager

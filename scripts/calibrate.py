@@ -28,7 +28,7 @@ def main(args: Args) -> None:
     """Time a batch of validation data at each price that the policy was calibrated at."""
     from dynrl.deploy import policy_fingerprint
     from dynrl.evaluation import calibrate_latency, is_deaf
-    from dynrl.files import write_json
+    from dynrl.files import write_json, writing_into
     from dynrl.machine import hardware
     from dynrl.runs import RunFolder
     from dynrl.scripts.common import use_threads
@@ -36,20 +36,21 @@ def main(args: Args) -> None:
     use_threads(args.threads)
     run = RunFolder(args.run)
     _ = run.config  # a folder that holds no run is refused here, with the reason
-    model = run.model
-    if len(model.curve) < 2:
-        raise ValueError(
-            f"{run} has no calibrated budgets, because it was trained at one price; train it over a price range"
-        )
-    inputs = run.dataset(args.data).seen_by(run.backbone.known).validation.inputs
-    curve = calibrate_latency(model, inputs, args.batch_size)
-    write_json(
-        run.latency_file,
-        {
-            "curve": curve, "batch_size": args.batch_size, "policy": policy_fingerprint(model),
-            "date": f"{date.today()}", "hardware": hardware(),
-        },
-    )  # fmt: skip
+    with writing_into(run.path):
+        model = run.model
+        if len(model.curve) < 2:
+            raise ValueError(
+                f"{run} has no calibrated budgets, because it was trained at one price; train it over a price range"
+            )
+        inputs = run.dataset(args.data).seen_by(run.backbone.known).validation.inputs
+        curve = calibrate_latency(model, inputs, args.batch_size)
+        write_json(
+            run.latency_file,
+            {
+                "curve": curve, "batch_size": args.batch_size, "policy": policy_fingerprint(model),
+                "date": f"{date.today()}", "hardware": hardware(),
+            },
+        )  # fmt: skip
     slow, fast = curve[0][1], curve[-1][1]
     if is_deaf(model):
         print(

@@ -28,6 +28,7 @@ from dynrl.files import (
     remove_leftovers,
     save_tensors,
     write_json,
+    writing_into,
 )  # fmt: skip
 from dynrl.policies import load_policy
 from tests.mutations import check
@@ -199,6 +200,26 @@ def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
     with locked(tmp_path), pytest.raises(ValueError, match="in use"), locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_who_writes_into_a_folder_makes_it_locks_it_and_leaves_none_that_is_empty(tmp_path):
+    with writing_into(None):
+        pass
+    out = tmp_path / "new" / "out"
+    with pytest.raises(RuntimeError), writing_into(out):
+        with pytest.raises(ValueError, match="in use by another process"), locked(out):
+            pass
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with writing_into(out):
+        (out / "report.json").touch()
+    with pytest.raises(RuntimeError), writing_into(out):
+        raise RuntimeError
+    assert [path.name for path in out.iterdir()] == ["report.json"]
+    with locked(out), pytest.raises(ValueError, match="in use by another process"), writing_into(out):
+        pass
+    with pytest.raises(ValueError, match="got the file"), writing_into(out / "report.json"):
+        pass
 
 
 def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_old_files(tmp_path):

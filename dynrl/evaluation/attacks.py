@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -15,7 +14,7 @@ from dynrl.backbones import Backbone
 from dynrl.data import Split
 from dynrl.deploy import RoutedModel, policy_fingerprint
 from dynrl.evaluation.scores import score_rows
-from dynrl.files import check_folder, locked, write_json
+from dynrl.files import write_json, writing_into
 from dynrl.machine import check_device, commit, hardware
 from dynrl.perturb import STEPS, Ball, check_attackable, spending, uncertainty
 from dynrl.progress import progress, talking
@@ -79,22 +78,19 @@ def attack(
     _ = folder.config  # a folder that holds no run is refused here, with the reason
     check_count("steps", steps, 1)
     check_count("rows", rows, 1, MOST_ROWS)
-    check_folder(out)
-    # Copies: the run's own backbone and model stay as they are.
-    backbone = copy.deepcopy(folder.backbone).to(check_device(device)).requires_grad_(False)
-    check_attackable(backbone)
-    dataset = folder.dataset(data).seen_by(backbone.known)
-    ball, model = Ball.of(dataset, epsilon), copy.deepcopy(folder.model).to(device)
-    if price is None:
-        model.set_budget(budget)
-    else:
-        model.set_price(price)
-    model.set_limit(limit)  # which refuses one that cannot be kept, before anything is attacked
-    test = dataset.test.head(rows)
-    test = replace(test, inputs=test.inputs[:])
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    with locked(Path(out)) if out is not None else nullcontext(), talking(show):
+    with writing_into(out), talking(show):
+        # Copies: the run's own backbone and model stay as they are.
+        backbone = copy.deepcopy(folder.backbone).to(check_device(device)).requires_grad_(False)
+        check_attackable(backbone)
+        dataset = folder.dataset(data).seen_by(backbone.known)
+        ball, model = Ball.of(dataset, epsilon), copy.deepcopy(folder.model).to(device)
+        if price is None:
+            model.set_budget(budget)
+        else:
+            model.set_price(price)
+        model.set_limit(limit)  # which refuses one that cannot be kept, before anything is attacked
+        test = dataset.test.head(rows)
+        test = replace(test, inputs=test.inputs[:])
         found = _attacked(backbone, model, test, ball, steps, seed)
         report = {
             "decision": folder.decision, "data": dataset.name, "metric": test.task.metric,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from dynrl.backbones import Backbone, load_backbone
-from dynrl.data import Dataset
+from dynrl.data import Dataset, Split
 from dynrl.deploy import policy_fingerprint
 from dynrl.evaluation.budgeted import budgeted, budgeted_text, check_leaving
 from dynrl.evaluation.contenders import (
@@ -31,7 +31,7 @@ from dynrl.evaluation.difficulty import bin_name, correlations
 from dynrl.evaluation.merged import merge_reports
 from dynrl.evaluation.scores import Score, Usage, mean_metric, pictures
 from dynrl.evaluation.timing import dense_sides, medians_in_turn
-from dynrl.files import check_folder, write_json
+from dynrl.files import write_json, writing_into
 from dynrl.machine import check_device, check_dtype, commit, hardware
 from dynrl.progress import progress, talking
 from dynrl.runs import RunFolder, by_backbone, by_kind
@@ -88,42 +88,46 @@ def evaluate(
         raise ValueError(f"expected the protocol 'budgeted', or None for none, got {protocol!r}")
     if budgets is not None:
         check_budgets(budgets)
-    check_folder(out)
-    groups = list(by_backbone(folders).values())
-    dataset = folders[0].dataset(data)
-    beside = [plain_network(folder, dataset) for folder in smaller]
-    common = {
-        "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
-        "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
-    }  # fmt: skip
-    found: list[dict[str, Any]] = []
-    shown, seen = None, dataset
-    for mine in groups:
-        kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, kind)
-        seen = ground.dataset if not found else seen  # as the first network sees them, whose usage is drawn
-        exits = check_leaving(ground) if protocol == "budgeted" else None
-        learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]
-        seeds = {kind.label: [run.seed for run in alike] for kind, alike in kinds.items()}
-        told = {kind.label: [policy_fingerprint(run.model) for run in alike] for kind, alike in kinds.items()}
-        measured = measure(ground, learned, mine[0].plain, beside, batch_size, budgets, show)
-        if exits is not None:
-            measured["budgeted"] = budgeted(ground, learned, exits, show)
-        found.append(common | {"seeds": seeds, "policies": told} | measured)
-        if dataset.task.pictures and shown is None and learned:
-            shown = _pictures(learned[0], ground, measured["usage"])
-    report = merge_reports(found)
-    if out is not None:
-        from dynrl.evaluation.figures import draw_regions, draw_report, draw_words
-
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(out) / "report.json", report)
-        draw_report(report, seen.test, Path(out) / "report.png", shown)
-        if report["usage"] is not None and any(report["usage"]["regions"]):
-            if any(report["usage"]["words"]):
-                draw_words(report["usage"], Path(out) / "words.png")
-            else:
-                draw_regions(report["usage"], seen.test, Path(out) / "regions.png")
+    with writing_into(out):
+        groups = list(by_backbone(folders).values())
+        dataset = folders[0].dataset(data)
+        beside = [plain_network(folder, dataset) for folder in smaller]
+        common = {
+            "decision": folders[0].decision, "data": dataset.name, "metric": dataset.task.metric,
+            "date": f"{date.today()}", "commit": commit(), "device": device, "dtype": dtype,
+        }  # fmt: skip
+        found: list[dict[str, Any]] = []
+        shown, seen = None, dataset
+        for mine in groups:
+            kinds, ground = by_kind(mine), Ground(mine[0].pretrained, dataset, device, kind)
+            seen = ground.dataset if not found else seen  # as the first network sees them, whose usage is drawn
+            exits = check_leaving(ground) if protocol == "budgeted" else None
+            learned = [Learned(kind, [run.model for run in alike], ground) for kind, alike in kinds.items()]
+            seeds = {kind.label: [run.seed for run in alike] for kind, alike in kinds.items()}
+            told = {kind.label: [policy_fingerprint(run.model) for run in alike] for kind, alike in kinds.items()}
+            measured = measure(ground, learned, mine[0].plain, beside, batch_size, budgets, show)
+            if exits is not None:
+                measured["budgeted"] = budgeted(ground, learned, exits, show)
+            found.append(common | {"seeds": seeds, "policies": told} | measured)
+            if dataset.task.pictures and shown is None and learned:
+                shown = _pictures(learned[0], ground, measured["usage"])
+        report = merge_reports(found)
+        if out is not None:
+            _write(report, Path(out), seen.test, shown)
     return report
+
+
+def _write(report: dict[str, Any], out: Path, test: Split, shown: dict[str, torch.Tensor] | None) -> None:
+    """Write `report.json` and its pictures."""
+    from dynrl.evaluation.figures import draw_regions, draw_report, draw_words
+
+    write_json(out / "report.json", report)
+    draw_report(report, test, out / "report.png", shown)
+    if report["usage"] is not None and any(report["usage"]["regions"]):
+        if any(report["usage"]["words"]):
+            draw_words(report["usage"], out / "words.png")
+        else:
+            draw_regions(report["usage"], test, out / "regions.png")
 
 
 def _several(runs: Run | Iterable[Run]) -> list[Run]:

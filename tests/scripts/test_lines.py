@@ -138,6 +138,28 @@ def test_a_second_resume_is_refused(run, capsys):
     assert content(run) == before
 
 
+@pytest.mark.parametrize(
+    ("verb", "first"),
+    [
+        ("evaluate", "dynrl.evaluation.report.by_backbone"), ("attack", "dynrl.runs.plug"),
+        ("calibrate", "dynrl.runs.plug"),
+    ],
+)  # fmt: skip
+def test_what_is_measured_on_a_run_holds_its_folder_before_it_reads_the_policy(verb, first, run, monkeypatch, capsys):
+    """Else a training that ends meanwhile has the figures of the policy from before beside it."""
+
+    def read(*given):
+        with locked(run):
+            raise ValueError("the folder is free")
+
+    before = content(run)
+    with locked(run):
+        assert "in use by another process" in refused((verb, str(run)), capsys)
+    monkeypatch.setattr(first, read)
+    assert "in use by another process" in refused((verb, str(run)), capsys)
+    assert content(run) == before
+
+
 def test_a_full_disk_leaves_no_half_made_folder(tmp_path, monkeypatch, capsys):
     def full(*files):
         raise OSError(28, "No space left on device")
