@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Dataset, as_dataset, load_dataset
-from dynrl.deploy import LATENCY, RoutedModel, plug, policy_fingerprint
+from dynrl.deploy import LATENCY, RoutedModel, check_policy, plug, policy_fingerprint
 from dynrl.files import read_json, reading
 from dynrl.plugins import find_again
 from dynrl.policies import load_policy
@@ -147,11 +146,7 @@ class RunFolder:
             return config
         with reading(self.config_file, "settings of dynrl pretrain"):
             parse(Problem, config["problem"], "problem.")
-        if not self.policy_file.is_file():
-            raise ValueError(
-                f"{self} is from dynrl pretrain, it holds no policy; train one: "
-                f"dynrl train {config['problem']['decision']} --backbone {quote(str(self))}"
-            )
+        check_policy(self.path)
         return config
 
     def forget(self) -> None:
@@ -229,6 +224,8 @@ class RunFolder:
 
     @cached_property
     def _backbone(self) -> tuple[Backbone, dict[str, Any]]:
+        if not self.backbone_file.is_file():
+            check_policy(self.path)
         return load_backbone(self.backbone_file)
 
     @property
@@ -256,7 +253,12 @@ class RunFolder:
 
     @cached_property
     def model(self) -> RoutedModel:
-        """The backbone with the policy plugged in."""
+        """The backbone with the policy plugged in.
+
+        Raises:
+            ValueError: there is no policy yet, or the files are damaged or do not belong together.
+        """
+        check_policy(self.path)
         return plug(self.backbone, self.policy_file)
 
     @property
@@ -264,8 +266,10 @@ class RunFolder:
         """The kind of this run.
 
         Raises:
-            ValueError: the run was fine-tuned, and the backbone from before is missing, which others are compared by.
+            ValueError: there is no policy yet; or the run was fine-tuned, and the backbone from before is missing, by
+                which others are compared.
         """
+        check_policy(self.path)
         if self.settings["finetune"] and not self.kept_file.is_file():
             raise ValueError(
                 f"{self} was fine-tuned, but its {self.kept_file.name} is not there: evaluate the run it was copied "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dynrl.backbones import load_backbone
@@ -31,11 +32,13 @@ def load(run: str | Path) -> RoutedModel:
         run: a run folder, or the name of a model that comes with the package (`shipped`), such as "skip-digits".
 
     Raises:
-        ValueError: there is no such folder or model, or its files are damaged or do not belong together.
+        ValueError: there is no such folder or model, it has no policy yet, or its files are damaged or do not belong
+            together.
     """
     run = Path(run)
     if not run.is_dir() and str(run) in shipped():
         run = SHIPPED / run
+    check_policy(run)
     if not any(run.glob("*.safetensors")):
         raise ValueError(f"{run} is no run folder, nor one of the models that come with dynrl: {shipped()}")
     find_again(run)
@@ -44,6 +47,21 @@ def load(run: str | Path) -> RoutedModel:
     if (run / LATENCY).is_file():
         model.latency = _times_of_here(run / LATENCY, model)
     return model
+
+
+def check_policy(folder: Path) -> None:
+    """Refuse, with a ValueError that says what to do, a folder of dynrl that holds no policy yet."""
+    file = folder / "config.json"
+    if (folder / "policy.safetensors").is_file() or not file.is_file():
+        return
+    config = read_json(file)
+    problem = config.get("problem") if isinstance(config, dict) else None
+    if not isinstance(problem, dict):
+        return  # it is none of dynrl, which the caller tells
+    train, here = f"dynrl train {quote(str(problem.get('decision')))}", quote(str(folder))
+    if "plain" in config:
+        raise ValueError(f"{folder} is from dynrl pretrain, it holds no policy; train one: {train} --backbone {here}")
+    raise ValueError(f"{folder} has no policy yet; go on with: {train} --resume {here}")
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,24 @@ def test_what_is_measured_on_a_run_holds_its_folder_before_it_reads_the_policy(v
     assert content(run) == before
 
 
+@pytest.mark.parametrize("lost", [("policy",), ("policy", "backbone")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [("evaluate",), ("calibrate",), ("attack",), ("export", "--out", "x.pt2")], ids=lambda words: words[0]
+)
+def test_a_run_without_a_policy_yet_is_told_how_to_go_on(words, lost, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in lost:
+        (run / f"{name}.safetensors").unlink()
+    before = content(run)
+    assert "run has no policy yet; go on with: dynrl train skip --resume run" in refused((*words, "run"), capsys)
+    config = read_json(run / "config.json")
+    write_json(run / "config.json", {"problem": config["problem"], "plain": False, "finetune": False})
+    assert "run is from dynrl pretrain, it holds no policy; train one" in refused((*words, "run"), capsys)
+    (run / "config.json").write_text("{}")
+    assert "has no policy yet" not in refused((*words, "run"), capsys)
+    assert content(run).keys() == before.keys() and not (tmp_path / "x.pt2").exists()
+
+
 def test_a_full_disk_leaves_no_half_made_folder(tmp_path, monkeypatch, capsys):
     def full(*files):
         raise OSError(28, "No space left on device")
