@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dynrl.backbones import Point, choice_rates
 from dynrl.envs.core import Info, RoutingVectorEnv
+from dynrl.files import told_here
 
 SHOWN_CLASSES = 20  # nobody reads a thousand curves, and writing them takes longer than learning does
 
@@ -69,18 +69,10 @@ class TrainingLog:
                 self._writer.add_scalar(tag, value, step)
 
     def __enter__(self) -> TrainingLog:
-        # TensorBoard writes in a thread. What fails there, on a full disk, is raised by the next `write` in this one.
-        self._before, threading.excepthook = threading.excepthook, self._keep_quiet
+        self._held = ExitStack()
+        self._held.enter_context(told_here())
+        self._held.callback(self._writer.close)
         return self
 
-    def _keep_quiet(self, failed: threading.ExceptHookArgs) -> None:
-        if not issubclass(failed.exc_type, OSError):
-            self._before(failed)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._writer.close()
-        finally:
-            threading.excepthook = self._before
+    def __exit__(self, *raised: object) -> None:
+        self._held.close()

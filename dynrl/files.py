@@ -159,6 +159,25 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def told_here() -> Iterator[None]:
+    """Within the block, an OSError that ends another thread prints no traceback.
+
+    TensorBoard writes in a thread. What fails there, on a full disk, is raised by the next call in this one.
+    """
+    before = threading.excepthook
+
+    def keep_quiet(failed: threading.ExceptHookArgs) -> None:
+        if not issubclass(failed.exc_type, OSError):
+            before(failed)
+
+    threading.excepthook = keep_quiet
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def check_folder(path: str | Path | None) -> None:
     """Refuse, before work that ends in files there, a path that is no folder and cannot become one."""
     if path is None:

@@ -81,9 +81,9 @@ def report_runs(
         runs, out=out, smaller=smaller, data=data, batch_size=batch_size, device=device, dtype=dtype,
         protocol=protocol, budgets=budgets or None, show=True,
     )  # fmt: skip
+    print(f"\n{report_text(report)}")
     if out in runs and (out / "report.png").is_file():
         show_in_tensorboard(out / "report.png", out)
-    print(f"\n{report_text(report)}")
     return report
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dynrl.data import Split
 from dynrl.evaluation.difficulty import bin_name
 from dynrl.evaluation.report import correlation_text, seeds_text, words_read
-from dynrl.files import write_aside
+from dynrl.files import told_here, write_aside
 from dynrl.tasks import TASKS, Task
 
 RIVALS = {"random": "s--", "static": "^:", "uniform": "<:", "smaller": "X", "oracle": "*"}  # other rivals: "x-."
@@ -86,12 +86,15 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def show_in_tensorboard(picture: Path, run: Path) -> None:
-    """Add a picture to the TensorBoard files of a run, beside its curves."""
+    """Add a picture to the TensorBoard files of a run, beside its curves; warn where that fails."""
     from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(run)) as writer:
-        writer.add_image(picture.stem, imread(picture), dataformats="HWC")
+    try:
+        with told_here(), SummaryWriter(str(run)) as writer:
+            writer.add_image(picture.stem, imread(picture), dataformats="HWC")
+    except Exception as error:  # the picture itself is there
+        warnings.warn(f"TensorBoard shows no {picture} ({type(error).__name__}: {error})", stacklevel=2)
 
 
 @_or_warn

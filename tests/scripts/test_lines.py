@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imsave
 
 import dynrl
 from dynrl.deploy import SHIPPED
+from dynrl.evaluation import report_text
 from dynrl.files import load_tensors, locked, read_json, write_json
 from dynrl.machine import commit, hardware
 from dynrl.scripts.cli import main
+from dynrl.scripts.evaluate import report_runs
 from tests.scripts.calls import COMMAND
 
 MODEL = str(SHIPPED / "skip-digits")
@@ -185,6 +190,23 @@ def test_a_full_disk_leaves_no_half_made_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.copyfile", full)
     assert "No space left" in refused((*TRAIN, "--backbone", MODEL, "--out", str(tmp_path / "new" / "run")), capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_takes_the_picture_in_tensorboard_and_not_the_table(run, monkeypatch, capsys):
+    """A file's limit stands for the disk."""
+    report = read_json(run / "report.json")
+    imsave(run / "report.png", np.random.default_rng(0).random((100, 100, 3)))
+    monkeypatch.setattr("dynrl.evaluation.evaluate", lambda *runs, **how: report)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.warns(UserWarning, match=r"TensorBoard shows no .*report\.png \(OSError: .*too large"):
+            report_runs([run], run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert report_text(report) in said.out and "Traceback" not in said.err
+    assert (run / "report.png").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
