@@ -188,8 +188,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch, capfd):
     ):
         RoutedModel(backbone, make_policy(backbone)).export(tmp_path / "model.pt2")
     assert capfd.readouterr().err == ""  # torch would show all that it has traced
-    with pytest.raises(ValueError, match=r"expected a file \*.pt2 .* or \*.onnx"):
-        model.export(tmp_path / "model.pt")
+    (tmp_path / "folder.pt2").mkdir()
+    for name in ("model.pt", "folder.pt2"):
+        with pytest.raises(ValueError, match=r"expected a file \*.pt2 .* or \*.onnx"):
+            model.export(tmp_path / name)
+    (tmp_path / "folder.pt2").rmdir()
     monkeypatch.setattr("dynrl.deploy.export.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="takes onnx and onnxscript: pip install"):
         model.export(tmp_path / "model.onnx")

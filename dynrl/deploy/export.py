@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dynrl.files import write_aside
+from dynrl.files import check_folder, write_aside
 
 if TYPE_CHECKING:
     from dynrl.deploy.routed import RoutedModel
@@ -28,12 +28,14 @@ def export(model: RoutedModel, path: str | Path) -> None:
     computation just like the model.
 
     Raises:
-        ValueError: the file has another suffix, the family's choices set sizes that torch.export cannot express
-            (`Backbone.exports`), packages are missing, or torch cannot write the network. Then nothing is written.
+        ValueError: the file has another suffix, or its folder is not writable; the family's choices set sizes that
+            torch.export cannot express (`Backbone.exports`); packages are missing; or torch cannot write the network.
+            Then nothing is written.
     """
     path = Path(path)
-    if path.suffix not in (".pt2", ".onnx"):
+    if path.suffix not in (".pt2", ".onnx") or path.is_dir():
         raise ValueError(f"expected a file *.pt2 (torch.export) or *.onnx (ONNX) to write, got {path}")
+    check_folder(path.parent)
     if not model.backbone.exports or model.price_range is None:
         why = model.backbone.why and f"{model.backbone.why}, so it runs as it is, which no program holds"
         if model.price_range is None:

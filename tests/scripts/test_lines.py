@@ -209,6 +209,17 @@ def test_a_full_disk_takes_the_picture_in_tensorboard_and_not_the_table(run, mon
     assert (run / "report.png").is_file()
 
 
+@pytest.mark.parametrize("words", [("export", "--out", "x/x.pt2"), ("calibrate",)], ids=lambda words: words[0])
+def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(words, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda *given: False)  # these tests may run as root, who may write anywhere
+    monkeypatch.setattr("dynrl.evaluation.timing.medians_in_turn", None)
+    monkeypatch.setattr("torch.export.export", None)
+    before = content(run)
+    assert "is not writable; choose another" in refused((*words, "run"), capsys)
+    assert content(run) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_end_alike(number, tmp_path):
     """With the policy so far, exit code 130, and what to do next; in ray, too, whose answer to SIGTERM is an abort."""
