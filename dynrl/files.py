@@ -56,22 +56,30 @@ def make_aside(folder: str | Path) -> Iterator[Path]:
         ValueError: `folder` exists, or lies in a file.
     """
     folder = Path(folder)
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(
-            f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume "
-            f"{quote(str(folder))}"
-        )
+    _check_new(folder)
     check_folder(folder)
     made = [parent for parent in folder.parents if not parent.exists()]
     aside = _aside(folder)
     try:
         aside.mkdir(parents=True)
         yield aside
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except OSError:
+            _check_new(folder)  # another process may have made it just now
+            raise
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         _remove_empty(made)
         raise
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(
+            f"{folder} exists; choose another --out, or, if it is a run, continue it by dynrl train --resume "
+            f"{quote(str(folder))}"
+        )
 
 
 def _remove_empty(made: list[Path]) -> None:

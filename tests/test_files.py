@@ -187,6 +187,16 @@ def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
         pass
 
 
+def test_of_two_that_make_a_folder_at_once_the_second_is_told(tmp_path):
+    with (
+        pytest.raises(ValueError, match="run exists; choose another --out"), make_aside(tmp_path / "run") as second,
+        make_aside(tmp_path / "run") as first,
+    ):  # fmt: skip
+        for each in (first, second):
+            (each / each.name).touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", first.name], "whole, and nothing beside it"
+
+
 def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
     code = (
         "import sys, time; from dynrl.files import locked\nwith locked('.'): print('held', flush=True); time.sleep(60)"
