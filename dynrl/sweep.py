@@ -165,14 +165,14 @@ def learn_in_quarters(config: dict[str, Any]) -> None:
 
 
 def quarters(file: Path) -> list[dict[str, Any]]:
-    """Return what `learn_in_quarters` has written, a row for each quarter."""
+    """Return what `learn_in_quarters` has written, a row for each quarter, with the run where it is now."""
     if not file.is_file():
         return []
     written = read_json(file)
     with reading(file, "file of dynrl sweep"):
         if not isinstance(written, list) or len(written) > QUARTERS:
             raise ValueError(f"expected a list of at most {QUARTERS} rows, got {str(written)[:80]}")
-        return [asdict(parse(Quarter, row)) for row in written]
+        return [asdict(parse(Quarter, row)) | {"run": str(file.parent)} for row in written]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Quarter:
     """A row of quarters.json: what a run had reached after a quarter of its steps.
 
     Attributes:
-        run: the run folder.
+        run: the run folder when this was written; it may have been moved or copied since.
         quarter, steps, seconds: how far training had come, and how long it had taken.
         area: the policy's `front_area`.
     """

@@ -11,9 +11,9 @@ from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
 from dynrl.deploy import SHIPPED
 from dynrl.evaluation import score_routes
-from dynrl.files import read_json
+from dynrl.files import read_json, write_json
 from dynrl.scripts.cli import main
-from dynrl.sweep import front_area
+from dynrl.sweep import front_area, quarters
 from tests.cases import make_policy
 
 
@@ -73,6 +73,12 @@ def test_a_sweep_outlives_a_run_that_fails(left, tmp_path, monkeypatch, capsys):
         assert "all 2 runs" in said.err
     for rate in ("0.5", "0.6"):
         assert f"learning_rate={rate} failed: ValueError: the loss is nan" in said.err
+
+
+def test_a_copied_sweep_names_its_own_runs(tmp_path):
+    row = {"run": "/elsewhere/run", "quarter": 1, "steps": 9, "seconds": 1.0, "area": 0.5}
+    write_json(tmp_path / "quarters.json", [row])
+    assert quarters(tmp_path / "quarters.json") == [row | {"run": str(tmp_path)}]
 
 
 def test_a_front_counts_the_cheapest_network_where_a_policy_has_no_point(small_backbone):
