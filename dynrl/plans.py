@@ -116,19 +116,30 @@ def plan_again(run: RunFolder, data: Any = None, backbone: Backbone | None = Non
     with reading(run.config_file, "settings of dynrl train"):
         decision_row(problem.decision)
         recipe = _recipe(problem, own_backbone=True)
+    begun = run.backbone_file.is_file()
+    if not begun and (run.policy_file.is_file() or run.kept_file.is_file()):
+        raise ValueError(f"{run} has a policy but no {run.backbone_file.name}; put that back, or train a new run")
+    for file in (run.recipe_file, run.first_file):
+        if not begun and not file.is_file():
+            # What the settings say now may be another network, or another training of it.
+            raise ValueError(f"{run} has no {file.name}, which its backbone needs; put that back, or train a new run")
     if run.recipe_file.is_file():
         written = read_json(run.recipe_file)
         with reading(run.recipe_file, "recipe"):
             recipe = replace(recipe, pretraining=parse(Recipe, written))
-    begun = run.backbone_file.is_file()
-    if backbone is None:
-        if not begun and (run.policy_file.is_file() or run.kept_file.is_file()):
-            raise ValueError(f"{run} has a policy but no {run.backbone_file.name}; put that back, or train a new run")
-        backbone = load_backbone(run.backbone_file)[0] if begun else recipe.build(dataset, problem.seed)
+    network, notes = load_backbone(run.backbone_file if begun else run.first_file)
+    if backbone is not None and (backbone.family, backbone.config) != (network.family, network.config):
+        raise ValueError(
+            f"expected the backbone that {run} was given, or none, got another: {backbone.family} {backbone.config}, "
+            f"not {network.family} {network.config}"
+        )
+    with reading(run.first_file, "backbone file"):
+        for name in notes.get("frozen", ()):
+            network.get_parameter(name).requires_grad_(False)
     if run.times_file.is_file():
-        read_times(run.times_file, backbone)
+        read_times(run.times_file, network)
     dataset = dataset.seen_by(run.backbone.known if begun else run.data_known)
-    return _checked(Plan(replace(settings, problem=problem), dataset, recipe, copy.deepcopy(backbone).eval()))
+    return _checked(Plan(replace(settings, problem=problem), dataset, recipe, network))
 
 
 def _going_on(run: RunFolder, settings: Settings, given: Mapping[str, Any]) -> Settings:

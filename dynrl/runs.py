@@ -104,7 +104,8 @@ class RunFolder:
         pretrained_file: the file of that backbone from before any fine-tuning.
         plain_file: the file of the same network, trained on its full route only.
         data_file: the file of what the run's data were when it was made (`dynrl.provenance`).
-        recipe_file: the file of how the backbone is trained, where the caller gave a recipe.
+        first_file: the file of what the backbone was before it was trained; it goes when the trained one is there.
+        recipe_file: the file of how the backbone is trained, where it is trained in this folder.
         kept_file: the copy of the backbone that is made when fine-tuning begins.
         policy_file, times_file, latency_file, report_file: the files of the policy, of the times of choices, of the
             times of batches, and of the report.
@@ -115,6 +116,7 @@ class RunFolder:
         self.path = path = Path(path)
         self.config_file, self.checkpoints = path / "config.json", path / "checkpoints"
         self.backbone_file, self.plain_file = path / "backbone.safetensors", path / "plain.safetensors"
+        self.first_file = path / "backbone-first.safetensors"
         self.data_file, self.recipe_file = path / "data.json", path / "recipe.json"
         self.policy_file, self.report_file = path / "policy.safetensors", path / "report.json"
         self.times_file, self.latency_file = path / "times.json", path / LATENCY

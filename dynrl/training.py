@@ -93,12 +93,9 @@ def train(
     if own and pretrain is not False:
         check_learns(planned.backbone)
     with talking(show):
-        run = make_run(planned, out, backbone)
-        if isinstance(pretrain, Recipe):
-            write_json(run.recipe_file, asdict(pretrain))
-        if own and pretrain is False:
+        if pretrain is False:
             planned.backbone.trained_on = planned.dataset.provenance
-            planned.backbone.save(run.backbone_file)
+        run = make_run(planned, out, planned.backbone if pretrain is False else backbone)
         with gone_if_not_begun(run):
             learn(run, planned)
     return run
@@ -113,13 +110,14 @@ def resume(
         run: the run folder.
         data: the data that the run was given as tensors or as a `Dataset`, or where its data are now; data that lie
             where they were need not be given again.
-        backbone: the backbone of your own that the run was given, unless `FAMILIES` can build it.
+        backbone: the backbone of your own that the run was given, unless `FAMILIES` can build it. Its weights are those
+            in the folder.
         show: whether progress and results are shown.
         settings: fields of `Place`, which say where training continues; more `steps`, with which a finished run goes
             on; `finetune=True`, which fine-tunes a run that was not. Other settings may be repeated, not changed.
 
     Raises:
-        ValueError: it is no run folder, `data` are other data, or a setting would change.
+        ValueError: it is no run folder, `data` are other data, `backbone` is another one, or a setting would change.
     """
     folder = RunFolder(run)
     with talking(show):
@@ -141,18 +139,23 @@ def folder_for(out: str | Path | None, *parts: str) -> Path:
 
 
 def make_run(
-    planned: Plan, out: str | Path | None = None, source: str | Path | Sequence[str | Path] | None = None
+    planned: Plan, out: str | Path | None = None, source: str | Path | Sequence[str | Path] | Backbone | None = None
 ) -> RunFolder:
-    """Make the folder of a planned run, whole or not at all; if `source` is given, take the backbone of that folder.
+    """Make the folder of a planned run, whole or not at all.
+
+    If `source` is given, take the backbone of that folder, or that backbone, as trained. Else keep what it is trained
+    from and by, so that a run that is killed goes on with the same.
 
     Raises:
         ValueError: the folder exists, or the backbone is for another decision or other data.
     """
-    problem, given, joined = planned.settings.problem, None, None
+    problem, given, trained = planned.settings.problem, None, None
     if isinstance(source, str | Path):
         given = check_source(planned, source)
+    elif isinstance(source, Backbone):
+        trained = source
     elif source:
-        joined = join_sources(planned, source)
+        trained = join_sources(planned, source)
     folder = folder_for(out, problem.decision, problem.data)
     with make_aside(folder) as aside:
         files, tunes = RunFolder(aside), planned.settings.learning.finetune
@@ -169,8 +172,12 @@ def make_run(
                 backbone, notes = load_backbone(begun)
                 backbone.trained_on = planned.dataset.seen_by(backbone.known).provenance
                 backbone.save(files.backbone_file, **notes)
-        if joined is not None:
-            joined.save(files.backbone_file)
+        elif trained is not None:
+            trained.save(files.backbone_file)
+        else:
+            frozen = [name for name, weight in planned.backbone.named_parameters() if not weight.requires_grad]
+            planned.backbone.save(files.first_file, frozen=frozen)
+            write_json(files.recipe_file, asdict(planned.recipe.pretraining))
         write_json(files.data_file, planned.dataset.provenance.to_dict())
         _name_plugins(aside)
         planned.settings.save(files.config_file)
@@ -304,7 +311,9 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
         if path.exists() or (random_routes and plain_only):
             continue
         checkpoint = files.checkpoints / f"pretraining-{path.stem}.safetensors"
-        backbone = load_backbone(files.plain_file)[0] if random_routes else copy.deepcopy(planned.backbone)
+        backbone = copy.deepcopy(planned.backbone)  # which knows what is frozen
+        if random_routes:
+            backbone.load_state_dict(load_backbone(files.plain_file)[0].state_dict())
         backbone.trained_on = known
         backbone = pretraining.pretrain(
             backbone, dataset.for_backbone, recipe, random_routes=random_routes, seed=seed, checkpoint=checkpoint,
@@ -322,6 +331,7 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
         say(f"{path.stem}: {metric} {value:.4g} {where}, {macs:.1f} million MACs an input")
         if whole and (advice := nothing_learned(dataset.validation, value)):
             say(f"{path.stem}: {advice}", sys.stderr)
+    files.first_file.unlink(missing_ok=True)
 
 
 def nothing_learned(split: Split, value: float) -> str | None:

@@ -18,7 +18,7 @@ import tyro
 
 SHOWN = {  # the reports in the table by decision, each with the share of the dense MACs at which it is shown
     "jump-find": 0.03, "model-windows": 0.05, "look-digit-scenes-large": 0.3, "model-fashion-mnist": 0.2,
-    "unroll-prefix": 0.4, "exit-trace-long": 0.5, "skip-trace": 0.35, "exit-trace": 0.4,
+    "unroll-prefix": 0.4, "exit-trace-long": 0.5, "skip-trace": 0.35, "exit-trace": 0.35,
     "skip-fashion-mnist": 0.5, "exit-fashion-mnist": 0.5, "expert-fashion-mnist": 0.5,
     "channel-fashion-mnist": 0.5, "hidden-update-sequential-digits": 0.5,
 }  # fmt: skip

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ from dynrl.pretraining import Recipe, pretrain
 from dynrl.progress import talking
 from dynrl.provenance import Provenance
 from dynrl.runs import RunFolder
+from dynrl.schema import parse
 from dynrl.settings import Settings
 from dynrl.tasks import CLASSIFICATION, Detection, Regression, Segmentation
 from dynrl.training import learn, make_run, nothing_learned, pretrain_into, resume, train
@@ -324,6 +325,69 @@ def test_a_trained_backbone_is_taken_as_it_is(tmp_path):
     dynrl.plug(backbone, run.policy_file)(data[0])  # fits the user's own
 
 
+class Killed(BaseException):
+    """A kill, as far as files are concerned."""
+
+
+@pytest.mark.parametrize("asked", ["by default", "by a recipe", "by settings"])
+def test_what_a_kill_interrupts_before_there_is_a_backbone_goes_on_with_the_same_network(asked, tmp_path, monkeypatch):
+    """Not with one that the settings would build: nothing would tell that it is another."""
+    own, data = asked != "by settings", small_images()
+    more = (
+        {"pretrain": RECIPE} if asked == "by a recipe" else {} if own else {"network": ("widths=[2,2]", "layers=[1,1]")}
+    )
+
+    def killed(*rest, **named):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("dynrl.pretraining._learn_batch", killed)
+        train(own_backbone() if own else "skip", data, out=tmp_path / "run", epochs=2, **SHORT, **more)
+    run = RunFolder(tmp_path / "run")
+    first, recipe = load_backbone(run.first_file)[0], read_json(run.recipe_file)
+    assert not own or first.fingerprint() == own_backbone().fingerprint()
+    assert (recipe == json.loads(json.dumps(asdict(RECIPE)))) == (asked == "by a recipe")
+    with pytest.raises(
+        ValueError, match=r"expected the backbone that .*run was given, or none, got another: skip_module"
+    ):
+        resume(run.path, data, backbone=own_backbone(blocks=["3"]))
+    FAMILIES.pop("skip_module", None)  # as in another program
+    if own:
+        with pytest.raises(ValueError, match="unknown family 'skip_module'"):
+            resume(run.path, data)
+    again = plan_again(run, data, own_backbone() if own else None)
+    assert again.backbone.fingerprint() == first.fingerprint() and asdict(again.recipe.pretraining) == asdict(
+        parse(Recipe, recipe)
+    )
+    for file in (run.recipe_file, run.first_file):
+        kept = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ValueError, match=f"{file.name}, .*put that back"):
+            resume(run.path, data, backbone=own_backbone() if own else None)
+        file.write_bytes(kept)
+
+
+def test_a_trained_backbone_is_in_a_run_from_the_beginning_or_there_is_no_run(tmp_path, monkeypatch):
+    """What a full disk or a kill would leave without it would be pretrained when it goes on."""
+
+    def full(*rest, **named):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("dynrl.backbones.base.save_tensors", full)
+        train(own_backbone(), small_images(), out=tmp_path / "run", pretrain=False, **SHORT | {"steps": 64})
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("dynrl.training.learn", lambda *rest: (_ for _ in ()).throw(Killed))
+        train(own_backbone(), small_images(), out=tmp_path / "run", pretrain=False, **SHORT | {"steps": 64})
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "backbone.safetensors",
+        "config.json",
+        "data.json",
+    ]
+    assert resume(tmp_path / "run", small_images()).backbone.fingerprint() == own_backbone().fingerprint()
+
+
 def test_what_is_frozen_is_taken_as_it_is(tmp_path):
     frozen, recipe = own_backbone().requires_grad_(False), Recipe(1, 32)
     for more in ({}, {"pretrain": recipe}, {"pretrain": False, "finetune": True}):
@@ -340,6 +404,17 @@ def test_what_is_frozen_is_taken_as_it_is(tmp_path):
     before = copy.deepcopy(mixed.state_dict())
     after = pretrain(mixed, data, recipe).state_dict()
     assert {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])} == {"0"}
+
+
+def test_a_network_of_a_known_family_stays_frozen_where_it_is_and_when_it_goes_on(tmp_path):
+    """Files of weights do not say what is frozen."""
+    own, data = SkipResNet((1, 8, 8), classes=3, layers=(1,), widths=(4,)), small_images()
+    own.conv1.requires_grad_(False)
+    planned = plan(own, data, epochs=1, **SHORT)
+    pretrain_into(tmp_path, planned)
+    assert torch.equal(load_backbone(tmp_path / "backbone.safetensors")[0].conv1.weight, own.conv1.weight)
+    again = plan_again(make_run(planned, tmp_path / "run"), data).backbone
+    assert [name for name, weight in again.named_parameters() if not weight.requires_grad] == ["conv1.weight"]
 
 
 def test_a_program_may_train_several_of_one_family(tmp_path):

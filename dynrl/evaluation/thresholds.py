@@ -18,6 +18,7 @@ from dynrl.inputs import Inputs, repeat_first
 from dynrl.policies import ThresholdPolicy
 
 HALVINGS = 12
+CLOSE = 0.005  # walks that cost the budget less this share of it are not made dearer
 LEVELS = 512  # how many values are tried for all exits at once
 SWEEPS = 3  # how often the threshold of each exit is set anew at one price
 PRICES = (1e-4, 1e2)  # of the dense network's compute, in errors
@@ -285,7 +286,10 @@ def _by_walks(
         low, high = 0.0, 1.0
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            low, high = (middle, high) if reached(at(middle, alike)).macs_fraction > budget else (low, middle)
+            spent = reached(at(middle, alike)).macs_fraction
+            low, high = (middle, high) if spent > budget else (low, middle)
+            if budget * (1 - CLOSE) <= spent <= budget:
+                break
         return at(high, alike)  # within the budget
 
     def within(budget: float) -> ThresholdPolicy | None:
