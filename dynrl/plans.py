@@ -157,7 +157,7 @@ def _going_on(run: RunFolder, settings: Settings, given: Mapping[str, Any]) -> S
                     "on with more steps, with fine-tuning, and elsewhere)"
                 )
     begins = learning.finetune and not settings.learning.finetune and run.backbone_file.is_file()
-    if begins and "rounds" in load_backbone(run.backbone_file)[1]:
+    if begins and run.rounds:
         # It would be tuned from the backbone of before, on which its policy has not learned.
         raise ValueError(
             f"{run} learned on a backbone that was tuned with another policy; to tune one with a policy of its own, "

@@ -128,8 +128,19 @@ class RunFolder:
 
     @property
     def pretrained_file(self) -> Path:
-        """The file of the backbone from before any fine-tuning: the copy that was kept, if there is one."""
-        return self.kept_file if self.kept_file.is_file() else self.backbone_file
+        """The file of the backbone from before any fine-tuning: the copy that was kept, where it was tuned.
+
+        Raises:
+            ValueError: the backbone was tuned, and that copy is missing.
+        """
+        if self.kept_file.is_file():
+            return self.kept_file
+        if self.rounds:
+            raise ValueError(
+                f"{self} was fine-tuned, but its {self.kept_file.name} is not there, which it began from and is "
+                "compared by: put that back, or name the run that it was copied from"
+            )
+        return self.backbone_file
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -235,10 +246,16 @@ class RunFolder:
         """The backbone that the policy was trained for."""
         return self._backbone[0]
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds the backbone was fine-tuned for; 0 if it was not."""
+        return int(self._backbone[1].get("rounds", 0))
+
     @cached_property
     def pretrained(self) -> Backbone:
-        """The backbone from before any fine-tuning."""
-        return load_backbone(self.kept_file)[0] if self.kept_file.is_file() else self.backbone
+        """The backbone from before any fine-tuning; raises a ValueError if it is missing (`pretrained_file`)."""
+        file = self.pretrained_file
+        return self.backbone if file == self.backbone_file else load_backbone(file)[0]
 
     @cached_property
     def plain(self) -> Backbone | None:
@@ -265,25 +282,10 @@ class RunFolder:
 
     @property
     def kind(self) -> RunKind:
-        """The kind of this run.
-
-        Raises:
-            ValueError: there is no policy yet; or the run was fine-tuned, and the backbone from before is missing, by
-                which others are compared.
-        """
+        """The kind of what the folder holds; a ValueError is raised if there is no policy yet."""
         check_policy(self.path)
-        if self.settings["finetune"] and not self.kept_file.is_file():
-            raise ValueError(
-                f"{self} was fine-tuned, but its {self.kept_file.name} is not there: evaluate the run it was copied "
-                "from"
-            )
-        return self.holds
-
-    @property
-    def holds(self) -> RunKind:
-        """The kind of what the folder holds; unlike `kind`, it needs no backbone from before to compare by."""
         # The backbone's own notes decide: a run that was killed during fine-tuning still has the policy from before.
-        return kind_of(self.settings, "rounds" in self._backbone[1], self.finished)
+        return kind_of(self.settings, self.rounds > 0, self.finished)
 
     @property
     def policy(self) -> str | None:

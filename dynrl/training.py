@@ -161,7 +161,8 @@ def make_run(
         files, tunes = RunFolder(aside), planned.settings.learning.finetune
         if given is not None:
             # What fine-tunes begins where the given run began, or it would be tuned for twice as long, unnoticed.
-            begun = given.pretrained_file if tunes else given.backbone_file
+            before = given.pretrained_file  # needed in any case: a tuned backbone must not pass for an untuned one
+            begun = before if tunes else given.backbone_file
             taken = {files.backbone_file: begun, files.plain_file: given.plain_file}
             if not tunes:
                 taken[files.kept_file] = given.kept_file
@@ -394,7 +395,7 @@ def _begun(run: RunFolder) -> bool:
 def _done(run: RunFolder, planned: Plan) -> bool:
     """Return whether a run has done all that its settings say; one that was killed in tuning still has a policy."""
     rounds = planned.recipe.finetuning.rounds if planned.settings.learning.finetune else 0
-    return _ended(run) and load_backbone(run.backbone_file)[1].get("rounds", 0) >= rounds
+    return _ended(run) and run.rounds >= rounds
 
 
 def _learn(run: RunFolder, planned: Plan) -> bool:
@@ -479,7 +480,7 @@ def _learn_jointly(
     if not working.exists():
         # The run's own backbone may have been tuned before its checkpoints were removed.
         backbone, notes = load_backbone(run.pretrained_file)
-        backbone.save(working, **notes | {"rounds": 0})
+        backbone.save(working, **notes)
     # The teacher is the network that reports call dense: the better of the two on validation data.
     known = [load_backbone(path)[0] for path in (run.pretrained_file, run.plain_file) if path.is_file()]
     reference = min(known, key=lambda b: dataset.task.error(mean_metric([b], dataset.validation)))

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from dynrl.deploy import SHIPPED, load, shipped
-from dynrl.files import read_json, write_json
+from dynrl.files import write_json
+from dynrl.plans import plan
 from dynrl.policies import load_policy, save_policy
-from dynrl.runs import RunFolder, RunKind, by_backbone, by_kind, flat, kind_of
+from dynrl.runs import RunFolder, RunKind, by_backbone, by_kind, check_one_backbone, flat, kind_of
+from dynrl.training import make_run
 from tests.scripts.calls import twin
 
 SETTINGS = {
@@ -49,7 +51,12 @@ def test_a_run_folder_is_the_plugged_model(name):
     for plugged in (run.model, model):
         plugged.set_price(plugged.price_range[0])
     assert torch.equal(run.model(inputs), model(inputs))
-    assert run.pretrained is run.backbone and run.plain is None  # the package holds no more
+    assert run.plain is None and run.kind.tuned == (run.rounds > 0)
+    if run.kind.tuned:  # the package holds no more
+        with pytest.raises(ValueError, match="was fine-tuned, but its backbone-pretrained.safetensors is not there"):
+            _ = run.pretrained
+    else:
+        assert run.pretrained is run.backbone
 
 
 def test_files_are_read_once_and_what_is_no_run_is_refused(tmp_path):
@@ -61,14 +68,33 @@ def test_files_are_read_once_and_what_is_no_run_is_refused(tmp_path):
     shutil.copytree(SHIPPED / "skip-digits", tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     assert run.backbone is run.backbone and run.model is run.model
-    config = read_json(run.config_file)
-    write_json(run.config_file, config | {"learning": config["learning"] | {"finetune": True}})
-    with pytest.raises(ValueError, match="was fine-tuned, but its backbone-pretrained"):
-        by_kind([RunFolder(tmp_path / "run")])
     (tmp_path / "half").mkdir()
     for folder in (tmp_path / "half", run.path):
         RunFolder(folder).drop_half_made()
     assert not (tmp_path / "half").exists() and run.path.exists()
+
+
+def test_the_backbone_says_whether_it_was_tuned_whatever_the_settings_ask_for(tmp_path):
+    """Settings are changed first: where no disk has room for more, what was finished before stays a run."""
+    run = RunFolder(twin(SHIPPED / "exit-digits", tmp_path / "run", finetune=True))
+    for notes in ({}, {"rounds": 0}):
+        run.backbone.save(run.backbone_file, **notes)
+        run.forget()
+        assert by_kind([run]) == {run.kind: [run]} and run.kind.label == "learned"
+        assert run.pretrained_file == run.backbone_file
+    run.backbone.save(run.backbone_file, rounds=1)
+    run.forget()
+    assert run.kind.tuned
+    planned, before = plan("exit", "digits"), sorted(tmp_path.iterdir())
+    for refused in (
+        lambda: by_kind([run]), lambda: by_backbone([run]), lambda: make_run(planned, tmp_path / "new", run.path),
+        lambda: check_one_backbone(tmp_path, run.path),
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match="run was fine-tuned, but its backbone-pretrained.safetensors is not there"
+        ):
+            refused()
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_runs_on_two_backbones_are_seeds_of_one_another_only_if_they_were_trained_alike(tmp_path):

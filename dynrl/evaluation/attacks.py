@@ -94,8 +94,8 @@ def attack(
         found = _attacked(backbone, model, test, ball, steps, seed)
         report = {
             "decision": folder.decision, "data": dataset.name, "metric": test.task.metric,
-            "policy": folder.holds.label, "seed": folder.seed,
-            "policies": {folder.holds.label: [policy_fingerprint(model)]},
+            "policy": folder.kind.label, "seed": folder.seed,
+            "policies": {folder.kind.label: [policy_fingerprint(model)]},
             "date": f"{date.today()}", "commit": commit(), "inputs": len(test),
             "budget": budget if price is None else None, "price": model.price, "steps": steps,
             "epsilon": ball.radius, "low": ball.low, "high": ball.high,
