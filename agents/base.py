@@ -198,6 +198,8 @@ class Agent:
                 )
             if self.steps >= until or stop.is_set() or self._iteration % self.checkpoint_every == 0:
                 self.save()
+        if not self.steps:  # stopped at once: a policy without a checkpoint could not go on
+            self.save()
 
 
 def agent_class(name: str) -> type[Agent]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dynrl import plugins, pretraining
-from dynrl.agents.base import train_policy
+from dynrl.agents.base import attacked_file, train_policy
 from dynrl.agents.joint import train_jointly, tuning_file
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split
@@ -42,6 +42,7 @@ from dynrl.settings import Settings
 LITTLE = 0.97  # a network that errs more often than this share of what a blind answer does has learned nothing
 CALIBRATED = 8192  # at most so many validation inputs calibrate budgets: 1,024 are several percent off at small ones
 TIMED_ROUNDS, TIMED_BATCH = 11, 256
+PRETRAINING = "pretraining-"  # how names of checkpoints of backbones begin
 
 
 def train(
@@ -311,7 +312,7 @@ def _pretrain_into(folder: Path, planned: Plan, plain_only: bool = False, finetu
     ):
         if path.exists() or (random_routes and plain_only):
             continue
-        checkpoint = files.checkpoints / f"pretraining-{path.stem}.safetensors"
+        checkpoint = files.checkpoints / f"{PRETRAINING}{path.stem}.safetensors"
         backbone = copy.deepcopy(planned.backbone)  # which knows what is frozen
         if random_routes:
             backbone.load_state_dict(load_backbone(files.plain_file)[0].state_dict())
@@ -359,18 +360,14 @@ def learn(run: RunFolder, planned: Plan) -> bool:
     After these, the folder holds the policy that was learned so far. A run that is done stays as it is.
 
     Raises:
-        ValueError: another process works in the folder; or a finished run is to go on, and its checkpoints are gone.
+        ValueError: another process works in the folder; or the run is to go on, and what it would go on from is gone.
     """
     with held(run.path):
         run.forget()
         before = Settings.read(run.config_file, planned.settings.place)
         done = before.learning == planned.settings.learning and _done(run, planned)
-        if not done and _ended(run) and not _begun(run):
-            raise ValueError(
-                f"{run} is finished and its {run.checkpoints.name}/ is gone, so it cannot go on: its policy would be "
-                f"learned anew, and replaced. Train a new run: dynrl train {before.problem.decision} --backbone "
-                f"{quote(str(run))}"
-            )
+        if not done and run.backbone_file.is_file():
+            _check_whole(run, planned)
         if before != planned.settings:
             if planned.settings.learning.steps > before.learning.steps and run.finished:
                 policy, metadata = load_policy(run.policy_file)
@@ -382,20 +379,29 @@ def learn(run: RunFolder, planned: Plan) -> bool:
         return done or _learn(run, planned)
 
 
-def _ended(run: RunFolder) -> bool:
-    """Return whether the folder holds a policy that fits its backbone and whose training came to its end."""
-    return run.policy is not None and run.finished
+def _check_whole(run: RunFolder, planned: Plan) -> None:
+    """Refuse, with a ValueError, a run that is to go on and lacks a file for it, before anything is changed."""
+    _ = run.pretrained_file  # which refuses a tuned backbone without the one from before
+    learning, working = planned.settings.learning, _working_file(run)
+    anew = f"train a new run: dynrl train {run.decision} --backbone {quote(str(run))}"
+    theirs = {"units.json", working.name, attacked_file(working).name, tuning_file(run.checkpoints).name}
+    begun = any(path.name not in theirs and not path.name.startswith(PRETRAINING) for path in run.checkpoints.glob("*"))
+    if run.policy is not None and not begun:
+        raise ValueError(
+            f"{run} has a policy, but {run.checkpoints.name}/ has no checkpoint of its agent, {learning.agent}: the "
+            f"policy would be learned anew, and replaced. Put that back, or {anew}"
+        )
 
 
-def _begun(run: RunFolder) -> bool:
-    """Return whether there is a checkpoint to go on from."""
-    return run.checkpoints.is_dir() and any(path.name != "units.json" for path in run.checkpoints.iterdir())
+def _working_file(run: RunFolder) -> Path:
+    """Return the file of the backbone that is tuned in turn with its policy; it is the run's when training ends."""
+    return run.checkpoints / "backbone.safetensors"
 
 
 def _done(run: RunFolder, planned: Plan) -> bool:
     """Return whether a run has done all that its settings say; one that was killed in tuning still has a policy."""
     rounds = planned.recipe.finetuning.rounds if planned.settings.learning.finetune else 0
-    return _ended(run) and run.rounds >= rounds
+    return run.policy is not None and run.finished and run.rounds >= rounds
 
 
 def _learn(run: RunFolder, planned: Plan) -> bool:
@@ -407,7 +413,7 @@ def _learn(run: RunFolder, planned: Plan) -> bool:
     settings = planned.settings
     times = _times(run, planned) if settings.learning.cost == "time" else None
     if settings.learning.finetune:
-        newest = run.checkpoints / "backbone.safetensors"
+        newest = _working_file(run)
         router, finished = _learn_jointly(run, planned, newest, times)
     else:
         router, finished = train_policy(settings, newest, run.path, times)

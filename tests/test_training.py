@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import TensorDataset
 
 import dynrl
+from dynrl.agents.gates import Gates
 from dynrl.agents.joint import tuning_file
 from dynrl.backbones import FAMILIES, ExitModule, Models, SkipModule, SkipResNet, load_backbone
 from dynrl.data import Augmentation, Dataset, Split, as_dataset, load_dataset, own_dataset
@@ -27,6 +29,7 @@ from dynrl.files import load_tensors, read_json, write_json
 from dynrl.finetuning import Finetuning
 from dynrl.inputs import Named, parts
 from dynrl.plans import plan, plan_again
+from dynrl.policies import load_policy, save_policy
 from dynrl.pretraining import Recipe, pretrain
 from dynrl.progress import talking
 from dynrl.provenance import Provenance
@@ -655,7 +658,8 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_a_finished_run_without_checkpoints_keeps_its_policy(tuned, tmp_path):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_without_its_agents_checkpoint_keeps_its_policy(tuned, finished, tmp_path):
     """Where it could go on only from the beginning, Ctrl-C would leave less than there was."""
 
     def planned(**more):
@@ -663,19 +667,59 @@ def test_a_finished_run_without_checkpoints_keeps_its_policy(tuned, tmp_path):
         found = plan_again(run, small_images(), own_backbone(), **more)
         return replace(found, recipe=replace(found.recipe, finetuning=tuning))
 
-    run = make_run(plan(own_backbone(), small_images(), finetune=tuned, **SHORT | {"steps": 64}), tmp_path / "run")
-    own_backbone().save(run.backbone_file)
+    given = plan(own_backbone(), small_images(), finetune=tuned, **SHORT | {"steps": 64})
+    run = make_run(given, tmp_path / "run", given.backbone)
     assert learn(run, planned())
-    shutil.rmtree(run.checkpoints)
-    before = {path: path.read_bytes() for path in run.path.iterdir()}
-    run.forget()
-    assert learn(run, planned())
-    for more in ({"steps": 128}, {"finetune": True})[: 1 if tuned else 2]:
-        with pytest.raises(ValueError, match="checkpoints/ is gone, so it cannot go on.*dynrl train skip --backbone"):
-            learn(run, planned(**more))
-    assert before == {path: path.read_bytes() for path in run.path.iterdir()}
+    if not finished:
+        policy, known = load_policy(run.policy_file)
+        save_policy(run.policy_file, policy, known | {"finished": False})
+    (run.checkpoints / "gate.safetensors").unlink()
+    (run.checkpoints / "pretraining-plain.safetensors").touch()  # none of the agent's, as a kill may leave it
+    for gone in (run.checkpoints / "nothing", run.checkpoints):
+        shutil.rmtree(gone, ignore_errors=True)
+        before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+        run.forget()
+        if finished:
+            assert learn(run, planned())
+        for more in ({"steps": 128}, {"finetune": True}, {})[: 3 - finished]:
+            if not (finished and tuned and "finetune" in more):  # which is done
+                with pytest.raises(ValueError, match="no checkpoint of its agent.*dynrl train skip --backbone"):
+                    learn(run, planned(**more))
+        assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     run.policy_file.unlink()
     assert learn(run, planned(steps=128)), "what holds no policy is learned anew"
+
+
+def test_a_run_that_is_interrupted_before_its_agent_learned_goes_on(tmp_path, monkeypatch):
+    """It has a policy by then, and a checkpoint of the agent, too."""
+    start = Gates.start
+    with monkeypatch.context() as patch:
+        patch.setattr(Gates, "start", lambda agent: (signal.raise_signal(signal.SIGINT), start(agent)))
+        run = train(own_backbone(), small_images(), out=tmp_path / "run", pretrain=False, **SHORT | {"steps": 64})
+    assert run.policy is not None and not run.finished
+    assert resume(run.path, small_images()).finished
+
+
+@pytest.mark.parametrize("name", ["times.json", "attacked.safetensors", "backbone-pretrained.safetensors"])
+def test_a_run_goes_on_with_all_that_it_has_learned_by(name, tmp_path):
+    """It would be charged other times, meet other inputs, or be tuned from what was tuned; nothing would tell."""
+
+    def planned(**more):
+        found = plan_again(run, small_images(), own_backbone(), **more)
+        return replace(found, recipe=replace(found.recipe, finetuning=Finetuning(1, epochs=1, steps=64, batch_size=32)))
+
+    asked = {"times.json": {"cost": "time"}, "attacked.safetensors": {"attacked": 0.3}}.get(name, {"finetune": True})
+    given = plan(own_backbone(), small_images(), **SHORT | {"agent": "sb3-ppo", "steps": 64} | asked)
+    run = make_run(given, tmp_path / "run", given.backbone)
+    assert learn(run, planned())
+    (file,) = run.path.rglob(name)
+    file.unlink()
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    run.forget()
+    assert learn(run, planned()), "it is done"
+    with pytest.raises(ValueError, match=f"{name} is not there"):
+        learn(run, planned(steps=128))
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
 def test_a_policy_of_one_tuned_backbone_is_not_put_on_another(tmp_path):
