@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dynrl import plugins, pretraining
-from dynrl.agents.base import attacked_file, train_policy
+from dynrl.agents.base import agent_class, attacked_file, train_policy
 from dynrl.agents.joint import train_jointly, tuning_file
 from dynrl.backbones import Backbone, load_backbone
 from dynrl.data import Split
@@ -391,6 +391,14 @@ def _check_whole(run: RunFolder, planned: Plan) -> None:
             f"{run} has a policy, but {run.checkpoints.name}/ has no checkpoint of its agent, {learning.agent}: the "
             f"policy would be learned anew, and replaced. Put that back, or {anew}"
         )
+    met = learning.attacked > 0 and not agent_class(learning.agent).attacks
+    for needed, file in (
+        (learning.cost == "time" and begun, run.times_file),
+        (tuning_file(run.checkpoints).is_file(), working),
+        (met and working.is_file() and load_backbone(working)[1].get("rounds", 0) > 0, attacked_file(working)),
+    ):
+        if needed and not file.is_file():
+            raise ValueError(f"{file} is not there, which {run} has learned by; put that back, or {anew}")
 
 
 def _working_file(run: RunFolder) -> Path:

@@ -700,7 +700,10 @@ def test_a_run_that_is_interrupted_before_its_agent_learned_goes_on(tmp_path, mo
     assert resume(run.path, small_images()).finished
 
 
-@pytest.mark.parametrize("name", ["times.json", "attacked.safetensors", "backbone-pretrained.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["times.json", "attacked.safetensors", "backbone-pretrained.safetensors", "checkpoints/backbone.safetensors"],
+)
 def test_a_run_goes_on_with_all_that_it_has_learned_by(name, tmp_path):
     """It would be charged other times, meet other inputs, or be tuned from what was tuned; nothing would tell."""
 
