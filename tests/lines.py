@@ -12,18 +12,19 @@ from unittest import mock
 from dynrl.deploy import SHIPPED
 from dynrl.scripts.cli import main
 from dynrl.settings import Settings
+from tests.scripts.calls import untuned
 
 ODD = (
     "", " ", "-1", "0", "-0.0", "1e-320", "1e308", "nan", "inf", "-inf", "2147483648", "9" * 30, "x", "None", "true", "[1]",
     "{}", "../..", "/dev/null/x", "0x10", "1_000", "+3", "1e3", "x" * 5000, "--", "-", "\u0663", "3.5", "1,2", "a=b", "\t7", "'", "\\",
 )  # fmt: skip
-SKIP = str(SHIPPED / "skip-digits")
+GIVEN = "../given"
 EXIT = "../exit-digits"  # a copy: attacks are written beside the run that they are on
 LINES = {
     "train": (
         ["skip"],
         {
-            "--data": ["digits"], "--backbone": [SKIP], "--agent": ["gate"], "--steps": ["64"], "--num-envs": ["16"],
+            "--data": ["digits"], "--backbone": [GIVEN], "--agent": ["gate"], "--steps": ["64"], "--num-envs": ["16"],
             "--hidden": ["8"], "--price-range": ["0.01", "1"], "--seed": ["3"], "--learning-rate": ["0.001"],
             "--policy": ["sequential"], "--reward": ["distillation"], "--cost": ["macs"], "--attacked": ["0.25"],
             "--dtype": ["float32"], "--device": ["cpu"], "--threads": ["1"], "--out": ["out"], "--epochs": ["2"],
@@ -82,6 +83,7 @@ def check(count: int, seed: int, folder: Path) -> dict[str, int]:
     """Give `count` changed command lines, and return how many were refused and heeded, by kind."""
     draw, found, asked = random.Random(seed), {}, []
     shutil.copytree(SHIPPED / "exit-digits", folder / "exit-digits")
+    untuned(folder / "given")
 
     def learn(run, planned):
         assert Settings.read(run.config_file, planned.settings.place) == planned.settings

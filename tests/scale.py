@@ -19,7 +19,7 @@ from dynrl.agents.base import open_agent
 from dynrl.agents.rllib import start_ray
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
-from dynrl.deploy import SHIPPED, RoutedModel, load, shipped
+from dynrl.deploy import RoutedModel, load, shipped
 from dynrl.evaluation import score, score_routes
 from dynrl.files import load_tensors, read_json
 from dynrl.plugins import VARIABLE
@@ -27,7 +27,7 @@ from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Place, Problem, Settings
 from tests import lines
 from tests.mutations import check
-from tests.scripts.calls import COMMAND
+from tests.scripts.calls import COMMAND, untuned
 
 STEPS = 24_000
 SOAK = float(os.environ.get("DYNRL_SOAK", "600"))  # the seconds of a soak, for all shipped models together
@@ -52,7 +52,7 @@ def test_changed_command_lines_are_refused_in_a_line_or_heeded(tmp_path):
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
     """`SOAK` / 60 kills, at least 3, each at a random moment since the start; what is resumed is the whole run."""
     learning = ["--agent", "gate", "--steps", "40000", "--price-range", "0.02", "2", "--data", "digits"]
-    begin = ["--backbone", str(SHIPPED / "skip-digits"), *learning]
+    begin = ["--backbone", str(untuned(tmp_path / "given")), *learning]
 
     def started(*words):
         words = [*COMMAND, "train", "skip", *words, "--no-evaluate", "--threads", "1"]
@@ -174,7 +174,7 @@ def test_learners_share_the_work_and_stay_equal(small_backbone, tmp_path):
 
 
 def test_a_sweep_trains_all_ranks_them_and_goes_on(tmp_path, capsys):
-    given, out = SHIPPED / "skip-digits", tmp_path / "sweep"
+    given, out = untuned(tmp_path / "given"), tmp_path / "sweep"
     words = ["sweep", "skip", "--data", "digits", "--backbone", str(given), "--out", str(out), "--steps", "60000"]
     words += ["--vary", "learning_rate=0.002,1e-07"]
     main(words)
@@ -196,7 +196,7 @@ def test_a_sweep_trains_all_ranks_them_and_goes_on(tmp_path, capsys):
 
 
 def test_a_sweep_ranks_what_is_left_and_tries_again_what_failed(tmp_path, capsys, monkeypatch):
-    words = ["sweep", "skip", "--backbone", str(SHIPPED / "skip-digits"), "--out", str(tmp_path), "--steps", "4000"]
+    words = ["sweep", "skip", "--backbone", str(untuned(tmp_path / "given")), "--out", str(tmp_path), "--steps", "4000"]
     words += ["--vary", "learning_rate=0.002,0.004"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # make the run folders only
         patch.setattr("dynrl.sweep.search", lambda *given: [])
@@ -234,7 +234,7 @@ def two_nodes(monkeypatch):
 def test_a_node_that_dies_in_training_does_not_end_it(two_nodes, tmp_path):
     cluster, second = two_nodes
     out, said = tmp_path / "run", tmp_path / "said"
-    words = ["train", "skip", "--backbone", str(SHIPPED / "skip-digits"), "--out", str(out), "--steps", "120000"]
+    words = ["train", "skip", "--backbone", str(untuned(tmp_path / "given")), "--out", str(out), "--steps", "120000"]
     words += ["--price-range", "0.02", "2", "--num-env-runners", "2", "--address", "auto", "--no-evaluate"]
     with said.open("w") as file:
         process = subprocess.Popen([*COMMAND, *words], stdout=file, stderr=subprocess.STDOUT)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dynrl.backbones import load_backbone
+from dynrl.deploy import SHIPPED
 from dynrl.files import read_json, write_json
 from dynrl.scripts.cli import main
 
@@ -30,6 +32,12 @@ def twin(run, folder, **changes):
     for group in config.values():
         group.update({name: value for name, value in changes.items() if name in group})
     write_json(folder / "config.json", config)
+    return folder
+
+
+def untuned(folder):
+    """Give `folder` the network of skip-digits as one that was never tuned: what it was tuned from is not shipped."""
+    load_backbone(SHIPPED / "skip-digits" / "backbone.safetensors")[0].save(folder / "backbone.safetensors")
     return folder
 
 

@@ -21,7 +21,7 @@ from dynrl.scripts import cells, compare
 from dynrl.scripts.cli import main
 from dynrl.settings import Learning, Problem, Settings
 from dynrl.training import train
-from tests.scripts.calls import twin
+from tests.scripts.calls import twin, untuned
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -90,7 +90,7 @@ def test_a_matrix_is_of_one_data_set_even_where_folders_bear_one_name(small_back
 def test_runs_on_another_backbone_are_refused_before_any_training(tmp_path):
     cell, other = tmp_path / "cells" / "gate-0", tmp_path / "other"
     for folder in (cell, other):
-        shutil.copytree(SHIPPED / "skip-digits", folder)
+        untuned(shutil.copytree(SHIPPED / "skip-digits", folder))
     backbone, notes = load_backbone(other / "backbone.safetensors")
     with torch.no_grad():
         next(backbone.parameters()).add_(1e-3)

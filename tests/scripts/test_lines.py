@@ -22,7 +22,7 @@ from dynrl.files import load_tensors, locked, read_json, write_json
 from dynrl.machine import commit, hardware
 from dynrl.scripts.cli import main
 from dynrl.scripts.evaluate import report_runs
-from tests.scripts.calls import COMMAND
+from tests.scripts.calls import COMMAND, untuned
 
 MODEL = str(SHIPPED / "skip-digits")
 TRAIN = ("train", "skip", "--data", "digits")
@@ -183,12 +183,17 @@ def test_a_run_without_a_policy_yet_is_told_how_to_go_on(words, lost, run, tmp_p
     assert content(run).keys() == before.keys() and not (tmp_path / "x.pt2").exists()
 
 
-def test_a_full_disk_leaves_no_half_made_folder(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def given(tmp_path_factory):
+    return str(untuned(tmp_path_factory.mktemp("given")))
+
+
+def test_a_full_disk_leaves_no_half_made_folder(given, tmp_path, monkeypatch, capsys):
     def full(*files):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
-    assert "No space left" in refused((*TRAIN, "--backbone", MODEL, "--out", str(tmp_path / "new" / "run")), capsys)
+    assert "No space left" in refused((*TRAIN, "--backbone", given, "--out", str(tmp_path / "new" / "run")), capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -221,13 +226,13 @@ def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(words, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_end_alike(number, tmp_path):
+def test_ctrl_c_and_sigterm_end_alike(number, given, tmp_path):
     """With the policy so far, exit code 130, and what to do next; in ray, too, whose answer to SIGTERM is an abort."""
     words = [
         *COMMAND,
         *TRAIN,
         "--backbone",
-        MODEL,
+        given,
         "--steps",
         "10000000",
         "--num-envs",  # few, so that the first checkpoint comes soon

@@ -9,12 +9,12 @@ import torch
 
 from dynrl.backbones import load_backbone
 from dynrl.data import load_dataset
-from dynrl.deploy import SHIPPED
 from dynrl.evaluation import score_routes
 from dynrl.files import read_json, write_json
 from dynrl.scripts.cli import main
 from dynrl.sweep import front_area, quarters
 from tests.cases import make_policy
+from tests.scripts.calls import untuned
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_sweep_outlives_a_run_that_fails(left, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dynrl.agents.rllib.start_ray", lambda *where: True)
     monkeypatch.setattr("ray.tune.Tuner.can_restore", lambda path: False)
     monkeypatch.setattr("ray.tune.Tuner.__init__", lambda self, *given, **more: None)
-    words = ["sweep", "skip", "--backbone", str(SHIPPED / "skip-digits"), "--out", str(tmp_path)]
+    words = ["sweep", "skip", "--backbone", str(untuned(tmp_path / "given")), "--out", str(tmp_path)]
     words += ["--vary", "learning_rate=0.1,0.2,0.5,0.6"]
     if left:
         main(words)
