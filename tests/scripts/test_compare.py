@@ -38,9 +38,11 @@ def test_a_matrix_is_trained_compared_and_gone_on_with(small_backbone, tmp_path,
     compare.main(wanted)
     result = read_json(cells / "comparison.json")
     assert result["seeds"] == {"gate": [0, 1]} and (cells / "comparison.png").is_file()
-    assert set(result["fronts"]) == {"gate", "random", "static", "smaller", "dense", "oracle"}
+    models = [load(cells / f"gate-{seed}") for seed in (0, 1)]
+    rules = {f"threshold {name}" for name in models[0].backbone.scores}
+    assert set(result["fronts"]) == {"gate", "random", "static", "smaller", "dense", "oracle"} | rules
     # By hand: both at the highest budget that both reach, on the test split.
-    models, means = [load(cells / f"gate-{seed}") for seed in (0, 1)], []
+    means = []
     reached = [b for b in result["budgets"] if all(m.curve[-1][1] < b < m.curve[0][1] for m in models)]
     at = result["budgets"].index(reached[-1])
     for model in models:

@@ -41,7 +41,8 @@ def test_report(run):
         assert keys <= set(point)
         assert 0 <= point["accuracy"] <= 1
         by_policy.setdefault(point["policy"], []).append(point)
-    assert set(by_policy) == {"learned", "random", "static", "oracle"}
+    rules = {f"threshold {name}" for name in backbone.scores}
+    assert set(by_policy) == {"learned", "random", "static", "oracle"} | rules
     learned = {p["budget"]: p for p in by_policy["learned"]}
     assert set(learned) <= set(BUDGETS)
     for point in by_policy["random"]:

@@ -171,6 +171,7 @@ def test_what_is_measured_on_a_run_holds_its_folder_before_it_reads_the_policy(v
 )
 def test_a_run_without_a_policy_yet_is_told_how_to_go_on(words, lost, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    untuned(run)
     for name in lost:
         (run / f"{name}.safetensors").unlink()
     before = content(run)
