@@ -556,7 +556,9 @@ def rivals(ground: Ground, smaller: Sequence[Backbone] = (), learned: Sequence[L
     """
     static = Static(ground)
     networks = {"": [ground.network]}
-    networks |= {f" on {of.name}": [model.backbone for model in of.models] for of in learned if of.kind.tuned}
+    for of in learned:
+        if of.kind.tuned:  # policies that share a tuned network are one network
+            networks[f" on {of.name}"] = list({m.backbone.fingerprint(): m.backbone for m in of.models}.values())
     found: list[Contender] = [Random(ground)]
     found += [
         Ruled(name + where, fit, mine, ground)

@@ -72,7 +72,7 @@ def test_rules_are_fitted_on_each_tuned_network_too():
             torch.nn.init.normal_(weight)
     ground = Ground(networks[0], Dataset("images", classes, split, split, split, Augmentation()))
     models = [RoutedModel(of, make_policy(of), [(0.01, 1.0), (1.0, 0.2)]) for of in networks[1:]]
-    tuned = Learned(RunKind(tuned=True), models, ground)
+    tuned = Learned(RunKind(tuned=True), [*models, models[0]], ground)  # two policies share a network
     plain = Learned(RunKind(), models, ground)
     ruled = {of.name: of for of in rivals(ground, learned=[plain, tuned]) if isinstance(of, Ruled)}
     names = [f"threshold {name}" for name in networks[0].scores]
